@@ -1,0 +1,37 @@
+"""The errors of this package. Each message says what was found, where, and what to do."""
+
+
+class VideoR1Error(Exception):
+    """Base of every error that a person can act on. The command line prints it as one line."""
+
+
+class RequestError(VideoR1Error):
+    """The request itself is wrong: a setting, a file name, a manifest. Exit code 2."""
+
+
+class ConfigError(RequestError):
+    """A setting is unknown, has a wrong type or contradicts another one."""
+
+
+class ManifestError(RequestError):
+    """A manifest has problems. `problems` holds all of them, not only the first."""
+
+    def __init__(self, message: str, problems: tuple = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class MediaError(VideoR1Error):
+    """A media file cannot be used. The question is skipped and recorded, never scored.
+
+    Attributes: `path` (str), the file; `reason` (str), what is wrong with it.
+    """
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = str(path)
+        self.reason = reason
+
+
+class PromptError(VideoR1Error):
+    """A question does not make a usable prompt, for example because it is over the token limit."""
