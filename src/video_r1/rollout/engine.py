@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 from video_r1.data.prompts import Prompt
+from video_r1.data.records import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +35,23 @@ class RolloutEngine(Protocol):
     def update_weights(self, model: Any) -> None: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """One question's rollouts, their rewards and advantages. G ordered completions, G_s shuffled ones.
+
+    Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
+    their weighted sum and the only thing that advantages are made of. Only the ordered completions are
+    trained on: the shuffled ones exist to give the share of correct answers without the frame order.
+    """
+
+    sample: Sample
+    prompt: Prompt                      # the ordered prompt
+    ordered: list[Rollout]              # G
+    shuffled_prompt: Prompt | None      # None: an image, or no temporal reward
+    shuffled: list[Rollout]             # G_s, empty where shuffled_prompt is None
+    rewards: dict[str, Tensor]          # each term [G] float32, of the ordered completions
+    total_reward: Tensor                # [G] float32
+    advantages: Tensor                  # [G] float32
+    shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
