@@ -1,0 +1,202 @@
+"""Real but tiny Qwen checkpoints and clips for the tests: the true architectures, processors and file formats.
+
+`tiny_checkpoint` writes a folder that every Auto class loads; `write_clip` writes an H.264 MP4.
+"""
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+CORPUS = (
+    "You are a helpful assistant. Think within <think></think>, then answer within <answer></answer>.",
+    "Which way does the red square move? Options: A. left B. right C. up D. down. Give the letter only.",
+    "<think>First the square is left, then it is right, so it moves right.</think> <answer>B</answer>",
+    "How many circles appear in the video? Give a number. system user assistant seconds",
+)
+# The chat format of the Qwen vision models: media stand where the content list has them.
+CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' and default_system -%}
+<|im_start|>system
+You are a helpful assistant.<|im_end|>
+{% endif -%}
+{%- for message in messages -%}
+<|im_start|>{{ message['role'] }}
+{% if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part['type'] == 'video' -%}
+<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}
+{{ part['text'] }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
+
+def chat_template(family: str) -> str:
+    """Qwen2-VL and Qwen2.5-VL add a default system message, Qwen3-VL does not."""
+    return f"{{%- set default_system = {str(family != 'qwen3_vl').lower()} -%}}\n" + CHAT_TEMPLATE
+
+
+def tiny_tokenizer() -> Qwen2Tokenizer:
+    """A byte-level BPE tokenizer of about 400 tokens with Qwen's special tokens; any text can be encoded."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
+    )
+    trained = json.loads(bpe.to_str())["model"]
+    return Qwen2Tokenizer(
+        vocab=trained["vocab"],
+        merges=[tuple(merge) for merge in trained["merges"]],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS),
+    )
+
+
+def tiny_processor(family: str) -> ProcessorMixin:
+    """The family's own processor; one merged patch is 28 (Qwen2-VL, Qwen2.5-VL) or 32 pixels wide."""
+    tokenizer, template = tiny_tokenizer(), chat_template(family)
+    if family == "qwen3_vl":
+        pixels = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
+        return Qwen3VLProcessor(
+            Qwen2VLImageProcessor(size=pixels, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+            tokenizer,
+            Qwen3VLVideoProcessor(size={"shortest_edge": 4 * 32 * 32, "longest_edge": 32 * 64 * 64}),
+            chat_template=template,
+        )
+    pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
+    kind = Qwen2VLProcessor if family == "qwen2_vl" else Qwen2_5_VLProcessor
+    return kind(
+        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=template
+    )
+
+
+def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrainedModel:
+    """About 0.1 M random float32 weights: 2 text layers (3 for Qwen3-VL), grouped-query attention.
+
+    The weights are larger than transformers' initial ones, so that greedy tokens differ from step to step.
+    """
+    ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
+           ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
+    special = {
+        "image_token_id": ids["image_pad"],
+        "video_token_id": ids["video_pad"],
+        "vision_start_token_id": ids["vision_start"],
+        "vision_end_token_id": ids["vision_end"],
+    }
+    text = {
+        "vocab_size": 448,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3 if family == "qwen3_vl" else 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "bos_token_id": None,
+        "eos_token_id": ids["im_end"],
+        "pad_token_id": ids["endoftext"],
+    }
+    vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "initializer_range": 0.2}
+    torch.manual_seed(seed)
+    if family == "qwen2_vl":
+        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
+    elif family == "qwen2_5_vl":
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 56,
+                   "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
+        )
+    elif family == "qwen3_vl":
+        text["head_dim"] = 16
+        text["rope_parameters"]["mrope_interleaved"] = True
+        text.pop("bos_token_id")
+        vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
+                   "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+    else:
+        raise ValueError(f"family {family!r} is none of {FAMILIES}")
+    model.generation_config = GenerationConfig(
+        eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"], do_sample=False
+    )
+    return model.eval()
+
+
+def tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
+    """Writes model, processor and chat template of a family (see FAMILIES) into `folder`; returns it."""
+    processor = tiny_processor(family)
+    tiny_model(family, processor.tokenizer, seed).save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+    processor.save_pretrained(folder)
+    return Path(folder)
+
+
+def moving_square(frames: int = 8, height: int = 56, width: int = 56) -> np.ndarray:
+    """[T, H, W, 3] uint8: a red square crosses a grey field from left to right."""
+    clip = np.full((frames, height, width, 3), 96, np.uint8)
+    side = height // 4
+    for index in range(frames):
+        left = round(index * (width - side) / max(frames - 1, 1))
+        clip[index, side : 2 * side, left : left + side] = (220, 30, 30)
+    return clip
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: float = 8.0) -> Path:
+    """Writes `frames` [T, H, W, 3] uint8 (even H and W) as an H.264 MP4 at `fps`; returns the path."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("h264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]  # pyright: ignore[reportAttributeAccessIssue]
+        stream.pix_fmt = "yuv420p"  # pyright: ignore[reportAttributeAccessIssue]
+        for array in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")):  # pyright: ignore[reportAttributeAccessIssue]
+                container.mux(packet)
+        for packet in stream.encode(None):  # pyright: ignore[reportAttributeAccessIssue]
+            container.mux(packet)
+    return Path(path)
