@@ -1,0 +1,339 @@
+"""Every setting of the commands, as plain dataclasses. Importing this module imports neither torch nor transformers.
+
+A field carries its own help text; the command line, the recipes and the documentation read it from here. Building
+a settings object checks it: types first, then values and contradictions, and one ConfigError names all problems.
+
+`TGRPOConfig` and `SFTConfig` (in `video_r1.training`) mix these classes with `transformers.TrainingArguments`:
+
+    class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments)
+
+so every field of `TrainingArguments` is a setting too, with this project's default where one is named here.
+Settings that TRL's `GRPOConfig` has keep its names. Defaults are the paper's (arXiv 2503.21776) unless said otherwise.
+"""
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from video_r1.errors import ConfigError
+from video_r1.setting_types import describe_type, field_types, matches
+
+if TYPE_CHECKING:
+    from video_r1.data.media import FrameBudget
+
+Problem = tuple[str, str]
+"""The name of a setting, and what is wrong with its value and what to do."""
+
+SELF_REFLECTION_PHRASES = (
+    "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again", "on second thought",
+    "re-examine", "reconsider", "double-check", "verify", "actually,",
+)  # fmt: skip
+
+
+def setting(default: Any, help: str) -> Any:
+    """A dataclass field with its help text. Lists and dictionaries are copied for each object."""
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Base of all settings: checks itself when it is built. Raises ConfigError with every problem found."""
+
+    def __post_init__(self) -> None:
+        parent = getattr(super(), "__post_init__", None)  # TrainingArguments, when mixed with it
+        if parent is not None:
+            parent()
+        check_settings(self)
+
+    def problems(self) -> Iterator[Problem]:
+        """What is wrong with the values, given that their types are right. Overrides call super() first."""
+        yield from ()
+
+
+@dataclass(kw_only=True)
+class PromptSettings(Settings):
+    """Frames and prompts"""
+
+    fps: float = setting(2.0, "frames per second of clip to aim for")
+    min_frames: int = setting(4, "fewest frames of a video (a shorter clip gives what it has)")
+    max_frames: int = setting(16, "most frames of a video")
+    frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels")
+    image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels")
+    max_prompt_length: int = setting(16384, "longest prompt in tokens, visual tokens included; a longer one is skipped")
+    prompt_template: str | None = setting(None, "template file for the user's text (default: the built-in one)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels", "max_prompt_length")
+        if self.max_frames < self.min_frames:
+            yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it or lower min_frames"
+
+    def frame_budget(self, size_multiple: int) -> FrameBudget:
+        """The frame budget for a model whose frame sides are multiples of `size_multiple` (patch × merge) pixels."""
+        from video_r1.data.media import FrameBudget  # imports torch
+
+        return FrameBudget(
+            fps=self.fps, min_frames=self.min_frames, max_frames=self.max_frames, frame_pixels=self.frame_pixels,
+            image_pixels=self.image_pixels, size_multiple=size_multiple,
+        )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ModelSettings(Settings):
+    """Model"""
+
+    model_name_or_path: str | None = setting(None, "checkpoint folder or Hugging Face model id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the loaded weights")
+    attn_implementation: str | None = setting(None, "attention kernel, such as sdpa or flash_attention_2 (default: automatic)")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
+    freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
+    use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
+    lora_r: int = setting(64, "rank of the adapters")
+    lora_alpha: float = setting(128.0, "scale of the adapters; their output is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_target_modules: list[str] | None = setting(None, "modules to adapt (default: all linear layers of the language model)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "lora_r", "lora_alpha")
+        yield from within(self, "lora_dropout", 0, 1)
+        if self.lora_target_modules and not self.use_peft:
+            yield "lora_target_modules", "is set while use_peft is false; set use_peft to true or remove it"
+
+
+@dataclass(kw_only=True)
+class DataSettings(Settings):
+    """Data"""
+
+    train_manifest: str | None = setting(None, "training manifest: a JSON or JSON-lines file or a Hugging Face data set id")
+    eval_manifest: str | None = setting(None, "manifest for validation while training (with eval_strategy and eval_steps)")
+    media_root: str | None = setting(None, "folder that the manifest's paths are relative to (default: the manifest's folder)")
+    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(Settings):
+    """Training"""
+
+    output_dir: str | None = setting(None, "run folder: checkpoints, metrics.jsonl, rollouts.jsonl, config.yaml")
+    seed: int = setting(42, "seed of everything random")
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: str = setting("cosine", "learning-rate schedule")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm")
+    per_device_train_batch_size: int = setting(1, "questions per device and forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step")
+    num_train_epochs: float = setting(1.0, "passes over the training manifest")
+    max_steps: int = setting(-1, "optimizer steps; overrides num_train_epochs when above 0")
+    bf16: bool | None = setting(None, "bfloat16 mixed precision (default: where the device has it)")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    logging_steps: float = setting(1, "optimizer steps between two lines of metrics.jsonl")
+    save_steps: float = setting(100, "optimizer steps between two checkpoints")
+    report_to: str | list[str] | None = setting("none", "trackers: tensorboard, trackio, wandb, ...")
+    remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
+        yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            yield "num_train_epochs", f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0"
+        if self.remove_unused_columns:
+            yield "remove_unused_columns", "is true, which would remove the media and the answers; leave it false"
+
+
+@dataclass(kw_only=True)
+class SFTSettings(TrainingSettings):
+    """SFT"""
+
+    gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step")
+    max_response_length: int = setting(2048, "longest response (process and solution) in tokens; a longer one is skipped")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "max_response_length")
+
+
+@dataclass(kw_only=True)
+class TGRPOSettings(TrainingSettings):
+    """GRPO and T-GRPO"""
+
+    num_generations: int = setting(8, "G: completions per question with its frames in order")
+    num_shuffled_generations: int | None = setting(None, "completions with shuffled frames, for the temporal reward (default: G/2)")
+    max_completion_length: int = setting(768, "longest completion in tokens")
+    temperature: float = setting(1.0, "sampling temperature; the same one scales the trained log-probs")
+    top_p: float = setting(1.0, "nucleus sampling; 1 is off")
+    top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off")
+    beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model")
+    epsilon: float = setting(0.2, "clip range of the policy ratio")
+    epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
+    scale_rewards: Literal["group", "batch", "none"] = setting("group", "standard deviation that advantages are divided by")
+    num_iterations: int = setting(1, "updates on each batch of rollouts")
+    temporal_rule: Literal["margin", "threshold", "off"] = setting(
+        "margin", "temporal reward: alpha·(p − p_shuffled) if p is larger; alpha if p ≥ mu·p_shuffled (the paper's v4); off (GRPO)")
+    temporal_alpha: float = setting(0.3, "size of the temporal reward")
+    temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'")
+    correct_threshold: float = setting(0.5, "a response counts as correct above this accuracy reward")
+    length_reward: float = setting(0.2, "added to a correct response whose length is in length_range; 0 is off")
+    length_range: list[int] = setting([320, 512], "shortest and longest length in tokens that earn the length reward")
+    reward_weights: dict[str, float] = setting(
+        {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0}, "weight of each reward by name; one not named has 1")
+    self_reflection_phrases: list[str] = setting(list(SELF_REFLECTION_PHRASES), "phrases whose share in completions is logged")
+    log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
+    preflight_questions: int = setting(4, "questions tried before training, to stop when no reward is in reach; 0 is off")
+    use_vllm: bool = setting(False, "sample with vLLM instead of transformers (needs the extra 'vllm')")
+    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in the training process or a separate server")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.num_generations < 2:
+            yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions to compare"
+        if self.num_shuffled_generations is not None and self.num_shuffled_generations < 1 and self.temporal_rule != "off":
+            yield "num_shuffled_generations", (
+                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule!r}; "
+                "use at least 1, or temporal_rule off")
+        yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
+        yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu", "length_reward",
+                            "log_rollouts", "preflight_questions")  # fmt: skip
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it or leave it out"
+        yield from within(self, "correct_threshold", 0, 1)
+        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
+            yield "length_range", f"is {self.length_range}; it must be two token counts, the smaller one first"
+        elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
+            yield "length_range", (
+                f"starts at {self.length_range[0]} tokens, but a completion ends at {self.max_completion_length} "
+                "(max_completion_length), so the length reward can never be earned; lower it or set length_reward 0")
+
+    @property
+    def shuffled_generations(self) -> int:
+        """Completions sampled with shuffled frames per video question: 0 when the temporal reward is off."""
+        if self.temporal_rule == "off":
+            return 0
+        return max(1, self.num_generations // 2) if self.num_shuffled_generations is None else self.num_shuffled_generations
+
+
+@dataclass(kw_only=True)
+class DecodingSettings(PromptSettings):
+    """Decoding"""
+
+    frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
+    model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the loaded weights")
+    attn_implementation: str | None = setting(None, "attention kernel, such as sdpa or flash_attention_2 (default: automatic)")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
+    device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
+    engine: str = setting("transformers", "what samples: transformers")
+    max_new_tokens: int = setting(1024, "longest output in tokens")
+    temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
+    top_p: float = setting(0.001, "nucleus sampling; 1 is off")
+    seed: int = setting(42, "seed of sampling and of the shuffled orders")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "max_new_tokens")
+        yield from at_least(self, 0, "temperature")
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
+
+
+@dataclass(kw_only=True)
+class EvalSettings(DecodingSettings):
+    """Evaluation"""
+
+    manifest: str | None = setting(None, "manifest to evaluate on: a JSON or JSON-lines file or a Hugging Face data set id")
+    media_root: str | None = setting(None, "folder that the manifest's paths are relative to (default: the manifest's folder)")
+    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+    out: str | None = setting(None, "folder for the predictions and scores (default: runs/eval/<model>-<manifest>)")
+    frames: list[int] | None = setting(None, "frame counts to evaluate one after the other, such as 16,32,64 (default: max_frames)")
+    order: list[Literal["ordered", "shuffled"]] = setting(["ordered"], "frame orders; both give the temporal gap")
+    batch_size: int = setting(8, "questions generated together")
+    limit: int | None = setting(None, "evaluate the first N questions only")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "batch_size", "limit")
+        if self.frames is not None and (not self.frames or min(self.frames) < 1):
+            yield "frames", f"is {self.frames}; it must be one or more frame counts above 0"
+        if not self.order or len(set(self.order)) < len(self.order):
+            yield "order", f"is {self.order}; name ordered, shuffled or both, each once"
+
+    @property
+    def frame_counts(self) -> list[int]:
+        return [self.max_frames] if self.frames is None else self.frames
+
+
+@dataclass(kw_only=True)
+class AskSettings(DecodingSettings):
+    """Question"""
+
+    path: str | None = setting(None, "video or image file")
+    question: str | None = setting(None, "the question")
+    options: list[str] = setting([], "options of a multiple-choice question")
+    problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
+        None, "kind of answer wanted (default: multiple choice when there are options, else free-form)")
+    start: float | None = setting(None, "start of the window of the clip, in seconds")
+    end: float | None = setting(None, "end of the window of the clip, in seconds")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            yield "end", f"is {self.end} s, not after start ({self.start} s)"
+        if self.problem_type == "multiple choice" and len(self.options) < 2:
+            yield "options", f"has {len(self.options)} entries; a multiple-choice question needs at least 2"
+
+
+def positive(settings: Settings, *names: str) -> Iterator[Problem]:
+    """A problem for each named setting that is neither None nor above 0."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            yield name, f"is {value}; it must be above 0"
+
+
+def at_least(settings: Settings, least: float, *names: str) -> Iterator[Problem]:
+    """A problem for each named setting that is below `least`."""
+    for name in names:
+        if getattr(settings, name) < least:
+            yield name, f"is {getattr(settings, name)}; it must be at least {least}"
+
+
+def within(settings: Settings, name: str, low: float, high: float) -> Iterator[Problem]:
+    """A problem when the setting is not in [low, high)."""
+    if not low <= getattr(settings, name) < high:
+        yield name, f"is {getattr(settings, name)}; it must be at least {low} and below {high}"
+
+
+def check_settings(settings: Settings, where: Callable[[str], str] = lambda name: "") -> None:
+    """Check types, then values. `where` says where a setting came from, for the message. Raises ConfigError."""
+    found: list[Problem] = []
+    for name, hint in own_field_types(type(settings)).items():
+        value = getattr(settings, name)
+        if not matches(value, hint):
+            found.append((name, f"is {value!r}; it must be {describe_type(hint)}"))
+    if not found:
+        found += settings.problems()
+    raise_problems(found, where)
+
+
+def raise_problems(found: list[Problem], where: Callable[[str], str] = lambda name: "") -> None:
+    """Raise one ConfigError that lists the problems, each with its origin; return when there is none."""
+    if found:
+        lines = [f"{name}{where(name)} {text}" for name, text in dict(found).items()]
+        raise ConfigError("; ".join(lines) if len(lines) == 1 else f"{len(lines)} settings are wrong: " + "; ".join(lines))
+
+
+def own_field_types(kind: type) -> Mapping[str, Any]:
+    """Name and type of the fields declared by Settings classes, without those of classes they are mixed with."""
+    types: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if issubclass(base, Settings):
+            types.update(field_types(base))
+    return types
