@@ -35,3 +35,7 @@ class MediaError(VideoR1Error):
 
 class PromptError(VideoR1Error):
     """A question does not make a usable prompt, for example because it is over the token limit."""
+
+
+class RewardError(VideoR1Error):
+    """A reward function raised, or returned something that is no list of rewards."""

@@ -1,0 +1,112 @@
+"""Reward functions that a user brings along, with the signature that TRL's trainers use."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from video_r1.data.records import Sample
+from video_r1.errors import RewardError
+
+# reward(prompts=[str] * N, completions=[str] * N, completion_ids=…, <column>=…) -> N numbers or None
+RewardFunction = Callable[..., Sequence[float | None]]
+
+
+def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
+    """Every field of the samples as a column: the record fields, then what the manifest has beyond them.
+
+    A column that only some rows have holds None for the others.
+    """
+    columns = {
+        field.name: [getattr(sample, field.name) for sample in samples]
+        for field in fields(Sample)
+        if field.name != "extra"
+    }
+    extra_names = {name: None for sample in samples for name in sample.extra}
+    for name in extra_names:
+        columns.setdefault(name, [sample.extra.get(name) for sample in samples])
+    return columns
+
+
+def call_reward_function(
+    function: RewardFunction,
+    name: str,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    completion_ids: Sequence[Sequence[int]],
+    samples: Sequence[Sample],
+) -> Tensor:
+    """Rewards of N completions by a user's function, checked.
+
+    function: called once as `function(prompts=…, completions=…, completion_ids=…, **columns)`, every argument
+    a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply.
+    samples: the sample of each completion (length N).
+    Returns [N] float32, nan where the function gave None. Raises RewardError, which names the function and
+    the sample, when it raises, returns another number of rewards, or a reward that is no finite number.
+    """
+    arguments: dict[str, list[Any]] = {
+        **reward_columns(samples),
+        "prompts": list(prompts),
+        "completions": list(completions),
+        "completion_ids": [list(ids) for ids in completion_ids],
+    }
+    for column, values in arguments.items():
+        if len(values) != len(samples):
+            raise ValueError(f"{len(samples)} samples but {len(values)} {column}")
+    try:
+        rewards = function(**arguments)
+    except Exception as error:  # the function is the user's: whatever it raises is reported as its error
+        where = _culprit(function, arguments, samples)
+        raise RewardError(
+            f"reward function {name!r} raised {type(error).__name__}: {error} ({where})"
+        ) from error
+    try:
+        given = list(rewards)
+    except TypeError:
+        raise RewardError(
+            f"reward function {name!r} returned {type(rewards).__name__}; "
+            f"return a list with one number or None for each of the {len(samples)} completions"
+        ) from None
+    if len(given) != len(samples):
+        raise RewardError(
+            f"reward function {name!r} returned {len(given)} rewards for {len(samples)} completions "
+            f"of problem_id {_ids(samples)}; return one number or None for each"
+        )
+    return torch.tensor(
+        [_number(reward, name, sample) for reward, sample in zip(given, samples, strict=True)],
+        dtype=torch.float32,
+    )
+
+
+def _number(reward: Any, name: str, sample: Sample) -> float:
+    if reward is None:
+        return math.nan
+    try:
+        number = float(reward)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(
+            f"reward function {name!r} returned {reward!r} for problem_id {sample.problem_id!r}; "
+            "a reward is a finite number, or None where the function does not apply"
+        )
+    return number
+
+
+def _culprit(function: RewardFunction, arguments: Mapping[str, list[Any]], samples: Sequence[Sample]) -> str:
+    """Which sample makes the function raise, found by giving it one at a time."""
+    for row, sample in enumerate(samples):
+        try:
+            function(**{column: values[row : row + 1] for column, values in arguments.items()})
+        except Exception:  # noqa: BLE001 - the user's function again: this is the sample looked for
+            return f"problem_id {sample.problem_id!r}, completion {arguments['completions'][row][:200]!r}"
+    return f"with problem_id {_ids(samples)} together, not with any of them alone"
+
+
+def _ids(samples: Sequence[Sample]) -> str:
+    unique = list(dict.fromkeys(repr(sample.problem_id) for sample in samples))
+    return ", ".join(unique[:10]) + (", …" if len(unique) > 10 else "")

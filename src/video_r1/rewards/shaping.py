@@ -1,0 +1,89 @@
+"""Rewards beside correctness: format, frame order and length. Each function sees one question's group.
+
+G is the number of ordered responses to the question, H that of its shuffled ones.
+Source of the temporal and the length reward: T-GRPO, arXiv 2503.21776.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TemporalRule = Literal["margin", "threshold", "off"]
+
+_FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
+_TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+class TemporalReward(NamedTuple):
+    """bonus: [G] float32; p, p_shuffled: shares of correct ordered and shuffled responses.
+
+    `p_shuffled` is nan where the question has no shuffled responses.
+    """
+
+    bonus: Tensor
+    p: float
+    p_shuffled: float
+
+
+def format_reward(completion: str) -> float:
+    """1 when the whole completion is `<think>…</think>`, white space, `<answer>…</answer>`, else 0.
+
+    Each of the four tags has to occur exactly once: a second answer is no valid format.
+    """
+    once = all(completion.count(tag) == 1 for tag in _TAGS)
+    return float(once and _FORMAT.fullmatch(completion) is not None)
+
+
+def temporal_reward(
+    correct: Tensor,
+    correct_shuffled: Tensor,
+    rule: TemporalRule = "margin",
+    alpha: float = 0.3,
+    mu: float = 1.0,
+) -> TemporalReward:
+    """The reward for being right because of the frame order, added to correct ordered responses only.
+
+    correct: [G] bool; correct_shuffled: [H] bool, H = 0 for an image, which earns nothing.
+    margin:    r_t = α·(p − p̃) if p > p̃, else 0
+    threshold: r_t = α          if p ≥ μ·p̃, else 0   (arXiv 2503.21776 v4; μ = 1)
+    off:       r_t = 0
+    """
+    p = _share(correct)
+    p_shuffled = _share(correct_shuffled)
+    amount = 0.0
+    if len(correct_shuffled) > 0:
+        if rule == "margin":
+            amount = alpha * max(0.0, p - p_shuffled)
+        elif rule == "threshold":
+            # 0.8 × 3/4 is a rounding error above 3/5: shares are compared with more room than that.
+            amount = alpha if p >= mu * p_shuffled - 1e-9 else 0.0
+        elif rule != "off":
+            raise ValueError(f"unknown temporal rule {rule!r}; it is margin, threshold or off")
+    return TemporalReward(amount * correct.to(torch.float32), p, p_shuffled)
+
+
+def length_reward(
+    correct: Tensor, lengths: Tensor, omega: float = 0.2, shortest: int = 320, longest: int = 512
+) -> Tensor:
+    """ω for each correct response whose length lies in [shortest, longest] tokens, else 0.
+
+    correct: [G] bool; lengths: [G] int, tokens of each completion. Returns [G] float32.
+    """
+    if len(correct) != len(lengths):
+        raise ValueError(f"{len(correct)} responses but {len(lengths)} lengths")
+    inside = (lengths >= shortest) & (lengths <= longest)
+    return omega * (correct.to(torch.bool) & inside).to(torch.float32)
+
+
+def has_self_reflection(text: str, phrases: Sequence[str]) -> bool:
+    """Whether any of the phrases occurs in the text as whole words, in upper or lower case."""
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)
+
+
+def _share(correct: Tensor) -> float:
+    """Share of true entries as the quotient of two whole numbers, so that equal shares compare equal."""
+    return int(correct.sum()) / len(correct) if len(correct) else float("nan")

@@ -1,0 +1,164 @@
+"""The policy objective on packed completion tokens: pure tensors, no model.
+
+N completion tokens of R responses lie one response after another; `lengths` [R] says where each ends.
+
+    L = Σ_r w_r Σ_t [ −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·k3 ] ÷ normaliser
+
+ρ = π/π_old of the token, A the response's advantage, w and normaliser by the loss type. The normaliser is
+that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts add up to
+the loss of the whole.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+LossType = Literal["grpo", "dapo", "dr_grpo"]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyLoss:
+    """loss: scalar with gradient; the rest are detached scalars, means over this call's N tokens.
+
+    kl: k3 estimate against the reference (0 without one); clip_low / clip_high: share of tokens whose ratio
+    is clipped at 1 − ε (negative advantage) / at 1 + ε_high (positive advantage).
+    """
+
+    loss: Tensor
+    kl: Tensor
+    ratio: Tensor
+    clip_low: Tensor
+    clip_high: Tensor
+
+    @property
+    def clip_ratio(self) -> Tensor:
+        return self.clip_low + self.clip_high
+
+
+@dataclass(frozen=True, slots=True)
+class ImportanceWeights:
+    """weights: [N] detached; the rest are detached scalars over these tokens."""
+
+    weights: Tensor
+    mean_difference: Tensor  # mean |log π_trainer − log π_sampler|
+    max_difference: Tensor
+    share_capped: Tensor
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    advantages: Tensor,
+    lengths: Tensor,
+    *,
+    normaliser: float | Tensor,
+    loss_type: LossType = "grpo",
+    epsilon: float = 0.2,
+    epsilon_high: float | None = None,
+    beta: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    importance_weights: Tensor | None = None,
+) -> PolicyLoss:
+    """Clipped policy loss with a KL term.
+
+    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that was sampled, or None
+    on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int, sum N.
+    normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where gradients are averaged
+    over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta: weight of the KL; needs
+    ref_logprobs [N]. importance_weights: [N], multiplies the policy term of each token (see
+    `importance_weights`).
+    Raises ValueError when the lengths don't add up to N.
+    """
+    _check_sizes(logprobs, advantages, lengths)
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    token_advantages = torch.repeat_interleave(advantages, lengths, output_size=len(logprobs))  # [N]
+    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+
+    ratio = torch.exp(logprobs - old_logprobs)
+    clipped = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
+    token_loss = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
+    if importance_weights is not None:
+        token_loss = token_loss * importance_weights
+    kl = torch.zeros_like(logprobs)
+    if ref_logprobs is not None:
+        kl = k3_kl(logprobs, ref_logprobs)
+    if beta != 0.0:
+        if ref_logprobs is None:
+            raise ValueError("a KL weight other than 0 needs the reference's log-probabilities")
+        token_loss = token_loss + beta * kl
+
+    loss = _REDUCTIONS[loss_type](token_loss, lengths) / normaliser
+    with torch.no_grad():
+        low = (ratio < 1.0 - epsilon) & (token_advantages < 0)
+        high = (ratio > 1.0 + epsilon_high) & (token_advantages > 0)
+        return PolicyLoss(loss, _mean(kl), _mean(ratio), _mean(low), _mean(high))
+
+
+def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Per-token estimate of KL(π ‖ π_ref): exp(d) − d − 1 with d = log π_ref − log π (arXiv 2402.03300, eq. 4).
+
+    [N], [N] → [N], never negative.
+    """
+    difference = ref_logprobs - logprobs
+    return torch.expm1(difference) - difference
+
+
+def loss_normaliser(loss_type: LossType, responses: int, tokens: int, max_completion_length: int) -> float:
+    """What the sums of `loss_type` are divided by.
+
+    responses, tokens: of everything that one optimizer step sees, over all micro-batches and ranks.
+    grpo: responses; dapo: tokens; dr_grpo: responses × max_completion_length. At least 1.
+    """
+    if loss_type == "grpo":
+        return float(max(1, responses))
+    if loss_type == "dapo":
+        return float(max(1, tokens))
+    if loss_type == "dr_grpo":
+        return float(max(1, responses * max_completion_length))
+    raise ValueError(f"unknown loss type {loss_type!r}; it is grpo, dapo or dr_grpo")
+
+
+def importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> ImportanceWeights:
+    """Corrects for a sampler whose probabilities differ from the trainer's: min(π_trainer ÷ π_sampler, cap).
+
+    Truncated importance sampling, per token. trainer_logprobs: [N] of the trainer's model at sampling time
+    (old_logprobs); sampler_logprobs: [N] as the engine gave them. No gradient flows through the weights.
+    """
+    difference = (trainer_logprobs - sampler_logprobs).detach()
+    weights = torch.exp(difference)
+    largest = difference.abs().max() if len(difference) else difference.new_zeros(())
+    return ImportanceWeights(
+        weights.clamp(max=cap), _mean(difference.abs()), largest, _mean(weights > cap)
+    )
+
+
+def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:
+    """GRPO (arXiv 2402.03300) and T-GRPO (arXiv 2503.21776): each response counts alike."""
+    weights = torch.repeat_interleave(1.0 / lengths.to(token_loss.dtype), lengths, output_size=len(token_loss))
+    return (token_loss * weights).sum()
+
+
+def _sum_of_tokens(token_loss: Tensor, lengths: Tensor) -> Tensor:
+    """DAPO (arXiv 2503.14476): each token counts alike, divided by the tokens that there are.
+
+    Dr. GRPO (arXiv 2503.20783): the same sum, divided by a constant, so that long responses get no discount.
+    """
+    return token_loss.sum()
+
+
+_REDUCTIONS = {"grpo": _sum_of_response_means, "dapo": _sum_of_tokens, "dr_grpo": _sum_of_tokens}
+
+
+def _mean(values: Tensor) -> Tensor:
+    values = values.detach()
+    return (values if values.is_floating_point() else values.float()).sum() / max(1, len(values))
+
+
+def _check_sizes(logprobs: Tensor, advantages: Tensor, lengths: Tensor) -> None:
+    if len(advantages) != len(lengths):
+        raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
+    if int(lengths.sum()) != len(logprobs):
+        raise ValueError(f"the responses have {int(lengths.sum())} tokens but {len(logprobs)} log-probs came")
