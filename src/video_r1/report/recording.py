@@ -1,0 +1,120 @@
+"""What a run writes down for people to look at: sampled groups with their frames."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from video_r1.rollout.engine import Rollout, RolloutGroup
+
+JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
+
+
+def save_strip(frames: Tensor, path: Path, max_tile: int = 112) -> dict[str, Any]:
+    """Writes frames side by side, first to last, as one JPEG; makes the folder where it is missing.
+
+    frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_tile` pixels; small frames are not scaled
+    up. Returns the `frames` object of rollouts.jsonl without its timestamps: `strip` (folder and file name,
+    relative to the run), `count` (T), `width` and `height` (of one tile, pixels). Raises ValueError when
+    `frames` has another shape or dtype, OSError when the file cannot be written.
+    """
+    if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0 or str(frames.dtype) != "torch.uint8":
+        found = f"{list(frames.shape)} {frames.dtype}"
+        raise ValueError(f"frames have to be [T, 3, H, W] uint8 with T > 0, found {found}")
+    count, _, height, width = frames.shape
+    scale = min(1.0, max_tile / max(height, width), JPEG_SIDE_LIMIT / (count * width))
+    tile = (max(1, int(width * scale)), max(1, int(height * scale)))
+    strip = np.empty((tile[1], count * tile[0], 3), dtype=np.uint8)
+    for i, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
+        image = Image.fromarray(np.ascontiguousarray(frame))
+        if image.size != tile:
+            image = image.resize(tile, Image.Resampling.LANCZOS)
+        strip[:, i * tile[0] : (i + 1) * tile[0]] = np.asarray(image)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Without chroma subsampling a tile's colours do not bleed into its neighbour.
+    Image.fromarray(strip).save(path, "JPEG", quality=82, subsampling=0, optimize=True)
+    return {"strip": f"{path.parent.name}/{path.name}", "count": count, "width": tile[0], "height": tile[1]}
+
+
+def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuffled: float | None) -> None:
+    """Appends one group to `run_dir`/rollouts.jsonl and saves its frames in `run_dir`/frames.
+
+    p, p_shuffled: shares of correct completions with ordered and with shuffled frames (None: not sampled).
+    Raises OSError when the folder cannot be written.
+    """
+    sample, media = group.sample, group.prompt.media
+    frames = save_strip(media.frames, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
+    frames["timestamps"] = [round(float(t), 3) for t in media.timestamps]
+    permutation = group.shuffled_prompt.permutation if group.shuffled_prompt else None
+    ordered = _completions(group.ordered, group.rewards)
+    for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
+        record["total"], record["advantage"] = _number(total), _number(advantage)
+    line = {
+        "step": step,
+        "problem_id": sample.problem_id,
+        "problem": sample.problem,
+        "problem_type": sample.problem_type,
+        "data_type": sample.data_type,
+        "options": list(sample.options),
+        "answer": sample.answer,
+        "data_source": sample.data_source,
+        # The whole path would tell a reader of the report how its writer's disk is arranged.
+        "path": "/".join(PurePath(sample.path).parts[-2:]),
+        "frames": frames,
+        "permutation": None if permutation is None else [int(i) for i in permutation],
+        "ordered": ordered,
+        "shuffled": _completions(group.shuffled, group.shuffled_rewards),
+        "p": p,
+        "p_shuffled": p_shuffled,
+    }
+    append_line(run_dir / "rollouts.jsonl", line)
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line. A half-written last line, left by a killed run, stays a line of its own."""
+    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                data = b"\n" + data
+        file.write(data)
+
+
+def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> list[dict[str, Any]]:
+    for name, values in rewards.items():
+        if len(values) != len(rollouts):
+            raise ValueError(f"reward {name!r} has {len(values)} values for {len(rollouts)} completions")
+    return [
+        {
+            "text": rollout.text,
+            "tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "rewards": {name: _number(values[i]) for name, values in rewards.items()},
+        }
+        for i, rollout in enumerate(rollouts)
+    ]
+
+
+def _number(value: Tensor) -> float | None:
+    """A float with six decimals, None where it is not finite (JSON has no NaN)."""
+    number = float(value)
+    return round(number, 6) if math.isfinite(number) else None
+
+
+def _file_name(problem_id: str | int) -> str:
+    """A problem id as part of a file name: letters, digits, `._-` only, unique also where it was changed."""
+    text = str(problem_id)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
+    if name != text:
+        name += "-" + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return name
