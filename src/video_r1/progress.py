@@ -1,0 +1,110 @@
+"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from types import TracebackType
+from typing import Any, Generic, TextIO, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(Generic[T]):
+    """What `progress` returns. Iterate over it, or call `update` yourself inside a `with` block."""
+
+    def __init__(self, items: Iterable[T] | None, total: int | None, description: str, unit: str,
+                 stream: TextIO) -> None:
+        self.items, self.total, self.description, self.unit = items, total, description, unit
+        self.done = 0
+        self._stream = stream
+        self._started = self._last_line = time.monotonic()
+        self._note = ""
+        self._closed = False
+        self._bar = (tqdm(total=total, desc=description, unit=unit, file=stream, dynamic_ncols=True)
+                     if stream.isatty() else None)
+
+    def update(self, count: int = 1, **figures: Any) -> None:
+        """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
+        self.done += count
+        if figures:
+            self._note = ", ".join(f"{name} {value}" for name, value in figures.items())
+        if self._bar is not None:
+            if figures:
+                self._bar.set_postfix_str(self._note, refresh=False)
+            self._bar.update(count)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._print_line()
+
+    def close(self) -> None:
+        """Ends the bar, or prints the last line. Calling it twice does nothing more."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._bar is not None:
+            self._bar.close()
+        else:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = max(self._last_line - self._started, 1e-9)
+        rate = self.done / elapsed
+        of_total = f"/{self.total}" if self.total is not None else ""
+        left = self.total - self.done if self.total is not None else 0
+        if left > 0 and rate > 0 and not self._closed:
+            when = f"{_clock(left / rate)} left"
+        else:
+            when = f"{_clock(elapsed)} taken"
+        speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s/{self.unit}"
+        note = f", {self._note}" if self._note else ""
+        print(f"{self.description}: {self.done}{of_total} {self.unit}, {speed}, {when}{note}",
+              file=self._stream, flush=True)
+
+    def __iter__(self) -> Iterator[T]:
+        if self.items is None:
+            raise TypeError("a count has no items to iterate over: call update() instead")
+        with self:
+            for item in self.items:
+                yield item
+                self.update()
+
+    def __enter__(self) -> Progress[T]:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def progress(items: Iterable[T] | int, description: str, unit: str = "items", total: int | None = None,
+             stream: TextIO | None = None) -> Progress[T]:
+    """Shows how far long work has come, with its rate and the time left.
+
+    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and one
+    at the end. It writes to standard error unless `stream` is given.
+
+        for sample in progress(samples, "decoding", "clips"): ...
+
+        with progress(1200, "training", "steps") as bar:
+            bar.update(loss=0.31)
+
+    Args:
+        items: what to iterate over, or the number of units when the caller counts with `update`.
+        total: number of units, for an iterable without a length.
+    """
+    if isinstance(items, int):
+        return Progress(None, items, description, unit, stream or sys.stderr)
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    return Progress(items, total, description, unit, stream or sys.stderr)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
