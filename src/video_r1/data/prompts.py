@@ -1,16 +1,58 @@
-"""Prompts: the only templates, and a Sample's model inputs in one frame order."""
+"""Prompts: the only templates, and a Sample's model inputs in one frame order.
+
+A template is plain text with the placeholders `{question}`, `{options}` and `{hint}` (`{{` and `}}` stand for
+single braces). A line that holds only `{options}` is left out when the question has none. A template file may
+also replace the answer hints, one line a problem type, anywhere in the file:
+
+    {question}
+    {options}
+    Think first, then answer. {hint}
+    #hint multiple choice: Answer with one letter.
+    #hint OCR: Answer with the text that you read.
+
+Types without such a line keep the hint of `ANSWER_HINTS`.
+"""
 from __future__ import annotations
 
+import string
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from video_r1.data.media import Media
+from video_r1.data.records import ProblemType, Sample
+from video_r1.errors import ConfigError, PromptError
+
+# Few words on purpose: small models with their own tokenizer read the same text.
+INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
+ANSWER_HINTS: dict[ProblemType, str] = {
+    "multiple choice": "Give the letter only.",
+    "numerical": "Give a number.",
+    "OCR": "Give the text.",
+    "free-form": "Give a sentence.",
+    "regression": "Give a number.",
+}
+DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
+PLACEHOLDERS = ("question", "options", "hint")
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
+    """One question's model inputs in one frame order.
+
+    input_ids: [P] int64, the chat with its visual placeholders expanded.
+    features: what the model's forward takes besides ids and mask, for this prompt alone: `pixel_values`
+        [patches, dim] float32 and `image_grid_thw` [1, 3] for an image, `pixel_values_videos` and
+        `video_grid_thw` for a video, `second_per_grid_ts` [1] float32 (Qwen2.5-VL), `mm_token_type_ids` [P].
+    media: the frames in the order in which the model sees them.
+    permutation: [T] int64, tile i shows frame permutation[i]; None for the clip's own order.
+    messages: the chat, for engines that tokenise themselves.
+    """
+
     input_ids: Tensor
     features: dict[str, Tensor]
     media: Media
@@ -18,5 +60,200 @@ class Prompt:
     messages: list[dict[str, Any]]
 
     @property
-    def order(self) -> str:
+    def order(self) -> Literal["ordered", "shuffled"]:
         return "ordered" if self.permutation is None else "shuffled"
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type."""
+
+    text: str
+    hints: Mapping[ProblemType, str]
+
+    def render(self, sample: Sample) -> str:
+        text = self.text if sample.options else _without_options_line(self.text)
+        return text.format(
+            question=sample.problem, options="\n".join(sample.options), hint=self.hints[sample.problem_type]
+        )
+
+
+def load_template(path: str | Path | None) -> Template:
+    """Reads a template file (format in the module's docstring); None gives the built-in template.
+
+    Raises ConfigError, which names the file and what is wrong in it.
+    """
+    if path is None:
+        return Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
+    hints = dict(ANSWER_HINTS)
+    for line in (line for line in lines if line.startswith("#hint ")):
+        problem_type, colon, hint = line.removeprefix("#hint ").partition(":")
+        if not colon or problem_type.strip() not in get_args(ProblemType):
+            raise ConfigError(
+                f"prompt template {path}: {line!r} must read '#hint TYPE: words', with a TYPE of "
+                f"{', '.join(get_args(ProblemType))}"
+            )
+        hints[problem_type.strip()] = hint.strip()  # type: ignore[index]
+    text = "\n".join(line for line in lines if not line.startswith("#hint "))
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+    except ValueError as error:
+        raise ConfigError(
+            f"prompt template {path}: {error}; write {{{{ and }}}} for braces that are no placeholder"
+        ) from error
+    for field in fields:
+        if field not in PLACEHOLDERS:
+            raise ConfigError(
+                f"prompt template {path}: unknown placeholder {{{field}}}; known are "
+                f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
+            )
+    if "question" not in fields or "options" not in fields:
+        raise ConfigError(f"prompt template {path}: it must contain {{question}} and {{options}}")
+    return Template(text, hints)
+
+
+def _without_options_line(text: str) -> str:
+    return "\n".join(line for line in text.splitlines() if line.strip() != "{options}")
+
+
+def response_text(sample: Sample) -> str:
+    """The response that SFT teaches: the rationale, then the tagged answer.
+
+    Raises PromptError when the sample has no `process`.
+    """
+    if not sample.process:
+        raise PromptError(f"question {sample.problem_id!r} has no `process`; SFT needs a rationale")
+    return f"{sample.process.strip()}\n{sample.solution.strip()}"
+
+
+def video_metadata(media: Media) -> dict[str, Any]:
+    """What a Hugging Face video processor has to know of frames that are sampled already.
+
+    The clock runs in seconds (`fps` 1), so that a frame's index is its timestamp and the processors' own
+    formulas give the real sampling rate (T / duration) and the real timestamps.
+    """
+    return {
+        "total_num_frames": media.duration,
+        "fps": 1.0,
+        "duration": media.duration,
+        "frames_indices": media.timestamps.tolist(),
+        "height": media.frames.shape[-2],
+        "width": media.frames.shape[-1],
+    }
+
+
+class PromptBuilder:
+    """Turns samples and their frames into model inputs, with the model's own processor and chat template.
+
+    processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor with a chat template.
+    template: path of a template file; None for the built-in template.
+    max_prompt_length: tokens, visual ones included. A longer prompt is an error, it is never cut.
+    """
+
+    def __init__(
+        self, processor: Any, template: str | Path | None = None, max_prompt_length: int = 16384
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = load_template(template)
+        self.max_prompt_length = max_prompt_length
+        self.end_token_id = end_token_id(self.tokenizer)
+        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        self._special_tokens = sorted(special | set(self.tokenizer.all_special_tokens))
+        videos: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
+        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+            videos["cap_pixels_per_frame"] = False  # concerns resizing only; unset, it warns
+        self._video_settings = videos
+        self._image_settings = {"do_resize": False, "return_tensors": "pt"}
+
+    def question(self, sample: Sample) -> str:
+        """The user's text: question, options, instruction and answer hint.
+
+        Raises PromptError when the record's text holds one of the tokenizer's special tokens.
+        """
+        text = self.template.render(sample)
+        self._refuse_special_tokens(text, sample)
+        return text
+
+    def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
+        """The prompt of a question; `permutation` [T] shuffles its frames and leaves all else as it is.
+
+        Raises PromptError: over `max_prompt_length`, frames that do not fit the model's patches, a video
+        without duration, special tokens in the question's text.
+        """
+        if permutation is not None:
+            media = media.reordered(permutation)
+        content = [{"type": media.kind}, {"type": "text", "text": self.question(sample)}]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        features = dict(self._encode(text, sample, media))
+        input_ids = features.pop("input_ids")[0]
+        features.pop("attention_mask", None)
+        if "mm_token_type_ids" in features:
+            features["mm_token_type_ids"] = features["mm_token_type_ids"][0]
+        if len(input_ids) > self.max_prompt_length:
+            raise PromptError(
+                f"question {sample.problem_id!r}: its prompt has {len(input_ids)} tokens, "
+                f"{self.visual_tokens(input_ids)} of them visual; the limit (max_prompt_length) is "
+                f"{self.max_prompt_length}. Take fewer or smaller frames, or raise the limit"
+            )
+        return Prompt(input_ids, features, media, permutation, messages)
+
+    def build_with_response(self, sample: Sample, media: Media, response: str) -> tuple[Prompt, Tensor]:
+        """The ordered prompt and the response's token ids [L] int64, the end-of-turn token included.
+
+        Raises PromptError as `build` does, and for an empty response or special tokens in it.
+        """
+        if not response.strip():
+            raise PromptError(f"question {sample.problem_id!r}: its response is empty")
+        self._refuse_special_tokens(response, sample)
+        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
+
+    def visual_tokens(self, input_ids: Tensor) -> int:
+        """How many of `input_ids` are image or video placeholders."""
+        kinds = (self.processor.image_token_id, self.processor.video_token_id)
+        return int(torch.isin(input_ids, torch.tensor(kinds)).sum())
+
+    def _encode(self, text: str, sample: Sample, media: Media) -> Mapping[str, Any]:
+        self._check_frames(sample, media)
+        if media.kind == "image":
+            return self.processor(text=[text], images=[media.frames[0]], **self._image_settings)
+        encoded = self.processor(
+            text=[text], videos=[media.frames], video_metadata=[video_metadata(media)], **self._video_settings
+        )
+        encoded.pop("video_metadata", None)
+        return encoded
+
+    def _check_frames(self, sample: Sample, media: Media) -> None:
+        part = self.processor.image_processor if media.kind == "image" else self.processor.video_processor
+        multiple = part.patch_size * part.merge_size
+        height, width = media.frames.shape[-2:]
+        if height % multiple or width % multiple:
+            raise PromptError(
+                f"question {sample.problem_id!r}: frames of {width} x {height} pixels do not fit the model, "
+                f"whose sides are multiples of {multiple} (size_multiple of the frame budget)"
+            )
+        if media.kind == "video" and not media.duration > 0:
+            raise PromptError(
+                f"question {sample.problem_id!r}: its clip lasts {media.duration} seconds, "
+                "so it has no sampling rate"
+            )
+
+    def _refuse_special_tokens(self, text: str, sample: Sample) -> None:
+        found = [token for token in self._special_tokens if token in text]
+        if found:
+            raise PromptError(
+                f"question {sample.problem_id!r}: its text holds the model's special token {found[0]!r}, "
+                "which would break the chat; remove it from the record"
+            )
+
+
+def end_token_id(tokenizer: Any) -> int:
+    """The token that ends the assistant's turn: `<|im_end|>` where the tokenizer has it, else its EOS."""
+    turn_end = tokenizer.get_vocab().get("<|im_end|>")
+    return tokenizer.eos_token_id if turn_end is None else turn_end
