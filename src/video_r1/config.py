@@ -1,19 +1,19 @@
-"""Every setting of the commands, as plain dataclasses. Importing this module imports neither torch nor transformers.
+"""Every setting of the commands, as plain dataclasses. Importing this module does not import torch.
 
-A field carries its own help text; the command line, the recipes and the documentation read it from here. Building
-a settings object checks it: types first, then values and contradictions, and one ConfigError names all problems.
+A field carries its own help text; the command line reads it from here. Building a settings object checks it:
+types first, then values and contradictions, and one ConfigError names all problems.
 
-`TGRPOConfig` and `SFTConfig` (in `video_r1.training`) mix these classes with `transformers.TrainingArguments`:
+The trainers' configs mix these classes with `transformers.TrainingArguments`:
 
     class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments)
 
 so every field of `TrainingArguments` is a setting too, with this project's default where one is named here.
-Settings that TRL's `GRPOConfig` has keep its names. Defaults are the paper's (arXiv 2503.21776) unless said otherwise.
+Settings that TRL's `GRPOConfig` has keep its names. Defaults are those of the paper (arXiv 2503.21776).
 """
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,8 +27,8 @@ Problem = tuple[str, str]
 """The name of a setting, and what is wrong with its value and what to do."""
 
 SELF_REFLECTION_PHRASES = (
-    "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again", "on second thought",
-    "re-examine", "reconsider", "double-check", "verify", "actually,",
+    "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
+    "on second thought", "re-examine", "reconsider", "double-check", "verify", "actually,",
 )  # fmt: skip
 
 
@@ -63,39 +63,51 @@ class PromptSettings(Settings):
     max_frames: int = setting(16, "most frames of a video")
     frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels")
     image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels")
-    max_prompt_length: int = setting(16384, "longest prompt in tokens, visual tokens included; a longer one is skipped")
-    prompt_template: str | None = setting(None, "template file for the user's text (default: the built-in one)")
+    max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped")
+    prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels", "max_prompt_length")
+        yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
+        yield from positive(self, "max_prompt_length")
         if self.max_frames < self.min_frames:
-            yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it or lower min_frames"
+            yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it"
 
     def frame_budget(self, size_multiple: int) -> FrameBudget:
-        """The frame budget for a model whose frame sides are multiples of `size_multiple` (patch × merge) pixels."""
+        """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
         from video_r1.data.media import FrameBudget  # imports torch
 
         return FrameBudget(
-            fps=self.fps, min_frames=self.min_frames, max_frames=self.max_frames, frame_pixels=self.frame_pixels,
-            image_pixels=self.image_pixels, size_multiple=size_multiple,
-        )  # fmt: skip
+            fps=self.fps,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            frame_pixels=self.frame_pixels,
+            image_pixels=self.image_pixels,
+            size_multiple=size_multiple,
+        )
 
 
 @dataclass(kw_only=True)
-class ModelSettings(Settings):
+class LoadingSettings(Settings):
+    """Loading"""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
+    attn_implementation: str | None = setting(None, "attention kernel: sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
+
+
+@dataclass(kw_only=True)
+class ModelSettings(LoadingSettings):
     """Model"""
 
     model_name_or_path: str | None = setting(None, "checkpoint folder or Hugging Face model id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the loaded weights")
-    attn_implementation: str | None = setting(None, "attention kernel, such as sdpa or flash_attention_2 (default: automatic)")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
     freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
     use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
     lora_r: int = setting(64, "rank of the adapters")
-    lora_alpha: float = setting(128.0, "scale of the adapters; their output is multiplied by lora_alpha / lora_r")
+    lora_alpha: float = setting(128.0, "their output is multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
-    lora_target_modules: list[str] | None = setting(None, "modules to adapt (default: all linear layers of the language model)")
+    lora_target_modules: list[str] | None = setting(
+        None, "modules to adapt (default: all linear layers of the language model)")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -106,20 +118,26 @@ class ModelSettings(Settings):
 
 
 @dataclass(kw_only=True)
-class DataSettings(Settings):
+class ManifestSettings(Settings):
+    """Manifest"""
+
+    media_root: str | None = setting(None, "folder that media paths start at (default: the manifest's)")
+    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+
+
+@dataclass(kw_only=True)
+class DataSettings(ManifestSettings):
     """Data"""
 
-    train_manifest: str | None = setting(None, "training manifest: a JSON or JSON-lines file or a Hugging Face data set id")
-    eval_manifest: str | None = setting(None, "manifest for validation while training (with eval_strategy and eval_steps)")
-    media_root: str | None = setting(None, "folder that the manifest's paths are relative to (default: the manifest's folder)")
-    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+    train_manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")
 
 
 @dataclass(kw_only=True)
 class TrainingSettings(Settings):
     """Training"""
 
-    output_dir: str | None = setting(None, "run folder: checkpoints, metrics.jsonl, rollouts.jsonl, config.yaml")
+    output_dir: str | None = setting(None, "run folder: checkpoints, metrics, recorded rollouts")
     seed: int = setting(42, "seed of everything random")
     learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
     lr_scheduler_type: str = setting("cosine", "learning-rate schedule")
@@ -141,9 +159,10 @@ class TrainingSettings(Settings):
         yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
         yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            yield "num_train_epochs", f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0"
+            yield "num_train_epochs", (
+                f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0")
         if self.remove_unused_columns:
-            yield "remove_unused_columns", "is true, which would remove the media and the answers; leave it false"
+            yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
 
 
 @dataclass(kw_only=True)
@@ -151,7 +170,7 @@ class SFTSettings(TrainingSettings):
     """SFT"""
 
     gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step")
-    max_response_length: int = setting(2048, "longest response (process and solution) in tokens; a longer one is skipped")
+    max_response_length: int = setting(2048, "longest response in tokens; longer ones are skipped")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -163,7 +182,7 @@ class TGRPOSettings(TrainingSettings):
     """GRPO and T-GRPO"""
 
     num_generations: int = setting(8, "G: completions per question with its frames in order")
-    num_shuffled_generations: int | None = setting(None, "completions with shuffled frames, for the temporal reward (default: G/2)")
+    num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     max_completion_length: int = setting(768, "longest completion in tokens")
     temperature: float = setting(1.0, "sampling temperature; the same one scales the trained log-probs")
     top_p: float = setting(1.0, "nucleus sampling; 1 is off")
@@ -172,63 +191,65 @@ class TGRPOSettings(TrainingSettings):
     epsilon: float = setting(0.2, "clip range of the policy ratio")
     epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
-    scale_rewards: Literal["group", "batch", "none"] = setting("group", "standard deviation that advantages are divided by")
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "whose standard deviation advantages are divided by")
     num_iterations: int = setting(1, "updates on each batch of rollouts")
     temporal_rule: Literal["margin", "threshold", "off"] = setting(
-        "margin", "temporal reward: alpha·(p − p_shuffled) if p is larger; alpha if p ≥ mu·p_shuffled (the paper's v4); off (GRPO)")
+        "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none")
     temporal_alpha: float = setting(0.3, "size of the temporal reward")
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'")
     correct_threshold: float = setting(0.5, "a response counts as correct above this accuracy reward")
-    length_reward: float = setting(0.2, "added to a correct response whose length is in length_range; 0 is off")
-    length_range: list[int] = setting([320, 512], "shortest and longest length in tokens that earn the length reward")
+    length_reward: float = setting(0.2, "added to a correct response of a length in length_range")
+    length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
-        {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0}, "weight of each reward by name; one not named has 1")
-    self_reflection_phrases: list[str] = setting(list(SELF_REFLECTION_PHRASES), "phrases whose share in completions is logged")
+        {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
+        "weight of each reward by name; one that is not named has 1")
+    self_reflection_phrases: list[str] = setting(
+        list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged")
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
-    preflight_questions: int = setting(4, "questions tried before training, to stop when no reward is in reach; 0 is off")
+    preflight_questions: int = setting(4, "questions tried first, to stop when no reward is in reach")
     use_vllm: bool = setting(False, "sample with vLLM instead of transformers (needs the extra 'vllm')")
-    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in the training process or a separate server")
+    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in this process or as a server")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.num_generations < 2:
-            yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions to compare"
-        if self.num_shuffled_generations is not None and self.num_shuffled_generations < 1 and self.temporal_rule != "off":
+            yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
+        if self.temporal_rule != "off" and self.shuffled_generations < 1:
             yield "num_shuffled_generations", (
-                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule!r}; "
+                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
                 "use at least 1, or temporal_rule off")
         yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
-        yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu", "length_reward",
-                            "log_rollouts", "preflight_questions")  # fmt: skip
+        yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
+        yield from at_least(self, 0, "length_reward", "log_rollouts", "preflight_questions")
         if not 0 < self.top_p <= 1:
             yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
-            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it or leave it out"
+            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         yield from within(self, "correct_threshold", 0, 1)
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
-            yield "length_range", f"is {self.length_range}; it must be two token counts, the smaller one first"
+            yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
             yield "length_range", (
-                f"starts at {self.length_range[0]} tokens, but a completion ends at {self.max_completion_length} "
-                "(max_completion_length), so the length reward can never be earned; lower it or set length_reward 0")
+                f"starts at {self.length_range[0]} tokens, above max_completion_length "
+                f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0")
 
     @property
     def shuffled_generations(self) -> int:
         """Completions sampled with shuffled frames per video question: 0 when the temporal reward is off."""
         if self.temporal_rule == "off":
             return 0
-        return max(1, self.num_generations // 2) if self.num_shuffled_generations is None else self.num_shuffled_generations
+        if self.num_shuffled_generations is not None:
+            return self.num_shuffled_generations
+        return max(1, self.num_generations // 2)
 
 
 @dataclass(kw_only=True)
-class DecodingSettings(PromptSettings):
+class DecodingSettings(PromptSettings, LoadingSettings):
     """Decoding"""
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the loaded weights")
-    attn_implementation: str | None = setting(None, "attention kernel, such as sdpa or flash_attention_2 (default: automatic)")
-    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
     engine: str = setting("transformers", "what samples: transformers")
     max_new_tokens: int = setting(1024, "longest output in tokens")
@@ -245,15 +266,14 @@ class DecodingSettings(PromptSettings):
 
 
 @dataclass(kw_only=True)
-class EvalSettings(DecodingSettings):
+class EvalSettings(DecodingSettings, ManifestSettings):
     """Evaluation"""
 
-    manifest: str | None = setting(None, "manifest to evaluate on: a JSON or JSON-lines file or a Hugging Face data set id")
-    media_root: str | None = setting(None, "folder that the manifest's paths are relative to (default: the manifest's folder)")
-    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
-    out: str | None = setting(None, "folder for the predictions and scores (default: runs/eval/<model>-<manifest>)")
-    frames: list[int] | None = setting(None, "frame counts to evaluate one after the other, such as 16,32,64 (default: max_frames)")
-    order: list[Literal["ordered", "shuffled"]] = setting(["ordered"], "frame orders; both give the temporal gap")
+    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    out: str | None = setting(None, "folder for predictions and scores")
+    frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
+    order: list[Literal["ordered", "shuffled"]] = setting(
+        ["ordered"], "frame orders to evaluate; both together give the temporal gap")
     batch_size: int = setting(8, "questions generated together")
     limit: int | None = setting(None, "evaluate the first N questions only")
 
@@ -311,27 +331,28 @@ def within(settings: Settings, name: str, low: float, high: float) -> Iterator[P
         yield name, f"is {getattr(settings, name)}; it must be at least {low} and below {high}"
 
 
-def check_settings(settings: Settings, where: Callable[[str], str] = lambda name: "") -> None:
-    """Check types, then values. `where` says where a setting came from, for the message. Raises ConfigError."""
-    found: list[Problem] = []
-    for name, hint in own_field_types(type(settings)).items():
-        value = getattr(settings, name)
-        if not matches(value, hint):
-            found.append((name, f"is {value!r}; it must be {describe_type(hint)}"))
-    if not found:
-        found += settings.problems()
-    raise_problems(found, where)
+def check_settings(settings: Settings) -> None:
+    """Check types, then values. Raises ConfigError with all problems."""
+    types = own_field_types(type(settings))
+    found = [
+        (name, f"is {getattr(settings, name)!r}; it must be {describe_type(hint)}")
+        for name, hint in types.items()
+        if not matches(getattr(settings, name), hint)
+    ]
+    raise_problems(found or list(settings.problems()))
 
 
-def raise_problems(found: list[Problem], where: Callable[[str], str] = lambda name: "") -> None:
-    """Raise one ConfigError that lists the problems, each with its origin; return when there is none."""
+def raise_problems(found: list[Problem], origins: Mapping[str, str] | None = None) -> None:
+    """Raise one ConfigError that lists the problems, if any, each with where its setting came from."""
     if found:
-        lines = [f"{name}{where(name)} {text}" for name, text in dict(found).items()]
-        raise ConfigError("; ".join(lines) if len(lines) == 1 else f"{len(lines)} settings are wrong: " + "; ".join(lines))
+        origins = origins or {}
+        lines = (f"{name} ({origins[name]})" if name in origins else name for name, _ in found)
+        text = "; ".join(f"{line} {problem}" for line, (_, problem) in zip(lines, found, strict=True))
+        raise ConfigError(text, tuple(found))
 
 
 def own_field_types(kind: type) -> Mapping[str, Any]:
-    """Name and type of the fields declared by Settings classes, without those of classes they are mixed with."""
+    """Name and type of the fields that Settings classes declare, without those of classes mixed in."""
     types: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, Settings):

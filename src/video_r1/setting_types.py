@@ -32,7 +32,7 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`. An int is a float, a bool is neither; a tuple may stand for a list."""
+    """Whether `value` is of the type `hint`. An int is a float, a bool is neither; a tuple is a list."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -43,10 +43,12 @@ def matches(value: Any, hint: Any) -> bool:
     if hint is None or hint is type(None):
         return value is None
     if origin is list or hint is list:
-        return isinstance(value, list | tuple) and (not arguments or all(matches(v, arguments[0]) for v in value))
+        item = arguments[0] if arguments else Any
+        return isinstance(value, list | tuple) and all(matches(v, item) for v in value)
     if origin is dict or hint is dict:
-        return isinstance(value, Mapping) and (
-            not arguments or all(matches(k, arguments[0]) and matches(v, arguments[1]) for k, v in value.items()))
+        key, item = arguments or (Any, Any)
+        return isinstance(value, Mapping) and all(
+            matches(k, key) and matches(v, item) for k, v in value.items())
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)
@@ -58,11 +60,10 @@ def takes_list(hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """The type in words, as it is written in messages and in the help: `int`, `float or none`, `margin | off`."""
+    """The type in words, for messages and the help: `int`, `float or none`, `margin | off`."""
     options = alternatives(hint)
     if len(options) > 1:
-        last = [option for option in options if option is type(None)]
-        return " or ".join(describe_type(option) for option in [*(o for o in options if o not in last), *last])
+        return " or ".join(describe_type(o) for o in sorted(options, key=lambda o: o is type(None)))
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return " | ".join(str(choice) for choice in arguments)
@@ -81,7 +82,8 @@ def parse(value: Any, hint: Any) -> Any:
     """Turn a recipe's or an option's value into the type `hint`.
 
     Text is read by the type: numbers (also `1e-6`, which YAML leaves as text), `true`/`false`, `none`, lists
-    (`a,b` or `[a, b]`), mappings (`{accuracy: 1, format: 0.5}` or `accuracy=1,format=0.5`). Raises ValueError.
+    (`a,b` or `[a, b]`), mappings (`{accuracy: 1, format: 0.5}` or `accuracy=1,format=0.5`). Raises
+    ValueError, whose text is the type in words.
     """
     options = alternatives(hint)
     if value is None or isinstance(value, str) and value.strip().lower() in NONE_WORDS:
@@ -146,7 +148,7 @@ def _parse_one(value: Any, hint: Any) -> Any:
         return number
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         for choice in hint:
-            if text == str(choice.value):
+            if text == str(choice.value) or value is False and choice.value == "no":  # YAML: no is false
                 return choice.value
         raise wrong
     if hint is str:

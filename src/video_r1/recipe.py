@@ -1,0 +1,251 @@
+"""Recipes: a YAML file of flat `setting: value` lines plus overrides, resolved into checked settings.
+
+A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). Paths in a recipe are relative
+to the folder that the command runs in. Everything is checked here, before any model is loaded.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import os
+import tempfile
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from video_r1.config import (
+    AskSettings,
+    DataSettings,
+    EvalSettings,
+    ModelSettings,
+    Problem,
+    PromptSettings,
+    Settings,
+    SFTSettings,
+    TGRPOSettings,
+    own_field_types,
+    raise_problems,
+)
+from video_r1.errors import ConfigError, RequestError
+from video_r1.setting_types import alternatives, parse
+
+SECTIONS: dict[str, tuple[type[Settings], ...]] = {
+    "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
+    "rl": (ModelSettings, DataSettings, TGRPOSettings, PromptSettings),
+    "eval": (EvalSettings,),
+    "ask": (AskSettings,),
+}
+"""The settings of each command that runs a model. Those in TRAINS take all of `TrainingArguments` as well."""
+
+REQUIRED = {
+    "sft": ("model_name_or_path", "train_manifest", "output_dir"),
+    "rl": ("model_name_or_path", "train_manifest", "output_dir"),
+    "eval": ("model", "manifest"),
+    "ask": ("model", "path", "question"),
+}
+TRAINS = ("sft", "rl")
+
+S = TypeVar("S", bound=Settings)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Resolved settings of one command. `training`: the `TrainingArguments` fields that no section has."""
+
+    command: str
+    sections: tuple[Settings, ...]
+    training: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+
+    def section(self, kind: type[S]) -> S:
+        """The section of the class `kind` (or of a class made from it). Raises KeyError when there is none."""
+        for section in self.sections:
+            if isinstance(section, kind):
+                return section
+        raise KeyError(f"the command {self.command} has no {kind.__name__}")
+
+    def values(self) -> dict[str, Any]:
+        """All settings in one flat mapping, as they are written in a recipe."""
+        values: dict[str, Any] = {}
+        for section in self.sections:
+            values |= dataclasses.asdict(section)
+        return values | self.training
+
+    def arguments_for(self, config_class: type) -> dict[str, Any]:
+        """Keyword arguments for a dataclass such as TGRPOConfig: the settings that are among its fields."""
+        names = {f.name for f in dataclasses.fields(config_class)}
+        return {name: value for name, value in self.values().items() if name in names}
+
+
+def load_recipe(
+    command: str, source: str | Path | None = None, overrides: Mapping[str, Any] | None = None
+) -> Recipe:
+    """Read a recipe, apply the overrides and check everything.
+
+    Args:
+        command: one of SECTIONS.
+        source: path or name of a recipe; None starts from the defaults.
+        overrides: setting name to value, as text from an option or already of the right type.
+
+    Raises ConfigError with every problem and where each setting came from, and RequestError when the recipe
+    cannot be read.
+    """
+    values, origins = read_recipe(source) if source is not None else ({}, {})
+    for name, value in (overrides or {}).items():
+        values[name.replace("-", "_")] = value
+        origins[name.replace("-", "_")] = f"option --{name}"
+    types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
+    training_types = training_argument_types() if command in TRAINS else {}
+    settings, found = parse_values(command, values, {**training_types, **types}, training_types)
+    sections = []
+    for kind in SECTIONS[command]:
+        names = own_field_types(kind)
+        try:
+            sections.append(kind(**{name: value for name, value in settings.items() if name in names}))
+        except ConfigError as error:
+            found += error.problems
+    for name in REQUIRED[command]:
+        if settings.get(name) is None and name not in dict(found):
+            found.append((name, f"is missing; set it in the recipe or with --{name}"))
+    raise_problems(found, origins)
+    extra = {name: value for name, value in settings.items() if name not in types}
+    return Recipe(command, tuple(sections), extra, None if source is None else str(source))
+
+
+def parse_values(
+    command: str, values: Mapping[str, Any], types: Mapping[str, Any], training_types: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """Turn each value into its setting's type. Returns the parsed settings and the problems."""
+    settings: dict[str, Any] = {}
+    found: list[Problem] = []
+    for name, value in values.items():
+        if name not in types:
+            found.append((name, unknown_setting(command, name, types)))
+            continue
+        hints = [types[name]]
+        if has_choices(training_types.get(name)) and training_types[name] is not types[name]:
+            hints.append(training_types[name])  # our `lr_scheduler_type: str` is one of transformers' schedules
+        try:
+            for hint in hints:
+                value = parse(value, hint)
+            settings[name] = value
+        except ValueError as error:
+            found.append((name, f"is {value!r}; it must be {error}"))
+    return settings, found
+
+
+def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
+    """The message for a setting that the command does not have."""
+    others = [other for other, kinds in SECTIONS.items() for kind in kinds if name in own_field_types(kind)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]}? " if close else ""
+    belongs = f"it is a setting of {', '.join(dict.fromkeys(others))}; " if others else ""
+    return f"is not a setting of {command}; {hint}{belongs}see video-r1 {command} --help"
+
+
+def training_argument_types() -> dict[str, Any]:
+    """Name and type of every `transformers.TrainingArguments` field. Imports torch.
+
+    Where a field takes an enum or its text, only the enum stays, so that a misspelt choice is found.
+    """
+    from transformers import TrainingArguments
+
+    hints = typing.get_type_hints(TrainingArguments)
+    types = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
+    return {name: next(filter(has_choices, alternatives(hint)), hint) for name, hint in types.items()}
+
+
+def has_choices(hint: Any) -> bool:
+    """Whether the type is an enum."""
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    entries = [entry.name for entry in (resources.files("video_r1") / "recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
+
+
+def find_recipe(source: str | Path) -> Path | None:
+    """The file that a path or a packaged recipe's name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`) stands for."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.parent in (Path("."), Path("recipes")) and path.name.removesuffix(".yaml") in packaged_recipes():
+        name = path.name.removesuffix(".yaml") + ".yaml"
+        return Path(str(resources.files("video_r1") / "recipes" / name))
+    return None
+
+
+def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read a recipe file. Returns its settings and where each one stands (`recipe lab-tgrpo.yaml, line 3`)."""
+    path = find_recipe(source)
+    if path is None:
+        close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        names = ", ".join(packaged_recipes())
+        raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path}: cannot be read as a recipe: {reason}") from error
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(name, str) for name in values):
+        raise RequestError(f"{path}: a recipe is a YAML mapping with lines such as 'learning_rate: 1e-6'")
+    origins: dict[str, str] = {}
+    for key, _ in node.value:
+        name, line = key.value.replace("-", "_"), key.start_mark.line + 1
+        if name in origins:
+            raise RequestError(f"{path}, line {line}: {name} stands there a second time; keep one")
+        origins[name] = f"recipe {path.name}, line {line}"
+    return {name.replace("-", "_"): value for name, value in values.items()}, origins
+
+
+def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
+    """Write `config.yaml`, the resolved settings as a recipe that can be run again. Returns its path.
+
+    Takes a Recipe or one settings object (a TGRPOConfig, for example). The file is replaced in one step, so
+    that several processes may write it. Raises RequestError when the folder cannot be written.
+    """
+    if isinstance(settings, Recipe):
+        values, title = settings.values(), f"video-r1 {settings.command}"
+        title += f", from {settings.source}" if settings.source else ""
+    else:
+        as_dictionary = getattr(settings, "to_dict", None)  # TrainingArguments hides its tokens there
+        values = as_dictionary() if as_dictionary is not None else dataclasses.asdict(settings)
+        title = type(settings).__name__
+    values = {name: value for name, value in values.items() if not name.endswith("_token")}
+    path = Path(folder) / "config.yaml"
+    text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".config-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}")
+        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise RequestError(f"{path}: cannot be written: {reason}; choose another output_dir") from error
+    return path
+
+
+def plain(value: Any) -> Any:
+    """The value in YAML's own types: mappings, lists, numbers, text."""
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [plain(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
