@@ -1,0 +1,126 @@
+"""Correctness scores, each figure worked out by hand."""
+import pytest
+
+from video_r1.rewards.answers import extract_answer
+from video_r1.rewards.correctness import correctness, is_correct
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [("B", "B", 1.0), (" B ", "B", 1.0), ("A", "B", 0.0), ("b", "B", 0.0), ("B.", "B", 0.0), ("", "B", 0.0)],
+)
+def test_multiple_choice(answer: str, truth: str, score: float) -> None:
+    assert correctness("multiple choice", answer, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("3", "3", 1.0),
+        ("3", "3.0", 1.0),  # the reference gives 0: only one of the two has a point
+        ("1200", "1,200", 1.0),  # and here: only one has a comma
+        ("1,200.00", "1200", 1.0),
+        ("3.141", "3.14159", 1.0),  # both 3.14
+        ("3.146", "3.14", 0.0),  # 3.15 against 3.14
+        ("0.004", "0", 1.0),
+        ("0.006", "0", 0.0),
+        ("-2", "2", 0.0),
+        ("three", "3", 0.0),
+        ("3 m", "3", 0.0),
+        ("", "3", 0.0),
+        ("3", "", 0.0),
+        ("nan", "nan", 0.0),
+    ],
+)
+def test_numerical(answer: str, truth: str, score: float) -> None:
+    assert correctness("numerical", answer, truth) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("3 7 2 9", "3 7 2 9", 1.0),
+        ("3\n7\t2   9", "3 7 2 9", 1.0),
+        ("3 7 9", "3 7 2 9", 0.75),  # one word missing of four
+        ("3 7 5 9", "3 7 2 9", 0.75),  # one replaced
+        ("3 7 2 9 1", "3 7 2 9", 0.75),  # one too many, divided by the reference's four
+        ("7 3", "3 7 2 9", 0.25),  # 3 and 9 deleted, 2 replaced by 3
+        ("a b c d e", "x y", 0.0),  # distance 5 ÷ 2, clipped
+        ("", "3 7", 0.0),
+        ("", "", 1.0),
+        ("one two", "", 0.0),
+        ("Stop", "STOP", 0.0),
+    ],
+)
+def test_ocr(answer: str, truth: str, score: float) -> None:
+    assert correctness("OCR", answer, truth) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("the cat sat on the mat", "the cat sat on the mat", 1.0),
+        # ROUGE-1 5/6, ROUGE-2 3/5, ROUGE-L 5/6
+        ("the cat lay on the mat", "the cat sat on the mat", (5 / 6 + 3 / 5 + 5 / 6) / 3),
+        # precision 1 and recall 3/5: 3/4; bigrams 1 and 2/4: 2/3
+        ("a red ball", "a red ball rolls left", (3 / 4 + 2 / 3 + 3 / 4) / 3),
+        # the same words in another order: ROUGE-1 1, ROUGE-2 0 of 1, ROUGE-L 1/2
+        ("ball red", "red ball", (1 + 0 + 1 / 2) / 3),
+        # stems: cats → cat, running → run, runs → run
+        ("cats running", "cat runs", 1.0),
+        ("one", "one", (1 + 0 + 1) / 3),  # a single word has no bigrams
+        ("dog", "cat", 0.0),
+        ("", "cat", 0.0),
+        ("", "", 0.0),
+        ("cat", "", 0.0),
+    ],
+)
+def test_free_form(answer: str, truth: str, score: float) -> None:
+    assert correctness("free-form", answer, truth) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("3", "4", 0.75),
+        ("5", "4", 0.75),
+        ("4", "4", 1.0),
+        ("1,000", "2000", 0.5),
+        ("9", "4", 0.0),  # off by 125 %
+        ("-4", "4", 0.0),
+        ("-3", "-4", 0.75),
+        ("0", "0", 0.0),  # (0 + 1e-9) ÷ (0 + 1e-9) = 1: the formula has no score at a truth of 0
+        ("0.1", "0", 0.0),
+        ("x", "4", 0.0),
+        ("", "4", 0.0),
+    ],
+)
+def test_regression(answer: str, truth: str, score: float) -> None:
+    assert correctness("regression", answer, truth) == pytest.approx(score, abs=1e-8)
+
+
+def test_scores_of_whole_completions() -> None:
+    assert correctness("multiple choice", extract_answer("B without tags"), "B") == 0.0
+    assert correctness("multiple choice", extract_answer("<answer>B</answer><answer>A</answer>"), "B") == 1.0
+
+
+def test_an_unknown_type_is_named() -> None:
+    with pytest.raises(ValueError, match="'ocr'.*OCR"):
+        correctness("ocr", "a", "a")
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "score", "threshold", "correct"),
+    [
+        ("multiple choice", 1.0, 0.5, True),
+        ("multiple choice", 0.0, 0.5, False),
+        ("numerical", 1.0, 1.0, True),
+        ("OCR", 0.5, 0.5, False),
+        ("OCR", 0.51, 0.5, True),
+        ("free-form", 0.2, 0.5, False),
+        ("free-form", 0.2, 0.1, True),
+        ("regression", 0.75, 0.5, True),
+    ],
+)
+def test_what_counts_as_correct(problem_type: str, score: float, threshold: float, correct: bool) -> None:
+    assert is_correct(problem_type, score, threshold) is correct

@@ -1,0 +1,197 @@
+"""The policy objective: figures worked out by hand, a plain reference, and accumulation."""
+import math
+
+import pytest
+import torch
+
+from video_r1.training.objective import (
+    importance_weights,
+    k3_kl,
+    loss_normaliser,
+    policy_loss,
+)
+
+LN2 = math.log(2.0)
+# Two responses of 2 and 1 tokens with the ratios 1.5, 1 | 0.5 and the advantages 1 | −1. With ε = 0.2 the token
+# losses are −min(1.5, 1.2) = −1.2, −1 | −min(−0.5, −0.8) = 0.8.
+OLD = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
+RATIO = torch.tensor([1.5, 1.0, 0.5], dtype=torch.float64)
+ADVANTAGES = torch.tensor([1.0, -1.0], dtype=torch.float64)
+LENGTHS = torch.tensor([2, 1])
+
+
+def worked(loss_type, **settings):
+    normaliser = loss_normaliser(loss_type, responses=2, tokens=3, max_completion_length=4)
+    return policy_loss(
+        OLD + RATIO.log(), OLD, ADVANTAGES, LENGTHS, normaliser=normaliser, loss_type=loss_type, **settings
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings", "loss"),
+    [
+        ("grpo", {}, ((-1.2 - 1.0) / 2 + 0.8) / 2),  # −0.15
+        ("dapo", {}, (-1.2 - 1.0 + 0.8) / 3),  # −0.4667
+        ("dr_grpo", {}, (-1.2 - 1.0 + 0.8) / (2 * 4)),  # −0.175
+        ("grpo", {"epsilon_high": 0.28}, ((-1.28 - 1.0) / 2 + 0.8) / 2),
+        ("grpo", {"epsilon": 0.6}, ((-1.5 - 1.0) / 2 + 0.5) / 2),  # nothing is clipped
+    ],
+)
+def test_worked_figures(loss_type, settings, loss: float) -> None:
+    result = worked(loss_type, **settings)
+    assert result.loss.item() == pytest.approx(loss, abs=1e-12)
+
+
+def test_worked_statistics() -> None:
+    result = worked("grpo")
+    assert result.ratio.item() == pytest.approx(1.0)
+    assert result.clip_low.item() == pytest.approx(1 / 3)
+    assert result.clip_high.item() == pytest.approx(1 / 3)
+    assert result.clip_ratio.item() == pytest.approx(2 / 3)
+    assert result.kl.item() == 0.0
+
+
+def test_worked_kl() -> None:
+    # d = ln 2, 0, −ln 2: k3 = 2 − ln 2 − 1, 0, ½ + ln 2 − 1
+    policy = OLD + RATIO.log()
+    reference = policy + torch.tensor([LN2, 0.0, -LN2], dtype=torch.float64)
+    expected = [1 - LN2, 0.0, LN2 - 0.5]
+    assert k3_kl(policy, reference).tolist() == pytest.approx(expected, abs=1e-12)
+    result = worked("grpo", beta=0.04, ref_logprobs=reference)
+    assert result.loss.item() == pytest.approx(-0.15 + 0.04 * ((1 - LN2) / 2 + (LN2 - 0.5)) / 2, abs=1e-12)
+    assert result.kl.item() == pytest.approx(0.5 / 3)
+    assert worked("grpo", beta=0.0, ref_logprobs=reference).loss.item() == pytest.approx(-0.15)
+
+
+def test_advantages_of_the_other_sign_are_not_clipped() -> None:
+    # A ratio of 1.5 with a negative advantage (0.5 with a positive one) has to keep its gradient.
+    result = policy_loss(
+        OLD + RATIO.log(), OLD, -ADVANTAGES, LENGTHS, normaliser=2.0, loss_type="grpo", epsilon=0.2
+    )
+    assert result.loss.item() == pytest.approx(((1.5 + 1.0) / 2 - 0.5) / 2)
+    assert result.clip_ratio.item() == 0.0
+
+
+def reference_loss(logprobs, old, ref, advantages, lengths, weights, loss_type, eps, eps_high, beta, maximum):
+    """Value and gradient by plain loops in Python floats, the derivative written out by hand."""
+    value, gradient, token = 0.0, [], 0
+    for advantage, length in zip(advantages, lengths, strict=True):
+        if loss_type == "grpo":
+            share = 1.0 / length / len(lengths)
+        elif loss_type == "dapo":
+            share = 1.0 / sum(lengths)
+        else:
+            share = 1.0 / (len(lengths) * maximum)
+        for _ in range(length):
+            ratio = math.exp(logprobs[token] - old[token])
+            d = ref[token] - logprobs[token]
+            if advantage >= 0:
+                clipped = ratio > 1 + eps_high
+                policy_term = -advantage * min(ratio, 1 + eps_high)
+            else:
+                clipped = ratio < 1 - eps
+                policy_term = -advantage * max(ratio, 1 - eps)
+            value += share * (weights[token] * policy_term + beta * (math.exp(d) - d - 1))
+            slope = 0.0 if clipped else -advantage * ratio
+            gradient.append(share * (weights[token] * slope + beta * (1 - math.exp(d))))
+            token += 1
+    return value, gradient
+
+
+def random_case(seed: int, responses: int = 12):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (responses,), generator=generator)
+    tokens = int(lengths.sum())
+
+    def noise(count: int, size: float) -> torch.Tensor:
+        return size * torch.randn(count, generator=generator, dtype=torch.float64)
+
+    old = -noise(tokens, 1.0).abs()
+    logprobs = (old + noise(tokens, 0.3)).requires_grad_()
+    ref = old + noise(tokens, 0.5)
+    weights = noise(tokens, 0.2).exp().clamp(max=1.2)
+    return logprobs, old, ref, noise(responses, 1.0), lengths, weights
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_values_and_gradients_equal_a_plain_reference(loss_type, seed: int) -> None:
+    logprobs, old, ref, advantages, lengths, weights = random_case(seed)
+    normaliser = loss_normaliser(loss_type, len(lengths), int(lengths.sum()), max_completion_length=9)
+    result = policy_loss(
+        logprobs, old, advantages, lengths, normaliser=normaliser, loss_type=loss_type,
+        epsilon=0.2, epsilon_high=0.28, beta=0.04, ref_logprobs=ref, importance_weights=weights,
+    )  # fmt: skip
+    result.loss.backward()
+    value, gradient = reference_loss(
+        logprobs.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths.tolist(), weights.tolist(),
+        loss_type, 0.2, 0.28, 0.04, 9,
+    )  # fmt: skip
+    assert result.clip_low > 0
+    assert result.clip_high > 0
+    assert result.loss.item() == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_accumulated_micro_batches_equal_one_batch(loss_type) -> None:
+    logprobs, old, ref, advantages, lengths, _ = random_case(3)
+    settings = {
+        "normaliser": loss_normaliser(loss_type, len(lengths), int(lengths.sum()), 9),
+        "loss_type": loss_type,
+        "beta": 0.04,
+    }
+    whole = policy_loss(logprobs, old, advantages, lengths, ref_logprobs=ref, **settings)
+    (whole_gradient,) = torch.autograd.grad(whole.loss, logprobs)
+    ends = [0, *torch.cumsum(lengths, 0).tolist()]
+    total, logprobs.grad = 0.0, None
+    for first, last in [(0, 1), (1, 6), (6, 12)]:  # responses of unequal micro-batches
+        tokens = slice(ends[first], ends[last])
+        part = policy_loss(
+            logprobs[tokens], old[tokens], advantages[first:last], lengths[first:last],
+            ref_logprobs=ref[tokens], **settings,
+        )  # fmt: skip
+        part.loss.backward()
+        total += part.loss.item()
+    assert total == pytest.approx(whole.loss.item(), rel=1e-12)
+    torch.testing.assert_close(logprobs.grad, whole_gradient, rtol=1e-12, atol=1e-15)
+
+
+def test_on_the_first_update_the_gradient_is_that_of_reinforce() -> None:
+    logprobs, _, _, advantages, lengths, _ = random_case(4)
+    result = policy_loss(logprobs, None, advantages, lengths, normaliser=12.0)
+    (gradient,) = torch.autograd.grad(result.loss, logprobs)
+    per_token = torch.repeat_interleave(-advantages / lengths / 12, lengths)
+    torch.testing.assert_close(gradient, per_token)
+    assert result.loss.item() == pytest.approx(-advantages.mean().item())
+
+
+def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
+    trainer = torch.tensor([0.0, LN2, math.log(4.0), -LN2], requires_grad=True)
+    result = importance_weights(trainer, torch.zeros(4), cap=2.0)
+    assert result.weights.tolist() == pytest.approx([1.0, 2.0, 2.0, 0.5])
+    assert not result.weights.requires_grad
+    assert result.share_capped.item() == 0.25
+    assert result.max_difference.item() == pytest.approx(2 * LN2)
+    assert result.mean_difference.item() == pytest.approx(LN2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lengths": torch.tensor([2, 2])}, "4 tokens but 3"),
+        ({"advantages": torch.zeros(3)}, "3 advantages but 2"),
+        ({"beta": 0.1}, "reference"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(arguments, message: str) -> None:
+    settings = {"logprobs": OLD, "old_logprobs": OLD, "advantages": ADVANTAGES, "lengths": LENGTHS, "normaliser": 1}
+    with pytest.raises(ValueError, match=message):
+        policy_loss(**(settings | arguments))
+
+
+def test_normalisers() -> None:
+    assert [loss_normaliser(kind, 8, 100, 64) for kind in ("grpo", "dapo", "dr_grpo")] == [8, 100, 512]
+    assert loss_normaliser("dapo", 0, 0, 64) == 1
+    with pytest.raises(ValueError, match="'ppo'"):
+        loss_normaliser("ppo", 1, 1, 1)  # type: ignore[arg-type]

@@ -1,0 +1,179 @@
+"""Format, temporal and length rewards, and reward functions that users bring."""
+import math
+
+import pytest
+import torch
+
+from video_r1.data.records import Sample
+from video_r1.errors import RewardError
+from video_r1.rewards.custom import call_reward_function, reward_columns
+from video_r1.rewards.shaping import (
+    format_reward,
+    has_self_reflection,
+    length_reward,
+    temporal_reward,
+)
+from video_r1.training.advantages import group_advantages
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("<think>why</think><answer>A</answer>", 1.0),
+        ("<think>why\nand so</think>\n\n <answer>A\n</answer>", 1.0),
+        ("<think></think><answer></answer>", 1.0),
+        (" <think>why</think><answer>A</answer>", 0.0),
+        ("<think>why</think><answer>A</answer>\n", 0.0),
+        ("<think>why</think> so <answer>A</answer>", 0.0),
+        ("<think>why</think><answer>A</answer><answer>B</answer>", 0.0),
+        ("<think>a</think><think>b</think><answer>A</answer>", 0.0),
+        ("<think>a<answer>B</answer></think><answer>A</answer>", 0.0),
+        ("<answer>A</answer><think>why</think>", 0.0),
+        ("<think>why</think><answer>A", 0.0),
+        ("<answer>A</answer>", 0.0),
+        ("A", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_format(completion: str, reward: float) -> None:
+    assert format_reward(completion) == reward
+
+
+def flags(text: str) -> torch.Tensor:
+    """"1101" → [True, True, False, True]"""
+    return torch.tensor([mark == "1" for mark in text], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("rule", "mu", "ordered", "shuffled", "amount"),
+    [
+        # p = 6/8, p̃ = 1/4: 0.3 × 0.5
+        ("margin", 1.0, "11111100", "1000", 0.15),
+        ("threshold", 1.0, "11111100", "1000", 0.3),
+        ("off", 1.0, "11111100", "1000", 0.0),
+        # p = p̃ = 1/2: no margin, but the threshold is reached
+        ("margin", 1.0, "11110000", "1100", 0.0),
+        ("threshold", 1.0, "11110000", "1100", 0.3),
+        # p = 1/4 < p̃ = 1/2; 0.4 × 1/2 is below p
+        ("margin", 1.0, "11000000", "1100", 0.0),
+        ("threshold", 1.0, "11000000", "1100", 0.0),
+        ("threshold", 0.4, "11000000", "1100", 0.3),
+        # p = 3/5 and 0.8 × 3/4 are the same number, not so in binary
+        ("threshold", 0.8, "11100", "1110", 0.3),
+        # all right against all wrong
+        ("margin", 1.0, "11", "0", 0.3),
+        # an image has no shuffled responses
+        ("margin", 1.0, "1110", "", 0.0),
+        ("threshold", 1.0, "1110", "", 0.0),
+    ],
+)
+def test_temporal_reward(rule, mu: float, ordered: str, shuffled: str, amount: float) -> None:
+    correct, correct_shuffled = flags(ordered), flags(shuffled)
+    reward = temporal_reward(correct, correct_shuffled, rule, alpha=0.3, mu=mu)
+    torch.testing.assert_close(reward.bonus, torch.where(correct, amount, 0.0))
+    assert reward.bonus.dtype == torch.float32
+    assert reward.p == ordered.count("1") / len(ordered)
+    if shuffled:
+        assert reward.p_shuffled == shuffled.count("1") / len(shuffled)
+    else:
+        assert math.isnan(reward.p_shuffled)
+
+
+def test_unknown_temporal_rule() -> None:
+    with pytest.raises(ValueError, match="'margins'"):
+        temporal_reward(flags("1"), flags("1"), "margins")  # type: ignore[arg-type]
+
+
+def test_a_bonus_for_every_correct_response_cancels_in_scaled_advantages() -> None:
+    accuracy = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    bonus = temporal_reward(accuracy[0].bool(), flags("0000")).bonus.double()
+    assert bonus.max() == pytest.approx(0.3 * 3 / 8)
+    plain, shaped = group_advantages(accuracy, eps=0.0), group_advantages(accuracy + bonus, eps=0.0)
+    torch.testing.assert_close(plain, shaped)
+    assert not torch.allclose(group_advantages(accuracy, "none"), group_advantages(accuracy + bonus, "none"))
+
+
+def test_length_reward_bounds_belong_to_the_interval() -> None:
+    lengths = torch.tensor([319, 320, 400, 512, 513, 400])
+    correct = flags("111110")
+    expected = torch.tensor([0.0, 0.2, 0.2, 0.2, 0.0, 0.0])
+    torch.testing.assert_close(length_reward(correct, lengths), expected)
+    torch.testing.assert_close(
+        length_reward(correct, lengths, omega=1.0, shortest=1, longest=319),
+        torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]),
+    )
+    with pytest.raises(ValueError, match="6 responses but 2 lengths"):
+        length_reward(correct, lengths[:2])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("It is left. Wait, it is right.", True),
+        ("LET ME CHECK again", True),
+        ("The waiter sits.", False),
+        ("", False),
+    ],
+)
+def test_self_reflection(text: str, found: bool) -> None:
+    assert has_self_reflection(text, ("wait", "let me check")) is found
+
+
+def sample(problem_id: int | str, **extra: object) -> Sample:
+    return Sample(
+        problem_id, f"question {problem_id}", "video", "multiple choice", "<answer>A</answer>", "/v.mp4", extra=extra
+    )
+
+
+def call(function, samples: list[Sample], completions: list[str]) -> torch.Tensor:
+    ids = [[len(text)] for text in completions]
+    return call_reward_function(function, "mine", ["p"] * len(samples), completions, ids, samples)
+
+
+def test_a_users_reward_function_gets_every_column() -> None:
+    seen = {}
+
+    def mine(prompts, completions, completion_ids, family, **columns):
+        seen.update(columns, prompts=prompts, family=family)
+        return [
+            len(text) + ids[0] if kind == "order" else None
+            for text, ids, kind in zip(completions, completion_ids, family, strict=True)
+        ]
+
+    rewards = call(mine, [sample(1, family="order"), sample(2)], ["abc", "de"])
+    assert rewards[0] == 6.0
+    assert torch.isnan(rewards[1])
+    assert seen["solution"] == ["<answer>A</answer>"] * 2
+    assert seen["problem_id"] == [1, 2]
+    assert seen["problem_type"] == ["multiple choice"] * 2
+    assert seen["family"] == ["order", None]
+    assert "extra" not in seen
+
+
+def test_an_extra_field_never_hides_a_record_field() -> None:
+    assert reward_columns([sample(1, path="/other", speed=2.0)]) == {
+        "problem_id": [1], "problem": ["question 1"], "data_type": ["video"], "problem_type": ["multiple choice"],
+        "solution": ["<answer>A</answer>"], "path": ["/v.mp4"], "options": [()], "process": [None],
+        "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
+    }  # fmt: skip
+
+
+def divide(prompts, completions, **columns):
+    return [1 / len(text) for text in completions]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (divide, r"'mine' raised ZeroDivisionError.*problem_id 'b'"),
+        (lambda **columns: [1.0], r"'mine' returned 1 rewards for 3 completions.*1, 'b'"),
+        (lambda **columns: 1.0, r"'mine' returned float"),
+        (lambda **columns: [1.0, float("nan"), 0.0], r"'mine' returned nan for problem_id 'b'"),
+        (lambda **columns: [1.0, 0.0, "high"], r"'mine' returned 'high' for problem_id 3"),
+        (lambda **columns: [1.0, 0.0, float("inf")], r"'mine' returned inf for problem_id 3"),
+        (lambda completions, **columns: 1 / (len(completions) - 3), r"'mine' raised.*1, 'b', 3 together"),
+    ],
+)
+def test_what_is_wrong_with_a_reward_function_is_named(function, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        call(function, [sample(1), sample("b"), sample(3)], ["x", "", "yz"])
