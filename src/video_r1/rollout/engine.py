@@ -55,3 +55,5 @@ class RolloutGroup:
     total_reward: Tensor                # [G] float32
     advantages: Tensor                  # [G] float32
     shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
+    p: float = float("nan")             # share of correct ordered completions
+    p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
