@@ -1,0 +1,170 @@
+"""Attention of a row of groups, registered with transformers as "video_r1_groups".
+
+Models run with unmodified transformers classes: their attention modules look the implementation up by name. A call
+without a row's layout (generation, evaluation, a padded batch) is handed to transformers' SDPA unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from video_r1.models.packing import GroupSpan, RowLayout
+
+IMPLEMENTATION = "video_r1_groups"
+
+# The kernel behind scaled_dot_product_attention on the CPU. Called by name because the log-sum-exp that it returns
+# lets two partial results be joined, which the public function does not offer.
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def groups_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    group_layout: RowLayout | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: query [B, H, S, D], key and value [B, Hkv, S, D] -> [B, S, H, D].
+
+    With `group_layout` B is 1 and S the row's tokens; on the CPU the row's pieces go through the flash kernel one by
+    one, elsewhere FlexAttention takes the layout's block mask.
+    """
+    if group_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError(f"attention dropout is {dropout}; a row of groups needs 0 (config.attention_dropout)")
+    if group_layout.block_mask is not None:
+        mask = group_layout.block_mask
+        return flex_attention_forward(module, query, key, value, mask, scaling=scaling)  # pyright: ignore[reportArgumentType]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    return _SharedPrefixAttention.apply(*rows, group_layout, scale)[None], None  # pyright: ignore[reportOptionalSubscript]
+
+
+class _SharedPrefixAttention(torch.autograd.Function):
+    """Attention of the row without a mask: softmax over prompt and own tokens, computed apart and joined.
+
+    For a query with partial results o1, o2 and log-sum-exps l1, l2, and l = log(exp l1 + exp l2):
+    o = exp(l1 - l) o1 + exp(l2 - l) o2. The flash backward of each part, given the joined o and l, returns that
+    part's share of the gradient (Milakov & Gimelshein 2018; the joining as in Liu et al. 2023, Ring Attention).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float) -> Tensor:
+        """query [N, H, D], key and value [N, Hkv, D] -> [N, H, D]."""
+        keys, values = _all_heads(key, value, query.shape[1])
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        lse = query.new_empty(query.shape[:2], dtype=_lse_dtype(query))  # [N, H]
+
+        joined_out, joined_lse = out, lse
+        for span in layout.groups:
+            causal = slice(span.start, span.first_end)
+            out[causal], lse[causal] = _piece(query[causal], keys[causal], values[causal], True, scale)
+            if span.end > span.first_end:
+                rest, prompt = _rest_and_prompt(span)
+                out[rest], lse[rest] = _piece(query[rest], keys[prompt], values[prompt], False, scale)
+        if layout.buckets:
+            own = [_bucket_forward(query, keys, values, bucket, scale) for bucket in layout.buckets]
+            own_out = torch.cat([part for part, _ in own])[layout.from_buckets]
+            own_lse = torch.cat([part for _, part in own])[layout.from_buckets]
+            prompt_out, prompt_lse = out[layout.others], lse[layout.others]
+            both = torch.logaddexp(prompt_lse, own_lse)
+            mixed = prompt_out * (prompt_lse - both).exp()[..., None] + own_out * (own_lse - both).exp()[..., None]
+            joined_out[layout.others] = mixed.to(out.dtype)
+            joined_lse[layout.others] = both
+        ctx.save_for_backward(query, key, value, joined_out, joined_lse)
+        ctx.layout, ctx.scale = layout, scale
+        return joined_out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        layout: RowLayout = ctx.layout
+        keys, values = _all_heads(key, value, query.shape[1])
+        grad_q, grad_k, grad_v = (
+            torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, keys, values)
+        )
+        for span in layout.groups:
+            pieces = [(slice(span.start, span.first_end), slice(span.start, span.first_end), True)]
+            if span.end > span.first_end:
+                pieces.append((*_rest_and_prompt(span), False))
+            for rows, columns, causal in pieces:
+                parts = _piece_backward(
+                    grad[rows], query[rows], keys[columns], values[columns], out[rows], lse[rows], causal, ctx.scale
+                )
+                grad_q[rows] += parts[0]
+                grad_k[columns] += parts[1]
+                grad_v[columns] += parts[2]
+        for bucket, mask in zip(layout.buckets, layout.bucket_masks, strict=True):
+            # A repeated token gets no gradient: its copies in the bucket are not part of the row.
+            kept = bucket.flatten()[mask]
+            heads = [x[bucket].transpose(1, 2) for x in (query, keys, values, out)]
+            grad_own = (grad[bucket] * mask.view(*bucket.shape, 1, 1)).transpose(1, 2)
+            lse_own = lse[bucket].transpose(1, 2).contiguous()
+            parts = _flash_backward(grad_own, *heads, lse_own, 0.0, True, scale=ctx.scale)
+            for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
+                total[kept] += part.transpose(1, 2).flatten(0, 1)[mask]
+        repeats = query.shape[1] // key.shape[1]
+        if repeats > 1:
+            grad_k, grad_v = (x.unflatten(1, (-1, repeats)).sum(2) for x in (grad_k, grad_v))
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Grouped-query keys and values [N, Hkv, D], each repeated for its query heads: [N, H, D]."""
+    repeats = heads // key.shape[1]
+    if repeats == 1:
+        return key, value
+    return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+
+
+def _rest_and_prompt(span: GroupSpan) -> tuple[slice, slice]:
+    return slice(span.first_end, span.end), slice(span.start, span.prompt_end)
+
+
+def _lse_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    return x.transpose(0, 1)[None]  # [S, H, D] -> [1, H, S, D]
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """One sequence: [S, H, D] and [T, H, D] -> out [S, H, D], log-sum-exp [S, H]."""
+    out, lse = _flash(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def _piece_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = (_heads_first(x) for x in (grad, q, k, v, out))
+    parts = _flash_backward(*heads, lse.transpose(0, 1)[None].contiguous(), 0.0, causal, scale=scale)
+    return tuple(part[0].transpose(0, 1) for part in parts)
+
+
+def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Completions among themselves: bucket [n, L] -> out [n * L, H, D], log-sum-exp [n * L, H]."""
+    out, lse = _flash(*(x[bucket].transpose(1, 2) for x in (q, k, v)), 0.0, True, scale=scale)
+    return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+AttentionInterface.register(IMPLEMENTATION, groups_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)

@@ -1,0 +1,297 @@
+"""The group in one row: log-probabilities of G completions at the cost of one prompt plus G completions.
+
+    vision tower once a question ─► [prompt, completion 1, …, completion G] of every question end to end ─► head on
+    the positions that predict completion tokens, in chunks
+
+What a token sees and which position it has are those of its completion standing alone behind its prompt, so that
+values and gradients equal those of the expanded batch, where pixels and prompt are repeated G times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError, PromptError
+from video_r1.models.attention import IMPLEMENTATION
+from video_r1.models.head import token_logprobs
+from video_r1.models.packing import GroupSpan, row_layout
+
+
+@dataclass(slots=True)
+class GroupLogprobs:
+    """Packed results of a batch of groups; torch.split(logprobs, lengths.tolist()) gives them by completion.
+
+    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `entropy`: [N] float32 or None.
+    `lengths`: [completions] int64, tokens of each completion.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    lengths: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VisionFeatures:
+    """What the vision tower makes of one prompt.
+
+    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: for the models that have
+    them (Qwen3-VL), features [V, d] added after the first decoder layers; else empty.
+    """
+
+    embeddings: Tensor
+    deepstack: tuple[Tensor, ...] = ()
+
+
+def group_logprobs(
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Tensor]],
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    vision_features: Sequence[VisionFeatures | None] | None = None,
+) -> GroupLogprobs:
+    """Log-probabilities of every completion's tokens behind its prompt.
+
+    model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL for conditional generation, also inside PEFT, DDP or FSDP; its text
+    attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. Under mixed
+    precision, call within the autocast context. completions[q][g]: token ids [L_qg] int64, any lengths.
+    vision_features: from `encode_vision`, one a prompt, to share a frozen tower's output; else it runs here.
+    Raises PromptError when a prompt's placeholders and its pixels do not match, ConfigError for other models.
+    """
+    if len(prompts) != len(completions) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
+
+    def forward() -> GroupLogprobs:
+        return _forward(model, prompts, completions, temperature, with_entropy, vision_features)
+
+    return _through_wrapper(model, forward)
+
+
+def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
+    """The vision tower's output for each prompt (None: a prompt without visuals), images and videos in one call each.
+
+    Gradients follow the caller's grad mode and whether the tower is frozen.
+    """
+    core = vision_language_model(model).model
+    parts = {
+        "image": _encode(core.get_image_features, prompts, "pixel_values", "image_grid_thw"),
+        "video": _encode(core.get_video_features, prompts, "pixel_values_videos", "video_grid_thw"),
+    }
+    encoded: list[VisionFeatures | None] = []
+    for prompt, image, video in zip(prompts, parts["image"], parts["video"], strict=True):
+        if image is None or video is None:
+            encoded.append(image or video)
+            continue
+        ids = prompt.input_ids
+        visual = ids[(ids == core.config.image_token_id) | (ids == core.config.video_token_id)]
+        is_image = (visual == core.config.image_token_id).to(image.embeddings.device)
+        encoded.append(
+            VisionFeatures(
+                _interleave(is_image, image.embeddings, video.embeddings),
+                tuple(_interleave(is_image, a, b) for a, b in zip(image.deepstack, video.deepstack, strict=True)),
+            )
+        )
+    return encoded
+
+
+def vision_language_model(model: nn.Module) -> Any:
+    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT wrappers. Raises ConfigError for unknown ones."""
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
+    core = getattr(inner, "model", None)
+    if not (hasattr(core, "language_model") and hasattr(core, "visual") and hasattr(core, "get_rope_index")):
+        raise ConfigError(
+            f"{type(inner).__name__} cannot take a group in one row; use Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
+        )
+    return inner
+
+
+def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
+    """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the first token after it.
+
+    Both are what `generate` uses: text after the prompt continues behind the largest position in it.
+    """
+    ids = prompt.input_ids[None].cpu()
+    grids = {
+        name: prompt.features[name].cpu()
+        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        if name in prompt.features
+    }
+    if "image_grid_thw" not in grids and "video_grid_thw" not in grids:
+        positions = torch.arange(ids.shape[1]).expand(3, -1)
+        return positions, ids.shape[1]
+    kinds = prompt.features.get("mm_token_type_ids")
+    if kinds is None:
+        kinds = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
+    positions, delta = model.model.get_rope_index(ids, mm_token_type_ids=kinds.view(1, -1).cpu(), **grids)
+    return positions[:, 0], ids.shape[1] + int(delta)
+
+
+def _forward(
+    wrapped: nn.Module,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Sequence[Tensor]],
+    temperature: float,
+    with_entropy: bool,
+    vision_features: Sequence[VisionFeatures | None] | None,
+) -> GroupLogprobs:
+    model = vision_language_model(wrapped)
+    text = model.model.language_model
+    _use_group_attention(text)
+    embedding = model.get_input_embeddings()
+    device = embedding.weight.device
+
+    inputs = [[tokens[:-1] for tokens in group] for group in completions]
+    row_ids = torch.cat([t for p, group in zip(prompts, inputs, strict=True) for t in (p.input_ids, *group)])
+    row_ids = row_ids.to(device)
+    layout = row_layout(
+        [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs], device
+    )
+    features = encode_vision(model, prompts) if vision_features is None else vision_features
+    embeddings = embedding(row_ids)
+    visual_positions, deepstack = None, None
+    present = [part for part in features if part is not None]
+    if present:
+        visual_positions = _visual_positions(model, prompts, features, row_ids, layout.groups)
+        visual = torch.cat([part.embeddings for part in present]).to(device, embeddings.dtype)
+        embeddings = embeddings.masked_scatter(visual_positions[:, None], visual)
+        deepstack = [torch.cat(layer) for layer in zip(*(part.deepstack for part in present), strict=True)]
+    extra = {"visual_pos_masks": visual_positions[None], "deepstack_visual_embeds": deepstack} if deepstack else {}  # pyright: ignore[reportOptionalSubscript]
+    hidden = text(
+        inputs_embeds=embeddings[None],
+        position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],
+        use_cache=False,
+        group_layout=layout,
+        **extra,
+    ).last_hidden_state[0]
+
+    targets = torch.cat([tokens for group in completions for tokens in group]).to(device)
+    logprobs, entropy = token_logprobs(
+        model.get_output_embeddings(),
+        hidden[_predicting_positions(prompts, completions).to(device)],
+        targets,
+        temperature,
+        with_entropy,
+        model.config.get_text_config().vocab_size,
+    )
+    lengths = torch.tensor([len(tokens) for group in completions for tokens in group], device=device)
+    return GroupLogprobs(logprobs, entropy, lengths)
+
+
+def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Rotary positions [3, N] of the row: every completion continues where its prompt ends."""
+    parts = []
+    for prompt, group in zip(prompts, inputs, strict=True):
+        positions, after = prompt_positions(model, prompt)
+        parts.append(positions)
+        parts += [torch.arange(after, after + len(tokens)).expand(3, -1) for tokens in group]
+    return torch.cat(parts, dim=1)
+
+
+def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Tensor:
+    """[N] row indices of the tokens that predict completion tokens; a completion's first is predicted by its prompt."""
+    parts = []
+    position = 0
+    for prompt, group in zip(prompts, completions, strict=True):
+        position += len(prompt.input_ids)
+        last_of_prompt = torch.tensor([position - 1])
+        for tokens in group:
+            if len(tokens):
+                end = position + len(tokens) - 1
+                parts += [last_of_prompt, torch.arange(position, end)]
+                position = end
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
+
+
+def _visual_positions(
+    model: Any,
+    prompts: Sequence[Prompt],
+    features: Sequence[VisionFeatures | None],
+    row_ids: Tensor,
+    groups: Sequence[GroupSpan],
+) -> Tensor:
+    """[N] bool: the visual placeholders of the row's prompts, after checking their number against the features.
+
+    A placeholder id that the policy sampled keeps its plain embedding, as in generation.
+    """
+    placeholder = (row_ids == model.config.image_token_id) | (row_ids == model.config.video_token_id)
+    in_prompt = torch.zeros_like(placeholder)
+    for number, (prompt, part, span) in enumerate(zip(prompts, features, groups, strict=True)):
+        in_prompt[span.start : span.prompt_end] = True
+        ids = prompt.input_ids
+        expected = int(((ids == model.config.image_token_id) | (ids == model.config.video_token_id)).sum())
+        found = 0 if part is None else len(part.embeddings)
+        if expected != found:
+            raise PromptError(f"prompt {number} has {expected} visual placeholders and {found} visual features")
+    return placeholder & in_prompt
+
+
+def _encode(
+    tower: Callable[..., Any], prompts: Sequence[Prompt], pixels_name: str, grid_name: str
+) -> list[VisionFeatures | None]:
+    """One call of the tower for all prompts that have this kind of pixels; results by prompt."""
+    having = [number for number, prompt in enumerate(prompts) if pixels_name in prompt.features]
+    results: list[VisionFeatures | None] = [None] * len(prompts)
+    if not having:
+        return results
+    device = next(tower.__self__.visual.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
+    grids = [prompts[number].features[grid_name] for number in having]
+    pixels = torch.cat([prompts[number].features[pixels_name] for number in having])
+    output = tower(pixels.to(device), torch.cat(grids).to(device), return_dict=True)
+    deepstack = getattr(output, "deepstack_features", None) or []
+    visuals = [len(grid) for grid in grids]
+    start = 0
+    for number, count in zip(having, visuals, strict=True):
+        part = slice(start, start + count)
+        start += count
+        results[number] = VisionFeatures(
+            torch.cat(output.pooler_output[part]), tuple(torch.cat(layer[part]) for layer in deepstack)
+        )
+    return results
+
+
+def _interleave(is_image: Tensor, image: Tensor, video: Tensor) -> Tensor:
+    joined = image.new_empty(len(is_image), image.shape[-1])
+    joined[is_image] = image
+    joined[~is_image] = video
+    return joined
+
+
+def _use_group_attention(text: Any) -> None:
+    if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
+        raise ConfigError("the model's text layers use sliding-window attention; a group in one row needs full attention")
+    if text.config._attn_implementation != IMPLEMENTATION:
+        text.config._attn_implementation = IMPLEMENTATION
+
+
+def _through_wrapper(model: nn.Module, function: Callable[[], GroupLogprobs]) -> GroupLogprobs:
+    """Run `function` as the forward pass of `model`, so that the hooks of DDP and FSDP gather and reduce around it."""
+    inner: Any = model
+    while isinstance(getattr(inner, "module", None), nn.Module):
+        inner = inner.module
+    replaced = inner.__dict__.get("forward")
+
+    def restore() -> None:
+        if replaced is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.forward = replaced
+
+    def forward(*args: Any, **kwargs: Any) -> GroupLogprobs:
+        restore()
+        return function()
+
+    inner.forward = forward
+    try:
+        return model()
+    finally:
+        restore()

@@ -1,0 +1,155 @@
+"""The row: prompts once, their completions behind them, several groups end to end, no padding.
+
+    row      p p p p a a b b b c | p p a a a b ...
+    group    0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 1
+    segment  0 0 0 0 1 1 2 2 2 3 | 4 4 5 5 5 6        one number a prompt or completion
+
+A token sees the earlier tokens of its own segment and, in a completion, the whole prompt of its group. The last
+token of a completion predicts nothing that is scored, so it is not in the row.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+BLOCK = 128  # side of a FlexAttention block in tokens
+BUCKET = 64  # completions are padded inside attention to the longest one of their length bucket
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpan:
+    """Where a group lies in its row, as token indices, ends exclusive.
+
+    The first completion directly follows the prompt, so both together are one plain causal sequence
+    [start, first_end); the other completions, [first_end, end), see the prompt [start, prompt_end) and themselves.
+    """
+
+    start: int
+    prompt_end: int
+    first_end: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowLayout:
+    """Which token of a row of N tokens sees which; made once a row and used by every layer.
+
+    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions but each
+    group's first. `buckets`: [n, L] row indices of those completions, similar lengths together; short ones repeat
+    their last token. `from_buckets`: [C], for each of `others` its index in the flattened, concatenated buckets.
+    `bucket_masks`: [n * L] bool, False where a token is such a repeat. `block_mask`: the same rule for
+    FlexAttention; None on the CPU.
+    """
+
+    tokens: int
+    groups: tuple[GroupSpan, ...]
+    others: Tensor
+    buckets: tuple[Tensor, ...]
+    bucket_masks: tuple[Tensor, ...]
+    from_buckets: Tensor
+    block_mask: BlockMask | None
+
+
+def row_layout(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
+) -> RowLayout:
+    """The layout of a row of groups.
+
+    prompt_lengths: P of each group; completion_lengths: the tokens of each of its completions that are in the row.
+    """
+    groups: list[GroupSpan] = []
+    segments: list[tuple[int, int]] = []  # completions that are not the first of their group
+    position = 0
+    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
+        start, prompt_end = position, position + prompt
+        ends = list(itertools.accumulate(lengths, initial=prompt_end))
+        segments += [(a, b) for a, b in itertools.pairwise(ends[1:]) if b > a]
+        first_end = ends[1] if lengths else prompt_end
+        groups.append(GroupSpan(start, prompt_end, first_end, ends[-1]))
+        position = ends[-1]
+    buckets, masks, row_indices = _buckets(segments)
+    # `row_indices` lists the row's tokens in bucket order; its sorting order leads back from row to bucket order.
+    others, order = torch.sort(row_indices)
+    valid = torch.cat(masks).nonzero()[:, 0] if masks else torch.empty(0, dtype=torch.long)
+    on_gpu = device.type != "cpu"
+    return RowLayout(
+        tokens=position,
+        groups=tuple(groups),
+        others=others.to(device),
+        buckets=tuple(bucket.to(device) for bucket in buckets),
+        bucket_masks=tuple(mask.to(device) for mask in masks),
+        from_buckets=valid[order].to(device),
+        block_mask=block_mask(prompt_lengths, completion_lengths, device) if on_gpu else None,
+    )
+
+
+def _buckets(segments: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """Segments [start, end) of similar length together: indices [n, L], masks [n * L], and the unmasked indices."""
+    by_size = sorted(segments, key=lambda segment: segment[1] - segment[0])
+    buckets, masks = [], []
+    for _, members in itertools.groupby(by_size, key=lambda segment: (segment[1] - segment[0] - 1) // BUCKET):
+        bounds = torch.tensor(list(members))
+        longest = int((bounds[:, 1] - bounds[:, 0]).max())
+        indices = bounds[:, :1] + torch.arange(longest)
+        masks.append((indices < bounds[:, 1:]).flatten())
+        buckets.append(torch.minimum(indices, bounds[:, 1:] - 1))
+    kept = [bucket.flatten()[mask] for bucket, mask in zip(buckets, masks, strict=True)]
+    return buckets, masks, torch.cat(kept) if kept else torch.empty(0, dtype=torch.long)
+
+
+def block_mask(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
+) -> BlockMask:
+    """FlexAttention's block mask of the row, built from the spans: the [N, N] mask is never written out.
+
+    A block of 128 × 128 is skipped when no pair in it is visible, and computed without a mask when all are.
+    """
+    spans: list[tuple[int, int, int, int]] = []  # start, end, and the prompt's start and end
+    prompt_numbers: list[int] = []  # the span that is the prompt of each span
+    position = 0
+    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
+        start, prompt_end = position, position + prompt
+        ends = list(itertools.accumulate(lengths, initial=prompt_end))
+        prompt_numbers += [len(spans)] * (len(lengths) + 1)
+        spans.append((start, prompt_end, start, start))
+        spans += [(a, b, start, prompt_end) for a, b in itertools.pairwise(ends)]
+        position = ends[-1]
+
+    blocks = -(-position // BLOCK)
+    edges = torch.arange(blocks) * BLOCK
+
+    def inside(start: int, end: int) -> Tensor:  # [blocks] tokens of each block that lie in [start, end)
+        return (torch.clamp(edges + BLOCK, max=end) - torch.clamp(edges, min=start)).clamp(min=0)
+
+    visible = torch.zeros(blocks, blocks, dtype=torch.bool)
+    pairs = torch.zeros(blocks, blocks, dtype=torch.long)
+    for start, end, prompt_start, prompt_end in spans:
+        own, prompt = inside(start, end), inside(prompt_start, prompt_end)
+        causal = torch.outer(own, own).tril()  # upper bound on the diagonal, exact below it
+        to_prompt = torch.outer(own, prompt)
+        visible |= (causal + to_prompt) > 0
+        pairs += causal.tril(-1) + to_prompt
+    full = pairs == BLOCK * BLOCK
+    partial = visible & ~full
+
+    lengths = torch.tensor([end - start for start, end, _, _ in spans])
+    segment = torch.arange(len(spans)).repeat_interleave(lengths).to(device)
+    prompt_segment = torch.tensor(prompt_numbers).repeat_interleave(lengths).to(device)
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        same = (segment[key] == segment[query]) | (segment[key] == prompt_segment[query])
+        return same & (key <= query)
+
+    def listed(table: Tensor) -> tuple[Tensor, Tensor]:  # kv blocks of each query block, the listed ones first
+        order = torch.argsort(table.int(), dim=1, descending=True, stable=True)
+        return table.sum(1).int()[None, None].to(device), order.int()[None, None].to(device)
+
+    return BlockMask.from_kv_blocks(
+        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(position, position)
+    )
