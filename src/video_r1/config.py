@@ -151,7 +151,7 @@ class TrainingSettings(Settings):
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
     logging_steps: float = setting(1, "optimizer steps between two lines of metrics.jsonl")
     save_steps: float = setting(100, "optimizer steps between two checkpoints")
-    report_to: str | list[str] | None = setting("none", "trackers: tensorboard, trackio, wandb, ...")
+    report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
 
     def problems(self) -> Iterator[Problem]:

@@ -1,7 +1,7 @@
 """Recipes: a YAML file of flat `setting: value` lines plus overrides, resolved into checked settings.
 
-A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). Paths in a recipe are relative
-to the folder that the command runs in. Everything is checked here, before any model is loaded.
+A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). Paths in a recipe are
+relative to the folder that the command runs in. Everything is checked here, before any model is loaded.
 """
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Resolved settings of one command. `training`: the `TrainingArguments` fields that no section has."""
+    """Resolved settings of one command. `training`: `TrainingArguments` fields that no section has."""
 
     command: str
     sections: tuple[Settings, ...]
@@ -130,7 +130,7 @@ def parse_values(
             continue
         hints = [types[name]]
         if has_choices(training_types.get(name)) and training_types[name] is not types[name]:
-            hints.append(training_types[name])  # our `lr_scheduler_type: str` is one of transformers' schedules
+            hints.append(training_types[name])  # `lr_scheduler_type: str` is one of its schedules
         try:
             for hint in hints:
                 value = parse(value, hint)
@@ -184,7 +184,7 @@ def find_recipe(source: str | Path) -> Path | None:
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a recipe file. Returns its settings and where each one stands (`recipe lab-tgrpo.yaml, line 3`)."""
+    """Read a recipe file. Returns its settings and where each one stands (`recipe a.yaml, line 3`)."""
     path = find_recipe(source)
     if path is None:
         close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)

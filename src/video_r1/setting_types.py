@@ -91,8 +91,8 @@ def parse(value: Any, hint: Any) -> Any:
             return None
     if len(options) == 1:
         return _parse_one(value, hint)
-    order = sorted((option for option in options if option is not type(None)), key=_strictness)
-    for option in order:
+    several = isinstance(value, str) and ("," in value or value.startswith("["))
+    for option in sorted(options, key=lambda option: _rank(option, several)):
         try:
             return _parse_one(value, option)
         except ValueError:
@@ -100,14 +100,16 @@ def parse(value: Any, hint: Any) -> Any:
     raise ValueError(describe_type(hint))
 
 
-def _strictness(hint: Any) -> int:
-    """The order in which a union's members are tried: text takes anything, so it comes last."""
-    if hint is str:
-        return 6
-    kinds = (bool, int, float)
-    if hint in kinds:
-        return kinds.index(hint)
-    return 5 if get_origin(hint) is list or hint is list else 4
+def _rank(hint: Any, several: bool) -> int:
+    """The order in which a union's members are tried. Text takes anything, so it comes after numbers and choices,
+    and before a list unless the value looks like several."""
+    if hint is type(None):
+        return 9
+    if hint in (bool, int, float):
+        return (bool, int, float).index(hint)
+    if get_origin(hint) is list or hint is list:
+        return 4 if several else 6
+    return 5 if hint is str else 3
 
 
 def _parse_one(value: Any, hint: Any) -> Any:
@@ -116,6 +118,8 @@ def _parse_one(value: Any, hint: Any) -> Any:
     text = value.strip() if isinstance(value, str) else None
     if hint is Any:
         return value
+    if hint is type(None):
+        raise wrong
     if origin is Literal:
         for choice in arguments:
             if value == choice or text == str(choice):

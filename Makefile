@@ -1,0 +1,31 @@
+# Every target sets up what it needs; the set-up runs again only when its inputs have changed.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+# One thread per process: the tests' models are too small for more, and pytest-xdist runs two processes.
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install demo test test-slow check bench
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+install: ## set up .venv
+	@PYTHON=$(PYTHON) VENV=$(VENV) setup/install.sh
+
+demo: install ## the whole pipeline on made-up clips, about 10 minutes on two cores; see runs/demo
+	$(PY) -m video_r1 demo
+
+test: install ## the fast tests
+	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: install ## all tests, the long ones too
+	$(ONE_THREAD) $(PY) -m pytest -n 2 $(ARGS)
+
+check: install ## ruff and pyright
+	$(PY) -m ruff check .
+	$(PY) -m pyright
+
+bench: install ## every benchmark, each prints one JSON object
+	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -v '^_'); do \
+		$(PY) -m benchmarks.$$name --json || exit 1; done

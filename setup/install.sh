@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Sets up .venv with the package, its tests' tools and pinned versions. Runs again only when something that it
+# depends on has changed. Environment: PYTHON (default python3) makes the virtual environment, VENV names it.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+python=${PYTHON:-python3}
+stamp=$venv/installed
+
+accelerator=cpu
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then accelerator=cuda; fi
+wanted=$(cat pyproject.toml constraints.txt setup/* | cksum; echo "$accelerator $PWD")
+if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
+
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "setup: $("$python" --version) is too old; Python 3.11 or later is needed (set PYTHON=...)" >&2
+    exit 1
+fi
+say() { echo "setup: $*" >&2; }
+pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
+
+[ -x "$venv/bin/python" ] || { say "making $venv"; "$python" -m venv "$venv"; }
+rm -f "$stamp"
+limits=$venv/constraints.txt
+if [ "$accelerator" = cuda ]; then
+    # The pinned pair may be a CPU build: let pip choose torch, and the torchvision that goes with it.
+    grep -vE '^(torch|torchvision)==' constraints.txt >"$limits"
+    say "installing torch for CUDA (several GB)"
+    pip install -c "$limits" 'torch>=2.9' torchvision
+else
+    cp constraints.txt "$limits"
+    say "installing torch"
+    pip install -c "$limits" "$(grep '^torch==' constraints.txt)"
+    pip install --no-deps "$(grep '^torchvision==' constraints.txt)" # its dependencies could bring another torch
+fi
+say "installing the package and its dependencies"
+pip install -c "$limits" -e '.[dev,lora]'
+
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+rm -f "$packages"/torchvision_cpu_hook.{py,pth}
+if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+    cp setup/torchvision_cpu_hook.py "$packages/"
+    echo 'import torchvision_cpu_hook' >"$packages/torchvision_cpu_hook.pth"
+fi
+"$venv/bin/python" -c 'import torchvision.transforms.v2, transformers; transformers.Qwen2VLVideoProcessor'
+echo "$wanted" >"$stamp"
+say "done"
