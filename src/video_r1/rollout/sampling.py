@@ -1,0 +1,46 @@
+"""Choosing tokens: the sampling distribution and a draw from it. Pure tensors."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """Log-probabilities [..., V] float32 of the distribution that is sampled.
+
+    Temperature first, then the `top_k` most likely tokens (0: all), then the smallest set of tokens whose
+    probabilities add up to at least `top_p`; what is left is normalised again. Tokens outside have -inf.
+    `temperature` 0 (greedy) gives the model's own distribution.
+    """
+    scaled = logits.float()
+    if temperature > 0 and temperature != 1.0:
+        scaled = scaled / temperature
+    if temperature > 0 and (0 < top_k < scaled.shape[-1] or top_p < 1.0):
+        scaled = _truncated(scaled, top_p, top_k)
+    return scaled.log_softmax(-1)
+
+
+def _truncated(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    ordered, indices = logits.sort(-1, descending=True)
+    if 0 < top_k < logits.shape[-1]:
+        ordered[..., top_k:] = -torch.inf
+    if top_p < 1.0:
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
+        outside = before >= top_p
+        outside[..., 0] = False
+        ordered = ordered.masked_fill(outside, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, indices, ordered)
+
+
+def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Token ids [B] int64 drawn from `logprobs` [B, V] by inverting the cumulative distribution.
+
+    uniform: [B] float32 in [0, 1), one number a token. A token depends on its own number and its own
+    distribution only, so a sequence is the same whichever other sequences share its batch.
+    """
+    cumulative = logprobs.exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding may lift the threshold to the total itself, and then no token would be above it.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)

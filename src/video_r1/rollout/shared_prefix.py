@@ -1,0 +1,145 @@
+"""Decoding many completions of a prompt over one copy of the prompt's keys and values.
+
+Attention of a new token runs over [prompt ; its own completion] with one softmax. The queries of all
+completions of a prompt meet the prompt's keys in one matrix product, so the prompt is stored and read once and
+not once per completion (the idea of Hydragen, arXiv 2402.05099). The models are unmodified: the function is
+registered with transformers' AttentionInterface and is in force within `shared_prefix_attention` only.
+
+Letters: R prompts (rows), P prompt tokens, B completions, t tokens of a completion so far, K key-value heads,
+g query heads per key-value head, D head size, w slots a row.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+ATTENTION_NAME = "video_r1_shared_prefix"
+FIRST_CAPACITY = 64  # tokens of a completion; doubled when full
+
+
+class SharedPrefixCache:
+    """Keys and values of R prompts and of the completions that continue them, for all layers.
+
+    prefix_keys, prefix_values: one tensor [R, K, P, D] a layer; prompts shorter than P are padded at the end.
+    lengths: [R] int64, prompt tokens.
+    rows: [B] int64, the prompt of each completion.
+    """
+
+    def __init__(
+        self, prefix_keys: Sequence[Tensor], prefix_values: Sequence[Tensor], lengths: Tensor, rows: Tensor
+    ) -> None:
+        self.prefix_keys, self.prefix_values = list(prefix_keys), list(prefix_values)
+        self.keys: list[Tensor | None] = [None] * len(prefix_keys)  # [B, K, capacity, D] a layer
+        self.values: list[Tensor | None] = [None] * len(prefix_keys)
+        self.length = 0  # t, the same for every completion in the batch
+        padding = torch.arange(prefix_keys[0].shape[2], device=lengths.device) >= lengths[:, None]
+        self.bias = torch.zeros_like(padding, dtype=prefix_keys[0].dtype).masked_fill_(padding, -torch.inf)
+        self._place(rows)
+
+    def _place(self, rows: Tensor) -> None:
+        """Gives every completion a slot in the [R, w] layout in which queries meet the prompts."""
+        self.rows = rows
+        order = rows.argsort(stable=True)
+        counts = torch.bincount(rows, minlength=len(self.bias))
+        self.width = int(counts.max())
+        starts = counts.cumsum(0) - counts
+        rank = torch.empty_like(rows)
+        rank[order] = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
+        self.slot_of = rows * self.width + rank  # [B]
+        self.sequence_in = torch.zeros(len(self.bias) * self.width, dtype=torch.long, device=rows.device)
+        self.sequence_in[self.slot_of] = torch.arange(len(rows), device=rows.device)  # empty slots: any
+
+    def keep(self, kept: Tensor) -> None:
+        """Leaves only the completions `kept` ([B'] int64 indices), and the prompts that they still need."""
+        for states in (self.keys, self.values):
+            for layer, tensor in enumerate(states):
+                states[layer] = None if tensor is None else tensor.index_select(0, kept)
+        rows = self.rows[kept]
+        needed = rows.unique()
+        if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many of them are done
+            self.prefix_keys = [tensor.index_select(0, needed) for tensor in self.prefix_keys]
+            self.prefix_values = [tensor.index_select(0, needed) for tensor in self.prefix_values]
+            self.bias = self.bias.index_select(0, needed)
+            rows = torch.searchsorted(needed, rows)
+        self._place(rows)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
+        """Appends one token's keys and values [B, K, 1, D]; returns the completion's, [B, K, t, D]."""
+        if layer == 0:
+            self.length += 1
+        kept_keys = self.keys[layer] = self._appended(self.keys[layer], keys)
+        kept_values = self.values[layer] = self._appended(self.values[layer], values)
+        return kept_keys[:, :, : self.length], kept_values[:, :, : self.length]
+
+    def _appended(self, states: Tensor | None, new: Tensor) -> Tensor:
+        if states is None:
+            states = new.new_empty(new.shape[0], new.shape[1], FIRST_CAPACITY, new.shape[3])
+        elif states.shape[2] < self.length:
+            states = torch.cat([states, torch.empty_like(states)], dim=2)
+        states[:, :, self.length - 1] = new[:, :, 0]
+        return states
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.bias.shape[1] + self.length
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    shared_prefix: SharedPrefixCache | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one new token a completion. query: [B, K*g, 1, D]; keys, values: [B, K, t, D], its own
+    tokens. Returns [B, 1, K*g, D]. The signature is that of transformers' attention functions."""
+    assert shared_prefix is not None and query.shape[2] == 1
+    cache = shared_prefix
+    prefix_keys, prefix_values = cache.prefix_keys[module.layer_idx], cache.prefix_values[module.layer_idx]
+    count, heads, _, size = query.shape
+    prompts, groups, prompt_length, _ = prefix_keys.shape
+    per_group, width, length = heads // groups, cache.width, keys.shape[2]
+    scaling = size**-0.5 if scaling is None else scaling
+
+    def to_slots(tensor: Tensor) -> Tensor:  # [B, K, g, X] -> [R*K, w*g, X]
+        placed = tensor.index_select(0, cache.sequence_in).view(prompts, width, groups, per_group, -1)
+        return placed.transpose(1, 2).reshape(prompts * groups, width * per_group, -1)
+
+    def from_slots(tensor: Tensor) -> Tensor:  # [R*K, w*g, X] -> [B, K, g, X]
+        placed = tensor.view(prompts, groups, width, per_group, -1).transpose(1, 2)
+        return placed.reshape(prompts * width, groups, per_group, -1).index_select(0, cache.slot_of)
+
+    query = query.view(count, groups, per_group, size)
+    bias = cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]
+    prefix_scores = torch.baddbmm(
+        bias, to_slots(query), prefix_keys.flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
+    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)) * scaling)
+    weights = torch.cat([prefix_scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    output = from_slots(torch.bmm(weights[..., :prompt_length], prefix_values.flatten(0, 1)))
+    output = output + torch.matmul(from_slots(weights[..., prompt_length:]), values)
+    return output.reshape(count, 1, heads, size), None
+
+
+AttentionInterface.register(ATTENTION_NAME, attend)
+
+
+@contextmanager
+def shared_prefix_attention(text_config: Any) -> Iterator[None]:
+    """Within it, a text model of this config attends by `attend`; its caller passes `shared_prefix=cache`.
+
+    No mask function is registered under the name, so transformers builds no mask.
+    """
+    previous = text_config._attn_implementation
+    text_config._attn_implementation = ATTENTION_NAME
+    try:
+        yield
+    finally:
+        text_config._attn_implementation = previous

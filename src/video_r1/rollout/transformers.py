@@ -1,0 +1,272 @@
+"""Rollouts in the training process, with the model that is trained.
+
+```
+prompts ─► prefill (pixels and prompt once) ─► keys and values [R, P] ─► decode B = R*n completions ─► Rollouts
+                                                                          finished ones leave the batch
+```
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from video_r1.data.prompts import Prompt, end_token_id
+from video_r1.errors import ConfigError
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
+from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
+
+OnToken = Callable[[int, int, int], None]
+VISUAL_FEATURES = (
+    "pixel_values",
+    "image_grid_thw",
+    "pixel_values_videos",
+    "video_grid_thw",
+)
+
+
+@dataclass(slots=True)
+class _Prefilled:
+    """R prompts after their prefill. keys, values: one [R, K, P, D] a layer; logits: [R, V] of the first
+    completion token; lengths: [R] int64; next_position: [R] int64, where the completion starts."""
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    logits: Tensor
+    lengths: Tensor
+    next_position: Tensor
+
+
+class TransformersEngine:
+    """Samples with a transformers Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, sharing each prompt's prefill.
+
+    model: the conditional-generation model itself or a PEFT model around it; DistributedDataParallel is
+        unwrapped. It is switched to eval mode while sampling and back. Under mixed precision call `generate`
+        within the trainer's autocast.
+    tokenizer: tokenizer or processor.
+    max_sequences: completions decoded at once; further prompts wait for the next wave.
+    max_prefill_tokens: prompt tokens, padding included, of one prefill forward.
+
+    Raises ConfigError for models with sliding-window layers.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, max_sequences: int = 256, max_prefill_tokens: int = 16384
+    ) -> None:
+        self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        self.max_sequences = max_sequences
+        self.max_prefill_tokens = max_prefill_tokens
+        self.update_weights(model)
+
+    def update_weights(self, model: Any) -> None:
+        """The weights are the trained model's own; another model object is taken over as it is."""
+        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        # The model without its head, the same in all three families and under PEFT.
+        self._core: Any = next(module for module in self.model.modules() if hasattr(module, "get_rope_index"))
+        self._text_config = self._core.language_model.config
+        if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
+            raise ConfigError("rollouts: models with sliding-window attention are not supported")
+        self._stop_ids = _stop_ids(self.model, self.tokenizer)
+
+    def close(self) -> None:
+        """Nothing is held but the model, which belongs to the caller."""
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, on_token: OnToken | None = None
+    ) -> list[list[Rollout]]:
+        """Samples `sampling.n` completions of each prompt; result [prompts][n].
+
+        At temperature 0 every completion is the greedy one and its log-probs are the model's own. The seed
+        (drawn from torch's CPU generator when None) fixes every token: completion g of prompt q depends on the
+        seed, q and g, and not on how prompts were batched. `on_token(q, g, token_id)` sees each token at once.
+        """
+        if not prompts:
+            return []
+        uniform = _uniform_numbers(len(prompts) * sampling.n, sampling)
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        with _eval_mode(self.model):
+            per_wave = max(1, self.max_sequences // sampling.n)
+            for first in range(0, len(order), per_wave):
+                wave = order[first : first + per_wave]
+                prefilled = self._prefill([prompts[index] for index in wave])
+                sequences = torch.tensor(wave).repeat_interleave(sampling.n) * sampling.n
+                sequences += torch.arange(sampling.n).repeat(len(wave))
+                for sequence, rollout in zip(
+                    sequences.tolist(), self._decode(prefilled, sequences, uniform, sampling, on_token), strict=True
+                ):
+                    results[sequence // sampling.n].append(rollout)
+        return results
+
+    def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
+        """One forward for each chunk of prompts of similar length, padded at the end: under the causal rule no
+        real token sees padding, so no mask is needed."""
+        parts, chunk, longest = [], [], 0
+        for prompt in prompts:
+            longest = max(longest, len(prompt.input_ids))
+            if chunk and longest * (len(chunk) + 1) > self.max_prefill_tokens:
+                parts.append(self._prefill_chunk(chunk))
+                chunk, longest = [], len(prompt.input_ids)
+            chunk.append(prompt)
+        parts.append(self._prefill_chunk(chunk))
+        if len(parts) == 1:
+            return parts[0]
+        layers = range(len(parts[0].keys))
+        return _Prefilled(
+            keys=[_stack([part.keys[layer] for part in parts]) for layer in layers],
+            values=[_stack([part.values[layer] for part in parts]) for layer in layers],
+            logits=torch.cat([part.logits for part in parts]),
+            lengths=torch.cat([part.lengths for part in parts]),
+            next_position=torch.cat([part.next_position for part in parts]),
+        )
+
+    def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
+        device = self._core.device
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
+        input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
+        deltas = torch.zeros(len(prompts), dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            length = len(prompt.input_ids)
+            input_ids[row, :length] = prompt.input_ids
+            features = {key: value for key, value in prompt.features.items() if not key.startswith("pixel_values")}
+            features["mm_token_type_ids"] = features["mm_token_type_ids"][None]
+            position, delta = self._core.get_rope_index(prompt.input_ids[None], **features)
+            positions[:, row, :length] = position[:, 0]
+            deltas[row] = delta.item()
+        features = {
+            name: torch.cat(tensors).to(device)
+            for name in VISUAL_FEATURES
+            if (tensors := [prompt.features[name] for prompt in prompts if name in prompt.features])
+        }
+        cache = DynamicCache(config=self._text_config)
+        hidden = self._core(
+            input_ids=input_ids.to(device),
+            position_ids=positions.to(device),
+            past_key_values=cache,
+            use_cache=True,
+            **features,
+        ).last_hidden_state
+        lengths = lengths.to(device)
+        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
+        return _Prefilled(
+            keys=[layer.keys for layer in cache.layers],
+            values=[layer.values for layer in cache.layers],
+            logits=self._head(last),
+            lengths=lengths,
+            next_position=lengths + deltas.to(device),
+        )
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden)
+
+    def _decode(
+        self,
+        prefilled: _Prefilled,
+        sequences: Tensor,
+        uniform: Tensor,
+        sampling: SamplingSettings,
+        on_token: OnToken | None,
+    ) -> list[Rollout]:
+        """Completions of one wave, in the order of `sequences` [S] (indices into `uniform`'s rows)."""
+        device = prefilled.logits.device
+        uniform = uniform[sequences].to(device)
+        stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
+        stop[self._stop_ids] = True
+        rows = torch.arange(len(prefilled.lengths), device=device).repeat_interleave(sampling.n)
+        cache = SharedPrefixCache(prefilled.keys, prefilled.values, prefilled.lengths, rows)
+        position = prefilled.next_position[rows]  # [B] of the next token
+        logits = prefilled.logits[rows]
+        total = len(sequences)
+        token_ids = torch.zeros(total, sampling.max_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(total, sampling.max_tokens, device=device)
+        lengths = torch.full((total,), sampling.max_tokens, device=device)
+        stopped = torch.zeros(total, dtype=torch.bool, device=device)
+        active = torch.arange(total, device=device)  # [B] sequences in the batch
+        with shared_prefix_attention(self._text_config):
+            for step in range(sampling.max_tokens):
+                distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
+                if sampling.temperature == 0:
+                    tokens = distribution.argmax(-1)
+                else:
+                    tokens = draw_tokens(distribution, uniform[active, step])
+                token_ids[active, step] = tokens
+                logprobs[active, step] = distribution.gather(-1, tokens[:, None]).squeeze(1)
+                running = ~stopped[active]
+                if on_token is not None:
+                    for sequence, token in zip(active[running].tolist(), tokens[running].tolist(), strict=True):
+                        prompt, completion = divmod(int(sequences[sequence]), sampling.n)
+                        on_token(prompt, completion, token)
+                ending = running & stop[tokens]
+                lengths[active[ending]] = step + 1
+                stopped[active] |= ending
+                kept = (~stopped[active]).nonzero().squeeze(1)
+                if len(kept) == 0:
+                    break
+                if len(kept) <= 0.875 * len(active):  # fewer are not worth the copy of the others' states
+                    active, tokens, position = active[kept], tokens[kept], position[kept]
+                    cache.keep(kept)
+                if step + 1 < sampling.max_tokens:
+                    hidden = self._core(
+                        input_ids=tokens[:, None],
+                        position_ids=position[None, :, None].expand(3, -1, 1),
+                        past_key_values=cache,
+                        use_cache=True,
+                        shared_prefix=cache,
+                    ).last_hidden_state
+                    logits = self._head(hidden[:, -1])
+                    position = position + 1
+        return self._rollouts(token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
+
+    def _rollouts(
+        self, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
+    ) -> list[Rollout]:
+        ids = [row[:length].clone() for row, length in zip(token_ids, lengths, strict=True)]
+        texts = self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
+        return [
+            Rollout(row, logprobs[index, : len(row)].clone(), text, "stop" if stopped[index] else "length")
+            for index, (row, text) in enumerate(zip(ids, texts, strict=True))
+        ]
+
+
+def _uniform_numbers(sequences: int, sampling: SamplingSettings) -> Tensor:
+    """[sequences, max_tokens] float32 in [0, 1): one number for every token that may be drawn."""
+    if sampling.temperature == 0:
+        return torch.zeros(sequences, 0)
+    seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+    return torch.rand(sequences, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({end_token_id(tokenizer), *(token for token in configured if token is not None)})
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors [R_i, K, P_i, D] as one [sum R_i, K, max P_i, D], padded with zeros at the end of P."""
+    longest = max(tensor.shape[2] for tensor in tensors)
+    return torch.cat(
+        [nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors]
+    )
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts every module into eval mode and each back into the mode that it had."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
