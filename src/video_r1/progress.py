@@ -85,8 +85,8 @@ def progress(items: Iterable[T] | int, description: str, unit: str = "items", to
              stream: TextIO | None = None) -> Progress[T]:
     """Shows how far long work has come, with its rate and the time left.
 
-    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and one
-    at the end. It writes to standard error unless `stream` is given.
+    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
+    one at the end. It writes to standard error unless `stream` is given.
 
         for sample in progress(samples, "decoding", "clips"): ...
 

@@ -1,28 +1,310 @@
-"""Samples: one question about one image or video, read from a manifest and checked."""
+"""Samples: one question about one image or video, read from a manifest and checked.
+
+A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub or a `datasets.Dataset`;
+docs/data-format.md describes its fields. Every row is checked, and all problems of a manifest are reported
+together.
+"""
 from __future__ import annotations
 
+import difflib
+import os
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from video_r1.data.rows import Unreadable, read_rows
+from video_r1.errors import ManifestError
+from video_r1.rewards.answers import parse_number
+
+if TYPE_CHECKING:
+    import datasets
+
+DataType = Literal["image", "video"]
 ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
+DATA_TYPES: tuple[str, ...] = get_args(DataType)
+PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
+
+FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path", "options", "process",
+          "data_source", "start", "end")
+_PROBLEMS_IN_MESSAGE = 20
+_SOLUTION = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_NO_EXTRA: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    problem_id: str | int
-    problem: str
-    data_type: Literal["image", "video"]
+    """One question about one image or video: a manifest row that has passed every check.
+
+    For example `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
+    "/data/7.mp4", ("A. left", "B. right"))`.
+    """
+
+    problem_id: str | int  # unique in its manifest
+    problem: str  # the question, without options or instructions
+    data_type: DataType
     problem_type: ProblemType
-    solution: str
-    path: str
-    options: tuple[str, ...] = ()
-    process: str | None = None
-    data_source: str = ""
-    start: float | None = None
-    end: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    solution: str  # "<answer>…</answer>"
+    path: str  # the media file: absolute, links followed, inside the media root; or an http(s) URL
+    options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
+    process: str | None = None  # "<think>…</think>": a rationale for SFT
+    data_source: str = ""  # where the sample is from
+    start: float | None = None  # the window of the clip that the question is about, in seconds from its
+    end: float | None = None  # beginning; None: from the beginning, to the end
+    extra: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row that is not null
 
     @property
     def answer(self) -> str:
-        return self.solution.removeprefix("<answer>").removesuffix("</answer>").strip()
+        """The text inside the solution's tags, stripped."""
+        match = _SOLUTION.fullmatch(self.solution)
+        return match.group(1).strip() if match else self.solution.strip()
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with one row of a manifest. `row` counts from 1 (JSON lines: the line)."""
+
+    row: int
+    problem_id: str | int | None
+    text: str
+
+    def __str__(self) -> str:
+        name = "" if self.problem_id is None else f" (id {self.problem_id})"
+        return f"row {self.row}{name}: {self.text}"
+
+
+def load_manifest(source: str | Path | datasets.Dataset, media_root: str | Path | None = None,
+                  allow_urls: bool = False, split: str = "train") -> list[Sample]:
+    """Reads and checks a manifest.
+
+    Args:
+        source: a JSON or JSON lines file (or Parquet), a data set id of the Hugging Face hub or a folder that
+            `datasets` reads, or a `datasets.Dataset` with the same fields.
+        media_root: the folder that every `path` is relative to and must stay inside. Default: the folder of
+            the manifest file, or the current folder when there is no file.
+        allow_urls: accept http and https URLs as `path`; they are kept as they are.
+        split: the split to read of a data set that has several.
+
+    Raises:
+        ManifestError: with all problems of all rows in `problems`.
+    """
+    samples, problems = check_manifest(source, media_root, allow_urls, split)
+    if problems:
+        name = source if isinstance(source, (str, Path)) else type(source).__name__
+        shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
+        more = len(problems) - _PROBLEMS_IN_MESSAGE
+        rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
+    return samples
+
+
+def check_manifest(source: str | Path | datasets.Dataset, media_root: str | Path | None = None,
+                   allow_urls: bool = False, split: str = "train") -> tuple[list[Sample], list[Problem]]:
+    """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
+
+    Raises:
+        ManifestError: there is nothing to check: no such source, or the media root is not a folder.
+    """
+    if media_root is None:
+        is_file = isinstance(source, (str, Path)) and Path(source).is_file()
+        media_root = Path(source).parent if is_file else Path.cwd()  # type: ignore[arg-type]
+    if not Path(media_root).is_dir():
+        raise ManifestError(f"the media root {media_root} is not a folder; set media_root to the folder that "
+                            "the paths of the manifest start at")
+    places = _MediaPlaces(os.path.realpath(media_root), allow_urls)
+    samples: list[Sample] = []
+    problems: list[Problem] = []
+    rows_by_id: dict[str, int] = {}
+    number = 0
+    for number, row in read_rows(source, split):
+        if isinstance(row, Unreadable):
+            problems.append(Problem(number, None, row.reason))
+            continue
+        sample, found = _check_row(row, places)
+        problem_id = row.get("problem_id") if isinstance(row, dict) else None
+        if not isinstance(problem_id, (int, str)):
+            problem_id = None
+        else:  # 7 and "7" are the same id wherever results are stored by id
+            first = rows_by_id.setdefault(str(problem_id), number)
+            if first != number:
+                found.append(f"problem_id is used before, in row {first}; each row needs its own")
+        problems.extend(Problem(number, problem_id, text) for text in found)
+        if sample is not None and not found:
+            samples.append(sample)
+    if number == 0:
+        problems.append(Problem(1, None, "the manifest has no rows"))
+    return samples, problems
+
+
+class _MediaPlaces:
+    """Turns the paths of rows into files below the media root. Folders are resolved once each."""
+
+    def __init__(self, root: str, allow_urls: bool) -> None:
+        self.root = root
+        self.inside = root.rstrip(os.sep) + os.sep
+        self.allow_urls = allow_urls
+        self._folders: dict[str, str] = {}
+
+    def find(self, path: str) -> str:
+        """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
+        if url := _URL.match(path):
+            if url.group(1).lower() not in ("http", "https"):
+                raise ValueError(f"path {path!r} is not a file, nor a http(s) URL")
+            if not self.allow_urls:
+                raise ValueError(f"path {path!r} is a URL; these are refused unless allow_urls is set")
+            return path
+        if "\0" in path:
+            raise ValueError(f"path {path!r} contains a null character")
+        if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
+            raise ValueError(f"path {path!r} is absolute; it must be relative to the media root")
+        folder, name = os.path.split(path)
+        if name in ("", ".", ".."):
+            found = os.path.realpath(os.path.join(self.root, path))
+        else:
+            if folder not in self._folders:
+                self._folders[folder] = os.path.realpath(os.path.join(self.root, folder))
+            found = os.path.join(self._folders[folder], name)
+            if os.path.islink(found):
+                found = os.path.realpath(found)
+        if not found.startswith(self.inside):
+            raise ValueError(f"path {path!r} leads out of the media root")
+        return found
+
+
+def _check_row(row: Any, places: _MediaPlaces) -> tuple[Sample | None, list[str]]:
+    """The sample of a row, or None, and everything that is wrong with the row."""
+    if not isinstance(row, dict):
+        return None, [f"is {_shown(row)}, not an object with fields"]
+    found: list[str] = []
+    problem_id = row.get("problem_id")
+    if problem_id is None:
+        found.append("problem_id is missing")
+    elif isinstance(problem_id, bool) or not isinstance(problem_id, (int, str)) or problem_id == "":
+        found.append(f"problem_id is {_shown(problem_id)}; it must be an integer or a string")
+    problem = _text(row, "problem", found)
+    data_type = _one_of(row, "data_type", DATA_TYPES, found)
+    problem_type = _one_of(row, "problem_type", PROBLEM_TYPES, found)
+    solution = _text(row, "solution", found)
+    path = _text(row, "path", found)
+    if path:
+        try:
+            path = places.find(path)
+        except ValueError as error:
+            found.append(str(error))
+    answer = None
+    if solution:
+        match = _SOLUTION.fullmatch(solution)
+        answer = match.group(1).strip() if match else ""
+        if not answer:
+            found.append(f"solution is {_shown(solution)}; it must be <answer>…</answer> with a text inside")
+    options = _options(row, problem_type, answer, found)
+    if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
+        found.append(f"the solution of a {problem_type} problem must be a finite number, not "
+                     f"{_shown(answer)}")
+    process = _text(row, "process", found, required=False)
+    if process and not _PROCESS.fullmatch(process):
+        found.append(f"process is {_shown(process)}; it must be <think>…</think>")
+    data_source = _text(row, "data_source", found, required=False)
+    start, end = _window(row, data_type, found)
+    if found:
+        return None, found
+    extra = {sys.intern(name): sys.intern(value) if type(value) is str and len(value) < 40 else value
+             for name, value in row.items() if value is not None and name not in FIELDS}
+    return Sample(problem_id, problem, data_type, problem_type,  # type: ignore[arg-type]
+                  solution, path, options, process or None, sys.intern(data_source), start, end,
+                  extra or _NO_EXTRA), []
+
+
+def _text(row: dict[str, Any], name: str, found: list[str], required: bool = True) -> str:
+    value = row.get(name)
+    if value is None:
+        if required:
+            found.append(f"{name} is missing")
+        return ""
+    if not isinstance(value, str):
+        found.append(f"{name} is {_shown(value)}; it must be a string")
+        return ""
+    if required and not value.strip():
+        found.append(f"{name} is empty")
+        return ""
+    return value
+
+
+def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> str:
+    value = row.get(name)
+    if value is None:
+        found.append(f"{name} is missing")
+    elif not isinstance(value, str) or value not in known:
+        near = difflib.get_close_matches(str(value).lower().replace("_", " "), [k.lower() for k in known], 1)
+        hint = f" (did you mean {next(k for k in known if k.lower() == near[0])!r}?)" if near else ""
+        found.append(f"{name} is {_shown(value)}; known are {', '.join(known)}{hint}")
+    else:
+        return sys.intern(value)
+    return ""
+
+
+def _options(row: dict[str, Any], problem_type: str, answer: str | None, found: list[str]) -> tuple[str, ...]:
+    options = row.get("options")
+    if options is None:
+        options = []
+    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+        found.append(f"options is {_shown(options)}; it must be a list of strings")
+        return ()
+    if problem_type != "multiple choice":
+        if options and problem_type:
+            found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
+        return tuple(options)
+    if len(options) < 2:
+        found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
+        return tuple(options)
+    letters = []
+    for option in options:
+        match = _LETTER.match(option)
+        if match is None:
+            found.append(f"option {_shown(option)} does not begin with its letter, as in 'A. the man sits'")
+        else:
+            letters.append(match.group(1))
+    twice = sorted({letter for letter in letters if letters.count(letter) > 1})
+    if twice:
+        found.append(f"options use the letter {', '.join(twice)} more than once")
+    if answer and len(letters) == len(options):
+        solution = _LETTER.match(answer)
+        if solution is None:
+            found.append("the solution of a multiple choice problem must be an option's letter, not "
+                         f"{_shown(answer)}")
+            return tuple(options)
+        letter = solution.group(1)
+        if letter not in letters:
+            found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
+        elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
+            found.append(f"the solution {_shown(answer)} is not the text of option {letter}")
+    return tuple(options)
+
+
+def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[float | None, float | None]:
+    times: list[float | None] = []
+    for name in ("start", "end"):
+        value = row.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
+            found.append(f"{name} is {_shown(value)}; it must be a time in seconds from the beginning of the "
+                         "clip")
+            return None, None
+        times.append(None if value is None else float(value))
+    start, end = times
+    if end is not None and end <= (start or 0.0):
+        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
+    if data_type == "image" and (start is not None or end is not None):
+        found.append("start and end are for videos, and this is an image")
+    return start, end
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,0 +1,309 @@
+"""Manifests: what is read, what is refused, and that every problem is named with its row."""
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from video_r1.data import rows
+from video_r1.data.records import FIELDS, Sample, check_manifest, load_manifest
+from video_r1.errors import ManifestError
+
+CHOICE = {
+    "problem_id": 7, "problem": "Which way does the ball move?", "data_type": "video",
+    "problem_type": "multiple choice", "options": ["A. left", "B. right"], "solution": "<answer>B</answer>",
+    "path": "./clips/7.mp4", "data_source": "lab/direction",
+}
+NUMBER = {
+    "problem_id": "n-1", "problem": "How many balls?", "data_type": "image", "problem_type": "numerical",
+    "options": [], "solution": "<answer>1,204.5</answer>", "path": "images/1.png", "data_source": "lab/count",
+}
+
+
+def write(folder: Path, content, name: str = "manifest.json") -> Path:
+    path = folder / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def problems_of(folder: Path, *changed: dict) -> list[str]:
+    found = check_manifest(write(folder, list(changed)))[1]
+    return [str(problem) for problem in found]
+
+
+def test_a_row_becomes_a_sample(tmp_path):
+    row = CHOICE | {"process": "<think>It goes right.</think>", "start": 1, "end": 2.5, "family": "direction",
+                    "key_frames": [0, 3], "nothing": None}
+    [sample] = load_manifest(write(tmp_path, [row]))
+    assert sample == Sample(
+        problem_id=7, problem="Which way does the ball move?",
+        data_type="video", problem_type="multiple choice",
+        solution="<answer>B</answer>", path=str(tmp_path.resolve() / "clips" / "7.mp4"),
+        options=("A. left", "B. right"), process="<think>It goes right.</think>", data_source="lab/direction",
+        start=1.0, end=2.5, extra={"family": "direction", "key_frames": [0, 3]},
+    )
+    assert sample.answer == "B"
+
+
+def test_missing_optional_fields_have_defaults(tmp_path):
+    row = {name: value for name, value in NUMBER.items() if name not in ("options", "data_source")}
+    [sample] = load_manifest(write(tmp_path, [row | {"process": ""}]))
+    assert (sample.options, sample.data_source, sample.process) == ((), "", None)
+    assert (sample.start, sample.end, sample.extra) == (None, None, {})
+
+
+def as_list(made):
+    return json.dumps(made)
+
+
+def as_indented_list(made):
+    return "\ufeff" + json.dumps(made, indent=2, ensure_ascii=False)
+
+
+def as_lines(made):
+    return "\n".join(json.dumps(row) for row in made) + "\n\n"
+
+
+@pytest.mark.parametrize("spell", [as_list, as_indented_list, as_lines])
+@pytest.mark.parametrize("piece", [1, 7, 100, 1 << 20])
+def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
+    """A JSON list is parsed in pieces: wherever a piece ends, the rows are the same."""
+    monkeypatch.setattr(rows, "_READ_CHARACTERS", piece)
+    made = [CHOICE, NUMBER | {"problem": "Wie viele Bälle? \u2603 \U0001F3C0 }, {"}]
+    samples = load_manifest(write(tmp_path, spell(made)))
+    assert [(s.problem_id, s.problem) for s in samples] == [(r["problem_id"], r["problem"]) for r in made]
+
+
+def test_mixed_ids_and_columns_are_kept_as_they_are(tmp_path):
+    made = [CHOICE, NUMBER | {"family": "count"}, CHOICE | {"problem_id": 8, "key_frames": [1, 2]}]
+    samples = load_manifest(write(tmp_path, made))
+    assert [s.problem_id for s in samples] == [7, "n-1", 8]
+    assert [dict(s.extra) for s in samples] == [{}, {"family": "count"}, {"key_frames": [1, 2]}]
+
+
+PROBLEMS = [
+    ({"problem_id": None}, "problem_id is missing"),
+    ({"problem_id": 7.5}, "problem_id is 7.5; it must be an integer or a string"),
+    ({"problem_id": True}, "problem_id is True; it must be an integer or a string"),
+    ({"problem": None}, "problem is missing"),
+    ({"problem": "  "}, "problem is empty"),
+    ({"problem": ["x"]}, "problem is ['x']; it must be a string"),
+    ({"data_type": "audio"}, "data_type is 'audio'; known are image, video"),
+    ({"problem_type": "ocr"}, "problem_type is 'ocr'; known are multiple choice, numerical, OCR, free-form, "
+                              "regression (did you mean 'OCR'?)"),
+    ({"problem_type": "multiple_choice"}, "(did you mean 'multiple choice'?)"),
+    ({"problem_type": ["OCR"]}, "problem_type is ['OCR']; known are"),
+    ({"solution": "B"}, "solution is 'B'; it must be <answer>…</answer> with a text inside"),
+    ({"solution": "<answer> </answer>"}, "it must be <answer>…</answer> with a text inside"),
+    ({"solution": "<answer>C</answer>"}, "the solution C is not among the options A, B"),
+    ({"solution": "<answer>right</answer>"}, "must be an option's letter, not 'right'"),
+    ({"solution": "<answer>B. left</answer>"}, "the solution 'B. left' is not the text of option B"),
+    ({"options": ["left", "B. right"]}, "option 'left' does not begin with its letter"),
+    ({"options": ["A. left", "A. right", "B. up"]}, "options use the letter A more than once"),
+    ({"options": ["B. right"]}, "needs two options or more, found 1"),
+    ({"options": "A. left"}, "options is 'A. left'; it must be a list of strings"),
+    ({"options": ["A. left", 2]}, "it must be a list of strings"),
+    ({"problem_type": "free-form"}, "options are given, but the problem is free-form"),
+    ({"process": "because"}, "process is 'because'; it must be <think>…</think>"),
+    ({"data_source": 3}, "data_source is 3; it must be a string"),
+    ({"start": "1"}, "start is '1'; it must be a time in seconds"),
+    ({"start": -1}, "start is -1; it must be a time in seconds"),
+    ({"end": float("nan")}, "end is nan; it must be a time in seconds"),
+    ({"end": 10**400}, "it must be a time in seconds"),
+    ({"start": 4, "end": 3}, "the window ends (3 s) before it starts (4 s)"),
+    ({"data_type": "image", "end": 3}, "start and end are for videos"),
+    ({"path": "/etc/passwd"}, "path '/etc/passwd' is absolute; it must be relative to the media root"),
+    ({"path": "C:\\clips\\7.mp4"}, "is absolute"),
+    ({"path": "../7.mp4"}, "path '../7.mp4' leads out of the media root"),
+    ({"path": "a/../../7.mp4"}, "leads out of the media root"),
+    ({"path": ".."}, "leads out of the media root"),
+    ({"path": "a\0.mp4"}, "contains a null character"),
+    ({"path": "https://example.org/7.mp4"}, "is a URL; these are refused unless allow_urls is set"),
+    ({"path": "file:///etc/passwd"}, "is not a file, nor a http(s) URL"),
+]
+
+
+@pytest.mark.parametrize(("change", "text"), PROBLEMS, ids=[json.dumps(c)[:50] for c, _ in PROBLEMS])
+def test_each_problem_is_found_alone_and_named(tmp_path, change, text):
+    found = problems_of(tmp_path, NUMBER, CHOICE | change)
+    assert len(found) == 1
+    assert found[0].startswith("row 2")
+    assert text in found[0]
+
+
+@pytest.mark.parametrize("kind", ["numerical", "regression"])
+@pytest.mark.parametrize("answer", ["nan", "inf", "-Infinity", "1e999", "three", "3 m"])
+def test_number_solutions_are_finite_numbers(tmp_path, kind, answer):
+    row = NUMBER | {"problem_type": kind, "solution": f"<answer>{answer}</answer>"}
+    assert problems_of(tmp_path, row) == [
+        f"row 1 (id n-1): the solution of a {kind} problem must be a finite number, not {answer!r}"]
+
+
+@pytest.mark.parametrize("solution", ["B", "B.", "(B)", "B. right", " B "])
+@pytest.mark.parametrize("first", ["A. left", "A: left", "(A) left", "A"])
+def test_option_letters_in_their_usual_spellings(tmp_path, solution, first):
+    options = [first, "B. right"]
+    row = CHOICE | {"solution": f"<answer>{solution}</answer>", "options": options}
+    assert not problems_of(tmp_path, row)
+
+
+def test_all_problems_of_all_rows_are_reported_together(tmp_path):
+    made = [CHOICE | {"solution": "<answer>Z</answer>", "path": "/x.mp4"}, NUMBER, [1, 2], NUMBER,
+            {"problem_id": 3}]
+    with pytest.raises(ManifestError) as error:
+        load_manifest(write(tmp_path, made))
+    expected = [
+        "row 1 (id 7): path '/x.mp4' is absolute; it must be relative to the media root",
+        "row 1 (id 7): the solution Z is not among the options A, B",
+        "row 3: is [1, 2], not an object with fields",
+        "row 4 (id n-1): problem_id is used before, in row 2; each row needs its own",
+        *(f"row 5 (id 3): {name} is missing" for name in ("problem", "data_type", "problem_type", "solution",
+                                                          "path")),
+    ]
+    assert [str(problem) for problem in error.value.problems] == expected
+    message = str(error.value)
+    assert "9 problems" in message and "\n" not in message
+    assert all(text in message for text in expected)
+
+
+def test_ids_that_differ_in_type_only_are_duplicates(tmp_path):
+    found = problems_of(tmp_path, CHOICE, CHOICE | {"problem_id": "7"})
+    assert found == ["row 2 (id 7): problem_id is used before, in row 1; each row needs its own"]
+
+
+def test_a_long_list_of_problems_is_cut_in_the_message_only(tmp_path):
+    with pytest.raises(ManifestError) as error:
+        load_manifest(write(tmp_path, [CHOICE | {"problem_id": n, "problem": None} for n in range(50)]))
+    assert len(error.value.problems) == 50
+    assert "row 20 " in str(error.value) and "row 21 " not in str(error.value)
+    assert "and 30 more (`video-r1 data check` lists all)" in str(error.value)
+
+
+BROKEN = [
+    ("", "the manifest has no rows"),
+    ("   \n", "the manifest has no rows"),
+    ("[]", "the manifest has no rows"),
+    ('[{"a": 1}', "the JSON is broken near line 1: the list is not closed"),
+    ('[{"a": 1} {"a": 2}]', "a comma is missing"),
+    ('[\n{"a": 1},\n{"a": }\n]', "the JSON is broken near line 3"),
+    ('[{"a": 1},]', "the JSON is broken near line 1"),
+    ('[{"a": 1}] and more', "there is text after the end of the list"),
+    ('[{"a": "never ends', "the JSON is broken near line 1"),
+    ("[" * 100_000, "the JSON is broken near line 1"),
+    ('{\n  "rows": []\n}', "the file is one JSON object spread over lines"),
+    ('{"a": 1}\n{"a": \n', "line 2 is not JSON"),
+    ("not json", "line 1 is not JSON"),
+    ('"text"', "row 1: is 'text', not an object with fields"),
+]
+
+
+@pytest.mark.parametrize(("content", "text"), BROKEN, ids=[repr(content[:20]) for content, _ in BROKEN])
+@pytest.mark.parametrize("piece", [3, 1 << 20])
+def test_broken_json_is_named_with_its_place(tmp_path, monkeypatch, content, text, piece):
+    monkeypatch.setattr(rows, "_READ_CHARACTERS", piece)
+    with pytest.raises(ManifestError) as error:
+        load_manifest(write(tmp_path, content))
+    assert text in str(error.value.problems[-1])
+
+
+def test_broken_json_lines_do_not_hide_the_others(tmp_path):
+    content = "\n".join([json.dumps(CHOICE), "{", "", json.dumps(NUMBER | {"path": "/x"})])
+    samples, problems = check_manifest(write(tmp_path, content, "manifest.jsonl"))
+    assert [s.problem_id for s in samples] == [7]
+    assert [problem.row for problem in problems] == [2, 4]
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(json.dumps(CHOICE).encode() + b"\n\xff\xfe\n")
+    assert "not UTF-8" in str(check_manifest(path)[1][-1])
+
+
+def test_links_must_stay_inside_the_media_root(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    (root / "clips").mkdir(parents=True)
+    outside.mkdir()
+    (root / "clips" / "good.mp4").touch()
+    (outside / "secret.mp4").touch()
+    os.symlink(root / "clips" / "good.mp4", root / "inner.mp4")
+    os.symlink(outside / "secret.mp4", root / "file.mp4")
+    os.symlink(outside, root / "folder")
+    paths = ["inner.mp4", "file.mp4", "folder/secret.mp4", "folder/../root/inner.mp4"]
+    made = [CHOICE | {"problem_id": n, "path": path} for n, path in enumerate(paths)]
+    samples, problems = check_manifest(write(tmp_path, made), media_root=root)
+    assert [(s.problem_id, s.path) for s in samples] == [
+        (0, str((root / "clips" / "good.mp4").resolve())), (3, str((root / "clips" / "good.mp4").resolve()))]
+    assert [problem.problem_id for problem in problems] == [1, 2]
+    assert all("leads out of the media root" in problem.text for problem in problems)
+
+
+def test_a_folder_beside_the_root_with_its_name_as_beginning_is_outside(tmp_path):
+    (tmp_path / "root").mkdir()
+    path = write(tmp_path, [CHOICE | {"path": "../root2/x.mp4"}])
+    found = check_manifest(path, media_root=tmp_path / "root")[1]
+    assert "leads out" in found[0].text
+
+
+def test_urls_when_they_are_allowed(tmp_path):
+    url = "https://example.org/clip.mp4?x=1"
+    path = write(tmp_path, [CHOICE | {"path": url}, NUMBER | {"path": "ftp://example.org/a.png"}])
+    samples, problems = check_manifest(path, allow_urls=True)
+    assert [s.path for s in samples] == [url]
+    assert "ftp://example.org/a.png" in problems[0].text
+
+
+def test_a_media_root_that_is_no_folder(tmp_path):
+    with pytest.raises(ManifestError, match="is not a folder"):
+        load_manifest(write(tmp_path, [CHOICE]), media_root=tmp_path / "nowhere")
+
+
+def test_a_manifest_file_that_does_not_exist(tmp_path):
+    with pytest.raises(ManifestError, match="no such manifest file"):
+        load_manifest(tmp_path / "nowhere.json")
+
+
+def test_a_datasets_dataset_with_null_columns(tmp_path):
+    rows_made = [CHOICE | {"problem_id": "c", "family": "direction", "start": 0.5, "end": None},
+                 NUMBER | {"family": None, "start": None, "end": None}]
+    dataset = datasets.Dataset.from_list(rows_made)
+    samples = load_manifest(dataset, media_root=tmp_path)
+    assert [s.problem_id for s in samples] == ["c", "n-1"]
+    assert [(s.start, s.options, dict(s.extra)) for s in samples] == [
+        (0.5, ("A. left", "B. right"), {"family": "direction"}), (None, (), {})]
+    with_a_format = load_manifest(dataset.with_format("torch"), media_root=tmp_path)
+    assert with_a_format == samples
+
+
+def test_a_dataset_reports_rows_beyond_the_first_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_ROWS_PER_BATCH", 4)
+    made = [CHOICE | {"problem_id": n} for n in range(10)]
+    made[8]["path"] = "/abs.mp4"
+    found = check_manifest(datasets.Dataset.from_list(made), media_root=tmp_path)[1]
+    assert [(problem.row, problem.problem_id) for problem in found] == [(9, 8)]
+
+
+def test_parquet_and_a_data_set_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    dataset = datasets.Dataset.from_list([CHOICE, CHOICE | {"problem_id": 8}])
+    dataset.to_parquet(folder / "train.parquet")
+    dataset.select([1]).to_parquet(folder / "test.parquet")
+    assert [s.problem_id for s in load_manifest(folder / "train.parquet")] == [7, 8]
+    assert [s.problem_id for s in load_manifest(folder, media_root=tmp_path)] == [7, 8]
+    assert [s.problem_id for s in load_manifest(folder, media_root=tmp_path, split="test")] == [8]
+    with pytest.raises(ManifestError, match="no split 'dev', only"):
+        load_manifest(folder, media_root=tmp_path, split="dev")
+
+
+def test_a_source_that_is_nothing_known(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ManifestError, match="neither a manifest file nor a data set"):
+        load_manifest("nobody-knows/this-set")
+    with pytest.raises(ManifestError, match="not int"):
+        load_manifest(3)  # type: ignore[arg-type]
+
+
+def test_fields_are_those_of_the_sample():
+    assert {*FIELDS, "extra"} == set(Sample.__dataclass_fields__)
