@@ -104,7 +104,7 @@ class ModelSettings(LoadingSettings):
     freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
     use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
     lora_r: int = setting(64, "rank of the adapters")
-    lora_alpha: float = setting(128.0, "their output is multiplied by lora_alpha / lora_r")
+    lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
     lora_target_modules: list[str] | None = setting(
         None, "modules to adapt (default: all linear layers of the language model)")
@@ -153,11 +153,15 @@ class TrainingSettings(Settings):
     save_steps: float = setting(100, "optimizer steps between two checkpoints")
     report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
+    media_threads: int = setting(2, "threads that decode the next questions' media during a step")
+    media_cache_mb: int = setting(512, "memory for decoded media that are kept for later epochs, in MB")
+    max_skipped_updates: int = setting(5, "updates in a row with a loss that is not finite before it stops")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
-        yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm")
+        yield from positive(self, "media_threads", "max_skipped_updates")
+        yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield "num_train_epochs", (
                 f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0")
@@ -185,8 +189,8 @@ class TGRPOSettings(TrainingSettings):
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     max_completion_length: int = setting(768, "longest completion in tokens")
     temperature: float = setting(1.0, "sampling temperature; the same one scales the trained log-probs")
-    top_p: float = setting(1.0, "nucleus sampling; 1 is off")
-    top_k: int = setting(0, "sample among the k likeliest tokens; 0 is off")
+    top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
+    top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model")
     epsilon: float = setting(0.2, "clip range of the policy ratio")
     epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
@@ -222,8 +226,16 @@ class TGRPOSettings(TrainingSettings):
         yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
         yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
         yield from at_least(self, 0, "length_reward", "log_rollouts", "preflight_questions")
-        if not 0 < self.top_p <= 1:
-            yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
+        for name, off in (("top_p", 1), ("top_k", 0)):
+            if getattr(self, name) != off:
+                yield name, (
+                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has no "
+                    f"cut-off: leave it at {off} and change temperature instead")
+        every = self.save_steps
+        if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
+            yield "save_steps", (
+                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between two "
+                "updates on the same rollouts could not be continued exactly")
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         yield from within(self, "correct_threshold", 0, 1)
