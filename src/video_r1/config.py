@@ -229,13 +229,13 @@ class TGRPOSettings(TrainingSettings):
         for name, off in (("top_p", 1), ("top_k", 0)):
             if getattr(self, name) != off:
                 yield name, (
-                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has no "
-                    f"cut-off: leave it at {off} and change temperature instead")
+                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
+                    f"no cut-off: leave it at {off} and change temperature instead")
         every = self.save_steps
         if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
             yield "save_steps", (
-                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between two "
-                "updates on the same rollouts could not be continued exactly")
+                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
+                "two updates on the same rollouts could not be continued exactly")
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         yield from within(self, "correct_threshold", 0, 1)

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
 from video_r1.config import (
     AskSettings,
     DataSettings,
@@ -40,16 +41,28 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "rl": (ModelSettings, DataSettings, TGRPOSettings, PromptSettings),
     "eval": (EvalSettings,),
     "ask": (AskSettings,),
+    "data check": (CheckSettings,),
+    "data lab": (LabSettings,),
+    "data base": (BaseSettings,),
+    "annotate": (),
+    "report": (ReportSettings,),
+    "demo": (DemoSettings,),
 }
-"""The settings of each command that runs a model. Those in TRAINS take all of `TrainingArguments` as well."""
+"""The settings of each command. Those in TRAINS take every field of `TrainingArguments` as well."""
 
 REQUIRED = {
     "sft": ("model_name_or_path", "train_manifest", "output_dir"),
     "rl": ("model_name_or_path", "train_manifest", "output_dir"),
     "eval": ("model", "manifest"),
     "ask": ("model", "path", "question"),
+    "data check": ("manifest",),
+    "data lab": ("folder",),
+    "data base": ("folder",),
+    "report": ("run",),
 }
 TRAINS = ("sft", "rl")
+PACKAGED_MODEL = "lab-base"
+"""The name by which the small pretrained base that comes with the package may be called."""
 
 S = TypeVar("S", bound=Settings)
 
@@ -64,7 +77,7 @@ class Recipe:
     source: str | None = None
 
     def section(self, kind: type[S]) -> S:
-        """The section of the class `kind` (or of a class made from it). Raises KeyError when there is none."""
+        """The section of the class `kind` (or of a class made from it). KeyError when there is none."""
         for section in self.sections:
             if isinstance(section, kind):
                 return section
@@ -103,6 +116,9 @@ def load_recipe(
     types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
     training_types = training_argument_types() if command in TRAINS else {}
     settings, found = parse_values(command, values, {**training_types, **types}, training_types)
+    for name in ("model_name_or_path", "model"):
+        if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
+            settings[name] = str(resources.files("video_r1") / "models" / "lab_base")
     sections = []
     for kind in SECTIONS[command]:
         names = own_field_types(kind)
@@ -110,7 +126,7 @@ def load_recipe(
             sections.append(kind(**{name: value for name, value in settings.items() if name in names}))
         except ConfigError as error:
             found += error.problems
-    for name in REQUIRED[command]:
+    for name in REQUIRED.get(command, ()):
         if settings.get(name) is None and name not in dict(found):
             found.append((name, f"is missing; set it in the recipe or with --{name}"))
     raise_problems(found, origins)

@@ -86,9 +86,9 @@ def parse(value: Any, hint: Any) -> Any:
     ValueError, whose text is the type in words.
     """
     options = alternatives(hint)
-    if value is None or isinstance(value, str) and value.strip().lower() in NONE_WORDS:
-        if type(None) in options:
-            return None
+    none_said = value is None or (isinstance(value, str) and value.strip().lower() in NONE_WORDS)
+    if none_said and type(None) in options:
+        return None
     if len(options) == 1:
         return _parse_one(value, hint)
     several = isinstance(value, str) and ("," in value or value.startswith("["))
@@ -101,8 +101,8 @@ def parse(value: Any, hint: Any) -> Any:
 
 
 def _rank(hint: Any, several: bool) -> int:
-    """The order in which a union's members are tried. Text takes anything, so it comes after numbers and choices,
-    and before a list unless the value looks like several."""
+    """The order in which a union's members are tried: numbers and choices before text, which takes anything,
+    and text before a list, unless the value looks like several."""
     if hint is type(None):
         return 9
     if hint in (bool, int, float):
@@ -152,7 +152,7 @@ def _parse_one(value: Any, hint: Any) -> Any:
         return number
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         for choice in hint:
-            if text == str(choice.value) or value is False and choice.value == "no":  # YAML: no is false
+            if text == str(choice.value) or (value is False and choice.value == "no"):  # YAML: no is false
                 return choice.value
         raise wrong
     if hint is str:

@@ -1,0 +1,82 @@
+"""Help texts of the command line, written from the settings' own names, types, defaults and help."""
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+from video_r1.config import Settings, own_field_types
+from video_r1.recipe import REQUIRED, SECTIONS, TRAINS, packaged_recipes
+from video_r1.setting_types import describe_type
+
+WIDTH = 110
+COLUMN = 44
+
+
+def overview(commands: Mapping[str, str]) -> str:
+    """All commands with a line each."""
+    lines = ["usage: video-r1 COMMAND [RECIPE] [--key value ...]", ""]
+    lines += [f"  {name:<12} {summary}" for name, summary in commands.items()]
+    lines += ["", "video-r1 COMMAND --help lists a command's settings."]
+    lines += ["Exit codes: 0 done, 1 the work failed, 2 the request was wrong."]
+    return "\n".join(lines)
+
+
+def command_help(name: str, summary: str, positionals: tuple[str, ...], examples: tuple[str, ...]) -> str:
+    """Usage, examples and every setting of one command, grouped by section."""
+    words = " ".join(f"[{word.upper()}]" for word in ("recipe", *positionals))
+    lines = [f"usage: video-r1 {name} {words} [--key value ...]", "", summary, ""]
+    if examples:
+        lines += ["examples:", *(f"  video-r1 {example}" for example in examples), ""]
+    if name in TRAINS:
+        lines += wrapped(
+            "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
+            f"{', '.join(packaged_recipes())}."
+        )
+        lines += wrapped(
+            "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
+            "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp, resume_from_checkpoint."
+        )
+        lines.append("")
+    for kind in SECTIONS[name]:
+        lines += [f"{kind.__doc__}:", *section_help(kind, REQUIRED.get(name, ())), ""]
+    return "\n".join(lines).rstrip()
+
+
+def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
+    """One entry for each setting: name, type, help and default."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    lines: list[str] = []
+    for name, hint in own_field_types(kind).items():
+        field = fields[name]
+        default = "required" if name in required else default_text(field)
+        left = f"  --{name} {describe_type(hint).removesuffix(' or none')}"
+        right = field.metadata["help"] + (f" [{default}]" if default else "")
+        block = textwrap.wrap(right, WIDTH - COLUMN)
+        if len(left) >= COLUMN:
+            lines.append(left)
+        else:
+            block[0] = left.ljust(COLUMN) + block[0]
+        lines += [part if part.startswith("  --") else " " * COLUMN + part for part in block]
+    return lines
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default as it would be written in a recipe; empty for none, which the help text explains."""
+    made = field.default_factory is not dataclasses.MISSING
+    value = field.default_factory() if made else field.default  # type: ignore[misc]
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item:g}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def wrapped(text: str) -> list[str]:
+    """The text in lines of the help's width."""
+    return textwrap.wrap(text, WIDTH)

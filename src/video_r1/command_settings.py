@@ -1,0 +1,72 @@
+"""Settings of the commands that run no checkpoint: data, report and demo."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from video_r1.config import ManifestSettings, Problem, Settings, at_least, positive, setting
+
+
+@dataclass(kw_only=True)
+class CheckSettings(ManifestSettings):
+    """Manifest check"""
+
+    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    media: bool = setting(True, "open every media file too")
+    workers: int | None = setting(None, "processes that open media (default: one a core)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "workers")
+
+
+@dataclass(kw_only=True)
+class LabSettings(Settings):
+    """Lab data"""
+
+    folder: str | None = setting(None, "folder to write: media, sft.json, rl.json, test.json")
+    train: int = setting(4000, "training questions")
+    test: int = setting(500, "test questions")
+    seed: int = setting(0, "seed of every question and pixel")
+    shortcut: float = setting(0.0, "share of training samples with a static cue that gives the answer away")
+    image_share: float = setting(0.2, "share of questions about one image")
+    families: list[str] = setting([], "question families to choose from (default: all)")
+    workers: int | None = setting(None, "processes that render (default: one a core)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from at_least(self, 0, "train", "test")
+        yield from positive(self, "workers")
+        for name in ("shortcut", "image_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield name, f"is {getattr(self, name)}; a share is between 0 and 1"
+
+
+@dataclass(kw_only=True)
+class BaseSettings(Settings):
+    """Pretraining of the lab's small base model"""
+
+    folder: str | None = setting(None, "checkpoint folder to write")
+    steps: int = setting(9000, "optimizer steps")
+    seed: int = setting(0, "seed of weights and data")
+    threads: int = setting(1, "CPU threads; the result depends on them")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "steps", "threads")
+
+
+@dataclass(kw_only=True)
+class ReportSettings(Settings):
+    """Report"""
+
+    run: str | None = setting(None, "run folder")
+    out: str | None = setting(None, "file to write (default: report.html in the run folder)")
+
+
+@dataclass(kw_only=True)
+class DemoSettings(Settings):
+    """Demo"""
+
+    out: str = setting("runs/demo", "folder for data, checkpoints, summary.json and report.html")
+    seed: int = setting(0, "seed of data and training")

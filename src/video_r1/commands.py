@@ -1,0 +1,111 @@
+"""What each command does with its resolved settings. Heavy imports stand inside the functions."""
+from __future__ import annotations
+
+from pathlib import Path
+
+from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
+from video_r1.config import AskSettings, EvalSettings, TrainingSettings
+from video_r1.errors import RequestError
+from video_r1.recipe import Recipe, save_resolved
+
+
+def data_check(recipe: Recipe) -> int:
+    from video_r1.data.check import run_check
+
+    settings = recipe.section(CheckSettings)
+    return run_check(
+        settings.manifest,
+        media_root=settings.media_root,
+        allow_urls=settings.allow_urls,
+        media=settings.media,
+        workers=settings.workers,
+    )
+
+
+def data_lab(recipe: Recipe) -> int:
+    from video_r1.data.lab import write_lab
+
+    settings = recipe.section(LabSettings)
+    write_lab(
+        folder(settings.folder),
+        settings.train,
+        settings.test,
+        settings.seed,
+        shortcut=settings.shortcut,
+        image_share=settings.image_share,
+        families=settings.families,
+        workers=settings.workers,
+    )
+    print(f"{settings.folder}: {settings.train} training and {settings.test} test questions")
+    return 0
+
+
+def data_base(recipe: Recipe) -> int:
+    from video_r1.models.lab_pretraining import pretrain_base
+
+    settings = recipe.section(BaseSettings)
+    pretrain_base(folder(settings.folder), settings.steps, settings.seed, threads=settings.threads)
+    return 0
+
+
+def annotate(recipe: Recipe) -> int:
+    raise RequestError("annotate is not in this version; use a manifest with rationales (the field process)")
+
+
+def sft(recipe: Recipe) -> int:
+    from video_r1.training.sft import run_sft
+
+    save_resolved(recipe, output_dir(recipe))
+    run_sft(recipe)
+    return 0
+
+
+def rl(recipe: Recipe) -> int:
+    from video_r1.training.tgrpo import run_rl
+
+    save_resolved(recipe, output_dir(recipe))
+    run_rl(recipe)
+    return 0
+
+
+def evaluate(recipe: Recipe) -> int:
+    from video_r1.evaluation.command import run_eval
+
+    run_eval(recipe.section(EvalSettings))
+    return 0
+
+
+def ask(recipe: Recipe) -> int:
+    from video_r1.ask import run_ask
+
+    run_ask(recipe.section(AskSettings))
+    return 0
+
+
+def report(recipe: Recipe) -> int:
+    from video_r1.report.page import build_report
+
+    settings = recipe.section(ReportSettings)
+    run = folder(settings.run)
+    if not run.is_dir():
+        raise RequestError(f"{run}: no such run folder")
+    print(build_report(run, Path(settings.out) if settings.out else None))
+    return 0
+
+
+def demo(recipe: Recipe) -> int:
+    from video_r1.demo import run_demo
+
+    settings = recipe.section(DemoSettings)
+    run_demo(Path(settings.out), settings.seed)
+    return 0
+
+
+def folder(name: str | None) -> Path:
+    """The path of a required setting, which `load_recipe` has found to be there."""
+    assert name is not None
+    return Path(name)
+
+
+def output_dir(recipe: Recipe) -> Path:
+    return folder(recipe.section(TrainingSettings).output_dir)
