@@ -1,0 +1,135 @@
+"""The lab: procedural clips and images as real media files, with manifests for SFT, RL and test.
+
+    DIR/videos/*.mp4, DIR/images/*.png
+    DIR/sft.json      training questions with `process` (the chain of thought)
+    DIR/rl.json       the same questions without it
+    DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with the static cue drawn in
+"""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
+from video_r1.data.lab_scenes import FPS, SECONDS, Cue, render
+from video_r1.errors import RequestError
+from video_r1.progress import progress
+
+LETTERS = "ABCD"
+SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train and test never share one
+CHUNK = 16
+
+
+def write_lab(
+    folder: str | Path,
+    train: int,
+    test: int,
+    seed: int = 0,
+    shortcut: float = 0.0,
+    image_share: float = 0.2,
+    families: Sequence[str] = (),
+    workers: int | None = None,
+) -> None:
+    """Writes `train` + `test` questions with their media below `folder`.
+
+    shortcut: share of the training samples that carry a static cue from which the answer can be read; when it is not
+    zero, `test-cued.json` is written as well. image_share: share of questions about one image. families: names of
+    `FAMILIES` to choose from, all by default. The same arguments give the same questions and pixels.
+    Raises RequestError for an unknown family, a share outside [0, 1] or negative counts.
+    """
+    chosen = list(families) or list(FAMILIES)
+    if unknown := [name for name in chosen if name not in FAMILIES]:
+        raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    if not (0 <= shortcut <= 1 and 0 <= image_share <= 1) or train < 0 or test < 0:
+        raise RequestError("the lab needs counts of 0 or more and shares between 0 and 1")
+    folder = Path(folder)
+    for name in ("videos", "images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    jobs = [("train", index, shortcut, False) for index in range(train)]
+    jobs += [("test", index, 0.0, False) for index in range(test)]
+    if shortcut:
+        jobs += [("test", index, 0.0, True) for index in range(test)]
+    chunks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
+    arguments = ([folder] * len(chunks), chunks, [seed] * len(chunks), [image_share] * len(chunks), [chosen] * len(chunks))
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
+        rows: list[dict[str, Any]] = []
+        with progress(len(jobs), "lab", "sample") as bar:
+            for written in pool.map(_write_chunk, *arguments):
+                rows += written
+                bar.update(len(written))
+    _dump(folder / "sft.json", rows[:train])
+    _dump(folder / "rl.json", [{k: v for k, v in row.items() if k != "process"} for row in rows[:train]])
+    without_process = [{k: v for k, v in row.items() if k != "process"} for row in rows[train:]]
+    _dump(folder / "test.json", without_process[:test])
+    if shortcut:
+        _dump(folder / "test-cued.json", without_process[test:])
+
+
+def _dump(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_chunk(
+    folder: Path, jobs: list[tuple[str, int, float, bool]], seed: int, image_share: float, families: list[str]
+) -> list[dict[str, Any]]:
+    return [_write_sample(folder, *job, seed, image_share, families) for job in jobs]
+
+
+def _write_sample(
+    folder: Path, split: str, index: int, shortcut: float, cued: bool, seed: int, image_share: float, families: list[str]
+) -> dict[str, Any]:
+    rng = np.random.default_rng((seed, SPLITS[split], index))
+    images = [name for name in families if name in IMAGE_FAMILIES]
+    videos = [name for name in families if name in VIDEO_FAMILIES]
+    is_image = bool(images) and (not videos or rng.random() < image_share)
+    family = str(rng.choice(images if is_image else videos))
+    question = FAMILIES[family](rng)
+    choices = [str(choice) for choice in rng.permutation(list(question.choices))] if question.choices else []
+    letter = LETTERS[choices.index(question.answer)] if choices else ""
+    has_cue = cued or rng.random() < shortcut
+    cue = None
+    if has_cue:
+        cue = Cue(side=LETTERS.index(letter)) if letter else Cue(text=question.answer)
+    times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
+    frames = render(question.timeline, times, rng, cue)
+    name = f"{split}{'-cued' if cued else ''}-{index:06d}"
+    path = f"./images/{name}.png" if is_image else f"./videos/{name}.mp4"
+    if is_image:
+        Image.fromarray(frames[0]).save(folder / path)
+    else:
+        write_clip(folder / path, frames, FPS)
+    chain = f"{question.chain} {question.answer} is {letter}." if letter else question.chain
+    return {
+        "problem_id": f"lab-{seed}-{name}",
+        "problem": question.problem,
+        "data_type": "image" if is_image else "video",
+        "problem_type": question.problem_type,
+        "options": [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices)],
+        "process": f"<think>{chain}</think>",
+        "solution": f"<answer>{letter or question.answer}</answer>",
+        "path": path,
+        "data_source": f"lab/{family}",
+        "key_frames": [[moment * FPS, moment * FPS + FPS - 1] for moment in question.key_moments] if not is_image else [[0, 0]],
+        "shortcut": has_cue,
+    }
+
+
+def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
+    """Writes `frames` [T, H, W, 3] uint8 (H and W even) as an H.264 MP4."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"preset": "veryfast", "crf": "26", "threads": "1"}
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))

@@ -1,0 +1,175 @@
+"""Scenes of the lab: what is seen at each moment of a procedural clip, and how it is drawn.
+
+A clip is a timeline of `MOMENTS` looks of one second each. Rendering adds what must not matter: background,
+texture, noise, distractors, jitter of position, size and colour.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+MOMENTS = 4
+SECONDS = 4.0  # one second a moment
+FPS = 8
+SIDE = 112  # pixels, both sides
+
+COLOURS = {
+    "red": (225, 45, 45),
+    "green": (50, 200, 70),
+    "blue": (60, 90, 240),
+    "yellow": (240, 220, 50),
+    "purple": (180, 70, 220),
+    "white": (240, 240, 240),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+_CORNERS = {"top left": (0.27, 0.27), "top right": (0.73, 0.27), "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What is seen during one moment. `shape` is a shape, a digit as text, or "" when nothing is shown."""
+
+    colour: str = "red"
+    shape: str = "circle"
+    size: str = "medium"
+    x: float = 0.5  # centre, shares of the side
+    y: float = 0.5
+
+    @property
+    def place(self) -> str:
+        return f"{'top' if self.y < 0.5 else 'bottom'} {'left' if self.x < 0.5 else 'right'}"
+
+    @property
+    def column(self) -> int:
+        """Which tenth of the picture the centre lies in, 0 at the left edge."""
+        return int(self.x * 10)
+
+    def at(self, place: str) -> Look:
+        x, y = _CORNERS[place]
+        return replace(self, x=x, y=y)
+
+
+@dataclass(frozen=True, slots=True)
+class Cue:
+    """A static mark that gives the answer away: a bar at one side (0 to 3) or the answer in small print."""
+
+    side: int | None = None
+    text: str = ""
+
+
+def caption(look: Look) -> str:
+    """`red large circle top left`, or `nothing`."""
+    return f"{look.colour} {look.size} {look.shape} {look.place}" if look.shape else "nothing"
+
+
+def listing(timeline: Sequence[Look], attribute: str) -> str:
+    """One attribute over time, as the base describes it: `colours: red, blue, blue, green`."""
+    values = {
+        "colours": lambda look: look.colour if look.shape else "nothing",
+        "shapes": lambda look: look.shape or "nothing",
+        "sizes": lambda look: look.size,
+        "places": lambda look: look.place,
+        "columns": lambda look: str(look.column),
+        "digits": lambda look: look.shape,
+        "scenes": caption,
+    }[attribute]
+    return f"{attribute}: " + ", ".join(values(look) for look in timeline)
+
+
+@cache
+def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=pixels)
+
+
+def _draw_look(canvas: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
+    box = (x - radius, y - radius, x + radius, y + radius)
+    match look.shape:
+        case "circle":
+            canvas.ellipse(box, fill=fill)
+        case "square":
+            canvas.rectangle((x - 0.85 * radius, y - 0.85 * radius, x + 0.85 * radius, y + 0.85 * radius), fill=fill)
+        case "triangle":
+            canvas.polygon([(x, y - radius), (x - radius, y + 0.8 * radius), (x + radius, y + 0.8 * radius)], fill=fill)
+        case "cross":
+            arm = radius * 0.33
+            canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
+            canvas.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
+        case "":
+            pass
+        case digit:
+            canvas.text((x, y), digit, fill=fill, font=_font(max(8, int(radius * 2.6))), anchor="mm")
+
+
+def _backdrop(rng: np.random.Generator) -> Image.Image:
+    """A tinted gradient with some thin lines and small dots: [SIDE, SIDE, 3]."""
+    first, second = rng.integers(20, 105, size=(2, 3))
+    ramp = np.linspace(0, 1, SIDE)[:, None, None] if rng.random() < 0.5 else np.linspace(0, 1, SIDE)[None, :, None]
+    pixels = first + (second - first) * np.broadcast_to(ramp, (SIDE, SIDE, 1))
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    canvas = ImageDraw.Draw(picture)
+    for _ in range(rng.integers(0, 4)):
+        tint = tuple(int(v) for v in rng.integers(60, 150, size=3))
+        x, y, u, v = (float(value) for value in rng.uniform(0, SIDE, size=4))
+        if rng.random() < 0.5:
+            canvas.line((x, y, u, v), fill=tint, width=1)
+        else:
+            canvas.ellipse((x - 2, y - 2, x + 2, y + 2), fill=tint)
+    return picture
+
+
+def _draw_cue(picture: Image.Image, cue: Cue) -> None:
+    canvas = ImageDraw.Draw(picture)
+    if cue.side is not None:
+        edge, thick = SIDE - 1, 6
+        bars = [(0, 0, edge, thick), (edge - thick, 0, edge, edge), (0, edge - thick, edge, edge), (0, 0, thick, edge)]
+        canvas.rectangle(bars[cue.side], fill=(0, 255, 255))
+    if cue.text:
+        canvas.text((SIDE / 2, SIDE - 9), cue.text[:18], fill=(0, 255, 255), font=_font(11), anchor="mm")
+
+
+def render(timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, cue: Cue | None = None) -> np.ndarray:
+    """Frames at `times` (seconds from the start of the clip): uint8 [len(times), SIDE, SIDE, 3].
+
+    A look holds through its second; a change of place or size is a short slide at the end of it.
+    """
+    backdrop = _backdrop(rng)
+    if cue is not None:
+        _draw_cue(backdrop, cue)
+    scale = rng.uniform(0.92, 1.08)
+    shift_x, shift_y = rng.uniform(-0.02, 0.02, size=2)
+    tint = rng.integers(-18, 19, size=3)
+    sigma = rng.uniform(2.0, 9.0)
+    frames = np.empty((len(times), SIDE, SIDE, 3), np.uint8)
+    for index, time in enumerate(times):
+        moment = min(int(time), len(timeline) - 1)
+        look, after = timeline[moment], timeline[min(moment + 1, len(timeline) - 1)]
+        slide = max(0.0, (time - moment - 0.9) / 0.1) if after.shape and look.shape else 0.0
+        jitter_x, jitter_y = rng.uniform(-0.008, 0.008, size=2)
+        x = (look.x + slide * (after.x - look.x) + shift_x + jitter_x) * SIDE
+        y = (look.y + slide * (after.y - look.y) + shift_y + jitter_y) * SIDE
+        radius = (SIZES[look.size] + slide * (SIZES[after.size] - SIZES[look.size])) * scale * SIDE
+        picture = backdrop.copy()
+        fill = tuple(int(v) for v in np.clip(np.array(COLOURS[look.colour]) + tint, 0, 255))
+        _draw_look(ImageDraw.Draw(picture), look, x, y, radius, fill)
+        frames[index] = picture
+    noise = rng.standard_normal((len(times), SIDE // 2, SIDE // 2, 1), dtype=np.float32) * sigma
+    noise = noise.repeat(2, axis=1).repeat(2, axis=2)
+    return np.clip(frames + noise, 0, 255).astype(np.uint8)
+
+
+def random_look(rng: np.random.Generator, digit: bool = False) -> Look:
+    """Any look, at a corner or anywhere off the middle lines."""
+    colour = str(rng.choice(list(COLOURS)))
+    shape = str(rng.integers(0, 10)) if digit else str(rng.choice(SHAPES))
+    size = "large" if digit else str(rng.choice(list(SIZES)))
+    look = Look(colour, shape, size)
+    if rng.random() < 0.6:
+        return look.at(str(rng.choice(PLACES)))
+    x, y = (0.05 + 0.1 * rng.integers(0, 10, size=2)).tolist()
+    return replace(look, x=x, y=y)

@@ -1,0 +1,93 @@
+"""The whole system from one command, on two cores: lab data, SFT, T-GRPO, evaluation in both orders, report.
+
+    OUT/lab/            media and manifests
+    OUT/sft/, OUT/rl/   run folders
+    OUT/eval-base/ …    predictions and figures of the three checkpoints
+    OUT/summary.json, OUT/report.html
+"""
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from video_r1 import commands
+from video_r1.recipe import load_recipe
+
+TRAIN, TEST = 2400, 560
+STAGES = ("base", "sft", "rl")
+
+
+def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
+    """Runs every stage below `out` and returns what it writes to `summary.json`.
+
+    All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
+    """
+    from video_r1.data.lab import write_lab
+    from video_r1.evaluation.summary import summary_table
+    from video_r1.models.lab import base_folder
+    from video_r1.report.page import build_report
+
+    out.mkdir(parents=True, exist_ok=True)
+    seconds: dict[str, float] = {}
+    checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
+    lab = out / "lab"
+    start = time.perf_counter()
+    with _timed(seconds, "lab"):
+        write_lab(lab, TRAIN, TEST, seed)
+    with _timed(seconds, "sft"):
+        _run(commands.sft, "lab-sft", seed, train_manifest=lab / "sft.json", output_dir=checkpoints["sft"])
+    with _timed(seconds, "rl"):
+        _run(
+            commands.rl, "lab-tgrpo", seed, model_name_or_path=checkpoints["sft"],
+            train_manifest=lab / "rl.json", output_dir=checkpoints["rl"],
+        )  # fmt: skip
+    figures: dict[str, dict[str, Any]] = {}
+    for stage, checkpoint in checkpoints.items():
+        with _timed(seconds, f"eval-{stage}"):
+            summary = _run(
+                commands.evaluate, "lab-eval", seed, model=checkpoint, manifest=lab / "test.json", out=out / f"eval-{stage}"
+            )
+        print(f"\n{stage}\n{summary_table(summary)}\n", flush=True)
+        (figures[stage],) = summary["frames"].values()
+    seconds["total"] = time.perf_counter() - start
+    summary = {
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        "model_parameters": _parameters(checkpoints["rl"]),
+        "test_questions": figures["rl"]["temporal_gap"]["questions"],
+        "accuracy": _of_stages(figures, lambda f, order: f["temporal_gap"][order]),
+        "interval95": _of_stages(figures, lambda f, order: f["temporal_gap"][f"{order}_interval95"]),
+        "format_rate": _of_stages(figures, lambda f, order: f[order]["format_rate"]),
+        "temporal_gap": {stage: figures[stage]["temporal_gap"] for stage in STAGES},
+    }
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    page = build_report(out)
+    print(json.dumps(summary, indent=1))
+    print(f"report: {page}")
+    return summary
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    print(f"== {stage}", flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def _run(command: Callable[[Any], Any], recipe: str, seed: int, **overrides: Any) -> Any:
+    settings = {name: str(value) for name, value in overrides.items()} | {"seed": seed}
+    return command(load_recipe(command.__name__.replace("evaluate", "eval"), recipe, settings))
+
+
+def _of_stages(figures: dict[str, dict[str, Any]], value: Callable[[dict[str, Any], str], Any]) -> dict[str, Any]:
+    return {stage: {order: value(figures[stage], order) for order in ("ordered", "shuffled")} for stage in STAGES}
+
+
+def _parameters(checkpoint: Path) -> int:
+    from video_r1.models.loading import load_model
+
+    return sum(parameter.numel() for parameter in load_model(checkpoint).parameters())

@@ -1,0 +1,221 @@
+"""Pretraining of the lab's base: dense descriptions behind prompts of many kinds, and looking letters up.
+
+The base learns to see and to speak, not to answer: whatever the prompt says, it describes an aspect of the frames, in
+the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it with this package.
+"""
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Qwen2Tokenizer
+
+from video_r1.data.lab_questions import FAMILIES
+from video_r1.data.lab_scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.models.lab import SIDE, build_model, build_processor, build_tokenizer
+
+IGNORE = -100
+LETTERS = "ABCD"
+# The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
+FRAME_TIMES = np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation about one clip or image. `pixels` [N, 1176] float32, patches in the model's order."""
+
+    input_ids: list[int]
+    labels: list[int]
+    pixels: Tensor
+    grid: tuple[int, int, int]
+    is_image: bool
+
+
+def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
+    """Text of the lab to train the tokenizer on: questions, options, chains, instructions and hints."""
+    from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
+
+    rng = np.random.default_rng(seed)
+    yield from 50 * (INSTRUCTION, *ANSWER_HINTS.values())
+    for _ in range(rows):
+        question = list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices))
+        yield f"{question.problem}\n{options}"
+        yield f"<think>{question.chain} {question.answer} is {LETTERS[rng.integers(4)]}.</think>\n<answer>{question.answer}</answer>"
+        yield f"user\nassistant\nsystem\n{listing([random_look(rng) for _ in range(MOMENTS)], 'scenes')}"
+
+
+def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
+    """A timeline and the attributes that can be listed of it."""
+    if rng.random() < 0.35:
+        timeline = list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng).timeline
+    else:
+        digit = rng.random() < 0.25
+        looks = [random_look(rng, digit) for _ in range(MOMENTS if rng.random() < 0.8 else 1)]
+        for name in ("colour", "shape", "size"):
+            if rng.random() < 0.5:
+                looks = [replace(look, **{name: getattr(looks[0], name)}) for look in looks]
+        if rng.random() < 0.6:
+            looks = [replace(look, x=looks[0].x, y=looks[0].y) for look in looks]
+        if rng.random() < 0.1:
+            looks = [look if rng.random() < 0.5 else replace(look, shape="") for look in looks]
+        timeline = tuple(looks)
+    kinds = ["scenes", "colours"]
+    if all(look.shape.isdigit() for look in timeline):
+        kinds += ["digits", "digits"]
+    else:
+        kinds += ["shapes"]
+    if all(look.shape for look in timeline):
+        kinds += ["sizes", "places", "columns"]
+    return timeline, kinds
+
+
+def patches(frames: np.ndarray) -> Tensor:
+    """[T, 112, 112, 3] uint8 (T even, or 1 for an image) -> [T/2 · 16, 1176] float32, as Qwen's processor lays them out."""
+    if len(frames) == 1:
+        frames = frames.repeat(2, axis=0)
+    small = F.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2), size=(SIDE, SIDE), mode="bicubic", antialias=True
+    )
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    values = (small.float() / 255 - mean) / std
+    steps, cells = len(frames) // 2, SIDE // 28
+    values = values.view(steps, 2, 3, cells, 2, 14, cells, 2, 14)
+    return values.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * cells * cells * 4, -1)
+
+
+class Conversations(IterableDataset):
+    """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
+
+    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int, batch: int) -> None:
+        self.tokenizer, self.seed, self.batch = tokenizer, seed, batch
+        self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
+        self.families = list(FAMILIES.values())
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def _request(self, rng: np.random.Generator) -> str:
+        """Words that surround a turn: any words, or a question of the lab, with or without options."""
+        words = " ".join(rng.choice(self.words, size=int(rng.integers(1, 13))))
+        if rng.random() < 0.6:
+            return words
+        question = self.families[rng.integers(len(self.families))](rng)
+        options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
+        return "\n".join([question.problem, *lines, words])
+
+    def _lookup(self, rng: np.random.Generator) -> tuple[str, str]:
+        """Options and one of them with its letter: `blue is B.`"""
+        while True:
+            question = self.families[rng.integers(len(self.families))](rng)
+            if question.choices:
+                break
+        options = rng.permutation(list(question.choices)).tolist()
+        at = int(rng.integers(len(options)))
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
+        extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
+        return "\n".join([question.problem, *lines, extra]), f"{options[at]} is {LETTERS[at]}."
+
+    def row(self, rng: np.random.Generator) -> Row:
+        timeline, kinds = _timeline(rng)
+        is_image = len(timeline) == 1
+        frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng)
+        steps = 1 if is_image else len(FRAME_TIMES) // 2
+        turns: list[tuple[str, str]] = []
+        for kind in rng.permutation(kinds)[: int(rng.integers(2, 4))]:
+            request = self._request(rng)
+            if rng.random() < 0.3:
+                request = f"{request} {kind}?"
+            turns.append((request, listing(timeline, str(kind)) + "."))
+        if rng.random() < 0.5:
+            turns.insert(int(rng.integers(0, len(turns) + 1)), self._lookup(rng))
+        pad = "image" if is_image else "video"
+        visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
+        ids: list[int] = []
+        labels: list[int] = []
+        for index, (request, response) in enumerate(turns):
+            asked = self._encode(f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n<|im_start|>assistant\n")
+            said = self._encode(f"{response}<|im_end|>")
+            end = self._encode("\n")
+            ids += asked + said + end
+            labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
+        return Row(ids, labels, patches(frames), (steps, SIDE // 14, SIDE // 14), is_image)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        torch.set_num_threads(1)
+        for index in itertools.count():
+            rng = np.random.default_rng((self.seed, index))
+            rows = sorted((self.row(rng) for _ in range(8 * self.batch)), key=lambda row: len(row.input_ids))
+            for at in rng.permutation(8):  # rows of like length share a batch: less padding
+                yield self.collate(sorted(rows[at * self.batch : (at + 1) * self.batch], key=lambda row: row.is_image))
+
+    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
+        length = max(len(row.input_ids) for row in rows)
+        pad = self.tokenizer.pad_token_id
+        # no attention mask: padding stands on the right, where no token of a row looks
+        batch = {
+            "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]),
+            "labels": torch.tensor([row.labels + [IGNORE] * (length - len(row.labels)) for row in rows]),
+        }
+        image, video = (self.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video"))
+        batch["mm_token_type_ids"] = (batch["input_ids"] == image).int() + 2 * (batch["input_ids"] == video).int()
+        for prefix, picked in (("", [r for r in rows if r.is_image]), ("_videos", [r for r in rows if not r.is_image])):
+            if picked:
+                batch[f"pixel_values{prefix}"] = torch.cat([row.pixels for row in picked])
+                name = "video_grid_thw" if prefix else "image_grid_thw"
+                batch[name] = torch.tensor([row.grid for row in picked])
+                if prefix:
+                    batch["second_per_grid_ts"] = torch.ones(len(picked))
+        return batch
+
+
+def pretrain_base(
+    folder: Path, steps: int = 9000, seed: int = 0, batch: int = 32, learning_rate: float = 1e-3, threads: int = 1,
+    hidden: int = 128, layers: int = 4,
+) -> None:  # fmt: skip
+    """Trains the base from random weights and writes it as a checkpoint folder. Deterministic for a seed and `threads`."""
+    torch.set_num_threads(threads)
+    tokenizer = build_tokenizer(corpus(seed))
+    model = build_model(tokenizer, seed, hidden, layers)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+    )
+    warmup = 200
+    loader = DataLoader(Conversations(tokenizer, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4)
+    start, total, count = time.perf_counter(), 0.0, 0
+    for step, inputs in zip(range(1, steps + 1), loader):
+        # linear warm-up, constant, then a linear decay over the last 30 %
+        scale = min(step / warmup, 1.0, (steps - step + 1) / (0.3 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scale
+        labels = inputs.pop("labels")
+        wanted = labels[:, 1:] != IGNORE
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_states = model.model(**inputs, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden_states[:, :-1][wanted])
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total, count = total + loss.item(), count + 1
+        if step % 50 == 0:
+            rate = step / (time.perf_counter() - start)
+            print(f"step {step}/{steps}  loss {total / count:.4f}  {rate:.2f} steps/s", flush=True)
+            total, count = 0.0, 0
+        if step % 1000 == 0 or step == steps:
+            model.save_pretrained(folder)
+            build_processor(tokenizer).save_pretrained(folder)
