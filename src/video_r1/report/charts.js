@@ -1,0 +1,242 @@
+"use strict";
+
+// Elements. What a run's files hold is only ever set as text or as a number, so that it cannot become markup.
+
+function fill(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (typeof value === "function") node.addEventListener(name, value);
+    else node.setAttribute(name, value === true ? "" : String(value));
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
+}
+
+const make = (tag, attributes, ...children) => fill(document.createElement(tag), attributes, children);
+const draw = (tag, attributes, ...children) =>
+  fill(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+
+/** A number as a reader wants it: three significant digits, true minus sign, thin spaces between thousands. */
+function show(value, digits) {
+  if (value === null || value === undefined) return "–";
+  const size = Math.abs(value);
+  let text;
+  if (digits !== undefined) text = value.toFixed(digits);
+  else if (value === 0) text = "0";
+  else if (size >= 1000) text = Math.round(value).toString().replace(/\B(?=(\d{3})+$)/g, "\u2009");
+  else if (size < 0.001) text = value.toExponential(1).replace(".0e", "e");
+  else text = String(Number(value.toPrecision(3)));
+  return text.replaceAll("-", "−");
+}
+
+const signed = (value) => (value > 0 ? "+" : "") + show(value, 2);
+const plural = (count, noun) => `${show(count)} ${noun}${count === 1 ? "" : "s"}`;
+
+/** Round axis values inside [low, high], about `count` of them. */
+function ticks(low, high, count) {
+  const rough = (high - low) / count || 1;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+  const values = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) values.push(Number((i * step).toPrecision(12)));
+  return values;
+}
+
+/** Gaussian average over neighbours at most `radius` points away; at the ends over those that exist. */
+function smooth(values, radius) {
+  if (!radius) return values;
+  const weights = Array.from({ length: radius + 1 }, (_, i) => Math.exp(-0.5 * (i / (radius / 2)) ** 2));
+  return values.map((_, i) => {
+    let sum = 0;
+    let total = 0;
+    for (let j = Math.max(0, i - radius); j <= Math.min(values.length - 1, i + radius); j++) {
+      const weight = weights[Math.abs(i - j)];
+      sum += weight * values[j];
+      total += weight;
+    }
+    return sum / total;
+  });
+}
+
+/** The index of the value nearest to `target` in an ascending list. */
+function nearest(sorted, target) {
+  let low = 0;
+  let high = sorted.length - 1;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < target) low = middle + 1;
+    else high = middle;
+  }
+  return low > 0 && target - sorted[low - 1] <= sorted[low] - target ? low - 1 : low;
+}
+
+// A series by type or modality has the same colour in every chart.
+const LINE_COLOURS = new Map(
+  ["multiple choice", "numerical", "OCR", "free-form", "regression", "video", "image"].map((label, i) => [label, i]),
+);
+
+function lineColour(label) {
+  if (label === "ordered" || label === "shuffled") return `var(--${label})`;
+  if (!LINE_COLOURS.has(label)) LINE_COLOURS.set(label, LINE_COLOURS.size);
+  return `var(--line${LINE_COLOURS.get(label) % 8})`;
+}
+
+/** Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled`. */
+function chartSpecs(run) {
+  const names = Object.keys(run.series).filter((name) => run.series[name].y.length > 1);
+  const specs = new Map();
+  for (const name of names) {
+    const parts = name.split("/");
+    let base = parts.slice(0, 2).join("/");
+    let label = parts.slice(2).join("/");
+    const plain = base.replace(/_shuffled$/, "");
+    const paired = plain !== base ? names.includes(plain) : names.includes(`${base}_shuffled`);
+    if (paired && !label) label = plain === base ? "ordered" : "shuffled";
+    if (paired) base = plain;
+    if (!specs.has(base)) specs.set(base, { base, group: parts.length > 1 ? parts[0] : "", lines: [] });
+    const data = run.series[name];
+    const colour = label ? lineColour(label) : "var(--ink)";
+    specs.get(base).lines.push({ label, colour, main: !label || paired, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
+  }
+  for (const spec of specs.values()) spec.lines.sort((a, b) => Number(b.main) - Number(a.main));
+  return [...specs.values()];
+}
+
+/**
+ * One chart: `node` to place, `redraw(radius)` after a change of width or smoothing, `point(step)` to move the
+ * cursor (null: to the last step). `onPoint(step)` is called when a reader moves it.
+ */
+function chart(spec, title, options) {
+  const large = options.large;
+  const readout = make("output", {});
+  const plot = make("div", large
+    ? { class: "plot", tabindex: 0, role: "slider", "aria-orientation": "horizontal", "aria-label": `${title}: step` }
+    : { class: "plot", role: "img" });
+  const key = make("ul", { class: "key" });
+  const single = spec.lines.length === 1;
+  const node = make("figure", { class: large ? "chart large" : "chart" },
+    make("figcaption", {}, make("span", { class: "title" }, title), make("code", {}, large ? spec.base : ""), readout),
+    plot, single ? null : key);
+  const axis = spec.lines.reduce((a, b) => (b.x.length > a.length ? b.x : a), []);
+  const first = Math.min(...spec.lines.map((line) => line.x[0]));
+  const last = Math.max(...spec.lines.map((line) => line.x[line.x.length - 1]));
+  let state = null;
+
+  function redraw(radius) {
+    const width = plot.clientWidth || 300;
+    const height = large ? options.height : 84;
+    const direct = large && width > 620 && !single;
+    const margin = { left: 40, right: direct ? 150 : 8, top: 8, bottom: 18 };
+    const lines = spec.lines.map((line) => ({ ...line, s: smooth(line.y, line.x.length > 8 ? radius : 0) }));
+    const seen = lines.flatMap((line) => (line.main ? line.y : line.s));
+    let low = seen.reduce((a, b) => Math.min(a, b), Infinity);
+    let high = seen.reduce((a, b) => Math.max(a, b), -Infinity);
+    if (options.unitRange) [low, high] = [Math.min(low, 0), Math.max(high, 1)];
+    else if (low > 0 && low < 0.35 * high) low = 0;
+    if (low === high) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+    const x = (step) => margin.left + ((step - first) / (last - first || 1)) * (width - margin.left - margin.right);
+    const y = (value) => margin.top + (1 - (value - low) / (high - low)) * (height - margin.top - margin.bottom);
+    const path = (xs, ys) => xs.map((step, i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join("");
+    const right = width - margin.right;
+
+    const marks = [];
+    for (const value of ticks(low, high, large ? 4 : 2)) {
+      marks.push(draw("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) }));
+      marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 3.5, "text-anchor": "end" }, show(value)));
+    }
+    const steps = large ? ticks(first, last, Math.max(2, width / 160)) : [first, last];
+    for (const step of steps.filter((s) => Number.isInteger(s))) {
+      const anchor = x(step) > right - 12 ? "end" : x(step) < margin.left + 8 ? "start" : "middle";
+      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, show(step)));
+    }
+    for (const line of lines.filter((l) => l.main && radius && l.s !== l.y)) {
+      marks.push(draw("path", { class: "raw", d: path(line.x, line.y), stroke: line.colour }));
+    }
+    for (const line of [...lines].reverse()) {
+      marks.push(draw("path", { class: line.main ? "line main" : "line", d: path(line.x, line.s), stroke: line.colour }));
+    }
+    const cursor = draw("line", { class: "cursor", y1: margin.top, y2: height - margin.bottom });
+    const dots = lines.map((line) => draw("circle", { r: line.main ? 3 : 2, fill: line.colour }));
+    const labels = direct ? lines.map((line) => draw("text", { class: "label", fill: line.colour, x: right + 10 })) : [];
+    const picture = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": large ? "true" : null },
+      ...marks, cursor, ...dots, ...labels);
+    plot.replaceChildren(picture);
+    state = { x, y, lines, cursor, dots, labels, width, margin, height, right };
+    key.hidden = direct;
+    point(null);
+  }
+
+  function point(step) {
+    if (!state) return;
+    const at = step === null ? last : step;
+    const values = state.lines.map((line) => {
+      const i = nearest(line.x, at);
+      return { line, step: line.x[i], raw: line.y[i], shown: line.s[i] };
+    });
+    state.cursor.classList.toggle("off", step === null);
+    fill(state.cursor, { x1: state.x(at), x2: state.x(at) }, []);
+    values.forEach((v, i) => fill(state.dots[i], { cx: state.x(v.step), cy: state.y(v.shown) }, []));
+    const averaged = spec.lines[0].averaged;
+    const bad = spec.lines.reduce((sum, line) => sum + line.bad, 0);
+    readout.replaceChildren(
+      single || spec.lines[0].main ? make("b", {}, show(values[0].raw)) : "",
+      ` step ${show(values[0].step)}`,
+      averaged > 1 ? ` (mean of ${averaged})` : "",
+      bad ? make("span", { class: "bad" }, ` · ${plural(bad, "value")} not finite`) : "");
+    if (large) {
+      const text = values.map((v) => `${v.line.label || title} ${show(v.raw)}`).join(", ");
+      fill(plot, { "aria-valuemin": first, "aria-valuemax": last, "aria-valuenow": at, "aria-valuetext": `step ${at}: ${text}` }, []);
+    } else {
+      const start = spec.lines[0];
+      fill(plot, { "aria-label": `${title}, step ${first} to ${last}: from ${show(start.y[0])} to ${show(start.y[start.y.length - 1])}` }, []);
+    }
+    if (state.labels.length) placeLabels(values);
+    else if (!single) {
+      key.replaceChildren(...values.map((v) => make("li", {},
+        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.shown)))));
+    }
+  }
+
+  /** Labels stand beside the line's end, pushed apart where lines end close together. */
+  function placeLabels(values) {
+    const gap = 14;
+    const order = values.map((v, i) => ({ i, v, top: state.y(v.shown) })).sort((a, b) => a.top - b.top);
+    order.forEach((item, n) => {
+      if (n) item.top = Math.max(item.top, order[n - 1].top + gap);
+    });
+    let floor = state.height - 4;
+    for (const item of [...order].reverse()) {
+      item.top = Math.min(item.top, floor);
+      floor = item.top - gap;
+    }
+    for (const { i, v, top } of order) {
+      state.labels[i].textContent = `${v.line.label || "all"} ${show(v.shown, Math.abs(v.shown) < 10 ? 2 : 0)}`;
+      state.labels[i].setAttribute("y", top + 4);
+    }
+  }
+
+  plot.addEventListener("pointermove", (event) => {
+    if (!state) return;
+    const share = (event.clientX - plot.getBoundingClientRect().left - state.margin.left) / (state.right - state.margin.left);
+    const step = first + Math.max(0, Math.min(1, share)) * (last - first);
+    options.onPoint(axis[nearest(axis, step)]);
+  });
+  plot.addEventListener("pointerleave", () => options.onPoint(null));
+  plot.addEventListener("blur", () => options.onPoint(null));
+  plot.addEventListener("keydown", (event) => {
+    const move = { ArrowLeft: -1, ArrowRight: 1, PageDown: -10, PageUp: 10, Home: -axis.length, End: axis.length }[event.key];
+    if (!move) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const now = nearest(axis, Number(plot.getAttribute("aria-valuenow")));
+    options.onPoint(axis[Math.max(0, Math.min(axis.length - 1, now + move))]);
+  });
+  return { node, redraw, point };
+}
+
+/** A dash in a line's colour (set as a property: the page's policy allows no style attributes). */
+function swatch(colour) {
+  const node = make("i", { class: "swatch", "aria-hidden": "true" });
+  node.style.backgroundColor = colour;
+  return node;
+}

@@ -1,0 +1,124 @@
+"""Recorded groups for the page's browser: which of them fit, and their frames as data."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from video_r1.report.run_data import Run, finite, json_lines, text
+
+MAX_TEXT = 20_000  # characters of one completion
+
+
+def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """The groups of a run that fit into `budget` bytes of the page, by step, and how many it has.
+
+    Where not all fit, the kept ones are spread evenly over the run, first and last included.
+    """
+    path = run.folder / "rollouts.jsonl"
+    index: dict[tuple[int, str], tuple[int, int, int]] = {}
+    for offset, length, record in json_lines(path, run.notes):
+        cost = length + _strip_size(run.folder, record) * 4 // 3  # base64
+        # A group that a resumed run recorded again replaces the earlier one.
+        index[_step(record), str(record.get("problem_id"))] = (offset, length, cost)
+    entries = [entry for _, entry in sorted(index.items(), key=lambda item: (item[0][0], item[1][0]))]
+    chosen = choose_evenly([cost for _, _, cost in entries], budget)
+    groups = []
+    if chosen:
+        wanted = {entries[i][0] for i in chosen}
+        groups = [_group(run.folder, record) for offset, _, record in json_lines(path) if offset in wanted]
+    return sorted(groups, key=lambda group: group["step"]), len(entries)
+
+
+def choose_evenly(costs: list[int], budget: int) -> list[int]:
+    """Indices of the most items, evenly spaced from the first to the last, whose costs together fit.
+
+    >>> choose_evenly([10] * 9, 50)
+    [0, 2, 4, 6, 8]
+    """
+    low, high = 0, len(costs)
+    while low < high:  # the largest number that fits
+        middle = (low + high + 1) // 2
+        if sum(costs[i] for i in _spread(middle, len(costs))) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    return _spread(low, len(costs))
+
+
+def _spread(count: int, total: int) -> list[int]:
+    if count <= 1:
+        return [0] * count
+    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+
+
+def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A group of rollouts.jsonl with every field in its expected type: a page never trusts a file."""
+    frames = _table(record.get("frames"))
+    strip = _strip(folder, record)
+    count = int(finite(frames.get("count"), 0) or 0)
+    permutation = [i for i in _list(record.get("permutation")) if isinstance(i, int) and 0 <= i < count]
+    return {
+        "step": _step(record),
+        "id": str(record.get("problem_id", "")),
+        "problem": text(record.get("problem", "")),
+        "type": text(record.get("problem_type", "")),
+        "media": text(record.get("data_type", "")),
+        "options": [text(option) for option in _list(record.get("options"))],
+        "answer": text(record.get("answer", "")),
+        "source": text(record.get("data_source", "")),
+        "path": text(record.get("path", "")),
+        "strip": base64.b64encode(strip.read_bytes()).decode("ascii") if strip and count else None,
+        "count": count,
+        "width": finite(frames.get("width"), 1),
+        "height": finite(frames.get("height"), 1),
+        "timestamps": [finite(t) for t in _list(frames.get("timestamps"))],
+        "permutation": permutation if len(permutation) == count else None,
+        "ordered": [_completion(item) for item in _list(record.get("ordered")) if isinstance(item, dict)],
+        "shuffled": [_completion(item) for item in _list(record.get("shuffled")) if isinstance(item, dict)],
+        "p": finite(record.get("p")),
+        "pShuffled": finite(record.get("p_shuffled")),
+    }
+
+
+def _completion(item: dict[str, Any]) -> dict[str, Any]:
+    rewards = _table(item.get("rewards"))
+    written = text(item.get("text", ""))
+    return {
+        "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
+        "tokens": finite(item.get("tokens")),
+        "truncated": item.get("finish_reason") == "length",
+        "rewards": {str(name): finite(value) for name, value in rewards.items()},
+        "total": finite(item.get("total")),
+        "advantage": finite(item.get("advantage")),
+    }
+
+
+def _strip(folder: Path, record: dict[str, Any]) -> Path | None:
+    """The strip's file. None unless it is a JPEG inside the run folder: the page is passed on to others."""
+    name = _table(record.get("frames")).get("strip")
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return path if file.read(3) == b"\xff\xd8\xff" else None
+
+
+def _strip_size(folder: Path, record: dict[str, Any]) -> int:
+    strip = _strip(folder, record)
+    return strip.stat().st_size if strip else 0
+
+
+def _step(record: dict[str, Any]) -> int:
+    return int(finite(record.get("step"), 0) or 0)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

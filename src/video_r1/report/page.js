@@ -1,0 +1,192 @@
+const data = JSON.parse(document.getElementById("data").textContent);
+
+const GROUP_TITLES = {
+  reward: "Rewards", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
+  media: "Media", speed: "Speed", seconds: "Seconds of each phase", eval: "Validation", "": "Optimisation",
+};
+const SERIES_TITLES = {
+  "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
+  loss: "Loss", eval_loss: "Validation loss", learning_rate: "Learning rate", grad_norm: "Gradient norm",
+  "temporal/p": "Share right, p and p\u0303",
+};
+const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "eval_loss"] };
+const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
+
+function seriesTitle(base) {
+  if (Object.hasOwn(SERIES_TITLES, base)) return SERIES_TITLES[base];
+  const name = base.split("/").slice(1).join("/") || base;
+  return name.replaceAll("_", " ");
+}
+
+const slug = (text) => text.replace(/[^A-Za-z0-9]+/g, "-");
+const several = data.runs.filter((run) => chartSpecs(run).length).length > 1;
+
+function header() {
+  const figures = data.figures.map((figure) => make("div", {},
+    make("dt", {}, figure.caption), make("dd", {}, figure.value, make("small", {}, figure.note))));
+  const single = data.runs.length === 1 ? data.runs[0] : null;
+  document.getElementById("header").append(
+    make("p", { class: "over" }, "video-r1", single ? ` · ${KINDS[single.kind]}` : ""),
+    make("h1", { dir: "auto" }, data.title),
+    single && single.about.length ? make("p", { class: "about" }, single.about.join(" · ")) : "",
+    figures.length ? make("dl", { class: "figures" }, figures) : "",
+    data.notes.length ? make("ul", { class: "notes" }, data.notes.map((note) => make("li", {}, note))) : "");
+}
+
+function section(id, title, ...content) {
+  return make("section", { id, "aria-labelledby": `${id}-title` }, make("h2", { id: `${id}-title` }, title), ...content);
+}
+
+// Curves ---------------------------------------------------------------------------------------------------------
+
+/** All charts of a run share one cursor and one amount of smoothing. */
+function curves(run) {
+  const specs = chartSpecs(run);
+  if (!specs.length) return null;
+  const charts = [];
+  const onPoint = (step) => charts.forEach((item) => item.point(step));
+  const place = (spec, options) => {
+    const unitRange = options.large && spec.base === "reward/accuracy";
+    charts.push(chart(spec, seriesTitle(spec.base), { ...options, unitRange, onPoint }));
+    return charts[charts.length - 1].node;
+  };
+  const wanted = HEADLINE[run.kind] || [];
+  const found = wanted.map((base) => specs.find((spec) => spec.base === base)).filter(Boolean);
+  const head = found.length ? found : specs.slice(0, 1);
+  const longest = Math.max(...specs.map((spec) => spec.lines[0].x.length));
+  const radius = longest < 40 ? 0 : Math.min(40, Math.round(longest / 30));
+  const text = make("output", {});
+  const slider = make("input", { type: "range", min: 0, max: 60, step: 1, value: radius, id: `smooth-${slug(run.name)}`,
+    input: () => redraw() });
+  const redraw = () => {
+    const value = Number(slider.value);
+    text.textContent = value ? `± ${value} points` : "off";
+    charts.forEach((item) => item.redraw(value));
+  };
+
+  const large = make("div", { class: "headline" }, head.map((spec, i) => place(spec, { large: true, height: i ? 170 : 250 })));
+  const groups = new Map();
+  for (const spec of specs.filter((item) => !head.includes(item))) {
+    groups.set(spec.group, [...(groups.get(spec.group) || []), spec]);
+  }
+  const small = [...groups].map(([group, members]) => make("div", { class: "family" },
+    make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
+    make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false })))));
+  const once = Object.entries(run.series).filter(([, series]) => series.y.length === 1);
+  const node = make("div", { class: "curves" },
+    several ? make("p", { class: "about" }, run.about.join(" · ")) : "",
+    make("p", { class: "control" }, make("label", { for: slider.id }, "Smoothing"), slider, text),
+    large, small,
+    once.length ? make("p", { class: "once" }, "Logged once: ",
+      once.map(([name, series], i) => [i ? " · " : "", `${name} `, make("b", {}, show(series.y[0]))]).flat()) : "");
+  new ResizeObserver(redraw).observe(node);
+  const title = several ? `Curves · ${run.name}` : "Curves";
+  return section(`curves-${slug(run.name)}`, title, node);
+}
+
+// Evaluation -----------------------------------------------------------------------------------------------------
+
+/** Ordered (filled) and shuffled (hollow) means on a line from 0 to 1, with their intervals. */
+function dotPlot(row) {
+  const [width, height, edge] = [260, 26, 5];
+  const x = (value) => edge + Math.max(0, Math.min(1, value)) * (width - 2 * edge);
+  const marks = [0, 0.25, 0.5, 0.75, 1].map((v) => draw("line", { class: "grid", x1: x(v), x2: x(v), y1: 0, y2: height }));
+  for (const [order, y] of [["shuffled", 17], ["ordered", 9]]) {
+    const score = row[order];
+    if (!score) continue;
+    const paint = `var(--${order})`;
+    if (score.low !== null && score.high !== null) marks.push(draw("line", { class: "bar", stroke: paint, x1: x(score.low), x2: x(score.high), y1: y, y2: y }));
+    marks.push(draw("circle", { cx: x(score.mean), cy: y, r: 3.6, stroke: paint, "stroke-width": 1.6, fill: order === "ordered" ? paint : "var(--paper)" }));
+  }
+  return draw("svg", { class: "dotplot", viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...marks);
+}
+
+function scoreCell(score, isGap) {
+  if (!score) return make("td", {}, "–");
+  const range = score.low === null ? "" : make("small", {}, ` ${show(score.low, 2)} to ${show(score.high, 2)}`);
+  return make("td", {}, make("b", {}, isGap ? signed(score.mean) : show(score.mean, 2)), range);
+}
+
+const scoreCells = (row) => [
+  make("td", { class: "picture" }, dotPlot(row)), scoreCell(row.ordered), scoreCell(row.shuffled), scoreCell(row.gap, true),
+];
+
+function scoreTable(caption, first, bodies, withFormat) {
+  const heads = ["ordered", "shuffled"].map((order) => make("th", { scope: "col", class: order }, order));
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "scores" },
+    make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, first),
+      make("th", { scope: "col", class: "picture" }, make("span", { class: "ends" }, make("span", {}, "0"), make("span", {}, "0.5"), make("span", {}, "1"))),
+      heads, make("th", { scope: "col" }, "temporal gap"),
+      withFormat ? make("th", { scope: "col" }, "format") : "", make("th", { scope: "col" }, "questions"))),
+    bodies));
+}
+
+function evaluation() {
+  if (!data.scores.length) return null;
+  const rows = data.scores.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(row),
+    make("td", {}, row.format === null ? "–" : show(row.format, 2)), make("td", {}, show((row.ordered || row.shuffled || {}).n))));
+  const parts = [["problem_type", "By problem type"], ["data_source", "By source"]].map(([field, title]) => {
+    const names = [...new Set(data.scores.flatMap((row) => ((row.by || {})[field] || []).map((part) => part.name)))];
+    if (names.length < 2) return "";
+    const bodies = names.map((name) => make("tbody", {},
+      make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 6, dir: "auto" }, name)),
+      data.scores.map((row) => {
+        const part = ((row.by || {})[field] || []).find((item) => item.name === name);
+        return part ? make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(part),
+          make("td", {}, show((part.ordered || part.shuffled || {}).n))) : "";
+      })));
+    return make("details", {}, make("summary", {}, title), scoreTable(title, "checkpoint", bodies, false));
+  });
+  return section("evaluation", "Evaluation",
+    make("p", { class: "lead" }, "Mean scores with the frames ",
+      make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
+      ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions."),
+    scoreTable("Scores of each checkpoint", "checkpoint", make("tbody", {}, rows), true), parts);
+}
+
+// Media, settings and the page itself ----------------------------------------------------------------------------
+
+function plainTable(caption, rows) {
+  const columns = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "plain" },
+    make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, columns.map((name) => make("th", { scope: "col" }, name.replaceAll("_", " "))))),
+    make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((name) => make("td", { dir: "auto" }, Object.hasOwn(row, name) ? row[name] : "")))))));
+}
+
+function quarantine() {
+  const runs = data.runs.filter((run) => run.quarantineTotal);
+  if (!runs.length) return null;
+  return section("media", "Media that could not be used",
+    make("p", { class: "lead" }, "Their questions were skipped and never scored."),
+    runs.map((run) => {
+      const shown = run.quarantine.length < run.quarantineTotal ? `, the first ${show(run.quarantine.length)} shown` : "";
+      return plainTable(`${run.name}: ${plural(run.quarantineTotal, "file")}${shown}`, run.quarantine);
+    }));
+}
+
+function settings() {
+  const runs = data.runs.filter((run) => Object.keys(run.config).length);
+  if (!runs.length) return null;
+  return section("settings", "Settings", runs.map((run) => make("details", {},
+    make("summary", {}, `config.yaml${runs.length > 1 ? ` · ${run.name}` : ""}`),
+    make("dl", { class: "settings" }, Object.entries(run.config).map(([name, value]) =>
+      make("div", {}, make("dt", {}, name), make("dd", { dir: "auto" }, value)))))));
+}
+
+function page() {
+  header();
+  const trained = data.runs.map(curves).filter(Boolean);
+  const sections = [...trained.slice(0, 1), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(), settings()].filter(Boolean);
+  document.getElementById("main").append(...sections);
+  if (sections.length > 1) {
+    document.getElementById("header").append(make("nav", { "aria-label": "Sections" }, sections.map((node) =>
+      make("a", { href: `#${node.id}` }, node.querySelector("h2").textContent))));
+  }
+  const phases = Object.entries(data.seconds || {}).filter(([name, value]) => name !== "total" && typeof value === "number");
+  document.getElementById("footer").append(make("p", {}, "Written by video-r1 report. ",
+    phases.length ? `Seconds of each stage: ${phases.map(([name, value]) => `${name} ${show(Math.round(value))}`).join(", ")}.` : ""));
+}
+
+page();

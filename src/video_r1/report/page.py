@@ -1,0 +1,215 @@
+"""One self-contained HTML page from a run folder.
+
+    run folder ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the three scripts
+
+A page is passed on to other people, and most of what it shows was written by a model or came with a data
+set. So nothing of it ever becomes markup: all values travel as JSON in which `<`, `>` and `&` are escaped,
+the scripts set text only, and the page's own policy lets a browser run no other script and load nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from video_r1.errors import RequestError
+from video_r1.report.groups import read_groups
+from video_r1.report.run_data import Run, Series, find_run_folders, finite, read_run
+from video_r1.report.scores import read_scores, read_summary, with_summary
+
+ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
+SCRIPTS = ("charts.js", "rollouts.js", "page.js")
+END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
+
+# Settings that tell a reader what was run, in the order of the header.
+KEY_SETTINGS = {
+    "model_name_or_path": "from",
+    "model": "checkpoint",
+    "train_manifest": "data",
+    "manifest": "data",
+    "temporal_rule": "temporal rule",
+    "num_generations": "G",
+    "learning_rate": "learning rate",
+    "beta": "β",
+    "seed": "seed",
+}
+# Series that a header states: caption, unit and number of decimals.
+KEY_SERIES = {
+    "reward/accuracy": ("accuracy reward", "", 2),
+    "temporal/gap": ("temporal gap", "", 2),
+    "reward/format": ("format reward", "", 2),
+    "completion/length": ("response length", "tokens", 0),
+    "loss": ("loss", "", 3),
+    "eval_loss": ("validation loss", "", 3),
+}
+
+
+def build_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Writes the report of a run folder and returns its path (`run_dir`/report.html unless `out` is given).
+
+    `run_dir` can be a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's.
+    What is missing is left out. Raises RequestError when the folder does not exist or holds nothing to show,
+    OSError when the page cannot be written.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise RequestError(f"{run_dir} is not a folder: give the folder of a run")
+    page = render(page_data(run_dir))
+    out = Path(out) if out is not None else run_dir / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, "utf-8")
+    return out
+
+
+def page_data(run_dir: Path) -> dict[str, Any]:
+    """Everything that the page shows, as JSON values. Raises RequestError when there is nothing."""
+    notes: list[str] = []
+    summary = read_summary(run_dir, notes)
+    runs = [read_run(folder, run_dir) for folder in find_run_folders(run_dir)]
+    scores = with_summary([row for run in runs for row in read_scores(run)], summary)
+    if not runs and not scores:
+        raise RequestError(
+            f"{run_dir} holds nothing to report: expected metrics.jsonl, rollouts.jsonl or "
+            f"predictions-*.jsonl in it or in its subfolders"
+        )
+    runs.sort(key=lambda run: ("rl", "sft", "evaluation", "data").index(run.kind))
+    recorded = [run for run in runs if (run.folder / "rollouts.jsonl").is_file()]
+    groups = {run.name: read_groups(run, ROLLOUT_BYTES // len(recorded)) for run in recorded}
+    return {
+        "title": run_dir.resolve().name,
+        "figures": _demo_figures(summary, scores) or _figures(runs),
+        "seconds": summary.get("seconds") if isinstance(summary.get("seconds"), dict) else None,
+        "runs": [_run(run, groups.get(run.name, ([], 0))) for run in runs],
+        "scores": scores,
+        "notes": notes + [f"{run.name}/{note}" for run in runs for note in run.notes],
+    }
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page's HTML. Values can reach it only through `embed` and `html.escape`."""
+    parts = files("video_r1.report")
+    style = (parts / "page.css").read_text("utf-8")
+    script = "\n".join((parts / name).read_text("utf-8") for name in SCRIPTS)
+    slots = {
+        "title": html.escape(f"{data['title']} · video-r1"),
+        "policy": html.escape(
+            f"default-src 'none'; base-uri 'none'; form-action 'none'; img-src blob: data:; "
+            f"style-src {_digest(style)}; script-src {_digest(script)}"
+        ),
+        "style": style,
+        "data": embed(data),
+        "script": script,
+    }
+    template = (parts / "page.html").read_text("utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: slots[match[1]], template)
+
+
+def embed(value: Any) -> str:
+    """JSON that is safe inside a script element: no `<`, `>`, `&`, and ASCII only (so U+2028 is escaped)."""
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def _digest(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
+    axes: list[list[int]] = []  # most series of a run share their steps
+    series = {}
+    for name, curve in run.series.items():
+        if curve.steps not in axes:
+            axes.append(curve.steps)
+        series[name] = {
+            "axis": axes.index(curve.steps),
+            "y": [float(f"{value:.5g}") for value in curve.values],
+            "bad": curve.not_finite,
+            "averaged": curve.averaged,
+        }
+    return {
+        "name": run.name,
+        "kind": run.kind,
+        "about": _about(run),
+        "config": run.config,
+        "axes": axes,
+        "series": series,
+        "groups": groups[0],
+        "groupsTotal": groups[1],
+        "quarantine": run.quarantine,
+        "quarantineTotal": run.quarantine_total,
+    }
+
+
+def _about(run: Run) -> list[str]:
+    """Short facts on a run: steps, time, and the settings that matter most."""
+    facts = []
+    steps = max((curve.steps[-1] for curve in run.series.values() if curve.steps), default=None)
+    if steps is not None:
+        facts.append(f"{steps:,} steps")
+    if run.seconds:
+        facts.append(duration(run.seconds))
+    named = {key.rsplit(".", 1)[-1]: value for key, value in run.config.items()}
+    for key, caption in KEY_SETTINGS.items():
+        if named.get(key) not in (None, "", "null"):
+            # Of a path its last part: the rest says how its writer's disk is arranged.
+            facts.append(f"{caption} {named[key].rstrip('/').rsplit('/', 1)[-1]}")
+    return facts
+
+
+def duration(seconds: float) -> str:
+    """
+    >>> duration(75), duration(4000)
+    ('1 min 15 s', '1 h 7 min')
+    """
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole >= 60 else f"{whole} s"
+    return f"{whole // 3600:,} h {whole % 3600 // 60} min"
+
+
+def _figures(runs: list[Run]) -> list[dict[str, str]]:
+    """The first training run's key figures: where each series ended, and where it started."""
+    trained = [run for run in runs if run.series]
+    figures = []
+    for name, (caption, unit, decimals) in KEY_SERIES.items():
+        curve = trained[0].series.get(name) if trained else None
+        if curve and curve.values and len(figures) < 4:
+            start, end = ends(curve)
+            figures.append({
+                "caption": caption,
+                "value": f"{end:.{decimals}f}",
+                "note": " ".join(filter(None, [unit, f"from {start:.{decimals}f}"])),
+            })
+    return figures
+
+
+def ends(curve: Series) -> tuple[float, float]:
+    """The means of a curve's first and last tenth (at least one point each)."""
+    width = max(1, round(len(curve.values) * END_SHARE))
+    return sum(curve.values[:width]) / width, sum(curve.values[-width:]) / width
+
+
+def _demo_figures(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """The key figures of a folder with evaluated stages: the last stage beside the one before."""
+    rows = [row for row in scores if row["ordered"]]
+    if not rows:
+        return []
+    before, last = (rows[-2] if len(rows) > 1 else None), rows[-1]
+    figures = []
+    for key, caption in (("ordered", "accuracy, frames in order"), ("shuffled", "accuracy, frames shuffled"),
+                         ("gap", "temporal gap")):
+        if last[key]:
+            note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
+            figures.append({"caption": f"{caption}", "value": f"{last[key]['mean']:.2f}", "note": note})
+    total = finite(summary["seconds"].get("total")) if isinstance(summary.get("seconds"), dict) else None
+    if total:
+        parameters = finite(summary.get("model_parameters"))
+        note = f"{parameters / 1e6:,.1f} M weights" if parameters else ""
+        figures.append({"caption": "whole run", "value": duration(total), "note": note})
+    return figures

@@ -1,0 +1,270 @@
+// The browser of recorded groups: one question at a time, its frames and completions in both orders.
+
+const OUTCOMES = {
+  any: ["any", () => true],
+  all: ["all right", (group) => share(group) >= 1],
+  some: ["some right", (group) => share(group) > 0 && share(group) < 1],
+  none: ["none right", (group) => share(group) === 0],
+  gap: ["more right in order than shuffled", (group) => gap(group) > 0],
+};
+const SORTS = {
+  step: ["by step", (a, b) => a.step - b.step],
+  best: ["highest reward first", (a, b) => meanTotal(b) - meanTotal(a)],
+  worst: ["lowest reward first", (a, b) => meanTotal(a) - meanTotal(b)],
+  gap: ["largest gap between orders first", (a, b) => gap(b) - gap(a)],
+};
+const COMPLETION_SORTS = {
+  reward: ["highest reward first", (a, b) => (b.total ?? accuracy(b)) - (a.total ?? accuracy(a))],
+  length: ["longest first", (a, b) => b.tokens - a.tokens],
+  sampled: ["as sampled", () => 0],
+};
+const COLLAPSED_CHARACTERS = 900;
+
+const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
+const accuracy = (completion) => completion.rewards.accuracy ?? 0;
+const share = (group) => group.p ?? mean(group.ordered.map((c) => Number(accuracy(c) > 0.5)));
+const gap = (group) => (group.shuffled.length ? share(group) - (group.pShuffled ?? mean(group.shuffled.map((c) => Number(accuracy(c) > 0.5)))) : 0);
+const meanTotal = (group) => mean(group.ordered.map((c) => c.total ?? accuracy(c)));
+
+function choice(id, label, entries, onChange) {
+  const select = make("select", { id, change: () => onChange(select.value) }, entries.map(([value, text]) => make("option", { value }, text)));
+  return { select, node: make("span", { class: "choice" }, make("label", { for: id }, label), select) };
+}
+
+const optionEntries = (table) => Object.entries(table).map(([value, [text]]) => [value, text]);
+
+function rollouts(runs) {
+  const withGroups = runs.filter((run) => run.groups.length);
+  if (!withGroups.length) return null;
+  const state = { run: withGroups[0], type: "any", media: "any", outcome: "any", sort: "step", completions: "reward", list: [], at: 0 };
+  const map = make("div", { class: "map" });
+  const stage = make("div", { class: "stage" });
+  const position = make("output", { class: "position", "aria-live": "polite" });
+  const change = (name) => (value) => { state[name] = value; filter(); };
+  const all = withGroups.flatMap((run) => run.groups);
+  const distinct = (field) => [["any", "any"], ...[...new Set(all.map((group) => group[field]))].filter(Boolean).map((v) => [v, v])];
+
+  const runChoice = choice("pick-run", "Run", withGroups.map((run, i) => [i, run.name]), (i) => { state.run = withGroups[Number(i)]; filter(); });
+  const type = choice("pick-type", "Type", distinct("type"), change("type"));
+  const media = choice("pick-media", "Media", distinct("media"), change("media"));
+  const outcome = choice("pick-outcome", "Outcome", optionEntries(OUTCOMES), change("outcome"));
+  const sort = choice("pick-sort", "Order", optionEntries(SORTS), change("sort"));
+  const step = choice("pick-step", "Step", [], (value) => go(state.list.findIndex((group) => group.step === Number(value))));
+  const question = choice("pick-question", "Question", [], (value) => go(Number(value)));
+  const previous = make("button", { type: "button", click: () => go(state.at - 1) }, "← Previous");
+  const next = make("button", { type: "button", click: () => go(state.at + 1) }, "Next →");
+
+  function filter() {
+    const kept = state.list[state.at];
+    state.list = state.run.groups.filter((group) => (state.type === "any" || group.type === state.type)
+      && (state.media === "any" || group.media === state.media) && OUTCOMES[state.outcome][1](group)).sort(SORTS[state.sort][1]);
+    const steps = [...new Set(state.list.map((group) => group.step))].sort((a, b) => a - b);
+    step.select.replaceChildren(...steps.map((value) => make("option", { value }, show(value))));
+    drawMap();
+    go(state.sort === "step" ? Math.max(0, state.list.indexOf(kept)) : 0);
+  }
+
+  function go(at) {
+    if (at < 0 || (at >= state.list.length && state.list.length)) return;
+    state.at = at;
+    const group = state.list[at];
+    previous.disabled = at === 0;
+    next.disabled = at >= state.list.length - 1;
+    position.textContent = group ? `${show(at + 1)} of ${show(state.list.length)}` : "nothing matches";
+    step.select.disabled = question.select.disabled = !group;
+    if (!group) {
+      stage.replaceChildren(make("p", { class: "lead" }, "No recorded question matches these filters."));
+      return;
+    }
+    step.select.value = String(group.step);
+    const beside = state.list.map((item, i) => [item, i]).filter(([item]) => item.step === group.step);
+    question.select.replaceChildren(...beside.map(([item, i]) => make("option", { value: i }, `${item.id} · ${item.problem.slice(0, 60)}`)));
+    question.select.value = String(at);
+    map.querySelectorAll("circle").forEach((dot) => dot.classList.toggle("chosen", dot.group === group));
+    const chosen = map.querySelector(".chosen");
+    if (chosen) chosen.parentNode.append(chosen);
+    stage.replaceChildren(groupView(group, state, () => go(state.at)));
+  }
+
+  /** Every recorded group as a dot: its step across, its mean reward up. */
+  function drawMap() {
+    const width = map.clientWidth || 900;
+    const height = 84;
+    const margin = { left: 40, right: 10, top: 8, bottom: 18 };
+    const groups = state.run.groups;
+    const totals = groups.map(meanTotal);
+    const [first, last] = [groups[0].step, groups[groups.length - 1].step];
+    const low = Math.min(0, ...totals);
+    const high = Math.max(...totals, low + 0.1);
+    const x = (value) => margin.left + ((value - first) / (last - first || 1)) * (width - margin.left - margin.right);
+    const y = (value) => margin.top + (1 - (value - low) / (high - low)) * (height - margin.top - margin.bottom);
+    const shown = new Set(state.list);
+    const dots = groups.map((group, i) => {
+      const dot = draw("circle", { cx: x(group.step).toFixed(1), cy: y(totals[i]).toFixed(1), r: groups.length > 400 ? 1.8 : 2.8,
+        class: `${group.media === "image" ? "image" : "video"}${shown.has(group) ? "" : " out"}` });
+      dot.group = group;
+      return dot;
+    });
+    const labels = ticks(low, high, 2).map((v) => draw("text", { class: "tick", x: margin.left - 6, y: y(v) + 3.5, "text-anchor": "end" }, show(v)));
+    const ends = [...new Set([first, last])].map((v, i) => draw("text", { class: "tick", x: x(v), y: height - 4, "text-anchor": i ? "end" : "start" }, `${i ? "" : "step "}${show(v)}`));
+    const picture = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...labels, ...ends, draw("g", {}, ...dots));
+    picture.addEventListener("click", (event) => {
+      const box = picture.getBoundingClientRect();
+      const distance = (group) => Math.hypot(x(group.step) - (event.clientX - box.left), y(meanTotal(group)) - (event.clientY - box.top));
+      const found = state.list.reduce((a, b) => (a && distance(a) <= distance(b) ? a : b), null);
+      if (found) go(state.list.indexOf(found));
+    });
+    map.replaceChildren(picture);
+    map.querySelectorAll("circle").forEach((dot) => dot.classList.toggle("chosen", dot.group === state.list[state.at]));
+  }
+
+  document.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    if (event.key === "ArrowLeft") go(state.at - 1);
+    if (event.key === "ArrowRight") go(state.at + 1);
+  });
+  const recorded = withGroups.reduce((sum, run) => sum + run.groupsTotal, 0);
+  const said = recorded > all.length
+    ? `${show(all.length)} of ${show(recorded)} recorded questions are in this page, spread evenly over the run to keep it small.`
+    : `${plural(recorded, "recorded question")}.`;
+  const node = make("div", { class: "rollouts" },
+    make("p", { class: "lead" }, `${said} Each dot is one: its step across, its mean reward up (○ image). The arrow keys ← and → turn pages.`),
+    map,
+    make("div", { class: "controls" }, withGroups.length > 1 ? runChoice.node : "", type.node, media.node, outcome.node, sort.node),
+    make("div", { class: "controls pager" }, previous, next, position, step.node, question.node),
+    stage);
+  let width = 0;
+  new ResizeObserver(() => { if (map.clientWidth !== width) { width = map.clientWidth; drawMap(); } }).observe(map);
+  filter();
+  return section("rollouts", "Rollouts", node);
+}
+
+// One group ------------------------------------------------------------------------------------------------------
+
+function groupView(group, state, refresh) {
+  const sorts = choice("pick-completions", "Completions", optionEntries(COMPLETION_SORTS), (value) => { state.completions = value; refresh(); });
+  sorts.select.value = state.completions;
+  const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path].filter(Boolean);
+  const columns = make("div", { class: group.shuffled.length ? "columns" : "columns alone" },
+    column(group, "ordered", state.completions), group.shuffled.length ? column(group, "shuffled", state.completions) : "");
+  const view = make("article", { class: "group", "aria-label": `Question ${group.id} at step ${group.step}` },
+    make("p", { class: "facts", dir: "auto" }, facts.join(" · ")),
+    make("h3", { dir: "auto", class: "question" }, group.problem),
+    group.options.length ? make("ul", { class: "options" }, group.options.map((option) => {
+      const right = isRight(option, group.answer);
+      return make("li", { class: right ? "right" : null, dir: "auto" }, option, right ? make("span", { class: "tick-mark" }, " ✓ right answer") : "");
+    })) : "",
+    group.options.some((option) => isRight(option, group.answer)) ? "" : make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), group.answer),
+    columns);
+  columns.before(sorts.node);
+  view.addEventListener("pointerover", (event) => highlight(view, event.target.closest(".tile")));
+  view.addEventListener("pointerleave", () => highlight(view, null));
+  return view;
+}
+
+const isRight = (option, answer) => answer !== "" && (option.trim() === answer || option.trim().split(/[.):\s]/)[0] === answer);
+
+/** The same frame in both orders is marked together. */
+function highlight(view, tile) {
+  view.querySelectorAll(".tile").forEach((other) => other.classList.toggle("same", tile !== null && other.dataset.frame === tile.dataset.frame));
+}
+
+function column(group, order, sort) {
+  const completions = group[order];
+  const right = completions.filter((c) => accuracy(c) > 0.5).length;
+  const p = order === "ordered" ? group.p : group.pShuffled;
+  const alone = order === "ordered" && !group.shuffled.length;
+  const marks = markers(order === "ordered" ? completions : []);
+  const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[sort][1](a.completion, b.completion))
+    .map(({ completion, i }) => card(completion, order, marks[i] || []));
+  const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : "Frames shuffled";
+  return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
+    make("h4", {}, title), tiles(group, order),
+    make("p", { class: "tally" },
+      make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))),
+      ` ${right} of ${completions.length} right`,
+      p === null ? "" : make("span", { class: "quiet" }, `, ${order === "ordered" ? "p" : "p\u0303"} = ${show(p)}`),
+      make("span", { class: "quiet" }, ` · answers: ${answersGiven(completions)}`)),
+    make("div", { class: "cards" }, cards));
+}
+
+function answersGiven(completions) {
+  const counts = new Map();
+  for (const completion of completions) {
+    const found = /<answer>([\s\S]*?)<\/answer>/.exec(completion.text);
+    const answer = found ? found[1].trim().slice(0, 30) || "empty" : "none";
+    counts.set(answer, (counts.get(answer) || 0) + 1);
+  }
+  const sorted = [...counts].sort((a, b) => b[1] - a[1]);
+  return sorted.slice(0, 4).map(([answer, count]) => (count > 1 ? `${answer} ×${count}` : answer)).join(", ") + (sorted.length > 4 ? ", …" : "");
+}
+
+/** Frames cut from the strip. The bar below each grows darker with the frame's place in the clip. */
+function tiles(group, order) {
+  if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
+  const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
+  const picture = new Image();
+  const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {
+    const canvas = make("canvas", { width: group.width, height: group.height, role: "img", "aria-label": group.media === "image" ? "the image" : `frame ${frame + 1} of ${group.count}` });
+    const bar = make("span", { class: "place" });
+    bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
+    picture.addEventListener("load", () => canvas.getContext("2d").drawImage(picture, frame * group.width, 0, group.width, group.height, 0, 0, group.width, group.height));
+    const time = group.timestamps[place];
+    const tile = make("li", { class: "tile" }, canvas, group.count > 1 ? bar : "",
+      group.count > 1 ? make("span", { class: "time" }, time === null || time === undefined ? "" : `${time.toFixed(time < 100 ? 1 : 0)} s`, make("em", {}, ` f${frame + 1}`)) : "");
+    tile.dataset.frame = String(frame);
+    return tile;
+  }));
+  list.style.setProperty("--columns", String(Math.min(8, frames.length)));
+  list.style.maxWidth = `${Math.min(8, frames.length) * Math.max(132, group.count === 1 ? 280 : 0)}px`;
+  picture.src = `data:image/jpeg;base64,${group.strip}`;
+  return list;
+}
+
+/** Which completions are best, worst, longest and shortest; nothing where all are alike. */
+function markers(completions) {
+  const marks = completions.map(() => []);
+  for (const [value, most, least] of [[(c) => c.total, "best", "worst"], [(c) => c.tokens, "longest", "shortest"]]) {
+    const values = completions.map(value);
+    const [low, high] = [Math.min(...values), Math.max(...values)];
+    if (values.length < 2 || low === high || values.includes(null)) continue;
+    marks[values.indexOf(high)].push(most);
+    marks[values.indexOf(low)].push(least);
+  }
+  return marks;
+}
+
+function card(completion, order, marks) {
+  const right = accuracy(completion) > 0.5;
+  const advantage = completion.advantage;
+  const tone = advantage === null ? "" : advantage > 0.005 ? "positive" : advantage < -0.005 ? "negative" : "zero";
+  const terms = Object.entries(completion.rewards).map(([name, value]) =>
+    make("span", { class: value ? "term" : "term none" }, `${name.replaceAll("_", " ")} `, make("b", {}, show(value))));
+  const long = completion.text.length > COLLAPSED_CHARACTERS;
+  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, styled(completion.text));
+  const toggle = long ? make("button", { type: "button", class: "more", "aria-expanded": "false", click: () => {
+    const cut = text.classList.toggle("cut");
+    toggle.textContent = cut ? "Show all" : "Show less";
+    toggle.setAttribute("aria-expanded", String(!cut));
+  } }, "Show all") : "";
+  const node = make("article", { class: `card ${right ? "correct" : "wrong"} ${tone}` },
+    make("header", {},
+      advantage === null ? "" : make("span", { class: "advantage" }, make("span", { class: "hidden" }, "advantage "), signed(advantage)),
+      completion.total === null ? "" : make("span", { class: "total" }, "total ", make("b", {}, show(completion.total))),
+      terms,
+      make("span", { class: "tokens" }, completion.tokens === null ? "" : plural(completion.tokens, "token"),
+        completion.truncated ? make("span", { class: "bad" }, ", cut off") : "", marks.length ? ` · ${marks.join(", ")}` : "")),
+    text, toggle);
+  return node;
+}
+
+/** A completion with its tags muted, its reasoning and its answer set apart. */
+function styled(text) {
+  let part = "outside";
+  return text.split(/(<\/?(?:think|answer)>)/).filter(Boolean).map((piece) => {
+    const tag = /^<(\/?)(think|answer)>$/.exec(piece);
+    if (!tag) return make("span", { class: part }, piece);
+    part = tag[1] ? "outside" : tag[2];
+    return make("span", { class: "tag" }, piece);
+  });
+}

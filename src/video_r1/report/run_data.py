@@ -1,0 +1,178 @@
+"""Reads what runs leave behind, as plain values for the page. Damaged lines are counted, never fatal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
+NOT_SERIES = {"step", "epoch", "time"}
+SECRET_ENDINGS = ("token", "api_key", "password", "secret")
+MAX_QUARANTINE_ROWS = 300
+
+
+@dataclass(slots=True)
+class Series:
+    """One logged quantity. `steps` and `values` have equal lengths; values are finite."""
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    not_finite: int = 0  # logged values that were NaN or infinite: left out of the curve
+    averaged: int = 1  # neighbouring points behind each shown one
+
+
+@dataclass(slots=True)
+class Run:
+    """A folder with results: training, evaluation or both. `name` is relative to the reported folder."""
+
+    name: str
+    folder: Path
+    config: dict[str, str]
+    series: dict[str, Series]
+    seconds: float | None  # of the last logged step
+    quarantine: list[dict[str, str]]
+    quarantine_total: int
+    notes: list[str]
+
+    @property
+    def kind(self) -> str:
+        """`rl`, `sft`, `evaluation` or `data`, told by what the folder holds."""
+        if any(name.startswith(("reward/", "completion/", "temporal/")) for name in self.series):
+            return "rl"
+        if (self.folder / "rollouts.jsonl").exists():
+            return "rl"
+        if self.series:
+            return "sft"
+        return "evaluation" if prediction_files(self.folder) else "data"
+
+
+def prediction_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("predictions*.jsonl"))
+
+
+def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
+    """`root` and the folders at most `depth` levels below it that hold a run's files."""
+    found = [root] if _holds_run(root) else []
+    if depth > 0:
+        for child in sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink()):
+            if child.name != "frames" and not child.name.startswith(("checkpoint", ".")):
+                found += find_run_folders(child, depth - 1)
+    return found
+
+
+def _holds_run(folder: Path) -> bool:
+    names = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
+    return any((folder / name).is_file() for name in names) or bool(prediction_files(folder))
+
+
+def read_run(folder: Path, root: Path) -> Run:
+    """Raises OSError when a file that is there cannot be opened."""
+    notes: list[str] = []
+    series, seconds = read_series(folder / "metrics.jsonl", notes)
+    quarantine, total = read_quarantine(folder / "quarantine.jsonl", notes)
+    name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
+    config = read_config(folder / "config.yaml", notes)
+    return Run(name, folder, config, series, seconds, quarantine, total, notes)
+
+
+def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """Each readable object of a JSON lines file with its offset and length in bytes.
+
+    The last line of a file that is still being written, or of a killed run, may be half there. Such lines are
+    skipped; how many is appended to `notes`.
+    """
+    skipped = offset = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                try:
+                    record = json.loads(line) if line.strip() else None
+                except ValueError:  # of which both JSONDecodeError and UnicodeDecodeError are kinds
+                    record = "broken"
+                if isinstance(record, dict):
+                    yield offset, len(line), record
+                elif record is not None:
+                    skipped += 1
+                offset += len(line)
+    if skipped and notes is not None:
+        notes.append(f"{path.name}: {skipped} unreadable line{'s' if skipped > 1 else ''} skipped")
+
+
+def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, Series], float | None]:
+    """Every numeric series of metrics.jsonl, by name, and the time of its last line in seconds.
+
+    A step that was logged twice (a run that was resumed from a checkpoint) counts once, with its last value.
+    """
+    logged: dict[str, dict[int, float]] = {}
+    seconds: float | None = None
+    for _, _, record in json_lines(path, notes):
+        step = record.get("step")
+        if not isinstance(step, (int, float)) or not math.isfinite(step):
+            continue
+        seconds = finite(record.get("time"), seconds)
+        for name, value in record.items():
+            if name not in NOT_SERIES and isinstance(value, (int, float)) and not isinstance(value, bool):
+                logged.setdefault(name, {})[int(step)] = float(value)
+    return {name: thin(values) for name, values in logged.items()}, seconds
+
+
+def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
+    """A series in the order of its steps, averaged over equal numbers of neighbours down to `max_points`."""
+    points = sorted((step, value) for step, value in logged.items() if math.isfinite(value))
+    width = math.ceil(len(points) / max_points) or 1
+    chunks = [points[i : i + width] for i in range(0, len(points), width)]
+    return Series(
+        steps=[chunk[-1][0] for chunk in chunks],
+        values=[sum(value for _, value in chunk) / len(chunk) for chunk in chunks],
+        not_finite=len(logged) - len(points),
+        averaged=width,
+    )
+
+
+def read_quarantine(path: Path, notes: list[str]) -> tuple[list[dict[str, str]], int]:
+    rows: list[dict[str, str]] = []
+    total = 0
+    for _, _, record in json_lines(path, notes):
+        total += 1
+        if len(rows) < MAX_QUARANTINE_ROWS:
+            rows.append({str(key): text(value)[:500] for key, value in record.items()})
+    return rows, total
+
+
+def read_config(path: Path, notes: list[str]) -> dict[str, str]:
+    """The resolved settings, nested names joined by dots. What looks like a credential is left out."""
+    if not path.is_file():
+        return {}
+    try:
+        tree = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
+        return {}
+    return dict(_flat(tree, "")) if isinstance(tree, dict) else {}
+
+
+def _flat(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{name}.")
+        elif name.lower().endswith(SECRET_ENDINGS) and value:
+            yield name, "(not shown)"
+        else:
+            yield name, text(value)[:500]
+
+
+def text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def finite(value: Any, otherwise: float | None = None) -> float | None:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    return otherwise
