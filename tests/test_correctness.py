@@ -105,7 +105,7 @@ def test_scores_of_whole_completions() -> None:
 
 
 def test_an_unknown_type_is_named() -> None:
-    with pytest.raises(ValueError, match="'ocr'.*OCR"):
+    with pytest.raises(ValueError, match=r"'ocr'.*OCR"):
         correctness("ocr", "a", "a")
 
 

@@ -12,8 +12,8 @@ from video_r1.training.objective import (
 )
 
 LN2 = math.log(2.0)
-# Two responses of 2 and 1 tokens with the ratios 1.5, 1 | 0.5 and the advantages 1 | −1. With ε = 0.2 the token
-# losses are −min(1.5, 1.2) = −1.2, −1 | −min(−0.5, −0.8) = 0.8.
+# Two responses of 2 and 1 tokens with the ratios 1.5, 1 | 0.5 and the advantages 1 | −1. With ε = 0.2 the
+# token losses are −min(1.5, 1.2) = −1.2, −1 | −min(−0.5, −0.8) = 0.8.
 OLD = torch.tensor([-1.0, -2.0, -0.5], dtype=torch.float64)
 RATIO = torch.tensor([1.5, 1.0, 0.5], dtype=torch.float64)
 ADVANTAGES = torch.tensor([1.0, -1.0], dtype=torch.float64)
@@ -124,13 +124,14 @@ def test_values_and_gradients_equal_a_plain_reference(loss_type, seed: int) -> N
     )  # fmt: skip
     result.loss.backward()
     value, gradient = reference_loss(
-        logprobs.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths.tolist(), weights.tolist(),
-        loss_type, 0.2, 0.28, 0.04, 9,
+        logprobs.tolist(), old.tolist(), ref.tolist(), advantages.tolist(), lengths.tolist(),
+        weights.tolist(), loss_type, 0.2, 0.28, 0.04, 9,
     )  # fmt: skip
     assert result.clip_low > 0
     assert result.clip_high > 0
     assert result.loss.item() == pytest.approx(value, rel=1e-12)
-    torch.testing.assert_close(logprobs.grad, torch.tensor(gradient, dtype=torch.float64), rtol=1e-12, atol=1e-14)
+    expected = torch.tensor(gradient, dtype=torch.float64)
+    torch.testing.assert_close(logprobs.grad, expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
@@ -185,9 +186,9 @@ def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments, message: str) -> None:
-    settings = {"logprobs": OLD, "old_logprobs": OLD, "advantages": ADVANTAGES, "lengths": LENGTHS, "normaliser": 1}
+    settings = {"logprobs": OLD, "old_logprobs": OLD, "advantages": ADVANTAGES, "lengths": LENGTHS}
     with pytest.raises(ValueError, match=message):
-        policy_loss(**(settings | arguments))
+        policy_loss(**(settings | arguments), normaliser=1.0)
 
 
 def test_normalisers() -> None:

@@ -120,8 +120,9 @@ def test_self_reflection(text: str, found: bool) -> None:
 
 
 def sample(problem_id: int | str, **extra: object) -> Sample:
+    question = f"question {problem_id}"
     return Sample(
-        problem_id, f"question {problem_id}", "video", "multiple choice", "<answer>A</answer>", "/v.mp4", extra=extra
+        problem_id, question, "video", "multiple choice", "<answer>A</answer>", "/v.mp4", extra=extra
     )
 
 
@@ -152,8 +153,9 @@ def test_a_users_reward_function_gets_every_column() -> None:
 
 def test_an_extra_field_never_hides_a_record_field() -> None:
     assert reward_columns([sample(1, path="/other", speed=2.0)]) == {
-        "problem_id": [1], "problem": ["question 1"], "data_type": ["video"], "problem_type": ["multiple choice"],
-        "solution": ["<answer>A</answer>"], "path": ["/v.mp4"], "options": [()], "process": [None],
+        "problem_id": [1], "problem": ["question 1"], "data_type": ["video"],
+        "problem_type": ["multiple choice"], "solution": ["<answer>A</answer>"],
+        "path": ["/v.mp4"], "options": [()], "process": [None],
         "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
     }  # fmt: skip
 

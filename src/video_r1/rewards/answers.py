@@ -44,9 +44,9 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
     """The answer that a reader would take from `output`, for evaluation; "" when there is none.
 
     Looks inside the first answer tags (an unclosed one counts), or without tags at everything but the
-    reasoning (which a cut-off output never leaves). Multiple choice gives the option's letter ("(B)", "B.", "Answer: B" and the option's text are
-    understood; two different letters are no answer), numerical and regression the number's digits, the other
-    types the text itself.
+    reasoning (which a cut-off output never leaves). Multiple choice gives the option's letter ("(B)", "B.",
+    "Answer: B" and the option's text are understood; two different letters are no answer), numerical and
+    regression the number's digits, the other types the text itself.
     """
     tagged = _ANSWER.search(output) or _OPEN_ANSWER.search(output)
     if tagged:
@@ -130,7 +130,7 @@ def _option_in_text(plain: str, named: dict[str, str]) -> str:
 
 
 def _only_letter(text: str, letters: str) -> str:
-    """The single option letter that stands alone in the text; "A" before a word in lower case is an article."""
+    """The one option letter that stands alone in the text; "A" before a word in lower case is an article."""
     standing = set(re.findall(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9']|(?<=A)\s+(?!or\b|and\b)[a-z])", text))
     standing &= set(letters)
     return standing.pop() if len(standing) == 1 else ""

@@ -102,7 +102,7 @@ def _culprit(function: RewardFunction, arguments: Mapping[str, list[Any]], sampl
     for row, sample in enumerate(samples):
         try:
             function(**{column: values[row : row + 1] for column, values in arguments.items()})
-        except Exception:  # noqa: BLE001 - the user's function again: this is the sample looked for
+        except Exception:  # the user's function again: this is the sample looked for
             return f"problem_id {sample.problem_id!r}, completion {arguments['completions'][row][:200]!r}"
     return f"with problem_id {_ids(samples)} together, not with any of them alone"
 

@@ -64,12 +64,12 @@ def policy_loss(
 ) -> PolicyLoss:
     """Clipped policy loss with a KL term.
 
-    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that was sampled, or None
-    on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int, sum N.
-    normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where gradients are averaged
-    over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta: weight of the KL; needs
-    ref_logprobs [N]. importance_weights: [N], multiplies the policy term of each token (see
-    `importance_weights`).
+    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that was sampled, or
+    None on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
+    with the sum N. normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where
+    gradients are averaged over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta:
+    weight of the KL; needs ref_logprobs [N]. importance_weights: [N], multiplies the policy term of each
+    token (see the function of this name).
     Raises ValueError when the lengths don't add up to N.
     """
     _check_sizes(logprobs, advantages, lengths)
@@ -98,7 +98,7 @@ def policy_loss(
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Per-token estimate of KL(π ‖ π_ref): exp(d) − d − 1 with d = log π_ref − log π (arXiv 2402.03300, eq. 4).
+    """Estimate of KL(π ‖ π_ref) by token: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
 
     [N], [N] → [N], never negative.
     """
@@ -137,8 +137,8 @@ def importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: 
 
 def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:
     """GRPO (arXiv 2402.03300) and T-GRPO (arXiv 2503.21776): each response counts alike."""
-    weights = torch.repeat_interleave(1.0 / lengths.to(token_loss.dtype), lengths, output_size=len(token_loss))
-    return (token_loss * weights).sum()
+    shares = 1.0 / lengths.to(token_loss.dtype)
+    return (token_loss * torch.repeat_interleave(shares, lengths, output_size=len(token_loss))).sum()
 
 
 def _sum_of_tokens(token_loss: Tensor, lengths: Tensor) -> Tensor:

@@ -1,0 +1,104 @@
+"""Evaluation figures: means, intervals and relative accuracy, vectorised over questions. No torch.
+
+N is the number of questions; scores are float64 in [0, 1].
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESAMPLES = 2_000
+_DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
+_DIRECTION_DIFFICULTY = re.compile(r"(object_rel_direction)_(?:easy|medium|hard)")
+
+
+class Figure(NamedTuple):
+    """A mean over `questions` questions with its 95 % interval [low, high]."""
+
+    mean: float
+    low: float
+    high: float
+    questions: int
+
+    def as_json(self, name: str) -> dict[str, Any]:
+        return {name: self.mean, "interval95": [self.low, self.high], "questions": self.questions}
+
+
+def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
+    """MRA of each answer (VSI-Bench, arXiv 2412.14171): mean over θ of [ |pred − truth| ÷ |truth| < 1 − θ ].
+
+    θ runs over 0.50, 0.55, …, 0.95. predicted, truth: [N] float; a nan in `predicted` stands for no number
+    and scores 0. A truth of 0 has no relative error: only an exact 0 scores, and scores 1. Returns [N].
+    """
+    predicted = np.asarray(predicted, dtype=np.float64)
+    truth = np.asarray(truth, dtype=np.float64)
+    error = np.abs(predicted - truth)
+    size = np.abs(truth)
+    relative = np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0)
+    # 1 − θ as twentieths: 1 − 0.95 in binary is above 0.05, and would let an error of exactly 5 % pass.
+    tolerances = np.arange(1, 11) / 20
+    return (relative[..., None] < tolerances).mean(axis=-1)
+
+
+def bootstrap_means(scores: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
+    """Means of `resamples` samples of N questions, drawn with replacement from scores [N] → [resamples]."""
+    values = np.asarray(scores, dtype=np.float64)
+    generator = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // len(values))
+    means = [
+        values[generator.integers(0, len(values), (min(rows, resamples - done), len(values)))].mean(axis=1)
+        for done in range(0, resamples, rows)
+    ]
+    return np.concatenate(means)
+
+
+def mean_figure(scores: ArrayLike, seed: int = 0) -> Figure:
+    """The mean of scores [N ≥ 1] with its percentile bootstrap interval over questions."""
+    values = np.asarray(scores, dtype=np.float64)
+    return _figure(values.mean(), bootstrap_means(values, seed=seed), len(values))
+
+
+def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike, seed: int = 0) -> Figure:
+    """Accuracy with ordered minus accuracy with shuffled frames, on the same N questions in the same order.
+
+    The interval is paired: questions are drawn, each with both of its scores, so that what makes a question
+    hard in both orders does not widen it.
+    """
+    first, second = np.asarray(ordered, dtype=np.float64), np.asarray(shuffled, dtype=np.float64)
+    if first.shape != second.shape:
+        raise ValueError(f"{len(first)} ordered but {len(second)} shuffled scores; they come in pairs")
+    return mean_figure(first - second, seed)
+
+
+def task_mean(scores: ArrayLike, tasks: Sequence[str], seed: int = 0) -> Figure:
+    """VSI-Bench's own headline: the mean over task types of the mean over each task's questions.
+
+    scores: [N]; tasks: the task type of each. The three difficulties of the relative direction are first
+    averaged into one task. The interval resamples within each task.
+    """
+    values, names = np.asarray(scores, dtype=np.float64), np.asarray(tasks, dtype=object)
+    if len(values) != len(names):
+        raise ValueError(f"{len(values)} scores but {len(names)} task types")
+    merged: dict[str, list[NDArray[np.float64]]] = {}
+    for number, task in enumerate(dict.fromkeys(names)):
+        chosen = values[names == task]
+        means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, seed=seed + number)))
+        merged.setdefault(merged_task(task), []).append(means)
+    # [0] is the figure itself, the rest its resamples
+    headline = np.mean([np.mean(parts, axis=0) for parts in merged.values()], axis=0)
+    return _figure(headline[0], headline[1:], len(values))
+
+
+def merged_task(task: str) -> str:
+    """`object_rel_direction_easy` (medium, hard) → `object_rel_direction`; other names stay."""
+    match = _DIRECTION_DIFFICULTY.fullmatch(task)
+    return match.group(1) if match else task
+
+
+def _figure(mean: Any, resampled: NDArray[np.float64], questions: int) -> Figure:
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return Figure(float(mean), float(low), float(high), questions)

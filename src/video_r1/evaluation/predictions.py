@@ -1,0 +1,47 @@
+"""Predictions as JSON lines that survive an interruption at any moment."""
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from video_r1.errors import RequestError
+
+_NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
+
+
+def read_predictions(path: Path) -> list[dict[str, Any]]:
+    """The records of a predictions file; none when it does not exist.
+
+    A last line that was cut off while it was written is removed from the file, so that its question is asked
+    again. Raises RequestError for any other line that is no record.
+    """
+    if not path.is_file():
+        return []
+    content = path.read_bytes()
+    complete, newline, rest = content.rpartition(b"\n")
+    if rest:
+        os.truncate(path, len(complete) + len(newline))
+    records = []
+    for number, line in enumerate(complete.split(b"\n") if complete else (), start=1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not record.keys() >= _NEEDED:
+            raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
+        records.append(record)
+    return records
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    if not lines:
+        return
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())

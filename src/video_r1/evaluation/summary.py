@@ -1,0 +1,119 @@
+"""From predictions to figures: accuracy per order, temporal gap, per type, source and task, and a table."""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
+
+ORDERS = ("ordered", "shuffled")
+_GROUPINGS = {"by_type": "problem_type", "by_source": "data_source", "by_task": "task_type"}
+
+Record = Mapping[str, Any]  # one line of a predictions file
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """Figures of one frame count.
+
+    records: predictions in the manifest's order, each question once per order. Returns
+
+        {"ordered":  {"accuracy", "interval95", "questions", "strict_accuracy", "format_rate",
+                      "unparsable_rate", "truncated_rate"},
+         "shuffled": the same, over the videos,
+         "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
+         "by_type": {name: {"ordered", "shuffled", "temporal_gap"}}, "by_source": …, "by_task": …}
+
+    An order without records and a gap without pairs are left out; the gap is over the questions that were
+    asked in both orders. `by_task` is there when records name task types; an order in which all of them do
+    also has `task_mean`, the mean over task types, beside the mean over questions.
+    """
+    figures = _figures(records)
+    for order, chosen in _by_order(records).items():
+        figures[order] |= {
+            "strict_accuracy": _mean(chosen, "strict_score"),
+            "format_rate": _mean(chosen, "format"),
+            "unparsable_rate": sum(not record["prediction"] for record in chosen) / len(chosen),
+            "truncated_rate": sum(record["finish_reason"] == "length" for record in chosen) / len(chosen),
+        }
+        if all(record.get("task_type") for record in chosen):
+            headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
+            figures[order]["task_mean"] = headline.as_json("accuracy")
+    for name, field in _GROUPINGS.items():
+        groups: dict[str, list[Record]] = {}
+        for record in records:
+            if record.get(field):
+                groups.setdefault(str(record[field]), []).append(record)
+        if groups:
+            figures[name] = {group: _figures(members) for group, members in sorted(groups.items())}
+    return figures
+
+
+def _figures(records: Iterable[Record]) -> dict[str, Any]:
+    by_order = _by_order(records)
+    figures = {order: mean_figure(_scores(chosen)).as_json("accuracy") for order, chosen in by_order.items()}
+    score = {order: {r["problem_id"]: r["score"] for r in chosen} for order, chosen in by_order.items()}
+    both = [question for question in score.get("ordered", {}) if question in score.get("shuffled", {})]
+    if both:
+        ordered, shuffled = ([score[order][question] for question in both] for order in ORDERS)
+        figures["temporal_gap"] = temporal_gap(ordered, shuffled).as_json("gap") | {
+            "ordered": sum(ordered) / len(both),
+            "shuffled": sum(shuffled) / len(both),
+        }
+    return figures
+
+
+def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {order: [] for order in ORDERS}
+    for record in records:
+        groups[record["order"]].append(record)
+    return {order: chosen for order, chosen in groups.items() if chosen}
+
+
+def _scores(records: Iterable[Record]) -> list[float]:
+    return [record["score"] for record in records]
+
+
+def _mean(records: Sequence[Record], field: str) -> float:
+    return sum(record[field] for record in records) / len(records)
+
+
+def summary_table(summary: Mapping[str, Any]) -> str:
+    """An evaluation's summary as text: a block for each frame count, 95 % intervals in brackets."""
+    blocks = []
+    for frames, figures in summary["frames"].items():
+        rows = [("", "questions", "ordered", "shuffled", "temporal gap"), _row("all", figures)]
+        for grouping in _GROUPINGS:
+            rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = [f"{frames} frames"]
+        for row in rows:
+            cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+        lines += [_order_line(order, figures[order]) for order in ORDERS if order in figures]
+        if figures["skipped"]:
+            lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    questions = max((figures[order]["questions"] for order in ORDERS if order in figures), default=0)
+    ordered, shuffled = (_cell(figures.get(order), "accuracy") for order in ORDERS)
+    return name, str(questions), ordered, shuffled, _cell(figures.get("temporal_gap"), "gap")
+
+
+def _cell(figure: Mapping[str, Any] | None, name: str) -> str:
+    if figure is None:
+        return "-"
+    low, high = figure["interval95"]
+    return f"{figure[name]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _order_line(order: str, figure: Mapping[str, Any]) -> str:
+    headline = figure.get("task_mean")
+    return (
+        f"{order}: strict accuracy {figure['strict_accuracy']:.3f}, "
+        f"in the answer format {figure['format_rate']:.3f}, "
+        f"unparsable {figure['unparsable_rate']:.3f}, cut off {figure['truncated_rate']:.3f}"
+        + (f", mean over task types {_cell(headline, 'accuracy')}" if headline else "")
+    )

@@ -1,0 +1,168 @@
+"""Evaluation figures against values worked out by hand."""
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_r1.evaluation.metrics import (
+    bootstrap_means,
+    mean_figure,
+    mean_relative_accuracy,
+    merged_task,
+    task_mean,
+    temporal_gap,
+)
+from video_r1.evaluation.summary import summarise, summary_table
+
+
+@pytest.mark.parametrize(
+    ("predicted", "truth", "score"),
+    [
+        (10.0, 10.0, 1.0),
+        (9.6, 10.0, 1.0),  # 4 % is below 5 %, the strictest of the ten
+        (9.5, 10.0, 0.9),  # exactly 5 %: not below
+        (10.5, 10.0, 0.9),
+        (8.5, 10.0, 0.7),  # 15 %: the tolerances 20, 25, …, 50 % hold
+        (13.0, 10.0, 0.4),  # 30 %: 35, 40, 45, 50 %
+        (5.1, 10.0, 0.1),  # 49 %
+        (5.0, 10.0, 0.0),  # 50 %
+        (95.0, 100.0, 0.9),
+        (-10.0, 10.0, 0.0),
+        (-9.6, -10.0, 1.0),
+        (0.0, 0.0, 1.0),
+        (0.1, 0.0, 0.0),
+        (float("nan"), 10.0, 0.0),
+    ],
+)
+def test_mean_relative_accuracy(predicted: float, truth: float, score: float) -> None:
+    assert mean_relative_accuracy([predicted], [truth]).tolist() == pytest.approx([score])
+
+
+def test_mean_relative_accuracy_of_many_is_that_of_each() -> None:
+    assert mean_relative_accuracy([9.6, 8.5, 0.0], [10.0, 10.0, 0.0]) == pytest.approx([1.0, 0.7, 1.0])
+
+
+@given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))
+def test_mean_relative_accuracy_counts_thresholds(predicted: float, truth: float) -> None:
+    score = mean_relative_accuracy([predicted], [truth])[0]
+    assert 0.0 <= score <= 1.0
+    if truth:
+        error = abs(predicted - truth) / abs(truth)
+        # at least the tolerances clearly above the error, at most those not clearly below it
+        assert sum(error < k / 20 - 1e-9 for k in range(1, 11)) <= round(10 * score)
+        assert round(10 * score) <= sum(error < k / 20 + 1e-9 for k in range(1, 11))
+
+
+def test_interval_of_a_share_is_that_of_the_binomial() -> None:
+    # 300 of 400: standard error √(0.75 × 0.25 ÷ 400) = 0.02165, 1.96 of them 0.0424
+    figure = mean_figure([1.0] * 300 + [0.0] * 100)
+    assert figure.mean == 0.75
+    assert figure.questions == 400
+    assert figure.low == pytest.approx(0.75 - 0.0424, abs=0.006)
+    assert figure.high == pytest.approx(0.75 + 0.0424, abs=0.006)
+
+
+def test_equal_scores_have_no_interval_and_the_same_seed_gives_the_same() -> None:
+    assert mean_figure([0.5] * 7)[:3] == (0.5, 0.5, 0.5)
+    scores = np.random.default_rng(1).random(50)
+    assert mean_figure(scores) == mean_figure(scores)
+    assert mean_figure(scores, seed=1) != mean_figure(scores)
+
+
+def test_resamples_in_parts_are_all_there() -> None:
+    means = bootstrap_means(np.arange(3000.0), resamples=1500)  # more draws than are made at once
+    assert means.shape == (1500,)
+    assert len(np.unique(means)) > 1400
+
+
+def test_the_gap_is_paired() -> None:
+    # Half of the questions are right in both orders, the others wrong but for 10, which need the order: the
+    # pairs differ by 1 in 10 of 100. Standard error √(0.1 × 0.9 ÷ 100) = 0.03; unpaired it is 0.07.
+    ordered = [1.0] * 50 + [0.0] * 40 + [1.0] * 10
+    shuffled = [1.0] * 50 + [0.0] * 50
+    figure = temporal_gap(ordered, shuffled)
+    assert figure.mean == pytest.approx(0.1)
+    assert figure.low == pytest.approx(0.1 - 1.96 * 0.03, abs=0.015)
+    assert figure.high == pytest.approx(0.1 + 1.96 * 0.03, abs=0.015)
+    assert temporal_gap(shuffled, ordered).mean == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match="2 ordered but 1 shuffled"):
+        temporal_gap([1.0, 0.0], [1.0])
+
+
+def test_both_headlines_of_vsi_bench() -> None:
+    scores, tasks = [], []
+    for task, right, questions in [
+        ("object_rel_direction_easy", 2, 2),  # 1.0
+        ("object_rel_direction_medium", 1, 2),  # 0.5
+        ("object_rel_direction_hard", 0, 4),  # 0.0; the three together 0.5, not 3/8
+        ("object_counting", 1, 4),  # 0.25
+    ]:
+        scores += [1.0] * right + [0.0] * (questions - right)
+        tasks += [task] * questions
+    assert task_mean(scores, tasks).mean == pytest.approx((0.5 + 0.25) / 2)
+    assert mean_figure(scores).mean == pytest.approx(4 / 12)
+    figure = task_mean(scores, tasks)
+    assert figure.low < figure.mean < figure.high
+    assert figure.questions == 12
+    assert merged_task("object_rel_direction_hard") == "object_rel_direction"
+    assert merged_task("object_rel_distance") == "object_rel_distance"
+    with pytest.raises(ValueError, match="1 scores but 2 task types"):
+        task_mean([1.0], ["a", "b"])
+
+
+def record(question: int, order: str, score: float, **fields: object) -> dict:
+    return {
+        "problem_id": question, "order": order, "score": score, "strict_score": 0.0, "format": 1.0,
+        "prediction": "A", "finish_reason": "stop", "problem_type": "multiple choice", "data_type": "video",
+        "data_source": "lab/direction", "task_type": "",
+    } | fields  # fmt: skip
+
+
+def test_summary_of_records() -> None:
+    records = [
+        record(1, "ordered", 1.0, strict_score=1.0),
+        record(1, "shuffled", 0.0),
+        record(2, "ordered", 1.0, prediction="", format=0.0, finish_reason="length"),
+        record(2, "shuffled", 1.0),
+        record(3, "ordered", 0.0, data_type="image", data_source="lab/image", problem_type="OCR"),
+        record(4, "shuffled", 1.0),  # its ordered half is missing
+    ]
+    figures = summarise(records)
+    ordered = figures["ordered"]
+    assert ordered["accuracy"] == pytest.approx(2 / 3)
+    assert ordered["questions"] == 3
+    rates = ("strict_accuracy", "unparsable_rate", "truncated_rate")
+    assert [ordered[rate] for rate in rates] == pytest.approx([1 / 3] * 3)
+    assert ordered["format_rate"] == pytest.approx(2 / 3)
+    assert figures["shuffled"]["accuracy"] == pytest.approx(2 / 3)
+    gap = figures["temporal_gap"]
+    assert (gap["gap"], gap["questions"], gap["ordered"], gap["shuffled"]) == (0.5, 2, 1.0, 0.5)
+    assert gap["interval95"] == [0.0, 1.0]
+    assert figures["by_type"]["OCR"] == {
+        "ordered": {"accuracy": 0.0, "interval95": [0.0, 0.0], "questions": 1}
+    }
+    assert figures["by_source"]["lab/direction"]["temporal_gap"]["gap"] == 0.5
+    assert "by_task" not in figures
+    assert "task_mean" not in ordered
+
+
+def test_summary_by_task_and_its_table() -> None:
+    records = [record(1, "ordered", 1.0, task_type="a"), record(2, "ordered", 1.0, task_type="a"),
+               record(3, "ordered", 0.0, task_type="b")]  # fmt: skip
+    figures = summarise(records)
+    assert figures["ordered"]["accuracy"] == pytest.approx(2 / 3)
+    assert figures["ordered"]["task_mean"]["accuracy"] == 0.5
+    assert figures["by_task"]["b"]["ordered"]["accuracy"] == 0.0
+    table = summary_table({"frames": {"16": figures | {"skipped": 2}}})
+    lines = table.splitlines()
+    assert lines[0] == "16 frames"
+    assert lines[2].split()[:3] == ["all", "3", "0.667"]
+    assert any(line.split()[:3] == ["b", "1", "0.000"] for line in lines)
+    assert "mean over task types 0.500 [0.500, 0.500]" in table
+    assert "2 questions left out" in table
+
+
+def test_summary_of_nothing() -> None:
+    figures = summarise([]) | {"skipped": 3}
+    assert figures == {"skipped": 3}
+    assert "3 questions left out" in summary_table({"frames": {"16": figures}})
