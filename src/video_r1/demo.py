@@ -53,15 +53,16 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
             )
         print(f"\n{stage}\n{summary_table(summary)}\n", flush=True)
         (figures[stage],) = summary["frames"].values()
+    videos = {stage: figures[stage]["by_modality"]["video"] for stage in STAGES}
     seconds["total"] = time.perf_counter() - start
     summary = {
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "model_parameters": _parameters(checkpoints["rl"]),
-        "test_questions": figures["rl"]["temporal_gap"]["questions"],
-        "accuracy": _of_stages(figures, lambda f, order: f["temporal_gap"][order]),
-        "interval95": _of_stages(figures, lambda f, order: f["temporal_gap"][f"{order}_interval95"]),
-        "format_rate": _of_stages(figures, lambda f, order: f[order]["format_rate"]),
-        "temporal_gap": {stage: figures[stage]["temporal_gap"] for stage in STAGES},
+        "test_questions": videos["rl"]["temporal_gap"]["questions"],
+        "accuracy": _of_stages(videos, "accuracy"),
+        "interval95": _of_stages(videos, "interval95"),
+        "format_rate": _of_stages(figures, "format_rate"),
+        "temporal_gap": {stage: videos[stage]["temporal_gap"] for stage in STAGES},
     }
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     page = build_report(out)
@@ -83,8 +84,8 @@ def _run(command: Callable[[Any], Any], recipe: str, seed: int, **overrides: Any
     return command(load_recipe(command.__name__.replace("evaluate", "eval"), recipe, settings))
 
 
-def _of_stages(figures: dict[str, dict[str, Any]], value: Callable[[dict[str, Any], str], Any]) -> dict[str, Any]:
-    return {stage: {order: value(figures[stage], order) for order in ("ordered", "shuffled")} for stage in STAGES}
+def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    return {stage: {order: figures[stage][order][name] for order in ("ordered", "shuffled")} for stage in STAGES}
 
 
 def _parameters(checkpoint: Path) -> int:
