@@ -1,7 +1,7 @@
 """Decoding many completions of a prompt over one copy of the prompt's keys and values.
 
 Attention of a new token runs over [prompt ; its own completion] with one softmax. The queries of all
-completions of a prompt meet the prompt's keys in one matrix product, so the prompt is stored and read once and
+completions of a prompt meet the prompt's keys in one matrix product, so the prompt is stored and read once,
 not once per completion (the idea of Hydragen, arXiv 2402.05099). The models are unmodified: the function is
 registered with transformers' AttentionInterface and is in force within `shared_prefix_attention` only.
 
@@ -94,19 +94,18 @@ def attend(
     keys: Tensor,
     values: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
-    shared_prefix: SharedPrefixCache | None = None,
-    **_: Any,
+    *,
+    scaling: float,
+    shared_prefix: SharedPrefixCache,
+    **unused: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one new token a completion. query: [B, K*g, 1, D]; keys, values: [B, K, t, D], its own
     tokens. Returns [B, 1, K*g, D]. The signature is that of transformers' attention functions."""
-    assert shared_prefix is not None and query.shape[2] == 1
     cache = shared_prefix
     prefix_keys, prefix_values = cache.prefix_keys[module.layer_idx], cache.prefix_values[module.layer_idx]
-    count, heads, _, size = query.shape
-    prompts, groups, prompt_length, _ = prefix_keys.shape
-    per_group, width, length = heads // groups, cache.width, keys.shape[2]
-    scaling = size**-0.5 if scaling is None else scaling
+    count, heads, size = len(query), query.shape[1], query.shape[3]
+    prompts, groups, prompt_length = prefix_keys.shape[:3]
+    per_group, width = heads // groups, cache.width
 
     def to_slots(tensor: Tensor) -> Tensor:  # [B, K, g, X] -> [R*K, w*g, X]
         placed = tensor.index_select(0, cache.sequence_in).view(prompts, width, groups, per_group, -1)

@@ -1,8 +1,8 @@
 """Rollouts in the training process, with the model that is trained.
 
 ```
-prompts ─► prefill (pixels and prompt once) ─► keys and values [R, P] ─► decode B = R*n completions ─► Rollouts
-                                                                          finished ones leave the batch
+prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─► decode B = R*n ─► Rollouts
+                                                                    finished ones leave the batch
 ```
 """
 from __future__ import annotations
@@ -23,12 +23,8 @@ from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 
 OnToken = Callable[[int, int, int], None]
-VISUAL_FEATURES = (
-    "pixel_values",
-    "image_grid_thw",
-    "pixel_values_videos",
-    "video_grid_thw",
-)
+KEEP_RATIO = 0.875  # finished completions leave in batches: copying the others' states has its cost
+VISUAL_FEATURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 @dataclass(slots=True)
@@ -66,9 +62,9 @@ class TransformersEngine:
 
     def update_weights(self, model: Any) -> None:
         """The weights are the trained model's own; another model object is taken over as it is."""
-        self.model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        # The model without its head, the same in all three families and under PEFT.
-        self._core: Any = next(module for module in self.model.modules() if hasattr(module, "get_rope_index"))
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
+        self._core = self.model.base_model  # vision tower and language model, without the head
         self._text_config = self._core.language_model.config
         if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
@@ -84,11 +80,9 @@ class TransformersEngine:
         """Samples `sampling.n` completions of each prompt; result [prompts][n].
 
         At temperature 0 every completion is the greedy one and its log-probs are the model's own. The seed
-        (drawn from torch's CPU generator when None) fixes every token: completion g of prompt q depends on the
-        seed, q and g, and not on how prompts were batched. `on_token(q, g, token_id)` sees each token at once.
+        (drawn from torch's CPU generator when None) fixes every token: completion g of prompt q depends on
+        the seed, q and g, not on how prompts are batched. `on_token(q, g, token_id)` sees each token at once.
         """
-        if not prompts:
-            return []
         uniform = _uniform_numbers(len(prompts) * sampling.n, sampling)
         order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
         results: list[list[Rollout]] = [[] for _ in prompts]
@@ -97,17 +91,13 @@ class TransformersEngine:
             for first in range(0, len(order), per_wave):
                 wave = order[first : first + per_wave]
                 prefilled = self._prefill([prompts[index] for index in wave])
-                sequences = torch.tensor(wave).repeat_interleave(sampling.n) * sampling.n
-                sequences += torch.arange(sampling.n).repeat(len(wave))
-                for sequence, rollout in zip(
-                    sequences.tolist(), self._decode(prefilled, sequences, uniform, sampling, on_token), strict=True
-                ):
-                    results[sequence // sampling.n].append(rollout)
+                rollouts = self._decode(prefilled, wave, uniform, sampling, on_token)
+                for position, index in enumerate(wave):
+                    results[index] = rollouts[position * sampling.n : (position + 1) * sampling.n]
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
-        """One forward for each chunk of prompts of similar length, padded at the end: under the causal rule no
-        real token sees padding, so no mask is needed."""
+        """One forward for each chunk of prompts of similar length."""
         parts, chunk, longest = [], [], 0
         for prompt in prompts:
             longest = max(longest, len(prompt.input_ids))
@@ -128,25 +118,23 @@ class TransformersEngine:
         )
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
+        """Padding stands at the end: causal attention hides it from every real token without a mask."""
         device = self._core.device
-        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts])
-        input_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        positions = torch.zeros(3, *input_ids.shape, dtype=torch.long)
-        deltas = torch.zeros(len(prompts), dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            length = len(prompt.input_ids)
-            input_ids[row, :length] = prompt.input_ids
-            features = {key: value for key, value in prompt.features.items() if not key.startswith("pixel_values")}
-            features["mm_token_type_ids"] = features["mm_token_type_ids"][None]
-            position, delta = self._core.get_rope_index(prompt.input_ids[None], **features)
-            positions[:, row, :length] = position[:, 0]
-            deltas[row] = delta.item()
+        rows = torch.arange(len(prompts), device=device)
+        sizes = [len(prompt.input_ids) for prompt in prompts]
+        lengths = torch.tensor(sizes, device=device)
+        input_ids = torch.zeros(len(prompts), max(sizes), dtype=torch.long)
+        positions = torch.zeros(3, len(prompts), max(sizes), dtype=torch.long)
+        following = torch.zeros(len(prompts), dtype=torch.long)
+        for row, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
+            input_ids[row, :size] = prompt.input_ids
+            positions[:, row, :size], following[row] = self._positions(prompt)
         features = {
             name: torch.cat(tensors).to(device)
             for name in VISUAL_FEATURES
             if (tensors := [prompt.features[name] for prompt in prompts if name in prompt.features])
         }
-        cache = DynamicCache(config=self._text_config)
+        cache: Any = DynamicCache(config=self._text_config)
         hidden = self._core(
             input_ids=input_ids.to(device),
             position_ids=positions.to(device),
@@ -154,15 +142,23 @@ class TransformersEngine:
             use_cache=True,
             **features,
         ).last_hidden_state
-        lengths = lengths.to(device)
-        last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
         return _Prefilled(
             keys=[layer.keys for layer in cache.layers],
             values=[layer.values for layer in cache.layers],
-            logits=self._head(last),
+            logits=self._head(hidden[rows, lengths - 1]),
             lengths=lengths,
-            next_position=lengths + deltas.to(device),
+            next_position=following.to(device),
         )
+
+    def _positions(self, prompt: Prompt) -> tuple[Tensor, int]:
+        """The prompt's mRoPE positions [3, P] and the position of the first token after it."""
+        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+        positions, delta = self._core.get_rope_index(
+            prompt.input_ids[None],
+            mm_token_type_ids=prompt.features["mm_token_type_ids"][None],
+            **{name: prompt.features[name] for name in names if name in prompt.features},
+        )
+        return positions[:, 0], len(prompt.input_ids) + int(delta)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)
@@ -170,26 +166,28 @@ class TransformersEngine:
     def _decode(
         self,
         prefilled: _Prefilled,
-        sequences: Tensor,
+        wave: Sequence[int],
         uniform: Tensor,
         sampling: SamplingSettings,
         on_token: OnToken | None,
     ) -> list[Rollout]:
-        """Completions of one wave, in the order of `sequences` [S] (indices into `uniform`'s rows)."""
-        device = prefilled.logits.device
-        uniform = uniform[sequences].to(device)
+        """The completions of one wave, n in a row for each of its prompts.
+
+        wave: indices of the prompts in the call; uniform: [prompts of the call * n, max_tokens].
+        """
+        device, n = prefilled.logits.device, sampling.n
+        rows = torch.arange(len(wave), device=device).repeat_interleave(n)
+        numbers = torch.tensor(wave, device=device)[rows] * n + torch.arange(len(rows), device=device) % n
+        uniform = uniform.to(device)[numbers]
         stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
         stop[self._stop_ids] = True
-        rows = torch.arange(len(prefilled.lengths), device=device).repeat_interleave(sampling.n)
         cache = SharedPrefixCache(prefilled.keys, prefilled.values, prefilled.lengths, rows)
-        position = prefilled.next_position[rows]  # [B] of the next token
-        logits = prefilled.logits[rows]
-        total = len(sequences)
-        token_ids = torch.zeros(total, sampling.max_tokens, dtype=torch.long, device=device)
-        logprobs = torch.zeros(total, sampling.max_tokens, device=device)
-        lengths = torch.full((total,), sampling.max_tokens, device=device)
-        stopped = torch.zeros(total, dtype=torch.bool, device=device)
-        active = torch.arange(total, device=device)  # [B] sequences in the batch
+        logits, position = prefilled.logits[rows], prefilled.next_position[rows]
+        token_ids = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.long, device=device)
+        logprobs = torch.zeros(len(rows), sampling.max_tokens, device=device)
+        lengths = torch.full_like(rows, sampling.max_tokens)
+        stopped = torch.zeros_like(rows, dtype=torch.bool)
+        active = torch.arange(len(rows), device=device)  # [B] completions in the batch
         with shared_prefix_attention(self._text_config):
             for step in range(sampling.max_tokens):
                 distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
@@ -201,29 +199,30 @@ class TransformersEngine:
                 logprobs[active, step] = distribution.gather(-1, tokens[:, None]).squeeze(1)
                 running = ~stopped[active]
                 if on_token is not None:
-                    for sequence, token in zip(active[running].tolist(), tokens[running].tolist(), strict=True):
-                        prompt, completion = divmod(int(sequences[sequence]), sampling.n)
-                        on_token(prompt, completion, token)
-                ending = running & stop[tokens]
-                lengths[active[ending]] = step + 1
-                stopped[active] |= ending
+                    for number, token in zip(numbers[active[running]], tokens[running], strict=True):
+                        on_token(*divmod(int(number), n), int(token))
+                ending = active[running & stop[tokens]]
+                lengths[ending], stopped[ending] = step + 1, True
                 kept = (~stopped[active]).nonzero().squeeze(1)
-                if len(kept) == 0:
+                if len(kept) == 0 or step + 1 == sampling.max_tokens:
                     break
-                if len(kept) <= 0.875 * len(active):  # fewer are not worth the copy of the others' states
+                if len(kept) <= KEEP_RATIO * len(active):
                     active, tokens, position = active[kept], tokens[kept], position[kept]
                     cache.keep(kept)
-                if step + 1 < sampling.max_tokens:
-                    hidden = self._core(
-                        input_ids=tokens[:, None],
-                        position_ids=position[None, :, None].expand(3, -1, 1),
-                        past_key_values=cache,
-                        use_cache=True,
-                        shared_prefix=cache,
-                    ).last_hidden_state
-                    logits = self._head(hidden[:, -1])
-                    position = position + 1
+                logits = self._next_logits(tokens, position, cache)
+                position = position + 1
         return self._rollouts(token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
+
+    def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
+        """[B, V] after `tokens` [B] at `position` [B], which the cache takes in."""
+        output = self._core(
+            input_ids=tokens[:, None],
+            position_ids=position[None, :, None].expand(3, -1, 1),
+            past_key_values=cache,
+            use_cache=True,
+            shared_prefix=cache,
+        )
+        return self._head(output.last_hidden_state[:, -1])
 
     def _rollouts(
         self, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
@@ -254,9 +253,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors [R_i, K, P_i, D] as one [sum R_i, K, max P_i, D], padded with zeros at the end of P."""
     longest = max(tensor.shape[2] for tensor in tensors)
-    return torch.cat(
-        [nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors]
-    )
+    return torch.cat([nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors])
 
 
 @contextmanager
