@@ -1,83 +1,44 @@
-"""The group in one row against the expanded batch: every completion alone behind its own copy of the prompt."""
+"""The group in one row against the expanded batch: each completion behind its own copy of the prompt."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
+from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import (
-    AutoModelForImageTextToText,
-    PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2VLConfig,
-    Qwen3VLConfig,
-)
+from transformers import PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
-from video_r1.models.group_forward import group_logprobs
+from video_r1.errors import ConfigError, PromptError
+from video_r1.models import head
+from video_r1.models.attention import groups_attention_forward
+from video_r1.models.group_forward import encode_vision, group_logprobs, prompt_positions
+from video_r1.models.loading import add_lora, freeze_vision
+from video_r1.models.packing import BLOCK, block_mask, row_layout
 
 torch.set_num_threads(1)
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-VISION_START, VISION_END, IMAGE, VIDEO = 90, 91, 92, 93
+TOKENIZER = tiny_tokenizer()
+VISION_START, VISION_END, IMAGE, VIDEO = (
+    TOKENIZER.convert_tokens_to_ids(f"<|{name}|>")
+    for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+)
+TEXT = 300  # ids below it are text
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """A model of the real architecture: 3 layers, 2 key and 4 query heads, weights large enough to matter."""
-    ids = {
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": VISION_START,
-        "vision_end_token_id": VISION_END,
-    }
-    text = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.2,
-    }
-    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "patch_size": PATCH[family], "initializer_range": 0.1}
-    if family == "qwen2_vl":
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-        vision |= {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2}
-        config: Any = Qwen2VLConfig(text_config=text, vision_config=vision, **ids)
-    elif family == "qwen2_5_vl":
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-        vision |= {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 32,
-            "fullatt_block_indexes": [1],
-            "window_size": 56,
-            "tokens_per_second": 2,
-        }
-        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids)
-    else:
-        text |= {"head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-        text["rope_parameters"]["mrope_section"] = [2, 1, 1]
-        vision |= {
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "out_hidden_size": 32,
-            "num_position_embeddings": 64,
-            "deepstack_visual_indexes": [0, 1],
-        }
-        config = Qwen3VLConfig(text_config=text, vision_config=vision, **ids)
-    torch.manual_seed(seed)
-    model = AutoModelForImageTextToText.from_config(config)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model.eval()
+def build(family: str) -> PreTrainedModel:
+    """A tiny model whose log-probabilities are of a usual size, about -6."""
+    model = tiny_model(family, TOKENIZER)
+    with torch.no_grad():
+        model.lm_head.weight /= 4
+    return model
 
 
-def visual(family: str, kind: str, grid: tuple[int, int, int], seconds: float = 1.0) -> tuple[list[int], dict]:
+def visual(
+    family: str, kind: str, grid: tuple[int, int, int], seconds: float = 1.0
+) -> tuple[list[int], dict[str, Tensor]]:
     """Placeholder ids and features of one image or video of grid (time, height, width) in patches."""
     frames, height, width = grid
     patches = torch.randn(frames * height * width, 3 * 2 * PATCH[family] ** 2)
@@ -101,7 +62,7 @@ def make_prompt(family: str, *parts: int | tuple) -> Prompt:
     features: dict[str, Tensor] = {}
     for part in parts:
         if isinstance(part, int):
-            ids += torch.randint(0, 90, (part,)).tolist()
+            ids += torch.randint(0, TEXT, (part,)).tolist()
             continue
         tokens, found = visual(family, *part)
         ids += tokens
@@ -109,12 +70,13 @@ def make_prompt(family: str, *parts: int | tuple) -> Prompt:
             features[name] = torch.cat([features[name], value]) if name in features else value
     tokens = torch.tensor(ids)
     features["mm_token_type_ids"] = ((tokens == IMAGE) + 2 * (tokens == VIDEO)).int()[None]
-    media = Media(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, dtype=torch.float64), 0.0, "image")
+    frame = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    media = Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image")
     return Prompt(tokens, features, media, None, [])
 
 
 def tokens_of(*lengths: int) -> list[Tensor]:
-    return [torch.randint(0, 90, (length,)) for length in lengths]
+    return [torch.randint(0, TEXT, (length,)) for length in lengths]
 
 
 def expanded_logprobs(
@@ -149,7 +111,9 @@ def gradients(model: torch.nn.Module, logprobs: Tensor, weights: Tensor) -> dict
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(ours: dict[str, Tensor], reference: dict[str, Tensor], relative: float = 1e-4) -> None:
+def assert_same_gradients(
+    ours: dict[str, Tensor], reference: dict[str, Tensor], relative: float = 1e-4
+) -> None:
     assert ours.keys() == reference.keys()
     largest = max(float(g.norm()) for g in reference.values())
     for name, expected in reference.items():
@@ -179,7 +143,7 @@ BATCHES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", BATCHES)
 def test_equals_the_expanded_batch(family: str, case: str) -> None:
-    model = tiny_model(family)
+    model = build(family)
     prompts = [make_prompt(family, *parts) for parts, _ in BATCHES[case]]
     completions = [tokens_of(*lengths) for _, lengths in BATCHES[case]]
     reference = [expanded_logprobs(model, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
@@ -193,3 +157,256 @@ def test_equals_the_expanded_batch(family: str, case: str) -> None:
     torch.testing.assert_close(result.logprobs, expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(result.entropy, torch.cat([e for _, e in reference]), atol=1e-5, rtol=0)
     assert_same_gradients(gradients(model, result.logprobs, weights), expected_gradients)
+
+
+def one_batch(family: str) -> tuple[list[Prompt], list[list[Tensor]]]:
+    """A video with three ragged completions and an image with two."""
+    prompts = [make_prompt(family, 4, VIDEO_A, 3), make_prompt(family, 2, IMAGE_A, 5)]
+    return prompts, [tokens_of(5, 9, 2), tokens_of(7, 7)]
+
+
+def expanded_batch(
+    model: torch.nn.Module, prompts: list[Prompt], completions: list[list[Tensor]], temperature: float = 1.0
+) -> Tensor:
+    pairs = zip(prompts, completions, strict=True)
+    return torch.cat([expanded_logprobs(model, p, c, temperature)[0] for p, c in pairs])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_checkpointing_changes_nothing(family: str) -> None:
+    model = build(family).train()
+    prompts, completions = one_batch(family)
+    weights = torch.randn(30)
+    plain = gradients(model, group_logprobs(model, prompts, completions).logprobs, weights)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    result = group_logprobs(model, prompts, completions).logprobs
+    assert_same_gradients(gradients(model, result, weights), plain, relative=1e-6)
+    torch.testing.assert_close(result, expanded_batch(model, prompts, completions), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lora(family: str) -> None:
+    model = add_lora(build(family), rank=2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts, completions = one_batch(family)
+    weights = torch.randn(30)
+    expected = expanded_batch(model, prompts, completions)
+    result = group_logprobs(model, prompts, completions).logprobs
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    assert_same_gradients(gradients(model, result, weights), gradients(model, expected, weights))
+    with model.disable_adapter(), torch.no_grad():
+        reference = group_logprobs(model, prompts, completions).logprobs
+        torch.testing.assert_close(reference, expanded_batch(model, prompts, completions), atol=1e-5, rtol=0)
+    assert float((reference - result.detach()).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_as_close_to_float32_as_the_expanded_batch(family: str) -> None:
+    model = build(family)
+    prompts, completions = one_batch(family)
+    exact = expanded_batch(model, prompts, completions).detach()
+    model.to(torch.bfloat16)
+    result = group_logprobs(model, prompts, completions).logprobs
+    result.sum().backward()
+    assert result.dtype == torch.float32
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+    error = (result - exact).abs().mean()
+    expanded_error = (expanded_batch(model, prompts, completions) - exact).abs().mean()
+    assert float(error) < 2 * float(expanded_error)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_frozen_tower_runs_once_for_all_policies(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(family)
+    freeze_vision(model)
+    prompts, completions = one_batch(family)
+    expected = group_logprobs(model, prompts, completions).logprobs
+    calls = []
+    tower = model.model.visual.forward
+    monkeypatch.setattr(model.model.visual, "forward", lambda *a, **k: calls.append(1) or tower(*a, **k))
+    shared = encode_vision(model, prompts)
+    assert len(calls) == 2  # one for all images, one for all videos
+    for _ in range(2):
+        result = group_logprobs(model, prompts, completions, vision_features=shared).logprobs
+        torch.testing.assert_close(result, expected, atol=0, rtol=0)
+    # Any part of the batch can be scored with its part of the features.
+    part = group_logprobs(model, prompts[1:], completions[1:], vision_features=shared[1:]).logprobs
+    torch.testing.assert_close(part, expected[16:], atol=1e-5, rtol=0)
+    assert len(calls) == 2
+    weights = torch.randn(30)
+    trained = gradients(model, result, weights)
+    assert not any("visual" in name for name in trained) and any("q_proj" in name for name in trained)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_generation(family: str) -> None:
+    """Also where a video's time positions reach far beyond those of its text."""
+    model = build(family)
+    prompt = make_prompt(family, 3, ("video", (4, 4, 4), 6.0), 2)
+    generated = model.generate(
+        prompt.input_ids[None],
+        **prompt.features,
+        max_new_tokens=6,
+        do_sample=False,
+        eos_token_id=[],
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    completion = generated.sequences[0, len(prompt.input_ids) :]
+    logits = torch.stack(generated.logits)[:, 0]
+    expected = torch.log_softmax(logits, -1).gather(1, completion[:, None])[:, 0]
+    result = group_logprobs(model, [prompt], [[tokens_of(3)[0], completion, completion]]).logprobs
+    torch.testing.assert_close(result[3:], expected.repeat(2), atol=1e-5, rtol=0)
+
+
+def test_positions_by_hand() -> None:
+    """2 text tokens, start, 2 frames of one token 1.5 s apart at 2 positions a second, end, 1 text token."""
+    model = build("qwen2_5_vl")
+    prompt = make_prompt("qwen2_5_vl", 2, ("video", (2, 2, 2), 1.5), 1)
+    positions, after = prompt_positions(model, prompt)
+    assert positions.tolist() == [[0, 1, 2, 3, 6, 4, 5], [0, 1, 2, 3, 3, 4, 5], [0, 1, 2, 3, 3, 4, 5]]
+    assert after == 6
+
+
+def test_generation_between_updates_is_unchanged() -> None:
+    model = build("qwen2_5_vl")
+    prompt = make_prompt("qwen2_5_vl", 3, VIDEO_A, 2)
+    before = model.generate(prompt.input_ids[None], **prompt.features, max_new_tokens=5, do_sample=False)
+    group_logprobs(model, [prompt], [tokens_of(4, 4)])
+    after = model.generate(prompt.input_ids[None], **prompt.features, max_new_tokens=5, do_sample=False)
+    assert torch.equal(before, after)
+    assert "video_r1" not in model.config.to_json_string()  # nor in a checkpoint
+
+
+def test_a_sampled_placeholder_is_an_ordinary_token() -> None:
+    model = build("qwen2_5_vl")
+    prompt = make_prompt("qwen2_5_vl", 3, VIDEO_A, 2)
+    completions = tokens_of(5, 4)
+    completions[0][2] = VIDEO
+    other = completions[1].clone()
+    result = group_logprobs(model, [prompt], [[*completions, other]]).logprobs
+    torch.testing.assert_close(result[5:9], result[9:], atol=1e-6, rtol=0)
+    expected, _ = expanded_logprobs(model, prompt, [other], 1.0)
+    torch.testing.assert_close(result[9:], expected, atol=1e-5, rtol=0)
+
+
+def test_through_a_distributed_wrapper() -> None:
+    """DDP reduces gradients only after a forward pass of its own, so scoring has to go through it."""
+    model = build("qwen2_5_vl")
+    prompts, completions = one_batch("qwen2_5_vl")
+    expected = gradients(model, group_logprobs(model, prompts, completions).logprobs, torch.ones(30))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    reduced = []
+
+    def halve(state, bucket):  # DDP compares annotations with its own types, so there are none
+        reduced.append(1)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer() / 2)
+        return done
+
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, halve)
+        result = group_logprobs(wrapped, prompts, completions).logprobs
+        halved = gradients(model, result, torch.ones(30))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert reduced
+    assert_same_gradients({name: 2 * grad for name, grad in halved.items()}, expected, relative=1e-6)
+    assert type(model).forward is type(build("qwen2_5_vl")).forward and "forward" not in model.__dict__
+
+
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No chunk is larger than allowed; values and gradients do not depend on it."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(8, 50, bias=False)
+    hidden, targets = torch.randn(23, 8, requires_grad=True), torch.randint(0, 50, (23,))
+    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", rows * 50)
+    seen = []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    logprobs, entropy = head.token_logprobs(layer, hidden, targets, 0.5, True, 50)
+    upstream = torch.randn(23)
+    ours = torch.autograd.grad(logprobs, (hidden, layer.weight), upstream)
+    assert max(seen) <= rows
+    distribution = torch.distributions.Categorical(logits=hidden @ layer.weight.T / 0.5)
+    expected = distribution.log_prob(targets)
+    torch.testing.assert_close(logprobs, expected)
+    torch.testing.assert_close(entropy, distribution.entropy())
+    for a, b in zip(ours, torch.autograd.grad(expected, (hidden, layer.weight), upstream), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def visible_by_hand(prompts: list[int], completions: list[list[int]]) -> Tensor:
+    """[N, N] bool: the rule of the row, one token at a time."""
+    names = [
+        (group, member)
+        for group, (prompt, lengths) in enumerate(zip(prompts, completions, strict=True))
+        for member, length in enumerate([prompt, *lengths])
+        for _ in range(length)
+    ]
+    return torch.tensor(
+        [
+            [k <= q and names[k] in (names[q], (names[q][0], 0)) for k in range(len(names))]
+            for q in range(len(names))
+        ]
+    )
+
+
+ROWS = [([3], [[2, 1]]), ([130, 300], [[5, 200, 0, 140], [64]]), ([260], [[30] * 5]), ([1, 1], [[], [3, 2]])]
+
+
+@pytest.mark.parametrize(("prompts", "completions"), ROWS)
+def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
+    """Every pair of the rule is kept, pairs outside are masked, and blocks without any are skipped."""
+    expected = visible_by_hand(prompts, completions)
+    mask = block_mask(prompts, completions, torch.device("cpu"))
+    indices = torch.arange(len(expected))
+    rule = mask.mask_mod(torch.tensor(0), torch.tensor(0), indices[:, None], indices[None])
+    assert torch.equal(rule, expected)
+    blocks = -(-len(expected) // BLOCK)
+    padded = torch.zeros(blocks * BLOCK, blocks * BLOCK, dtype=torch.bool)
+    padded[: len(expected), : len(expected)] = expected
+    tiles = padded.view(blocks, BLOCK, blocks, BLOCK)
+    assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(3).any(1))
+    full = torch.zeros(blocks, blocks, dtype=torch.bool)
+    for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
+        full[row, mask.full_kv_indices[0, 0, row, :count].long()] = True
+    assert torch.equal(full, tiles.all(3).all(1))
+
+
+@pytest.mark.parametrize(("prompts", "completions"), ROWS)
+def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: list[list[int]]) -> None:
+    layout = row_layout(prompts, completions, torch.device("cpu"))
+    q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2  # pyright: ignore[reportAttributeAccessIssue]
+    pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible_by_hand(prompts, completions), scale=0.3, enable_gqa=True
+    )
+    torch.testing.assert_close(pieces, expected.transpose(1, 2), atol=1e-5, rtol=0)
+    mask = block_mask(prompts, completions, torch.device("cpu"))
+    with torch.compiler.set_stance("force_eager"):
+        flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)
+    torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
+
+
+def test_refuses() -> None:
+    model = build("qwen2_5_vl")
+    prompts, completions = one_batch("qwen2_5_vl")
+    with pytest.raises(ValueError, match="2 prompts and 1 groups"):
+        group_logprobs(model, prompts, completions[:1])
+    with pytest.raises(PromptError, match="prompt 1 has 6 visual placeholders and 0 visual features"):
+        group_logprobs(model, prompts, completions, vision_features=[encode_vision(model, prompts)[0], None])
+    with pytest.raises(ConfigError, match="Linear cannot take a group in one row"):
+        group_logprobs(torch.nn.Linear(2, 2), prompts, completions)
+    model.config.text_config.layer_types[1] = "sliding_attention"
+    with pytest.raises(ConfigError, match="sliding-window"):
+        group_logprobs(model, prompts, completions)
+    text = build("qwen2_5_vl").train()
+    text.model.language_model.layers[0].self_attn.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attention dropout is 0\.1"):
+        group_logprobs(text, prompts, completions)

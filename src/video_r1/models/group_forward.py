@@ -118,7 +118,8 @@ def vision_language_model(model: nn.Module) -> Any:
 def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the first token after it.
 
-    Both are what `generate` uses: text after the prompt continues behind the largest position in it.
+    Both are what `forward` and `generate` use for a sequence alone: text after the prompt counts on from its last
+    token. (A video's time positions may reach beyond that.)
     """
     ids = prompt.input_ids[None].cpu()
     grids = {
@@ -132,8 +133,8 @@ def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     kinds = prompt.features.get("mm_token_type_ids")
     if kinds is None:
         kinds = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
-    positions, delta = model.model.get_rope_index(ids, mm_token_type_ids=kinds.view(1, -1).cpu(), **grids)
-    return positions[:, 0], ids.shape[1] + int(delta)
+    positions, _ = model.model.get_rope_index(ids, mm_token_type_ids=kinds.view(1, -1).cpu(), **grids)
+    return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
 
 def _forward(

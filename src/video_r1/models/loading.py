@@ -1,0 +1,138 @@
+"""Checkpoints through transformers' own Auto classes, and which of their weights train."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import vision_language_model
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+
+
+def load_model(
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """A video-language model from a checkpoint folder or a hub id, in evaluation mode.
+
+    dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None for
+    transformers' choice. Raises ConfigError when the folder is missing or incomplete, when it holds no
+    video-language model, and when weights are missing or not in safetensors files.
+    """
+    source = _checked_source(path)
+    named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if dtype != "auto" and not isinstance(named, torch.dtype):
+        raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        if not known and not (trust_remote_code and hasattr(config, "auto_map")):
+            raise ConfigError(f"{path}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
+        _check_weight_files(source)
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
+    return model if device is None else model.to(device)
+
+
+def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
+    """Tokenizer, image processor, video processor and chat template. Raises ConfigError if one is missing."""
+    source = _checked_source(path)
+    try:
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from error
+    for part in ("tokenizer", "image_processor", "video_processor"):
+        if getattr(processor, part, None) is None:
+            raise ConfigError(f"{path}: the processor has no {part}; copy the original model's processor files")
+    if not processor.chat_template:
+        raise ConfigError(f"{path}: there is no chat template; copy the original model's chat_template.jinja")
+    return processor
+
+
+def size_multiple(processor: ProcessorMixin) -> int:
+    """Pixels by which both sides of a frame must be divisible: patch size × spatial merge size."""
+    images: Any = processor.image_processor
+    return int(images.patch_size) * int(images.merge_size)
+
+
+def freeze_vision(model: nn.Module) -> int:
+    """Freeze the vision tower (merger included) and return its number of weights."""
+    tower = vision_language_model(model).model.visual
+    tower.requires_grad_(False)
+    return sum(parameter.numel() for parameter in tower.parameters())
+
+
+def add_lora(
+    model: PreTrainedModel, rank: int = 16, alpha: int = 32, dropout: float = 0.0, config: Any = None
+) -> Any:
+    """The model with LoRA adapters: all other weights are frozen.
+
+    config: a peft configuration; without one, adapters of that rank on every linear layer of the text model.
+    Raises ConfigError when peft is not installed.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ConfigError("LoRA needs the package peft: pip install peft") from error
+    if config is None:
+        config = peft.LoraConfig(
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+        )
+    return peft.get_peft_model(model, config)
+
+
+def _checked_source(path: str | Path) -> str:
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{path}: no config.json; a checkpoint folder is written by save_pretrained")
+        return str(folder)
+    if folder.exists():
+        raise ConfigError(f"{path}: this is a file; name the checkpoint folder")
+    if HUB_ID.fullmatch(str(path)):
+        return str(path)
+    raise ConfigError(f"{path}: no such folder, and not a hub id of the form owner/name")
+
+
+def _check_weight_files(source: str) -> None:
+    folder = Path(source)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    found = f"only {', '.join(others)}" if others else "no weights"
+    raise ConfigError(f"{source}: {found}; weights must be safetensors (save_pretrained writes them)")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,119 @@
+"""Loading checkpoints: what comes back, and one named error for each way in which a folder can be wrong."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from video_r1.errors import ConfigError
+from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, size_multiple
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: tiny_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(("family", "multiple"), [("qwen2_vl", 28), ("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+def test_loads_each_family(checkpoints: dict[str, Path], family: str, multiple: int) -> None:
+    model = load_model(checkpoints[family], dtype="bfloat16")
+    assert model.config.model_type == family
+    assert model.dtype == torch.bfloat16 and not model.training
+    assert size_multiple(load_processor(checkpoints[family])) == multiple
+
+
+def copy_without(folder: Path, target: Path, *patterns: str) -> Path:
+    shutil.copytree(folder, target)
+    for pattern in patterns:
+        for file in target.glob(pattern):
+            file.unlink()
+    return target
+
+
+def text_model(folder: Path, target: Path) -> Path:
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=20)).save_pretrained(target)
+    return target
+
+
+def pickled_weights(folder: Path, target: Path) -> Path:
+    copy_without(folder, target, "*.safetensors")
+    (target / "pytorch_model.bin").write_bytes(b"x")
+    return target
+
+
+def truncated_weights(folder: Path, target: Path) -> Path:
+    copy_without(folder, target)
+    file = target / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    return target
+
+
+def lost_weight(folder: Path, target: Path) -> Path:
+    from safetensors.torch import load_file, save_file
+
+    copy_without(folder, target)
+    weights = load_file(target / "model.safetensors")
+    del weights[next(name for name in weights if "q_proj.weight" in name)]
+    save_file(weights, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def a_file(folder: Path, target: Path) -> Path:
+    target.write_text("{}")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder, target: target, "no such folder"),
+        (a_file, "this is a file"),
+        (lambda folder, target: copy_without(folder, target, "config.json"), "no config.json"),
+        (text_model, "'gpt2' is not a video-language model"),
+        (lambda folder, target: copy_without(folder, target, "*.safetensors"), "no weights"),
+        (pickled_weights, "only pytorch_model.bin; weights must be safetensors"),
+        (truncated_weights, "cannot be loaded"),
+        (lost_weight, r"1 weights are missing, e.g. .*q_proj"),
+    ],
+)
+def test_names_what_is_wrong(
+    checkpoints: dict[str, Path], tmp_path: Path, make: Callable[[Path, Path], Path], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_model(make(checkpoints["qwen2_5_vl"], tmp_path / "model"))
+
+
+def test_unknown_dtype(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ConfigError, match="dtype 'half_float' is unknown"):
+        load_model(checkpoints["qwen2_5_vl"], dtype="half_float")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("*.jinja", "no chat template"), ("*processor_config.json", "the processor (cannot be loaded|has no)")],
+)
+def test_incomplete_processor(
+    checkpoints: dict[str, Path], tmp_path: Path, pattern: str, message: str
+) -> None:
+    folder = copy_without(checkpoints["qwen2_5_vl"], tmp_path / "model", pattern)
+    with pytest.raises(ConfigError, match=message):
+        load_processor(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_trains(checkpoints: dict[str, Path], family: str) -> None:
+    model = load_model(checkpoints[family])
+    frozen = freeze_vision(model)
+    assert frozen == sum(p.numel() for n, p in model.named_parameters() if ".visual." in n) > 0
+    assert all(p.requires_grad == (".visual." not in n) for n, p in model.named_parameters())
+    adapted = add_lora(model, rank=4, alpha=8)
+    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    layers = model.config.text_config.num_hidden_layers
+    assert len(trainable) == layers * 7 * 2
+    assert all("language_model" in name and "lora_" in name for name in trainable)
