@@ -1,0 +1,181 @@
+"""The series that a run writes: gathered between two logging steps, sent to the trackers and to metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from video_r1.report.recording import append_line
+from video_r1.rewards.shaping import has_self_reflection
+from video_r1.rollout.engine import Rollout, RolloutGroup
+from video_r1.training.advantages import without_variance
+from video_r1.training.processes import gather, process_count
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Clock:
+    start: float = field(default_factory=time.perf_counter)
+    seconds: float = 0.0
+
+
+class Meter:
+    """Gathers series over some steps and all processes. Every value is a quotient of two sums, or a sum."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)
+        self.totals: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, value: float, count: float = 1.0) -> None:
+        """Add to a quotient: `value` is a sum over `count` things."""
+        self.sums[name] += float(value)
+        self.counts[name] += float(count)
+
+    def total(self, name: str, value: float) -> None:
+        """Add to a series whose logged value is a sum."""
+        self.totals[name] += float(value)
+
+    @contextmanager
+    def seconds(self, phase: str) -> Iterator[Clock]:
+        """Adds the seconds spent inside to `seconds/<phase>`; the clock holds them afterwards."""
+        clock = Clock()
+        yield clock
+        clock.seconds = time.perf_counter() - clock.start
+        self.add(f"seconds/{phase}", clock.seconds, 0.0)
+
+    def speeds(self, groups: Sequence[Sequence[Rollout]], seconds: float) -> None:
+        """Adds rollouts and tokens a second, summed over processes."""
+        share = seconds / process_count()
+        rollouts = [rollout for group in groups for rollout in group]
+        self.add("speed/rollouts_per_second", len(rollouts), share)
+        self.add("speed/tokens_per_second", sum(len(rollout.token_ids) for rollout in rollouts), share)
+
+    def drain(self, steps: int) -> dict[str, float]:
+        """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
+        parts = gather((dict(self.sums), dict(self.counts), dict(self.totals)))
+        series: dict[str, float] = {}
+        for name in sorted({name for sums, _, _ in parts for name in sums}):
+            value = sum(sums.get(name, 0.0) for sums, _, _ in parts)
+            if name.startswith("seconds/"):
+                series[name] = value / len(parts) / max(1, steps)
+            else:
+                count = sum(counts.get(name, 0.0) for _, counts, _ in parts)
+                if count > 0:
+                    series[name] = value / count
+        for name in sorted({name for _, _, totals in parts for name in totals}):
+            series[name] = sum(totals.get(name, 0.0) for _, _, totals in parts)
+        self.__init__()
+        return series
+
+
+def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
+    """Adds what one step's groups say to the meter: rewards, temporal gap, completions, flat groups."""
+    for group in groups:
+        sample, size = group.sample, len(group.ordered)
+        for term, values in {**group.rewards, "total": group.total_reward}.items():
+            # A user's function may leave a completion without a reward (nan).
+            total, given = float(values.nansum()), int(values.isfinite().sum())
+            for name in (term, f"{term}/{sample.problem_type}", f"{term}/{sample.data_type}"):
+                meter.add(f"reward/{name}", total, given)
+        if group.p_shuffled is not None:
+            meter.add("temporal/p", group.p)
+            meter.add("temporal/p_shuffled", group.p_shuffled)
+            meter.add("temporal/gap", group.p - group.p_shuffled)
+            meter.add("temporal/share_ordered_better", group.p > group.p_shuffled)
+        for rollout in group.ordered:
+            meter.add("completion/length", len(rollout.token_ids))
+            meter.add("completion/truncated", rollout.finish_reason == "length")
+            meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
+        meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])), 1 if size else 0)
+
+
+class StepSeconds(TrainerCallback):
+    """Measures `seconds/update`: the passes forward and back and the optimizer, without sampling."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.start = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.meter.add("seconds/update", time.perf_counter() - self.start, 0.0)
+
+
+class RunFolder(TrainerCallback):
+    """Writes metrics.jsonl into the run folder, one line a logging step, from the main process.
+
+    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When the
+    disk refuses a line, the run goes on and says so once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.start = time.time()
+        self.refused = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        metrics = keep_until(self.folder / "metrics.jsonl", state.global_step)
+        keep_until(self.folder / "rollouts.jsonl", state.global_step)
+        self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time() - self.start, 3)}
+        for name, value in logs.items():
+            if name != "epoch" and isinstance(value, (int, float)):
+                line[name] = value if math.isfinite(value) else None
+        try:
+            append_line(self.folder / "metrics.jsonl", line)
+        except OSError as error:
+            if not self.refused:
+                logger.warning("metrics.jsonl cannot be written (%s); training goes on without it", error)
+            self.refused = True
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites a JSON-lines file with only its whole lines of steps up to `step`; returns these lines."""
+    if not path.exists():
+        return []
+    kept: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:  # half a line, left by a run that was killed
+            continue
+        if isinstance(line, dict) and line.get("step", 0) <= step:
+            kept.append(line)
+    whole = path.with_name(path.name + ".part")
+    whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+    whole.replace(path)
+    return kept

@@ -1,0 +1,235 @@
+"""Which question is trained on when, and its media made ready in the background.
+
+Nothing here carries a random state from step to step: the order of an epoch, the question that replaces an unusable
+one and the shuffled frame order are each drawn from a generator seeded by what they are for. A run that is resumed
+therefore sees exactly what an uninterrupted one sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt
+from video_r1.data.records import Sample
+from video_r1.errors import MediaError, PromptError, VideoR1Error
+from video_r1.report.recording import append_line
+
+Loaded = TypeVar("Loaded")
+Content = TypeVar("Content")
+
+MAX_DRAWS = 100
+"""Unusable questions in a row after which training stops: the media are then missing as a whole."""
+
+
+def derived_seed(*parts: object) -> int:
+    """A seed in [0, 2**63) that depends on all of `parts` and nothing else, the same on every machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def derived_generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed(*parts)`."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+class Slot(NamedTuple):
+    """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0."""
+
+    epoch: int
+    index: int
+    iteration: int = 0
+
+
+class EpochSlots(Dataset):
+    """The slots of the present epoch. The data loader sets the epoch; keys are (index, iteration)."""
+
+    def __init__(self, questions: int) -> None:
+        self.questions = questions
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.questions
+
+    def __getitem__(self, key: tuple[int, int]) -> Slot:
+        return Slot(self.epoch, *key)
+
+
+class StepBatches(Sampler[list[tuple[int, int]]]):
+    """Micro-batches of an epoch, in order: `batch_size` questions each, the last one with what is left.
+
+    With `iterations` above 1 the micro-batches of one optimizer step (`step_batches` of them, over all processes)
+    come that many times in a row. An optimizer step must then be whole, so the last one is filled up from the
+    start of the epoch.
+    """
+
+    def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:
+        self.batch_size = batch_size
+        self.drop_last = False
+        self.iterations = iterations
+        indices = list(range(questions))
+        if iterations > 1:
+            whole = batch_size * step_batches
+            indices += [i % questions for i in range(-questions % whole)]
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+        self.steps = [batches[i : i + step_batches] for i in range(0, len(batches), step_batches)]
+
+    def __len__(self) -> int:
+        return self.iterations * sum(len(step) for step in self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for iteration in range(self.iterations):
+                for batch in step:
+                    yield [(index, iteration) for index in batch]
+
+
+@dataclass(frozen=True, slots=True)
+class Ready(Generic[Content]):
+    """A question whose media could be read. `skipped`: questions that had to be passed over to find it."""
+
+    sample: Sample
+    content: Content
+    skipped: int
+
+
+class QuestionSource(Generic[Loaded, Content]):
+    """Draws the question of a slot and makes it ready, in background threads.
+
+    `load(sample)` reads the media (its results are kept in memory up to `cache_bytes`); `build(sample, loaded,
+    generator)` makes what training needs. A question for which either raises MediaError or PromptError is never
+    given other media: it is written to `quarantine` (JSON lines) once, and another question takes the slot.
+    """
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        load: Callable[[Sample], Loaded],
+        build: Callable[[Sample, Loaded, torch.Generator], Content],
+        *,
+        seed: int,
+        quarantine: Path | None = None,
+        shuffle: bool = True,
+        threads: int = 2,
+        cache_bytes: int = 0,
+    ) -> None:
+        self.samples = samples
+        self.load = load
+        self.build = build
+        self.seed = seed
+        self.quarantine = quarantine
+        self.shuffle = shuffle
+        self.cache = MemoryCache[Loaded](cache_bytes)
+        self.unusable: set[int] = set()
+        self.lock = threading.Lock()
+        self.threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="questions")
+        self.orders: dict[int, Tensor] = {}
+
+    def submit(self, slot: Slot) -> Future[Ready[Content]]:
+        """Start making the slot's question ready; `result()` raises what `ready` raises."""
+        return self.threads.submit(self.ready, slot)
+
+    def ready(self, slot: Slot) -> Ready[Content]:
+        """The slot's question, or the next usable one drawn in its place.
+
+        Raises VideoR1Error when MAX_DRAWS questions in a row cannot be used.
+        """
+        for attempt in range(MAX_DRAWS):
+            index = self.draw(slot, attempt)
+            if index in self.unusable:
+                continue
+            sample = self.samples[index]
+            try:
+                loaded = self.cache.get(index, lambda sample=sample: self.load(sample))
+                generator = derived_generator(self.seed, "frame order", slot.epoch, slot.index, attempt)
+                return Ready(sample, self.build(sample, loaded, generator), skipped=attempt)
+            except (MediaError, PromptError) as error:
+                self.set_aside(index, error)
+        raise VideoR1Error(
+            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest"
+            + (f"; the reasons are in {self.quarantine}" if self.quarantine else "")
+            + ". Check media_root and the files with: video-r1 data check MANIFEST"
+        )
+
+    def draw(self, slot: Slot, attempt: int = 0) -> int:
+        """Index of the sample for a slot; attempts above 0 give the questions that take its place."""
+        if attempt:
+            generator = derived_generator(self.seed, "replacement", slot.epoch, slot.index, attempt)
+            return int(torch.randint(len(self.samples), (1,), generator=generator))
+        if not self.shuffle:
+            return slot.index
+        with self.lock:
+            if slot.epoch not in self.orders:
+                generator = derived_generator(self.seed, "epoch", slot.epoch)
+                self.orders = {slot.epoch: torch.randperm(len(self.samples), generator=generator)}
+            return int(self.orders[slot.epoch][slot.index])
+
+    def set_aside(self, index: int, error: MediaError | PromptError) -> None:
+        """Remember an unusable question and write it to the quarantine file."""
+        with self.lock:
+            if index in self.unusable:
+                return
+            self.unusable.add(index)
+            if self.quarantine is not None:
+                sample = self.samples[index]
+                reason = error.reason if isinstance(error, MediaError) else str(error)
+                kind = "media" if isinstance(error, MediaError) else "prompt"
+                line = {"problem_id": sample.problem_id, "path": sample.path, "kind": kind, "reason": reason}
+                append_line(self.quarantine, line)
+
+    def close(self) -> None:
+        self.threads.shutdown(wait=True, cancel_futures=True)
+
+
+class MemoryCache(Generic[Loaded]):
+    """Keeps results in memory up to `limit` bytes of tensors; the least recently used goes first. Thread-safe."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.size = 0
+        self.entries: OrderedDict[int, tuple[Loaded, int]] = OrderedDict()
+        self.lock = threading.Lock()
+
+    def get(self, key: int, make: Callable[[], Loaded]) -> Loaded:
+        with self.lock:
+            if key in self.entries:
+                self.entries.move_to_end(key)
+                return self.entries[key][0]
+        value = make()
+        size = tensor_bytes(value)
+        with self.lock:
+            if size <= self.limit and key not in self.entries:
+                self.entries[key] = (value, size)
+                self.size += size
+                while self.size > self.limit:
+                    self.size -= self.entries.popitem(last=False)[1][1]
+        return value
+
+
+def tensor_bytes(value: Any) -> int:
+    """Bytes of all tensors in a tensor, Media, Prompt, or a dict or tuple of these."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Media):
+        return tensor_bytes((value.frames, value.timestamps))
+    if isinstance(value, Prompt):
+        return tensor_bytes((value.input_ids, value.features, value.media))
+    if isinstance(value, dict):
+        return sum(tensor_bytes(item) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return sum(tensor_bytes(item) for item in value)
+    return 0

@@ -1,0 +1,205 @@
+"""One step's questions: sampled in both frame orders, then scored.
+
+    Question ─► G ordered + G/2 shuffled completions ─► reward terms, p, p̃ ─► RolloutGroup
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from video_r1.config import TGRPOSettings
+from video_r1.data.media import Media, shuffled_order
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.rewards.answers import extract_answer
+from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.custom import RewardFunction, call_reward_function
+from video_r1.rewards.shaping import format_reward, length_reward, temporal_reward
+from video_r1.rollout.engine import Rollout, RolloutEngine, RolloutGroup, SamplingSettings
+from video_r1.training.questions import derived_seed
+
+BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A sample with its prompts. `shuffled` is None where nothing is sampled with shuffled frames."""
+
+    sample: Sample
+    ordered: Prompt
+    shuffled: Prompt | None
+
+
+@dataclass(frozen=True, slots=True)
+class RewardTerms:
+    """What a completion earns: built-in terms by name, the user's functions by name, and the weight of each."""
+
+    built_in: tuple[str, ...]
+    custom: Mapping[str, RewardFunction] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.built_in, *self.custom)
+
+
+def reward_terms(
+    reward_funcs: str | Callable | Sequence[str | Callable] | None, settings: TGRPOSettings
+) -> RewardTerms:
+    """The terms of a run. None means accuracy and format, with the length and temporal rewards the settings ask for.
+
+    A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
+    unless `temporal_rule` is off. Raises ConfigError for an unknown name or a weight of a term that is not there.
+    """
+    shaping = (("length",) if settings.length_reward > 0 else ()) + (
+        ("temporal",) if settings.temporal_rule != "off" else ()
+    )
+    if reward_funcs is None:
+        built_in, custom = ("accuracy", "format", *shaping), {}
+    else:
+        given = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+        names = [entry for entry in given if isinstance(entry, str)]
+        unknown = [name for name in names if name not in BUILT_IN_TERMS]
+        if unknown:
+            raise ConfigError(
+                f"reward_funcs: {unknown[0]!r} is no built-in reward; these are {', '.join(BUILT_IN_TERMS)}, "
+                "anything else has to be a function"
+            )
+        built_in = tuple(dict.fromkeys([*names, *(("temporal",) if "temporal" in shaping else ())]))
+        if "temporal" in built_in and "temporal" not in shaping:
+            raise ConfigError("reward_funcs: 'temporal' is named while temporal_rule is off; set a rule")
+        custom = {}
+        for function in (entry for entry in given if callable(entry)):
+            name = getattr(function, "__name__", type(function).__name__)
+            if name in custom or name in BUILT_IN_TERMS:
+                raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
+            custom[name] = function
+    terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
+    missing = [name for name in terms.weights if name not in (*terms.names, *BUILT_IN_TERMS)]
+    if missing:
+        raise ConfigError(
+            f"reward_weights names {missing[0]!r}, which is none of the rewards: {', '.join(terms.names)}"
+        )
+    return terms
+
+
+def build_question(
+    sample: Sample, media: Media, builder: PromptBuilder, generator: torch.Generator, with_shuffled: bool
+) -> Question:
+    """Both prompts of a sample. Only videos of two frames or more have a shuffled one. Raises PromptError."""
+    shuffled = None
+    if with_shuffled and media.kind == "video" and len(media.frames) > 1:
+        shuffled = builder.build(sample, media, shuffled_order(len(media.frames), generator))
+    return Question(sample, builder.build(sample, media), shuffled)
+
+
+def sample_rollouts(
+    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int, seed: int
+) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it has no
+    shuffled prompt): two lists in the questions' order. Both are sampled in the same way, from their own seeds."""
+    ordered = engine.generate(
+        [question.ordered for question in questions], replace(sampling, seed=derived_seed(seed, "ordered"))
+    )
+    prompts = [question.shuffled for question in questions if question.shuffled is not None]
+    settings = replace(sampling, n=shuffled_n, seed=derived_seed(seed, "shuffled"))
+    shuffled = iter(engine.generate(prompts, settings) if prompts else [])
+    return ordered, [[] if question.shuffled is None else next(shuffled) for question in questions]
+
+
+def score_groups(
+    questions: Sequence[Question],
+    ordered: Sequence[list[Rollout]],
+    shuffled: Sequence[list[Rollout]],
+    terms: RewardTerms,
+    settings: TGRPOSettings,
+    question_text: Callable[[Sample], str],
+) -> list[RolloutGroup]:
+    """Every reward term of every completion, and their weighted sum. Advantages are still 0.
+
+    `question_text` gives the user's text of a sample, for the user's functions. Raises RewardError when one of
+    them fails.
+    """
+    groups = [
+        score_group(*entry, terms, settings) for entry in zip(questions, ordered, shuffled, strict=True)
+    ]
+    rollouts = [(group.sample, rollout) for group in groups for rollout in group.ordered]
+    texts = {id(group.sample): question_text(group.sample) for group in groups} if terms.custom else {}
+    for name, function in terms.custom.items():
+        rewards = call_reward_function(
+            function,
+            name,
+            prompts=[texts[id(sample)] for sample, _ in rollouts],
+            completions=[rollout.text for _, rollout in rollouts],
+            completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
+            samples=[sample for sample, _ in rollouts],
+        )
+        for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
+            group.rewards[name] = values
+    for group in groups:
+        group.total_reward = weighted_sum(group.rewards, terms.weights)
+    return groups
+
+
+def score_group(
+    question: Question, ordered: list[Rollout], shuffled: list[Rollout], terms: RewardTerms, settings: TGRPOSettings
+) -> RolloutGroup:
+    """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
+
+    p and p̃ are this question's shares of correct completions: r_t is the same for every correct ordered one.
+    """
+    sample = question.sample
+    accuracy, accuracy_shuffled = answer_scores(sample, ordered), answer_scores(sample, shuffled)  # [G], [H]
+    correct = correct_mask(sample, accuracy, settings.correct_threshold)
+    correct_shuffled = correct_mask(sample, accuracy_shuffled, settings.correct_threshold)
+    temporal = temporal_reward(
+        correct, correct_shuffled, settings.temporal_rule, settings.temporal_alpha, settings.temporal_threshold_mu
+    )
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
+    every = {
+        "accuracy": accuracy,
+        "format": format_scores(ordered),
+        "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
+        "temporal": temporal.bonus,
+    }
+    rewards = {name: every[name] for name in terms.built_in}
+    return RolloutGroup(
+        sample=sample,
+        prompt=question.ordered,
+        ordered=ordered,
+        shuffled_prompt=question.shuffled,
+        shuffled=shuffled,
+        rewards=rewards,
+        total_reward=torch.zeros(len(ordered)),
+        advantages=torch.zeros(len(ordered)),
+        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(shuffled)} if shuffled else {},
+        p=temporal.p,
+        p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
+    )
+
+
+def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
+    """Correctness of each completion's tagged answer, [G] float32 in [0, 1]."""
+    scores = [correctness(sample.problem_type, extract_answer(r.text), sample.answer) for r in rollouts]
+    return torch.tensor(scores, dtype=torch.float32)
+
+
+def format_scores(rollouts: Sequence[Rollout]) -> Tensor:
+    """[G] float32: 1 where the whole completion has the demanded format."""
+    return torch.tensor([format_reward(rollout.text) for rollout in rollouts], dtype=torch.float32)
+
+
+def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
+    """Which scores [G] count as a correct response, [G] bool."""
+    return torch.tensor([is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool)
+
+
+def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """[G] float32. A term that a function left out (nan) adds nothing."""
+    return sum((weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()), torch.zeros(()))

@@ -1,0 +1,420 @@
+"""T-GRPO (arXiv 2503.21776): group-relative policy optimisation with a reward for using the order of the frames.
+
+    manifest ─► QuestionSource ─► Question ─► engine ─► G ordered + G/2 shuffled completions
+                 (background)      2 prompts               │
+                                                           ▼
+    optimizer ◄─ policy_loss ◄─ group_logprobs ◄─ advantages ◄─ rewards, p, p̃      (RolloutGroup)
+
+An optimizer step is read in `get_batch_samples` (sample, score, compare) and then `compute_loss` (learn), the two
+methods in which `transformers.Trainer` asks for a step's data and for a micro-batch's loss. All else (checkpoints,
+resuming, schedules, mixed precision, several processes, trackers) is the Trainer's.
+
+Where this differs from the paper and its code:
+ 1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is `temporal_rule="threshold"`.
+ 2. p and p̃ belong to one question. The reference code takes them over the batch, and allows one prompt a device.
+ 3. Ordered and shuffled completions are sampled alike, and without top-p: what is scored is what was sampled.
+ 4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
+ 5. Equal numbers are equal however they are written (see rewards/correctness.py).
+ 6. A group's completions share one row with their prompt: the values are those of separate rows, the pixels are
+    encoded once.
+ 7. The loss is normalised over the optimizer step, so accumulation and devices don't change it; every question
+    counts alike whatever its micro-batch.
+ 8. The log-probs of the first update on a batch of rollouts serve as those of the old policy.
+ 9. A question whose media cannot be used gives its place to another one; it is never shown other media.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from video_r1.config import PromptSettings, TGRPOSettings
+from video_r1.data.media import read_media
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import (
+    GroupLogprobs,
+    VisionFeatures,
+    encode_vision,
+    group_logprobs,
+    vision_language_model,
+)
+from video_r1.models.loading import size_multiple
+from video_r1.recipe import Recipe, save_resolved
+from video_r1.report.recording import record_group
+from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.advantages import group_advantages
+from video_r1.training.guards import StepProgress, UpdateGuard, last_whole_checkpoint
+from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds, describe_groups
+from video_r1.training.objective import loss_normaliser, policy_loss
+from video_r1.training.preflight import Preflight
+from video_r1.training.processes import gather, gather_rows, process_count, process_index
+from video_r1.training.questions import EpochSlots, QuestionSource, Slot, StepBatches, derived_seed
+from video_r1.training.rollout_step import (
+    Question,
+    build_question,
+    reward_terms,
+    sample_rollouts,
+    score_groups,
+)
+from video_r1.training.setup import Questions, as_samples, as_validation, given_model, manifests_of, model_of
+from video_r1.training.validation import temporal_accuracy
+
+RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
+
+
+@dataclass
+class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
+    """All settings of a run: this project's own, TRL's by TRL's names, and every field of `TrainingArguments`.
+
+    `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
+    """
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        super().__post_init__()
+
+
+@dataclass(slots=True)
+class PolicyBatch:
+    """A micro-batch of Q groups, and what later updates on the same rollouts share. N completion tokens in all."""
+
+    groups: list[RolloutGroup]
+    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
+    ref_logprobs: Tensor | None = None  # [N]
+    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
+
+    @property
+    def problem_ids(self) -> list[str | int]:
+        return [group.sample.problem_id for group in self.groups]
+
+
+class TGRPOTrainer(Trainer):
+    """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
+
+    model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the paper's
+    rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's signature,
+    `function(prompts, completions, completion_ids, **columns) -> list[float | None]`. train_dataset, eval_dataset:
+    a manifest's path or hub id, a list of Sample, or a `datasets.Dataset` of the record fields.
+    processing_class: the model's processor (default: the checkpoint's). peft_config: trains adapters only.
+    engine: what samples (default: the model itself, in this process).
+
+    Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in reach,
+    when media are missing as a whole or the loss stays not finite.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        reward_funcs: RewardFunctions | None = None,
+        args: TGRPOConfig | None = None,
+        train_dataset: Questions | None = None,
+        eval_dataset: Questions | dict[str, Questions] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        engine: RolloutEngine | None = None,
+    ) -> None:
+        args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
+        if args.use_vllm and engine is None:
+            raise ConfigError("use_vllm: rollouts run in this process only; set it to false, or pass an engine")
+        policy, processing_class = given_model(model, processing_class, peft_config)
+        self.terms = reward_terms(reward_funcs, args)
+        self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
+        self.budget = args.frame_budget(size_multiple(processing_class))
+        self.meter = Meter()
+        self.step_batches: list[PolicyBatch] = []
+        self.logged_step = 0
+
+        folder = Path(args.output_dir)
+        self.guard = UpdateGuard(folder, args.max_skipped_updates)
+        self.source: QuestionSource[Any, Question] | None = None
+        super().__init__(
+            model=policy,
+            args=args,
+            train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
+            eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), self.guard, RunFolder(folder), StepSeconds(self.meter), Preflight(self)],
+        )
+        self.settings = args
+        self.model_accepts_loss_kwargs = True  # the loss is normalised over the step: the Trainer must not divide it
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StepProgress("T-GRPO", ("loss", "reward/accuracy", "reward/format", "temporal/gap")))
+        self.is_peft = hasattr(policy, "disable_adapter")
+        self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
+        if self.reference is not None:
+            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+        self.vision_is_frozen = not any(p.requires_grad for p in vision_language_model(policy).model.visual.parameters())
+        self.engine = TransformersEngine(policy, processing_class) if engine is None else engine
+        self.sampling = SamplingSettings(
+            n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
+        )
+
+    # ---- One optimizer step: sample, score, compare ----------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """The micro-batches of one optimizer step as groups with rewards and advantages, and the loss's normaliser.
+
+        The rollouts of the whole step are sampled here, by the policy before the step, so that no question's loss
+        depends on the micro-batch that it is in.
+        """
+        slots, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not slots:
+            return [], None
+        if slots[0]["iteration"] == 0 or not self.step_batches:
+            self.step_batches = self.roll_out([batch["questions"] for batch in slots])
+        groups = [group for batch in self.step_batches for group in batch.groups]
+        responses = sum(gather(sum(len(group.ordered) for group in groups)))
+        tokens = sum(gather(sum(len(rollout.token_ids) for group in groups for rollout in group.ordered)))
+        normaliser = loss_normaliser(self.settings.loss_type, responses, tokens, self.settings.max_completion_length)
+        # Gradients are averaged over processes, hence the division.
+        return [{"batch": batch} for batch in self.step_batches], normaliser / process_count()
+
+    def roll_out(self, pending: Sequence[Sequence[Any]]) -> list[PolicyBatch]:
+        """One step's questions with their completions, rewards and advantages, in their micro-batches."""
+        args = self.settings
+        with self.meter.seconds("decode"):
+            ready = [question.result() for batch in pending for question in batch]
+        questions = [entry.content for entry in ready]
+        self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
+
+        # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
+        with self.meter.seconds("rollout") as clock:
+            ordered, shuffled = self.sample(questions, "train", self.state.global_step)
+        self.meter.speeds([*ordered, *shuffled], clock.seconds)
+
+        # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
+        with self.meter.seconds("reward"):
+            groups = score_groups(questions, ordered, shuffled, self.terms, args, self.builder.question)
+
+        # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
+        rewards_QG = torch.stack([group.total_reward for group in groups])
+        everywhere, mine = gather_rows(rewards_QG)  # `scale_rewards="batch"` looks at every process's rewards
+        for group, advantages in zip(groups, group_advantages(everywhere, args.scale_rewards)[mine], strict=True):
+            group.advantages = advantages
+        describe_groups(self.meter, groups, args.self_reflection_phrases)
+        remaining = iter(groups)
+        return [PolicyBatch([next(remaining) for _ in batch]) for batch in pending]
+
+    def sample(self, questions: Sequence[Question], purpose: str, step: int) -> tuple[list, list]:
+        """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
+        args = self.settings
+        self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+        seed = derived_seed(args.seed, purpose, step, process_index())
+        with self.accelerator.autocast():
+            return sample_rollouts(
+                self.engine, questions, self.sampling, shuffled_n=args.shuffled_generations, seed=seed
+            )
+
+    # ---- One optimizer step: learn ---------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | float | None = None,
+    ) -> Any:
+        """The clipped policy loss of one micro-batch, with its share of the step's normaliser."""
+        args, batch = self.settings, cast(PolicyBatch, inputs["batch"])
+        assert num_items_in_batch is not None
+        if self.vision_is_frozen and batch.vision is None:
+            with torch.no_grad(), self.accelerator.autocast():
+                batch.vision = encode_vision(model, [group.prompt for group in batch.groups])
+
+        # log π(o_i,t) of the ordered completions only
+        policy = self.logprobs(model, batch, with_entropy=True)
+        if batch.old_logprobs is None:
+            batch.old_logprobs = policy.logprobs.detach()
+        if args.beta != 0 and batch.ref_logprobs is None:
+            batch.ref_logprobs = self.reference_logprobs(model, batch)
+
+        # −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL
+        advantages = torch.cat([group.advantages for group in batch.groups]).to(policy.logprobs.device)
+        result = policy_loss(
+            policy.logprobs,
+            batch.old_logprobs,
+            advantages,
+            policy.lengths,
+            normaliser=num_items_in_batch,
+            loss_type=args.loss_type,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
+            beta=args.beta,
+            ref_logprobs=batch.ref_logprobs,
+        )
+        tokens = len(policy.logprobs)
+        assert policy.entropy is not None
+        self.meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
+        self.meter.add("policy/kl", float(result.kl) * tokens, tokens)
+        self.meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
+        self.guard.watch(result.loss.detach(), batch.problem_ids)
+        return (result.loss, {"policy": policy}) if return_outputs else result.loss
+
+    def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
+        """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled at."""
+        completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.groups]
+        prompts = [group.prompt for group in batch.groups]
+        with self.accelerator.autocast():
+            return group_logprobs(
+                model,
+                prompts,
+                completions,
+                temperature=self.settings.temperature,
+                with_entropy=with_entropy,
+                vision_features=batch.vision,
+            )
+
+    @torch.no_grad()
+    def reference_logprobs(self, model: nn.Module, batch: PolicyBatch) -> Tensor:
+        """[N] log-probs of the policy that training started from: the frozen copy, or the model without adapters."""
+        without_adapter = cast(Any, self.accelerator.unwrap_model(model)).disable_adapter() if self.is_peft else nullcontext()
+        with without_adapter:
+            return self.logprobs(model if self.reference is None else self.reference, batch).logprobs
+
+    # ---- Questions, validation, logging ----------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Yields slots of the stream of questions whose media are being read; one batch is always read ahead."""
+        args, samples = self.settings, cast(list[Sample], self.train_dataset)
+        if not samples:
+            raise ConfigError("training needs a train_dataset with at least one question")
+        self.source = QuestionSource(
+            samples,
+            lambda sample: read_media(sample, self.budget),
+            self.question,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            quarantine=Path(args.output_dir) / "quarantine.jsonl",
+            threads=args.media_threads,
+            cache_bytes=args.media_cache_mb * 2**20,
+        )
+        step_batches = args.gradient_accumulation_steps * args.world_size
+        batches = StepBatches(len(samples), self._train_batch_size, step_batches, args.num_iterations)
+        loader = DataLoader(EpochSlots(len(samples)), batch_sampler=batches, collate_fn=self.begin_reading)
+        return self.accelerator.prepare(loader)
+
+    def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
+        """Start reading a batch's media. Later updates on the same rollouts (`iteration` > 0) need none."""
+        assert self.source is not None
+        iteration = slots[0].iteration
+        lazily = iteration > 0 and bool(self.step_batches)
+        questions = [] if lazily else [self.source.submit(slot._replace(iteration=0)) for slot in slots]
+        return {"questions": questions, "iteration": iteration}
+
+    def preflight_groups(self, count: int) -> list[RolloutGroup]:
+        """`count` questions of the first epoch, sampled and scored as a step's questions are."""
+        assert self.source is not None
+        slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
+        questions = [future.result().content for future in [self.source.submit(slot) for slot in slots]]
+        ordered, shuffled = self.sample(questions, "preflight", 0)
+        return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
+
+    def question(self, sample: Sample, media: Any, generator: torch.Generator) -> Question:
+        """A sample with both its prompts; without a temporal reward there is no shuffled one."""
+        return build_question(sample, media, self.builder, generator, self.settings.shuffled_generations > 0)
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Greedy accuracy on held-out questions: `eval_accuracy`, and for videos `eval_accuracy_shuffled` and
+        `eval_temporal_gap`, each question in both frame orders."""
+        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(questions, dict):
+            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in questions.items()]
+            return {name: value for part in parts for name, value in part.items()}
+        samples = as_samples(questions)
+        if not samples:
+            raise ConfigError("evaluation needs an eval_dataset with at least one question")
+        self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+        with self.accelerator.autocast():
+            measured = temporal_accuracy(
+                self.engine,
+                samples,
+                self.budget,
+                self.builder,
+                seed=self.settings.seed,
+                batch_size=self.settings.eval_batch_size,
+                max_tokens=self.settings.max_completion_length,
+            )
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the series gathered since the last logging step, and records some of this step's groups."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.drain(self.state.global_step - self.logged_step)}
+            logs["updates/skipped"] = self.guard.skipped
+            self.logged_step = self.state.global_step
+            if self.is_world_process_zero():
+                groups = [group for batch in self.step_batches for group in batch.groups]
+                for group in groups[: self.settings.log_rollouts]:
+                    record_group(
+                        Path(self.settings.output_dir), self.state.global_step, group, group.p, group.p_shuffled
+                    )
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_world_process_zero() and not (Path(self.settings.output_dir) / "config.yaml").exists():
+            save_resolved(self.settings, self.settings.output_dir)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.source is not None:
+                self.source.close()
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations for each weight and token of prompt and completions (rollouts not counted)."""
+        batch = cast(PolicyBatch, inputs["batch"])
+        tokens = sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.ordered) for g in batch.groups)
+        return 6 * tokens * sum(p.numel() for p in cast(nn.Module, self.model).parameters())
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model that does not train."""
+    reference = copy.deepcopy(model).eval()
+    reference.requires_grad_(False)
+    return reference
+
+
+def run_rl(recipe: Recipe) -> Path:
+    """T-GRPO from a resolved recipe. Returns the last checkpoint's folder.
+
+    A run folder that holds a whole checkpoint is continued from it. Raises ConfigError, ManifestError, and what
+    `TGRPOTrainer.train` raises.
+    """
+    args = TGRPOConfig(**recipe.arguments_for(TGRPOConfig))
+    training, validation = manifests_of(recipe)
+    model, processor = model_of(recipe)
+    save_resolved(recipe, args.output_dir)
+    trainer = TGRPOTrainer(
+        model, args=args, train_dataset=training, eval_dataset=validation, processing_class=processor
+    )
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
+    return last_whole_checkpoint(args.output_dir) or Path(args.output_dir)

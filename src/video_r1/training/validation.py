@@ -1,0 +1,90 @@
+"""Validation while training: greedy accuracy on held-out questions with ordered and with shuffled frames."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import MediaError, PromptError
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.training.processes import gather, process_count, process_index
+from video_r1.training.questions import derived_generator
+from video_r1.training.rollout_step import Question, answer_scores, build_question, format_scores
+
+Answered = tuple[str, float, float, float | None]
+"""data_type, accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
+
+
+def temporal_accuracy(
+    engine: RolloutEngine,
+    samples: Sequence[Sample],
+    budget: FrameBudget,
+    builder: PromptBuilder,
+    *,
+    seed: int,
+    batch_size: int,
+    max_tokens: int,
+) -> dict[str, float]:
+    """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
+    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that were
+    answered, `skipped` those without usable media. The shuffled order of a question is the same every time.
+    """
+    mine = samples[process_index() :: process_count()]
+    answered = [
+        entry
+        for questions in ready_batches(mine, budget, builder, seed, batch_size)
+        for entry in answer(engine, questions, max_tokens)
+    ]
+    everyone = [entry for part in gather(answered) for entry in part]
+    figures = {"questions": float(len(everyone)), "skipped": float(len(samples) - len(everyone))}
+    if everyone:
+        figures["accuracy"] = mean([accuracy for _, accuracy, _, _ in everyone])
+        figures["format"] = mean([formatted for _, _, formatted, _ in everyone])
+    both = [(accuracy, shuffled) for _, accuracy, _, shuffled in everyone if shuffled is not None]
+    if both:
+        figures["accuracy_video"] = mean([accuracy for accuracy, _ in both])
+        figures["accuracy_shuffled"] = mean([shuffled for _, shuffled in both])
+        figures["temporal_gap"] = figures["accuracy_video"] - figures["accuracy_shuffled"]
+    return figures
+
+
+def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int) -> Iterator[Answered]:
+    """Greedy answers to a batch of questions in both orders, scored."""
+    prompts = [p for question in questions for p in (question.ordered, question.shuffled) if p is not None]
+    rollouts = iter(engine.generate(prompts, SamplingSettings(n=1, temperature=0.0, max_tokens=max_tokens)))
+    for question in questions:
+        ordered = next(rollouts)
+        accuracy, formatted = answer_scores(question.sample, ordered), format_scores(ordered)
+        shuffled = None if question.shuffled is None else answer_scores(question.sample, next(rollouts)).item()
+        yield question.sample.data_type, accuracy.item(), formatted.item(), shuffled
+
+
+def ready_batches(
+    samples: Sequence[Sample], budget: FrameBudget, builder: PromptBuilder, seed: int, batch_size: int
+) -> Iterator[list[Question]]:
+    """Batches of questions with both prompts, the next one read while the present one is answered."""
+
+    def ready(sample: Sample) -> Question | None:
+        try:
+            generator = derived_generator(seed, "validation", sample.problem_id)
+            return build_question(sample, read_media(sample, budget), builder, generator, with_shuffled=True)
+        except (MediaError, PromptError):  # counted as skipped
+            return None
+
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="validation") as threads:
+        batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        ahead = [threads.submit(ready, sample) for sample in (batches[0] if batches else [])]
+        for number in range(len(batches)):
+            present = ahead
+            following = batches[number + 1] if number + 1 < len(batches) else []
+            ahead = [threads.submit(ready, sample) for sample in following]
+            questions = [question for future in present if (question := future.result()) is not None]
+            if questions:
+                yield questions
+
+
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
