@@ -5,6 +5,7 @@
 Writes a manifest with the shares of types and modalities of the field's 263,071-row set into a temporary
 folder and checks it in a fresh process, so that the memory is the check's own.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,9 +40,13 @@ def write_manifest(path: Path, rows: int, seed: int = 0) -> None:
                 answer = f"{draw.uniform(0, 1000):.2f}"
             source = f"set-{draw.randrange(40)}/part_{draw.randrange(5)}"
             row = {
-                "problem_id": number, "problem": " ".join(draw.choices(WORDS, k=40)) + "?",
-                "data_type": "video" if video else "image", "problem_type": problem_type, "options": options,
-                "process": "", "solution": f"<answer>{answer}</answer>",
+                "problem_id": number,
+                "problem": " ".join(draw.choices(WORDS, k=40)) + "?",
+                "data_type": "video" if video else "image",
+                "problem_type": problem_type,
+                "options": options,
+                "process": "",
+                "solution": f"<answer>{answer}</answer>",
                 "path": f"./{source}/{draw.getrandbits(64):016x}.{'mp4' if video else 'png'}",
                 "data_source": source,
             }
@@ -73,14 +78,20 @@ def main() -> None:
         path = Path(folder) / "manifest.json"
         write_manifest(path, arguments.rows)
         size = path.stat().st_size
-        run = subprocess.run([sys.executable, "-m", "benchmarks.manifest", "--measure", str(path)],
-                             check=True, capture_output=True, text=True)
+        run = subprocess.run(
+            [sys.executable, "-m", "benchmarks.manifest", "--measure", str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
     result = json.loads(run.stdout) | {"manifest_mb": round(size / 1e6, 1)}
     if arguments.json:
         print(json.dumps(result))
     else:
-        print(f"{result['rows']} rows ({result['manifest_mb']} MB) checked in {result['seconds']} s, "
-              f"peak memory {result['peak_rss_gb']} GB")
+        print(
+            f"{result['rows']} rows ({result['manifest_mb']} MB) checked in {result['seconds']} s, "
+            f"peak memory {result['peak_rss_gb']} GB"
+        )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,36 @@
 """Manifests: what is read, what is refused, and that every problem is named with its row."""
+
 import json
 import os
 from pathlib import Path
 
 import datasets
 import pytest
+from datasets import config as datasets_config
 
 from video_r1.data import rows
 from video_r1.data.records import FIELDS, Sample, check_manifest, load_manifest
 from video_r1.errors import ManifestError
 
 CHOICE = {
-    "problem_id": 7, "problem": "Which way does the ball move?", "data_type": "video",
-    "problem_type": "multiple choice", "options": ["A. left", "B. right"], "solution": "<answer>B</answer>",
-    "path": "./clips/7.mp4", "data_source": "lab/direction",
+    "problem_id": 7,
+    "problem": "Which way does the ball move?",
+    "data_type": "video",
+    "problem_type": "multiple choice",
+    "options": ["A. left", "B. right"],
+    "solution": "<answer>B</answer>",
+    "path": "./clips/7.mp4",
+    "data_source": "lab/direction",
 }
 NUMBER = {
-    "problem_id": "n-1", "problem": "How many balls?", "data_type": "image", "problem_type": "numerical",
-    "options": [], "solution": "<answer>1,204.5</answer>", "path": "images/1.png", "data_source": "lab/count",
+    "problem_id": "n-1",
+    "problem": "How many balls?",
+    "data_type": "image",
+    "problem_type": "numerical",
+    "options": [],
+    "solution": "<answer>1,204.5</answer>",
+    "path": "images/1.png",
+    "data_source": "lab/count",
 }
 
 
@@ -33,15 +46,28 @@ def problems_of(folder: Path, *changed: dict) -> list[str]:
 
 
 def test_a_row_becomes_a_sample(tmp_path):
-    row = CHOICE | {"process": "<think>It goes right.</think>", "start": 1, "end": 2.5, "family": "direction",
-                    "key_frames": [0, 3], "nothing": None}
+    row = CHOICE | {
+        "process": "<think>It goes right.</think>",
+        "start": 1,
+        "end": 2.5,
+        "family": "direction",
+        "key_frames": [0, 3],
+        "nothing": None,
+    }
     [sample] = load_manifest(write(tmp_path, [row]))
     assert sample == Sample(
-        problem_id=7, problem="Which way does the ball move?",
-        data_type="video", problem_type="multiple choice",
-        solution="<answer>B</answer>", path=str(tmp_path.resolve() / "clips" / "7.mp4"),
-        options=("A. left", "B. right"), process="<think>It goes right.</think>", data_source="lab/direction",
-        start=1.0, end=2.5, extra={"family": "direction", "key_frames": [0, 3]},
+        problem_id=7,
+        problem="Which way does the ball move?",
+        data_type="video",
+        problem_type="multiple choice",
+        solution="<answer>B</answer>",
+        path=str(tmp_path.resolve() / "clips" / "7.mp4"),
+        options=("A. left", "B. right"),
+        process="<think>It goes right.</think>",
+        data_source="lab/direction",
+        start=1.0,
+        end=2.5,
+        extra={"family": "direction", "key_frames": [0, 3]},
     )
     assert sample.answer == "B"
 
@@ -70,7 +96,7 @@ def as_lines(made):
 def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
     """A JSON list is parsed in pieces: wherever a piece ends, the rows are the same."""
     monkeypatch.setattr(rows, "_READ_CHARACTERS", piece)
-    made = [CHOICE, NUMBER | {"problem": "Wie viele Bälle? \u2603 \U0001F3C0 }, {"}]
+    made = [CHOICE, NUMBER | {"problem": "Wie viele Bälle? \u2603 \U0001f3c0 }, {"}]
     samples = load_manifest(write(tmp_path, spell(made)))
     assert [(s.problem_id, s.problem) for s in samples] == [(r["problem_id"], r["problem"]) for r in made]
 
@@ -90,8 +116,11 @@ PROBLEMS = [
     ({"problem": "  "}, "problem is empty"),
     ({"problem": ["x"]}, "problem is ['x']; it must be a string"),
     ({"data_type": "audio"}, "data_type is 'audio'; known are image, video"),
-    ({"problem_type": "ocr"}, "problem_type is 'ocr'; known are multiple choice, numerical, OCR, free-form, "
-                              "regression (did you mean 'OCR'?)"),
+    (
+        {"problem_type": "ocr"},
+        "problem_type is 'ocr'; known are multiple choice, numerical, OCR, free-form, "
+        "regression (did you mean 'OCR'?)",
+    ),
     ({"problem_type": "multiple_choice"}, "(did you mean 'multiple choice'?)"),
     ({"problem_type": ["OCR"]}, "problem_type is ['OCR']; known are"),
     ({"solution": "B"}, "solution is 'B'; it must be <answer>…</answer> with a text inside"),
@@ -137,7 +166,8 @@ def test_each_problem_is_found_alone_and_named(tmp_path, change, text):
 def test_number_solutions_are_finite_numbers(tmp_path, kind, answer):
     row = NUMBER | {"problem_type": kind, "solution": f"<answer>{answer}</answer>"}
     assert problems_of(tmp_path, row) == [
-        f"row 1 (id n-1): the solution of a {kind} problem must be a finite number, not {answer!r}"]
+        f"row 1 (id n-1): the solution of a {kind} problem must be a finite number, not {answer!r}"
+    ]
 
 
 @pytest.mark.parametrize("solution", ["B", "B.", "(B)", "B. right", " B "])
@@ -149,8 +179,13 @@ def test_option_letters_in_their_usual_spellings(tmp_path, solution, first):
 
 
 def test_all_problems_of_all_rows_are_reported_together(tmp_path):
-    made = [CHOICE | {"solution": "<answer>Z</answer>", "path": "/x.mp4"}, NUMBER, [1, 2], NUMBER,
-            {"problem_id": 3}]
+    made = [
+        CHOICE | {"solution": "<answer>Z</answer>", "path": "/x.mp4"},
+        NUMBER,
+        [1, 2],
+        NUMBER,
+        {"problem_id": 3},
+    ]
     with pytest.raises(ManifestError) as error:
         load_manifest(write(tmp_path, made))
     expected = [
@@ -158,8 +193,10 @@ def test_all_problems_of_all_rows_are_reported_together(tmp_path):
         "row 1 (id 7): the solution Z is not among the options A, B",
         "row 3: is [1, 2], not an object with fields",
         "row 4 (id n-1): problem_id is used before, in row 2; each row needs its own",
-        *(f"row 5 (id 3): {name} is missing" for name in ("problem", "data_type", "problem_type", "solution",
-                                                          "path")),
+        *(
+            f"row 5 (id 3): {name} is missing"
+            for name in ("problem", "data_type", "problem_type", "solution", "path")
+        ),
     ]
     assert [str(problem) for problem in error.value.problems] == expected
     message = str(error.value)
@@ -233,7 +270,9 @@ def test_links_must_stay_inside_the_media_root(tmp_path):
     made = [CHOICE | {"problem_id": n, "path": path} for n, path in enumerate(paths)]
     samples, problems = check_manifest(write(tmp_path, made), media_root=root)
     assert [(s.problem_id, s.path) for s in samples] == [
-        (0, str((root / "clips" / "good.mp4").resolve())), (3, str((root / "clips" / "good.mp4").resolve()))]
+        (0, str((root / "clips" / "good.mp4").resolve())),
+        (3, str((root / "clips" / "good.mp4").resolve())),
+    ]
     assert [problem.problem_id for problem in problems] == [1, 2]
     assert all("leads out of the media root" in problem.text for problem in problems)
 
@@ -264,13 +303,17 @@ def test_a_manifest_file_that_does_not_exist(tmp_path):
 
 
 def test_a_datasets_dataset_with_null_columns(tmp_path):
-    rows_made = [CHOICE | {"problem_id": "c", "family": "direction", "start": 0.5, "end": None},
-                 NUMBER | {"family": None, "start": None, "end": None}]
+    rows_made = [
+        CHOICE | {"problem_id": "c", "family": "direction", "start": 0.5, "end": None},
+        NUMBER | {"family": None, "start": None, "end": None},
+    ]
     dataset = datasets.Dataset.from_list(rows_made)
     samples = load_manifest(dataset, media_root=tmp_path)
     assert [s.problem_id for s in samples] == ["c", "n-1"]
     assert [(s.start, s.options, dict(s.extra)) for s in samples] == [
-        (0.5, ("A. left", "B. right"), {"family": "direction"}), (None, (), {})]
+        (0.5, ("A. left", "B. right"), {"family": "direction"}),
+        (None, (), {}),
+    ]
     with_a_format = load_manifest(dataset.with_format("torch"), media_root=tmp_path)
     assert with_a_format == samples
 
@@ -284,7 +327,7 @@ def test_a_dataset_reports_rows_beyond_the_first_batch(tmp_path, monkeypatch):
 
 
 def test_parquet_and_a_data_set_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "set"
     folder.mkdir()
     dataset = datasets.Dataset.from_list([CHOICE, CHOICE | {"problem_id": 8}])
@@ -298,7 +341,7 @@ def test_parquet_and_a_data_set_folder(tmp_path, monkeypatch):
 
 
 def test_a_source_that_is_nothing_known(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
     with pytest.raises(ManifestError, match="neither a manifest file nor a data set"):
         load_manifest("nobody-knows/this-set")
     with pytest.raises(ManifestError, match="not int"):

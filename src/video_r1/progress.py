@@ -1,4 +1,5 @@
 """Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+
 from __future__ import annotations
 
 import sys
@@ -17,16 +18,20 @@ SECONDS_BETWEEN_LINES = 10.0
 class Progress(Generic[T]):
     """What `progress` returns. Iterate over it, or call `update` yourself inside a `with` block."""
 
-    def __init__(self, items: Iterable[T] | None, total: int | None, description: str, unit: str,
-                 stream: TextIO) -> None:
+    def __init__(
+        self, items: Iterable[T] | None, total: int | None, description: str, unit: str, stream: TextIO
+    ) -> None:
         self.items, self.total, self.description, self.unit = items, total, description, unit
         self.done = 0
         self._stream = stream
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._closed = False
-        self._bar = (tqdm(total=total, desc=description, unit=unit, file=stream, dynamic_ncols=True)
-                     if stream.isatty() else None)
+        self._bar = (
+            tqdm(total=total, desc=description, unit=unit, file=stream, dynamic_ncols=True)
+            if stream.isatty()
+            else None
+        )
 
     def update(self, count: int = 1, **figures: Any) -> None:
         """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
@@ -62,8 +67,11 @@ class Progress(Generic[T]):
             when = f"{_clock(elapsed)} taken"
         speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s/{self.unit}"
         note = f", {self._note}" if self._note else ""
-        print(f"{self.description}: {self.done}{of_total} {self.unit}, {speed}, {when}{note}",
-              file=self._stream, flush=True)
+        print(
+            f"{self.description}: {self.done}{of_total} {self.unit}, {speed}, {when}{note}",
+            file=self._stream,
+            flush=True,
+        )
 
     def __iter__(self) -> Iterator[T]:
         if self.items is None:
@@ -76,13 +84,19 @@ class Progress(Generic[T]):
     def __enter__(self) -> Progress[T]:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.close()
 
 
-def progress(items: Iterable[T] | int, description: str, unit: str = "items", total: int | None = None,
-             stream: TextIO | None = None) -> Progress[T]:
+def progress(
+    items: Iterable[T] | int,
+    description: str,
+    unit: str = "items",
+    total: int | None = None,
+    stream: TextIO | None = None,
+) -> Progress[T]:
     """Shows how far long work has come, with its rate and the time left.
 
     On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and

@@ -1,32 +1,252 @@
-"""Media: decoded, resized frames of a clip or an image."""
+"""Media: decoded, resized frames of a clip or an image, with real timestamps.
+
+`read_media` is the only door: whatever is wrong with a file comes out of it as a `MediaError` with path
+and reason. Videos are decoded in clips.py; which of their frames are taken and how large they become is
+decided here.
+"""
+
 from __future__ import annotations
 
+import math
+import os
+import urllib.request
+import warnings
 from dataclasses import dataclass
-from typing import Literal
+from io import BytesIO
+from typing import Any, Literal
 
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from video_r1.data.clips import MAX_PIXELS, URL_SECONDS, decode_clip
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError, MediaError
+
+# Two consecutive frames make one temporal patch in every Qwen vision model.
+TEMPORAL_PATCH = 2
+# Qwen's processors refuse longer shapes.
+MAX_ASPECT_RATIO = 200
+_MAX_IMAGE_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
 class FrameBudget:
-    fps: float = 2.0
-    min_frames: int = 4
+    """How many frames of a video are kept, and how large frames and images become.
+
+    Areas are in pixels; a model's visual tokens are area ÷ size_multiple² (for video per two frames).
+    """
+
+    fps: float = 2.0  # frames per second of clip to aim for
+    min_frames: int = 4  # as long as the clip has that many
     max_frames: int = 16
-    frame_pixels: int = 128 * 28 * 28
-    image_pixels: int = 512 * 28 * 28
-    size_multiple: int = 28
+    frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
+    image_pixels: int = 512 * 28 * 28  # the same for an image
+    size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ConfigError(f"fps is {self.fps}; it must be above 0")
+        if self.max_frames < TEMPORAL_PATCH or self.min_frames < 1:
+            raise ConfigError(
+                f"max_frames is {self.max_frames} and min_frames {self.min_frames}; a video needs at "
+                f"least {TEMPORAL_PATCH} frames"
+            )
+        for name in ("frame_pixels", "image_pixels"):
+            if getattr(self, name) < self.size_multiple**2:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, below one square of size_multiple "
+                    f"({self.size_multiple}² = {self.size_multiple**2})"
+                )
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    frames: Tensor
-    timestamps: Tensor
-    duration: float
+    """The frames that a model sees of one image or video."""
+
+    frames: Tensor  # [T, 3, H, W] uint8 RGB, resized; an image has T = 1
+    timestamps: Tensor  # [T] float64, seconds from the start of the window
+    duration: float  # seconds of the window; 0 for an image
     kind: Literal["image", "video"]
 
     @property
     def fps(self) -> float:
+        """Frames kept per second of clip; 0 for an image."""
         return len(self.frames) / self.duration if self.duration else 0.0
 
-    def reordered(self, permutation: Tensor) -> "Media":
+    def reordered(self, permutation: Tensor) -> Media:
+        """The same media with frame `permutation[i]` in place i. The timestamps stay where they are."""
         return Media(self.frames[permutation], self.timestamps, self.duration, self.kind)
+
+
+def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:
+    """Which frames of a clip are taken: `budget.fps` of them a second, evenly from the first to the last.
+
+    Their number is at least min_frames, at most max_frames, never more than the clip has, and rounded
+    down to an even number; a clip of one frame gives none. Places between two frames are rounded to the
+    nearest frame.
+    """
+    wanted = total_frames / clip_fps * budget.fps
+    count = min(max(wanted, budget.min_frames), budget.max_frames, total_frames)
+    # 1e-6: 4 s × 2 fps must not become 7.999… and then 6
+    count = math.floor((count + 1e-6) / TEMPORAL_PATCH) * TEMPORAL_PATCH
+    return [round(place * (total_frames - 1) / (count - 1)) for place in range(count)]
+
+
+def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
+    """(height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
+
+    Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks; small frames are scaled
+    up by the same rule. Exact integer arithmetic: a frame that has the budget's size keeps it.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
+    """
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"is {width}×{height} pixels: one side is more than {MAX_ASPECT_RATIO} times the other, "
+            "which the models do not take"
+        )
+    squares = pixels // multiple**2
+    rows = max(1, math.isqrt(pixels * height // (width * multiple**2)))
+    columns = max(1, math.isqrt(pixels * width // (height * multiple**2)))
+    return min(rows, squares // columns) * multiple, min(columns, squares // rows) * multiple
+
+
+def resize(frames: Tensor, height: int, width: int) -> Tensor:
+    """[T, 3, h, w] uint8 → [T, 3, height, width] uint8: bicubic, antialiased, as Qwen's processors do it."""
+    if frames.shape[-2:] == (height, width):
+        return frames
+    return interpolate(frames, (height, width), mode="bicubic", antialias=True)
+
+
+def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
+    """[T] int64: a permutation drawn uniformly from all but the identity. Raises ValueError for T < 2."""
+    if frames < 2:
+        raise ValueError(f"{frames} frame has no order to shuffle")
+    identity = torch.arange(frames)
+    while torch.equal(permutation := torch.randperm(frames, generator=generator), identity):
+        pass
+    return permutation
+
+
+def read_media(sample: Sample, budget: FrameBudget) -> Media:
+    """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
+
+    Raises:
+        MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
+        file.
+    """
+    try:
+        _require_file(sample.path)
+        if sample.data_type == "image":
+            return _read_image(sample.path, budget)
+        return _read_video(sample, budget)
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise whatever they like over hostile files
+        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        raise MediaError(sample.path, f"cannot be decoded ({detail})") from error
+
+
+def _is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def _require_file(path: str) -> None:
+    if _is_url(path):
+        return
+    if os.path.isdir(path):
+        raise MediaError(path, "is a folder, not a media file")
+    if not os.path.exists(path):
+        raise MediaError(path, "there is no such file")
+    if not os.path.isfile(path):
+        raise MediaError(path, "is not a regular file")
+    if os.path.getsize(path) == 0:
+        raise MediaError(path, "the file is empty (0 bytes)")
+    if not os.access(path, os.R_OK):
+        raise MediaError(path, "may not be read (permission denied)")
+
+
+def _read_video(sample: Sample, budget: FrameBudget) -> Media:
+    size: tuple[int, int] | None = None
+
+    def finish(frame: Tensor) -> Tensor:
+        nonlocal size
+        if size is None:
+            height, width = frame.shape[-2:]
+            size = fitted_size(height, width, budget.frame_pixels, budget.size_multiple)
+        # torch resizes channels-last bytes fastest, which is what `frame` is; the result is made contiguous
+        return resize(frame[None], *size)[0].contiguous()
+
+    def choose(total: int, fps: float) -> list[int]:
+        if total < TEMPORAL_PATCH:
+            raise MediaError(
+                sample.path,
+                f"has {total} frame{'s' * (total != 1)}{_window(sample)}, at least {TEMPORAL_PATCH} needed",
+            )
+        return frame_indices(total, fps, budget)
+
+    try:
+        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
+    except ValueError as error:
+        if type(error) is not ValueError:  # FFmpeg's own errors are ValueErrors too
+            raise
+        raise MediaError(sample.path, str(error)) from error
+    timestamps = torch.tensor(clip.times, dtype=torch.float64)
+    return Media(torch.stack(clip.frames), timestamps, clip.duration, "video")
+
+
+def _window(sample: Sample) -> str:
+    if sample.start is None and sample.end is None:
+        return ""
+    end = "its end" if sample.end is None else f"{sample.end:g} s"
+    return f" between {sample.start or 0:g} s and {end}"
+
+
+def _read_image(path: str, budget: FrameBudget) -> Media:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
+            with Image.open(_download(path) if _is_url(path) else path) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise MediaError(
+                        path,
+                        f"declares {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are decoded",
+                    )
+                pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+    except Image.DecompressionBombError as error:
+        raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
+    except UnidentifiedImageError as error:
+        raise MediaError(path, "is not an image in a format that Pillow reads") from error
+    except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
+        raise MediaError(path, f"the image is damaged or cut short ({error})") from error
+    frame = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    try:
+        height, width = fitted_size(
+            pixels.shape[0], pixels.shape[1], budget.image_pixels, budget.size_multiple
+        )
+    except ValueError as error:
+        raise MediaError(path, str(error)) from error
+    return Media(resize(frame, height, width).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
+
+
+def _as_rgb(image: Any) -> Any:
+    """RGB without surprises: transparency on white, and 16-bit grey scaled to 8 bits, not clipped."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _download(url: str) -> BytesIO:
+    with urllib.request.urlopen(url, timeout=URL_SECONDS) as reply:
+        data = reply.read(_MAX_IMAGE_BYTES + 1)
+    if len(data) > _MAX_IMAGE_BYTES:
+        raise MediaError(url, f"is larger than {_MAX_IMAGE_BYTES:,} bytes")
+    return BytesIO(data)

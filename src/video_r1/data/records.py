@@ -4,6 +4,7 @@ A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub or a `
 docs/data-format.md describes its fields. Every row is checked, and all problems of a manifest are reported
 together.
 """
+
 from __future__ import annotations
 
 import difflib
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
@@ -27,8 +28,19 @@ ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regre
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
-FIELDS = ("problem_id", "problem", "data_type", "problem_type", "solution", "path", "options", "process",
-          "data_source", "start", "end")
+FIELDS = (
+    "problem_id",
+    "problem",
+    "data_type",
+    "problem_type",
+    "solution",
+    "path",
+    "options",
+    "process",
+    "data_source",
+    "start",
+    "end",
+)
 _PROBLEMS_IN_MESSAGE = 20
 _SOLUTION = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -78,8 +90,12 @@ class Problem:
         return f"row {self.row}{name}: {self.text}"
 
 
-def load_manifest(source: str | Path | datasets.Dataset, media_root: str | Path | None = None,
-                  allow_urls: bool = False, split: str = "train") -> list[Sample]:
+def load_manifest(
+    source: str | Path | datasets.Dataset,
+    media_root: str | Path | None = None,
+    allow_urls: bool = False,
+    split: str = "train",
+) -> list[Sample]:
     """Reads and checks a manifest.
 
     Args:
@@ -104,8 +120,12 @@ def load_manifest(source: str | Path | datasets.Dataset, media_root: str | Path 
     return samples
 
 
-def check_manifest(source: str | Path | datasets.Dataset, media_root: str | Path | None = None,
-                   allow_urls: bool = False, split: str = "train") -> tuple[list[Sample], list[Problem]]:
+def check_manifest(
+    source: str | Path | datasets.Dataset,
+    media_root: str | Path | None = None,
+    allow_urls: bool = False,
+    split: str = "train",
+) -> tuple[list[Sample], list[Problem]]:
     """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
 
     Raises:
@@ -115,8 +135,10 @@ def check_manifest(source: str | Path | datasets.Dataset, media_root: str | Path
         is_file = isinstance(source, (str, Path)) and Path(source).is_file()
         media_root = Path(source).parent if is_file else Path.cwd()  # type: ignore[arg-type]
     if not Path(media_root).is_dir():
-        raise ManifestError(f"the media root {media_root} is not a folder; set media_root to the folder that "
-                            "the paths of the manifest start at")
+        raise ManifestError(
+            f"the media root {media_root} is not a folder; set media_root to the folder that "
+            "the paths of the manifest start at"
+        )
     places = _MediaPlaces(os.path.realpath(media_root), allow_urls)
     samples: list[Sample] = []
     problems: list[Problem] = []
@@ -205,8 +227,9 @@ def _check_row(row: Any, places: _MediaPlaces) -> tuple[Sample | None, list[str]
             found.append(f"solution is {_shown(solution)}; it must be <answer>…</answer> with a text inside")
     options = _options(row, problem_type, answer, found)
     if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
-        found.append(f"the solution of a {problem_type} problem must be a finite number, not "
-                     f"{_shown(answer)}")
+        found.append(
+            f"the solution of a {problem_type} problem must be a finite number, not {_shown(answer)}"
+        )
     process = _text(row, "process", found, required=False)
     if process and not _PROCESS.fullmatch(process):
         found.append(f"process is {_shown(process)}; it must be <think>…</think>")
@@ -214,11 +237,26 @@ def _check_row(row: Any, places: _MediaPlaces) -> tuple[Sample | None, list[str]
     start, end = _window(row, data_type, found)
     if found:
         return None, found
-    extra = {sys.intern(name): sys.intern(value) if type(value) is str and len(value) < 40 else value
-             for name, value in row.items() if value is not None and name not in FIELDS}
-    return Sample(problem_id, problem, data_type, problem_type,  # type: ignore[arg-type]
-                  solution, path, options, process or None, sys.intern(data_source), start, end,
-                  extra or _NO_EXTRA), []
+    extra = {
+        sys.intern(name): sys.intern(value) if type(value) is str and len(value) < 40 else value
+        for name, value in row.items()
+        if value is not None and name not in FIELDS
+    }
+    sample = Sample(
+        problem_id=cast("str | int", problem_id),
+        problem=problem,
+        data_type=cast(DataType, data_type),
+        problem_type=cast(ProblemType, problem_type),
+        solution=solution,
+        path=path,
+        options=options,
+        process=process or None,
+        data_source=sys.intern(data_source),
+        start=start,
+        end=end,
+        extra=extra or _NO_EXTRA,
+    )
+    return sample, []
 
 
 def _text(row: dict[str, Any], name: str, found: list[str], required: bool = True) -> str:
@@ -276,8 +314,9 @@ def _options(row: dict[str, Any], problem_type: str, answer: str | None, found: 
     if answer and len(letters) == len(options):
         solution = _LETTER.match(answer)
         if solution is None:
-            found.append("the solution of a multiple choice problem must be an option's letter, not "
-                         f"{_shown(answer)}")
+            found.append(
+                f"the solution of a multiple choice problem must be an option's letter, not {_shown(answer)}"
+            )
             return tuple(options)
         letter = solution.group(1)
         if letter not in letters:
@@ -293,8 +332,9 @@ def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[floa
         value = row.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
-            found.append(f"{name} is {_shown(value)}; it must be a time in seconds from the beginning of the "
-                         "clip")
+            found.append(
+                f"{name} is {_shown(value)}; it must be a time in seconds from the beginning of the clip"
+            )
             return None, None
         times.append(None if value is None else float(value))
     start, end = times

@@ -1,10 +1,12 @@
 """Raw rows of a manifest, numbered, before any check: from JSON, JSON lines or `datasets`.
 
-JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets` makes of a
-JSON file, gives each column one type: it would refuse the whole file, or convert silently, exactly where a row has
-to be reported (an id that is a number here and a string there, options that are a string). Data sets of the hub
-and `datasets.Dataset` objects have their types already and are read through `datasets`.
+JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets`
+makes of a JSON file, gives each column one type: it would refuse the whole file, or convert silently,
+exactly where a row has to be reported (an id that is a number here and a string there, options that are
+a string). Data sets of the hub and `datasets.Dataset` objects have their types already and are read
+through `datasets`.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,8 +38,8 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
     In JSON lines the row number is the line number. A row is whatever the file holds there, not yet checked.
 
     Args:
-        source: a JSON, JSON lines or Parquet file, a data set id of the Hugging Face hub or a local folder that
-            `datasets.load_dataset` reads, or a `datasets.Dataset`.
+        source: a JSON, JSON lines or Parquet file, a data set id of the Hugging Face hub or a local
+            folder that `datasets.load_dataset` reads, or a `datasets.Dataset`.
         split: the split to read of a data set that has several.
 
     Raises:
@@ -67,8 +69,10 @@ def _load(name: str, **arguments: Any) -> Any:
         return datasets.load_dataset(name, **arguments)
     except Exception as error:  # the hub's client lets errors of several libraries through; all mean this
         what = arguments.get("data_files", name)
-        raise ManifestError(f"{what}: neither a manifest file nor a data set that can be loaded "
-                            f"({type(error).__name__}: {error})") from error
+        raise ManifestError(
+            f"{what}: neither a manifest file nor a data set that can be loaded "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple[int, Any]]:
@@ -79,10 +83,14 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple
             raise ManifestError(f"the data set has no split {split!r}, only {', '.join(map(str, dataset))}")
         dataset = dataset[split]
     if not isinstance(dataset, datasets.Dataset):
-        raise ManifestError("a manifest is a file, a data set id or a datasets.Dataset, not "
-                            f"{type(dataset).__name__}")
-    media_columns = [name for name, feature in dataset.features.items()
-                     if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video))]
+        raise ManifestError(
+            f"a manifest is a file, a data set id or a datasets.Dataset, not {type(dataset).__name__}"
+        )
+    media_columns = [
+        name
+        for name, feature in dataset.features.items()
+        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video))
+    ]
     dataset = dataset.remove_columns(media_columns).with_format(None)  # media are found through `path` alone
     number = 0
     for batch in dataset.iter(_ROWS_PER_BATCH):
@@ -139,7 +147,7 @@ def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
         failure: Exception | None = None
         if place < len(text):
             if text[place] == "]" and (after_row or number == 0):
-                if (text[place + 1:] + stream.read(_READ_CHARACTERS)).strip():
+                if (text[place + 1 :] + stream.read(_READ_CHARACTERS)).strip():
                     yield number + 1, Unreadable("there is text after the end of the list")
                 return
             if after_row:
@@ -158,8 +166,10 @@ def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
         if complete:
             line = lines + text.count("\n", 0, getattr(failure, "pos", place))
             reason = getattr(failure, "msg", str(failure)) if failure else "the list is not closed"
-            yield number + 1, Unreadable(f"the JSON is broken near line {line}: {reason}; "
-                                         "nothing after it was read")
+            yield (
+                number + 1,
+                Unreadable(f"the JSON is broken near line {line}: {reason}; nothing after it was read"),
+            )
             return
         more = stream.read(size)
         size *= 2  # a long row is parsed again with each piece: pieces that grow keep the sum of work linear

@@ -1,0 +1,354 @@
+"""Decoding the wanted frames of a clip, and only these, with PyAV.
+
+1. The clip's packets are listed without decoding: their presentation times give the number of frames,
+   the real timestamps and the window, whatever the container's header says. Variable frame rates need no
+   care.
+2. The caller chooses frames from that list.
+3. Each chosen frame is decoded from the keyframe before it. Pictures that no other picture needs are
+   skipped (H.264), and only chosen frames are converted to RGB. The packets of small files stay in
+   memory; in large files the decoder seeks.
+4. Where the list cannot be trusted (no timestamps, packets without a picture, a frame that does not
+   appear), the clip is decoded from its beginning instead, so the frames are right in any case.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import av
+import av.error
+import numpy as np
+import torch
+from av.sidedata.sidedata import Type as SideDataType
+from av.stream import Discard
+from torch import Tensor
+
+from video_r1.data.containers import missing_bytes
+
+MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
+URL_SECONDS = 30
+# Containers of recorded video. Play lists, which name other files, are not among them.
+_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
+_BYTES_IN_MEMORY = 32 << 20  # packets of one clip
+_THREADS_FROM_PIXELS = 480 * 270  # below this a picture decodes faster than threads hand it over
+_TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits
+# Codecs whose packets need not show a picture each.
+_HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")
+
+
+@dataclass(slots=True)
+class Clip:
+    """Decoded frames of a clip's window: as the caller finished them, and their times from its start."""
+
+    frames: list[Tensor]
+    times: list[float]  # seconds
+    duration: float  # seconds of the window
+
+
+class _Unlisted(Exception):
+    """The packet list does not lead to the frames: decode from the beginning."""
+
+
+@dataclass(slots=True)
+class _Packets:
+    """The packets of a video stream in decoding order."""
+
+    pts: list[int]
+    dts: list[int | None]
+    keys: list[int]  # positions of keyframes
+    shown: list[int]  # positions in presentation order, without those that are decoded but not shown
+    time_base: Fraction
+    last_duration: int  # of the last frame, in time_base
+    kept: list[Any] | None  # the packets themselves, when they are few bytes
+
+    def times(self) -> list[float]:
+        """Presentation times in seconds from the first frame."""
+        unit, per, first = self.time_base.numerator, self.time_base.denominator, self.pts[self.shown[0]]
+        return [(self.pts[position] - first) * unit / per for position in self.shown]
+
+    def key_before(self, position: int) -> int:
+        """The keyframe to start from: the last one that is neither decoded nor shown after `position`."""
+        for key in reversed(self.keys[: bisect_right(self.keys, position)]):
+            if self.pts[key] <= self.pts[position]:
+                return key
+        return 0
+
+
+def decode_clip(
+    path: str,
+    choose: Callable[[int, float], list[int]],
+    finish: Callable[[Tensor], Tensor],
+    start: float | None = None,
+    end: float | None = None,
+) -> Clip:
+    """Decodes the chosen frames of a clip.
+
+    Args:
+        path: a file, or an http(s) URL.
+        choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
+        finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
+        start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.
+
+    Raises:
+        ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
+        av.error.FFmpegError: FFmpeg's own error where no better reason is known.
+    """
+    with _open(path) as (container, stream):
+        packets = _list_packets(path, container, stream)
+        if packets is not None:
+            times = packets.times()
+            first, last, duration = _window(
+                times, packets.last_duration * float(packets.time_base), start, end
+            )
+            chosen = choose(last - first, (last - first) / duration)
+            positions = [packets.shown[first + index] for index in chosen]
+            try:
+                frames = _decode_listed(container, stream, packets, positions, finish)
+            except (_Unlisted, av.error.FFmpegError):
+                pass
+            else:
+                return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
+    return _decode_from_beginning(
+        path, choose, finish, start, end, 0 if packets is None else len(packets.shown)
+    )
+
+
+@contextmanager
+def _open(path: str) -> Iterator[tuple[Any, Any]]:
+    is_url = path.startswith(("http://", "https://"))
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "protocol_whitelist": "http,https,tcp,tls" if is_url else "file",
+    }
+    if not is_url and (missing := missing_bytes(path)):
+        raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
+    try:
+        container = av.open(path, options=options, timeout=URL_SECONDS if is_url else None)
+    except av.error.FFmpegError as error:
+        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
+    with container:
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & stream.disposition.attached_pic:
+            others = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
+            raise ValueError(f"has no video in it, only {others}")
+        context: Any = stream.codec_context
+        if context is None:
+            raise ValueError("its video has a codec that this FFmpeg cannot decode")
+        if context.width * context.height > MAX_PIXELS:
+            raise ValueError(
+                f"declares frames of {context.width}×{context.height} pixels; at most {MAX_PIXELS:,} "
+                "are decoded"
+            )
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
+        if context.width * context.height < _THREADS_FROM_PIXELS:
+            context.thread_count = 1
+        else:
+            context.thread_type = "AUTO"
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield container, stream
+
+
+def _list_packets(path: str, container: Any, stream: Any) -> _Packets | None:
+    """All packets; None when their times do not tell the frames apart. ValueError for a cut-off file."""
+    declared = len(stream.index_entries) if container.format.name.startswith("mov") else 0
+    pts: list[int | None] = []
+    dts: list[int | None] = []
+    keys, hidden, durations = [], set(), []
+    kept: list[Any] | None = []
+    size = 0
+    for packet in container.demux(stream):
+        if packet.size == 0 and packet.dts is None:  # the end
+            continue
+        if packet.is_corrupt:
+            raise ValueError(f"the video is damaged or cut short after {len(pts)} frames")
+        if packet.is_keyframe:
+            keys.append(len(pts))
+        if packet.is_discard:
+            hidden.add(len(pts))
+        pts.append(packet.pts)
+        dts.append(packet.dts)
+        durations.append(packet.duration or 0)
+        if kept is not None:
+            size += packet.size
+            kept.append(packet)
+            if size > _BYTES_IN_MEMORY:
+                kept = None
+    if len(pts) < declared:
+        raise ValueError(f"the video is cut short: {len(pts)} of {declared} frames are there")
+    if not pts:
+        raise ValueError("the video has no frames")
+    if None in pts:
+        return None
+    listed: list[int] = pts  # type: ignore[assignment]
+    shown = sorted(
+        (position for position in range(len(pts)) if position not in hidden), key=listed.__getitem__
+    )
+    if not shown or any(listed[a] == listed[b] for a, b in pairwise(shown)):
+        return None
+    last = durations[shown[-1]]
+    if not last:
+        last = (listed[shown[-1]] - listed[shown[0]]) // max(len(shown) - 1, 1)
+    return _Packets(listed, dts, keys, shown, stream.time_base, last, kept)
+
+
+def _window(
+    times: list[float],
+    last_frame_seconds: float,
+    start: float | None,
+    end: float | None,
+) -> tuple[int, int, float]:
+    """(first frame, frame after the last, seconds) of a window. `times` ascend from 0."""
+    clip_seconds = times[-1] + last_frame_seconds
+    begin = start or 0.0
+    stop = clip_seconds if end is None else min(end, clip_seconds)
+    if begin >= clip_seconds and start is not None:
+        raise ValueError(f"its window starts at {start:g} s, but the video is {clip_seconds:.2f} s long")
+    first = bisect_left(times, begin - _TIME_TOLERANCE)
+    last = len(times) if stop >= clip_seconds else bisect_left(times, stop - _TIME_TOLERANCE)
+    # a still of unknown duration gets a second, so that its rate is a number
+    return first, last, stop - begin if stop > begin else 1.0
+
+
+def _decode_listed(
+    container: Any, stream: Any, packets: _Packets, positions: list[int], finish: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
+    """The frames of the packets at `positions`, each decoded from the keyframe before it."""
+    wanted = {packets.pts[position]: place for place, position in enumerate(positions)}
+    frames: list[Tensor | None] = [None] * len(positions)
+    context = stream.codec_context
+    may_skip = context.name == "h264"
+    missing = len(positions)
+
+    def collect(decoded: list[Any]) -> None:
+        nonlocal missing
+        for frame in decoded:
+            place = wanted.get(frame.pts)
+            if place is not None and frames[place] is None:
+                if frame.is_corrupt:
+                    raise _Unlisted
+                frames[place] = finish(_upright_rgb(frame))
+                missing -= 1
+
+    for begin, last in _runs(packets, positions):
+        for position, packet in _packets_from(container, stream, packets, begin, last):
+            if may_skip:
+                # NONREF drops pictures that no other picture refers to, so the rest stays exact
+                context.skip_frame = "DEFAULT" if packets.pts[position] in wanted else "NONREF"
+            collect(context.decode(packet))
+        collect(context.decode(None))
+        context.flush_buffers()
+    if missing:
+        raise _Unlisted
+    return frames  # type: ignore[return-value]
+
+
+def _runs(packets: _Packets, positions: list[int]) -> list[tuple[int, int]]:
+    """Stretches of packets (first, last) in decoding order: the positions and what these depend on."""
+    runs: list[tuple[int, int]] = []
+    for position in sorted(positions):
+        key = packets.key_before(position)
+        if runs and key <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], max(runs[-1][1], position))
+        else:
+            runs.append((key, position))
+    return runs
+
+
+def _packets_from(
+    container: Any,
+    stream: Any,
+    packets: _Packets,
+    begin: int,
+    last: int,
+) -> Iterator[tuple[int, Any]]:
+    if packets.kept is not None:
+        yield from zip(range(begin, last + 1), packets.kept[begin : last + 1], strict=True)
+        return
+    times = (packets.pts[begin], packets.dts[begin])
+    container.seek(min(time for time in times if time is not None), stream=stream)
+    position = None
+    for packet in container.demux(stream):
+        if position is None:
+            if (packet.pts, packet.dts) == times:
+                position = begin
+            elif packet.dts is None or (times[1] is not None and packet.dts > times[1]):
+                raise _Unlisted  # the seek went too far
+            else:
+                continue
+        yield position, packet
+        if position == last:
+            return
+        position += 1
+    raise _Unlisted
+
+
+def _decode_from_beginning(
+    path: str,
+    choose: Callable[[int, float], list[int]],
+    finish: Callable[[Tensor], Tensor],
+    start: float | None,
+    end: float | None,
+    listed: int,
+) -> Clip:
+    """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
+    pts: list[int | None] = []
+    try:
+        with _open(path) as (container, stream):
+            time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
+            hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
+            for frame in container.decode(stream):
+                pts.append(frame.pts)
+    except av.error.FFmpegError as error:
+        raise ValueError(
+            f"the video is damaged: decoding stops after {len(pts)} frames ({error.strerror})"
+        ) from error
+    if not pts:
+        raise ValueError("no frame of the video can be decoded")
+    if len(pts) < 0.9 * listed and not hidden_pictures:
+        raise ValueError(f"the video is damaged: {len(pts)} of {listed} frames can be decoded")
+    timed = [time for time in pts if time is not None]
+    if len(timed) == len(pts) and all(a < b for a, b in pairwise(timed)):
+        times = [float((time - timed[0]) * time_base) for time in timed]
+    else:
+        times = [float(number / rate) for number in range(len(pts))]
+    last_seconds = times[-1] - times[-2] if len(times) > 1 else float(1 / rate)
+    first, last, duration = _window(times, last_seconds, start, end)
+    chosen = choose(last - first, (last - first) / duration)
+    wanted = {first + index: place for place, index in enumerate(chosen)}
+    frames: list[Any] = [None] * len(chosen)
+    with _open(path) as (container, stream):
+        for number, frame in enumerate(container.decode(stream)):
+            if number in wanted:
+                if frame.is_corrupt:
+                    raise ValueError(
+                        f"the video is damaged: the frame at {times[number]:.2f} s cannot be decoded"
+                    )
+                frames[wanted[number]] = finish(_upright_rgb(frame))
+    return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
+
+
+def _upright_rgb(frame: Any) -> Tensor:
+    """[3, H, W] uint8 RGB of a decoded frame, turned and mirrored as its display matrix says."""
+    if frame.width * frame.height > MAX_PIXELS:
+        raise ValueError(
+            f"has a frame of {frame.width}×{frame.height} pixels; at most {MAX_PIXELS:,} are decoded"
+        )
+    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if matrix is None:
+        return pixels
+    # The matrix maps a point (x, y) to (a·x + c·y, b·x + d·y), y pointing down, in 16.16 fixed point.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    if abs(a) < abs(b):  # a quarter turn: x becomes y
+        pixels = pixels.transpose(-1, -2)
+        a, d = c, b
+    flipped = [dim for dim, factor in ((-1, a), (-2, d)) if factor < 0]
+    return pixels.flip(flipped) if flipped else pixels
