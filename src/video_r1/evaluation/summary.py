@@ -7,7 +7,12 @@ from typing import Any
 from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
 
 ORDERS = ("ordered", "shuffled")
-_GROUPINGS = {"by_type": "problem_type", "by_source": "data_source", "by_task": "task_type"}
+_GROUPINGS = {
+    "by_modality": "data_type",
+    "by_type": "problem_type",
+    "by_source": "data_source",
+    "by_task": "task_type",
+}
 
 Record = Mapping[str, Any]  # one line of a predictions file
 
@@ -21,7 +26,8 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
                       "unparsable_rate", "truncated_rate"},
          "shuffled": the same, over the videos,
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
-         "by_type": {name: {"ordered", "shuffled", "temporal_gap"}}, "by_source": …, "by_task": …}
+         "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
+         "by_type": …, "by_source": …, "by_task": …}
 
     An order without records and a gap without pairs are left out; the gap is over the questions that were
     asked in both orders. `by_task` is there when records name task types; an order in which all of them do

@@ -1,0 +1,348 @@
+"""Whole evaluations on real clips: restart, bad media, both orders, a scripted and a real engine."""
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import moving_square, tiny_checkpoint, write_clip
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from video_r1.data.media import FrameBudget
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import RequestError
+from video_r1.evaluation import runner
+from video_r1.evaluation.runner import evaluate, score_output
+from video_r1.evaluation.summary import summary_table
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+
+BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
+QUICK = SamplingSettings(temperature=0.01, top_p=0.001, max_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def builder(checkpoint: Path) -> PromptBuilder:
+    return PromptBuilder(AutoProcessor.from_pretrained(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_clip(folder / "clip.mp4", moving_square())
+    Image.fromarray(moving_square()[0]).save(folder / "image.png")
+    (folder / "text.mp4").write_text("no clip at all")
+    return folder
+
+
+def sample(problem_id: int | str, media: Path, name: str = "clip.mp4", **fields: Any) -> Sample:
+    base = Sample(
+        problem_id, "Which way does the square move?", "image" if name.endswith("png") else "video",
+        "multiple choice", "<answer>B</answer>", str(media / name), ("A. left", "B. right"),
+        data_source="lab/direction",
+    )  # fmt: skip
+    return replace(base, **fields)
+
+
+class ScriptedEngine:
+    """Answers B to ordered and A to shuffled frames; stops the run after a number of calls."""
+
+    def __init__(self, calls: int | None = None) -> None:
+        self.prompts: list[Prompt] = []
+        self.seeds: list[int | None] = []
+        self.calls_left = calls
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings) -> list[list[Rollout]]:
+        if self.calls_left == 0:
+            raise KeyboardInterrupt
+        if self.calls_left is not None:
+            self.calls_left -= 1
+        self.prompts += prompts
+        self.seeds.append(sampling.seed)
+        answers = {"ordered": "<think>t</think><answer>B</answer>", "shuffled": "It is A."}
+        tokens = torch.zeros(3, dtype=torch.int64)
+        return [[Rollout(tokens, torch.zeros(3), answers[prompt.order], "stop")] for prompt in prompts]
+
+    def update_weights(self, model: Any) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_both_orders_of_clips_and_images(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    samples = [sample(1, media), sample("two", media), sample(3, media, "image.png", data_source="lab/image")]
+    summary = evaluate(
+        samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(8,), sampling=QUICK, batch_size=2
+    )
+    records = lines(tmp_path / "predictions-8.jsonl")
+    assert [(record["problem_id"], record["order"]) for record in records] == [
+        (1, "ordered"), (1, "shuffled"), ("two", "ordered"), ("two", "shuffled"), (3, "ordered"),
+    ]  # fmt: skip
+    assert records[1] | {"output": "It is A.", "prediction": "A", "score": 0.0, "frames": 8} == records[1]
+    assert records[0]["strict_score"] == records[0]["score"] == records[0]["format"] == 1.0
+    figures = summary["frames"]["8"]
+    assert figures["ordered"]["accuracy"] == 1.0
+    assert figures["ordered"]["questions"] == 3
+    assert figures["shuffled"]["accuracy"] == 0.0
+    assert figures["shuffled"]["questions"] == figures["temporal_gap"]["questions"] == 2
+    assert figures["temporal_gap"]["gap"] == 1.0
+    assert figures["shuffled"]["format_rate"] == 0.0
+    assert figures["by_source"]["lab/image"].keys() == {"ordered"}
+    assert figures["skipped"] == 0
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert "1.000 [1.000, 1.000]" in summary_table(summary)
+
+
+def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
+    builder: PromptBuilder, media: Path, tmp_path: Path
+) -> None:
+    permutations = []
+    for attempt, seed in enumerate((0, 0, 1)):
+        engine = ScriptedEngine()
+        evaluate(
+            [sample(1, media), sample(2, media)], engine, builder, BUDGET,
+            output_dir=tmp_path / str(attempt), frames=(8,), seed=seed,
+        )  # fmt: skip
+        ordered, shuffled = engine.prompts[:2]
+        assert shuffled.permutation is not None
+        assert torch.equal(shuffled.media.frames, ordered.media.frames[shuffled.permutation])
+        assert not torch.equal(shuffled.media.frames, ordered.media.frames)
+        permutations.append([prompt.permutation.tolist() for prompt in engine.prompts[1::2]])  # type: ignore
+    assert permutations[0] == permutations[1]
+    assert permutations[0] != permutations[2]
+    assert permutations[0][0] != permutations[0][1]  # each question has its own
+
+
+def test_each_clip_is_decoded_once_for_both_orders(
+    builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[int | str, str]] = []
+    real = runner.read_media
+
+    def counting(question: Sample, budget: FrameBudget) -> Any:
+        read.append((question.problem_id, threading.current_thread().name))
+        return real(question, budget)
+
+    monkeypatch.setattr(runner, "read_media", counting)
+    samples = [sample(number, media) for number in range(6)]
+    evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,), batch_size=2)
+    assert sorted(number for number, _ in read) == list(range(6))
+    assert all(name.startswith("evaluation") for _, name in read)
+
+
+def test_decoding_runs_while_the_engine_generates(
+    builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, later_read = runner.read_media, threading.Event()
+    waited = []
+
+    def noticed(question: Sample, budget: FrameBudget) -> Any:
+        if question.problem_id == 2:
+            generating.wait(20)  # the third batch is decoded while the first is generated, or never
+            later_read.set()
+        return real(question, budget)
+
+    class Waiting(ScriptedEngine):
+        def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings) -> list[list[Rollout]]:
+            generating.set()
+            waited.append(later_read.wait(20))
+            return super().generate(prompts, sampling)
+
+    generating = threading.Event()
+    monkeypatch.setattr(runner, "read_media", noticed)
+    samples = [sample(number, media) for number in range(4)]
+    evaluate(samples, Waiting(), builder, BUDGET, output_dir=tmp_path, frames=(8,), batch_size=1, workers=1)
+    assert waited == [True] * 4
+
+
+@pytest.mark.parametrize("cut", ["none", "in the last line", "before the newline", "after the first line"])
+def test_an_interrupted_run_continues_to_the_same_files(
+    builder: PromptBuilder, media: Path, tmp_path: Path, cut: str
+) -> None:
+    samples = [sample(number, media) for number in range(5)]
+    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "sampling": QUICK}
+    whole = evaluate(
+        samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path / "whole", **settings
+    )
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(samples, ScriptedEngine(calls=2), builder, BUDGET, output_dir=folder, **settings)
+    path = folder / "predictions-8.jsonl"
+    content = path.read_bytes()
+    assert content.count(b"\n") == 8
+    first = content.index(b"\n") + 1
+    size = len(content)
+    keep = {"none": size, "in the last line": size - 40, "before the newline": size - 1,
+            "after the first line": first}[cut]  # fmt: skip
+    path.write_bytes(content[:keep])
+    engine = ScriptedEngine()
+    continued = evaluate(samples, engine, builder, BUDGET, output_dir=folder, **settings)
+    assert continued == whole
+    assert path.read_bytes() == (tmp_path / "whole" / "predictions-8.jsonl").read_bytes()
+    assert len(engine.prompts) == {"none": 2, "after the first line": 10}.get(cut, 6)
+    # and once more: nothing is left to do
+    engine = ScriptedEngine(calls=0)
+    assert evaluate(samples, engine, builder, BUDGET, output_dir=folder, **settings) == whole
+
+
+def test_a_continued_batch_has_its_old_seed(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    samples = [sample(number, media) for number in range(6)]
+    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "orders": ("ordered",)}
+    whole, rest = ScriptedEngine(), ScriptedEngine()
+    evaluate(samples, whole, builder, BUDGET, output_dir=tmp_path / "whole", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(samples, ScriptedEngine(calls=1), builder, BUDGET, output_dir=tmp_path / "cut", **settings)
+    evaluate(samples, rest, builder, BUDGET, output_dir=tmp_path / "cut", **settings)
+    assert len(set(whole.seeds)) == 3
+    assert rest.seeds == whole.seeds[1:]
+
+
+def test_one_bad_clip_costs_one_question(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    long_question = sample(4, media, problem="why " * 20_000)
+    samples = [sample(1, media), sample(2, media, "text.mp4"), sample(3, media, "gone.mp4"), long_question,
+               sample(5, media)]  # fmt: skip
+    settings: dict[str, Any] = {"output_dir": tmp_path, "frames": (8,), "batch_size": 4}
+    summary = evaluate(samples, ScriptedEngine(), builder, BUDGET, **settings)
+    figures = summary["frames"]["8"]
+    assert figures["ordered"] | {"accuracy": 1.0, "questions": 2} == figures["ordered"]
+    assert figures["skipped"] == 3
+    quarantine = lines(tmp_path / "quarantine.jsonl")
+    assert [(entry["problem_id"], entry["kind"], entry["frames"]) for entry in quarantine] == [
+        (2, "media", 8), (3, "media", 8), (4, "prompt", 8),
+    ]  # fmt: skip
+    assert all(entry["reason"] for entry in quarantine)
+
+    # Started again it tries them once more, and asks the engine for nothing while they stay bad.
+    assert evaluate(samples, ScriptedEngine(calls=0), builder, BUDGET, **settings) == summary
+    assert lines(tmp_path / "quarantine.jsonl") == quarantine
+    gone = media / "gone.mp4"
+    gone.write_bytes((media / "clip.mp4").read_bytes())
+    try:
+        repaired = evaluate(samples, ScriptedEngine(), builder, BUDGET, **settings)
+    finally:
+        gone.unlink()
+    assert repaired["frames"]["8"]["ordered"]["questions"] == 3
+    assert repaired["frames"]["8"]["skipped"] == 2
+    assert [entry["problem_id"] for entry in lines(tmp_path / "quarantine.jsonl")] == [2, 4]
+    assert len(lines(tmp_path / "predictions-8.jsonl")) == 6
+
+
+def test_frame_counts_have_their_own_predictions(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    summary = evaluate([sample(1, media)], engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8))
+    assert list(summary["frames"]) == ["4", "8"]
+    assert [len(prompt.media.frames) for prompt in engine.prompts] == [4, 4, 8, 8]
+    assert lines(tmp_path / "predictions-4.jsonl")[0]["frames"] == 4
+    assert len(lines(tmp_path / "predictions-8.jsonl")) == 2
+
+
+def test_two_evaluations_share_no_folder(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"output_dir": tmp_path, "frames": (8,)}
+    samples = [sample(1, media)]
+    evaluate(samples, ScriptedEngine(), builder, BUDGET, description={"checkpoint": "a"}, **settings)
+    with pytest.raises(RequestError, match=r"other settings \(checkpoint\)"):
+        evaluate(samples, ScriptedEngine(), builder, BUDGET, description={"checkpoint": "b"}, **settings)
+    with pytest.raises(RequestError, match=r"other settings \(checkpoint, seed\)"):
+        evaluate(samples, ScriptedEngine(), builder, BUDGET, seed=1, **settings)
+    with pytest.raises(RequestError, match=r"\(prompts, questions\)"):
+        evaluate([sample(2, media, problem="?")], ScriptedEngine(), builder, BUDGET,
+                 description={"checkpoint": "a"}, **settings)  # fmt: skip
+
+
+def test_a_damaged_line_in_the_middle_is_named(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    samples = [sample(1, media), sample(2, media)]
+    evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,))
+    path = tmp_path / "predictions-8.jsonl"
+    content = path.read_text().splitlines(keepends=True)
+    for damaged in ("not json\n", "7\n", '{"problem_id": 1}\n'):
+        path.write_text("".join([content[0], damaged, *content[2:]]))
+        with pytest.raises(RequestError, match=r"predictions-8\.jsonl, line 2"):
+            evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": []}, "no samples"),
+        ({"orders": ()}, "orders"),
+        ({"orders": ("reversed",)}, "reversed"),
+        ({"frames": ()}, "frames"),
+        ({"frames": (8, 8)}, "frames"),
+        ({"sampling": SamplingSettings(n=2)}, "n = 2"),
+    ],
+)
+def test_requests_that_cannot_be_met(
+    builder: PromptBuilder, media: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    settings = {"samples": [sample(1, media)], "output_dir": tmp_path} | changes
+    with pytest.raises(RequestError, match=message):
+        evaluate(engine=ScriptedEngine(), prompt_builder=builder, budget=BUDGET, **settings)
+    with pytest.raises(RequestError, match="twice"):
+        evaluate([sample(1, media)] * 2, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "truth", "output", "prediction", "score", "strict", "in_format"),
+    [
+        ("multiple choice", "B", "<think>t</think><answer>B</answer>", "B", 1.0, 1.0, 1.0),
+        ("multiple choice", "B", "The answer is (B).", "B", 1.0, 0.0, 0.0),
+        ("multiple choice", "B", "<answer>right</answer>", "B", 1.0, 0.0, 0.0),
+        ("multiple choice", "B", "no idea", "", 0.0, 0.0, 0.0),
+        ("numerical", "12", "<answer>12 squares</answer>", "12", 1.0, 0.0, 0.0),
+        ("regression", "10", "<think>t</think><answer>8.5</answer>", "8.5", 0.7, 0.7, 1.0),
+        ("regression", "10", "about 8.5 meters", "8.5", 0.7, 0.0, 0.0),
+        ("regression", "10", "far", "", 0.0, 0.0, 0.0),
+        ("OCR", "3 7 2 9", "3 7 9", "3 7 9", 0.75, 0.0, 0.0),
+    ],
+)
+def test_scores_of_outputs(
+    media: Path, problem_type: Any, truth: str, output: str, prediction: str, score: float, strict: float,
+    in_format: float,
+) -> None:  # fmt: skip
+    options = ("A. left", "B. right") if problem_type == "multiple choice" else ()
+    question = sample(
+        1, media, problem_type=problem_type, solution=f"<answer>{truth}</answer>", options=options
+    )
+    scored = score_output(question, output)
+    assert scored.prediction == prediction
+    assert (scored.score, scored.strict_score, scored.format) == pytest.approx((score, strict, in_format))
+
+
+def test_a_real_model_interrupted_and_continued(
+    checkpoint: Path, builder: PromptBuilder, media: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=torch.float32)
+    engine = TransformersEngine(model, builder.tokenizer)
+    samples = [sample(number, media, problem=f"Which way {'now ' * number}?") for number in range(4)]
+    samples.append(sample(4, media, "image.png"))
+    warm = SamplingSettings(temperature=1.0, max_tokens=6)  # sampled: equal only by equal seeds and batches
+    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "sampling": warm}
+    whole = evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path / "whole", **settings)
+    expected = (tmp_path / "whole" / "predictions-8.jsonl").read_bytes()
+    outputs = [record["output"] for record in lines(tmp_path / "whole" / "predictions-8.jsonl")]
+    assert len(set(outputs)) > 1
+    (tmp_path / "cut").mkdir()
+    for name in ("evaluation.json", "predictions-8.jsonl"):
+        (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    with (tmp_path / "cut" / "predictions-8.jsonl").open("rb+") as file:
+        file.truncate(len(expected) // 2)
+    continued = evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path / "cut", **settings)
+    assert continued == whole
+    assert (tmp_path / "cut" / "predictions-8.jsonl").read_bytes() == expected
