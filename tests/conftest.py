@@ -1,4 +1,5 @@
 """What all tests share: one thread per process, no network, and why a marked test is skipped."""
+
 from __future__ import annotations
 
 import importlib.util

@@ -4,9 +4,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
-from video_r1.config import AskSettings, EvalSettings, TrainingSettings
+from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import RequestError
-from video_r1.recipe import Recipe, save_resolved
+from video_r1.recipe import Recipe
 
 
 def data_check(recipe: Recipe) -> int:
@@ -55,7 +55,6 @@ def annotate(recipe: Recipe) -> int:
 def sft(recipe: Recipe) -> int:
     from video_r1.training.sft import run_sft
 
-    save_resolved(recipe, output_dir(recipe))
     run_sft(recipe)
     return 0
 
@@ -63,7 +62,6 @@ def sft(recipe: Recipe) -> int:
 def rl(recipe: Recipe) -> int:
     from video_r1.training.tgrpo import run_rl
 
-    save_resolved(recipe, output_dir(recipe))
     run_rl(recipe)
     return 0
 
@@ -105,7 +103,3 @@ def folder(name: str | None) -> Path:
     """The path of a required setting, which `load_recipe` has found to be there."""
     assert name is not None
     return Path(name)
-
-
-def output_dir(recipe: Recipe) -> Path:
-    return folder(recipe.section(TrainingSettings).output_dir)

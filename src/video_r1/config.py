@@ -263,7 +263,6 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
-    engine: str = setting("transformers", "what samples: transformers")
     max_new_tokens: int = setting(1024, "longest output in tokens")
     temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
     top_p: float = setting(0.001, "nucleus sampling; 1 is off")

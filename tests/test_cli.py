@@ -1,0 +1,284 @@
+"""The command line: help, exit codes, refusals in one line, and that each command reaches its work."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import video_r1
+from video_r1 import cli, commands
+from video_r1.cli import COMMANDS, find_command, main, read_request, split_words
+from video_r1.command_settings import CheckSettings, LabSettings
+from video_r1.config import AskSettings, EvalSettings, TGRPOSettings
+from video_r1.errors import MediaError, RequestError
+from video_r1.recipe import SECTIONS, Recipe
+
+
+def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "video_r1", *words], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["rl", "--help"]])
+def test_help_answers_at_once_without_torch(words: list[str]) -> None:
+    code = (
+        "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
+        "print('torch' in sys.modules, 'transformers' in sys.modules, code)"
+    )
+    seconds = []
+    for _ in range(3):  # the machine may be busy: the best of three
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.perf_counter() - start)
+    assert done.stdout.endswith("False False 0\n")
+    assert min(seconds) < 1.0
+
+
+def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    for word in (
+        "data check",
+        "data lab",
+        "data base",
+        "annotate",
+        "sft",
+        "rl",
+        "eval",
+        "ask",
+        "report",
+        "demo",
+    ):
+        assert f"\n  {word} " in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_lists_every_setting_with_default_and_example(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*name.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert COMMANDS[name].summary in text
+    for kind in SECTIONS[name]:
+        for setting in kind.__dataclass_fields__:
+            assert f"\n  --{setting} " in text
+    for example in COMMANDS[name].examples:
+        assert f"  video-r1 {example}\n" in text
+    assert all(len(line) <= 110 for line in text.splitlines())
+
+
+def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["rl", "-h"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--num_generations int G: completions per question with its frames in order [8]" in text
+    assert "--temporal_rule margin | threshold | off" in text
+    assert "--train_manifest text JSON or JSON-lines file, or a Hugging Face data set id [required]" in text
+    assert "accuracy=1, format=1, temporal=1, length=1" in text
+    assert "lab-tgrpo" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_of_the_help_is_a_valid_request(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("model_name_or_path: m\ntrain_manifest: t\noutput_dir: o\n")
+    import shlex
+
+    for example in COMMANDS[name].examples:
+        found, rest = find_command(shlex.split(example))
+        assert found == name
+        assert read_request(name, rest).command == name
+
+
+@pytest.mark.parametrize(("words", "plain", "options"), [
+    (["a", "--beta", "0.1", "b"], ["a", "b"], {"beta": "0.1"}),
+    (["--beta=0.1"], [], {"beta": "0.1"}),
+    (["--learning-rate", "1"], [], {"learning_rate": "1"}),
+    (["--beta", "-1"], [], {"beta": "-1"}),
+    (["--use_vllm"], [], {"use_vllm": True}),
+    (["--use_vllm", "lab.yaml"], ["lab.yaml"], {"use_vllm": True}),
+    (["--use_vllm", "false", "lab.yaml"], ["lab.yaml"], {"use_vllm": "false"}),
+    (["--length_range", "1", "2", "--beta", "1"], [], {"length_range": ["1", "2"], "beta": "1"}),
+    (["--length_range", "1,2"], [], {"length_range": "1,2"}),
+    (["--warmup_steps", "10", "lab.yaml"], ["lab.yaml"], {"warmup_steps": "10"}),  # not this project's own
+    (["--full_determinism", "--beta", "1"], [], {"full_determinism": True, "beta": "1"}),
+    (["--train_manifest=a=b"], [], {"train_manifest": "a=b"}),
+])  # fmt: skip
+def test_words_become_options(words: list[str], plain: list[str], options: dict[str, Any]) -> None:
+    from video_r1.config import DataSettings, own_field_types
+
+    types = {**own_field_types(TGRPOSettings), **own_field_types(DataSettings)}
+    assert split_words(words, types) == (plain, options)
+
+
+def test_positional_settings_of_ask() -> None:
+    words = [
+        "run",
+        "clip.mp4",
+        "Left or right?",
+        "--options",
+        "A. left, then up",
+        "B. right",
+        "--temperature",
+        "0",
+    ]
+    settings = read_request("ask", words).section(AskSettings)
+    assert (settings.model, settings.path, settings.question) == ("run", "clip.mp4", "Left or right?")
+    assert settings.options == ["A. left, then up", "B. right"]
+    assert settings.temperature == 0.0
+
+
+def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
+    settings = read_request("eval", ["run", "test.json", "--frames", "16,32", "--order", "ordered,shuffled"])
+    evaluation = settings.section(EvalSettings)
+    assert (evaluation.model, evaluation.manifest) == ("run", "test.json")
+    assert (evaluation.frames, evaluation.order) == ([16, 32], ["ordered", "shuffled"])
+    (tmp_path / "e.yaml").write_text("manifest: m.json\nbatch_size: 3\n")
+    evaluation = read_request("eval", [str(tmp_path / "e.yaml"), "run"]).section(EvalSettings)
+    assert (evaluation.model, evaluation.manifest, evaluation.batch_size) == ("run", "m.json", 3)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["trian"], "trian is not a command"),
+    (["rll"], "did you mean rl?"),
+    (["data"], "say data check or data lab or data base"),
+    (["data", "lag"], "data lag is not a command"),
+    (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
+    (["rl", "lab-tgrpo", "more"], "'more' is one word too many"),
+    (["rl", "lab-tgrpo", "--beta"], "--beta needs a value"),
+    (["rl", "lab-tgrpo", "--betta", "1"], "did you mean beta?"),
+    (["rl", "lab-tgrpo", "--num_generations", "1"], "num_generations (option --num_generations) is 1"),
+    (["eval", "run"], "manifest is missing"),
+    (["eval", "run", "test.json", "--model", "other"], "model is given twice"),
+    (["data", "lab", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
+    (["data", "check"], "manifest is missing"),
+    (["annotate"], "not in this version"),
+    (["report", "no/such/run"], "no/such/run: no such run folder"),
+])  # fmt: skip
+def test_a_wrong_request_is_one_line_and_exit_code_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("video-r1: ")
+    assert captured.err.count("\n") == 1
+    assert said in captured.err
+
+
+def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
+    done = in_a_process("rl", "lab-tgrpo", "--temporal_rule", "never")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "video-r1: temporal_rule (option --temporal_rule) is 'never'; it must be margin | threshold | off\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (MediaError("clip.mp4", "no video stream"), 1, "video-r1: clip.mp4: no video stream\n"),
+        (RequestError("two\nlines"), 2, "video-r1: two lines\n"),
+        (KeyboardInterrupt(), 1, "video-r1: interrupted\n"),
+    ],
+)
+def test_errors_become_exit_codes(
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(recipe: Recipe) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", cli.Command("", (), (), fail))
+    assert main(["demo"]) == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "demo", cli.Command("", (), (), lambda recipe: [][1]))
+    with pytest.raises(IndexError):
+        main(["demo"])
+
+
+def test_a_reader_that_stops_is_no_failure() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m video_r1 rl --help | head -1", shell=True, capture_output=True, text=True
+    )
+    assert done.stdout.startswith("usage: video-r1 rl")
+    assert done.stderr == ""
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("video-r1 0.")
+
+
+def test_the_lab_and_the_check_run_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "lab"
+    assert main(["data", "lab", str(folder), "--train", "3", "--test", "2", "--workers", "1"]) == 0
+    assert len(json.loads((folder / "rl.json").read_text())) == 3
+    assert "3 training and 2 test questions" in capsys.readouterr().out
+    assert main(["data", "check", str(folder / "rl.json"), "--workers", "1"]) == 0
+    next((folder / "videos").iterdir()).write_bytes(b"")
+    codes = [
+        main(["data", "check", str(folder / f"{name}.json"), "--workers", "1"]) for name in ("rl", "test")
+    ]
+    assert sorted(codes) == [0, 1]  # the damaged file belongs to one of the two
+    assert main(["data", "check", str(tmp_path / "none.json")]) == 2
+
+
+def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command is told reaches the function that does the work, by the same name."""
+    import video_r1.data.check
+
+    import video_r1.data.lab
+
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(
+        video_r1.data.check, "run_check", lambda manifest, **rest: seen.update(manifest=manifest, **rest) or 1
+    )
+    assert main(["data", "check", "m.json", "--media", "false", "--media_root", "/data", "--allow_urls"]) == 1
+    assert seen == {
+        "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None
+    }  # fmt: skip
+    monkeypatch.setattr(
+        video_r1.data.lab, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
+    )
+    assert main(["data", "lab", "out", "--seed", "5", "--shortcut", "0.5"]) == 0
+    assert seen["words"] == (Path("out"), 4000, 500, 5)
+    assert seen["shortcut"] == 0.5
+
+
+def test_settings_of_data_commands() -> None:
+    assert read_request("data check", ["m.json"]).section(CheckSettings).media is True
+    assert read_request("data lab", ["lab", "--families", "order", "count"]).section(LabSettings).families == [
+        "order", "count"
+    ]  # fmt: skip
+
+
+def test_public_names_are_there_on_first_use() -> None:
+    for name in video_r1.__all__:
+        assert getattr(video_r1, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        video_r1.Nothing  # noqa: B018  # pyright: ignore[reportAttributeAccessIssue]
+    assert "TGRPOTrainer" in dir(video_r1)
+
+
+def test_every_command_has_its_function() -> None:
+    assert set(COMMANDS) == set(SECTIONS)
+    assert {command.run.__module__ for command in COMMANDS.values()} == {commands.__name__}

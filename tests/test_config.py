@@ -1,0 +1,347 @@
+"""Settings, recipes and overrides: types, checks, origins in messages, and every packaged recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from video_r1.config import (
+    AskSettings,
+    DataSettings,
+    EvalSettings,
+    ModelSettings,
+    PromptSettings,
+    Settings,
+    SFTSettings,
+    TGRPOSettings,
+    own_field_types,
+)
+from video_r1.errors import ConfigError, RequestError
+from video_r1.recipe import (
+    SECTIONS,
+    TRAINS,
+    load_recipe,
+    packaged_recipes,
+    save_resolved,
+    training_argument_types,
+)
+from video_r1.setting_types import describe_type, matches, parse
+
+RL = {"model_name_or_path": "model", "train_manifest": "train.json", "output_dir": "run"}
+
+
+@pytest.mark.parametrize(("text", "hint", "value"), [
+    ("7", int, 7),
+    (7.0, int, 7),
+    ("1e-6", float, 1e-6),  # YAML leaves 1e-6 as text
+    (3, float, 3.0),
+    ("true", bool, True),
+    ("off", bool, False),
+    ("none", float | None, None),
+    ("Null", str | None, None),
+    ("none", str, "none"),
+    ("0.5", float | None, 0.5),
+    ("16,32,64", list[int], [16, 32, 64]),
+    ("[16, 32]", list[int] | None, [16, 32]),
+    (["16", "32"], list[int], [16, 32]),
+    (16, list[int], [16]),
+    ("ordered", list[Literal["ordered", "shuffled"]], ["ordered"]),
+    ("wandb", str | list[str], "wandb"),
+    ("wandb,tensorboard", str | list[str], ["wandb", "tensorboard"]),
+    ("accuracy=1,format=0.5", dict[str, float], {"accuracy": 1.0, "format": 0.5}),
+    ('{"accuracy": 2}', dict[str, float], {"accuracy": 2.0}),
+    ("{accuracy: 2}", dict[str, float], {"accuracy": 2.0}),
+    (False, Literal["margin", "off"], "off"),  # YAML reads a bare off as false
+    ('{"a": 1}', dict | str | None, {"a": 1}),
+    ("zero3.json", dict | str | None, "zero3.json"),
+])  # fmt: skip
+def test_values_are_read_by_the_settings_type(text: Any, hint: Any, value: Any) -> None:
+    parsed = parse(text, hint)
+    assert parsed == value
+    assert type(parsed) is type(value)
+    assert matches(parsed, hint)
+
+
+@pytest.mark.parametrize(("text", "hint", "said"), [
+    ("7.5", int, "int"),
+    (7.5, int, "int"),
+    (True, int, "int"),
+    ("abc", float, "float"),
+    (None, int, "int"),
+    ("maybe", bool | None, "true | false or none"),
+    ("sum", Literal["grpo", "dapo"], "grpo | dapo"),
+    ("a,b", list[int], "int"),
+    ("accuracy", dict[str, float], "mapping of text to float"),
+    ("accuracy=much", dict[str, float], "float"),
+    ({"a": 1}, str, "text"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, hint: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said.replace('|', '[|]')}$"):
+        parse(text, hint)
+
+
+@given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))
+def test_lists_of_numbers_survive_being_written_as_text(numbers: list[float]) -> None:
+    assert parse(",".join(map(repr, numbers)), list[float]) == numbers
+
+
+@pytest.mark.parametrize(("kind", "values", "names"), [
+    (TGRPOSettings, {"num_generations": 1}, ["num_generations"]),
+    (TGRPOSettings, {"num_generations": "8"}, ["num_generations"]),
+    (TGRPOSettings, {"num_shuffled_generations": 0}, ["num_shuffled_generations"]),
+    (TGRPOSettings, {"num_shuffled_generations": 0, "temporal_rule": "off"}, []),
+    (TGRPOSettings, {"temperature": 0.0}, ["temperature"]),
+    (TGRPOSettings, {"temporal_rule": "sometimes"}, ["temporal_rule"]),
+    (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),
+    (TGRPOSettings, {"epsilon_high": 0.28}, []),
+    (TGRPOSettings, {"length_range": [512, 320]}, ["length_range"]),
+    (TGRPOSettings, {"length_range": [320]}, ["length_range"]),
+    (TGRPOSettings, {"max_completion_length": 256}, ["length_range"]),
+    (TGRPOSettings, {"max_completion_length": 256, "length_reward": 0}, []),
+    (TGRPOSettings, {"correct_threshold": 1.0}, ["correct_threshold"]),
+    (TGRPOSettings, {"beta": -0.1, "learning_rate": -1.0}, ["learning_rate", "beta"]),
+    (SFTSettings, {"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs"]),
+    (SFTSettings, {"remove_unused_columns": True}, ["remove_unused_columns"]),
+    (PromptSettings, {"max_frames": 2}, ["max_frames"]),
+    (PromptSettings, {"fps": 0}, ["fps"]),
+    (ModelSettings, {"lora_target_modules": ["q_proj"]}, ["lora_target_modules"]),
+    (ModelSettings, {"lora_target_modules": ["q_proj"], "use_peft": True}, []),
+    (EvalSettings, {"frames": []}, ["frames"]),
+    (EvalSettings, {"order": ["ordered", "ordered"]}, ["order"]),
+    (AskSettings, {"start": 4.0, "end": 2.0}, ["end"]),
+    (AskSettings, {"problem_type": "multiple choice", "options": ["A. left"]}, ["options"]),
+])  # fmt: skip
+def test_settings_check_themselves_when_they_are_built(
+    kind: type[Settings], values: dict[str, Any], names: list[str]
+) -> None:
+    if not names:
+        kind(**values)
+        return
+    with pytest.raises(ConfigError) as caught:
+        kind(**values)
+    assert [name for name, _ in caught.value.problems] == names
+
+
+@pytest.mark.parametrize(
+    ("rule", "generations", "shuffled", "expected"),
+    [
+        ("margin", 8, None, 4),
+        ("threshold", 5, None, 2),
+        ("margin", 8, 3, 3),
+        ("off", 8, None, 0),
+        ("margin", 3, None, 1),
+    ],
+)
+def test_half_of_the_group_is_sampled_with_shuffled_frames(
+    rule: Any, generations: int, shuffled: int | None, expected: int
+) -> None:
+    settings = TGRPOSettings(
+        temporal_rule=rule, num_generations=generations, num_shuffled_generations=shuffled
+    )
+    assert settings.shuffled_generations == expected
+
+
+def test_defaults_are_the_papers() -> None:
+    settings = TGRPOSettings()
+    assert (settings.num_generations, settings.beta, settings.learning_rate) == (8, 0.04, 1e-6)
+    assert (settings.max_grad_norm, settings.weight_decay, settings.lr_scheduler_type) == (
+        5.0,
+        0.01,
+        "cosine",
+    )
+    assert (settings.max_completion_length, settings.length_range, settings.length_reward) == (
+        768,
+        [320, 512],
+        0.2,
+    )
+    assert (settings.temporal_alpha, settings.correct_threshold) == (0.3, 0.5)
+    assert SFTSettings().gradient_accumulation_steps == 2
+    evaluation = EvalSettings()
+    assert (evaluation.temperature, evaluation.top_p, evaluation.max_new_tokens) == (0.01, 0.001, 1024)
+    assert (PromptSettings().frame_pixels, evaluation.frame_pixels) == (128 * 28 * 28, 256 * 28 * 28)
+
+
+def test_mutable_defaults_are_not_shared() -> None:
+    first, second = TGRPOSettings(), TGRPOSettings()
+    first.reward_weights["accuracy"] = 5.0
+    first.length_range.append(1)
+    assert second.reward_weights["accuracy"] == 1.0
+    assert second.length_range == [320, 512]
+
+
+@pytest.mark.parametrize("command", SECTIONS)
+def test_a_setting_stands_in_one_section_of_a_command_and_has_a_help_text(command: str) -> None:
+    names = [name for kind in SECTIONS[command] for name in own_field_types(kind)]
+    assert len(names) == len(set(names))
+    for kind in SECTIONS[command]:
+        for field in dataclasses.fields(kind):
+            assert field.metadata["help"], field.name
+
+
+def test_importing_the_settings_does_not_import_torch() -> None:
+    code = "import sys, video_r1, video_r1.recipe, video_r1.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_options_override_the_recipe(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path,
+        "model_name_or_path: m\ntrain_manifest: t.json\noutput_dir: run\n"
+        "learning_rate: 1e-5\nbeta: 0\nwarmup_steps: 5\ntemporal_rule: off\neval_strategy: no\n",
+    )
+    resolved = load_recipe("rl", recipe, {"beta": "0.1", "reward-weights": "format=0.5"})
+    settings = resolved.section(TGRPOSettings)
+    assert (settings.learning_rate, settings.beta, settings.temporal_rule) == (1e-5, 0.1, "off")
+    assert settings.reward_weights == {"format": 0.5}
+    assert resolved.training == {"warmup_steps": 5.0, "eval_strategy": "no"}
+    assert resolved.section(DataSettings).train_manifest == "t.json"
+    with pytest.raises(KeyError):
+        resolved.section(EvalSettings)
+
+
+def test_every_problem_is_reported_at_once_with_its_place(tmp_path: Path) -> None:
+    recipe = write(
+        tmp_path, "model_name_or_path: m\noutput_dir: run\n\nnum_generations: 1\nlearnin_rate: 1\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("rl", recipe, {"max_frames": "2", "bf16": "perhaps", "max_response_length": "9"})
+    for said in (
+        "num_generations (recipe mine.yaml, line 4) is 1; a group needs at least 2",
+        "learnin_rate (recipe mine.yaml, line 5) is not a setting of rl; did you mean learning_rate?",
+        "max_frames (option --max_frames) is 2, below min_frames",
+        "bf16 (option --bf16) is 'perhaps'; it must be true | false or none",
+        "it is a setting of sft",
+        "train_manifest is missing",
+    ):
+        assert said in str(caught.value)
+    assert len(caught.value.problems) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("lr_scheduler_type", "cosin", "linear | cosine"),
+        ("eval_strategy", "sometimes", "no | steps | epoch"),
+        ("warmup_steps", "few", "float"),
+        ("waarmup_steps", "5", "did you mean warmup_steps?"),
+    ],
+)
+def test_fields_of_training_arguments_are_checked_too(name: str, value: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("rl", None, {**RL, name: value})
+    assert said in str(caught.value)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- a\n- b\n", "a recipe is a YAML mapping"),
+        ("3: 4\n", "a recipe is a YAML mapping"),
+        ("beta: [1\n", "cannot be read as a recipe"),
+        ("beta: 1\nalpha: 2\nbeta: 2\n", "line 3: beta stands there a second time"),
+        ("learning-rate: 1\nlearning_rate: 2\n", "line 2: learning_rate stands there a second time"),
+    ],
+)
+def test_a_broken_recipe_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        load_recipe("rl", write(tmp_path, text))
+    assert said in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RequestError, match="did you mean lab-tgrpo"):
+        load_recipe("rl", "lab-tgpro")
+
+
+def test_an_empty_recipe_gives_the_defaults(tmp_path: Path) -> None:
+    resolved = load_recipe("rl", write(tmp_path, "# nothing\n"), RL)
+    assert resolved.section(TGRPOSettings) == TGRPOSettings(output_dir="run")
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+def test_every_packaged_recipe_loads_for_its_command(name: str) -> None:
+    from video_r1.training.tgrpo import TGRPOConfig
+
+    command = {"sft": "sft", "tgrpo": "rl", "grpo": "rl", "eval": "eval"}[name.rsplit("-")[-1]]
+    recipe = load_recipe(command, name)
+    assert load_recipe(command, f"recipes/{name}.yaml").values() == recipe.values()
+    if command == "rl":
+        arguments = recipe.arguments_for(TGRPOConfig)
+        config = TGRPOConfig(**{**arguments, "bf16": False, "use_cpu": True})
+        assert config.num_generations == recipe.section(TGRPOSettings).num_generations
+        assert config.learning_rate == recipe.section(TGRPOSettings).learning_rate
+
+
+def test_there_are_recipes_for_the_lab_and_the_papers_runs() -> None:
+    names = {
+        f"{model}-{stage}" for model in ("lab", "video-r1-7b", "video-r1-3b") for stage in ("sft", "tgrpo")
+    }
+    assert names <= set(packaged_recipes())
+
+
+def test_the_packaged_model_has_a_name() -> None:
+    model = load_recipe("sft", None, {**RL, "model_name_or_path": "lab-base"}).section(ModelSettings)
+    assert Path(model.model_name_or_path or "").parts[-2:] == ("models", "lab_base")
+
+
+@pytest.mark.parametrize("command", TRAINS)
+def test_resolved_settings_are_a_recipe_that_gives_the_same_settings(tmp_path: Path, command: str) -> None:
+    options = {**RL, "temporal_rule": "off", "epsilon_high": "0.3"} if command == "rl" else RL
+    first = load_recipe(
+        command, None, {**options, "warmup_steps": "3", "hub_token": "secret", "report_to": "a,b"}
+    )
+    path = save_resolved(first, tmp_path / "run")
+    assert path.name == "config.yaml"
+    assert "secret" not in path.read_text()
+    second = load_recipe(command, path)
+    assert {**second.values(), "hub_token": "secret"} == first.values()
+    assert [entry.name for entry in path.parent.iterdir()] == [
+        "config.yaml"
+    ]  # nothing temporary stays behind
+
+
+def test_a_trainers_config_can_be_saved_as_well(tmp_path: Path) -> None:
+    from video_r1.training.tgrpo import TGRPOConfig
+
+    config = TGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_generations=4, seed=7)
+    saved = yaml.safe_load(save_resolved(config, tmp_path).read_text())
+    assert (saved["num_generations"], saved["seed"], saved["lr_scheduler_type"]) == (4, 7, "cosine")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="cannot be written"):
+        save_resolved(SFTSettings(), tmp_path / "file")
+
+
+def test_own_settings_do_not_hide_a_field_of_training_arguments_by_accident() -> None:
+    """What both have is meant to be this project's own default; a new clash has to be looked at."""
+    own = {name for command in TRAINS for kind in SECTIONS[command] for name in own_field_types(kind)}
+    shared = """
+        output_dir seed learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size
+        gradient_accumulation_steps num_train_epochs max_steps bf16 gradient_checkpointing logging_steps save_steps
+        report_to remove_unused_columns
+    """.split()
+    assert own & set(training_argument_types()) == set(shared)
+
+
+def test_types_are_described_in_words() -> None:
+    assert describe_type(int | None) == "int or none"
+    assert describe_type(Literal["a", "b"]) == "a | b"
+    assert describe_type(list[int] | None) == "list of int or none"
+    assert describe_type(dict[str, float]) == "mapping of text to float"
