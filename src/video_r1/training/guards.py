@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error
 from video_r1.progress import Progress, progress
@@ -124,17 +122,3 @@ class StepProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; None when there is none.
-
-    trainer_state.json is the last file of a checkpoint, so one that can be read marks the others as whole.
-    """
-    steps: dict[int, Path] = {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            steps[json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]] = path
-        except (OSError, ValueError, KeyError, TypeError):  # half-written: killed while it was saved
-            continue
-    return steps[max(steps)] if steps else None

@@ -15,6 +15,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from video_r1.config import Settings
+from video_r1.recipe import Recipe, save_resolved
 from video_r1.report.recording import append_line
 from video_r1.rewards.shaping import has_self_reflection
 from video_r1.rollout.engine import Rollout, RolloutGroup
@@ -120,14 +122,15 @@ class StepSeconds(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Writes metrics.jsonl into the run folder, one line a logging step, from the main process.
+    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder, from the main process.
 
     A run that is resumed continues the file: lines after the step it resumes from are taken out first. When the
     disk refuses a line, the run goes on and says so once.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
         self.folder = folder
+        self.settings = settings
         self.start = time.time()
         self.refused = False
 
@@ -136,7 +139,7 @@ class RunFolder(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        save_resolved(self.settings, self.folder)
         metrics = keep_until(self.folder / "metrics.jsonl", state.global_step)
         keep_until(self.folder / "rollouts.jsonl", state.global_step)
         self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)

@@ -30,11 +30,12 @@ from video_r1.data.prompts import Prompt, PromptBuilder, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
 from video_r1.models.loading import size_multiple
-from video_r1.recipe import Recipe, save_resolved
-from video_r1.training.guards import StepProgress, UpdateGuard, last_whole_checkpoint
+from video_r1.recipe import Recipe
+from video_r1.training.guards import StepProgress, UpdateGuard
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
 from video_r1.training.processes import gather, process_count, process_index
 from video_r1.training.questions import EpochSlots, QuestionSource, Slot, StepBatches
+from video_r1.training.runs import run_in_folder
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model, manifests_of, model_of
 
 IGNORED = -100  # the label of tokens without a loss
@@ -93,6 +94,7 @@ class SFTTrainer(Trainer):
         processing_class: ProcessorMixin | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         args = SFTConfig(output_dir="runs/sft") if args is None else args
         student, processing_class = given_model(model, processing_class, peft_config)
@@ -111,7 +113,7 @@ class SFTTrainer(Trainer):
             train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
             eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.guard, RunFolder(folder), StepSeconds(self.meter)],
+            callbacks=[*(callbacks or []), self.guard, RunFolder(folder, args if recipe is None else recipe), StepSeconds(self.meter)],
         )
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the step: the Trainer must not divide it
         self.label_names = ["labels"]
@@ -231,8 +233,6 @@ class SFTTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_world_process_zero() and not (Path(self.settings.output_dir) / "config.yaml").exists():
-            save_resolved(self.settings, self.settings.output_dir)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -262,17 +262,17 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def run_sft(recipe: Recipe) -> Path:
-    """SFT from a resolved recipe. Returns the last checkpoint's folder.
+    """SFT from a resolved recipe. Returns the run folder, which is a checkpoint as well.
 
-    A run folder that holds a whole checkpoint is continued from it. Raises ConfigError, ManifestError, and
+    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError, ManifestError, and
     VideoR1Error when media are missing as a whole or the loss stays not finite.
     """
     args = SFTConfig(**recipe.arguments_for(SFTConfig))
-    training, validation = manifests_of(recipe)
-    model, processor = model_of(recipe)
-    save_resolved(recipe, args.output_dir)
-    trainer = SFTTrainer(
-        model, args=args, train_dataset=training, eval_dataset=validation, processing_class=processor
-    )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
-    return last_whole_checkpoint(args.output_dir) or Path(args.output_dir)
+
+    def build() -> SFTTrainer:
+        training, validation = manifests_of(recipe)
+        model, processor = model_of(recipe)
+        return SFTTrainer(model, args=args, train_dataset=training, eval_dataset=validation,
+                     processing_class=processor, recipe=recipe)
+
+    return run_in_folder(recipe, args.output_dir, build)

@@ -58,12 +58,12 @@ from video_r1.models.group_forward import (
     vision_language_model,
 )
 from video_r1.models.loading import size_multiple
-from video_r1.recipe import Recipe, save_resolved
+from video_r1.recipe import Recipe
 from video_r1.report.recording import record_group
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.advantages import group_advantages
-from video_r1.training.guards import StepProgress, UpdateGuard, last_whole_checkpoint
+from video_r1.training.guards import StepProgress, UpdateGuard
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds, describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.preflight import Preflight
@@ -76,6 +76,7 @@ from video_r1.training.rollout_step import (
     sample_rollouts,
     score_groups,
 )
+from video_r1.training.runs import run_in_folder
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
 
@@ -117,7 +118,8 @@ class TGRPOTrainer(Trainer):
     `function(prompts, completions, completion_ids, **columns) -> list[float | None]`. train_dataset, eval_dataset:
     a manifest's path or hub id, a list of Sample, or a `datasets.Dataset` of the record fields.
     processing_class: the model's processor (default: the checkpoint's). peft_config: trains adapters only.
-    engine: what samples (default: the model itself, in this process).
+    engine: what samples (default: the model itself, in this process). recipe: what config.yaml is written from
+    (default: `args`).
 
     Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in reach,
     when media are missing as a whole or the loss stays not finite.
@@ -134,6 +136,7 @@ class TGRPOTrainer(Trainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         engine: RolloutEngine | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         if args.use_vllm and engine is None:
@@ -155,7 +158,7 @@ class TGRPOTrainer(Trainer):
             train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
             eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
             processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.guard, RunFolder(folder), StepSeconds(self.meter), Preflight(self)],
+            callbacks=[*(callbacks or []), self.guard, RunFolder(folder, args if recipe is None else recipe), StepSeconds(self.meter), Preflight(self)],
         )
         self.settings = args
         self.model_accepts_loss_kwargs = True  # the loss is normalised over the step: the Trainer must not divide it
@@ -381,8 +384,6 @@ class TGRPOTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_world_process_zero() and not (Path(self.settings.output_dir) / "config.yaml").exists():
-            save_resolved(self.settings, self.settings.output_dir)
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -404,17 +405,17 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def run_rl(recipe: Recipe) -> Path:
-    """T-GRPO from a resolved recipe. Returns the last checkpoint's folder.
+    """T-GRPO from a resolved recipe. Returns the run folder, which is a checkpoint as well.
 
-    A run folder that holds a whole checkpoint is continued from it. Raises ConfigError, ManifestError, and what
+    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError, ManifestError, and what
     `TGRPOTrainer.train` raises.
     """
     args = TGRPOConfig(**recipe.arguments_for(TGRPOConfig))
-    training, validation = manifests_of(recipe)
-    model, processor = model_of(recipe)
-    save_resolved(recipe, args.output_dir)
-    trainer = TGRPOTrainer(
-        model, args=args, train_dataset=training, eval_dataset=validation, processing_class=processor
-    )
-    trainer.train(resume_from_checkpoint=last_whole_checkpoint(args.output_dir))
-    return last_whole_checkpoint(args.output_dir) or Path(args.output_dir)
+
+    def build() -> TGRPOTrainer:
+        training, validation = manifests_of(recipe)
+        model, processor = model_of(recipe)
+        return TGRPOTrainer(model, args=args, train_dataset=training, eval_dataset=validation,
+                     processing_class=processor, recipe=recipe)
+
+    return run_in_folder(recipe, args.output_dir, build)

@@ -1,0 +1,87 @@
+"""A run in its folder: started, or continued from its last whole checkpoint; its model saved at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from video_r1.errors import ConfigError
+from video_r1.recipe import Recipe, plain
+
+logger = logging.getLogger(__name__)
+
+LENGTHS = ("max_steps", "num_train_epochs")
+MAY_CHANGE = frozenset(
+    (*LENGTHS, "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy")
+    + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
+)
+"""Settings that may differ when a run is continued: they leave the steps that are done as they are."""
+
+
+def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Trainer]) -> Path:
+    """Train what `build` returns in the run folder, and save model and processor there. Returns the folder.
+
+    A folder with a whole checkpoint is continued from it; a finished run is left as it is. Raises ConfigError when
+    the checkpoint belongs to a run with other settings, and what training raises.
+    """
+    folder = Path(folder)
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is not None:
+        changed = changed_settings(recipe, folder)
+        refused = [f"{name} ({old!r} → {new!r})" for name, (old, new) in changed.items() if name not in MAY_CHANGE]
+        if refused:
+            raise ConfigError(
+                f"output_dir {folder} holds a run with other settings: {', '.join(refused)}. Choose another "
+                "output_dir, or remove the folder to start again"
+            )
+        if is_finished(checkpoint) and not any(name in changed for name in LENGTHS):
+            logger.warning("%s: this run is finished; remove the folder to run it again", folder)
+            return folder
+        logger.warning("%s: continuing from %s", folder, checkpoint.name)
+    trainer = build()
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    return folder
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; None when there is none.
+
+    trainer_state.json is the last file of a checkpoint, so one that can be read marks the others as whole.
+    """
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            steps[read_state(path)["global_step"]] = path
+        except (OSError, ValueError, KeyError, TypeError):  # half-written: killed while it was saved
+            continue
+    return steps[max(steps)] if steps else None
+
+
+def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Settings of the recipe that differ from those in the folder's config.yaml: name to (there, here)."""
+    try:
+        there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        return {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir") from error
+    here = plain(recipe.values())
+    return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
+
+
+def is_finished(checkpoint: Path) -> bool:
+    """Whether the run had done all its steps at this checkpoint."""
+    state = read_state(checkpoint)
+    return state["global_step"] >= state["max_steps"]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
