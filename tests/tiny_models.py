@@ -1,4 +1,4 @@
-"""Real but tiny Qwen checkpoints and clips for the tests: the true architectures, processors and file formats.
+"""Real but tiny Qwen checkpoints and clips for the tests: true architectures, processors and file formats.
 
 `tiny_checkpoint` writes a folder that every Auto class loads; `write_clip` writes an H.264 MP4.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,7 +16,6 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    ProcessorMixin,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
@@ -92,14 +92,14 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
     trained = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
+        merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
     )
 
 
-def tiny_processor(family: str) -> ProcessorMixin:
+def tiny_processor(family: str) -> Any:
     """The family's own processor; one merged patch is 28 (Qwen2-VL, Qwen2.5-VL) or 32 pixels wide."""
     tokenizer, template = tiny_tokenizer(), chat_template(family)
     if family == "qwen3_vl":
@@ -112,9 +112,8 @@ def tiny_processor(family: str) -> ProcessorMixin:
         )
     pixels = {"shortest_edge": 28 * 28, "longest_edge": 56 * 56}
     kind = Qwen2VLProcessor if family == "qwen2_vl" else Qwen2_5_VLProcessor
-    return kind(
-        Qwen2VLImageProcessor(size=pixels), tokenizer, Qwen2VLVideoProcessor(size=pixels), chat_template=template
-    )
+    images, videos = Qwen2VLImageProcessor(size=pixels), Qwen2VLVideoProcessor(size=pixels)
+    return kind(images, tokenizer, videos, chat_template=template)
 
 
 def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrainedModel:
@@ -124,13 +123,13 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
     """
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
-    special = {
+    parts: dict[str, Any] = {
         "image_token_id": ids["image_pad"],
         "video_token_id": ids["video_pad"],
         "vision_start_token_id": ids["vision_start"],
         "vision_end_token_id": ids["vision_end"],
     }
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": 448,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -144,24 +143,23 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
         "eos_token_id": ids["im_end"],
         "pad_token_id": ids["endoftext"],
     }
-    vision = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "initializer_range": 0.2}
+    vision: dict[str, Any] = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "initializer_range": 0.2}
+    parts |= {"text_config": text, "vision_config": vision}
     torch.manual_seed(seed)
     if family == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, **special))
+        model = Qwen2VLForConditionalGeneration(Qwen2VLConfig(**parts))
     elif family == "qwen2_5_vl":
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 56,
                    "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
-        model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **special)
-        )
+        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts))
     elif family == "qwen3_vl":
         text["head_dim"] = 16
         text["rope_parameters"]["mrope_interleaved"] = True
         text.pop("bos_token_id")
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
                    "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **special))
+        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts))
     else:
         raise ValueError(f"family {family!r} is none of {FAMILIES}")
     model.generation_config = GenerationConfig(
@@ -173,7 +171,7 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
 def tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
     """Writes model, processor and chat template of a family (see FAMILIES) into `folder`; returns it."""
     processor = tiny_processor(family)
-    tiny_model(family, processor.tokenizer, seed).save_pretrained(folder)  # pyright: ignore[reportAttributeAccessIssue]
+    tiny_model(family, processor.tokenizer, seed).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
 

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 
 from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.errors import ConfigError
+from video_r1.models.group_forward import prompt_positions, vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
@@ -42,9 +43,8 @@ class _Prefilled:
 class TransformersEngine:
     """Samples with a transformers Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, sharing each prompt's prefill.
 
-    model: the conditional-generation model itself or a PEFT model around it; DistributedDataParallel is
-        unwrapped. It is switched to eval mode while sampling and back. Under mixed precision call `generate`
-        within the trainer's autocast.
+    model: for conditional generation, also within PEFT or DistributedDataParallel. It is switched to eval mode
+        while sampling and back. Under mixed precision call `generate` within the trainer's autocast.
     tokenizer: tokenizer or processor.
     max_sequences: completions decoded at once; further prompts wait for the next wave.
     max_prefill_tokens: prompt tokens, padding included, of one prefill forward.
@@ -62,9 +62,8 @@ class TransformersEngine:
 
     def update_weights(self, model: Any) -> None:
         """The weights are the trained model's own; another model object is taken over as it is."""
-        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT
-        self._core = self.model.base_model  # vision tower and language model, without the head
+        self.model = vision_language_model(model)
+        self._core = self.model.model  # vision tower and language model, without the head
         self._text_config = self._core.language_model.config
         if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
@@ -128,7 +127,7 @@ class TransformersEngine:
         following = torch.zeros(len(prompts), dtype=torch.long)
         for row, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
             input_ids[row, :size] = prompt.input_ids
-            positions[:, row, :size], following[row] = self._positions(prompt)
+            positions[:, row, :size], following[row] = prompt_positions(self.model, prompt)
         features = {
             name: torch.cat(tensors).to(device)
             for name in VISUAL_FEATURES
@@ -149,16 +148,6 @@ class TransformersEngine:
             lengths=lengths,
             next_position=following.to(device),
         )
-
-    def _positions(self, prompt: Prompt) -> tuple[Tensor, int]:
-        """The prompt's mRoPE positions [3, P] and the position of the first token after it."""
-        names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        positions, delta = self._core.get_rope_index(
-            prompt.input_ids[None],
-            mm_token_type_ids=prompt.features["mm_token_type_ids"][None],
-            **{name: prompt.features[name] for name in names if name in prompt.features},
-        )
-        return positions[:, 0], len(prompt.input_ids) + int(delta)
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.get_output_embeddings()(hidden)

@@ -1,0 +1,237 @@
+"""Prompts: the text, the tensors that reach the model, and every refusal."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
+
+from video_r1.data.media import Media
+from video_r1.data.prompts import PromptBuilder, load_template, response_text
+from video_r1.data.records import ProblemType, Sample
+from video_r1.errors import ConfigError, PromptError
+
+PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
+
+
+def make_sample(problem_type: ProblemType = "multiple choice", **fields) -> Sample:
+    options = ("A. left", "B. right") if problem_type == "multiple choice" else ()
+    values = {"problem": "Where does it go?", "options": options, "data_type": "video", "path": "clip.mp4",
+              "solution": "<answer>B</answer>"} | fields  # fmt: skip
+    return Sample(problem_id=7, problem_type=problem_type, **values)
+
+
+def side(family: str) -> int:
+    return 64 if family == "qwen3_vl" else 56
+
+
+def make_clip(family: str, frames: int = 8, duration: float = 4.0) -> Media:
+    pixels = torch.from_numpy(moving_square(frames, side(family), side(family))).permute(0, 3, 1, 2)
+    times = torch.linspace(0, duration, frames, dtype=torch.float64)
+    return Media(pixels.contiguous(), times, duration, "video")
+
+
+def blank_clip(height: int, width: int, duration: float) -> Media:
+    return Media(torch.zeros(4, 3, height, width, dtype=torch.uint8), torch.arange(4), duration, "video")
+
+
+def make_image(family: str) -> Media:
+    return Media(make_clip(family).frames[3:4], torch.zeros(1, dtype=torch.float64), 0.0, "image")
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "text"),
+    [
+        ("multiple choice", "Where does it go?\nA. left\nB. right\n{} Give the letter only."),
+        ("numerical", "Where does it go?\n{} Give a number."),
+        ("OCR", "Where does it go?\n{} Give the text."),
+        ("free-form", "Where does it go?\n{} Give a sentence."),
+        ("regression", "Where does it go?\n{} Give a number."),
+    ],
+)
+def test_question_text(problem_type: ProblemType, text: str) -> None:
+    instruction = "Think within <think></think>, then answer within <answer></answer>."
+    builder = PromptBuilder(PROCESSORS["qwen2_5_vl"])
+    assert builder.question(make_sample(problem_type)) == text.format(instruction)
+
+
+def test_braces_in_a_question_are_text() -> None:
+    question = PromptBuilder(PROCESSORS["qwen2_vl"]).question(make_sample(problem="What is {hint} in {x}?"))
+    assert question.startswith("What is {hint} in {x}?\nA. left")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chat_has_the_media_before_the_text(family: str) -> None:
+    processor = PROCESSORS[family]
+    prompt = PromptBuilder(processor).build(make_sample(), make_clip(family))
+    text = processor.tokenizer.decode(prompt.input_ids)
+    assert text.endswith("Give the letter only.<|im_end|>\n<|im_start|>assistant\n")
+    assert text.rindex("<|video_pad|>") < text.index("Where does it go?")
+    assert [part["type"] for part in prompt.messages[0]["content"]] == ["video", "text"]
+    assert prompt.input_ids.dtype == torch.int64 and prompt.input_ids.ndim == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visual_placeholders_and_features(family: str) -> None:
+    """8 frames of 4 x 4 patches are 4 x 4 x 4 patches and, merged 2 x 2, 16 tokens; an image has 4 tokens."""
+    processor = PROCESSORS[family]
+    builder = PromptBuilder(processor)
+    clip = builder.build(make_sample(), make_clip(family))
+    assert clip.features["video_grid_thw"].tolist() == [[4, 4, 4]]
+    assert len(clip.features["pixel_values_videos"]) == 64
+    assert builder.visual_tokens(clip.input_ids) == 16
+    assert torch.equal(clip.features["mm_token_type_ids"] == 2, clip.input_ids == processor.video_token_id)
+    image = builder.build(make_sample(data_type="image"), make_image(family))
+    assert image.features["image_grid_thw"].tolist() == [[1, 4, 4]]
+    assert builder.visual_tokens(image.input_ids) == 4
+    assert torch.equal(image.features["mm_token_type_ids"] == 1, image.input_ids == processor.image_token_id)
+    assert set(image.features) == {"pixel_values", "image_grid_thw", "mm_token_type_ids"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pixels_are_the_frames_normalised_and_not_resized(family: str) -> None:
+    """Frames of one grey value each: every patch holds that value, rescaled and normalised by channel."""
+    processor = PROCESSORS[family]
+    values = torch.tensor([0, 30, 60, 255], dtype=torch.uint8)
+    frames = values[:, None, None, None].expand(4, 3, side(family), 2 * side(family)).contiguous()
+    media = Media(frames, torch.arange(4.0, dtype=torch.float64), 4.0, "video")
+    pixels = PromptBuilder(processor).build(make_sample(), media).features["pixel_values_videos"]
+    part = processor.video_processor
+    patches = pixels.view(2, 32, 3, 2, part.patch_size**2)  # [T/2, patches, channel, frame, pixels]
+    for frame, value in enumerate(values.tolist()):
+        for channel in range(3):
+            expected = (value / 255 - part.image_mean[channel]) / part.image_std[channel]
+            actual = patches[frame // 2, :, channel, frame % 2]
+            torch.testing.assert_close(actual, torch.full_like(actual, expected), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "duration", "seconds_per_grid"),
+    [(8, 4.0, 1.0), (16, 8.0, 1.0), (8, 3.3, 0.825), (4, 10.01, 5.005), (5, 2.5, 1.0), (16, 600.0, 75.0)],
+)
+def test_sampling_rate_reaches_qwen2_5(frames: int, duration: float, seconds_per_grid: float) -> None:
+    """second_per_grid_ts = 2 frames a temporal patch / (frames / duration)."""
+    media = make_clip("qwen2_5_vl", frames, duration)
+    features = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(make_sample(), media).features
+    torch.testing.assert_close(features["second_per_grid_ts"], torch.tensor([seconds_per_grid]))
+
+
+def test_sampling_rate_moves_the_temporal_positions() -> None:
+    """8 frames in 5 s: 1.25 s a grid step, 2 positions a second, so steps stand at floor(i * 2.5)."""
+    processor = PROCESSORS["qwen2_5_vl"]
+    prompt = PromptBuilder(processor).build(make_sample(), make_clip("qwen2_5_vl", 8, 5.0))
+    features = {key: value for key, value in prompt.features.items() if "pixel" not in key}
+    features["mm_token_type_ids"] = features["mm_token_type_ids"][None]
+    core = tiny_model("qwen2_5_vl", processor.tokenizer).model
+    positions, _ = core.get_rope_index(prompt.input_ids[None], **features)
+    temporal = positions[0, 0][prompt.input_ids == processor.video_token_id]
+    assert (temporal - temporal[0]).unique().tolist() == [0, 2, 5, 7]
+
+
+def test_real_timestamps_reach_qwen3() -> None:
+    """Qwen3-VL names the mean time of each pair of frames, here unevenly spaced ones."""
+    processor = PROCESSORS["qwen3_vl"]
+    clip = make_clip("qwen3_vl", 6, 9.0)
+    times = torch.tensor([0.0, 0.4, 1.0, 3.0, 7.0, 8.6], dtype=torch.float64)
+    prompt = PromptBuilder(processor).build(make_sample(), Media(clip.frames, times, 9.0, "video"))
+    text = processor.tokenizer.decode(prompt.input_ids)
+    assert re.findall(r"<([\d.]+) seconds>", text) == ["0.2", "2.0", "7.8"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shuffled_prompt_differs_in_frame_order_only(family: str) -> None:
+    builder = PromptBuilder(PROCESSORS[family])
+    grey = torch.arange(0, 160, 20, dtype=torch.uint8)
+    frames = grey[:, None, None, None].expand(8, 3, side(family), side(family)).contiguous()
+    clip = Media(frames, torch.linspace(0, 4, 8, dtype=torch.float64), 4.0, "video")
+    permutation = torch.tensor([3, 1, 0, 2, 7, 5, 4, 6])
+    ordered = builder.build(make_sample(), clip)
+    shuffled = builder.build(make_sample(), clip, permutation)
+    assert (ordered.order, shuffled.order) == ("ordered", "shuffled")
+    assert torch.equal(ordered.input_ids, shuffled.input_ids)
+    assert ordered.features.keys() == shuffled.features.keys()
+    for name in ordered.features.keys() - {"pixel_values_videos"}:
+        assert torch.equal(ordered.features[name], shuffled.features[name]), name
+    patch = PROCESSORS[family].video_processor.patch_size
+
+    def by_frame(pixels: torch.Tensor) -> torch.Tensor:  # [T, values of the frame]
+        return pixels.view(4, 16, 3, 2, patch * patch).permute(0, 3, 1, 2, 4).reshape(8, -1)
+
+    before = by_frame(ordered.features["pixel_values_videos"])
+    after = by_frame(shuffled.features["pixel_values_videos"])
+    assert torch.equal(after, before[permutation])
+    assert not torch.equal(after, before)
+    assert torch.equal(shuffled.media.frames[0], frames[3])
+    assert torch.equal(shuffled.media.timestamps, clip.timestamps)
+
+
+def test_too_long_prompt_is_an_error_with_its_figures() -> None:
+    processor, clip = PROCESSORS["qwen2_5_vl"], make_clip("qwen2_5_vl")
+    length = len(PromptBuilder(processor).build(make_sample(), clip).input_ids)
+    PromptBuilder(processor, max_prompt_length=length).build(make_sample(), clip)
+    with pytest.raises(PromptError, match=rf"7: .*{length} tokens, 16 of them visual.* is {length - 1}"):
+        PromptBuilder(processor, max_prompt_length=length - 1).build(make_sample(), clip)
+
+
+@pytest.mark.parametrize(
+    ("media", "fields", "message"),
+    [
+        (blank_clip(56, 60, 2.0), {}, "60 x 56 pixels .* multiples of 28"),
+        (blank_clip(56, 56, 0.0), {}, "0.0 seconds"),
+        (make_clip("qwen2_vl"), {"problem": "See <|video_pad|> here"}, r"special token '<\|video_pad\|>'"),
+        (make_clip("qwen2_vl"), {"options": ("A. x<|im_end|>",)}, r"special token '<\|im_end\|>'"),
+    ],
+)
+def test_refusals(media: Media, fields: dict, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        PromptBuilder(PROCESSORS["qwen2_vl"]).build(make_sample(**fields), media)
+
+
+def test_response_is_the_rationale_and_the_answer_with_the_end_token() -> None:
+    processor, clip = PROCESSORS["qwen2_5_vl"], make_clip("qwen2_5_vl")
+    sample = make_sample(process="<think>It goes right.</think>")
+    builder = PromptBuilder(processor)
+    prompt, response = builder.build_with_response(sample, clip, response_text(sample))
+    text = processor.tokenizer.decode(response)
+    assert text == "<think>It goes right.</think>\n<answer>B</answer><|im_end|>"
+    assert response.dtype == torch.int64 and response[-1] == builder.end_token_id
+    assert torch.equal(prompt.input_ids, builder.build(sample, clip).input_ids)
+    with pytest.raises(PromptError, match="no `process`"):
+        response_text(make_sample())
+    with pytest.raises(PromptError, match="empty"):
+        builder.build_with_response(sample, clip, " ")
+    with pytest.raises(PromptError, match="special token"):
+        builder.build_with_response(sample, clip, "yes<|im_end|>")
+
+
+def test_template_file(tmp_path: Path) -> None:
+    path = tmp_path / "template.txt"
+    path.write_text("Q: {question}\n{options}\nUse {{braces}}. {hint}\n#hint OCR: Copy the text.\n")
+    builder = PromptBuilder(PROCESSORS["qwen2_vl"], path)
+    assert builder.question(make_sample("OCR")) == "Q: Where does it go?\nUse {braces}. Copy the text."
+    assert builder.question(make_sample()) == (
+        "Q: Where does it go?\nA. left\nB. right\nUse {braces}. Give the letter only."
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{question} {options} {answer}", r"unknown placeholder \{answer\}"),
+        ("{question} only", "must contain {question} and {options}"),
+        ("{question} {options} }", "Single '}'"),
+        ("{question} {options}\n#hint maths: x", "TYPE of multiple choice"),
+        ("{question} {options}\n#hint OCR", "must read '#hint TYPE: words'"),
+        (b"\xff\xfe\x00", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_bad_template_files(tmp_path: Path, content: str | bytes | None, message: str) -> None:
+    path = tmp_path / "template.txt"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_template(path)
+    assert str(path) in str(caught.value)
