@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -92,8 +93,6 @@ def test_every_example_of_the_help_is_a_valid_request(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("model_name_or_path: m\ntrain_manifest: t\noutput_dir: o\n")
-    import shlex
-
     for example in COMMANDS[name].examples:
         found, rest = find_command(shlex.split(example))
         assert found == name
@@ -266,9 +265,8 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_settings_of_data_commands() -> None:
     assert read_request("data check", ["m.json"]).section(CheckSettings).media is True
-    assert read_request("data lab", ["lab", "--families", "order", "count"]).section(LabSettings).families == [
-        "order", "count"
-    ]  # fmt: skip
+    lab = read_request("data lab", ["lab", "--families", "order", "count"]).section(LabSettings)
+    assert lab.families == ["order", "count"]
 
 
 def test_public_names_are_there_on_first_use() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import yaml
@@ -19,9 +19,11 @@ from video_r1.config import (
     EvalSettings,
     ModelSettings,
     PromptSettings,
+    Schedule,
     Settings,
     SFTSettings,
     TGRPOSettings,
+    TrainingSettings,
     own_field_types,
 )
 from video_r1.errors import ConfigError, RequestError
@@ -332,12 +334,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_own_settings_do_not_hide_a_field_of_training_arguments_by_accident() -> None:
     """What both have is meant to be this project's own default; a new clash has to be looked at."""
     own = {name for command in TRAINS for kind in SECTIONS[command] for name in own_field_types(kind)}
-    shared = """
-        output_dir seed learning_rate lr_scheduler_type weight_decay max_grad_norm per_device_train_batch_size
-        gradient_accumulation_steps num_train_epochs max_steps bf16 gradient_checkpointing logging_steps save_steps
-        report_to remove_unused_columns
-    """.split()
-    assert own & set(training_argument_types()) == set(shared)
+    defaults = {f.name for f in dataclasses.fields(TrainingSettings)}
+    assert own & set(training_argument_types()) == defaults & set(training_argument_types())
+
+
+def test_the_schedules_are_those_of_transformers() -> None:
+    assert set(get_args(Schedule)) == {
+        schedule.value for schedule in training_argument_types()["lr_scheduler_type"]
+    }
 
 
 def test_types_are_described_in_words() -> None:

@@ -55,7 +55,7 @@ def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
         right = field.metadata["help"] + (f" [{default}]" if default else "")
         block = textwrap.wrap(right, WIDTH - COLUMN)
         if len(left) >= COLUMN:
-            lines.append(left)
+            lines += textwrap.wrap(left.strip(), WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
         else:
             block[0] = left.ljust(COLUMN) + block[0]
         lines += [part if part.startswith("  --") else " " * COLUMN + part for part in block]

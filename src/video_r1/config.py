@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 Problem = tuple[str, str]
 """The name of a setting, and what is wrong with its value and what to do."""
 
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay", "greedy",
+]  # fmt: skip
+"""Those of `transformers.SchedulerType`."""
+
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
     "on second thought", "re-examine", "reconsider", "double-check", "verify", "actually,",
@@ -140,7 +147,7 @@ class TrainingSettings(Settings):
     output_dir: str | None = setting(None, "run folder: checkpoints, metrics, recorded rollouts")
     seed: int = setting(42, "seed of everything random")
     learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
-    lr_scheduler_type: str = setting("cosine", "learning-rate schedule")
+    lr_scheduler_type: Schedule = setting("cosine", "learning-rate schedule")
     weight_decay: float = setting(0.01, "AdamW's weight decay")
     max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm")
     per_device_train_batch_size: int = setting(1, "questions per device and forward pass")

@@ -34,7 +34,7 @@ from video_r1.config import (
     raise_problems,
 )
 from video_r1.errors import ConfigError, RequestError
-from video_r1.setting_types import alternatives, parse
+from video_r1.setting_types import alternatives, is_enum, parse
 
 SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
@@ -114,8 +114,8 @@ def load_recipe(
         values[name.replace("-", "_")] = value
         origins[name.replace("-", "_")] = f"option --{name}"
     types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
-    training_types = training_argument_types() if command in TRAINS else {}
-    settings, found = parse_values(command, values, {**training_types, **types}, training_types)
+    imported = training_argument_types() if command in TRAINS and values.keys() - types.keys() else {}
+    settings, found = parse_values(command, values, {**imported, **types})
     for name in ("model_name_or_path", "model"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
             settings[name] = str(resources.files("video_r1") / "models" / "lab_base")
@@ -135,7 +135,7 @@ def load_recipe(
 
 
 def parse_values(
-    command: str, values: Mapping[str, Any], types: Mapping[str, Any], training_types: Mapping[str, Any]
+    command: str, values: Mapping[str, Any], types: Mapping[str, Any]
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Turn each value into its setting's type. Returns the parsed settings and the problems."""
     settings: dict[str, Any] = {}
@@ -144,13 +144,8 @@ def parse_values(
         if name not in types:
             found.append((name, unknown_setting(command, name, types)))
             continue
-        hints = [types[name]]
-        if has_choices(training_types.get(name)) and training_types[name] is not types[name]:
-            hints.append(training_types[name])  # `lr_scheduler_type: str` is one of its schedules
         try:
-            for hint in hints:
-                value = parse(value, hint)
-            settings[name] = value
+            settings[name] = parse(value, types[name])
         except ValueError as error:
             found.append((name, f"is {value!r}; it must be {error}"))
     return settings, found
@@ -174,12 +169,7 @@ def training_argument_types() -> dict[str, Any]:
 
     hints = typing.get_type_hints(TrainingArguments)
     types = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
-    return {name: next(filter(has_choices, alternatives(hint)), hint) for name, hint in types.items()}
-
-
-def has_choices(hint: Any) -> bool:
-    """Whether the type is an enum."""
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
+    return {name: next(filter(is_enum, alternatives(hint)), hint) for name, hint in types.items()}
 
 
 def packaged_recipes() -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -29,6 +30,11 @@ def field_types(kind: type) -> dict[str, Any]:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """The members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def is_enum(hint: Any) -> bool:
+    """Whether the type is an enum class."""
+    return isinstance(hint, type) and issubclass(hint, enum.Enum)
 
 
 def matches(value: Any, hint: Any) -> bool:
@@ -73,7 +79,7 @@ def describe_type(hint: Any) -> str:
         return f"list of {describe_type(arguments[0])}"
     if origin is dict:
         return f"mapping of {describe_type(arguments[0])} to {describe_type(arguments[1])}"
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if is_enum(hint):
         return " | ".join(str(choice.value) for choice in hint)
     return {str: "text", bool: "true | false"}.get(hint) or getattr(hint, "__name__", str(hint))
 
@@ -150,7 +156,7 @@ def _parse_one(value: Any, hint: Any) -> Any:
         if hint is int and text is None and number != value:
             raise wrong  # 1.5 is not an int
         return number
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+    if is_enum(hint):
         for choice in hint:
             if text == str(choice.value) or (value is False and choice.value == "no"):  # YAML: no is false
                 return choice.value
@@ -158,6 +164,8 @@ def _parse_one(value: Any, hint: Any) -> Any:
     if hint is str:
         if isinstance(value, str):
             return value
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
         if isinstance(value, bool):
             return "no" if value is False else "yes"  # YAML reads a bare `no` as false: eval_strategy: no
         if isinstance(value, int | float):
