@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from video_r1.data.media import Media
@@ -20,15 +21,15 @@ from video_r1.models.packing import BLOCK, block_mask, row_layout
 
 torch.set_num_threads(1)
 TOKENIZER = tiny_tokenizer()
-VISION_START, VISION_END, IMAGE, VIDEO = (
-    TOKENIZER.convert_tokens_to_ids(f"<|{name}|>")
-    for name in ("vision_start", "vision_end", "image_pad", "video_pad")
+SPECIAL: list[int] = TOKENIZER.convert_tokens_to_ids(  # pyright: ignore[reportAssignmentType]
+    [f"<|{name}|>" for name in ("vision_start", "vision_end", "image_pad", "video_pad")]
 )
+VISION_START, VISION_END, IMAGE, VIDEO = SPECIAL
 TEXT = 300  # ids below it are text
 PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
-def build(family: str) -> PreTrainedModel:
+def build(family: str) -> Any:
     """A tiny model whose log-probabilities are of a usual size, about -6."""
     model = tiny_model(family, TOKENIZER)
     with torch.no_grad():
@@ -69,7 +70,7 @@ def make_prompt(family: str, *parts: int | tuple) -> Prompt:
         for name, value in found.items():
             features[name] = torch.cat([features[name], value]) if name in features else value
     tokens = torch.tensor(ids)
-    features["mm_token_type_ids"] = ((tokens == IMAGE) + 2 * (tokens == VIDEO)).int()[None]
+    features["mm_token_type_ids"] = torch.where(tokens == IMAGE, 1, torch.where(tokens == VIDEO, 2, 0))[None]
     frame = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     media = Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image")
     return Prompt(tokens, features, media, None, [])
@@ -80,7 +81,7 @@ def tokens_of(*lengths: int) -> list[Tensor]:
 
 
 def expanded_logprobs(
-    model: PreTrainedModel, prompt: Prompt, completions: list[Tensor], temperature: float
+    model: Any, prompt: Prompt, completions: list[Tensor], temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities and entropies [N] by the model's own forward on the group as a right-padded batch."""
     groups, prompt_length = len(completions), len(prompt.input_ids)
@@ -96,8 +97,8 @@ def expanded_logprobs(
         for name, value in prompt.features.items()
         if name != "mm_token_type_ids"
     }
-    kinds = (ids == IMAGE) + 2 * (ids == VIDEO)
-    logits = model(ids, attention_mask=mask, mm_token_type_ids=kinds.int(), **features).logits
+    kinds = torch.where(ids == IMAGE, 1, torch.where(ids == VIDEO, 2, 0))
+    logits = model(ids, attention_mask=mask, mm_token_type_ids=kinds, **features).logits
     scores = torch.log_softmax(logits[:, prompt_length - 1 : -1].float() / temperature, -1)
     chosen = scores.gather(2, ids[:, prompt_length:, None])[..., 0]
     entropy = -(scores.exp() * scores).sum(-1)
@@ -166,7 +167,7 @@ def one_batch(family: str) -> tuple[list[Prompt], list[list[Tensor]]]:
 
 
 def expanded_batch(
-    model: torch.nn.Module, prompts: list[Prompt], completions: list[list[Tensor]], temperature: float = 1.0
+    model: Any, prompts: list[Prompt], completions: list[list[Tensor]], temperature: float = 1.0
 ) -> Tensor:
     pairs = zip(prompts, completions, strict=True)
     return torch.cat([expanded_logprobs(model, p, c, temperature)[0] for p, c in pairs])
@@ -215,6 +216,21 @@ def test_bfloat16_is_as_close_to_float32_as_the_expanded_batch(family: str) -> N
     error = (result - exact).abs().mean()
     expanded_error = (expanded_batch(model, prompts, completions) - exact).abs().mean()
     assert float(error) < 2 * float(expanded_error)
+
+
+def test_autocast() -> None:
+    model = build("qwen2_5_vl")
+    prompts, completions = one_batch("qwen2_5_vl")
+    exact = expanded_batch(model, prompts, completions).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        result = group_logprobs(model, prompts, completions).logprobs
+        expanded = expanded_batch(model, prompts, completions)
+    result.sum().backward()
+    assert (
+        0
+        < float((result.detach() - exact).abs().mean())
+        < 2 * float((expanded.detach() - exact).abs().mean())
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -297,7 +313,8 @@ def test_through_a_distributed_wrapper() -> None:
     model = build("qwen2_5_vl")
     prompts, completions = one_batch("qwen2_5_vl")
     expected = gradients(model, group_logprobs(model, prompts, completions).logprobs, torch.ones(30))
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     reduced = []
 
     def halve(state, bucket):  # DDP compares annotations with its own types, so there are none
@@ -372,6 +389,7 @@ def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
     tiles = padded.view(blocks, BLOCK, blocks, BLOCK)
     assert torch.equal(mask.to_dense()[0, 0].bool(), tiles.any(3).any(1))
     full = torch.zeros(blocks, blocks, dtype=torch.bool)
+    assert mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None
     for row, count in enumerate(mask.full_kv_num_blocks[0, 0].tolist()):
         full[row, mask.full_kv_indices[0, 0, row, :count].long()] = True
     assert torch.equal(full, tiles.all(3).all(1))
@@ -381,8 +399,7 @@ def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
 def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: list[list[int]]) -> None:
     layout = row_layout(prompts, completions, torch.device("cpu"))
     q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2  # pyright: ignore[reportAttributeAccessIssue]
+    module: Any = torch.nn.Module()
     pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
     expected = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=visible_by_hand(prompts, completions), scale=0.3, enable_gqa=True
@@ -399,7 +416,7 @@ def test_refuses() -> None:
     prompts, completions = one_batch("qwen2_5_vl")
     with pytest.raises(ValueError, match="2 prompts and 1 groups"):
         group_logprobs(model, prompts, completions[:1])
-    with pytest.raises(PromptError, match="prompt 1 has 6 visual placeholders and 0 visual features"):
+    with pytest.raises(PromptError, match="prompt 1: 6 visual placeholders but 0 visual features"):
         group_logprobs(model, prompts, completions, vision_features=[encode_vision(model, prompts)[0], None])
     with pytest.raises(ConfigError, match="Linear cannot take a group in one row"):
         group_logprobs(torch.nn.Linear(2, 2), prompts, completions)

@@ -1,7 +1,7 @@
 """Attention of a row of groups, registered with transformers as "video_r1_groups".
 
-Models run with unmodified transformers classes: their attention modules look the implementation up by name. A call
-without a row's layout (generation, evaluation, a padded batch) is handed to transformers' SDPA unchanged.
+Models run with unmodified transformers classes: their attention modules look the implementation up by name. A
+call without a row's layout (generation, evaluation, a padded batch) goes to transformers' SDPA unchanged.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from video_r1.models.packing import GroupSpan, RowLayout
 
 IMPLEMENTATION = "video_r1_groups"
 
-# The kernel behind scaled_dot_product_attention on the CPU. Called by name because the log-sum-exp that it returns
-# lets two partial results be joined, which the public function does not offer.
+# The kernel behind scaled_dot_product_attention on the CPU. Called by name because the log-sum-exp that it
+# returns lets two partial results be joined, which the public function does not offer.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -39,39 +39,42 @@ def groups_attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: query [B, H, S, D], key and value [B, Hkv, S, D] -> [B, S, H, D].
 
-    With `group_layout` B is 1 and S the row's tokens; on the CPU the row's pieces go through the flash kernel one by
-    one, elsewhere FlexAttention takes the layout's block mask.
+    With `group_layout` B is 1 and S the row's tokens; on the CPU the row's pieces go through the flash kernel
+    one by one, elsewhere FlexAttention takes the layout's block mask.
     """
     if group_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if dropout:
-        raise ValueError(f"attention dropout is {dropout}; a row of groups needs 0 (config.attention_dropout)")
+        raise ValueError(f"attention dropout is {dropout}; a row of groups needs config.attention_dropout 0")
+    if torch.is_autocast_enabled(query.device.type):  # it does not reach the kernels below
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if group_layout.block_mask is not None:
-        mask = group_layout.block_mask
-        return flex_attention_forward(module, query, key, value, mask, scaling=scaling)  # pyright: ignore[reportArgumentType]
+        return flex_attention_forward(module, query, key, value, group_layout.block_mask, scaling=scaling)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rows = (x[0].transpose(0, 1) for x in (query, key, value))
-    return _SharedPrefixAttention.apply(*rows, group_layout, scale)[None], None  # pyright: ignore[reportOptionalSubscript]
+    out: Any = _SharedPrefixAttention.apply(*rows, group_layout, scale)
+    return out[None], None
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
     """Attention of the row without a mask: softmax over prompt and own tokens, computed apart and joined.
 
     For a query with partial results o1, o2 and log-sum-exps l1, l2, and l = log(exp l1 + exp l2):
-    o = exp(l1 - l) o1 + exp(l2 - l) o2. The flash backward of each part, given the joined o and l, returns that
-    part's share of the gradient (Milakov & Gimelshein 2018; the joining as in Liu et al. 2023, Ring Attention).
+    o = exp(l1 - l) o1 + exp(l2 - l) o2. The flash backward of each part, given the joined o and l, returns
+    that part's share of the gradient (as in Ring Attention, Liu et al. 2023, arXiv:2310.01889).
     """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scale: float
+    ) -> Tensor:
         """query [N, H, D], key and value [N, Hkv, D] -> [N, H, D]."""
         keys, values = _all_heads(key, value, query.shape[1])
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = query.new_empty(query.shape[:2], dtype=_lse_dtype(query))  # [N, H]
 
-        joined_out, joined_lse = out, lse
         for span in layout.groups:
             causal = slice(span.start, span.first_end)
             out[causal], lse[causal] = _piece(query[causal], keys[causal], values[causal], True, scale)
@@ -80,16 +83,16 @@ class _SharedPrefixAttention(torch.autograd.Function):
                 out[rest], lse[rest] = _piece(query[rest], keys[prompt], values[prompt], False, scale)
         if layout.buckets:
             own = [_bucket_forward(query, keys, values, bucket, scale) for bucket in layout.buckets]
-            own_out = torch.cat([part for part, _ in own])[layout.from_buckets]
-            own_lse = torch.cat([part for _, part in own])[layout.from_buckets]
+            own_out, own_lse = (torch.cat(parts)[layout.from_buckets] for parts in zip(*own, strict=True))
             prompt_out, prompt_lse = out[layout.others], lse[layout.others]
             both = torch.logaddexp(prompt_lse, own_lse)
-            mixed = prompt_out * (prompt_lse - both).exp()[..., None] + own_out * (own_lse - both).exp()[..., None]
-            joined_out[layout.others] = mixed.to(out.dtype)
-            joined_lse[layout.others] = both
-        ctx.save_for_backward(query, key, value, joined_out, joined_lse)
+            weighted = prompt_out * (prompt_lse - both).exp()[..., None]
+            weighted += own_out * (own_lse - both).exp()[..., None]
+            out[layout.others] = weighted.to(out.dtype)
+            lse[layout.others] = both
+        ctx.save_for_backward(query, key, value, out, lse)
         ctx.layout, ctx.scale = layout, scale
-        return joined_out
+        return out
 
     @staticmethod
     @once_differentiable
@@ -105,21 +108,20 @@ class _SharedPrefixAttention(torch.autograd.Function):
             if span.end > span.first_end:
                 pieces.append((*_rest_and_prompt(span), False))
             for rows, columns, causal in pieces:
-                parts = _piece_backward(
-                    grad[rows], query[rows], keys[columns], values[columns], out[rows], lse[rows], causal, ctx.scale
-                )
+                heads = (grad[rows], query[rows], keys[columns], values[columns], out[rows])
+                parts = _piece_backward(*heads, lse[rows], causal, ctx.scale)
                 grad_q[rows] += parts[0]
                 grad_k[columns] += parts[1]
                 grad_v[columns] += parts[2]
         for bucket, mask in zip(layout.buckets, layout.bucket_masks, strict=True):
             # A repeated token gets no gradient: its copies in the bucket are not part of the row.
             kept = bucket.flatten()[mask]
-            heads = [x[bucket].transpose(1, 2) for x in (query, keys, values, out)]
-            grad_own = (grad[bucket] * mask.view(*bucket.shape, 1, 1)).transpose(1, 2)
+            heads = [_take(x, bucket) for x in (query, keys, values, out)]
+            grad_own = _take(grad, bucket) * mask.view(len(bucket), 1, -1, 1)
             lse_own = lse[bucket].transpose(1, 2).contiguous()
             parts = _flash_backward(grad_own, *heads, lse_own, 0.0, True, scale=ctx.scale)
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
-                total[kept] += part.transpose(1, 2).flatten(0, 1)[mask]
+                total.index_add_(0, kept, part.transpose(1, 2).flatten(0, 1)[mask])
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             grad_k, grad_v = (x.unflatten(1, (-1, repeats)).sum(2) for x in (grad_k, grad_v))
@@ -132,6 +134,11 @@ def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     if repeats == 1:
         return key, value
     return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+
+
+def _take(x: Tensor, bucket: Tensor) -> Tensor:
+    """[N, H, D] and indices [n, L] -> [n, H, L, D]."""
+    return x.index_select(0, bucket.flatten()).unflatten(0, bucket.shape).transpose(1, 2)
 
 
 def _rest_and_prompt(span: GroupSpan) -> tuple[slice, slice]:
@@ -162,7 +169,7 @@ def _piece_backward(
 
 def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Completions among themselves: bucket [n, L] -> out [n * L, H, D], log-sum-exp [n * L, H]."""
-    out, lse = _flash(*(x[bucket].transpose(1, 2) for x in (q, k, v)), 0.0, True, scale=scale)
+    out, lse = _flash(*(_take(x, bucket) for x in (q, k, v)), 0.0, True, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
 
 

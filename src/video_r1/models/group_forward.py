@@ -1,9 +1,9 @@
 """The group in one row: log-probabilities of G completions at the cost of one prompt plus G completions.
 
-    vision tower once a question ─► [prompt, completion 1, …, completion G] of every question end to end ─► head on
-    the positions that predict completion tokens, in chunks
+    vision tower, once a question ─► [prompt, completion 1, …, completion G] of every question, end to end ─►
+    head on the positions that predict completion tokens, in chunks
 
-What a token sees and which position it has are those of its completion standing alone behind its prompt, so that
+What a token sees and which position it has are those of its completion standing alone behind its prompt, so
 values and gradients equal those of the expanded batch, where pixels and prompt are repeated G times.
 """
 
@@ -27,8 +27,8 @@ from video_r1.models.packing import GroupSpan, row_layout
 class GroupLogprobs:
     """Packed results of a batch of groups; torch.split(logprobs, lengths.tolist()) gives them by completion.
 
-    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `entropy`: [N] float32 or None.
-    `lengths`: [completions] int64, tokens of each completion.
+    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `entropy`: [N] float32, nats,
+    or None. `lengths`: [completions] int64, tokens of each completion.
     """
 
     logprobs: Tensor
@@ -40,8 +40,8 @@ class GroupLogprobs:
 class VisionFeatures:
     """What the vision tower makes of one prompt.
 
-    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: for the models that have
-    them (Qwen3-VL), features [V, d] added after the first decoder layers; else empty.
+    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: for models that have
+    them (Qwen3-VL), features [V, d] that are added after the first decoder layers; else empty.
     """
 
     embeddings: Tensor
@@ -58,9 +58,9 @@ def group_logprobs(
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
-    model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL for conditional generation, also inside PEFT, DDP or FSDP; its text
-    attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. Under mixed
-    precision, call within the autocast context. completions[q][g]: token ids [L_qg] int64, any lengths.
+    model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL for conditional generation, also inside PEFT, DDP or FSDP; its
+    text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. With
+    autocast, call within its context. completions[q][g]: token ids [L_qg] int64 of any lengths.
     vision_features: from `encode_vision`, one a prompt, to share a frozen tower's output; else it runs here.
     Raises PromptError when a prompt's placeholders and its pixels do not match, ConfigError for other models.
     """
@@ -74,9 +74,10 @@ def group_logprobs(
 
 
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """The vision tower's output for each prompt (None: a prompt without visuals), images and videos in one call each.
+    """The vision tower's output for each prompt, None for a prompt without visuals.
 
-    Gradients follow the caller's grad mode and whether the tower is frozen.
+    The tower is called once for all images and once for all videos. Gradients follow the caller's grad mode
+    and whether the tower is frozen.
     """
     core = vision_language_model(model).model
     parts = {
@@ -91,17 +92,14 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFea
         ids = prompt.input_ids
         visual = ids[(ids == core.config.image_token_id) | (ids == core.config.video_token_id)]
         is_image = (visual == core.config.image_token_id).to(image.embeddings.device)
-        encoded.append(
-            VisionFeatures(
-                _interleave(is_image, image.embeddings, video.embeddings),
-                tuple(_interleave(is_image, a, b) for a, b in zip(image.deepstack, video.deepstack, strict=True)),
-            )
-        )
+        layers = zip(image.deepstack, video.deepstack, strict=True)
+        embeddings = _interleave(is_image, image.embeddings, video.embeddings)
+        encoded.append(VisionFeatures(embeddings, tuple(_interleave(is_image, a, b) for a, b in layers)))
     return encoded
 
 
 def vision_language_model(model: nn.Module) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT wrappers. Raises ConfigError for unknown ones."""
+    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises ConfigError for an unknown kind."""
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module
@@ -116,10 +114,10 @@ def vision_language_model(model: nn.Module) -> Any:
 
 
 def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
-    """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the first token after it.
+    """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the token after it.
 
-    Both are what `forward` and `generate` use for a sequence alone: text after the prompt counts on from its last
-    token. (A video's time positions may reach beyond that.)
+    Both are what `forward` and `generate` use for a sequence alone: text after the prompt counts on from its
+    last token. (A video's time positions may reach beyond that.)
     """
     ids = prompt.input_ids[None].cpu()
     grids = {
@@ -159,20 +157,21 @@ def _forward(
     )
     features = encode_vision(model, prompts) if vision_features is None else vision_features
     embeddings = embedding(row_ids)
-    visual_positions, deepstack = None, None
+    deepstack: dict[str, Any] = {}
     present = [part for part in features if part is not None]
     if present:
         visual_positions = _visual_positions(model, prompts, features, row_ids, layout.groups)
         visual = torch.cat([part.embeddings for part in present]).to(device, embeddings.dtype)
         embeddings = embeddings.masked_scatter(visual_positions[:, None], visual)
-        deepstack = [torch.cat(layer) for layer in zip(*(part.deepstack for part in present), strict=True)]
-    extra = {"visual_pos_masks": visual_positions[None], "deepstack_visual_embeds": deepstack} if deepstack else {}  # pyright: ignore[reportOptionalSubscript]
+        layers = [torch.cat(parts) for parts in zip(*(part.deepstack for part in present), strict=True)]
+        if layers:
+            deepstack = {"visual_pos_masks": visual_positions[None], "deepstack_visual_embeds": layers}
     hidden = text(
         inputs_embeds=embeddings[None],
         position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],
         use_cache=False,
         group_layout=layout,
-        **extra,
+        **deepstack,
     ).last_hidden_state[0]
 
     targets = torch.cat([tokens for group in completions for tokens in group]).to(device)
@@ -199,7 +198,7 @@ def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Seque
 
 
 def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Tensor:
-    """[N] row indices of the tokens that predict completion tokens; a completion's first is predicted by its prompt."""
+    """[N] row indices of the tokens that predict completion tokens; the prompt's last predicts each first."""
     parts = []
     position = 0
     for prompt, group in zip(prompts, completions, strict=True):
@@ -220,7 +219,7 @@ def _visual_positions(
     row_ids: Tensor,
     groups: Sequence[GroupSpan],
 ) -> Tensor:
-    """[N] bool: the visual placeholders of the row's prompts, after checking their number against the features.
+    """[N] bool: the visual placeholders of the row's prompts, whose numbers are checked against the features.
 
     A placeholder id that the policy sampled keeps its plain embedding, as in generation.
     """
@@ -232,7 +231,7 @@ def _visual_positions(
         expected = int(((ids == model.config.image_token_id) | (ids == model.config.video_token_id)).sum())
         found = 0 if part is None else len(part.embeddings)
         if expected != found:
-            raise PromptError(f"prompt {number} has {expected} visual placeholders and {found} visual features")
+            raise PromptError(f"prompt {number}: {expected} visual placeholders but {found} visual features")
     return placeholder & in_prompt
 
 
@@ -269,13 +268,13 @@ def _interleave(is_image: Tensor, image: Tensor, video: Tensor) -> Tensor:
 
 def _use_group_attention(text: Any) -> None:
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
-        raise ConfigError("the model's text layers use sliding-window attention; a group in one row needs full attention")
+        raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
     if text.config._attn_implementation != IMPLEMENTATION:
         text.config._attn_implementation = IMPLEMENTATION
 
 
 def _through_wrapper(model: nn.Module, function: Callable[[], GroupLogprobs]) -> GroupLogprobs:
-    """Run `function` as the forward pass of `model`, so that the hooks of DDP and FSDP gather and reduce around it."""
+    """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it."""
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module

@@ -15,18 +15,17 @@ def token_logprobs(
     """log softmax(head(hidden) / temperature) at `targets`.
 
     hidden [N, d], targets [N] int64 -> log-probabilities [N] float32 and, if asked for, the entropy of each
-    distribution [N] float32 in nats (without a gradient). Chunks of the logits are recomputed in the backward pass;
-    only one exists at a time.
+    distribution [N] float32 in nats (without a gradient). The logits exist one chunk at a time; the backward
+    pass computes them again.
     """
     rows = max(1, CHUNK_LOGITS.get(hidden.device.type, 2**26) // vocabulary)
     logprobs, entropy = [], []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
+        arguments = (head, states, tokens, temperature, with_entropy)
         if torch.is_grad_enabled():
-            chunk = checkpoint(
-                _chunk, head, states, tokens, temperature, with_entropy, use_reentrant=False, preserve_rng_state=False
-            )
+            chunk = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            chunk = _chunk(head, states, tokens, temperature, with_entropy)
+            chunk = _chunk(*arguments)
         logprobs.append(chunk[0])
         entropy.append(chunk[1])
     return torch.cat(logprobs), torch.cat(entropy) if with_entropy else None

@@ -34,9 +34,9 @@ def load_model(
 ) -> PreTrainedModel:
     """A video-language model from a checkpoint folder or a hub id, in evaluation mode.
 
-    dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None for
-    transformers' choice. Raises ConfigError when the folder is missing or incomplete, when it holds no
-    video-language model, and when weights are missing or not in safetensors files.
+    dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None
+    leaves the choice to transformers. Raises ConfigError when the folder is missing or incomplete, when it
+    holds no video-language model, and when weights are missing or not in safetensors files.
     """
     source = _checked_source(path)
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -48,7 +48,7 @@ def load_model(
         if not known and not (trust_remote_code and hasattr(config, "auto_map")):
             raise ConfigError(f"{path}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
         _check_weight_files(source)
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             config=config,
             dtype=dtype,
@@ -59,6 +59,7 @@ def load_model(
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+    model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
@@ -74,9 +75,9 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
         raise ConfigError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from error
     for part in ("tokenizer", "image_processor", "video_processor"):
         if getattr(processor, part, None) is None:
-            raise ConfigError(f"{path}: the processor has no {part}; copy the original model's processor files")
+            raise ConfigError(f"{path}: no {part} in the processor; copy the original processor files")
     if not processor.chat_template:
-        raise ConfigError(f"{path}: there is no chat template; copy the original model's chat_template.jinja")
+        raise ConfigError(f"{path}: no chat template; copy the original model's chat_template.jinja")
     return processor
 
 

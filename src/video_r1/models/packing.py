@@ -4,8 +4,8 @@
     group    0 0 0 0 0 0 0 0 0 0 | 1 1 1 1 1 1
     segment  0 0 0 0 1 1 2 2 2 3 | 4 4 5 5 5 6        one number a prompt or completion
 
-A token sees the earlier tokens of its own segment and, in a completion, the whole prompt of its group. The last
-token of a completion predicts nothing that is scored, so it is not in the row.
+A token sees the earlier tokens of its own segment and, in a completion, the whole prompt of its group. The
+last token of a completion predicts nothing that is scored, so it is not in the row.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class GroupSpan:
     """Where a group lies in its row, as token indices, ends exclusive.
 
     The first completion directly follows the prompt, so both together are one plain causal sequence
-    [start, first_end); the other completions, [first_end, end), see the prompt [start, prompt_end) and themselves.
+    [start, first_end); the others, [first_end, end), see the prompt [start, prompt_end) and themselves.
     """
 
     start: int
@@ -40,11 +40,11 @@ class GroupSpan:
 class RowLayout:
     """Which token of a row of N tokens sees which; made once a row and used by every layer.
 
-    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions but each
-    group's first. `buckets`: [n, L] row indices of those completions, similar lengths together; short ones repeat
-    their last token. `from_buckets`: [C], for each of `others` its index in the flattened, concatenated buckets.
-    `bucket_masks`: [n * L] bool, False where a token is such a repeat. `block_mask`: the same rule for
-    FlexAttention; None on the CPU.
+    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions but
+    each group's first. `buckets`: [n, L] row indices of those completions, similar lengths together; short
+    ones repeat their last token. `bucket_masks`: [n * L] bool, False where a token is such a repeat.
+    `from_buckets`: [C], for each of `others` its index in the flattened, concatenated buckets. `block_mask`:
+    the same rule for FlexAttention; None on the CPU.
     """
 
     tokens: int
@@ -61,7 +61,7 @@ def row_layout(
 ) -> RowLayout:
     """The layout of a row of groups.
 
-    prompt_lengths: P of each group; completion_lengths: the tokens of each of its completions that are in the row.
+    prompt_lengths: P of each group. completion_lengths: the tokens of its completions that are in the row.
     """
     groups: list[GroupSpan] = []
     segments: list[tuple[int, int]] = []  # completions that are not the first of their group
@@ -74,7 +74,8 @@ def row_layout(
         groups.append(GroupSpan(start, prompt_end, first_end, ends[-1]))
         position = ends[-1]
     buckets, masks, row_indices = _buckets(segments)
-    # `row_indices` lists the row's tokens in bucket order; its sorting order leads back from row to bucket order.
+    # `row_indices` lists row tokens in bucket order; the order that sorts it leads from the row to the
+    # buckets.
     others, order = torch.sort(row_indices)
     valid = torch.cat(masks).nonzero()[:, 0] if masks else torch.empty(0, dtype=torch.long)
     on_gpu = device.type != "cpu"
@@ -90,7 +91,7 @@ def row_layout(
 
 
 def _buckets(segments: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Segments [start, end) of similar length together: indices [n, L], masks [n * L], and the unmasked indices."""
+    """Segments [start, end) of similar length together: indices [n, L], masks [n * L], unmasked indices."""
     by_size = sorted(segments, key=lambda segment: segment[1] - segment[0])
     buckets, masks = [], []
     for _, members in itertools.groupby(by_size, key=lambda segment: (segment[1] - segment[0] - 1) // BUCKET):
@@ -146,7 +147,7 @@ def block_mask(
         same = (segment[key] == segment[query]) | (segment[key] == prompt_segment[query])
         return same & (key <= query)
 
-    def listed(table: Tensor) -> tuple[Tensor, Tensor]:  # kv blocks of each query block, the listed ones first
+    def listed(table: Tensor) -> tuple[Tensor, Tensor]:  # counts; key blocks, listed ones first
         order = torch.argsort(table.int(), dim=1, descending=True, stable=True)
         return table.sum(1).int()[None, None].to(device), order.int()[None, None].to(device)
 
