@@ -185,7 +185,8 @@ def _list_packets(path: str, container: Any, stream: Any) -> _Packets | None:
         raise ValueError(f"the video is cut short: {len(pts)} of {declared} frames are there")
     if not pts:
         raise ValueError("the video has no frames")
-    if None in pts:
+    # AVI has no presentation times: FFmpeg numbers the packets as they come
+    if None in pts or (container.format.name == "avi" and stream.codec_context.has_b_frames):
         return None
     listed: list[int] = pts  # type: ignore[assignment]
     shown = sorted(
@@ -254,39 +255,38 @@ def _runs(packets: _Packets, positions: list[int]) -> list[tuple[int, int]]:
     """Stretches of packets (first, last) in decoding order: the positions and what these depend on."""
     runs: list[tuple[int, int]] = []
     for position in sorted(positions):
-        key = packets.key_before(position)
-        if runs and key <= runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], max(runs[-1][1], position))
-        else:
-            runs.append((key, position))
+        begin, last = packets.key_before(position), position
+        while runs and begin <= runs[-1][1] + 1:  # pictures shown before a keyframe may come after it
+            begin, last = min(begin, runs[-1][0]), max(last, runs[-1][1])
+            runs.pop()
+        runs.append((begin, last))
     return runs
 
 
 def _packets_from(
-    container: Any,
-    stream: Any,
-    packets: _Packets,
-    begin: int,
-    last: int,
+    container: Any, stream: Any, packets: _Packets, begin: int, last: int
 ) -> Iterator[tuple[int, Any]]:
+    """The packets from a keyframe to position `last`, with their positions."""
     if packets.kept is not None:
         yield from zip(range(begin, last + 1), packets.kept[begin : last + 1], strict=True)
         return
-    times = (packets.pts[begin], packets.dts[begin])
-    container.seek(min(time for time in times if time is not None), stream=stream)
-    position = None
-    for packet in container.demux(stream):
-        if position is None:
-            if (packet.pts, packet.dts) == times:
-                position = begin
-            elif packet.dts is None or (times[1] is not None and packet.dts > times[1]):
-                raise _Unlisted  # the seek went too far
-            else:
-                continue
-        yield position, packet
-        if position == last:
-            return
-        position += 1
+    key_time = packets.pts[begin]
+    # some containers look up decoding times: where the first seek lands behind the keyframe, go further back
+    for seek_time in (key_time, packets.dts[begin], packets.pts[0]):
+        if seek_time is None:
+            continue
+        container.seek(min(seek_time, key_time), stream=stream)
+        position = begin
+        for packet in container.demux(stream):
+            if packet.pts == packets.pts[position]:
+                yield position, packet
+                if position == last:
+                    return
+                position += 1
+            elif position > begin or packet.pts is None:
+                raise _Unlisted
+            elif packet.pts > key_time:
+                break
     raise _Unlisted
 
 

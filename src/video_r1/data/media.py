@@ -112,7 +112,7 @@ def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[in
     squares = pixels // multiple**2
     rows = max(1, math.isqrt(pixels * height // (width * multiple**2)))
     columns = max(1, math.isqrt(pixels * width // (height * multiple**2)))
-    return min(rows, squares // columns) * multiple, min(columns, squares // rows) * multiple
+    return min(rows, squares) * multiple, min(columns, squares) * multiple
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
