@@ -36,7 +36,7 @@ const plural = (count, noun) => `${show(count)} ${noun}${count === 1 ? "" : "s"}
 function ticks(low, high, count) {
   const rough = (high - low) / count || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.999);
+  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough * 0.7);
   const values = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) values.push(Number((i * step).toPrecision(12)));
   return values;
@@ -115,7 +115,7 @@ function chart(spec, title, options) {
   const key = make("ul", { class: "key" });
   const single = spec.lines.length === 1;
   const node = make("figure", { class: large ? "chart large" : "chart" },
-    make("figcaption", {}, make("span", { class: "title" }, title), make("code", {}, large ? spec.base : ""), readout),
+    make("figcaption", {}, make("span", { class: "title" }, title), large ? make("code", {}, spec.base) : "", readout),
     plot, single ? null : key);
   const axis = spec.lines.reduce((a, b) => (b.x.length > a.length ? b.x : a), []);
   const first = Math.min(...spec.lines.map((line) => line.x[0]));
@@ -126,7 +126,7 @@ function chart(spec, title, options) {
     const width = plot.clientWidth || 300;
     const height = large ? options.height : 84;
     const direct = large && width > 620 && !single;
-    const margin = { left: 40, right: direct ? 150 : 8, top: 8, bottom: 18 };
+    const margin = { left: 42, right: direct ? 150 : 8, top: 8, bottom: 18 };
     const lines = spec.lines.map((line) => ({ ...line, s: smooth(line.y, line.x.length > 8 ? radius : 0) }));
     const seen = lines.flatMap((line) => (line.main ? line.y : line.s));
     let low = seen.reduce((a, b) => Math.min(a, b), Infinity);
@@ -140,15 +140,17 @@ function chart(spec, title, options) {
     const right = width - margin.right;
 
     const marks = [];
-    for (const value of ticks(low, high, large ? 4 : 2)) {
+    // A small chart names the range of its data, a large one has an axis.
+    for (const value of large ? ticks(low, high, 4) : [low, high]) {
       marks.push(draw("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) }));
-      marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 3.5, "text-anchor": "end" }, show(value)));
+      marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 3.5, "text-anchor": "end" },
+        show(large ? value : Number(value.toPrecision(2)))));
     }
-    const steps = large ? ticks(first, last, Math.max(2, width / 160)) : [first, last];
-    for (const step of steps.filter((s) => Number.isInteger(s))) {
-      const anchor = x(step) > right - 12 ? "end" : x(step) < margin.left + 8 ? "start" : "middle";
-      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, show(step)));
-    }
+    const steps = large ? ticks(first, last, Math.max(3, width / 130)) : [first, last];
+    steps.filter((s) => Number.isInteger(s)).forEach((step, i) => {
+      const anchor = x(step) > right - 12 ? "end" : x(step) < margin.left + 14 ? "start" : "middle";
+      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, i ? show(step) : `step ${show(step)}`));
+    });
     for (const line of lines.filter((l) => l.main && radius && l.s !== l.y)) {
       marks.push(draw("path", { class: "raw", d: path(line.x, line.y), stroke: line.colour }));
     }
@@ -180,7 +182,7 @@ function chart(spec, title, options) {
     const bad = spec.lines.reduce((sum, line) => sum + line.bad, 0);
     readout.replaceChildren(
       single || spec.lines[0].main ? make("b", {}, show(values[0].raw)) : "",
-      ` step ${show(values[0].step)}`,
+      large || step !== null ? ` step ${show(values[0].step)}` : "",
       averaged > 1 ? ` (mean of ${averaged})` : "",
       bad ? make("span", { class: "bad" }, ` · ${plural(bad, "value")} not finite`) : "");
     if (large) {
@@ -193,7 +195,7 @@ function chart(spec, title, options) {
     if (state.labels.length) placeLabels(values);
     else if (!single) {
       key.replaceChildren(...values.map((v) => make("li", {},
-        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.shown)))));
+        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.raw)))));
     }
   }
 
@@ -210,7 +212,7 @@ function chart(spec, title, options) {
       floor = item.top - gap;
     }
     for (const { i, v, top } of order) {
-      state.labels[i].textContent = `${v.line.label || "all"} ${show(v.shown, Math.abs(v.shown) < 10 ? 2 : 0)}`;
+      state.labels[i].textContent = `${v.line.label || "all"} ${show(v.raw, Math.abs(v.raw) < 10 ? 2 : 0)}`;
       state.labels[i].setAttribute("y", top + 4);
     }
   }

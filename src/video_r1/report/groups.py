@@ -6,7 +6,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from video_r1.report.run_data import Run, finite, json_lines, text
+from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, short_path, text
 
 MAX_TEXT = 20_000  # characters of one completion
 
@@ -55,35 +55,35 @@ def _spread(count: int, total: int) -> list[int]:
 
 def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """A group of rollouts.jsonl with every field in its expected type: a page never trusts a file."""
-    frames = _table(record.get("frames"))
+    frames = as_table(record.get("frames"))
     strip = _strip(folder, record)
     count = int(finite(frames.get("count"), 0) or 0)
-    permutation = [i for i in _list(record.get("permutation")) if isinstance(i, int) and 0 <= i < count]
+    permutation = [i for i in as_list(record.get("permutation")) if isinstance(i, int) and 0 <= i < count]
     return {
         "step": _step(record),
         "id": str(record.get("problem_id", "")),
         "problem": text(record.get("problem", "")),
         "type": text(record.get("problem_type", "")),
         "media": text(record.get("data_type", "")),
-        "options": [text(option) for option in _list(record.get("options"))],
+        "options": [text(option) for option in as_list(record.get("options"))],
         "answer": text(record.get("answer", "")),
         "source": text(record.get("data_source", "")),
-        "path": text(record.get("path", "")),
+        "path": short_path(text(record.get("path", ""))),
         "strip": base64.b64encode(strip.read_bytes()).decode("ascii") if strip and count else None,
         "count": count,
         "width": finite(frames.get("width"), 1),
         "height": finite(frames.get("height"), 1),
-        "timestamps": [finite(t) for t in _list(frames.get("timestamps"))],
+        "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],
         "permutation": permutation if len(permutation) == count else None,
-        "ordered": [_completion(item) for item in _list(record.get("ordered")) if isinstance(item, dict)],
-        "shuffled": [_completion(item) for item in _list(record.get("shuffled")) if isinstance(item, dict)],
+        "ordered": [_completion(item) for item in as_list(record.get("ordered")) if isinstance(item, dict)],
+        "shuffled": [_completion(item) for item in as_list(record.get("shuffled")) if isinstance(item, dict)],
         "p": finite(record.get("p")),
         "pShuffled": finite(record.get("p_shuffled")),
     }
 
 
 def _completion(item: dict[str, Any]) -> dict[str, Any]:
-    rewards = _table(item.get("rewards"))
+    rewards = as_table(item.get("rewards"))
     written = text(item.get("text", ""))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
@@ -97,7 +97,7 @@ def _completion(item: dict[str, Any]) -> dict[str, Any]:
 
 def _strip(folder: Path, record: dict[str, Any]) -> Path | None:
     """The strip's file. None unless it is a JPEG inside the run folder: the page is passed on to others."""
-    name = _table(record.get("frames")).get("strip")
+    name = as_table(record.get("frames")).get("strip")
     if not isinstance(name, str) or "\0" in name:
         return None
     path = (folder / name).resolve()
@@ -114,11 +114,3 @@ def _strip_size(folder: Path, record: dict[str, Any]) -> int:
 
 def _step(record: dict[str, Any]) -> int:
     return int(finite(record.get("step"), 0) or 0)
-
-
-def _table(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []

@@ -1,5 +1,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 
+// Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
   reward: "Rewards", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
   media: "Media", speed: "Speed", seconds: "Seconds of each phase", eval: "Validation", "": "Optimisation",
@@ -7,7 +8,8 @@ const GROUP_TITLES = {
 const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
   loss: "Loss", eval_loss: "Validation loss", learning_rate: "Learning rate", grad_norm: "Gradient norm",
-  "temporal/p": "Share right, p and p\u0303",
+  "temporal/p": "share right, p and p\u0303", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
+  "groups/no_variance": "share without variance",
 };
 const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "eval_loss"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
@@ -60,7 +62,7 @@ function curves(run) {
     input: () => redraw() });
   const redraw = () => {
     const value = Number(slider.value);
-    text.textContent = value ? `± ${value} points` : "off";
+    text.textContent = value ? `± ${value} points; figures and faint lines are the logged values` : "off";
     charts.forEach((item) => item.redraw(value));
   };
 
@@ -69,9 +71,10 @@ function curves(run) {
   for (const spec of specs.filter((item) => !head.includes(item))) {
     groups.set(spec.group, [...(groups.get(spec.group) || []), spec]);
   }
-  const small = [...groups].map(([group, members]) => make("div", { class: "family" },
-    make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
-    make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false })))));
+  const small = make("div", { class: "families" }, [...groups].map(([group, members]) =>
+    make("div", { class: `family of${Math.min(4, members.length)}` },
+      make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
+      make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false }))))));
   const once = Object.entries(run.series).filter(([, series]) => series.y.length === 1);
   const node = make("div", { class: "curves" },
     several ? make("p", { class: "about" }, run.about.join(" · ")) : "",
@@ -124,9 +127,10 @@ function scoreTable(caption, first, bodies, withFormat) {
 
 function evaluation() {
   if (!data.scores.length) return null;
+  const about = [...new Set(data.scores.map((row) => row.about))].filter(Boolean).join(", ");
   const rows = data.scores.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name), scoreCells(row),
     make("td", {}, row.format === null ? "–" : show(row.format, 2)), make("td", {}, show((row.ordered || row.shuffled || {}).n))));
-  const parts = [["problem_type", "By problem type"], ["data_source", "By source"]].map(([field, title]) => {
+  const parts = [["by_modality", "By modality"], ["by_type", "By problem type"], ["by_task", "By task"], ["by_source", "By source"]].map(([field, title]) => {
     const names = [...new Set(data.scores.flatMap((row) => ((row.by || {})[field] || []).map((part) => part.name)))];
     if (names.length < 2) return "";
     const bodies = names.map((name) => make("tbody", {},
@@ -142,7 +146,7 @@ function evaluation() {
     make("p", { class: "lead" }, "Mean scores with the frames ",
       make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
       ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions."),
-    scoreTable("Scores of each checkpoint", "checkpoint", make("tbody", {}, rows), true), parts);
+    scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), parts);
 }
 
 // Media, settings and the page itself ----------------------------------------------------------------------------
@@ -155,16 +159,20 @@ function plainTable(caption, rows) {
     make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((name) => make("td", { dir: "auto" }, Object.hasOwn(row, name) ? row[name] : "")))))));
 }
 
-function quarantine() {
-  const runs = data.runs.filter((run) => run.quarantineTotal);
+/** Tables of what runs set aside: rows of a file of theirs, by `field`. */
+function asideSection(id, title, lead, field, noun) {
+  const runs = data.runs.filter((run) => run[field].total);
   if (!runs.length) return null;
-  return section("media", "Media that could not be used",
-    make("p", { class: "lead" }, "Their questions were skipped and never scored."),
-    runs.map((run) => {
-      const shown = run.quarantine.length < run.quarantineTotal ? `, the first ${show(run.quarantine.length)} shown` : "";
-      return plainTable(`${run.name}: ${plural(run.quarantineTotal, "file")}${shown}`, run.quarantine);
-    }));
+  return section(id, title, make("p", { class: "lead" }, lead), runs.map((run) => {
+    const { shown, total } = run[field];
+    return plainTable(`${run.name}: ${plural(total, noun)}${shown.length < total ? `, the first ${show(shown.length)} shown` : ""}`, shown);
+  }));
 }
+
+const quarantine = () => asideSection("media", "Media that could not be used",
+  "Their questions were skipped; nothing was put in their place.", "quarantine", "question");
+const skippedUpdates = () => asideSection("updates", "Updates left out",
+  "Loss or gradient was not finite in these steps, and the weights were left as they were.", "skippedUpdates", "update");
 
 function settings() {
   const runs = data.runs.filter((run) => Object.keys(run.config).length);
@@ -178,8 +186,8 @@ function settings() {
 function page() {
   header();
   const trained = data.runs.map(curves).filter(Boolean);
-  const sections = [...trained.slice(0, 1), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(), settings()].filter(Boolean);
-  document.getElementById("main").append(...sections);
+  const sections = [...trained.slice(0, 1), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(), skippedUpdates(), settings()].filter(Boolean);
+  document.getElementById("main").append(...sections, sections.length ? "" : make("p", { class: "lead" }, "There is nothing to draw yet."));
   if (sections.length > 1) {
     document.getElementById("header").append(make("nav", { "aria-label": "Sections" }, sections.map((node) =>
       make("a", { href: `#${node.id}` }, node.querySelector("h2").textContent))));

@@ -14,13 +14,14 @@ import hashlib
 import html
 import json
 import re
+from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
 from video_r1.report.groups import read_groups
-from video_r1.report.run_data import Run, Series, find_run_folders, finite, read_run
+from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_run
 from video_r1.report.scores import read_scores, read_summary, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
@@ -84,7 +85,7 @@ def page_data(run_dir: Path) -> dict[str, Any]:
     return {
         "title": run_dir.resolve().name,
         "figures": _demo_figures(summary, scores) or _figures(runs),
-        "seconds": summary.get("seconds") if isinstance(summary.get("seconds"), dict) else None,
+        "seconds": as_table(summary.get("seconds")),
         "runs": [_run(run, groups.get(run.name, ([], 0))) for run in runs],
         "scores": scores,
         "notes": notes + [f"{run.name}/{note}" for run in runs for note in run.notes],
@@ -124,6 +125,8 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
     axes: list[list[int]] = []  # most series of a run share their steps
     series = {}
     for name, curve in run.series.items():
+        if not curve.steps:
+            continue
         if curve.steps not in axes:
             axes.append(curve.steps)
         series[name] = {
@@ -141,8 +144,8 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
         "series": series,
         "groups": groups[0],
         "groupsTotal": groups[1],
-        "quarantine": run.quarantine,
-        "quarantineTotal": run.quarantine_total,
+        "quarantine": asdict(run.quarantine),
+        "skippedUpdates": asdict(run.skipped_updates),
     }
 
 
@@ -181,11 +184,13 @@ def _figures(runs: list[Run]) -> list[dict[str, str]]:
         curve = trained[0].series.get(name) if trained else None
         if curve and curve.values and len(figures) < 4:
             start, end = ends(curve)
-            figures.append({
-                "caption": caption,
-                "value": f"{end:.{decimals}f}",
-                "note": " ".join(filter(None, [unit, f"from {start:.{decimals}f}"])),
-            })
+            figures.append(
+                {
+                    "caption": caption,
+                    "value": f"{end:.{decimals}f}",
+                    "note": " ".join(filter(None, [unit, f"from {start:.{decimals}f}"])),
+                }
+            )
     return figures
 
 
@@ -202,12 +207,13 @@ def _demo_figures(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list
         return []
     before, last = (rows[-2] if len(rows) > 1 else None), rows[-1]
     figures = []
-    for key, caption in (("ordered", "accuracy, frames in order"), ("shuffled", "accuracy, frames shuffled"),
-                         ("gap", "temporal gap")):
+    captions = {"ordered": "accuracy, in order", "shuffled": "accuracy, shuffled", "gap": "temporal gap"}
+    for key, caption in captions.items():
         if last[key]:
             note = f"{before['name']} {before[key]['mean']:.2f}" if before and before[key] else ""
-            figures.append({"caption": f"{caption}", "value": f"{last[key]['mean']:.2f}", "note": note})
-    total = finite(summary["seconds"].get("total")) if isinstance(summary.get("seconds"), dict) else None
+            value = f"{last[key]['mean']:.2f}"
+            figures.append({"caption": f"{last['name']} {caption}", "value": value, "note": note})
+    total = finite(as_table(summary.get("seconds")).get("total"))
     if total:
         parameters = finite(summary.get("model_parameters"))
         note = f"{parameters / 1e6:,.1f} M weights" if parameters else ""

@@ -90,7 +90,7 @@ function rollouts(runs) {
   function drawMap() {
     const width = map.clientWidth || 900;
     const height = 84;
-    const margin = { left: 40, right: 10, top: 8, bottom: 18 };
+    const margin = { left: 42, right: 10, top: 8, bottom: 18 };
     const groups = state.run.groups;
     const totals = groups.map(meanTotal);
     const [first, last] = [groups[0].step, groups[groups.length - 1].step];
@@ -136,6 +136,9 @@ function rollouts(runs) {
   let width = 0;
   new ResizeObserver(() => { if (map.clientWidth !== width) { width = map.clientWidth; drawMap(); } }).observe(map);
   filter();
+  // The first page is one where the model is already trained and not all completions are alike.
+  const telling = state.list.findLastIndex((group) => group.shuffled.length && share(group) > 0 && share(group) < 1);
+  go(telling >= 0 ? telling : state.list.length - 1);
   return section("rollouts", "Rollouts", node);
 }
 
@@ -157,7 +160,7 @@ function groupView(group, state, refresh) {
     group.options.some((option) => isRight(option, group.answer)) ? "" : make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), group.answer),
     columns);
   columns.before(sorts.node);
-  view.addEventListener("pointerover", (event) => highlight(view, event.target.closest(".tile")));
+  view.addEventListener("pointerover", (event) => highlight(view, group.permutation && event.target.closest(".tile")));
   view.addEventListener("pointerleave", () => highlight(view, null));
   return view;
 }
@@ -166,7 +169,7 @@ const isRight = (option, answer) => answer !== "" && (option.trim() === answer |
 
 /** The same frame in both orders is marked together. */
 function highlight(view, tile) {
-  view.querySelectorAll(".tile").forEach((other) => other.classList.toggle("same", tile !== null && other.dataset.frame === tile.dataset.frame));
+  view.querySelectorAll(".tile").forEach((other) => other.classList.toggle("same", Boolean(tile) && other.dataset.frame === tile.dataset.frame));
 }
 
 function column(group, order, sort) {
@@ -178,8 +181,9 @@ function column(group, order, sort) {
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[sort][1](a.completion, b.completion))
     .map(({ completion, i }) => card(completion, order, marks[i] || []));
   const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : "Frames shuffled";
+  const hint = order === "shuffled" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
-    make("h4", {}, title), tiles(group, order),
+    make("h4", {}, title, make("small", {}, hint)), tiles(group, order),
     make("p", { class: "tally" },
       make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))),
       ` ${right} of ${completions.length} right`,
@@ -199,7 +203,7 @@ function answersGiven(completions) {
   return sorted.slice(0, 4).map(([answer, count]) => (count > 1 ? `${answer} ×${count}` : answer)).join(", ") + (sorted.length > 4 ? ", …" : "");
 }
 
-/** Frames cut from the strip. The bar below each grows darker with the frame's place in the clip. */
+/** Frames cut from the strip. The bar below each grows stronger with the frame's place in the clip. */
 function tiles(group, order) {
   if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
   const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
@@ -253,7 +257,8 @@ function card(completion, order, marks) {
       completion.total === null ? "" : make("span", { class: "total" }, "total ", make("b", {}, show(completion.total))),
       terms,
       make("span", { class: "tokens" }, completion.tokens === null ? "" : plural(completion.tokens, "token"),
-        completion.truncated ? make("span", { class: "bad" }, ", cut off") : "", marks.length ? ` · ${marks.join(", ")}` : "")),
+        completion.truncated ? make("span", { class: "bad" }, ", cut off") : "")),
+    marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
     text, toggle);
   return node;
 }

@@ -7,14 +7,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
 MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
 NOT_SERIES = {"step", "epoch", "time"}
 SECRET_ENDINGS = ("token", "api_key", "password", "secret")
-MAX_QUARANTINE_ROWS = 300
+MAX_ROWS = 300  # of a table
 
 
 @dataclass(slots=True)
@@ -28,6 +28,14 @@ class Series:
 
 
 @dataclass(slots=True)
+class Rows:
+    """The first rows of a JSON lines file for a table, and how many it has."""
+
+    shown: list[dict[str, str]]
+    total: int
+
+
+@dataclass(slots=True)
 class Run:
     """A folder with results: training, evaluation or both. `name` is relative to the reported folder."""
 
@@ -36,8 +44,8 @@ class Run:
     config: dict[str, str]
     series: dict[str, Series]
     seconds: float | None  # of the last logged step
-    quarantine: list[dict[str, str]]
-    quarantine_total: int
+    quarantine: Rows  # questions that could not be used, with the reason
+    skipped_updates: Rows  # optimizer steps left out because loss or gradient was not finite
     notes: list[str]
 
     @property
@@ -75,10 +83,17 @@ def read_run(folder: Path, root: Path) -> Run:
     """Raises OSError when a file that is there cannot be opened."""
     notes: list[str] = []
     series, seconds = read_series(folder / "metrics.jsonl", notes)
-    quarantine, total = read_quarantine(folder / "quarantine.jsonl", notes)
-    name = folder.relative_to(root).as_posix() if folder != root else folder.resolve().name
-    config = read_config(folder / "config.yaml", notes)
-    return Run(name, folder, config, series, seconds, quarantine, total, notes)
+    notes += [f"metrics.jsonl: {name} was never finite" for name, curve in series.items() if not curve.steps]
+    return Run(
+        name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
+        folder=folder,
+        config=read_config(folder / "config.yaml", notes) or read_config(folder / "evaluation.json", notes),
+        series=series,
+        seconds=seconds,
+        quarantine=read_rows(folder / "quarantine.jsonl", notes),
+        skipped_updates=read_rows(folder / "skipped_updates.jsonl", notes),
+        notes=notes,
+    )
 
 
 def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -93,7 +108,7 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int
             for line in file:
                 try:
                     record = json.loads(line) if line.strip() else None
-                except ValueError:  # of which both JSONDecodeError and UnicodeDecodeError are kinds
+                except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets a thousand deep
                     record = "broken"
                 if isinstance(record, dict):
                     yield offset, len(line), record
@@ -113,12 +128,12 @@ def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, S
     seconds: float | None = None
     for _, _, record in json_lines(path, notes):
         step = record.get("step")
-        if not isinstance(step, (int, float)) or not math.isfinite(step):
+        if not is_number(step) or not math.isfinite(step):
             continue
         seconds = finite(record.get("time"), seconds)
         for name, value in record.items():
-            if name not in NOT_SERIES and isinstance(value, (int, float)) and not isinstance(value, bool):
-                logged.setdefault(name, {})[int(step)] = float(value)
+            if name not in NOT_SERIES and (value is None or is_number(value)):  # null: was not finite
+                logged.setdefault(name, {})[int(step)] = math.nan if value is None else float(value)
     return {name: thin(values) for name, values in logged.items()}, seconds
 
 
@@ -135,14 +150,14 @@ def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
     )
 
 
-def read_quarantine(path: Path, notes: list[str]) -> tuple[list[dict[str, str]], int]:
-    rows: list[dict[str, str]] = []
-    total = 0
+def read_rows(path: Path, notes: list[str]) -> Rows:
+    rows = Rows([], 0)
     for _, _, record in json_lines(path, notes):
-        total += 1
-        if len(rows) < MAX_QUARANTINE_ROWS:
-            rows.append({str(key): text(value)[:500] for key, value in record.items()})
-    return rows, total
+        rows.total += 1
+        if rows.total <= MAX_ROWS:
+            cells = {key: text(value)[:500] for key, value in record.items()}
+            rows.shown.append(cells | ({"path": short_path(cells["path"])} if "path" in cells else {}))
+    return rows
 
 
 def read_config(path: Path, notes: list[str]) -> dict[str, str]:
@@ -165,14 +180,31 @@ def _flat(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str]]:
         elif name.lower().endswith(SECRET_ENDINGS) and value:
             yield name, "(not shown)"
         else:
-            yield name, text(value)[:500]
+            shown = text(value)[:500]
+            yield name, f"…/{short_path(shown)}" if shown.startswith("/") else shown
 
 
 def text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
+def short_path(path: str) -> str:
+    """A file's name and folder: a page that is passed on need not say how its writer's disk is arranged."""
+    return "/".join(path.replace("\\", "/").split("/")[-2:])
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a JSON value is a number that a float can hold (nan and infinity among them)."""
+    return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
+
+
 def finite(value: Any, otherwise: float | None = None) -> float | None:
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    return otherwise
+    return float(value) if is_number(value) and math.isfinite(value) else otherwise
+
+
+def as_table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,263 @@
+"""The report: what it reads, how much it holds, and that its values stay values."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import (
+    HOSTILE,
+    plain_frames,
+    write_evaluation,
+    write_hostile_run,
+    write_lines,
+    write_rl_run,
+)
+
+from video_r1.errors import RequestError
+from video_r1.report.groups import choose_evenly, read_groups
+from video_r1.report.page import build_report, duration, embed, ends, page_data
+from video_r1.report.recording import save_strip
+from video_r1.report.run_data import Series, read_run, read_series, thin
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    return json.loads(re.findall(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[0])
+
+
+def test_series_of_a_resumed_and_killed_run(tmp_path: Path) -> None:
+    notes: list[str] = []
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 2.0, "loss": 3.0, "reward/accuracy": 0.25}\n'
+        '{"step": 2, "time": 4.0, "loss": NaN, "kl": null, "name": "text", "flag": true}\n'
+        '{"step": 3, "loss": 1.0}\n{"step": 3, "time": 9.5, "loss": 2.0}\n'
+        f'{{"step": 4, "loss": {"9" * 400}}}\n' + "[" * 5000 + '\n"text"\n{"step": 5, "lo'
+    )
+    series, seconds = read_series(tmp_path / "metrics.jsonl", notes)
+    assert seconds == 9.5
+    assert series == {
+        "loss": Series([1, 3], [3.0, 2.0], not_finite=1),
+        "reward/accuracy": Series([1], [0.25]),
+        "kl": Series(not_finite=1),
+    }
+    assert notes == ["metrics.jsonl: 3 unreadable lines skipped"]
+
+
+def test_thinned_curve_is_the_mean_of_neighbours() -> None:
+    assert thin({step: float(step) for step in range(1, 8)}, 3) == Series(
+        [3, 6, 7], [2.0, 5.0, 7.0], averaged=3
+    )
+
+
+def test_ends_are_means_of_a_tenth() -> None:
+    assert ends(Series(list(range(20)), [1.0, 3.0] + [0.0] * 16 + [5.0, 6.0])) == (2.0, 5.5)
+    assert ends(Series([1, 2], [1.0, 4.0])) == (1.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "chosen"),
+    [
+        ([10] * 9, 90, list(range(9))),
+        ([10] * 9, 50, [0, 2, 4, 6, 8]),
+        ([10] * 9, 25, [0, 8]),
+        ([10] * 9, 10, [0]),
+        ([10] * 9, 9, []),
+        ([], 100, []),
+    ],
+)
+def test_groups_are_chosen_evenly(costs: list[int], budget: int, chosen: list[int]) -> None:
+    assert choose_evenly(costs, budget) == chosen
+
+
+def test_strips_outside_the_run_or_of_another_kind_are_left_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    good = save_strip(plain_frames(10, 20), run / "frames" / "a.jpg")
+    (tmp_path / "private.jpg").write_bytes((run / "frames" / "a.jpg").read_bytes())
+    (run / "frames" / "text.jpg").write_text("not a picture")
+    (run / "frames" / "link.jpg").symlink_to(tmp_path / "private.jpg")
+    names = [
+        "frames/a.jpg",
+        "../private.jpg",
+        str(tmp_path / "private.jpg"),
+        "frames/link.jpg",
+        "frames/text.jpg",
+        "frames",
+        "frames/none.jpg",
+        "nul\0",
+        5,
+        None,
+    ]
+    write_lines(
+        run / "rollouts.jsonl",
+        [{"step": i, "problem_id": i, "frames": good | {"strip": name}} for i, name in enumerate(names)],
+    )
+    groups, total = read_groups(read_run(run, run), 10**6)
+    assert total == len(groups) == len(names)
+    assert [group["strip"] is not None for group in groups] == [True] + [False] * (len(names) - 1)
+
+
+def test_groups_with_fields_of_wrong_types_do_no_harm(tmp_path: Path) -> None:
+    write_lines(
+        tmp_path / "rollouts.jsonl",
+        [
+            {
+                "step": "x",
+                "problem_id": [1],
+                "options": "A",
+                "frames": [],
+                "permutation": [0, 9],
+                "ordered": ["text", {}],
+            },
+            {
+                "step": 1e999,
+                "problem": {"a": 1},
+                "frames": {"count": 2, "strip": ".."},
+                "ordered": None,
+                "p": "high",
+            },
+        ],
+    )
+    groups, total = read_groups(read_run(tmp_path, tmp_path), 10**6)
+    assert total == 2
+    assert groups[0]["ordered"] == [
+        {"text": "", "tokens": None, "truncated": False, "rewards": {}, "total": None, "advantage": None}
+    ]
+    json.loads(embed(groups))
+
+
+def test_scores_are_over_the_videos_where_there_are_images_too(tmp_path: Path) -> None:
+    summary = write_evaluation(tmp_path / "eval-rl", 0.7, 0.3)
+    videos = summary["frames"]["8"]["by_modality"]["video"]
+    (row,) = page_data(tmp_path / "eval-rl")["scores"]
+    assert (row["name"], row["about"], row["ordered"]["n"]) == ("rl", "videos", 200)
+    assert row["ordered"]["mean"] == videos["ordered"]["accuracy"]
+    assert [row["gap"]["low"], row["gap"]["high"]] == videos["temporal_gap"]["interval95"]
+    assert {part["name"] for part in row["by"]["by_modality"]} == {"video", "image"}
+
+
+def test_scores_of_an_unfinished_evaluation(tmp_path: Path) -> None:
+    finished = write_evaluation(tmp_path, 0.7, 0.3)["frames"]["8"]["by_modality"]["video"]
+    (tmp_path / "summary.json").unlink()
+    with (tmp_path / "predictions-8.jsonl").open("a") as file:
+        file.write('{"problem_id": 1, "order": "ord')
+    data = page_data(tmp_path)
+    assert data["scores"][0]["ordered"]["mean"] == finished["ordered"]["accuracy"]
+    assert any("not finished" in note for note in data["notes"])
+
+
+def test_scores_of_several_frame_counts_and_of_a_bare_demo_summary(tmp_path: Path) -> None:
+    figures = {"ordered": {"accuracy": 0.5, "interval95": [0.4, 0.6], "questions": 9, "format_rate": 1.0}}
+    (tmp_path / "eval-x").mkdir()
+    (tmp_path / "eval-x" / "predictions-16.jsonl").touch()
+    (tmp_path / "eval-x" / "summary.json").write_text(json.dumps({"frames": {"16": figures, "32": figures}}))
+    (tmp_path / "summary.json").write_text(
+        json.dumps(
+            {
+                "accuracy": {"rl": {"ordered": 0.75, "shuffled": 0.5}, "base": {"ordered": 0.25}},
+                "interval95": {"rl": {"ordered": [0.7, 0.8]}},
+                "test_questions": 400,
+                "format_rate": {"rl": {"ordered": 0.9}},
+                "temporal_gap": {"rl": {"gap": 0.25, "interval95": [0.2, 0.3]}},
+            }
+        )
+    )
+    rows = {row["name"]: row for row in page_data(tmp_path)["scores"]}
+    assert list(rows) == ["base", "rl", "x, 16 frames", "x, 32 frames"]
+    assert rows["rl"]["ordered"] == {"mean": 0.75, "low": 0.7, "high": 0.8, "n": 400.0}
+    assert rows["rl"]["gap"] == {"mean": 0.25, "low": 0.2, "high": 0.3, "n": None}
+    assert (rows["rl"]["format"], rows["base"]["shuffled"]) == (0.9, None)
+
+
+def test_header_of_a_run(tmp_path: Path) -> None:
+    write_rl_run(tmp_path / "run", steps=20, every=10)
+    data = page_data(tmp_path / "run")
+    (run,) = data["runs"]
+    assert [figure["caption"] for figure in data["figures"]] == [
+        "accuracy reward",
+        "temporal gap",
+        "format reward",
+        "response length",
+    ]
+    assert run["about"] == [
+        "20 steps",
+        "1 min 8 s",
+        "from lab-base",
+        "data rl.json",
+        "temporal rule margin",
+        "G 8",
+        "learning rate 1e-06",
+        "β 0.04",
+        "seed 42",
+    ]
+    assert run["config"]["hub_token"] == "(not shown)"
+    assert [duration(s) for s in (59.6, 75, 4000)] == ["1 min 0 s", "1 min 15 s", "1 h 6 min"]
+
+
+@pytest.mark.parametrize("content", ["nothing", "an empty folder", "a file"])
+def test_requests_that_cannot_be_met(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "run"
+    if content == "an empty folder":
+        path.mkdir()
+    elif content == "a file":
+        path.touch()
+    with pytest.raises(RequestError, match="is not a folder|nothing to report"):
+        build_report(path)
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_embedded_values_cannot_leave_their_element(text: str) -> None:
+    embedded = embed({text: [text]})
+    assert embedded.isascii() and not re.search("[<>&]", embedded)
+    assert json.loads(embedded) == {text: [text]}
+
+
+def test_page_is_self_contained_and_only_its_own_script_may_run(tmp_path: Path) -> None:
+    write_hostile_run(tmp_path / "run")
+    page = build_report(tmp_path / "run", tmp_path / "out" / "page.html").read_text("utf-8")
+    assert len(re.findall("<script", page)) == 2 and len(re.findall("</script", page)) == 2
+    assert not re.search(
+        r"""(?:src|href|action)\s*=\s*["']?(?!#)\S""", page.split("<body>")[0].split("<style>")[0]
+    )
+    assert "innerHTML" not in page and "insertAdjacentHTML" not in page and "document.write" not in page
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)
+    script = re.search(r"<script>(.*?)</script>", page, re.S)
+    style = re.search(r"<style>(.*?)</style>", page, re.S)
+    assert policy and script and style and "default-src &#x27;none&#x27;" in policy[1]
+    for element in (script, style):
+        digest = base64.b64encode(hashlib.sha256(element[1].encode()).digest()).decode()
+        assert f"sha256-{digest}" in policy[1]
+
+
+def test_a_long_run_stays_small_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    write_rl_run(tmp_path / "short", steps=1, every=1, size=(16, 84, 112))
+    (tmp_path / "run" / "frames").mkdir(parents=True)
+    group = json.loads((tmp_path / "short" / "rollouts.jsonl").read_text().splitlines()[0])
+    strip = next(iter((tmp_path / "short" / "frames").glob("*.jpg")))
+    metrics = json.loads((tmp_path / "short" / "metrics.jsonl").read_text())
+    for completion in group["ordered"] + group["shuffled"]:
+        completion["text"] = "<think>" + "The disc moves on. " * 60 + "</think><answer>B</answer>"
+    groups = []
+    for step in range(1, 1201):
+        for k in (0, 1):
+            name = f"frames/{step}-{k}.jpg"
+            os.link(strip, tmp_path / "run" / name)
+            groups.append(
+                group
+                | {"step": step, "problem_id": 2 * step + k, "frames": group["frames"] | {"strip": name}}
+            )
+    write_lines(tmp_path / "run" / "rollouts.jsonl", groups)
+    write_lines(tmp_path / "run" / "metrics.jsonl", [metrics | {"step": step} for step in range(1, 1201)])
+    page = build_report(tmp_path / "run")
+    assert page.stat().st_size < 30_000_000
+    run = data_of(page)["runs"][0]
+    steps = [group["step"] for group in run["groups"]]
+    assert run["groupsTotal"] == 2400 and 200 < len(steps) < 1200
+    assert (steps[0], steps[-1]) == (1, 1200)
+    apart = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    assert max(apart) - min(apart) <= 1

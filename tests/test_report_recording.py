@@ -1,0 +1,134 @@
+"""What a run records for the report: strips of frames and sampled groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from report_runs import (
+    group_of,
+    plain_frames,
+)
+
+from video_r1.report.groups import read_groups
+from video_r1.report.recording import append_line, record_group, save_strip
+from video_r1.report.run_data import read_run
+
+
+def test_strip_has_the_frames_in_order(tmp_path: Path) -> None:
+    made = save_strip(plain_frames(10, 120, 240), tmp_path / "frames" / "1-2.jpg")
+    assert made == {"strip": "frames/1-2.jpg", "count": 3, "width": 28, "height": 28}
+    image = Image.open(tmp_path / "frames" / "1-2.jpg")
+    assert image.size == (84, 28)
+    assert [image.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "max_tile", "tile"),
+    [
+        (2, 56, 56, 112, (56, 56)),  # small ones stay as they are
+        (2, 168, 224, 112, (112, 84)),  # the longer side becomes max_tile
+        (1, 2, 2000, 112, (112, 1)),  # no side vanishes
+        (1000, 112, 112, 112, (65, 65)),  # a JPEG is at most 65,535 wide
+    ],
+)
+def test_strip_sizes(
+    tmp_path: Path, frames: int, height: int, width: int, max_tile: int, tile: tuple[int, int]
+) -> None:
+    clip = torch.zeros(1, 3, height, width, dtype=torch.uint8).expand(frames, -1, -1, -1)
+    made = save_strip(clip, tmp_path / "s.jpg", max_tile)
+    assert (made["width"], made["height"]) == tile
+    assert Image.open(tmp_path / "s.jpg").size == (frames * tile[0], tile[1])
+
+
+@pytest.mark.parametrize("frames", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_strip_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"\[T, 3, H, W\] uint8"):
+        save_strip(frames, tmp_path / "s.jpg")
+
+
+def test_recorded_group(tmp_path: Path) -> None:
+    record_group(tmp_path, 10, group_of(), p=0.5, p_shuffled=0.0)
+    (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 10,
+        "problem_id": 7,
+        "problem": "Which way?",
+        "problem_type": "multiple choice",
+        "data_type": "video",
+        "options": ["A. left", "B. right"],
+        "answer": "B",
+        "data_source": "lab/direction",
+        "path": "videos/7.mp4",
+        "frames": {
+            "strip": "frames/10-7.jpg",
+            "count": 3,
+            "width": 28,
+            "height": 28,
+            "timestamps": [0.0, 0.5, 1.0],
+        },
+        "permutation": [2, 0, 1],
+        "ordered": [
+            {
+                "text": "<think>x</think><answer>B</answer>",
+                "tokens": 5,
+                "finish_reason": "stop",
+                "rewards": {"accuracy": 1.0},
+                "total": 1.0,
+                "advantage": 0.7,
+            },
+            {
+                "text": "A",
+                "tokens": 3,
+                "finish_reason": "stop",
+                "rewards": {"accuracy": 0.0},
+                "total": 0.0,
+                "advantage": -0.7,
+            },
+        ],
+        "shuffled": [{"text": "C", "tokens": 2, "finish_reason": "stop", "rewards": {"accuracy": 0.0}}],
+        "p": 0.5,
+        "p_shuffled": 0.0,
+    }
+    # The strip holds the ordered frames, although the shuffled prompt has its own media.
+    strip = Image.open(tmp_path / "frames/10-7.jpg")
+    assert [strip.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]
+
+
+def test_recorded_image_has_no_second_order(tmp_path: Path) -> None:
+    record_group(tmp_path, 1, group_of(video=False), p=0.5, p_shuffled=None)
+    line = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert (line["permutation"], line["shuffled"], line["p_shuffled"], line["frames"]["count"]) == (
+        None,
+        [],
+        None,
+        1,
+    )
+
+
+def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:
+    (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "pro')
+    record_group(tmp_path, 2, group_of(rewards=[math.nan, 1.0]), p=0.5, p_shuffled=0.0)
+    append_line(tmp_path / "rollouts.jsonl", {"text": "half a pair \ud83d"})
+    broken, line, last = (tmp_path / "rollouts.jsonl").read_bytes().splitlines()
+    assert json.loads(line)["ordered"][0]["rewards"] == {"accuracy": None}
+    assert json.loads(last)["text"] == "half a pair \ud83d"
+    assert broken == b'{"step": 1, "pro'
+
+
+def test_recording_says_which_reward_is_short(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'accuracy' has 1 values for 2 completions"):
+        record_group(tmp_path, 2, group_of(rewards=[1.0]), p=0.5, p_shuffled=0.0)
+
+
+@pytest.mark.parametrize("problem_id", ["../../up", "a/b", "nul\0", "x" * 400, "<img src=x>", "..", ""])
+def test_problem_ids_stay_inside_the_folder(tmp_path: Path, problem_id: str) -> None:
+    record_group(tmp_path / "run", 1, group_of(problem_id), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path / "run", 1, group_of("a_b"), p=0.5, p_shuffled=0.0)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+    assert len(list((tmp_path / "run" / "frames").glob("1-*.jpg"))) == 2  # nor do two ids share a file
+    assert len(read_groups(read_run(tmp_path / "run", tmp_path), 10**7)[0]) == 2
