@@ -138,9 +138,12 @@ def test_summary_of_records() -> None:
     gap = figures["temporal_gap"]
     assert (gap["gap"], gap["questions"], gap["ordered"], gap["shuffled"]) == (0.5, 2, 1.0, 0.5)
     assert gap["interval95"] == [0.0, 1.0]
-    assert figures["by_type"]["OCR"] == {
-        "ordered": {"accuracy": 0.0, "interval95": [0.0, 0.0], "questions": 1}
-    }
+    assert figures["by_type"]["OCR"].keys() == {"ordered"}
+    assert figures["by_type"]["OCR"]["ordered"] == {
+        "accuracy": 0.0, "interval95": [0.0, 0.0], "questions": 1, "strict_accuracy": 0.0,
+        "format_rate": 1.0, "unparsable_rate": 0.0, "truncated_rate": 0.0,
+    }  # fmt: skip
+    assert figures["by_modality"]["video"]["ordered"]["format_rate"] == 0.5
     assert figures["by_source"]["lab/direction"]["temporal_gap"]["gap"] == 0.5
     assert "by_task" not in figures
     assert "task_mean" not in ordered

@@ -35,12 +35,6 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
     """
     figures = _figures(records)
     for order, chosen in _by_order(records).items():
-        figures[order] |= {
-            "strict_accuracy": _mean(chosen, "strict_score"),
-            "format_rate": _mean(chosen, "format"),
-            "unparsable_rate": sum(not record["prediction"] for record in chosen) / len(chosen),
-            "truncated_rate": sum(record["finish_reason"] == "length" for record in chosen) / len(chosen),
-        }
         if all(record.get("task_type") for record in chosen):
             headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
             figures[order]["task_mean"] = headline.as_json("accuracy")
@@ -56,7 +50,7 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
 
 def _figures(records: Iterable[Record]) -> dict[str, Any]:
     by_order = _by_order(records)
-    figures = {order: mean_figure(_scores(chosen)).as_json("accuracy") for order, chosen in by_order.items()}
+    figures = {order: _order_figures(chosen) for order, chosen in by_order.items()}
     score = {order: {r["problem_id"]: r["score"] for r in chosen} for order, chosen in by_order.items()}
     both = [question for question in score.get("ordered", {}) if question in score.get("shuffled", {})]
     if both:
@@ -66,6 +60,15 @@ def _figures(records: Iterable[Record]) -> dict[str, Any]:
             "shuffled": sum(shuffled) / len(both),
         }
     return figures
+
+
+def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
+    return mean_figure(_scores(records)).as_json("accuracy") | {
+        "strict_accuracy": _mean(records, "strict_score"),
+        "format_rate": _mean(records, "format"),
+        "unparsable_rate": sum(not record["prediction"] for record in records) / len(records),
+        "truncated_rate": sum(record["finish_reason"] == "length" for record in records) / len(records),
+    }
 
 
 def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
