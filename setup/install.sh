@@ -37,8 +37,10 @@ say "installing the package and its dependencies"
 pip install -c "$limits" -e '.[dev,lora]'
 
 packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-rm -f "$packages"/torchvision_cpu_hook.{py,pth}
-if ! "$venv/bin/python" -c 'import torchvision' 2>/dev/null; then
+# -S: without .pth files, so that a hook of an earlier set-up does not hide what the import does by itself.
+if "$venv/bin/python" -S -c "import sys; sys.path.append('$packages'); import torchvision" 2>/dev/null; then
+    rm -f "$packages"/torchvision_cpu_hook.{py,pth}
+else
     cp setup/torchvision_cpu_hook.py "$packages/"
     echo 'import torchvision_cpu_hook' >"$packages/torchvision_cpu_hook.pth"
 fi
