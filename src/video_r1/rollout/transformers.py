@@ -43,8 +43,8 @@ class _Prefilled:
 class TransformersEngine:
     """Samples with a transformers Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, sharing each prompt's prefill.
 
-    model: for conditional generation, also within PEFT or DistributedDataParallel. It is switched to eval mode
-        while sampling and back. Under mixed precision call `generate` within the trainer's autocast.
+    model: for conditional generation, also within PEFT or DistributedDataParallel. It is in eval mode while
+        sampling. Under mixed precision call `generate` within the trainer's autocast.
     tokenizer: tokenizer or processor.
     max_sequences: completions decoded at once; further prompts wait for the next wave.
     max_prefill_tokens: prompt tokens, padding included, of one prefill forward.

@@ -1,0 +1,316 @@
+"""The in-process engine against `model.generate` and a plain forward, for the three families."""
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
+
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import group_logprobs
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
+from video_r1.rollout.transformers import TransformersEngine
+
+PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
+QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
+SHORT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")
+
+
+def build_prompts(family: str) -> list[Prompt]:
+    """A clip, an image and a shorter shuffled clip: three lengths, both modalities."""
+    builder = PromptBuilder(PROCESSORS[family])
+    size = 64 if family == "qwen3_vl" else 56
+    frames = torch.from_numpy(moving_square(8, size, size)).permute(0, 3, 1, 2).contiguous()
+    times = torch.arange(8, dtype=torch.float64) / 2
+    return [
+        builder.build(QUESTION, Media(frames, times, 4.0, "video")),
+        builder.build(SHORT, Media(frames[3:4], times[:1], 0.0, "image")),
+        builder.build(QUESTION, Media(frames[:4], times[:4], 3.3, "video"), torch.tensor([2, 0, 3, 1])),
+    ]
+
+
+def build_model(family: str, stop_share: float = 0.0) -> Any:
+    """The tiny model with log-probs of a usual size, about -6; besides the usual end tokens, `stop_share` of its
+    vocabulary ends a completion."""
+    model: Any = tiny_model(family, PROCESSORS[family].tokenizer)
+    with torch.no_grad():
+        model.lm_head.weight /= 4
+    if stop_share:
+        extra = list(range(0, 380, round(1 / stop_share)))
+        model.generation_config.eos_token_id = model.generation_config.eos_token_id + extra
+    return model
+
+
+def reference_inputs(prompt: Prompt) -> dict[str, torch.Tensor]:
+    features = dict(prompt.features)
+    features["mm_token_type_ids"] = features["mm_token_type_ids"][None]
+    ids = prompt.input_ids[None]
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **features}
+
+
+def teacher_forced(model: Any, prompt: Prompt, tokens: torch.Tensor) -> torch.Tensor:
+    """[L, V] logits of the positions that predict `tokens`, by a plain forward of prompt and completion."""
+    inputs = reference_inputs(prompt)
+    zeros = torch.zeros_like(tokens)
+    added = {"input_ids": tokens, "attention_mask": zeros + 1, "mm_token_type_ids": zeros}
+    for name, values in added.items():
+        inputs[name] = torch.cat([inputs[name], values[None]], 1)
+    with torch.no_grad():
+        return model(**inputs).logits[0, len(prompt.input_ids) - 1 : -1].float()
+
+
+def assert_same(first: Sequence[Sequence[Rollout]], second: Sequence[Sequence[Rollout]]) -> None:
+    for group, other in zip(first, second, strict=True):
+        for rollout, twin in zip(group, other, strict=True):
+            assert rollout.token_ids.tolist() == twin.token_ids.tolist()
+            torch.testing.assert_close(rollout.logprobs, twin.logprobs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family: str, n: int) -> None:
+    model, prompts = build_model(family, stop_share=0.02), build_prompts(family)
+    engine = TransformersEngine(model, PROCESSORS[family])
+    groups = engine.generate(prompts, SamplingSettings(n=n, temperature=0, max_tokens=24))
+    for prompt, group in zip(prompts, groups, strict=True):
+        output = model.generate(**reference_inputs(prompt), max_new_tokens=24, do_sample=False)
+        expected = output[0, len(prompt.input_ids) :].tolist()
+        assert [rollout.token_ids.tolist() for rollout in group] == [expected] * n
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.6, 0.9, 20), (0.0, 1.0, 0)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_equal_a_plain_forward(family: str, temperature: float, top_p: float, top_k: int) -> None:
+    model, prompts = build_model(family, stop_share=0.02), build_prompts(family)
+    engine = TransformersEngine(model, PROCESSORS[family])
+    settings = SamplingSettings(n=4, temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=16, seed=3)
+    visual = {PROCESSORS[family].image_token_id, PROCESSORS[family].video_token_id}
+    compared = 0
+    for prompt, group in zip(prompts, engine.generate(prompts, settings), strict=True):
+        for rollout in group:
+            if visual & set(rollout.token_ids.tolist()):
+                continue  # the plain forward would look for its pixels
+            logits = teacher_forced(model, prompt, rollout.token_ids)
+            logprobs = sampling_logprobs(logits, temperature, top_p, top_k)
+            expected = logprobs.gather(1, rollout.token_ids[:, None])[:, 0]
+            torch.testing.assert_close(rollout.logprobs, expected, atol=1e-5, rtol=0)
+            assert rollout.logprobs.dtype == torch.float32
+            compared += 1
+    assert compared >= 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_equal_those_of_the_update(family: str) -> None:
+    """Also for a clip so long that its time positions reach beyond the prompt's text."""
+    model, prompts = build_model(family), build_prompts(family)
+    media = prompts[0].media
+    long_clip = Media(media.frames, media.timestamps * 300, 1200.0, "video")
+    prompts.append(PromptBuilder(PROCESSORS[family]).build(QUESTION, long_clip))
+    engine = TransformersEngine(model, PROCESSORS[family])
+    settings = SamplingSettings(n=3, max_tokens=12, seed=5)
+    groups = engine.generate(prompts, settings)
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    with torch.no_grad():
+        scored = group_logprobs(model, prompts, completions)
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    torch.testing.assert_close(sampled, scored.logprobs, atol=1e-5, rtol=0)
+    assert_same(groups, engine.generate(prompts, settings))  # the update leaves the model usable
+
+
+def test_finished_completions_leave_the_batch() -> None:
+    model, prompts = build_model("qwen2_5_vl", stop_share=0.1), build_prompts("qwen2_5_vl")
+    engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
+    sizes: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    groups = engine.generate(prompts, SamplingSettings(n=8, max_tokens=30, seed=1))
+    hook.remove()
+    lengths = [len(rollout.token_ids) for group in groups for rollout in group]
+    assert len(set(lengths)) > 4
+    assert sizes[0] == 3 and sizes[1:] == sorted(sizes[1:], reverse=True)
+    for step, size in enumerate(sizes[1:], start=1):  # after `step` tokens
+        running = sum(length > step for length in lengths)
+        assert running <= size and (size == len(lengths) or running > 0.875**2 * size - 1)
+    stop = set(model.generation_config.eos_token_id)
+    for rollout in (rollout for group in groups for rollout in group):
+        ids = rollout.token_ids.tolist()
+        assert not stop & set(ids[:-1])
+        assert rollout.finish_reason == ("stop" if ids[-1] in stop else "length")
+        assert rollout.finish_reason == "stop" or len(ids) == 30
+
+
+def test_completions_do_not_depend_on_the_batch() -> None:
+    model, prompts = build_model("qwen3_vl", stop_share=0.05), build_prompts("qwen3_vl")
+    settings = SamplingSettings(n=4, max_tokens=20, seed=11)
+    together = TransformersEngine(model, PROCESSORS["qwen3_vl"]).generate(prompts, settings)
+    narrow = TransformersEngine(model, PROCESSORS["qwen3_vl"], max_sequences=4, max_prefill_tokens=1)
+    assert_same(together, narrow.generate(prompts, settings))
+    chunked = TransformersEngine(model, PROCESSORS["qwen3_vl"], max_prefill_tokens=150)
+    assert_same(together, chunked.generate(prompts, settings))
+
+
+def test_seeds() -> None:
+    model, prompts = build_model("qwen2_vl"), build_prompts("qwen2_vl")[:1]
+    engine = TransformersEngine(model, PROCESSORS["qwen2_vl"])
+
+    def tokens(seed: int | None) -> list[list[int]]:
+        settings = SamplingSettings(n=4, max_tokens=12, seed=seed)
+        return [rollout.token_ids.tolist() for rollout in engine.generate(prompts, settings)[0]]
+
+    first = tokens(1)
+    assert len({tuple(ids) for ids in first}) == 4
+    assert first == tokens(1) and first != tokens(2)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    unseeded = tokens(None)
+    assert unseeded != tokens(None)
+    torch.set_rng_state(state)
+    assert unseeded == tokens(None)
+    state = torch.get_rng_state()
+    tokens(1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_model_is_left_as_it_was() -> None:
+    model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
+    engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
+    settings = SamplingSettings(n=2, max_tokens=8, seed=2)
+    before = engine.generate(prompts, settings)
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.model.visual.eval()
+    training = [module.training for module in model.modules()]
+    attention = model.model.language_model.config._attn_implementation
+    assert_same(before, engine.generate(prompts, settings))
+    assert training == [module.training for module in model.modules()]
+    assert model.model.language_model.config._attn_implementation == attention
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_pixels_are_encoded_once() -> None:
+    model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
+    patches: list[int] = []
+    hook = model.model.visual.register_forward_pre_hook(
+        lambda module, args, kwargs: patches.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+    )
+    TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(prompts, SamplingSettings(n=8, max_tokens=4))
+    hook.remove()
+    assert sorted(patches) == [16, 64 + 32]  # the image; both clips at once
+
+
+def test_adapters_take_part() -> None:
+    base = build_model("qwen2_5_vl")
+    prompts = build_prompts("qwen2_5_vl")
+    settings = SamplingSettings(temperature=0, max_tokens=10)
+    plain = TransformersEngine(base, PROCESSORS["qwen2_5_vl"]).generate(prompts, settings)
+    adapted: Any = get_peft_model(copy.deepcopy(base), LoraConfig(target_modules=["q_proj", "v_proj"]))
+    engine = TransformersEngine(adapted, PROCESSORS["qwen2_5_vl"])
+    assert_same(plain, engine.generate(prompts, settings))
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    changed = engine.generate(prompts, settings)
+    assert changed[0][0].token_ids.tolist() != plain[0][0].token_ids.tolist()
+    for prompt, group in zip(prompts, changed, strict=True):
+        output = adapted.generate(**reference_inputs(prompt), max_new_tokens=10, do_sample=False)
+        assert group[0].token_ids.tolist() == output[0, len(prompt.input_ids) :].tolist()
+
+
+def test_bfloat16() -> None:
+    model, prompts = build_model("qwen2_5_vl").to(torch.bfloat16), build_prompts("qwen2_5_vl")
+    groups = TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(
+        prompts, SamplingSettings(n=2, max_tokens=8, seed=4)
+    )
+    for prompt, group in zip(prompts, groups, strict=True):
+        for rollout in group:
+            logprobs = teacher_forced(model, prompt, rollout.token_ids).log_softmax(-1)
+            expected = logprobs.gather(1, rollout.token_ids[:, None])[:, 0]
+            assert rollout.logprobs.dtype == torch.float32
+            assert (rollout.logprobs - expected).abs().mean() < 0.1
+
+
+def test_tokens_are_reported_as_they_come() -> None:
+    model, prompts = build_model("qwen2_5_vl", stop_share=0.1), build_prompts("qwen2_5_vl")
+    seen: dict[tuple[int, int], list[int]] = {}
+    groups = TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(
+        prompts,
+        SamplingSettings(n=3, max_tokens=15, seed=1),
+        on_token=lambda prompt, completion, token: seen.setdefault((prompt, completion), []).append(token),
+    )
+    for prompt, group in enumerate(groups):
+        for completion, rollout in enumerate(group):
+            assert seen[prompt, completion] == rollout.token_ids.tolist()
+    assert TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate([], SamplingSettings()) == []
+
+
+def test_text_has_no_special_tokens() -> None:
+    """A head of zeros makes all 448 tokens equally likely, special ones among them."""
+    model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
+    tokenizer = PROCESSORS["qwen2_5_vl"].tokenizer
+    torch.nn.init.zeros_(model.lm_head.weight)
+    settings = SamplingSettings(n=32, max_tokens=200, seed=0)
+    rollouts = TransformersEngine(model, tokenizer).generate(prompts[1:2], settings)[0]
+    ids = torch.cat([rollout.token_ids for rollout in rollouts])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in ids and tokenizer.pad_token_id in ids
+    assert not any("<|" in rollout.text for rollout in rollouts)
+    assert any(rollout.text for rollout in rollouts)
+    logprobs = torch.cat([rollout.logprobs for rollout in rollouts])
+    torch.testing.assert_close(logprobs, torch.full_like(logprobs, -math.log(448)))
+
+
+def test_sliding_windows_are_refused() -> None:
+    model = build_model("qwen2_5_vl")
+    model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ConfigError, match="sliding-window"):
+        TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
+
+
+PROBABILITIES = [0.5, 0.25, 0.15, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "top_k", "expected"),
+    [
+        (1.0, 1.0, 0, [0.5, 0.25, 0.15, 0.1]),
+        (0.5, 1.0, 0, [0.25 / 0.345, 0.0625 / 0.345, 0.0225 / 0.345, 0.01 / 0.345]),  # squared
+        (1.0, 1.0, 2, [2 / 3, 1 / 3, 0, 0]),
+        (1.0, 0.7, 0, [2 / 3, 1 / 3, 0, 0]),
+        (1.0, 0.76, 0, [0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9, 0]),
+        (1.0, 0.001, 0, [1.0, 0, 0, 0]),
+        (1.0, 0.5, 3, [1.0, 0, 0, 0]),  # 0.5 of 0.9 is already more than half
+        (0.0, 0.5, 1, [0.5, 0.25, 0.15, 0.1]),
+    ],
+)
+def test_sampling_distribution(temperature: float, top_p: float, top_k: int, expected: list[float]) -> None:
+    order = torch.tensor([2, 0, 3, 1])
+    logits = torch.tensor(PROBABILITIES).log()[order][None] + 5
+    probabilities = sampling_logprobs(logits, temperature, top_p, top_k).exp()
+    torch.testing.assert_close(probabilities, torch.tensor(expected)[order][None])
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "number", "token"),
+    [
+        ([0.5, 0.25, 0.25], 0.0, 0),
+        ([0.5, 0.25, 0.25], 0.499, 0),
+        ([0.5, 0.25, 0.25], 0.5, 1),
+        ([0.5, 0.25, 0.25], 0.75, 2),
+        ([0.5, 0.25, 0.25], 1 - 2**-24, 2),
+        ([0.0, 1.0, 0.0], 0.0, 1),
+        ([0.0, 1.0, 0.0], 1 - 2**-24, 1),
+        ([0.3, 0.3, 0.4 + 2e-7, 0.0], 1 - 2**-24, 2),
+    ],
+)
+def test_draw_tokens(probabilities: list[float], number: float, token: int) -> None:
+    assert draw_tokens(torch.tensor([probabilities]).log(), torch.tensor([number])).tolist() == [token]
