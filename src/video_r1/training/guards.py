@@ -59,9 +59,15 @@ class UpdateGuard(TrainerCallback):
             # An optimizer leaves parameters without gradient alone: weights, moments and weight decay.
             model.zero_grad(set_to_none=True)
             if bad:
-                line = {"step": state.global_step + 1, "not_finite": what, "problem_ids": self.culprits or self.step_ids}
+                line = {
+                    "step": state.global_step + 1,
+                    "not_finite": what,
+                    "problem_ids": self.culprits or self.step_ids,
+                }
                 append_line(self.folder / "skipped_updates.jsonl", line)
-            logger.warning("step %d: the %s is not finite; the update is skipped", state.global_step + 1, what)
+            logger.warning(
+                "step %d: the %s is not finite; the update is skipped", state.global_step + 1, what
+            )
         else:
             self.in_a_row = 0
         questions, self.step_ids, self.culprits = self.culprits or self.step_ids, [], []
@@ -107,7 +113,11 @@ class StepProgress(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        found = {name.rpartition("/")[2]: f"{(logs or {})[name]:.3g}" for name in self.series if name in (logs or {})}
+        found = {
+            name.rpartition("/")[2]: f"{(logs or {})[name]:.3g}"
+            for name in self.series
+            if name in (logs or {})
+        }
         self.figures |= found
 
     def on_step_end(

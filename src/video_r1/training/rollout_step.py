@@ -1,6 +1,6 @@
 """One step's questions: sampled in both frame orders, then scored.
 
-    Question ─► G ordered + G/2 shuffled completions ─► reward terms, p, p̃ ─► RolloutGroup
+Question ─► G ordered + G/2 shuffled completions ─► reward terms, p, p̃ ─► RolloutGroup
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def reward_terms(
     if reward_funcs is None:
         built_in, custom = ("accuracy", "format", *shaping), {}
     else:
-        given = [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+        given = (
+            [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
+        )
         names = [entry for entry in given if isinstance(entry, str)]
         unknown = [name for name in names if name not in BUILT_IN_TERMS]
         if unknown:
@@ -100,7 +102,11 @@ def build_question(
 
 
 def sample_rollouts(
-    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int, seed: int
+    engine: RolloutEngine,
+    questions: Sequence[Question],
+    sampling: SamplingSettings,
+    shuffled_n: int,
+    seed: int,
 ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
     """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it has no
     shuffled prompt): two lists in the questions' order. Both are sampled in the same way, from their own seeds."""
@@ -148,7 +154,11 @@ def score_groups(
 
 
 def score_group(
-    question: Question, ordered: list[Rollout], shuffled: list[Rollout], terms: RewardTerms, settings: TGRPOSettings
+    question: Question,
+    ordered: list[Rollout],
+    shuffled: list[Rollout],
+    terms: RewardTerms,
+    settings: TGRPOSettings,
 ) -> RolloutGroup:
     """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
 
@@ -159,7 +169,11 @@ def score_group(
     correct = correct_mask(sample, accuracy, settings.correct_threshold)
     correct_shuffled = correct_mask(sample, accuracy_shuffled, settings.correct_threshold)
     temporal = temporal_reward(
-        correct, correct_shuffled, settings.temporal_rule, settings.temporal_alpha, settings.temporal_threshold_mu
+        correct,
+        correct_shuffled,
+        settings.temporal_rule,
+        settings.temporal_alpha,
+        settings.temporal_threshold_mu,
     )
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
@@ -178,7 +192,9 @@ def score_group(
         rewards=rewards,
         total_reward=torch.zeros(len(ordered)),
         advantages=torch.zeros(len(ordered)),
-        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(shuffled)} if shuffled else {},
+        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(shuffled)}
+        if shuffled
+        else {},
         p=temporal.p,
         p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
     )
@@ -197,9 +213,14 @@ def format_scores(rollouts: Sequence[Rollout]) -> Tensor:
 
 def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
     """Which scores [G] count as a correct response, [G] bool."""
-    return torch.tensor([is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool)
+    return torch.tensor(
+        [is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool
+    )
 
 
 def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """[G] float32. A term that a function left out (nan) adds nothing."""
-    return sum((weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()), torch.zeros(()))
+    return sum(
+        (weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()),
+        torch.zeros(()),
+    )

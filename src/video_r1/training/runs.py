@@ -19,7 +19,15 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
-    (*LENGTHS, "logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy")
+    (
+        *LENGTHS,
+        "logging_steps",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+        "eval_steps",
+        "eval_strategy",
+    )
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
 )
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""
@@ -35,7 +43,9 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Traine
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         changed = changed_settings(recipe, folder)
-        refused = [f"{name} ({old!r} → {new!r})" for name, (old, new) in changed.items() if name not in MAY_CHANGE]
+        refused = [
+            f"{name} ({old!r} → {new!r})" for name, (old, new) in changed.items() if name not in MAY_CHANGE
+        ]
         if refused:
             raise ConfigError(
                 f"output_dir {folder} holds a run with other settings: {', '.join(refused)}. Choose another "
@@ -72,7 +82,9 @@ def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]
     except FileNotFoundError:
         return {}
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir") from error
+        raise ConfigError(
+            f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir"
+        ) from error
     here = plain(recipe.values())
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 

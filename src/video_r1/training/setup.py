@@ -26,7 +26,9 @@ def as_samples(questions: Questions | None) -> list[Sample]:
     return list(questions)
 
 
-def as_validation(questions: Questions | dict[str, Questions] | None) -> list[Sample] | dict[str, list[Sample]] | None:
+def as_validation(
+    questions: Questions | dict[str, Questions] | None,
+) -> list[Sample] | dict[str, list[Sample]] | None:
     """Held-out questions as samples, by name where there are several sets."""
     if isinstance(questions, dict):
         return {name: as_samples(part) for name, part in questions.items()}
@@ -40,7 +42,9 @@ def given_model(
     if processor is None:
         processor = load_processor(model if isinstance(model, (str, Path)) else model.config.name_or_path)
     loaded = load_model(model) if isinstance(model, (str, Path)) else model
-    return (loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))), processor
+    return (
+        loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
+    ), processor
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -53,7 +57,9 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     if settings.freeze_vision_tower:
         freeze_vision(model)
     if settings.use_peft:
-        model = add_lora(model, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lora_config(settings))
+        model = add_lora(
+            model, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lora_config(settings)
+        )
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
 
 

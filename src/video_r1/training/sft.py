@@ -1,7 +1,7 @@
 """The SFT cold start: next-token loss on rationales, images and videos mixed in a batch.
 
-    manifest ─► QuestionSource ─► (Prompt, response ids) ─► padded batch ─► −log p of the response's tokens
-                 (background)
+manifest ─► QuestionSource ─► (Prompt, response ids) ─► padded batch ─► −log p of the response's tokens
+             (background)
 """
 
 from __future__ import annotations
@@ -13,30 +13,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProcessorMixin,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
 from video_r1.config import PromptSettings, SFTSettings
 from video_r1.data.media import read_media
-from video_r1.data.prompts import Prompt, PromptBuilder, response_text
+from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
-from video_r1.models.loading import size_multiple
 from video_r1.recipe import Recipe
-from video_r1.training.guards import StepProgress, UpdateGuard
-from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
 from video_r1.training.processes import gather, process_count, process_index
-from video_r1.training.questions import EpochSlots, QuestionSource, Slot, StepBatches
+from video_r1.training.question_trainer import QuestionTrainer
 from video_r1.training.runs import run_in_folder
-from video_r1.training.setup import Questions, as_samples, as_validation, given_model, manifests_of, model_of
+from video_r1.training.setup import Questions, manifests_of, model_of
 
 IGNORED = -100  # the label of tokens without a loss
 Example = tuple[Prompt, Tensor]
@@ -61,7 +49,9 @@ def pad_examples(examples: Sequence[Example], pad_token_id: int) -> dict[str, Te
     everywhere else.
     """
     rows = [torch.cat([prompt.input_ids, response]) for prompt, response in examples]
-    labels = [torch.cat([torch.full_like(prompt.input_ids, IGNORED), response]) for prompt, response in examples]
+    labels = [
+        torch.cat([torch.full_like(prompt.input_ids, IGNORED), response]) for prompt, response in examples
+    ]
     batch = {
         "input_ids": nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id),
         "attention_mask": nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
@@ -78,12 +68,15 @@ def pad_examples(examples: Sequence[Example], pad_token_id: int) -> dict[str, Te
     return batch
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(QuestionTrainer):
     """Teaches a video-language model the rationales and answers of a manifest (its rows need `process`).
 
     The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens of the
     whole optimizer step: prompt and visual tokens have none. Raises ConfigError and ManifestError when it is built.
     """
+
+    progress_title = "SFT"
+    progress_series = ("loss", "accuracy/token")
 
     def __init__(
         self,
@@ -97,35 +90,16 @@ class SFTTrainer(Trainer):
         recipe: Recipe | None = None,
     ) -> None:
         args = SFTConfig(output_dir="runs/sft") if args is None else args
-        student, processing_class = given_model(model, processing_class, peft_config)
-        self.settings = args
-        self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
-        self.budget = args.frame_budget(size_multiple(processing_class))
-        self.pad_token_id = pad_token_id(self.builder.tokenizer)
-        self.meter = Meter()
-        self.source: QuestionSource[Example, Example] | None = None
-        self.logged_step = 0
-        folder = Path(args.output_dir)
-        self.guard = UpdateGuard(folder, args.max_skipped_updates)
         super().__init__(
-            model=student,
-            args=args,
-            train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
-            eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.guard, RunFolder(folder, args if recipe is None else recipe), StepSeconds(self.meter)],
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
-        self.model_accepts_loss_kwargs = True  # the loss is normalised over the step: the Trainer must not divide it
-        self.label_names = ["labels"]
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(StepProgress("SFT", ("loss", "accuracy/token")))
+        # Rows are padded with a masked token, so any will do where the tokenizer has none of its own.
+        self.pad_token_id: int = self.builder.tokenizer.pad_token_id or 0
 
     def load(self, sample: Sample) -> Example:
         """A sample's prompt and response. Raises MediaError or PromptError."""
-        prompt, response = self.builder.build_with_response(
-            sample, read_media(sample, self.budget), response_text(sample)
-        )
+        media = read_media(sample, self.budget)
+        prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:
             raise PromptError(
                 f"question {sample.problem_id!r}: its response has {len(response)} tokens; the limit "
@@ -133,40 +107,18 @@ class SFTTrainer(Trainer):
             )
         return prompt, response
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Yields batches that are being read; one is always read ahead (see `get_batch_samples`)."""
-        args, samples = self.settings, cast(list[Sample], self.train_dataset)
-        if not samples:
-            raise ConfigError("training needs a train_dataset with at least one question")
-        self.source = QuestionSource(
-            samples,
-            self.load,
-            lambda sample, example, generator: example,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            quarantine=Path(args.output_dir) / "quarantine.jsonl",
-            threads=args.media_threads,
-            cache_bytes=args.media_cache_mb * 2**20,
-        )
-        batches = StepBatches(len(samples), self._train_batch_size)
-        loader = DataLoader(EpochSlots(len(samples)), batch_sampler=batches, collate_fn=self.begin_reading)
-        return self.accelerator.prepare(loader)
-
-    def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """Start reading a batch's media."""
-        assert self.source is not None
-        return {"questions": [self.source.submit(slot) for slot in slots]}
+    def build(self, sample: Sample, loaded: Example, generator: torch.Generator) -> Example:
+        return loaded
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The micro-batches of one optimizer step and the number of their response tokens over all processes."""
-        pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = []
-        for batch in pending:
-            with self.meter.seconds("decode"):
-                ready = [question.result() for question in batch["questions"]]
-            self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
-            padded: dict[str, Any] = dict(pad_examples([entry.content for entry in ready], self.pad_token_id))
-            batches.append(padded | {"problem_ids": [entry.sample.problem_id for entry in ready]})
-        return batches, self._get_num_items_in_batch(batches, device)
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        padded = []
+        for batch in batches:
+            ready = self.ready(batch["pending"])
+            tensors = pad_examples([entry.content for entry in ready], self.pad_token_id)
+            padded.append({**tensors, "problem_ids": [entry.sample.problem_id for entry in ready]})
+        return padded, self._get_num_items_in_batch(padded, device)
 
     def compute_loss(
         self,
@@ -186,33 +138,22 @@ class SFTTrainer(Trainer):
         self.guard.watch(loss.detach(), inputs["problem_ids"])
         return (loss, {}) if return_outputs else loss
 
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """`eval_loss` (nats a response token) and `eval_token_accuracy` on held-out questions with usable media."""
-        questions = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(questions, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in questions.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        samples = as_samples(questions)[process_index() :: process_count()]
-        model, size = cast(nn.Module, self.model).eval(), self.args.eval_batch_size
+    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """`loss` (nats a response token) and `token_accuracy` on held-out questions with usable media."""
+        mine, size = samples[process_index() :: process_count()], self.args.eval_batch_size
+        model = cast(nn.Module, self.model).eval()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
-        for start in range(0, len(samples), size):
-            examples = self.usable(samples[start : start + size])
+        for start in range(0, len(mine), size):
+            examples = self.usable(mine[start : start + size])
             if examples:
                 batch = self._prepare_inputs(pad_examples(examples, self.pad_token_id))
                 with torch.no_grad(), self.accelerator.autocast():
-                    sums += torch.tensor([float(part) for part in response_loss(model, batch)], dtype=torch.float64)
-        loss, hits, tokens = cast(Tensor, sum(gather(sums))).tolist()
+                    parts = response_loss(model, batch)
+                sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
+        loss, hits, tokens = torch.stack(gather(sums)).sum(0).tolist()
         if not tokens:
             raise ConfigError("evaluation needs an eval_dataset with at least one usable question")
-        metrics = {f"{metric_key_prefix}_loss": loss / tokens, f"{metric_key_prefix}_token_accuracy": hits / tokens}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return {"loss": loss / tokens, "token_accuracy": hits / tokens}
 
     def usable(self, samples: Sequence[Sample]) -> list[Example]:
         """The examples of these samples, without those whose media or text cannot be used."""
@@ -223,21 +164,6 @@ class SFTTrainer(Trainer):
             except (MediaError, PromptError):
                 continue
         return examples
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the series gathered since the last logging step."""
-        if "loss" in logs:
-            logs = {**logs, **self.meter.drain(self.state.global_step - self.logged_step)}
-            logs["updates/skipped"] = self.guard.skipped
-            self.logged_step = self.state.global_step
-        super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self.source is not None:
-                self.source.close()
 
 
 def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
@@ -256,11 +182,6 @@ def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
     return nn.functional.cross_entropy(logits, targets, reduction="sum"), hits, len(targets)
 
 
-def pad_token_id(tokenizer: Any) -> int:
-    """The token that fills rows up; it is masked, so any one will do where the tokenizer has none of its own."""
-    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
 def run_sft(recipe: Recipe) -> Path:
     """SFT from a resolved recipe. Returns the run folder, which is a checkpoint as well.
 
@@ -272,7 +193,13 @@ def run_sft(recipe: Recipe) -> Path:
     def build() -> SFTTrainer:
         training, validation = manifests_of(recipe)
         model, processor = model_of(recipe)
-        return SFTTrainer(model, args=args, train_dataset=training, eval_dataset=validation,
-                     processing_class=processor, recipe=recipe)
+        return SFTTrainer(
+            model,
+            args=args,
+            train_dataset=training,
+            eval_dataset=validation,
+            processing_class=processor,
+            recipe=recipe,
+        )
 
     return run_in_folder(recipe, args.output_dir, build)

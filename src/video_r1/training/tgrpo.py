@@ -34,20 +34,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import (
-    PreTrainedModel,
-    PrinterCallback,
-    ProcessorMixin,
-    ProgressCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
 from video_r1.config import PromptSettings, TGRPOSettings
-from video_r1.data.media import read_media
-from video_r1.data.prompts import PromptBuilder
+from video_r1.data.media import Media, read_media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import (
@@ -57,18 +47,17 @@ from video_r1.models.group_forward import (
     group_logprobs,
     vision_language_model,
 )
-from video_r1.models.loading import size_multiple
 from video_r1.recipe import Recipe
 from video_r1.report.recording import record_group
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.advantages import group_advantages
-from video_r1.training.guards import StepProgress, UpdateGuard
-from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds, describe_groups
+from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.preflight import Preflight
 from video_r1.training.processes import gather, gather_rows, process_count, process_index
-from video_r1.training.questions import EpochSlots, QuestionSource, Slot, StepBatches, derived_seed
+from video_r1.training.question_trainer import QuestionTrainer
+from video_r1.training.questions import Slot, derived_seed
 from video_r1.training.rollout_step import (
     Question,
     build_question,
@@ -77,7 +66,7 @@ from video_r1.training.rollout_step import (
     score_groups,
 )
 from video_r1.training.runs import run_in_folder
-from video_r1.training.setup import Questions, as_samples, as_validation, given_model, manifests_of, model_of
+from video_r1.training.setup import Questions, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
@@ -110,7 +99,7 @@ class PolicyBatch:
         return [group.sample.problem_id for group in self.groups]
 
 
-class TGRPOTrainer(Trainer):
+class TGRPOTrainer(QuestionTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
     model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the paper's
@@ -124,6 +113,9 @@ class TGRPOTrainer(Trainer):
     Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in reach,
     when media are missing as a whole or the loss stays not finite.
     """
+
+    progress_title = "T-GRPO"
+    progress_series = ("loss", "reward/accuracy", "reward/format", "temporal/gap")
 
     def __init__(
         self,
@@ -140,37 +132,24 @@ class TGRPOTrainer(Trainer):
     ) -> None:
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         if args.use_vllm and engine is None:
-            raise ConfigError("use_vllm: rollouts run in this process only; set it to false, or pass an engine")
-        policy, processing_class = given_model(model, processing_class, peft_config)
+            raise ConfigError(
+                "use_vllm: rollouts run in this process only; set it to false or pass an engine"
+            )
         self.terms = reward_terms(reward_funcs, args)
-        self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
-        self.budget = args.frame_budget(size_multiple(processing_class))
-        self.meter = Meter()
         self.step_batches: list[PolicyBatch] = []
-        self.logged_step = 0
-
-        folder = Path(args.output_dir)
-        self.guard = UpdateGuard(folder, args.max_skipped_updates)
-        self.source: QuestionSource[Any, Question] | None = None
         super().__init__(
-            model=policy,
-            args=args,
-            train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
-            eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
-            processing_class=processing_class,
-            callbacks=[*(callbacks or []), self.guard, RunFolder(folder, args if recipe is None else recipe), StepSeconds(self.meter), Preflight(self)],
+            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
-        self.settings = args
-        self.model_accepts_loss_kwargs = True  # the loss is normalised over the step: the Trainer must not divide it
-        self.remove_callback(PrinterCallback)
-        self.remove_callback(ProgressCallback)
-        self.add_callback(StepProgress("T-GRPO", ("loss", "reward/accuracy", "reward/format", "temporal/gap")))
+        self.add_callback(Preflight(self))
+        policy = cast(PreTrainedModel, self.model)
         self.is_peft = hasattr(policy, "disable_adapter")
         self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
         if self.reference is not None:
             self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
-        self.vision_is_frozen = not any(p.requires_grad for p in vision_language_model(policy).model.visual.parameters())
-        self.engine = TransformersEngine(policy, processing_class) if engine is None else engine
+        self.vision_is_frozen = not any(
+            p.requires_grad for p in vision_language_model(policy).model.visual.parameters()
+        )
+        self.engine = TransformersEngine(policy, self.processing_class) if engine is None else engine
         self.sampling = SamplingSettings(
             n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
         )
@@ -183,25 +162,25 @@ class TGRPOTrainer(Trainer):
         The rollouts of the whole step are sampled here, by the policy before the step, so that no question's loss
         depends on the micro-batch that it is in.
         """
-        slots, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if not slots:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
             return [], None
-        if slots[0]["iteration"] == 0 or not self.step_batches:
-            self.step_batches = self.roll_out([batch["questions"] for batch in slots])
+        if batches[0]["iteration"] == 0 or not self.step_batches:
+            self.step_batches = self.roll_out([batch["pending"] for batch in batches])
         groups = [group for batch in self.step_batches for group in batch.groups]
         responses = sum(gather(sum(len(group.ordered) for group in groups)))
         tokens = sum(gather(sum(len(rollout.token_ids) for group in groups for rollout in group.ordered)))
-        normaliser = loss_normaliser(self.settings.loss_type, responses, tokens, self.settings.max_completion_length)
+        normaliser = loss_normaliser(
+            self.settings.loss_type, responses, tokens, self.settings.max_completion_length
+        )
         # Gradients are averaged over processes, hence the division.
         return [{"batch": batch} for batch in self.step_batches], normaliser / process_count()
 
     def roll_out(self, pending: Sequence[Sequence[Any]]) -> list[PolicyBatch]:
         """One step's questions with their completions, rewards and advantages, in their micro-batches."""
         args = self.settings
-        with self.meter.seconds("decode"):
-            ready = [question.result() for batch in pending for question in batch]
+        ready = self.ready([question for batch in pending for question in batch])
         questions = [entry.content for entry in ready]
-        self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
         with self.meter.seconds("rollout") as clock:
@@ -215,7 +194,9 @@ class TGRPOTrainer(Trainer):
         # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
         rewards_QG = torch.stack([group.total_reward for group in groups])
         everywhere, mine = gather_rows(rewards_QG)  # `scale_rewards="batch"` looks at every process's rewards
-        for group, advantages in zip(groups, group_advantages(everywhere, args.scale_rewards)[mine], strict=True):
+        for group, advantages in zip(
+            groups, group_advantages(everywhere, args.scale_rewards)[mine], strict=True
+        ):
             group.advantages = advantages
         describe_groups(self.meter, groups, args.self_reflection_phrases)
         remaining = iter(groups)
@@ -247,6 +228,7 @@ class TGRPOTrainer(Trainer):
             with torch.no_grad(), self.accelerator.autocast():
                 batch.vision = encode_vision(model, [group.prompt for group in batch.groups])
 
+        # A group of equal rewards has advantages of 0: without a KL term it would add exactly nothing.
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
         if batch.old_logprobs is None:
@@ -293,69 +275,48 @@ class TGRPOTrainer(Trainer):
     @torch.no_grad()
     def reference_logprobs(self, model: nn.Module, batch: PolicyBatch) -> Tensor:
         """[N] log-probs of the policy that training started from: the frozen copy, or the model without adapters."""
-        without_adapter = cast(Any, self.accelerator.unwrap_model(model)).disable_adapter() if self.is_peft else nullcontext()
+        without_adapter = (
+            cast(Any, self.accelerator.unwrap_model(model)).disable_adapter()
+            if self.is_peft
+            else nullcontext()
+        )
         with without_adapter:
             return self.logprobs(model if self.reference is None else self.reference, batch).logprobs
 
-    # ---- Questions, validation, logging ----------------------------------------------------------------------------
+    # ---- What is read, validated and recorded
 
-    def get_train_dataloader(self) -> DataLoader:
-        """Yields slots of the stream of questions whose media are being read; one batch is always read ahead."""
-        args, samples = self.settings, cast(list[Sample], self.train_dataset)
-        if not samples:
-            raise ConfigError("training needs a train_dataset with at least one question")
-        self.source = QuestionSource(
-            samples,
-            lambda sample: read_media(sample, self.budget),
-            self.question,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            quarantine=Path(args.output_dir) / "quarantine.jsonl",
-            threads=args.media_threads,
-            cache_bytes=args.media_cache_mb * 2**20,
-        )
-        step_batches = args.gradient_accumulation_steps * args.world_size
-        batches = StepBatches(len(samples), self._train_batch_size, step_batches, args.num_iterations)
-        loader = DataLoader(EpochSlots(len(samples)), batch_sampler=batches, collate_fn=self.begin_reading)
-        return self.accelerator.prepare(loader)
+    def load(self, sample: Sample) -> Media:
+        return read_media(sample, self.budget)
+
+    def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
+        """A sample with both its prompts; without a temporal reward there is no shuffled one."""
+        with_shuffled = self.settings.shuffled_generations > 0
+        return build_question(sample, loaded, self.builder, generator, with_shuffled)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """Start reading a batch's media. Later updates on the same rollouts (`iteration` > 0) need none."""
-        assert self.source is not None
+        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) need nothing read."""
         iteration = slots[0].iteration
-        lazily = iteration > 0 and bool(self.step_batches)
-        questions = [] if lazily else [self.source.submit(slot._replace(iteration=0)) for slot in slots]
-        return {"questions": questions, "iteration": iteration}
+        if iteration > 0 and self.step_batches:
+            return {"pending": [], "iteration": iteration}
+        return {
+            **super().begin_reading([slot._replace(iteration=0) for slot in slots]),
+            "iteration": iteration,
+        }
 
     def preflight_groups(self, count: int) -> list[RolloutGroup]:
         """`count` questions of the first epoch, sampled and scored as a step's questions are."""
         assert self.source is not None
         slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
-        questions = [future.result().content for future in [self.source.submit(slot) for slot in slots]]
+        futures = [self.source.submit(slot) for slot in slots]
+        questions = [future.result().content for future in futures]
         ordered, shuffled = self.sample(questions, "preflight", 0)
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
 
-    def question(self, sample: Sample, media: Any, generator: torch.Generator) -> Question:
-        """A sample with both its prompts; without a temporal reward there is no shuffled one."""
-        return build_question(sample, media, self.builder, generator, self.settings.shuffled_generations > 0)
-
-    def evaluate(
-        self,
-        eval_dataset: Any = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
-        """Greedy accuracy on held-out questions: `eval_accuracy`, and for videos `eval_accuracy_shuffled` and
-        `eval_temporal_gap`, each question in both frame orders."""
-        questions = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(questions, dict):
-            parts = [self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}") for name, part in questions.items()]
-            return {name: value for part in parts for name, value in part.items()}
-        samples = as_samples(questions)
-        if not samples:
-            raise ConfigError("evaluation needs an eval_dataset with at least one question")
+    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and others."""
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
-            measured = temporal_accuracy(
+            return temporal_accuracy(
                 self.engine,
                 samples,
                 self.budget,
@@ -364,31 +325,14 @@ class TGRPOTrainer(Trainer):
                 batch_size=self.settings.eval_batch_size,
                 max_tokens=self.settings.max_completion_length,
             )
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the series gathered since the last logging step, and records some of this step's groups."""
-        if "loss" in logs:
-            logs = {**logs, **self.meter.drain(self.state.global_step - self.logged_step)}
-            logs["updates/skipped"] = self.guard.skipped
-            self.logged_step = self.state.global_step
-            if self.is_world_process_zero():
-                groups = [group for batch in self.step_batches for group in batch.groups]
-                for group in groups[: self.settings.log_rollouts]:
-                    record_group(
-                        Path(self.settings.output_dir), self.state.global_step, group, group.p, group.p_shuffled
-                    )
+        """As in QuestionTrainer, and records some of this step's groups."""
+        if "loss" in logs and self.is_world_process_zero():
+            groups = [group for batch in self.step_batches for group in batch.groups]
+            for group in groups[: self.settings.log_rollouts]:
+                record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
         super().log(logs, start_time)
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            if self.source is not None:
-                self.source.close()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations for each weight and token of prompt and completions (rollouts not counted)."""
@@ -415,7 +359,13 @@ def run_rl(recipe: Recipe) -> Path:
     def build() -> TGRPOTrainer:
         training, validation = manifests_of(recipe)
         model, processor = model_of(recipe)
-        return TGRPOTrainer(model, args=args, train_dataset=training, eval_dataset=validation,
-                     processing_class=processor, recipe=recipe)
+        return TGRPOTrainer(
+            model,
+            args=args,
+            train_dataset=training,
+            eval_dataset=validation,
+            processing_class=processor,
+            recipe=recipe,
+        )
 
     return run_in_folder(recipe, args.output_dir, build)

@@ -58,7 +58,9 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int
     for question in questions:
         ordered = next(rollouts)
         accuracy, formatted = answer_scores(question.sample, ordered), format_scores(ordered)
-        shuffled = None if question.shuffled is None else answer_scores(question.sample, next(rollouts)).item()
+        shuffled = (
+            None if question.shuffled is None else answer_scores(question.sample, next(rollouts)).item()
+        )
         yield question.sample.data_type, accuracy.item(), formatted.item(), shuffled
 
 

@@ -1,0 +1,158 @@
+"""What SFT and T-GRPO have in common: `transformers.Trainer` over questions whose media are read ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+)
+
+from video_r1.config import Settings
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.models.loading import size_multiple
+from video_r1.recipe import Recipe
+from video_r1.training.guards import StepProgress, UpdateGuard
+from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
+from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
+from video_r1.training.setup import Questions, as_samples, as_validation, given_model
+
+
+class QuestionTrainer(Trainer):
+    """A trainer whose data set is a manifest, and whose run folder has metrics and quarantined media.
+
+    A subclass says what is read of a sample (`load`, kept in memory), what a step needs of it (`build`), and how it
+    is validated; it turns pending questions into a step's inputs in `get_batch_samples`.
+    """
+
+    progress_title = "training"
+    progress_series: tuple[str, ...] = ("loss",)
+
+    def __init__(
+        self,
+        model: str | Path | PreTrainedModel,
+        args: Any,
+        train_dataset: Questions | None,
+        eval_dataset: Questions | dict[str, Questions] | None,
+        processing_class: ProcessorMixin | None,
+        peft_config: Any,
+        callbacks: list[TrainerCallback] | None,
+        recipe: Recipe | None,
+    ) -> None:
+        trained, processing_class = given_model(model, processing_class, peft_config)
+        self.settings = args
+        self.folder = Path(args.output_dir)
+        self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
+        self.budget = args.frame_budget(size_multiple(processing_class))
+        self.meter = Meter()
+        self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
+        self.source: QuestionSource[Any, Any] | None = None
+        self.logged_step = 0
+        run_folder = RunFolder(self.folder, cast(Settings, args) if recipe is None else recipe)
+        super().__init__(
+            model=trained,
+            args=args,
+            train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
+            eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
+            processing_class=processing_class,
+            callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
+        )
+        # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self.add_callback(StepProgress(self.progress_title, self.progress_series))
+
+    def load(self, sample: Sample) -> Any:
+        """What is read of a sample and kept in memory. Raises MediaError or PromptError."""
+        raise NotImplementedError
+
+    def build(self, sample: Sample, loaded: Any, generator: torch.Generator) -> Any:
+        """What a step needs of a sample. Raises PromptError."""
+        raise NotImplementedError
+
+    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
+        """Figures of held-out questions."""
+        raise NotImplementedError
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Yields batches of questions that are being read in the background; one batch is always read ahead."""
+        args, samples = self.settings, cast(list[Sample], self.train_dataset)
+        if not samples:
+            raise ConfigError("training needs a train_dataset with at least one question")
+        self.source = QuestionSource(
+            samples,
+            self.load,
+            self.build,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            quarantine=self.folder / "quarantine.jsonl",
+            threads=args.media_threads,
+            cache_bytes=args.media_cache_mb * 2**20,
+        )
+        step_batches = args.gradient_accumulation_steps * args.world_size
+        iterations = getattr(args, "num_iterations", 1)
+        batches = StepBatches(len(samples), self._train_batch_size, step_batches, iterations)
+        loader = DataLoader(EpochSlots(len(samples)), batch_sampler=batches, collate_fn=self.begin_reading)
+        return self.accelerator.prepare(loader)
+
+    def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
+        """A batch of questions that are being read: `pending` futures."""
+        assert self.source is not None
+        return {"pending": [self.source.submit(slot) for slot in slots]}
+
+    def ready(self, pending: Sequence[Future[Ready[Any]]]) -> list[Ready[Any]]:
+        """Waits for questions. Raises VideoR1Error when media are missing as a whole."""
+        with self.meter.seconds("decode"):
+            ready = [question.result() for question in pending]
+        self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
+        return ready
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The figures of `validate` on held-out questions (default: those given to the trainer), each with a prefix.
+
+        Several sets, by name, give `eval_<name>_…`.
+        """
+        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(questions, dict):
+            metrics = {}
+            for name, part in questions.items():
+                metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return metrics
+        samples = as_samples(questions)
+        if not samples:
+            raise ConfigError("evaluation needs an eval_dataset with at least one question")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate(samples).items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the series gathered since the last logging step."""
+        if "loss" in logs:
+            logs = {**logs, **self.meter.drain(self.state.global_step - self.logged_step)}
+            logs["updates/skipped"] = self.guard.skipped
+            self.logged_step = self.state.global_step
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole or the loss
+        stays not finite."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.source is not None:
+                self.source.close()
