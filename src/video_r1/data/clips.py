@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from av.sidedata.sidedata import Type as SideDataType
 from av.stream import Discard
+from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from video_r1.data.containers import missing_bytes
@@ -227,6 +228,7 @@ def _decode_listed(
     context = stream.codec_context
     may_skip = context.name == "h264"
     missing = len(positions)
+    reformatter = VideoReformatter()
 
     def collect(decoded: list[Any]) -> None:
         nonlocal missing
@@ -235,7 +237,7 @@ def _decode_listed(
             if place is not None and frames[place] is None:
                 if frame.is_corrupt:
                     raise _Unlisted
-                frames[place] = finish(_upright_rgb(frame))
+                frames[place] = finish(_upright_rgb(frame, reformatter))
                 missing -= 1
 
     for begin, last in _runs(packets, positions):
@@ -324,6 +326,7 @@ def _decode_from_beginning(
     chosen = choose(last - first, (last - first) / duration)
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)
+    reformatter = VideoReformatter()
     with _open(path) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
@@ -331,17 +334,19 @@ def _decode_from_beginning(
                     raise ValueError(
                         f"the video is damaged: the frame at {times[number]:.2f} s cannot be decoded"
                     )
-                frames[wanted[number]] = finish(_upright_rgb(frame))
+                frames[wanted[number]] = finish(_upright_rgb(frame, reformatter))
     return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
 
 
-def _upright_rgb(frame: Any) -> Tensor:
+def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
     """[3, H, W] uint8 RGB of a decoded frame, turned and mirrored as its display matrix says."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(
             f"has a frame of {frame.width}×{frame.height} pixels; at most {MAX_PIXELS:,} are decoded"
         )
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24")).permute(2, 0, 1)
+    # one converter for all frames of a clip: building one takes longer than converting a small frame
+    rgb = reformatter.reformat(frame, format="rgb24", threads=1)
+    pixels = torch.from_numpy(rgb.to_ndarray()).permute(2, 0, 1)
     matrix = frame.side_data.get(SideDataType.DISPLAYMATRIX)
     if matrix is None:
         return pixels
