@@ -30,7 +30,11 @@ class Rollout:
 
 
 class RolloutEngine(Protocol):
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings) -> list[list[Rollout]]: ...
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q."""
+        ...
 
     def update_weights(self, model: Any) -> None: ...
 

@@ -74,25 +74,36 @@ class TransformersEngine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, on_token: OnToken | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Samples `sampling.n` completions of each prompt; result [prompts][n].
+        """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
 
         At temperature 0 every completion is the greedy one and its log-probs are the model's own. The seed
         (drawn from torch's CPU generator when None) fixes every token: completion g of prompt q depends on
-        the seed, q and g, not on how prompts are batched. `on_token(q, g, token_id)` sees each token at once.
+        the seed, q, g and the counts before it, not on how prompts are batched. `on_token(q, g, token_id)`
+        sees each token at once.
         """
-        uniform = _uniform_numbers(len(prompts) * sampling.n, sampling)
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].input_ids))
+        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
+        if len(counts) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+        uniform = torch.split(_uniform_numbers(sum(counts), sampling), counts)
+        order = sorted(
+            (index for index, count in enumerate(counts) if count),
+            key=lambda index: len(prompts[index].input_ids),
+        )
         results: list[list[Rollout]] = [[] for _ in prompts]
         with _eval_mode(self.model):
-            per_wave = max(1, self.max_sequences // sampling.n)
-            for first in range(0, len(order), per_wave):
-                wave = order[first : first + per_wave]
+            for wave in _waves(order, counts, self.max_sequences):
                 prefilled = self._prefill([prompts[index] for index in wave])
-                rollouts = self._decode(prefilled, wave, uniform, sampling, on_token)
-                for position, index in enumerate(wave):
-                    results[index] = rollouts[position * sampling.n : (position + 1) * sampling.n]
+                numbers = [(index, completion) for index in wave for completion in range(counts[index])]
+                drawn = torch.cat([uniform[index] for index in wave])
+                rollouts = self._decode(prefilled, numbers, drawn, sampling, on_token)
+                for (index, _), rollout in zip(numbers, rollouts, strict=True):
+                    results[index].append(rollout)
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
@@ -155,19 +166,20 @@ class TransformersEngine:
     def _decode(
         self,
         prefilled: _Prefilled,
-        wave: Sequence[int],
+        numbers: Sequence[tuple[int, int]],
         uniform: Tensor,
         sampling: SamplingSettings,
         on_token: OnToken | None,
     ) -> list[Rollout]:
-        """The completions of one wave, n in a row for each of its prompts.
+        """The S completions of one wave, those of a prompt in a row.
 
-        wave: indices of the prompts in the call; uniform: [prompts of the call * n, max_tokens].
+        numbers: [S] prompt and completion in the call's counting, prompts in the order of the prefill;
+        uniform: [S, max_tokens].
         """
-        device, n = prefilled.logits.device, sampling.n
-        rows = torch.arange(len(wave), device=device).repeat_interleave(n)
-        numbers = torch.tensor(wave, device=device)[rows] * n + torch.arange(len(rows), device=device) % n
-        uniform = uniform.to(device)[numbers]
+        device = prefilled.logits.device
+        uniform = uniform.to(device)
+        prompt_of = torch.tensor([prompt for prompt, _ in numbers], device=device)
+        rows = torch.unique_consecutive(prompt_of, return_inverse=True)[1]  # [S] in the prefill's order
         stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
         stop[self._stop_ids] = True
         cache = SharedPrefixCache(prefilled.keys, prefilled.values, prefilled.lengths, rows)
@@ -188,8 +200,8 @@ class TransformersEngine:
                 logprobs[active, step] = distribution.gather(-1, tokens[:, None]).squeeze(1)
                 running = ~stopped[active]
                 if on_token is not None:
-                    for number, token in zip(numbers[active[running]], tokens[running], strict=True):
-                        on_token(*divmod(int(number), n), int(token))
+                    for number, token in zip(active[running], tokens[running], strict=True):
+                        on_token(*numbers[int(number)], int(token))
                 ending = active[running & stop[tokens]]
                 lengths[ending], stopped[ending] = step + 1, True
                 kept = (~stopped[active]).nonzero().squeeze(1)
@@ -230,6 +242,20 @@ def _uniform_numbers(sequences: int, sampling: SamplingSettings) -> Tensor:
         return torch.zeros(sequences, 0)
     seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
     return torch.rand(sequences, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+def _waves(order: Sequence[int], counts: Sequence[int], max_sequences: int) -> Iterator[list[int]]:
+    """Prompts in `order`, cut where a wave would decode more than `max_sequences` completions at once."""
+    wave: list[int] = []
+    total = 0
+    for index in order:
+        if wave and total + counts[index] > max_sequences:
+            yield wave
+            wave, total = [], 0
+        wave.append(index)
+        total += counts[index]
+    if wave:
+        yield wave
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:

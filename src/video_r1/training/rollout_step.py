@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,7 +22,6 @@ from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
 from video_r1.rewards.shaping import format_reward, length_reward, temporal_reward
 from video_r1.rollout.engine import Rollout, RolloutEngine, RolloutGroup, SamplingSettings
-from video_r1.training.questions import derived_seed
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
 
@@ -102,21 +101,16 @@ def build_question(
 
 
 def sample_rollouts(
-    engine: RolloutEngine,
-    questions: Sequence[Question],
-    sampling: SamplingSettings,
-    shuffled_n: int,
-    seed: int,
+    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
 ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
     """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it has no
-    shuffled prompt): two lists in the questions' order. Both are sampled in the same way, from their own seeds."""
-    ordered = engine.generate(
-        [question.ordered for question in questions], replace(sampling, seed=derived_seed(seed, "ordered"))
-    )
-    prompts = [question.shuffled for question in questions if question.shuffled is not None]
-    settings = replace(sampling, n=shuffled_n, seed=derived_seed(seed, "shuffled"))
-    shuffled = iter(engine.generate(prompts, settings) if prompts else [])
-    return ordered, [[] if question.shuffled is None else next(shuffled) for question in questions]
+    shuffled prompt): two lists in the questions' order, sampled together and in the same way."""
+    shuffled = [question.shuffled for question in questions if question.shuffled is not None]
+    prompts = [*(question.ordered for question in questions), *shuffled]
+    counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
+    rollouts = engine.generate(prompts, sampling, counts)
+    remaining = iter(rollouts[len(questions) :])
+    return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 
 
 def score_groups(

@@ -28,7 +28,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,16 +87,27 @@ class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
 
 @dataclass(slots=True)
 class PolicyBatch:
-    """A micro-batch of Q groups, and what later updates on the same rollouts share. N completion tokens in all."""
+    """A micro-batch of groups, and what later updates on the same rollouts share.
+
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the groups, save
+    for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss or its gradient.
+    """
 
     groups: list[RolloutGroup]
+    trained: list[RolloutGroup]
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
     vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
 
     @property
     def problem_ids(self) -> list[str | int]:
-        return [group.sample.problem_id for group in self.groups]
+        return [group.sample.problem_id for group in self.trained]
+
+
+def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
+    """A micro-batch of scored groups. At least one of them meets the model, so that every process has a loss."""
+    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
+    return PolicyBatch(groups, taught or groups[:1])
 
 
 class TGRPOTrainer(QuestionTrainer):
@@ -154,7 +165,7 @@ class TGRPOTrainer(QuestionTrainer):
             n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
         )
 
-    # ---- One optimizer step: sample, score, compare ----------------------------------------------------------------
+    # ---- One optimizer step: sample, score, compare
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
         """The micro-batches of one optimizer step as groups with rewards and advantages, and the loss's normaliser.
@@ -200,19 +211,18 @@ class TGRPOTrainer(QuestionTrainer):
             group.advantages = advantages
         describe_groups(self.meter, groups, args.self_reflection_phrases)
         remaining = iter(groups)
-        return [PolicyBatch([next(remaining) for _ in batch]) for batch in pending]
+        return [policy_batch([next(remaining) for _ in batch], args.beta != 0) for batch in pending]
 
     def sample(self, questions: Sequence[Question], purpose: str, step: int) -> tuple[list, list]:
         """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
-        args = self.settings
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-        seed = derived_seed(args.seed, purpose, step, process_index())
+        seed = derived_seed(self.settings.seed, purpose, step, process_index())
         with self.accelerator.autocast():
             return sample_rollouts(
-                self.engine, questions, self.sampling, shuffled_n=args.shuffled_generations, seed=seed
+                self.engine, questions, replace(self.sampling, seed=seed), self.settings.shuffled_generations
             )
 
-    # ---- One optimizer step: learn ---------------------------------------------------------------------------------
+    # ---- One optimizer step: learn
 
     def compute_loss(
         self,
@@ -226,9 +236,8 @@ class TGRPOTrainer(QuestionTrainer):
         assert num_items_in_batch is not None
         if self.vision_is_frozen and batch.vision is None:
             with torch.no_grad(), self.accelerator.autocast():
-                batch.vision = encode_vision(model, [group.prompt for group in batch.groups])
+                batch.vision = encode_vision(model, [group.prompt for group in batch.trained])
 
-        # A group of equal rewards has advantages of 0: without a KL term it would add exactly nothing.
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
         if batch.old_logprobs is None:
@@ -237,7 +246,7 @@ class TGRPOTrainer(QuestionTrainer):
             batch.ref_logprobs = self.reference_logprobs(model, batch)
 
         # −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL
-        advantages = torch.cat([group.advantages for group in batch.groups]).to(policy.logprobs.device)
+        advantages = torch.cat([group.advantages for group in batch.trained]).to(policy.logprobs.device)
         result = policy_loss(
             policy.logprobs,
             batch.old_logprobs,
@@ -260,8 +269,8 @@ class TGRPOTrainer(QuestionTrainer):
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
         """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled at."""
-        completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.groups]
-        prompts = [group.prompt for group in batch.groups]
+        completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
+        prompts = [group.prompt for group in batch.trained]
         with self.accelerator.autocast():
             return group_logprobs(
                 model,
@@ -337,7 +346,7 @@ class TGRPOTrainer(QuestionTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations for each weight and token of prompt and completions (rollouts not counted)."""
         batch = cast(PolicyBatch, inputs["batch"])
-        tokens = sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.ordered) for g in batch.groups)
+        tokens = sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.ordered) for g in batch.trained)
         return 6 * tokens * sum(p.numel() for p in cast(nn.Module, self.model).parameters())
 
 
