@@ -115,16 +115,16 @@ class Conversations(IterableDataset):
         return "\n".join([question.problem, *lines, words])
 
     def _lookup(self, rng: np.random.Generator) -> tuple[str, str]:
-        """Options and one of them with its letter: `blue is B.`"""
+        """Options, and some of them with their letters: `blue is B. red is D.`"""
         while True:
             question = self.families[rng.integers(len(self.families))](rng)
             if question.choices:
                 break
         options = rng.permutation(list(question.choices)).tolist()
-        at = int(rng.integers(len(options)))
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
         extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
-        return "\n".join([question.problem, *lines, extra]), f"{options[at]} is {LETTERS[at]}."
+        named = rng.permutation(len(options))[: int(rng.integers(2, 5))]
+        return "\n".join([question.problem, *lines, extra]), " ".join(f"{options[at]} is {LETTERS[at]}." for at in named)
 
     def row(self, rng: np.random.Generator) -> Row:
         timeline, kinds = _timeline(rng)
@@ -137,7 +137,7 @@ class Conversations(IterableDataset):
             if rng.random() < 0.3:
                 request = f"{request} {kind}?"
             turns.append((request, listing(timeline, str(kind)) + "."))
-        if rng.random() < 0.5:
+        if rng.random() < 0.8:
             turns.insert(int(rng.integers(0, len(turns) + 1)), self._lookup(rng))
         pad = "image" if is_image else "video"
         visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
@@ -180,7 +180,7 @@ class Conversations(IterableDataset):
 
 
 def pretrain_base(
-    folder: Path, steps: int = 9000, seed: int = 0, batch: int = 32, learning_rate: float = 1e-3, threads: int = 1,
+    folder: Path, steps: int = 4500, seed: int = 0, batch: int = 32, learning_rate: float = 1e-3, threads: int = 1,
     hidden: int = 128, layers: int = 4,
 ) -> None:  # fmt: skip
     """Trains the base from random weights and writes it as a checkpoint folder. Deterministic for a seed and `threads`."""
