@@ -41,7 +41,7 @@ def write(folder: Path, content, name: str = "manifest.json") -> Path:
 
 
 def problems_of(folder: Path, *changed: dict) -> list[str]:
-    found = check_manifest(write(folder, list(changed)))[1]
+    found = check_manifest(write(folder, list(changed))).problems
     return [str(problem) for problem in found]
 
 
@@ -246,7 +246,7 @@ def test_broken_json_is_named_with_its_place(tmp_path, monkeypatch, content, tex
 
 def test_broken_json_lines_do_not_hide_the_others(tmp_path):
     content = "\n".join([json.dumps(CHOICE), "{", "", json.dumps(NUMBER | {"path": "/x"})])
-    samples, problems = check_manifest(write(tmp_path, content, "manifest.jsonl"))
+    samples, _, problems = check_manifest(write(tmp_path, content, "manifest.jsonl"))
     assert [s.problem_id for s in samples] == [7]
     assert [problem.row for problem in problems] == [2, 4]
 
@@ -254,7 +254,7 @@ def test_broken_json_lines_do_not_hide_the_others(tmp_path):
 def test_text_that_is_not_utf8_is_named(tmp_path):
     path = tmp_path / "manifest.jsonl"
     path.write_bytes(json.dumps(CHOICE).encode() + b"\n\xff\xfe\n")
-    assert "not UTF-8" in str(check_manifest(path)[1][-1])
+    assert "not UTF-8" in str(check_manifest(path).problems[-1])
 
 
 def test_links_must_stay_inside_the_media_root(tmp_path):
@@ -268,7 +268,7 @@ def test_links_must_stay_inside_the_media_root(tmp_path):
     os.symlink(outside, root / "folder")
     paths = ["inner.mp4", "file.mp4", "folder/secret.mp4", "folder/../root/inner.mp4"]
     made = [CHOICE | {"problem_id": n, "path": path} for n, path in enumerate(paths)]
-    samples, problems = check_manifest(write(tmp_path, made), media_root=root)
+    samples, _, problems = check_manifest(write(tmp_path, made), media_root=root)
     assert [(s.problem_id, s.path) for s in samples] == [
         (0, str((root / "clips" / "good.mp4").resolve())),
         (3, str((root / "clips" / "good.mp4").resolve())),
@@ -280,14 +280,14 @@ def test_links_must_stay_inside_the_media_root(tmp_path):
 def test_a_folder_beside_the_root_with_its_name_as_beginning_is_outside(tmp_path):
     (tmp_path / "root").mkdir()
     path = write(tmp_path, [CHOICE | {"path": "../root2/x.mp4"}])
-    found = check_manifest(path, media_root=tmp_path / "root")[1]
+    found = check_manifest(path, media_root=tmp_path / "root").problems
     assert "leads out" in found[0].text
 
 
 def test_urls_when_they_are_allowed(tmp_path):
     url = "https://example.org/clip.mp4?x=1"
     path = write(tmp_path, [CHOICE | {"path": url}, NUMBER | {"path": "ftp://example.org/a.png"}])
-    samples, problems = check_manifest(path, allow_urls=True)
+    samples, _, problems = check_manifest(path, allow_urls=True)
     assert [s.path for s in samples] == [url]
     assert "ftp://example.org/a.png" in problems[0].text
 
@@ -322,7 +322,7 @@ def test_a_dataset_reports_rows_beyond_the_first_batch(tmp_path, monkeypatch):
     monkeypatch.setattr(rows, "_ROWS_PER_BATCH", 4)
     made = [CHOICE | {"problem_id": n} for n in range(10)]
     made[8]["path"] = "/abs.mp4"
-    found = check_manifest(datasets.Dataset.from_list(made), media_root=tmp_path)[1]
+    found = check_manifest(datasets.Dataset.from_list(made), media_root=tmp_path).problems
     assert [(problem.row, problem.problem_id) for problem in found] == [(9, 8)]
 
 

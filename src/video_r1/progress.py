@@ -65,7 +65,7 @@ class Progress(Generic[T]):
             when = f"{_clock(left / rate)} left"
         else:
             when = f"{_clock(elapsed)} taken"
-        speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s/{self.unit}"
+        speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s each"
         note = f", {self._note}" if self._note else ""
         print(
             f"{self.description}: {self.done}{of_total} {self.unit}, {speed}, {when}{note}",

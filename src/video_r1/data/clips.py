@@ -87,6 +87,7 @@ def decode_clip(
     finish: Callable[[Tensor], Tensor],
     start: float | None = None,
     end: float | None = None,
+    threads: int = 0,
 ) -> Clip:
     """Decodes the chosen frames of a clip.
 
@@ -95,12 +96,13 @@ def decode_clip(
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
         finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
         start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.
+        threads: threads that decode; 0: one per core.
 
     Raises:
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
         av.error.FFmpegError: FFmpeg's own error where no better reason is known.
     """
-    with _open(path) as (container, stream):
+    with _open(path, threads) as (container, stream):
         packets = _list_packets(path, container, stream)
         if packets is not None:
             times = packets.times()
@@ -116,12 +118,12 @@ def decode_clip(
             else:
                 return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
     return _decode_from_beginning(
-        path, choose, finish, start, end, 0 if packets is None else len(packets.shown)
+        path, choose, finish, start, end, threads, 0 if packets is None else len(packets.shown)
     )
 
 
 @contextmanager
-def _open(path: str) -> Iterator[tuple[Any, Any]]:
+def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
     is_url = path.startswith(("http://", "https://"))
     options = {
         "format_whitelist": _CONTAINERS,
@@ -152,7 +154,7 @@ def _open(path: str) -> Iterator[tuple[Any, Any]]:
         if context.width * context.height < _THREADS_FROM_PIXELS:
             context.thread_count = 1
         else:
-            context.thread_type = "AUTO"
+            context.thread_type, context.thread_count = "AUTO", threads
         context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream
 
@@ -298,12 +300,13 @@ def _decode_from_beginning(
     finish: Callable[[Tensor], Tensor],
     start: float | None,
     end: float | None,
+    threads: int,
     listed: int,
 ) -> Clip:
     """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
     pts: list[int | None] = []
     try:
-        with _open(path) as (container, stream):
+        with _open(path, threads) as (container, stream):
             time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
             hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
             for frame in container.decode(stream):
@@ -327,7 +330,7 @@ def _decode_from_beginning(
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)
     reformatter = VideoReformatter()
-    with _open(path) as (container, stream):
+    with _open(path, threads) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 if frame.is_corrupt:

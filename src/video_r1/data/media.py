@@ -132,8 +132,12 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def read_media(sample: Sample, budget: FrameBudget) -> Media:
+def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
     """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
+
+    Args:
+        decoder_threads: threads to decode one large clip with; 0: one per core. Clips of small pictures take
+            one in any case. Give 1 where many clips are decoded at once.
 
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
@@ -143,7 +147,7 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
         _require_file(sample.path)
         if sample.data_type == "image":
             return _read_image(sample.path, budget)
-        return _read_video(sample, budget)
+        return _read_video(sample, budget, decoder_threads)
     except MediaError:
         raise
     except Exception as error:  # decoders raise whatever they like over hostile files
@@ -170,7 +174,7 @@ def _require_file(path: str) -> None:
         raise MediaError(path, "may not be read (permission denied)")
 
 
-def _read_video(sample: Sample, budget: FrameBudget) -> Media:
+def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Media:
     size: tuple[int, int] | None = None
 
     def finish(frame: Tensor) -> Tensor:
@@ -190,7 +194,7 @@ def _read_video(sample: Sample, budget: FrameBudget) -> Media:
         return frame_indices(total, fps, budget)
 
     try:
-        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
+        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end, decoder_threads)
     except ValueError as error:
         if type(error) is not ValueError:  # FFmpeg's own errors are ValueErrors too
             raise

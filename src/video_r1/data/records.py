@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
@@ -90,6 +90,14 @@ class Problem:
         return f"row {self.row}{name}: {self.text}"
 
 
+class CheckedManifest(NamedTuple):
+    """The good rows of a manifest, the number of each in the file, and what is wrong with the others."""
+
+    samples: list[Sample]
+    rows: list[int]
+    problems: list[Problem]
+
+
 def load_manifest(
     source: str | Path | datasets.Dataset,
     media_root: str | Path | None = None,
@@ -109,15 +117,15 @@ def load_manifest(
     Raises:
         ManifestError: with all problems of all rows in `problems`.
     """
-    samples, problems = check_manifest(source, media_root, allow_urls, split)
-    if problems:
+    checked = check_manifest(source, media_root, allow_urls, split)
+    if problems := checked.problems:
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
         more = len(problems) - _PROBLEMS_IN_MESSAGE
         rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
-    return samples
+    return checked.samples
 
 
 def check_manifest(
@@ -125,7 +133,7 @@ def check_manifest(
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
-) -> tuple[list[Sample], list[Problem]]:
+) -> CheckedManifest:
     """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
 
     Raises:
@@ -141,6 +149,7 @@ def check_manifest(
         )
     places = _MediaPlaces(os.path.realpath(media_root), allow_urls)
     samples: list[Sample] = []
+    rows: list[int] = []
     problems: list[Problem] = []
     rows_by_id: dict[str, int] = {}
     number = 0
@@ -159,9 +168,10 @@ def check_manifest(
         problems.extend(Problem(number, problem_id, text) for text in found)
         if sample is not None and not found:
             samples.append(sample)
+            rows.append(number)
     if number == 0:
         problems.append(Problem(1, None, "the manifest has no rows"))
-    return samples, problems
+    return CheckedManifest(samples, rows, problems)
 
 
 class _MediaPlaces:

@@ -1,0 +1,160 @@
+"""Checking a manifest and its media before anything is trained on them: `video-r1 data check`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import torch
+
+from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.records import Problem, Sample, check_manifest
+from video_r1.errors import MediaError
+from video_r1.progress import progress
+
+_SOURCES_SHOWN = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """Questions by problem type, modality and source; each key is (name, modality)."""
+
+    by_type: Counter[tuple[str, str]]
+    by_source: Counter[tuple[str, str]]
+
+    @property
+    def by_modality(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for (_, modality), count in self.by_type.items():
+            total[modality] += count
+        return total
+
+
+@dataclass(frozen=True, slots=True)
+class MediaCheck:
+    """What opening the media of samples showed."""
+
+    problems: list[Problem]  # one for each question whose media cannot be used
+    counts: Counts  # of the questions whose media can be used
+    files: int  # different files (or windows of them) that were opened
+    video_seconds: float  # of all usable clips or windows, each counted once
+
+
+def count_samples(samples: Sequence[Sample]) -> Counts:
+    """How many questions there are of each type, modality and source."""
+    return Counts(
+        Counter((sample.problem_type, sample.data_type) for sample in samples),
+        Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples),
+    )
+
+
+def check_media(
+    samples: Sequence[Sample],
+    budget: FrameBudget | None = None,
+    workers: int | None = None,
+    rows: Sequence[int] | None = None,
+) -> MediaCheck:
+    """Decodes the frames of every sample, in parallel, exactly as training would; each file or window once.
+
+    Threads, not processes: FFmpeg and the resizing run without Python's lock.
+
+    Args:
+        budget: the frames to decode and their size. Default: the training budget.
+        workers: files open at a time. Default: one per core.
+        rows: the row number of each sample, for the problems. Default: its place in `samples`, from 1.
+    """
+    budget = budget or FrameBudget()
+    numbers = rows if rows is not None else range(1, len(samples) + 1)
+    users: dict[tuple[str, str, float | None, float | None], list[int]] = {}
+    for place, sample in enumerate(samples):
+        users.setdefault((sample.path, sample.data_type, sample.start, sample.end), []).append(place)
+
+    def read(places: list[int]) -> tuple[list[int], float, str | None]:
+        try:
+            return places, read_media(samples[places[0]], budget, decoder_threads=1).duration, None
+        except MediaError as error:
+            return places, 0.0, str(error)
+
+    failed: dict[int, str] = {}
+    video_seconds = 0.0
+    # each worker does its own resizing alone, so that workers and not their threads fill the cores
+    with (
+        ThreadPool(workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool,
+        progress(len(users), "checking media", "files") as bar,
+    ):
+        for places, seconds, reason in pool.imap_unordered(read, users.values()):
+            video_seconds += seconds
+            if reason is not None:
+                failed.update(dict.fromkeys(places, reason))
+            bar.update(bad=len(failed)) if failed else bar.update()
+    problems = [Problem(numbers[place], samples[place].problem_id, failed[place]) for place in sorted(failed)]
+    usable = [sample for place, sample in enumerate(samples) if place not in failed]
+    return MediaCheck(problems, count_samples(usable), len(users), video_seconds)
+
+
+def format_counts(counts: Counts) -> str:
+    """Tables of the counts by problem type and by source, each with a column per modality."""
+    modalities = sorted(counts.by_modality) or ["video"]
+    return "\n\n".join(
+        _table(title, table, modalities)
+        for title, table in (("problem type", counts.by_type), ("source", counts.by_source))
+    )
+
+
+def _table(title: str, table: Counter[tuple[str, str]], modalities: list[str]) -> str:
+    totals: Counter[str] = Counter()
+    for (name, _), count in table.items():
+        totals[name] += count
+    shown = totals.most_common(_SOURCES_SHOWN)
+    lines = [(title, *modalities, "all")]
+    lines += [(name, *(f"{table[name, m]:,}" for m in modalities), f"{count:,}") for name, count in shown]
+    if len(totals) > len(shown):
+        rest = [name for name, _ in totals.most_common()[_SOURCES_SHOWN:]]
+        by_modality = [sum(table[name, m] for name in rest) for m in modalities]
+        lines.append((f"({len(rest)} more)", *(f"{n:,}" for n in by_modality), f"{sum(by_modality):,}"))
+    by_modality = [sum(count for (_, m), count in table.items() if m == modality) for modality in modalities]
+    lines.append(("all", *(f"{n:,}" for n in by_modality), f"{sum(by_modality):,}"))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = []
+    for name, *numbers in lines:
+        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
+        aligned.append("  ".join([name.ljust(widths[0]), *cells]))
+    return "\n".join(aligned)
+
+
+def run_check(
+    manifest: str | Path,
+    media_root: str | Path | None = None,
+    allow_urls: bool = False,
+    media: bool = True,
+    workers: int | None = None,
+) -> int:
+    """Checks a manifest, and its media unless `media` is false, and prints every problem and the counts.
+
+    Returns the exit code: 0 when everything can be used, 1 when there are problems.
+
+    Raises:
+        ManifestError: there is no such manifest or media root.
+    """
+    samples, rows, problems = check_manifest(manifest, media_root, allow_urls)
+    for problem in problems:
+        print(problem)
+    if media:
+        result = check_media(samples, workers=workers, rows=rows)
+        for problem in result.problems:
+            print(problem)
+        counts, bad_media = result.counts, len(result.problems)
+    else:
+        result, counts, bad_media = None, count_samples(samples), 0
+    print(f"\n{format_counts(counts)}\n")
+    if result is not None:
+        hours = result.video_seconds / 3600
+        print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
+    bad_rows = len({problem.row for problem in problems})
+    summary = f"{counts.by_type.total():,} questions can be used; {bad_rows:,} rows with problems"
+    print(summary + (f"; {bad_media:,} questions with unusable media" if media else ""))
+    return 1 if problems or bad_media else 0

@@ -1,0 +1,210 @@
+"""`video-r1 data check`: every file opened, every problem printed, the counts right. And progress, which it shows."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_media import SMALL, write_video
+
+from video_r1 import progress as progress_module
+from video_r1.data.check import check_media, count_samples, format_counts, run_check
+from video_r1.data.records import Sample, load_manifest
+from video_r1.errors import ManifestError
+from video_r1.progress import progress
+
+
+def row(problem_id: int, path: str, problem_type: str = "free-form", source: str = "lab/a", **more) -> dict:
+    data_type = "image" if path.endswith(".png") else "video"
+    return {
+        "problem_id": problem_id, "problem": "What?", "data_type": data_type, "problem_type": problem_type,
+        "solution": "<answer>3</answer>", "path": path, "data_source": source, **more,
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("media")
+    write_video(folder / "good.mp4", 50)
+    write_video(folder / "other.mp4", 25)
+    write_video(folder / "still.mp4", 1)
+    Image.fromarray(np.zeros((56, 56, 3), np.uint8)).save(folder / "good.png")
+    (folder / "text.mp4").write_text("no video\n" * 50)
+    return folder
+
+
+def manifest(folder: Path, rows: list[dict], name: str) -> Path:
+    path = folder / name
+    path.write_text(json.dumps(rows))
+    return path
+
+
+ROWS = [
+    row(1, "good.mp4"),
+    row(2, "good.mp4", "numerical"),
+    row(3, "good.mp4", start=0.0, end=1.0),
+    row(4, "good.png", "OCR", source="lab/b"),
+    row(5, "missing.mp4"),
+    row(6, "text.mp4", "OCR"),
+    row(7, "text.mp4"),
+    row(8, "still.mp4"),
+    row(9, "other.mp4", source=""),
+]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media, monkeypatch, workers):
+    from video_r1.data import check
+
+    opened = []
+
+    def noted(sample, *arguments, **named):
+        opened.append((Path(sample.path).name, sample.start))
+        return original(sample, *arguments, **named)
+
+    original = check.read_media
+    monkeypatch.setattr(check, "read_media", noted)
+    result = check_media(load_manifest(manifest(media, ROWS, "m.json")), SMALL, workers)
+    names = ["good.mp4", "good.mp4", "good.png", "missing.mp4", "other.mp4", "still.mp4", "text.mp4"]
+    assert sorted(name for name, _ in opened) == names
+    assert result.files == 7
+    reasons = ["no such file", "not a video that FFmpeg", "not a video that FFmpeg", "has 1 frame"]
+    assert [(p.row, p.problem_id) for p in result.problems] == [(5, 5), (6, 6), (7, 7), (8, 8)]
+    assert all(reason in p.text for reason, p in zip(reasons, result.problems, strict=True))
+    assert result.counts.by_type == {
+        ("free-form", "video"): 3, ("numerical", "video"): 1, ("OCR", "image"): 1,
+    }  # fmt: skip
+    assert result.counts.by_modality == {"video": 4, "image": 1}
+    assert result.video_seconds == pytest.approx(2 + 1 + 1)
+
+
+def test_the_command_prints_all_problems_and_counts(media, capsys):
+    bad_row = row(1, "/abs.mp4", "regression") | {"solution": "<answer>nan</answer>"}
+    assert run_check(manifest(media, [bad_row, *ROWS], "bad.json"), workers=2) == 1
+    out = capsys.readouterr().out
+    assert "row 1 (id 1): path '/abs.mp4' is absolute" in out
+    assert "row 1 (id 1): the solution of a regression problem must be a finite number" in out
+    assert "row 2 (id 1): problem_id is used before, in row 1" in out
+    assert f"row 6 (id 5): {media.resolve() / 'missing.mp4'}: there is no such file" in out
+    assert "row 9 (id 8): " in out
+    assert "6 media files or windows opened" not in out and "7 media files or windows opened" in out
+    assert "4 questions can be used; 2 rows with problems; 4 questions with unusable media" in out
+
+
+def test_the_command_without_media(media, capsys):
+    assert run_check(manifest(media, ROWS, "m2.json"), media=False) == 0
+    out = capsys.readouterr().out
+    assert "9 questions can be used; 0 rows with problems\n" in out
+    assert "opened" not in out
+
+
+def test_the_command_on_good_media(media, capsys):
+    assert run_check(manifest(media, ROWS[:4], "good.json"), workers=1) == 0
+    assert (
+        "4 questions can be used; 0 rows with problems; 0 questions with unusable" in capsys.readouterr().out
+    )
+
+
+def test_a_manifest_that_does_not_exist_is_an_error(tmp_path):
+    with pytest.raises(ManifestError, match="no such manifest"):
+        run_check(tmp_path / "none.json")
+
+
+def test_the_tables_of_counts(media):
+    samples = [
+        Sample(
+            n,
+            "q",
+            "video" if n % 3 else "image",
+            "OCR" if n % 2 else "numerical",
+            "",
+            "p",
+            data_source=source,
+        )
+        for n, source in enumerate(["lab/a"] * 1500 + ["web"] * 4 + [""])
+    ]
+    assert format_counts(count_samples(samples)) == (
+        "problem type  image  video    all\n"
+        "numerical       251    502    753\n"
+        "OCR             251    501    752\n"
+        "all             502  1,003  1,505\n"
+        "\n"
+        "source       image  video    all\n"
+        "lab/a          500  1,000  1,500\n"
+        "web              2      2      4\n"
+        "(no source)      0      1      1\n"
+        "all            502  1,003  1,505"
+    )
+
+
+def test_a_long_table_of_sources_is_cut_and_says_so():
+    samples = [Sample(n, "q", "video", "OCR", "", "p", data_source=f"s{n % 50:02}") for n in range(100)]
+    lines = format_counts(count_samples(samples)).split("\n\n")[1].splitlines()
+    assert len(lines) == 1 + 40 + 2
+    assert lines[-2].split() == ["(10", "more)", "20", "20"]
+    assert lines[-1].split() == ["all", "100", "100"]
+
+
+# --- progress --------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
+    stream = io.StringIO()
+    for _ in progress(range(100), "reading", "files", stream=stream):
+        clock[0] += 1.0
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 10 + 1
+    assert lines[0] == "reading: 10/100 files, 1.00 files/s, 1:30 left"
+    assert lines[-1] == "reading: 100/100 files, 1.00 files/s, 1:40 taken"
+
+
+def test_slow_work_shows_seconds_a_unit_and_its_figures(clock):
+    stream = io.StringIO()
+    with progress(3, "training", "steps", stream=stream) as bar:
+        clock[0] += 4000
+        bar.update(loss=0.25, seen=3)
+    assert stream.getvalue().splitlines()[0] == (
+        "training: 1/3 steps, 4000.0 s/steps, 2:13:20 left, loss 0.25, seen 3"
+    )
+
+
+def test_work_that_breaks_off_says_how_far_it_came(clock):
+    stream = io.StringIO()
+    with pytest.raises(KeyError), progress(5, "asking", "questions", stream=stream) as bar:
+        bar.update(2)
+        clock[0] += 4
+        raise KeyError
+    assert stream.getvalue() == "asking: 2/5 questions, 0.50 questions/s, 0:04 taken\n"
+
+
+def test_a_generator_without_length_has_no_total(clock):
+    stream = io.StringIO()
+    assert list(progress((n for n in range(3)), "reading", "rows", stream=stream)) == [0, 1, 2]
+    assert stream.getvalue().startswith("reading: 3 rows, ")
+    assert "3/" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar():
+    stream = Terminal()
+    with progress(4, "reading", "files", stream=stream) as bar:
+        bar.update(4, bad=1)
+    assert "reading: 100%" in stream.getvalue() and "bad 1" in stream.getvalue()
+
+
+def test_a_count_cannot_be_iterated():
+    with pytest.raises(TypeError, match="update"):
+        list(progress(3, "x", stream=io.StringIO()))
