@@ -1,4 +1,4 @@
-"""`video-r1 data check`: every file opened, every problem printed, the counts right. And progress, which it shows."""
+"""`video-r1 data check`: every file opened, every problem printed, the counts right; and progress."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_slow_work_shows_seconds_a_unit_and_its_figures(clock):
         clock[0] += 4000
         bar.update(loss=0.25, seen=3)
     assert stream.getvalue().splitlines()[0] == (
-        "training: 1/3 steps, 4000.0 s/steps, 2:13:20 left, loss 0.25, seen 3"
+        "training: 1/3 steps, 4000.0 s each, 2:13:20 left, loss 0.25, seen 3"
     )
 
 
