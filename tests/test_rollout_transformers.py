@@ -39,8 +39,8 @@ def build_prompts(family: str) -> list[Prompt]:
 
 
 def build_model(family: str, stop_share: float = 0.0) -> Any:
-    """The tiny model with log-probs of a usual size, about -6; besides the usual end tokens, `stop_share` of its
-    vocabulary ends a completion."""
+    """The tiny model with log-probs of a usual size, about -6; besides the usual end tokens, `stop_share` of
+    its vocabulary ends a completion."""
     model: Any = tiny_model(family, PROCESSORS[family].tokenizer)
     with torch.no_grad():
         model.lm_head.weight /= 4
@@ -157,6 +157,21 @@ def test_completions_do_not_depend_on_the_batch() -> None:
     assert_same(together, narrow.generate(prompts, settings))
     chunked = TransformersEngine(model, PROCESSORS["qwen3_vl"], max_prefill_tokens=150)
     assert_same(together, chunked.generate(prompts, settings))
+
+
+def test_counts_by_prompt() -> None:
+    """Prompts may have counts of their own; equal ones give what `n` gives."""
+    model, prompts = build_model("qwen2_5_vl", stop_share=0.05), build_prompts("qwen2_5_vl")
+    engine = TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
+    settings = SamplingSettings(n=2, max_tokens=12, seed=4)
+    assert_same(engine.generate(prompts, settings), engine.generate(prompts, settings, [2, 2, 2]))
+    ragged = engine.generate(prompts, settings, [5, 0, 3])
+    assert [len(group) for group in ragged] == [5, 0, 3]
+    narrow = TransformersEngine(model, PROCESSORS["qwen2_5_vl"], max_sequences=4)
+    assert_same(ragged, narrow.generate(prompts, settings, [5, 0, 3]))
+    assert_same([ragged[0][:2]], engine.generate(prompts[:1], settings))
+    with pytest.raises(ValueError, match="3 prompts but 1 counts"):
+        engine.generate(prompts, settings, [2])
 
 
 def test_seeds() -> None:

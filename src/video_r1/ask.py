@@ -1,0 +1,175 @@
+"""`video-r1 ask`: one question about one video or image, the reasoning shown as it is written."""
+from __future__ import annotations
+
+import inspect
+import mimetypes
+import re
+import string
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from video_r1.config import AskSettings
+from video_r1.errors import RequestError
+
+if TYPE_CHECKING:
+    from video_r1.data.media import FrameBudget
+    from video_r1.data.prompts import PromptBuilder
+    from video_r1.data.records import ProblemType, Sample
+    from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+
+_LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
+
+
+def run_ask(settings: AskSettings) -> str:
+    """Answers the settings' question on standard output and returns the answer.
+
+    Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
+    file and PromptError for a prompt over the limit.
+    """
+    import torch
+
+    from video_r1.data.prompts import PromptBuilder
+    from video_r1.models.loading import load_model, load_processor, size_multiple
+    from video_r1.rollout.engine import SamplingSettings
+    from video_r1.rollout.transformers import TransformersEngine
+
+    assert settings.model is not None and settings.path is not None and settings.question is not None
+    sample = question_sample(
+        settings.path,
+        settings.question,
+        settings.options,
+        settings.problem_type,
+        start=settings.start,
+        end=settings.end,
+    )
+    processor = load_processor(settings.model, settings.trust_remote_code)
+    builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(
+        settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code, device
+    )
+    sampling = SamplingSettings(
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        max_tokens=settings.max_new_tokens,
+        seed=settings.seed,
+    )
+    rollout = ask(
+        TransformersEngine(model, processor),
+        builder,
+        settings.frame_budget(size_multiple(processor)),
+        sample,
+        sampling,
+        write=_write,
+    )
+    answer = named_answer(sample, rollout.text)
+    print(f"\n\nAnswer: {answer}" if answer else "\n\nNo answer was given.")
+    if rollout.finish_reason == "length":
+        print(f"The output was cut off at {len(rollout.token_ids)} tokens (max_new_tokens).", file=sys.stderr)
+    return answer
+
+
+def question_sample(
+    path: str | Path,
+    question: str,
+    options: Sequence[str] = (),
+    problem_type: ProblemType | None = None,
+    start: float | None = None,
+    end: float | None = None,
+) -> Sample:
+    """A question outside of any manifest; it has no solution.
+
+    The file's name says whether it is an image (a GIF counts as a video). Without a type, a question with
+    options is multiple choice and any other free-form. Options without letters get them: "A. left".
+    Raises RequestError when there is no such file.
+    """
+    from video_r1.data.records import Sample
+
+    if not Path(path).is_file():
+        raise RequestError(f"{path}: no such file")
+    guessed = mimetypes.guess_type(str(path))[0] or ""
+    is_image = guessed.startswith("image/") and guessed != "image/gif"
+    kind: Literal["image", "video"] = "image" if is_image else "video"
+    return Sample(
+        problem_id="question",
+        problem=question,
+        data_type=kind,
+        problem_type=problem_type or ("multiple choice" if options else "free-form"),
+        solution="",
+        path=str(Path(path).resolve()),
+        options=_labelled(options),
+        start=start,
+        end=end,
+    )
+
+
+def ask(
+    engine: RolloutEngine,
+    builder: PromptBuilder,
+    budget: FrameBudget,
+    sample: Sample,
+    sampling: SamplingSettings,
+    write: Callable[[str], object],
+) -> Rollout:
+    """Puts one question to a model; `write` is given the output piece by piece, all of it once.
+
+    An engine whose `generate` takes `on_token` is heard token by token, any other at its end. Raises
+    MediaError and PromptError.
+    """
+    from video_r1.data.media import read_media
+
+    prompt = builder.build(sample, read_media(sample, budget))
+    stream = TextStream(builder.tokenizer, write)
+    generate: Any = engine.generate
+    if "on_token" in inspect.signature(generate).parameters:
+        groups = generate([prompt], sampling, on_token=lambda prompt, completion, token: stream.add(token))
+    else:
+        groups = generate([prompt], sampling)
+    rollout = groups[0][0]
+    stream.close(rollout.text)
+    return rollout
+
+
+class TextStream:
+    """Turns tokens into text as they come; a character that is still incomplete waits for its next token."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._token_ids: list[int] = []
+        self._written = 0  # characters
+
+    def add(self, token_id: int) -> None:
+        self._token_ids.append(token_id)
+        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.close(text)
+
+    def close(self, text: str) -> None:
+        """Writes what of the whole `text` is not written yet."""
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
+
+
+def named_answer(sample: Sample, output: str) -> str:
+    """The answer in an output, tolerantly read; for multiple choice the whole option, "B. right"."""
+    from video_r1.rewards.answers import read_answer
+
+    answer = read_answer(output, sample.problem_type, sample.options)
+    named = [option for option in sample.options if option.lstrip("(")[:1].upper() == answer]
+    return named[0] if sample.problem_type == "multiple choice" and named else answer
+
+
+def _labelled(options: Sequence[str]) -> tuple[str, ...]:
+    if all(_LABELLED.match(option) for option in options):
+        return tuple(options)
+    if len(options) > len(string.ascii_uppercase):
+        raise RequestError(f"{len(options)} options; at most {len(string.ascii_uppercase)} can be lettered")
+    letters = string.ascii_uppercase[: len(options)]
+    return tuple(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

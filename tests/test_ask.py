@@ -1,0 +1,130 @@
+"""Asking one question: the sample made of it, streaming, and the command on a real checkpoint and clip."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import moving_square, tiny_checkpoint, tiny_processor, write_clip
+
+from video_r1.ask import TextStream, ask, named_answer, question_sample, run_ask
+from video_r1.config import AskSettings
+from video_r1.data.media import FrameBudget
+from video_r1.data.prompts import PromptBuilder
+from video_r1.errors import PromptError, RequestError
+from video_r1.models.loading import load_model
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", moving_square(16), fps=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "given", "expected"),
+    [
+        ("a.mp4", (), None, ("video", "free-form", ())),
+        ("a.PNG", (), "OCR", ("image", "OCR", ())),
+        ("a.gif", (), None, ("video", "free-form", ())),
+        ("a.bin", ("left", "up"), None, ("video", "multiple choice", ("A. left", "B. up"))),
+        ("a.jpg", ("A. left", "(B) up"), None, ("image", "multiple choice", ("A. left", "(B) up"))),
+        ("a.webm", ("a dog", "a cat"), None, ("video", "multiple choice", ("A. a dog", "B. a cat"))),
+    ],
+)
+def test_question_sample(tmp_path: Path, name: str, options: tuple, given: Any, expected: tuple) -> None:
+    path = tmp_path / name
+    path.touch()
+    sample = question_sample(path, "What?", options, given)
+    assert (sample.data_type, sample.problem_type, sample.options) == expected
+
+
+def test_missing_file() -> None:
+    with pytest.raises(RequestError, match="no such file"):
+        question_sample("nowhere.mp4", "What?")
+
+
+def test_stream_waits_for_whole_characters() -> None:
+    tokenizer = tiny_processor("qwen2_5_vl").tokenizer
+    text = "Über 🙂 naïve <think>x</think>"
+    ids = tokenizer(text)["input_ids"]
+    assert len(ids) > len(text) // 2
+    pieces: list[str] = []
+    stream = TextStream(tokenizer, pieces.append)
+    for token in [*ids, tokenizer.convert_tokens_to_ids("<|im_end|>")]:
+        stream.add(token)
+    assert "".join(pieces) == text and len(pieces) > 10
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        ("<think>It moves.</think> <answer>B</answer>", "B. right"),
+        ("The answer is (A)", "A. left"),
+        ("<think>no end", ""),
+    ],
+)
+def test_named_answer(clip: Path, output: str, expected: str) -> None:
+    assert named_answer(question_sample(clip, "Where?", ["left", "right"]), output) == expected
+
+
+def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
+    builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
+    engine = TransformersEngine(load_model(checkpoint), builder.tokenizer)
+    budget = FrameBudget(frame_pixels=56 * 56)
+    sample, sampling = question_sample(clip, "Where?"), SamplingSettings(max_tokens=40, seed=1)
+    pieces: list[str] = []
+    rollout = ask(engine, builder, budget, sample, sampling, pieces.append)
+    assert "".join(pieces) == rollout.text and len(pieces) > 10
+    assert len(rollout.token_ids) > 10
+
+    class AtOnce:
+        """An engine that cannot be heard while it works."""
+
+        def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+            return engine.generate(prompts, sampling, counts)
+
+        def update_weights(self, model: Any) -> None: ...
+
+        def close(self) -> None: ...
+
+    whole: list[str] = []
+    again = ask(AtOnce(), builder, budget, sample, sampling, whole.append)
+    assert torch.equal(again.token_ids, rollout.token_ids)
+    assert whole == [rollout.text]
+
+
+def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = tmp_path / "still.png"
+    Image.fromarray(moving_square(2)[0]).save(image)
+    for path, options in ((clip, ["left", "right"]), (image, [])):
+        settings = AskSettings(
+            model=str(checkpoint),
+            path=str(path),
+            question="Where is the square?",
+            options=options,
+            max_new_tokens=12,
+            frame_pixels=56 * 56,
+            image_pixels=56 * 56,
+            device="cpu",
+        )
+        answer = run_ask(settings)
+        output = capsys.readouterr()
+        assert output.out.endswith(f"Answer: {answer}\n" if answer else "No answer was given.\n")
+        assert "cut off at 12 tokens" in output.err
+
+
+def test_errors_reach_the_caller(checkpoint: Path, clip: Path) -> None:
+    with pytest.raises(PromptError, match="max_prompt_length"):
+        run_ask(AskSettings(model=str(checkpoint), path=str(clip), question="Where?", max_prompt_length=20))
+    with pytest.raises(RequestError, match="no such file"):
+        run_ask(AskSettings(model=str(checkpoint), path="gone.mp4", question="Where?"))
