@@ -1,0 +1,156 @@
+"""The lab: its questions are right, depend on order, carry no hidden cue, and stand in real media files."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from video_r1.data.lab import write_lab
+from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
+from video_r1.data.lab_scenes import FPS, MOMENTS, SECONDS, SIDE, Cue, Look, render
+from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.records import load_manifest
+from video_r1.errors import RequestError
+from video_r1.rewards.answers import extract_answer
+from video_r1.rewards.correctness import correctness
+
+LAB_BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(folder, train=90, test=40, seed=3, shortcut=0.4, workers=1)
+    return folder
+
+
+def test_families_cover_all_answer_types() -> None:
+    assert len(VIDEO_FAMILIES) >= 10 and len(IMAGE_FAMILIES) >= 3
+    types = {family(np.random.default_rng(0)).problem_type for family in VIDEO_FAMILIES.values()}
+    assert types == {"multiple choice", "numerical", "OCR", "free-form", "regression"}
+
+
+# The conclusion of each chain, recomputed from the looks alone.
+RULES = {
+    "first_colour": lambda t: t[0].colour,
+    "last_colour": lambda t: t[-1].colour,
+    "first_shape": lambda t: t[0].shape,
+    "end_place": lambda t: t[-1].place,
+    "digits": lambda t: " ".join(look.shape for look in t),
+    "speed": lambda t: str(abs(t[1].column - t[0].column)),
+    "blinks": lambda t: str(sum(bool(b.shape) and not a.shape for a, b in zip((Look(shape=""), *t), t))),
+    "direction": lambda t: (
+        ("right" if t[-1].x > t[0].x else "left") if t[0].x != t[-1].x else ("down" if t[-1].y > t[0].y else "up")
+    ),
+    "rotation": lambda t: (
+        "clockwise"
+        if (t[1].x - t[0].x) * (t[2].y - t[1].y) - (t[1].y - t[0].y) * (t[2].x - t[1].x) > 0
+        else "counterclockwise"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_answers_follow_from_the_timeline(name: str) -> None:
+    for seed in range(50):
+        question = FAMILIES[name](np.random.default_rng(seed))
+        assert question.answer == RULES[name](question.timeline), question
+
+
+@pytest.mark.parametrize("name", VIDEO_FAMILIES)
+def test_every_question_is_well_formed(name: str) -> None:
+    answers = set()
+    for seed in range(60):
+        question = FAMILIES[name](np.random.default_rng(seed))
+        assert len(question.timeline) == MOMENTS
+        assert question.key_moments and set(question.key_moments) <= set(range(MOMENTS))
+        assert question.answer in question.chain.replace(", ", " ") or question.problem_type == "free-form"
+        if question.choices:
+            assert question.answer in question.choices and len(set(question.choices)) == len(question.choices)
+        answers.add(question.answer)
+    assert len(answers) > 1
+
+
+def test_reversing_time_changes_the_answer_of_most_families() -> None:
+    ordered = {"first_colour", "last_colour", "first_shape", "end_place", "direction", "rotation", "digits"}
+    for name in ordered:
+        changed = 0
+        for seed in range(40):
+            question = FAMILIES[name](np.random.default_rng(seed))
+            changed += RULES[name](question.timeline[::-1]) != question.answer
+        assert changed >= 36, name
+
+
+def test_manifests_pass_the_check_and_media_decode(lab: Path) -> None:
+    for name, count in (("sft", 90), ("rl", 90), ("test", 40), ("test-cued", 40)):
+        samples = load_manifest(lab / f"{name}.json")
+        assert len(samples) == count
+    for sample in load_manifest(lab / "rl.json")[:20]:
+        media = read_media(sample, LAB_BUDGET)
+        assert media.frames.shape == ((8 if sample.data_type == "video" else 1), 3, 56, 56)
+        if sample.data_type == "video":
+            assert media.duration == pytest.approx(SECONDS, abs=1 / FPS + 1e-6)
+
+
+def test_process_and_solution_score_full_marks(lab: Path) -> None:
+    for row in json.loads((lab / "sft.json").read_text()):
+        truth = extract_answer(row["solution"])
+        assert correctness(row["problem_type"], truth, truth) > 0.999
+        assert row["process"].startswith("<think>") and row["process"].endswith("</think>")
+        if row["options"]:
+            named = row["options"]["ABCD".index(truth)].split(". ", 1)[1]
+            assert row["process"].endswith(f"{named} is {truth}.</think>")
+
+
+def test_option_letters_do_not_tell_the_answer(lab: Path) -> None:
+    rows = [row for row in json.loads((lab / "rl.json").read_text()) if len(row["options"]) == 4]
+    letters = [row["solution"][8] for row in rows]
+    assert len(rows) > 30
+    assert max(letters.count(letter) for letter in "ABCD") < 0.5 * len(letters)
+
+
+def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
+    for name, seed in (("a", 5), ("b", 5), ("c", 6)):
+        write_lab(tmp_path / name, train=6, test=6, seed=seed, workers=1)
+    texts = [(tmp_path / name / "rl.json").read_text() for name in "abc"]
+    assert texts[0] == texts[1]
+    assert json.loads(texts[0])[0]["problem_id"] != json.loads(texts[2])[0]["problem_id"]
+    first = [read_media(load_manifest(tmp_path / name / "rl.json")[0], LAB_BUDGET).frames for name in "ab"]
+    assert torch.equal(*first)
+
+
+def test_train_and_test_share_no_question_or_picture(lab: Path) -> None:
+    train = [read_media(sample, LAB_BUDGET).frames.float().mean((0, 2, 3)) for sample in load_manifest(lab / "rl.json")]
+    held_out = [read_media(s, LAB_BUDGET).frames.float().mean((0, 2, 3)) for s in load_manifest(lab / "test.json")]
+    assert torch.cdist(torch.stack(train), torch.stack(held_out)).min() > 1e-3
+
+
+def test_cue_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> None:
+    rows = json.loads((lab / "rl.json").read_text())
+    assert 0.2 < np.mean([row["shortcut"] for row in rows]) < 0.6
+    assert not any(row["shortcut"] for row in json.loads((lab / "test.json").read_text()))
+    plain, cued = (load_manifest(lab / f"{name}.json") for name in ("test", "test-cued"))
+    for before, after in zip(plain, cued, strict=True):
+        assert before.problem == after.problem and before.solution == after.solution
+        budget = FrameBudget(max_frames=8, frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)
+        difference = (read_media(before, budget).frames.float() - read_media(after, budget).frames.float()).abs()
+        assert difference.amax() > 60  # the cyan mark
+
+
+def test_a_cue_stands_still() -> None:
+    look = Look()
+    frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), Cue(side=1)).astype(int)
+    bar = frames[:, :, -4:, :]
+    assert np.abs(bar - bar[:1]).max() < 60 and bar[..., 1].mean() > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [({"families": ["nope"]}, "nope"), ({"shortcut": 1.5}, "between 0 and 1"), ({"train": -1}, "0 or more")],
+)
+def test_wrong_requests_are_refused(tmp_path: Path, arguments: dict, found: str) -> None:
+    with pytest.raises(RequestError, match=found):
+        write_lab(tmp_path, **({"train": 1, "test": 1} | arguments))
