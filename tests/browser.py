@@ -25,8 +25,8 @@ def find_chromium() -> str | None:
 
 
 class Browser:
-    """One page. Since it was opened, `problems` collects script errors, dialogs and refusals of its policy, and
-    `requests` the addresses that it asked for.
+    """One page. Since it was opened, `problems` collects script errors, dialogs and refusals of its policy,
+    and `requests` the addresses that it asked for.
     """
 
     def __init__(self, to_browser: int, from_browser: int) -> None:
@@ -123,7 +123,7 @@ class Browser:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Browser]:
-    """Starts a Chromium with an empty profile folder, and ends it. Raises RuntimeError where there is none."""
+    """Starts a Chromium with an empty profile folder and ends it. Raises RuntimeError where there is none."""
     program = find_chromium()
     if program is None:
         raise RuntimeError("no chromium on this machine")

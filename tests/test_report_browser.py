@@ -118,7 +118,57 @@ def test_curves_come_first_and_have_read_outs(browser: Browser, rl_page: Path) -
         "(s => { s.value = 0; s.dispatchEvent(new Event('input')) })"
         "(document.querySelector('input[type=range]'))"
     )
+    browser.settle()
     assert browser.run("document.querySelector('.headline path.main').getAttribute('d')") != before
+
+
+def test_a_small_chart_can_be_shown_large(browser: Browser, rl_page: Path) -> None:
+    browser.open(rl_page)
+    browser.run(
+        "[...document.querySelectorAll('button.title')].find(e => e.textContent === 'entropy').click()"
+    )
+    browser.settle()
+    assert texts(browser, "dialog code") == ["policy/entropy"]
+    before = texts(browser, ".position")
+    browser.press("ArrowLeft")  # moves the chart's cursor, not the page of rollouts
+    assert texts(browser, "dialog output")[0].endswith("step 59") and texts(browser, ".position") == before
+    browser.run("document.querySelector('dialog .close').click()")
+    browser.settle()
+    assert texts(browser, "dialog") == []
+    check_healthy(browser)
+
+
+def test_which_series_share_a_chart(browser: Browser, rl_page: Path) -> None:
+    names = [
+        *(
+            "reward/accuracy/OCR",
+            "reward/accuracy",
+            "reward/format/video",
+            "temporal/p_shuffled",
+            "temporal/p",
+        ),
+        *("loss", "eval_accuracy", "eval_accuracy_shuffled", "eval_accuracy_video", "logged once"),
+        *("reward/a/b/c", "__proto__"),
+    ]
+    values = {name: [1] if name == "logged once" else [1, 2] for name in names}
+    series = ", ".join(
+        f"[{json.dumps(name)}]: {{axis: 0, y: {y}, bad: 0, averaged: 1}}" for name, y in values.items()
+    )
+    browser.open(rl_page)
+    specs = browser.run(
+        f"chartSpecs({{axes: [[1, 2]], series: {{{series}}}}})"
+        ".map(s => [s.group, s.base, s.lines.map(l => l.label)])"
+    )
+    assert specs == [
+        ["reward", "reward/accuracy", ["", "OCR"]],
+        ["reward", "reward/format", ["video"]],
+        ["temporal", "temporal/p", ["ordered", "shuffled"]],
+        ["", "loss", [""]],
+        ["eval", "eval_accuracy", [""]],
+        ["eval", "eval_accuracy_video", ["ordered", "shuffled"]],
+        ["reward", "reward/a", ["b/c"]],
+        ["", "__proto__", [""]],
+    ]
 
 
 def test_rollouts_turn_pages_and_filter(browser: Browser, rl_page: Path) -> None:
@@ -194,7 +244,8 @@ def test_page_is_accessible(browser: Browser, demo_page: Path) -> None:
     browser.open(demo_page)
     assert browser.run("document.documentElement.lang") == "en"
     for complaint, expression in {
-        "control without a label": "[...document.querySelectorAll('select,input')].filter(e => !e.labels.length)",
+        "control without a label": "[...document.querySelectorAll('select, input')]"
+        ".filter(e => !e.labels.length)",
         "picture without a text": "[...document.querySelectorAll('canvas, .plot')].filter(e => !e.ariaLabel)",
         "table without a caption": "[...document.querySelectorAll('table')].filter(e => !e.caption)",
         "heading cell without a scope": "[...document.querySelectorAll('th')].filter(e => !e.scope)",

@@ -81,24 +81,30 @@ function lineColour(label) {
   return `var(--line${LINE_COLOURS.get(label) % 8})`;
 }
 
-/** Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled`. */
+/**
+ * Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled` (or `x_video`
+ * with it, where `x` is over images, too). Validation is logged as `eval_x`.
+ */
 function chartSpecs(run) {
   const names = Object.keys(run.series).filter((name) => run.series[name].y.length > 1);
+  const orderedTwin = (shuffled) => [`${shuffled}_video`, shuffled].find((name) => names.includes(name));
   const specs = new Map();
   for (const name of names) {
     const parts = name.split("/");
     let base = parts.slice(0, 2).join("/");
     let label = parts.slice(2).join("/");
-    const plain = base.replace(/_shuffled$/, "");
-    const paired = plain !== base ? names.includes(plain) : names.includes(`${base}_shuffled`);
-    if (paired && !label) label = plain === base ? "ordered" : "shuffled";
-    if (paired) base = plain;
-    if (!specs.has(base)) specs.set(base, { base, group: parts.length > 1 ? parts[0] : "", lines: [] });
+    const stem = base.replace(/_(shuffled|video)$/, "");
+    const paired = names.includes(`${stem}_shuffled`) && [orderedTwin(stem), `${stem}_shuffled`].includes(base);
+    if (paired && !label) label = base.endsWith("_shuffled") ? "shuffled" : "ordered";
+    if (paired) base = orderedTwin(stem) || base;
+    const group = parts.length > 1 ? parts[0] : name.startsWith("eval_") ? "eval" : "";
+    if (!specs.has(base)) specs.set(base, { base, group, lines: [] });
     const data = run.series[name];
     const colour = label ? lineColour(label) : "var(--ink)";
     specs.get(base).lines.push({ label, colour, main: !label || paired, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
   }
-  for (const spec of specs.values()) spec.lines.sort((a, b) => Number(b.main) - Number(a.main));
+  const place = (line) => (line.main ? 0 : 2) + (line.label === "shuffled" ? 1 : 0);
+  for (const spec of specs.values()) spec.lines.sort((a, b) => place(a) - place(b));
   return [...specs.values()];
 }
 
@@ -114,9 +120,11 @@ function chart(spec, title, options) {
     : { class: "plot", role: "img" });
   const key = make("ul", { class: "key" });
   const single = spec.lines.length === 1;
+  const keyless = single || (!large && spec.lines.length > 2); // a small chart has no room for a long key
+  const name = large ? make("span", { class: "title" }, title)
+    : make("button", { type: "button", class: "title", title: "show large", click: options.onEnlarge }, title);
   const node = make("figure", { class: large ? "chart large" : "chart" },
-    make("figcaption", {}, make("span", { class: "title" }, title), large ? make("code", {}, spec.base) : "", readout),
-    plot, single ? null : key);
+    make("figcaption", {}, name, large ? make("code", {}, spec.base) : "", readout), plot, keyless ? null : key);
   const axis = spec.lines.reduce((a, b) => (b.x.length > a.length ? b.x : a), []);
   const first = Math.min(...spec.lines.map((line) => line.x[0]));
   const last = Math.max(...spec.lines.map((line) => line.x[line.x.length - 1]));
@@ -126,14 +134,14 @@ function chart(spec, title, options) {
     const width = plot.clientWidth || 300;
     const height = large ? options.height : 84;
     const direct = large && width > 620 && !single;
-    const margin = { left: 42, right: direct ? 150 : 8, top: 8, bottom: 18 };
+    const margin = { left: large ? 46 : 42, right: direct ? 150 : 8, top: 8, bottom: 18 };
     const lines = spec.lines.map((line) => ({ ...line, s: smooth(line.y, line.x.length > 8 ? radius : 0) }));
     const seen = lines.flatMap((line) => (line.main ? line.y : line.s));
     let low = seen.reduce((a, b) => Math.min(a, b), Infinity);
     let high = seen.reduce((a, b) => Math.max(a, b), -Infinity);
     if (options.unitRange) [low, high] = [Math.min(low, 0), Math.max(high, 1)];
     else if (low > 0 && low < 0.35 * high) low = 0;
-    if (low === high) [low, high] = [low - (Math.abs(low) * 0.1 || 0.5), high + (Math.abs(high) * 0.1 || 0.5)];
+    if (low === high) [low, high] = [Math.min(low, 0), Math.max(high, 0) || 1];
     const x = (step) => margin.left + ((step - first) / (last - first || 1)) * (width - margin.left - margin.right);
     const y = (value) => margin.top + (1 - (value - low) / (high - low)) * (height - margin.top - margin.bottom);
     const path = (xs, ys) => xs.map((step, i) => `${i ? "L" : "M"}${x(step).toFixed(1)} ${y(ys[i]).toFixed(1)}`).join("");
@@ -193,7 +201,7 @@ function chart(spec, title, options) {
       fill(plot, { "aria-label": `${title}, step ${first} to ${last}: from ${show(start.y[0])} to ${show(start.y[start.y.length - 1])}` }, []);
     }
     if (state.labels.length) placeLabels(values);
-    else if (!single) {
+    else if (!keyless) {
       key.replaceChildren(...values.map((v) => make("li", {},
         swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.raw)))));
     }

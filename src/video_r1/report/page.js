@@ -3,20 +3,21 @@ const data = JSON.parse(document.getElementById("data").textContent);
 // Names of groups of series and of series, where the logged name is not the best one.
 const GROUP_TITLES = {
   reward: "Rewards", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
-  media: "Media", speed: "Speed", seconds: "Seconds of each phase", eval: "Validation", "": "Optimisation",
+  "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
 };
+const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
-  loss: "Loss", eval_loss: "Validation loss", learning_rate: "Learning rate", grad_norm: "Gradient norm",
+  loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
   "temporal/p": "share right, p and p\u0303", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
-  "groups/no_variance": "share without variance",
+  "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
 };
-const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "eval_loss"] };
+const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
 
 function seriesTitle(base) {
   if (Object.hasOwn(SERIES_TITLES, base)) return SERIES_TITLES[base];
-  const name = base.split("/").slice(1).join("/") || base;
+  const name = base.split("/").slice(1).join("/") || base.replace(/^eval_/, "");
   return name.replaceAll("_", " ");
 }
 
@@ -49,7 +50,8 @@ function curves(run) {
   const onPoint = (step) => charts.forEach((item) => item.point(step));
   const place = (spec, options) => {
     const unitRange = options.large && spec.base === "reward/accuracy";
-    charts.push(chart(spec, seriesTitle(spec.base), { ...options, unitRange, onPoint }));
+    const onEnlarge = () => enlarge(spec, Number(slider.value));
+    charts.push(chart(spec, seriesTitle(spec.base), { ...options, unitRange, onPoint, onEnlarge }));
     return charts[charts.length - 1].node;
   };
   const wanted = HEADLINE[run.kind] || [];
@@ -58,8 +60,9 @@ function curves(run) {
   const longest = Math.max(...specs.map((spec) => spec.lines[0].x.length));
   const radius = longest < 40 ? 0 : Math.min(40, Math.round(longest / 30));
   const text = make("output", {});
+  let queued = 0;
   const slider = make("input", { type: "range", min: 0, max: 60, step: 1, value: radius, id: `smooth-${slug(run.name)}`,
-    input: () => redraw() });
+    input: () => { cancelAnimationFrame(queued); queued = requestAnimationFrame(redraw); } });
   const redraw = () => {
     const value = Number(slider.value);
     text.textContent = value ? `± ${value} points; figures and faint lines are the logged values` : "off";
@@ -71,7 +74,11 @@ function curves(run) {
   for (const spec of specs.filter((item) => !head.includes(item))) {
     groups.set(spec.group, [...(groups.get(spec.group) || []), spec]);
   }
-  const small = make("div", { class: "families" }, [...groups].map(([group, members]) =>
+  const rank = ([group]) => (GROUP_ORDER.includes(group) ? GROUP_ORDER.indexOf(group) : GROUP_ORDER.length);
+  const families = [...groups].sort((a, b) => rank(a) - rank(b));
+  const crowded = families.flatMap(([, members]) => members).filter((spec) => spec.lines.length > 2);
+  const colours = new Map(crowded.flatMap((spec) => spec.lines.map((line) => [line.label || "all", line.colour])));
+  const small = make("div", { class: "families" }, families.map(([group, members]) =>
     make("div", { class: `family of${Math.min(4, members.length)}` },
       make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
       make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false }))))));
@@ -79,12 +86,24 @@ function curves(run) {
   const node = make("div", { class: "curves" },
     several ? make("p", { class: "about" }, run.about.join(" · ")) : "",
     make("p", { class: "control" }, make("label", { for: slider.id }, "Smoothing"), slider, text),
-    large, small,
+    large,
+    colours.size ? make("ul", { class: "key shared" }, [...colours].map(([label, colour]) => make("li", {}, swatch(colour), label))) : "",
+    small,
     once.length ? make("p", { class: "once" }, "Logged once: ",
       once.map(([name, series], i) => [i ? " · " : "", `${name} `, make("b", {}, show(series.y[0]))]).flat()) : "");
   new ResizeObserver(redraw).observe(node);
   const title = several ? `Curves · ${run.name}` : "Curves";
   return section(`curves-${slug(run.name)}`, title, node);
+}
+
+/** A small chart, shown large over the page. */
+function enlarge(spec, radius) {
+  const big = chart(spec, seriesTitle(spec.base), { large: true, height: 360, onPoint: (step) => big.point(step) });
+  const dialog = make("dialog", { "aria-label": seriesTitle(spec.base), close: () => dialog.remove() },
+    big.node, make("button", { type: "button", class: "close", click: () => dialog.close() }, "Close"));
+  document.body.append(dialog);
+  dialog.showModal();
+  big.redraw(radius);
 }
 
 // Evaluation -----------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ KEY_SERIES = {
     "reward/format": ("format reward", "", 2),
     "completion/length": ("response length", "tokens", 0),
     "loss": ("loss", "", 3),
+    "accuracy/token": ("token accuracy", "", 2),
+    "eval_accuracy": ("validation accuracy", "", 2),
     "eval_loss": ("validation loss", "", 3),
 }
 

@@ -90,7 +90,7 @@ function rollouts(runs) {
   function drawMap() {
     const width = map.clientWidth || 900;
     const height = 84;
-    const margin = { left: 42, right: 10, top: 8, bottom: 18 };
+    const margin = { left: 46, right: 10, top: 8, bottom: 18 };
     const groups = state.run.groups;
     const totals = groups.map(meanTotal);
     const [first, last] = [groups[0].step, groups[groups.length - 1].step];
@@ -119,7 +119,8 @@ function rollouts(runs) {
   }
 
   document.addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)
+      || document.querySelector("dialog[open]")) return;
     if (event.key === "ArrowLeft") go(state.at - 1);
     if (event.key === "ArrowRight") go(state.at + 1);
   });

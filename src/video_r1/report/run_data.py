@@ -51,7 +51,7 @@ class Run:
     @property
     def kind(self) -> str:
         """`rl`, `sft`, `evaluation` or `data`, told by what the folder holds."""
-        if any(name.startswith(("reward/", "completion/", "temporal/")) for name in self.series):
+        if any(name.startswith("reward/") for name in self.series):
             return "rl"
         if (self.folder / "rollouts.jsonl").exists():
             return "rl"
