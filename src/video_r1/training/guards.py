@@ -1,4 +1,6 @@
-"""What both trainers need around their steps: progress, and updates that are skipped instead of spoiling weights."""
+"""What both trainers need around their steps: progress, and updates that are skipped instead of spoiling
+weights.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,8 @@ logger = logging.getLogger(__name__)
 class UpdateGuard(TrainerCallback):
     """Leaves out an update whose loss or gradient is not finite, and writes down its questions.
 
-    The questions go to `skipped_updates.jsonl` in the run folder. After `limit` such updates in a row training
-    stops with VideoR1Error. All processes decide alike.
+    The questions go to `skipped_updates.jsonl` in the run folder. After `limit` such updates in a row
+    training stops with VideoR1Error. All processes decide alike.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -74,8 +76,8 @@ class UpdateGuard(TrainerCallback):
         if self.in_a_row >= self.limit:
             raise VideoR1Error(
                 f"the {what} was not finite in {self.in_a_row} updates in a row, last with problem_id "
-                f"{', '.join(map(repr, questions[:8]))}; all are in {self.folder / 'skipped_updates.jsonl'}. Lower "
-                "learning_rate or max_grad_norm, or start again from an earlier checkpoint"
+                f"{', '.join(map(repr, questions[:8]))}; all are in {self.folder / 'skipped_updates.jsonl'}. "
+                "Lower learning_rate or max_grad_norm, or start again from an earlier checkpoint"
             )
 
 
@@ -91,7 +93,9 @@ def gradients_are_finite(model: nn.Module) -> bool:
 
 
 class StepProgress(TrainerCallback):
-    """A bar with rate and time left on a terminal, plain lines elsewhere; some of the logged series beside it."""
+    """A bar with rate and time left on a terminal, plain lines elsewhere; some of the logged series beside
+    it.
+    """
 
     def __init__(self, description: str, series: Sequence[str] = ("loss",)) -> None:
         self.description = description
@@ -124,7 +128,7 @@ class StepProgress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.bar is not None:
-            self.bar.update(**self.figures)
+            self.bar.update(1, **self.figures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,4 +1,6 @@
-"""The series that a run writes: gathered between two logging steps, sent to the trackers and to metrics.jsonl."""
+"""The series that a run writes: gathered between two logging steps, sent to the trackers and to
+metrics.jsonl.
+"""
 
 from __future__ import annotations
 
@@ -122,10 +124,11 @@ class StepSeconds(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder, from the main process.
+    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder, from the main
+    process.
 
-    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When the
-    disk refuses a line, the run goes on and says so once.
+    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When
+    the disk refuses a line, the run goes on and says so once.
     """
 
     def __init__(self, folder: Path, settings: Recipe | Settings) -> None:

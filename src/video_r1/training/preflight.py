@@ -18,7 +18,9 @@ logger = logging.getLogger(__name__)
 
 
 class Preflight(TrainerCallback):
-    """Samples the first questions of the run before its first step. Raises VideoR1Error when all earn nothing."""
+    """Samples the first questions of the run before its first step. Raises VideoR1Error when all earn
+    nothing.
+    """
 
     def __init__(self, trainer: TGRPOTrainer) -> None:
         self.trainer = trainer
@@ -32,7 +34,8 @@ class Preflight(TrainerCallback):
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raises VideoR1Error when no completion of any group, in any process, earns a reward, and says what to do.
+    """Raises VideoR1Error when no completion of any group, in any process, earns a reward, and says what to
+    do.
 
     A reward that is the same everywhere but not 0 is only warned of.
     """
@@ -47,17 +50,20 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
     truncated = sum(cut for _, cut, _, _ in completions) / len(completions)
     example = completions[0][3][:160]
     if all(total == 0 for total, _, _, _ in completions):
+        remedy = (
+            "Run SFT first so that the model learns the format, or name the prompt that it was trained with "
+            "in prompt_template"
+        )
         if truncated > 0.9:
+            longest = max(length for _, _, length, _ in completions)
             remedy = (
-                f"{truncated:.0%} of them were cut off at max_completion_length "
-                f"({max(length for _, _, length, _ in completions)} tokens): raise it, or run SFT first"
+                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it, "
+                "or run SFT first"
             )
-        else:
-            remedy = "run SFT first so that the model learns the format, or name the prompt it was trained with in prompt_template"
         raise VideoR1Error(
-            f"none of {len(completions)} completions to {len(groups)} questions earns any reward, so there is nothing "
-            f"to learn from: no <think>…</think><answer>…</answer> with a right answer among them; {remedy}. One of "
-            f"them: {example!r}. (preflight_questions 0 skips this check)"
+            f"none of {len(completions)} completions earns any reward, so there is nothing to learn from: no "
+            f"right answer in <think>…</think><answer>…</answer> among them. {remedy}. One of them: "
+            f"{example!r}. (preflight_questions 0 skips this check.)"
         )
     if len({total for total, _, _, _ in completions}) == 1:
         logger.warning(

@@ -33,8 +33,8 @@ from video_r1.training.setup import Questions, as_samples, as_validation, given_
 class QuestionTrainer(Trainer):
     """A trainer whose data set is a manifest, and whose run folder has metrics and quarantined media.
 
-    A subclass says what is read of a sample (`load`, kept in memory), what a step needs of it (`build`), and how it
-    is validated; it turns pending questions into a step's inputs in `get_batch_samples`.
+    A subclass says what is read of a sample (`load`, kept in memory), what a step needs of it (`build`), and
+    how it is validated; it turns pending questions into a step's inputs in `get_batch_samples`.
     """
 
     progress_title = "training"
@@ -88,7 +88,8 @@ class QuestionTrainer(Trainer):
         raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader:
-        """Yields batches of questions that are being read in the background; one batch is always read ahead."""
+        """Yields batches of questions that are being read in the background; one batch is always read ahead.
+        """
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
@@ -122,11 +123,12 @@ class QuestionTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The figures of `validate` on held-out questions (default: those given to the trainer), each with a prefix.
+        """The figures of `validate` on held-out questions (default: those given to the trainer), each with a
+        prefix.
 
         Several sets, by name, give `eval_<name>_…`.
         """
-        questions = self.eval_dataset if eval_dataset is None else eval_dataset
+        questions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(questions, dict):
             metrics = {}
             for name, part in questions.items():
@@ -149,8 +151,9 @@ class QuestionTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole or the loss
-        stays not finite."""
+        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole or the
+        loss stays not finite.
+        """
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -1,8 +1,8 @@
 """Which question is trained on when, and its media made ready in the background.
 
-Nothing here carries a random state from step to step: the order of an epoch, the question that replaces an unusable
-one and the shuffled frame order are each drawn from a generator seeded by what they are for. A run that is resumed
-therefore sees exactly what an uninterrupted one sees.
+Nothing here carries a random state from step to step: the order of an epoch, the question that replaces an
+unusable one and the shuffled frame order are each drawn from a generator seeded by what they are for. A run
+that is resumed therefore sees exactly what an uninterrupted one sees.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class EpochSlots(Dataset):
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of an epoch, in order: `batch_size` questions each, the last one with what is left.
 
-    With `iterations` above 1 the micro-batches of one optimizer step (`step_batches` of them, over all processes)
-    come that many times in a row. An optimizer step must then be whole, so the last one is filled up from the
-    start of the epoch.
+    With `iterations` above 1 the micro-batches of one optimizer step (`step_batches` of them, over all
+    processes) come that many times in a row. An optimizer step must then be whole, so the last one is filled
+    up from the start of the epoch.
     """
 
     def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:
@@ -110,9 +110,10 @@ class Ready(Generic[Content]):
 class QuestionSource(Generic[Loaded, Content]):
     """Draws the question of a slot and makes it ready, in background threads.
 
-    `load(sample)` reads the media (its results are kept in memory up to `cache_bytes`); `build(sample, loaded,
-    generator)` makes what training needs. A question for which either raises MediaError or PromptError is never
-    given other media: it is written to `quarantine` (JSON lines) once, and another question takes the slot.
+    `load(sample)` reads the media (its results are kept in memory up to `cache_bytes`); `build(sample,
+    loaded, generator)` makes what training needs. A question for which either raises MediaError or
+    PromptError is never given other media: it is written to `quarantine` (JSON lines) once, and another
+    question takes the slot.
     """
 
     def __init__(
@@ -196,7 +197,9 @@ class QuestionSource(Generic[Loaded, Content]):
 
 
 class MemoryCache(Generic[Loaded]):
-    """Keeps results in memory up to `limit` bytes of tensors; the least recently used goes first. Thread-safe."""
+    """Keeps results in memory up to `limit` bytes of tensors; the least recently used goes first.
+    Thread-safe.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

@@ -37,7 +37,8 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class RewardTerms:
-    """What a completion earns: built-in terms by name, the user's functions by name, and the weight of each."""
+    """What a completion earns: built-in terms by name, the user's functions by name, and the weight of each.
+    """
 
     built_in: tuple[str, ...]
     custom: Mapping[str, RewardFunction] = field(default_factory=dict)
@@ -51,10 +52,12 @@ class RewardTerms:
 def reward_terms(
     reward_funcs: str | Callable | Sequence[str | Callable] | None, settings: TGRPOSettings
 ) -> RewardTerms:
-    """The terms of a run. None means accuracy and format, with the length and temporal rewards the settings ask for.
+    """The terms of a run. None means accuracy and format, with the length and temporal rewards the settings
+    ask for.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    unless `temporal_rule` is off. Raises ConfigError for an unknown name or a weight of a term that is not there.
+    unless `temporal_rule` is off. Raises ConfigError for an unknown name or a weight of a term that is not
+    there.
     """
     shaping = (("length",) if settings.length_reward > 0 else ()) + (
         ("temporal",) if settings.temporal_rule != "off" else ()
@@ -103,8 +106,9 @@ def build_question(
 def sample_rollouts(
     engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
 ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it has no
-    shuffled prompt): two lists in the questions' order, sampled together and in the same way."""
+    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it
+    has no shuffled prompt): two lists in the questions' order, sampled together and in the same way.
+    """
     shuffled = [question.shuffled for question in questions if question.shuffled is not None]
     prompts = [*(question.ordered for question in questions), *shuffled]
     counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
@@ -123,8 +127,8 @@ def score_groups(
 ) -> list[RolloutGroup]:
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
-    `question_text` gives the user's text of a sample, for the user's functions. Raises RewardError when one of
-    them fails.
+    `question_text` gives the user's text of a sample, for the user's functions. Raises RewardError when one
+    of them fails.
     """
     groups = [
         score_group(*entry, terms, settings) for entry in zip(questions, ordered, shuffled, strict=True)

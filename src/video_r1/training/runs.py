@@ -36,8 +36,8 @@ MAY_CHANGE = frozenset(
 def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Trainer]) -> Path:
     """Train what `build` returns in the run folder, and save model and processor there. Returns the folder.
 
-    A folder with a whole checkpoint is continued from it; a finished run is left as it is. Raises ConfigError when
-    the checkpoint belongs to a run with other settings, and what training raises.
+    A folder with a whole checkpoint is continued from it; a finished run is left as it is. Raises ConfigError
+    when the checkpoint belongs to a run with other settings, and what training raises.
     """
     folder = Path(folder)
     checkpoint = last_whole_checkpoint(folder)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from video_r1.config import DataSettings, ModelSettings
 from video_r1.data.records import Sample, load_manifest
+from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor
 from video_r1.recipe import Recipe
 
@@ -18,7 +19,8 @@ Questions = str | Path | Sequence[Sample] | datasets.Dataset
 
 
 def as_samples(questions: Questions | None) -> list[Sample]:
-    """Samples of a manifest's path, a data set, or a list of them. Raises ManifestError with every problem."""
+    """Samples of a manifest's path, a data set, or a list of them. Raises ManifestError with every problem.
+    """
     if questions is None:
         return []
     if isinstance(questions, (str, Path, datasets.Dataset)):
@@ -40,7 +42,10 @@ def given_model(
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
     if processor is None:
-        processor = load_processor(model if isinstance(model, (str, Path)) else model.config.name_or_path)
+        source = model if isinstance(model, (str, Path)) else model.config.name_or_path
+        if not source:
+            raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
+        processor = load_processor(source)
     loaded = load_model(model) if isinstance(model, (str, Path)) else model
     return (
         loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
@@ -48,7 +53,8 @@ def given_model(
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError."""
+    """The model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError.
+    """
     settings = recipe.section(ModelSettings)
     assert settings.model_name_or_path is not None  # a recipe without it is refused
     model = load_model(

@@ -44,9 +44,9 @@ class SFTConfig(SFTSettings, PromptSettings, TrainingArguments):
 def pad_examples(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
     """One batch of B examples, padded on the right to its longest row of T tokens.
 
-    Returns input_ids, attention_mask and labels, each [B, T] int64, and the visual features of all examples end to
-    end, in the order in which their placeholders stand in the rows. Labels are the response's tokens and IGNORED
-    everywhere else.
+    Returns input_ids, attention_mask and labels, each [B, T] int64, and the visual features of all examples
+    end to end, in the order in which their placeholders stand in the rows. Labels are the response's tokens
+    and IGNORED everywhere else.
     """
     rows = [torch.cat([prompt.input_ids, response]) for prompt, response in examples]
     labels = [
@@ -71,8 +71,9 @@ def pad_examples(examples: Sequence[Example], pad_token_id: int) -> dict[str, Te
 class SFTTrainer(QuestionTrainer):
     """Teaches a video-language model the rationales and answers of a manifest (its rows need `process`).
 
-    The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens of the
-    whole optimizer step: prompt and visual tokens have none. Raises ConfigError and ManifestError when it is built.
+    The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens
+    of the whole optimizer step: prompt and visual tokens have none. Raises ConfigError and ManifestError when
+    it is built.
     """
 
     progress_title = "SFT"
@@ -111,7 +112,8 @@ class SFTTrainer(QuestionTrainer):
         return loaded
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step and the number of their response tokens over all processes."""
+        """The micro-batches of one optimizer step and the number of their response tokens over all processes.
+        """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         padded = []
         for batch in batches:
@@ -167,7 +169,8 @@ class SFTTrainer(QuestionTrainer):
 
 
 def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """−Σ log p of a batch's response tokens (with gradient), how many of them are the likeliest, and their number.
+    """−Σ log p of a batch's response tokens (with gradient), how many of them are the likeliest, and their
+    number.
 
     batch: what `pad_examples` returns.
     """
@@ -185,8 +188,8 @@ def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
 def run_sft(recipe: Recipe) -> Path:
     """SFT from a resolved recipe. Returns the run folder, which is a checkpoint as well.
 
-    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError, ManifestError, and
-    VideoR1Error when media are missing as a whole or the loss stays not finite.
+    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError,
+    ManifestError, and VideoR1Error when media are missing as a whole or the loss stays not finite.
     """
     args = SFTConfig(**recipe.arguments_for(SFTConfig))
 
@@ -202,4 +205,4 @@ def run_sft(recipe: Recipe) -> Path:
             recipe=recipe,
         )
 
-    return run_in_folder(recipe, args.output_dir, build)
+    return run_in_folder(recipe, str(args.output_dir), build)

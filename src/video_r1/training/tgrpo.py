@@ -1,26 +1,28 @@
-"""T-GRPO (arXiv 2503.21776): group-relative policy optimisation with a reward for using the order of the frames.
+"""T-GRPO (arXiv 2503.21776): group-relative policy optimisation with a reward for using the frames' order.
 
     manifest ─► QuestionSource ─► Question ─► engine ─► G ordered + G/2 shuffled completions
                  (background)      2 prompts               │
                                                            ▼
     optimizer ◄─ policy_loss ◄─ group_logprobs ◄─ advantages ◄─ rewards, p, p̃      (RolloutGroup)
 
-An optimizer step is read in `get_batch_samples` (sample, score, compare) and then `compute_loss` (learn), the two
-methods in which `transformers.Trainer` asks for a step's data and for a micro-batch's loss. All else (checkpoints,
-resuming, schedules, mixed precision, several processes, trackers) is the Trainer's.
+An optimizer step is read in `get_batch_samples` (sample, score, compare) and then in `compute_loss` (learn):
+the two methods in which `transformers.Trainer` asks for a step's data and a micro-batch's loss. All else
+(checkpoints, resuming, schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
- 1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is `temporal_rule="threshold"`.
- 2. p and p̃ belong to one question. The reference code takes them over the batch, and allows one prompt a device.
- 3. Ordered and shuffled completions are sampled alike, and without top-p: what is scored is what was sampled.
+ 1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
+    `temporal_rule="threshold"`.
+ 2. p and p̃ belong to one question. The reference code takes them over the batch, of one prompt a device.
+ 3. Ordered and shuffled completions are sampled alike, without top-p: what is scored is what was sampled.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
  5. Equal numbers are equal however they are written (see rewards/correctness.py).
- 6. A group's completions share one row with their prompt: the values are those of separate rows, the pixels are
-    encoded once.
- 7. The loss is normalised over the optimizer step, so accumulation and devices don't change it; every question
-    counts alike whatever its micro-batch.
+ 6. A group's completions share one row with their prompt: the values are those of separate rows, while the
+    pixels are encoded once.
+ 7. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and on any
+    device.
  8. The log-probs of the first update on a batch of rollouts serve as those of the old policy.
- 9. A question whose media cannot be used gives its place to another one; it is never shown other media.
+ 9. Groups of equal rewards are left out of the update when there is no KL term, to which they add exactly 0.
+10. A question whose media cannot be used gives its place to another one; it is never shown other media.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 @dataclass
 class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
-    """All settings of a run: this project's own, TRL's by TRL's names, and every field of `TrainingArguments`.
+    """All settings of a run: this project's own, TRL's by TRL's names, and every field of
+    `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
     """
@@ -89,8 +92,9 @@ class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
 class PolicyBatch:
     """A micro-batch of groups, and what later updates on the same rollouts share.
 
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the groups, save
-    for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss or its gradient.
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
+    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
+    or its gradient.
     """
 
     groups: list[RolloutGroup]
@@ -105,7 +109,8 @@ class PolicyBatch:
 
 
 def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
-    """A micro-batch of scored groups. At least one of them meets the model, so that every process has a loss."""
+    """A micro-batch of scored groups. At least one of them meets the model, so that every process has a loss.
+    """
     taught = [group for group in groups if with_kl or bool(group.advantages.any())]
     return PolicyBatch(groups, taught or groups[:1])
 
@@ -113,16 +118,16 @@ def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
 class TGRPOTrainer(QuestionTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
-    model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the paper's
-    rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's signature,
-    `function(prompts, completions, completion_ids, **columns) -> list[float | None]`. train_dataset, eval_dataset:
-    a manifest's path or hub id, a list of Sample, or a `datasets.Dataset` of the record fields.
-    processing_class: the model's processor (default: the checkpoint's). peft_config: trains adapters only.
-    engine: what samples (default: the model itself, in this process). recipe: what config.yaml is written from
-    (default: `args`).
+    model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the
+    paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
+    signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+    train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample, or a `datasets.Dataset` of the
+    record fields. processing_class: the model's processor (default: the checkpoint's). peft_config: trains
+    adapters only. engine: what samples (default: the model itself, in this process). recipe: what config.yaml
+    is written from (default: `args`).
 
-    Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in reach,
-    when media are missing as a whole or the loss stays not finite.
+    Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in
+    reach, when media are missing as a whole or the loss stays not finite.
     """
 
     progress_title = "T-GRPO"
@@ -168,10 +173,11 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- One optimizer step: sample, score, compare
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step as groups with rewards and advantages, and the loss's normaliser.
+        """The micro-batches of one optimizer step as groups with rewards and advantages, and the loss's
+        normaliser.
 
-        The rollouts of the whole step are sampled here, by the policy before the step, so that no question's loss
-        depends on the micro-batch that it is in.
+        The rollouts of the whole step are sampled here, by the policy before the step, so that no question's
+        loss depends on the micro-batch that it is in.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
@@ -268,7 +274,9 @@ class TGRPOTrainer(QuestionTrainer):
         return (result.loss, {"policy": policy}) if return_outputs else result.loss
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
-        """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled at."""
+        """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled
+        at.
+        """
         completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
         prompts = [group.prompt for group in batch.trained]
         with self.accelerator.autocast():
@@ -283,7 +291,9 @@ class TGRPOTrainer(QuestionTrainer):
 
     @torch.no_grad()
     def reference_logprobs(self, model: nn.Module, batch: PolicyBatch) -> Tensor:
-        """[N] log-probs of the policy that training started from: the frozen copy, or the model without adapters."""
+        """[N] log-probs of the policy that training started from: the frozen copy, or the model without
+        adapters.
+        """
         without_adapter = (
             cast(Any, self.accelerator.unwrap_model(model)).disable_adapter()
             if self.is_peft
@@ -303,7 +313,8 @@ class TGRPOTrainer(QuestionTrainer):
         return build_question(sample, loaded, self.builder, generator, with_shuffled)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) need nothing read."""
+        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) need nothing read.
+        """
         iteration = slots[0].iteration
         if iteration > 0 and self.step_batches:
             return {"pending": [], "iteration": iteration}
@@ -322,7 +333,8 @@ class TGRPOTrainer(QuestionTrainer):
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and others."""
+        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and others.
+        """
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
             return temporal_accuracy(
@@ -346,7 +358,9 @@ class TGRPOTrainer(QuestionTrainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """6 operations for each weight and token of prompt and completions (rollouts not counted)."""
         batch = cast(PolicyBatch, inputs["batch"])
-        tokens = sum(len(g.prompt.input_ids) + sum(len(r.token_ids) for r in g.ordered) for g in batch.trained)
+        completions = [rollout for group in batch.trained for rollout in group.ordered]
+        tokens = sum(len(group.prompt.input_ids) for group in batch.trained)
+        tokens += sum(len(rollout.token_ids) for rollout in completions)
         return 6 * tokens * sum(p.numel() for p in cast(nn.Module, self.model).parameters())
 
 
@@ -360,8 +374,8 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
 def run_rl(recipe: Recipe) -> Path:
     """T-GRPO from a resolved recipe. Returns the run folder, which is a checkpoint as well.
 
-    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError, ManifestError, and what
-    `TGRPOTrainer.train` raises.
+    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError,
+    ManifestError, and what `TGRPOTrainer.train` raises.
     """
     args = TGRPOConfig(**recipe.arguments_for(TGRPOConfig))
 
@@ -377,4 +391,4 @@ def run_rl(recipe: Recipe) -> Path:
             recipe=recipe,
         )
 
-    return run_in_folder(recipe, args.output_dir, build)
+    return run_in_folder(recipe, str(args.output_dir), build)

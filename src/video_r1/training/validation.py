@@ -29,8 +29,9 @@ def temporal_accuracy(
     max_tokens: int,
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
-    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that were
-    answered, `skipped` those without usable media. The shuffled order of a question is the same every time.
+    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
+    were answered, `skipped` those without usable media. The shuffled order of a question is the same every
+    time.
     """
     mine = samples[process_index() :: process_count()]
     answered = [
