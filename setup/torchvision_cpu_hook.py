@@ -1,10 +1,10 @@
 """Lets a torchvision that was built for CUDA import beside a CPU-only torch.
 
-Such a torchvision carries a compiled library that cannot load there; its Python code then registers fake kernels
-for operators that nobody has defined, and the import fails with "operator torchvision::nms does not exist". This
-hook defines the two operators' schemas just before torchvision is first imported. Their kernels stay absent: the
-package uses torchvision's resizing alone. `setup/install.sh` puts this file into the virtual environment, with a
-`.pth` line that loads it, only where the import fails without it.
+Such a torchvision carries a compiled library that cannot load there; its Python code then registers fake
+kernels for operators that nobody has defined, and the import fails with "operator torchvision::nms does not
+exist". This hook defines the two operators' schemas just before torchvision is first imported. Their kernels
+stay absent: the package uses torchvision's resizing alone. `setup/install.sh` puts this file into the virtual
+environment, with a `.pth` line that loads it, only where the import fails without it.
 """
 import importlib.abc
 import sys

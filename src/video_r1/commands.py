@@ -13,6 +13,7 @@ def data_check(recipe: Recipe) -> int:
     from video_r1.data.check import run_check
 
     settings = recipe.section(CheckSettings)
+    assert settings.manifest is not None  # settings without it are refused
     return run_check(
         settings.manifest,
         media_root=settings.media_root,
@@ -100,6 +101,6 @@ def demo(recipe: Recipe) -> int:
 
 
 def folder(name: str | None) -> Path:
-    """The path of a required setting, which `load_recipe` has found to be there."""
-    assert name is not None
+    """The path of a required setting."""
+    assert name is not None  # settings without it are refused
     return Path(name)

@@ -27,7 +27,6 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
     """
     from video_r1.data.lab import write_lab
-    from video_r1.evaluation.summary import summary_table
     from video_r1.models.lab import base_folder
     from video_r1.report.page import build_report
 
@@ -48,10 +47,9 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
-            summary = _run(
-                commands.evaluate, "lab-eval", seed, model=checkpoint, manifest=lab / "test.json", out=out / f"eval-{stage}"
-            )
-        print(f"\n{stage}\n{summary_table(summary)}\n", flush=True)
+            folder = out / f"eval-{stage}"
+            _run(commands.evaluate, "lab-eval", seed, model=checkpoint, manifest=lab / "test.json", out=folder)
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         (figures[stage],) = summary["frames"].values()
     videos = {stage: figures[stage]["by_modality"]["video"] for stage in STAGES}
     seconds["total"] = time.perf_counter() - start
@@ -85,7 +83,8 @@ def _run(command: Callable[[Any], Any], recipe: str, seed: int, **overrides: Any
 
 
 def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    return {stage: {order: figures[stage][order][name] for order in ("ordered", "shuffled")} for stage in STAGES}
+    orders = ("ordered", "shuffled")
+    return {stage: {order: figures[stage][order][name] for order in orders} for stage in STAGES}
 
 
 def _parameters(checkpoint: Path) -> int:
