@@ -48,7 +48,8 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            _run(commands.evaluate, "lab-eval", seed, model=checkpoint, manifest=lab / "test.json", out=folder)
+            overrides = {"model": checkpoint, "manifest": lab / "test.json", "out": folder}
+            _run(commands.evaluate, "lab-eval", seed, **overrides)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         (figures[stage],) = summary["frames"].values()
     videos = {stage: figures[stage]["by_modality"]["video"] for stage in STAGES}
