@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION
 from video_r1.models.head import token_logprobs
 from video_r1.models.packing import GroupSpan, row_layout
+
+Result = TypeVar("Result")
 
 
 @dataclass(slots=True)
@@ -79,7 +81,10 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFea
     The tower is called once for all images and once for all videos. Gradients follow the caller's grad mode
     and whether the tower is frozen.
     """
-    core = vision_language_model(model).model
+    return _through_wrapper(model, lambda: _encode_vision(vision_language_model(model).model, prompts))
+
+
+def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
     parts = {
         "image": _encode(core.get_image_features, prompts, "pixel_values", "image_grid_thw"),
         "video": _encode(core.get_video_features, prompts, "pixel_values_videos", "video_grid_thw"),
@@ -155,7 +160,7 @@ def _forward(
     layout = row_layout(
         [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs], device
     )
-    features = encode_vision(model, prompts) if vision_features is None else vision_features
+    features = _encode_vision(model.model, prompts) if vision_features is None else vision_features
     embeddings = embedding(row_ids)
     deepstack: dict[str, Any] = {}
     present = [part for part in features if part is not None]
@@ -273,7 +278,7 @@ def _use_group_attention(text: Any) -> None:
         text.config._attn_implementation = IMPLEMENTATION
 
 
-def _through_wrapper(model: nn.Module, function: Callable[[], GroupLogprobs]) -> GroupLogprobs:
+def _through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
     """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it."""
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):
@@ -286,7 +291,7 @@ def _through_wrapper(model: nn.Module, function: Callable[[], GroupLogprobs]) ->
         else:
             inner.forward = replaced
 
-    def forward(*args: Any, **kwargs: Any) -> GroupLogprobs:
+    def forward(*args: Any, **kwargs: Any) -> Result:
         restore()
         return function()
 
