@@ -26,7 +26,7 @@ import av.error
 import numpy as np
 import torch
 from av.sidedata.sidedata import Type as SideDataType
-from av.stream import Discard
+from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
@@ -137,7 +137,7 @@ def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
     with container:
         stream = container.streams.best("video")
-        if stream is None or stream.disposition & stream.disposition.attached_pic:
+        if stream is None or stream.disposition & Disposition.attached_pic:
             others = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
             raise ValueError(f"has no video in it, only {others}")
         context: Any = stream.codec_context
@@ -170,7 +170,7 @@ def _list_packets(path: str, container: Any, stream: Any) -> _Packets | None:
     for packet in container.demux(stream):
         if packet.size == 0 and packet.dts is None:  # the end
             continue
-        if packet.is_corrupt:
+        if packet.is_corrupt and container.format.name != "mpegts":  # there it may be one lost packet of many
             raise ValueError(f"the video is damaged or cut short after {len(pts)} frames")
         if packet.is_keyframe:
             keys.append(len(pts))
