@@ -277,16 +277,17 @@ def test_an_empty_recipe_gives_the_defaults(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", packaged_recipes())
 def test_every_packaged_recipe_loads_for_its_command(name: str) -> None:
+    from video_r1.training.sft import SFTConfig
     from video_r1.training.tgrpo import TGRPOConfig
 
     command = {"sft": "sft", "tgrpo": "rl", "grpo": "rl", "eval": "eval"}[name.rsplit("-")[-1]]
     recipe = load_recipe(command, name)
     assert load_recipe(command, f"recipes/{name}.yaml").values() == recipe.values()
-    if command == "rl":
-        arguments = recipe.arguments_for(TGRPOConfig)
-        config = TGRPOConfig(**{**arguments, "bf16": False, "use_cpu": True})
-        assert config.num_generations == recipe.section(TGRPOSettings).num_generations
-        assert config.learning_rate == recipe.section(TGRPOSettings).learning_rate
+    if command in TRAINS:
+        kind = TGRPOConfig if command == "rl" else SFTConfig
+        config = kind(**{**recipe.arguments_for(kind), "bf16": False, "use_cpu": True})
+        assert config.learning_rate == recipe.section(TrainingSettings).learning_rate
+        assert config.max_frames == recipe.section(PromptSettings).max_frames
 
 
 def test_there_are_recipes_for_the_lab_and_the_papers_runs() -> None:
@@ -323,6 +324,13 @@ def test_a_trainers_config_can_be_saved_as_well(tmp_path: Path) -> None:
     config = TGRPOConfig(output_dir=str(tmp_path), use_cpu=True, num_generations=4, seed=7)
     saved = yaml.safe_load(save_resolved(config, tmp_path).read_text())
     assert (saved["num_generations"], saved["seed"], saved["lr_scheduler_type"]) == (4, 7, "cosine")
+
+
+def test_what_transformers_refuses_is_a_wrong_request() -> None:
+    from video_r1.training.tgrpo import TGRPOConfig
+
+    with pytest.raises(ConfigError, match="transformers refuses these settings: At most one of fp16"):
+        TGRPOConfig(output_dir="run", use_cpu=True, bf16=True, fp16=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

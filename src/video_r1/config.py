@@ -53,7 +53,10 @@ class Settings:
     def __post_init__(self) -> None:
         parent = getattr(super(), "__post_init__", None)  # TrainingArguments, when mixed with it
         if parent is not None:
-            parent()
+            try:
+                parent()
+            except ValueError as error:
+                raise ConfigError(f"transformers refuses these settings: {error}") from error
         check_settings(self)
 
     def problems(self) -> Iterator[Problem]:
