@@ -55,3 +55,25 @@ def write_manifest(folder: Path, videos: int = 5, images: int = 3, bad: tuple[in
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps(rows))
     return manifest
+
+
+def training_arguments(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Settings of a run of some seconds on CPU: two tokens a frame pair, three questions a step."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 1,
+        "frame_pixels": 56 * 56,
+        "image_pixels": 56 * 84,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        **changes,
+    }
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

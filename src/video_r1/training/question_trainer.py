@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
     PreTrainedModel,
@@ -22,7 +23,7 @@ from video_r1.config import Settings
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
-from video_r1.models.loading import size_multiple
+from video_r1.models.loading import load_model, size_multiple
 from video_r1.recipe import Recipe
 from video_r1.training.guards import StepProgress, UpdateGuard
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
@@ -149,6 +150,28 @@ class QuestionTrainer(Trainer):
             logs["updates/skipped"] = self.guard.skipped
             self.logged_step = self.state.global_step
         super().log(logs, start_time)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self.restore_weights(resume_from_checkpoint, model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self.restore_weights(self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
+        """Reads a whole model's weights back with from_pretrained; False where the Trainer has to do it.
+
+        The files use the names of published checkpoints, which are not those of the modules. The Trainer compares
+        them as they are and leaves out, without an error, all weights whose names differ.
+        """
+        model = self.model if model is None else model
+        if folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        if not isinstance(model, PreTrainedModel):
+            return False
+        model.load_state_dict(load_model(folder).state_dict())
+        return True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole or the
