@@ -304,6 +304,7 @@ def test_requests_that_cannot_be_met(
         ("multiple choice", "B", "The answer is (B).", "B", 1.0, 0.0, 0.0),
         ("multiple choice", "B", "<answer>right</answer>", "B", 1.0, 0.0, 0.0),
         ("multiple choice", "B", "no idea", "", 0.0, 0.0, 0.0),
+        ("multiple choice", "B. right", "<think>t</think><answer>B</answer>", "B", 1.0, 0.0, 1.0),
         ("numerical", "12", "<answer>12 squares</answer>", "12", 1.0, 0.0, 0.0),
         ("regression", "10", "<think>t</think><answer>8.5</answer>", "8.5", 0.7, 0.7, 1.0),
         ("regression", "10", "about 8.5 meters", "8.5", 0.7, 0.0, 0.0),
