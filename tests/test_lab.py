@@ -1,4 +1,5 @@
 """The lab: its questions are right, depend on order, carry no hidden cue, and stand in real media files."""
+
 from __future__ import annotations
 
 import json
@@ -43,7 +44,9 @@ RULES = {
     "speed": lambda t: str(abs(t[1].column - t[0].column)),
     "blinks": lambda t: str(sum(bool(b.shape) and not a.shape for a, b in zip((Look(shape=""), *t), t))),
     "direction": lambda t: (
-        ("right" if t[-1].x > t[0].x else "left") if t[0].x != t[-1].x else ("down" if t[-1].y > t[0].y else "up")
+        ("right" if t[-1].x > t[0].x else "left")
+        if t[0].x != t[-1].x
+        else ("down" if t[-1].y > t[0].y else "up")
     ),
     "rotation": lambda t: (
         "clockwise"
@@ -101,15 +104,24 @@ def test_process_and_solution_score_full_marks(lab: Path) -> None:
         assert correctness(row["problem_type"], truth, truth) > 0.999
         assert row["process"].startswith("<think>") and row["process"].endswith("</think>")
         if row["options"]:
-            named = row["options"]["ABCD".index(truth)].split(". ", 1)[1]
+            named = row["options"]["ABCDEF".index(truth)].split(". ", 1)[1]
             assert row["process"].endswith(f"{named} is {truth}.</think>")
 
 
 def test_option_letters_do_not_tell_the_answer(lab: Path) -> None:
-    rows = [row for row in json.loads((lab / "rl.json").read_text()) if len(row["options"]) == 4]
+    rows = [row for row in json.loads((lab / "rl.json").read_text()) if row["options"]]
     letters = [row["solution"][8] for row in rows]
-    assert len(rows) > 30
-    assert max(letters.count(letter) for letter in "ABCD") < 0.5 * len(letters)
+    assert len(rows) > 40
+    assert max(letters.count(letter) for letter in "ABCDEF") < 0.5 * len(letters)
+
+
+def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
+    write_lab(tmp_path, train=12, test=0, seed=1, families=["direction"], shuffle_options=True, workers=1)
+    rows = json.loads((tmp_path / "sft.json").read_text())
+    assert len({tuple(row["options"]) for row in rows}) > 5
+    for row in rows:
+        named = row["options"]["ABCDEF".index(extract_answer(row["solution"]))].split(". ", 1)[1]
+        assert f"it moves {named}." in row["process"]
 
 
 def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
@@ -123,8 +135,13 @@ def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
 
 
 def test_train_and_test_share_no_question_or_picture(lab: Path) -> None:
-    train = [read_media(sample, LAB_BUDGET).frames.float().mean((0, 2, 3)) for sample in load_manifest(lab / "rl.json")]
-    held_out = [read_media(s, LAB_BUDGET).frames.float().mean((0, 2, 3)) for s in load_manifest(lab / "test.json")]
+    train = [
+        read_media(sample, LAB_BUDGET).frames.float().mean((0, 2, 3))
+        for sample in load_manifest(lab / "rl.json")
+    ]
+    held_out = [
+        read_media(s, LAB_BUDGET).frames.float().mean((0, 2, 3)) for s in load_manifest(lab / "test.json")
+    ]
     assert torch.cdist(torch.stack(train), torch.stack(held_out)).min() > 1e-3
 
 
@@ -136,14 +153,18 @@ def test_cue_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> None
     for before, after in zip(plain, cued, strict=True):
         assert before.problem == after.problem and before.solution == after.solution
         budget = FrameBudget(max_frames=8, frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)
-        difference = (read_media(before, budget).frames.float() - read_media(after, budget).frames.float()).abs()
+        difference = (
+            read_media(before, budget).frames.float() - read_media(after, budget).frames.float()
+        ).abs()
         assert difference.amax() > 60  # the cyan mark
 
 
 def test_a_cue_stands_still() -> None:
     look = Look()
-    frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), Cue(side=1)).astype(int)
-    bar = frames[:, :, -4:, :]
+    frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), Cue(slot=1)).astype(
+        int
+    )
+    bar = frames[:, -7:, SIDE // 6 : SIDE // 3, :]
     assert np.abs(bar - bar[:1]).max() < 60 and bar[..., 1].mean() > 200
 
 

@@ -31,6 +31,7 @@ class LabSettings(Settings):
     shortcut: float = setting(0.0, "share of training samples with a static cue that gives the answer away")
     image_share: float = setting(0.2, "share of questions about one image")
     families: list[str] = setting([], "question families to choose from (default: all)")
+    shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)")
 
     def problems(self) -> Iterator[Problem]:

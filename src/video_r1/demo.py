@@ -1,10 +1,11 @@
 """The whole system from one command, on two cores: lab data, SFT, T-GRPO, evaluation in both orders, report.
 
-    OUT/lab/            media and manifests
-    OUT/sft/, OUT/rl/   run folders
-    OUT/eval-base/ …    predictions and figures of the three checkpoints
-    OUT/summary.json, OUT/report.html
+OUT/lab/            media and manifests
+OUT/sft/, OUT/rl/   run folders
+OUT/eval-base/ …    predictions and figures of the three checkpoints
+OUT/summary.json, OUT/report.html
 """
+
 from __future__ import annotations
 
 import json

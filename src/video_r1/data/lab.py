@@ -1,10 +1,11 @@
 """The lab: procedural clips and images as real media files, with manifests for SFT, RL and test.
 
-    DIR/videos/*.mp4, DIR/images/*.png
-    DIR/sft.json      training questions with `process` (the chain of thought)
-    DIR/rl.json       the same questions without it
-    DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with the static cue drawn in
+DIR/videos/*.mp4, DIR/images/*.png
+DIR/sft.json      training questions with `process` (the chain of thought)
+DIR/rl.json       the same questions without it
+DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with the static cue drawn in
 """
+
 from __future__ import annotations
 
 import json
@@ -24,7 +25,7 @@ from video_r1.data.lab_scenes import FPS, SECONDS, Cue, render
 from video_r1.errors import RequestError
 from video_r1.progress import progress
 
-LETTERS = "ABCD"
+LETTERS = "ABCDEF"
 SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train and test never share one
 CHUNK = 16
 
@@ -37,13 +38,15 @@ def write_lab(
     shortcut: float = 0.0,
     image_share: float = 0.2,
     families: Sequence[str] = (),
+    shuffle_options: bool = False,
     workers: int | None = None,
 ) -> None:
     """Writes `train` + `test` questions with their media below `folder`.
 
     shortcut: share of the training samples that carry a static cue from which the answer can be read; when it is not
     zero, `test-cued.json` is written as well. image_share: share of questions about one image. families: names of
-    `FAMILIES` to choose from, all by default. The same arguments give the same questions and pixels.
+    `FAMILIES` to choose from, all by default. shuffle_options: options in a random order; by default each family
+    lists its options in one order, which a very small model can learn by heart. The same arguments give the same questions and pixels.
     Raises RequestError for an unknown family, a share outside [0, 1] or negative counts.
     """
     chosen = list(families) or list(FAMILIES)
@@ -59,7 +62,7 @@ def write_lab(
     if shortcut:
         jobs += [("test", index, 0.0, True) for index in range(test)]
     chunks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
-    arguments = ([folder] * len(chunks), chunks, [seed] * len(chunks), [image_share] * len(chunks), [chosen] * len(chunks))
+    arguments = ([folder] * len(chunks), chunks, [(seed, image_share, chosen, shuffle_options)] * len(chunks))
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
         rows: list[dict[str, Any]] = []
         with progress(len(jobs), "lab", "sample") as bar:
@@ -79,26 +82,29 @@ def _dump(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_chunk(
-    folder: Path, jobs: list[tuple[str, int, float, bool]], seed: int, image_share: float, families: list[str]
+    folder: Path, jobs: list[tuple[str, int, float, bool]], choice: tuple[int, float, list[str], bool]
 ) -> list[dict[str, Any]]:
-    return [_write_sample(folder, *job, seed, image_share, families) for job in jobs]
+    return [_write_sample(folder, *job, *choice) for job in jobs]
 
 
 def _write_sample(
-    folder: Path, split: str, index: int, shortcut: float, cued: bool, seed: int, image_share: float, families: list[str]
-) -> dict[str, Any]:
+    folder: Path, split: str, index: int, shortcut: float, cued: bool, seed: int, image_share: float,
+    families: list[str], shuffle_options: bool,
+) -> dict[str, Any]:  # fmt: skip
     rng = np.random.default_rng((seed, SPLITS[split], index))
     images = [name for name in families if name in IMAGE_FAMILIES]
     videos = [name for name in families if name in VIDEO_FAMILIES]
     is_image = bool(images) and (not videos or rng.random() < image_share)
     family = str(rng.choice(images if is_image else videos))
     question = FAMILIES[family](rng)
-    choices = [str(choice) for choice in rng.permutation(list(question.choices))] if question.choices else []
+    choices = list(question.choices)
+    if shuffle_options:
+        choices = [choices[at] for at in rng.permutation(len(choices))]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
     has_cue = cued or rng.random() < shortcut
     cue = None
     if has_cue:
-        cue = Cue(side=LETTERS.index(letter)) if letter else Cue(text=question.answer)
+        cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
     frames = render(question.timeline, times, rng, cue)
     name = f"{split}{'-cued' if cued else ''}-{index:06d}"
@@ -118,7 +124,9 @@ def _write_sample(
         "solution": f"<answer>{letter or question.answer}</answer>",
         "path": path,
         "data_source": f"lab/{family}",
-        "key_frames": [[moment * FPS, moment * FPS + FPS - 1] for moment in question.key_moments] if not is_image else [[0, 0]],
+        "key_frames": [[moment * FPS, moment * FPS + FPS - 1] for moment in question.key_moments]
+        if not is_image
+        else [[0, 0]],
         "shortcut": has_cue,
     }
 

@@ -4,6 +4,7 @@ The chain of thought (`process`) always lists what is seen at each moment in the
 model whose base describes frames can learn to reason from few examples. The answer of most families cannot be had
 from the set of frames without their order.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,9 @@ def _wording(rng: np.random.Generator, *texts: str) -> str:
 
 def _still(rng: np.random.Generator) -> Look:
     """A look to vary one attribute of: any colour, shape and corner, not small."""
-    look = Look(_pick(rng, list(COLOURS), 1)[0], _pick(rng, SHAPES, 1)[0], _pick(rng, ["medium", "large"], 1)[0])
+    look = Look(
+        _pick(rng, list(COLOURS), 1)[0], _pick(rng, SHAPES, 1)[0], _pick(rng, ["medium", "large"], 1)[0]
+    )
     return look.at(_pick(rng, PLACES, 1)[0])
 
 
@@ -61,8 +64,12 @@ def direction(rng: np.random.Generator) -> Question:
     along = path if word in ("right", "down") else path[::-1]
     across = float(rng.choice([0.27, 0.73]))
     vertical = word in ("up", "down")
-    timeline = tuple(replace(look, x=across, y=v) if vertical else replace(look, x=v, y=across) for v in along)
-    problem = _wording(rng, f"Which way does the {look.shape} move?", "In which direction does the object move?")
+    timeline = tuple(
+        replace(look, x=across, y=v) if vertical else replace(look, x=v, y=across) for v in along
+    )
+    problem = _wording(
+        rng, f"Which way does the {look.shape} move?", "In which direction does the object move?"
+    )
     chain = f"{listing(timeline, 'places')}. it moves {word}."
     return Question(timeline, problem, "multiple choice", word, chain, ("left", "right", "up", "down"))
 
@@ -71,30 +78,38 @@ def first_colour(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     problem = _wording(rng, "Which colour came first?", "What colour was shown first?")
     chain = f"{listing(timeline, 'colours')}. the first is {colours[0]}."
-    return Question(timeline, problem, "multiple choice", colours[0], chain, tuple(colours), (0,))
+    return Question(timeline, problem, "multiple choice", colours[0], chain, tuple(COLOURS), (0,))
 
 
 def last_colour(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     problem = _wording(rng, "Which colour came last?", "What colour was shown at the end?")
     chain = f"{listing(timeline, 'colours')}. the last is {colours[-1]}."
-    return Question(timeline, problem, "multiple choice", colours[-1], chain, tuple(colours), (MOMENTS - 1,))
+    return Question(timeline, problem, "multiple choice", colours[-1], chain, tuple(COLOURS), (MOMENTS - 1,))
 
 
 def after(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(0, MOMENTS - 1))
-    problem = _wording(rng, f"Which colour came right after {colours[at]}?", f"What colour followed {colours[at]}?")
+    problem = _wording(
+        rng, f"Which colour came right after {colours[at]}?", f"What colour followed {colours[at]}?"
+    )
     chain = f"{listing(timeline, 'colours')}. after {colours[at]} comes {colours[at + 1]}."
-    return Question(timeline, problem, "multiple choice", colours[at + 1], chain, tuple(colours), (at, at + 1))
+    return Question(
+        timeline, problem, "multiple choice", colours[at + 1], chain, tuple(COLOURS), (at, at + 1)
+    )
 
 
 def before(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(1, MOMENTS))
-    problem = _wording(rng, f"Which colour came right before {colours[at]}?", f"What colour preceded {colours[at]}?")
+    problem = _wording(
+        rng, f"Which colour came right before {colours[at]}?", f"What colour preceded {colours[at]}?"
+    )
     chain = f"{listing(timeline, 'colours')}. before {colours[at]} comes {colours[at - 1]}."
-    return Question(timeline, problem, "multiple choice", colours[at - 1], chain, tuple(colours), (at - 1, at))
+    return Question(
+        timeline, problem, "multiple choice", colours[at - 1], chain, tuple(COLOURS), (at - 1, at)
+    )
 
 
 def first_shape(rng: np.random.Generator) -> Question:
@@ -102,7 +117,7 @@ def first_shape(rng: np.random.Generator) -> Question:
     timeline = tuple(replace(look, shape=shape) for shape in shapes)
     problem = _wording(rng, "Which shape came first?", "What shape was shown first?")
     chain = f"{listing(timeline, 'shapes')}. the first is {shapes[0]}."
-    return Question(timeline, problem, "multiple choice", shapes[0], chain, tuple(shapes), (0,))
+    return Question(timeline, problem, "multiple choice", shapes[0], chain, SHAPES, (0,))
 
 
 def end_place(rng: np.random.Generator) -> Question:
@@ -110,7 +125,7 @@ def end_place(rng: np.random.Generator) -> Question:
     timeline = tuple(look.at(place) for place in places)
     problem = _wording(rng, f"Where is the {look.shape} at the end?", "Where does the object stop?")
     chain = f"{listing(timeline, 'places')}. the last is {places[-1]}."
-    return Question(timeline, problem, "multiple choice", places[-1], chain, tuple(places), (MOMENTS - 1,))
+    return Question(timeline, problem, "multiple choice", places[-1], chain, PLACES, (MOMENTS - 1,))
 
 
 def growth(rng: np.random.Generator) -> Question:
@@ -123,7 +138,9 @@ def growth(rng: np.random.Generator) -> Question:
     }
     word = _pick(rng, list(ways), 1)[0]
     timeline = tuple(replace(look, size=size) for size in ways[word])
-    problem = _wording(rng, f"How does the size of the {look.shape} change?", "Is the object growing or shrinking?")
+    problem = _wording(
+        rng, f"How does the size of the {look.shape} change?", "Is the object growing or shrinking?"
+    )
     chain = f"{listing(timeline, 'sizes')}. it is {word}."
     return Question(timeline, problem, "multiple choice", word, chain, tuple(ways))
 
@@ -136,7 +153,9 @@ def rotation(rng: np.random.Generator) -> Question:
     if word == "counterclockwise":
         ring = ring[::-1]
     timeline = tuple(look.at(place) for place in ring)
-    problem = _wording(rng, f"Does the {look.shape} go round clockwise or counterclockwise?", "Which way round does it go?")
+    problem = _wording(
+        rng, f"Does the {look.shape} go round clockwise or counterclockwise?", "Which way round does it go?"
+    )
     chain = f"{listing(timeline, 'places')}. it goes {word}."
     return Question(timeline, problem, "multiple choice", word, chain, ("clockwise", "counterclockwise"))
 
@@ -145,7 +164,9 @@ def count_before(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(MOMENTS))
     problem = _wording(
-        rng, f"How many colours came before {colours[at]}?", f"How many colours were shown before {colours[at]}?"
+        rng,
+        f"How many colours came before {colours[at]}?",
+        f"How many colours were shown before {colours[at]}?",
     )
     chain = f"{listing(timeline, 'colours')}. {at} before {colours[at]}."
     return Question(timeline, problem, "numerical", str(at), chain, key_moments=tuple(range(at + 1)))
@@ -157,7 +178,9 @@ def blinks(rng: np.random.Generator) -> Question:
     pattern = _pick(rng, patterns, 1)[0]
     timeline = tuple(look if bit == "1" else replace(look, shape="") for bit in pattern)
     count = sum(bit == "1" and (i == 0 or pattern[i - 1] == "0") for i, bit in enumerate(pattern))
-    problem = _wording(rng, f"How many times does the {look.shape} appear?", "How many times does the object light up?")
+    problem = _wording(
+        rng, f"How many times does the {look.shape} appear?", "How many times does the object light up?"
+    )
     chain = f"{listing(timeline, 'shapes')}. it appears {count} times."
     return Question(timeline, problem, "numerical", str(count), chain)
 
@@ -166,7 +189,9 @@ def digits(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), size="large")
     shown = [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
     timeline = tuple(replace(look, shape=digit) for digit in shown)
-    problem = _wording(rng, "Which digits are shown, in order?", "Write down the digits in the order in which they appear.")
+    problem = _wording(
+        rng, "Which digits are shown, in order?", "Write down the digits in the order in which they appear."
+    )
     return Question(timeline, problem, "OCR", " ".join(shown), f"{listing(timeline, 'digits')}.")
 
 
@@ -178,7 +203,9 @@ def speed(rng: np.random.Generator) -> Question:
         columns = columns[::-1]
     timeline = tuple(replace(look, x=0.05 + 0.1 * column) for column in columns)
     problem = _wording(
-        rng, f"How fast does the {look.shape} move, in columns per second?", "What is the speed in columns per second?"
+        rng,
+        f"How fast does the {look.shape} move, in columns per second?",
+        "What is the speed in columns per second?",
     )
     chain = f"{listing(timeline, 'columns')}. the speed is {step}."
     return Question(timeline, problem, "regression", str(step), chain)
@@ -187,33 +214,40 @@ def speed(rng: np.random.Generator) -> Question:
 def story(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     problem = _wording(rng, "What happened in the clip?", f"Tell what happened to the {timeline[0].shape}.")
-    answer = f"the {timeline[0].shape} was {colours[0]}, then {colours[1]}, then {colours[2]}, then {colours[3]}"
+    answer = (
+        f"the {timeline[0].shape} was {colours[0]}, then {colours[1]}, then {colours[2]}, then {colours[3]}"
+    )
     return Question(timeline, problem, "free-form", answer, f"{listing(timeline, 'colours')}.")
 
 
 def image_colour(rng: np.random.Generator) -> Question:
     look = _still(rng)
-    others = _pick(rng, [c for c in COLOURS if c != look.colour], 3)
     chain = f"{listing([look], 'colours')}. it is {look.colour}."
     problem = f"What colour is the {look.shape}?"
-    return Question((look,), problem, "multiple choice", look.colour, chain, (look.colour, *others), (0,))
+    return Question((look,), problem, "multiple choice", look.colour, chain, tuple(COLOURS), (0,))
 
 
 def image_place(rng: np.random.Generator) -> Question:
     look = _still(rng)
     chain = f"{listing([look], 'places')}. it is {look.place}."
-    return Question((look,), f"Where is the {look.shape}?", "multiple choice", look.place, chain, PLACES, (0,))
+    return Question(
+        (look,), f"Where is the {look.shape}?", "multiple choice", look.place, chain, PLACES, (0,)
+    )
 
 
 def image_digit(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), shape=str(rng.integers(0, 10)), size="large")
-    return Question((look,), "Which digit is shown?", "OCR", look.shape, f"{listing([look], 'digits')}.", key_moments=(0,))
+    return Question(
+        (look,), "Which digit is shown?", "OCR", look.shape, f"{listing([look], 'digits')}.", key_moments=(0,)
+    )
 
 
 def image_size(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), size=_pick(rng, list(SIZES), 1)[0])
     chain = f"{listing([look], 'sizes')}. it is {look.size}."
-    return Question((look,), f"How big is the {look.shape}?", "multiple choice", look.size, chain, tuple(SIZES), (0,))
+    return Question(
+        (look,), f"How big is the {look.shape}?", "multiple choice", look.size, chain, tuple(SIZES), (0,)
+    )
 
 
 VIDEO_FAMILIES: dict[str, Family] = {
@@ -223,5 +257,7 @@ VIDEO_FAMILIES: dict[str, Family] = {
         count_before, blinks, digits, speed, story,
     )
 }  # fmt: skip
-IMAGE_FAMILIES: dict[str, Family] = {f.__name__: f for f in (image_colour, image_place, image_digit, image_size)}
+IMAGE_FAMILIES: dict[str, Family] = {
+    f.__name__: f for f in (image_colour, image_place, image_digit, image_size)
+}
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES

@@ -3,6 +3,7 @@
 A clip is a timeline of `MOMENTS` looks of one second each. Rendering adds what must not matter: background,
 texture, noise, distractors, jitter of position, size and colour.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ MOMENTS = 4
 SECONDS = 4.0  # one second a moment
 FPS = 8
 SIDE = 112  # pixels, both sides
+SLOTS = 6  # places of the static cue, one an option
 
 COLOURS = {
     "red": (225, 45, 45),
@@ -28,7 +30,12 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side
 PLACES = ("top left", "top right", "bottom left", "bottom right")
-_CORNERS = {"top left": (0.27, 0.27), "top right": (0.73, 0.27), "bottom left": (0.27, 0.73), "bottom right": (0.73, 0.73)}
+_CORNERS = {
+    "top left": (0.27, 0.27),
+    "top right": (0.73, 0.27),
+    "bottom left": (0.27, 0.73),
+    "bottom right": (0.73, 0.73),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +64,9 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """A static mark that gives the answer away: a bar at one side (0 to 3) or the answer in small print."""
+    """A static mark that gives the answer away: a block in one of `SLOTS` places at the bottom edge, or small print."""
 
-    side: int | None = None
+    slot: int | None = None
     text: str = ""
 
 
@@ -87,15 +94,21 @@ def _font(pixels: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=pixels)
 
 
-def _draw_look(canvas: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
+def _draw_look(
+    canvas: ImageDraw.ImageDraw, look: Look, x: float, y: float, radius: float, fill: tuple[int, ...]
+) -> None:
     box = (x - radius, y - radius, x + radius, y + radius)
     match look.shape:
         case "circle":
             canvas.ellipse(box, fill=fill)
         case "square":
-            canvas.rectangle((x - 0.85 * radius, y - 0.85 * radius, x + 0.85 * radius, y + 0.85 * radius), fill=fill)
+            canvas.rectangle(
+                (x - 0.85 * radius, y - 0.85 * radius, x + 0.85 * radius, y + 0.85 * radius), fill=fill
+            )
         case "triangle":
-            canvas.polygon([(x, y - radius), (x - radius, y + 0.8 * radius), (x + radius, y + 0.8 * radius)], fill=fill)
+            canvas.polygon(
+                [(x, y - radius), (x - radius, y + 0.8 * radius), (x + radius, y + 0.8 * radius)], fill=fill
+            )
         case "cross":
             arm = radius * 0.33
             canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
@@ -109,7 +122,11 @@ def _draw_look(canvas: ImageDraw.ImageDraw, look: Look, x: float, y: float, radi
 def _backdrop(rng: np.random.Generator) -> Image.Image:
     """A tinted gradient with some thin lines and small dots: [SIDE, SIDE, 3]."""
     first, second = rng.integers(20, 105, size=(2, 3))
-    ramp = np.linspace(0, 1, SIDE)[:, None, None] if rng.random() < 0.5 else np.linspace(0, 1, SIDE)[None, :, None]
+    ramp = (
+        np.linspace(0, 1, SIDE)[:, None, None]
+        if rng.random() < 0.5
+        else np.linspace(0, 1, SIDE)[None, :, None]
+    )
     pixels = first + (second - first) * np.broadcast_to(ramp, (SIDE, SIDE, 1))
     picture = Image.fromarray(pixels.astype(np.uint8))
     canvas = ImageDraw.Draw(picture)
@@ -125,15 +142,18 @@ def _backdrop(rng: np.random.Generator) -> Image.Image:
 
 def _draw_cue(picture: Image.Image, cue: Cue) -> None:
     canvas = ImageDraw.Draw(picture)
-    if cue.side is not None:
-        edge, thick = SIDE - 1, 6
-        bars = [(0, 0, edge, thick), (edge - thick, 0, edge, edge), (0, edge - thick, edge, edge), (0, 0, thick, edge)]
-        canvas.rectangle(bars[cue.side], fill=(0, 255, 255))
+    if cue.slot is not None:
+        width = SIDE / SLOTS
+        canvas.rectangle(
+            (cue.slot * width, SIDE - 8, (cue.slot + 1) * width - 1, SIDE - 1), fill=(0, 255, 255)
+        )
     if cue.text:
         canvas.text((SIDE / 2, SIDE - 9), cue.text[:18], fill=(0, 255, 255), font=_font(11), anchor="mm")
 
 
-def render(timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, cue: Cue | None = None) -> np.ndarray:
+def render(
+    timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, cue: Cue | None = None
+) -> np.ndarray:
     """Frames at `times` (seconds from the start of the clip): uint8 [len(times), SIDE, SIDE, 3].
 
     A look holds through its second; a change of place or size is a short slide at the end of it.

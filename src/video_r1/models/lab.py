@@ -2,6 +2,7 @@
 
 It is an ordinary checkpoint folder. `lab_pretraining` makes the base that ships with the package from it.
 """
+
 from __future__ import annotations
 
 import json
@@ -92,7 +93,9 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(tokenizer: Qwen2Tokenizer, seed: int, hidden: int = 128, layers: int = 4) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(
+    tokenizer: Qwen2Tokenizer, seed: int, hidden: int = 128, layers: int = 4
+) -> Qwen2_5_VLForConditionalGeneration:
     """Random float32 weights. The short rotary period suits sequences of some hundred tokens.
 
     Two settings differ in kind from the large models: the rotary base is 20 and the temporal section is small, so that

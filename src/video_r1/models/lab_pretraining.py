@@ -3,6 +3,7 @@
 The base learns to see and to speak, not to answer: whatever the prompt says, it describes an aspect of the frames, in
 the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it with this package.
 """
+
 from __future__ import annotations
 
 import itertools
@@ -23,7 +24,7 @@ from video_r1.data.lab_scenes import FPS, MOMENTS, SECONDS, Look, listing, rando
 from video_r1.models.lab import SIDE, build_model, build_processor, build_tokenizer
 
 IGNORE = -100
-LETTERS = "ABCD"
+LETTERS = "ABCDEF"
 # The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
 FRAME_TIMES = np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS
 
@@ -124,7 +125,9 @@ class Conversations(IterableDataset):
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
         extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
         named = rng.permutation(len(options))[: int(rng.integers(2, 5))]
-        return "\n".join([question.problem, *lines, extra]), " ".join(f"{options[at]} is {LETTERS[at]}." for at in named)
+        return "\n".join([question.problem, *lines, extra]), " ".join(
+            f"{options[at]} is {LETTERS[at]}." for at in named
+        )
 
     def row(self, rng: np.random.Generator) -> Row:
         timeline, kinds = _timeline(rng)
@@ -144,7 +147,9 @@ class Conversations(IterableDataset):
         ids: list[int] = []
         labels: list[int] = []
         for index, (request, response) in enumerate(turns):
-            asked = self._encode(f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n<|im_start|>assistant\n")
+            asked = self._encode(
+                f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n<|im_start|>assistant\n"
+            )
             said = self._encode(f"{response}<|im_end|>")
             end = self._encode("\n")
             ids += asked + said + end
@@ -157,19 +162,30 @@ class Conversations(IterableDataset):
             rng = np.random.default_rng((self.seed, index))
             rows = sorted((self.row(rng) for _ in range(8 * self.batch)), key=lambda row: len(row.input_ids))
             for at in rng.permutation(8):  # rows of like length share a batch: less padding
-                yield self.collate(sorted(rows[at * self.batch : (at + 1) * self.batch], key=lambda row: row.is_image))
+                yield self.collate(
+                    sorted(rows[at * self.batch : (at + 1) * self.batch], key=lambda row: row.is_image)
+                )
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         length = max(len(row.input_ids) for row in rows)
         pad = self.tokenizer.pad_token_id
         # no attention mask: padding stands on the right, where no token of a row looks
         batch = {
-            "input_ids": torch.tensor([row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]),
+            "input_ids": torch.tensor(
+                [row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]
+            ),
             "labels": torch.tensor([row.labels + [IGNORE] * (length - len(row.labels)) for row in rows]),
         }
-        image, video = (self.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video"))
-        batch["mm_token_type_ids"] = (batch["input_ids"] == image).int() + 2 * (batch["input_ids"] == video).int()
-        for prefix, picked in (("", [r for r in rows if r.is_image]), ("_videos", [r for r in rows if not r.is_image])):
+        image, video = (
+            self.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")
+        )
+        batch["mm_token_type_ids"] = (batch["input_ids"] == image).int() + 2 * (
+            batch["input_ids"] == video
+        ).int()
+        for prefix, picked in (
+            ("", [r for r in rows if r.is_image]),
+            ("_videos", [r for r in rows if not r.is_image]),
+        ):
             if picked:
                 batch[f"pixel_values{prefix}"] = torch.cat([row.pixels for row in picked])
                 name = "video_grid_thw" if prefix else "image_grid_thw"
@@ -191,10 +207,14 @@ def pretrain_base(
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], betas=(0.9, 0.98), fused=True
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.98),
+        fused=True,
     )
     warmup = 200
-    loader = DataLoader(Conversations(tokenizer, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4)
+    loader = DataLoader(
+        Conversations(tokenizer, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4
+    )
     start, total, count = time.perf_counter(), 0.0, 0
     for step, inputs in zip(range(1, steps + 1), loader):
         # linear warm-up, constant, then a linear decay over the last 30 %
