@@ -60,6 +60,8 @@ def build_model(size: Size, device: torch.device, dtype: torch.dtype) -> Qwen2_5
             "num_key_value_heads": size.kv_heads,
             "max_position_embeddings": 32768,
             "tie_word_embeddings": size.tied,
+            "bos_token_id": None,
+            "eos_token_id": None,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections},
         },
         vision_config={
