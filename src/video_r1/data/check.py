@@ -155,6 +155,6 @@ def run_check(
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
     bad_rows = len({problem.row for problem in problems})
-    summary = f"{counts.by_type.total():,} questions can be used; {bad_rows:,} rows with problems"
-    print(summary + (f"; {bad_media:,} questions with unusable media" if media else ""))
+    summary = f"usable questions: {counts.by_type.total():,}; rows with problems: {bad_rows:,}"
+    print(summary + (f"; questions with unusable media: {bad_media:,}" if media else ""))
     return 1 if problems or bad_media else 0

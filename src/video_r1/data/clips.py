@@ -133,13 +133,16 @@ def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
     try:
         container = av.open(path, options=options, timeout=URL_SECONDS if is_url else None)
+    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
+        raise ValueError("is not a kind of file that holds videos") from error
     except av.error.FFmpegError as error:
         raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
     with container:
         stream = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
-            others = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
-            raise ValueError(f"has no video in it, only {others}")
+            kinds = {other.type for other in container.streams}
+            others = ["a cover picture" if kind == "video" else kind for kind in sorted(kinds)]
+            raise ValueError(f"has no video in it, only {' and '.join(others) or 'nothing'}")
         context: Any = stream.codec_context
         if context is None:
             raise ValueError("its video has a codec that this FFmpeg cannot decode")
