@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,19 @@ SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train a
 CHUNK = 16
 
 
+@dataclass(frozen=True, slots=True)
+class _Design:
+    """What all samples of one lab share; see `write_lab`."""
+
+    folder: Path
+    seed: int
+    shortcut: float
+    image_share: float
+    families: tuple[str, ...]
+    guesses: float
+    shuffle_options: bool
+
+
 def write_lab(
     folder: str | Path,
     train: int,
@@ -38,70 +52,68 @@ def write_lab(
     shortcut: float = 0.0,
     image_share: float = 0.2,
     families: Sequence[str] = (),
+    guesses: float = 0.6,
     shuffle_options: bool = False,
     workers: int | None = None,
 ) -> None:
     """Writes `train` + `test` questions with their media below `folder`.
 
-    shortcut: share of the training samples that carry a static cue from which the answer can be read; when it is not
-    zero, `test-cued.json` is written as well. image_share: share of questions about one image. families: names of
-    `FAMILIES` to choose from, all by default. shuffle_options: options in a random order; by default each family
-    lists its options in one order, which a very small model can learn by heart. The same arguments give the same questions and pixels.
-    Raises RequestError for an unknown family, a share outside [0, 1] or negative counts.
+    shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
+    is not zero, `test-cued.json` is written as well. image_share: share of questions about one image. families:
+    names of `FAMILIES` to choose from, all by default. guesses: share of the rationales that guess where the
+    others go through the moments: a teacher's rationales are of mixed quality too. shuffle_options: options in
+    a random order; by default each family lists them in one order, which a very small model can learn by heart.
+    The same arguments give the same questions and pixels. Raises RequestError for an unknown family, a share
+    outside [0, 1] or negative counts.
     """
-    chosen = list(families) or list(FAMILIES)
+    chosen = tuple(families) or tuple(FAMILIES)
     if unknown := [name for name in chosen if name not in FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    if not (0 <= shortcut <= 1 and 0 <= image_share <= 1) or train < 0 or test < 0:
+    if not all(0 <= share <= 1 for share in (shortcut, image_share, guesses)) or train < 0 or test < 0:
         raise RequestError("the lab needs counts of 0 or more and shares between 0 and 1")
     folder = Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    jobs = [("train", index, shortcut, False) for index in range(train)]
-    jobs += [("test", index, 0.0, False) for index in range(test)]
+    design = _Design(folder, seed, shortcut, image_share, chosen, guesses, shuffle_options)
+    jobs = [("train", index, False) for index in range(train)] + [
+        ("test", index, False) for index in range(test)
+    ]
     if shortcut:
-        jobs += [("test", index, 0.0, True) for index in range(test)]
+        jobs += [("test", index, True) for index in range(test)]
     chunks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
-    arguments = ([folder] * len(chunks), chunks, [(seed, image_share, chosen, shuffle_options)] * len(chunks))
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool:
-        rows: list[dict[str, Any]] = []
-        with progress(len(jobs), "lab", "sample") as bar:
-            for written in pool.map(_write_chunk, *arguments):
-                rows += written
-                bar.update(len(written))
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, progress(len(jobs), "lab", "samples") as bar:
+        for written in pool.map(_write_chunk, [design] * len(chunks), chunks):
+            rows += written
+            bar.update(len(written))
     _dump(folder / "sft.json", rows[:train])
-    _dump(folder / "rl.json", [{k: v for k, v in row.items() if k != "process"} for row in rows[:train]])
-    without_process = [{k: v for k, v in row.items() if k != "process"} for row in rows[train:]]
-    _dump(folder / "test.json", without_process[:test])
+    asked = [{name: value for name, value in row.items() if name != "process"} for row in rows]
+    _dump(folder / "rl.json", asked[:train])
+    _dump(folder / "test.json", asked[train : train + test])
     if shortcut:
-        _dump(folder / "test-cued.json", without_process[test:])
+        _dump(folder / "test-cued.json", asked[train + test :])
 
 
 def _dump(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_chunk(
-    folder: Path, jobs: list[tuple[str, int, float, bool]], choice: tuple[int, float, list[str], bool]
-) -> list[dict[str, Any]]:
-    return [_write_sample(folder, *job, *choice) for job in jobs]
+def _write_chunk(design: _Design, jobs: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
+    return [_write_sample(design, *job) for job in jobs]
 
 
-def _write_sample(
-    folder: Path, split: str, index: int, shortcut: float, cued: bool, seed: int, image_share: float,
-    families: list[str], shuffle_options: bool,
-) -> dict[str, Any]:  # fmt: skip
-    rng = np.random.default_rng((seed, SPLITS[split], index))
-    images = [name for name in families if name in IMAGE_FAMILIES]
-    videos = [name for name in families if name in VIDEO_FAMILIES]
-    is_image = bool(images) and (not videos or rng.random() < image_share)
+def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[str, Any]:
+    rng = np.random.default_rng((design.seed, SPLITS[split], index))
+    images = [name for name in design.families if name in IMAGE_FAMILIES]
+    videos = [name for name in design.families if name in VIDEO_FAMILIES]
+    is_image = bool(images) and (not videos or rng.random() < design.image_share)
     family = str(rng.choice(images if is_image else videos))
     question = FAMILIES[family](rng)
     choices = list(question.choices)
-    if shuffle_options:
+    if design.shuffle_options:
         choices = [choices[at] for at in rng.permutation(len(choices))]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
-    has_cue = cued or rng.random() < shortcut
+    has_cue = cued or (split == "train" and rng.random() < design.shortcut)
     cue = None
     if has_cue:
         cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
@@ -110,12 +122,15 @@ def _write_sample(
     name = f"{split}{'-cued' if cued else ''}-{index:06d}"
     path = f"./images/{name}.png" if is_image else f"./videos/{name}.mp4"
     if is_image:
-        Image.fromarray(frames[0]).save(folder / path)
+        Image.fromarray(frames[0]).save(design.folder / path)
     else:
-        write_clip(folder / path, frames, FPS)
-    chain = f"{question.chain} {question.answer} is {letter}." if letter else question.chain
+        write_clip(design.folder / path, frames, FPS)
+    conclusion = f"{question.answer} is {letter}." if letter else ""
+    chain = f"{question.chain} {conclusion}".strip()
+    if rng.random() < design.guesses:
+        chain = f"a guess: {conclusion}" if letter else "a guess."
     return {
-        "problem_id": f"lab-{seed}-{name}",
+        "problem_id": f"lab-{design.seed}-{name}",
         "problem": question.problem,
         "data_type": "image" if is_image else "video",
         "problem_type": question.problem_type,
