@@ -223,7 +223,6 @@ def test_the_lab_and_the_check_run_from_the_command_line(
 def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command is told reaches the function that does the work, by the same name."""
     import video_r1.data.check
-
     import video_r1.data.lab
 
     seen: dict[str, Any] = {}
