@@ -162,8 +162,8 @@ class QuestionTrainer(Trainer):
     def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
         """Reads a whole model's weights back with from_pretrained; False where the Trainer has to do it.
 
-        The files use the names of published checkpoints, which are not those of the modules. The Trainer compares
-        them as they are and leaves out, without an error, all weights whose names differ.
+        The files use the names of published checkpoints, which are not those of the modules. The Trainer
+        compares them as they are and leaves out, without an error, all weights whose names differ.
         """
         model = self.model if model is None else model
         if folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:

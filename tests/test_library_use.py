@@ -1,0 +1,84 @@
+"""The README's lines, run as they stand there, on a model and data of a few kilobytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+from tiny_models import tiny_checkpoint
+from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
+
+from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def taught_checkpoint(folder: Path, manifest: Path) -> Path:
+    """A tiny model after a cold start of a second, so that it sometimes writes the format."""
+    tiny_checkpoint("qwen2_5_vl", folder / "base")
+    args = SFTConfig(
+        **training_arguments(folder / "sft", max_steps=40, learning_rate=4e-3, save_strategy="no")
+    )
+    trainer = SFTTrainer(str(folder / "base"), args, str(manifest))
+    trainer.train()
+    trainer.save_model()
+    return folder / "sft"
+
+
+def test_readme_lines_train(tmp_path: Path) -> None:
+    """The ten lines with another model, folder and length."""
+    manifest = write_manifest(tmp_path)
+    checkpoint = taught_checkpoint(tmp_path, manifest)
+    (code,) = [
+        block
+        for block in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+        if "TGRPOTrainer" in block
+    ]
+    assert len(code.strip().splitlines()) <= 10
+    small = (
+        "num_generations=8, max_completion_length=48, use_cpu=True, frame_pixels=56 * 56, "
+        "image_pixels=56 * 84, length_reward=0.0"
+    )
+    replacements = {
+        '"Qwen/Qwen2.5-VL-3B-Instruct"': repr(str(checkpoint)),
+        '"runs/mine"': repr(str(tmp_path / "mine")),
+        '"my.json"': repr(str(manifest)),
+        "num_generations=8": small,
+        "max_steps=1000": "max_steps=3",
+    }
+    for written, used in replacements.items():
+        assert written in code
+        code = code.replace(written, used)
+    exec(compile(code, "README.md", "exec"), {})
+    lines = read_lines(tmp_path / "mine" / "metrics.jsonl")
+    assert len(lines) == 3 and any(line["reward/format"] > 0 for line in lines)
+    assert (tmp_path / "mine" / "checkpoint-3" / "model.safetensors").exists()
+
+
+def test_data_set_and_reward_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A `datasets.Dataset` of the record fields, paths relative to the current folder, and a function with
+    TRL's signature.
+    """
+    monkeypatch.chdir(tmp_path)
+    rows = json.loads(write_manifest(tmp_path).read_text())
+    seen: list[str] = []
+
+    def has_think(completions: list[str], problem_type: list[str], **columns: object) -> list[float]:
+        seen.extend(problem_type)
+        return [float(len(text) % 3) for text in completions]
+
+    args = TGRPOConfig(
+        **training_arguments(tmp_path / "run", num_generations=2, max_completion_length=8, length_reward=0.0)
+    )
+    trainer = TGRPOTrainer(
+        str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model")),
+        reward_funcs=["accuracy", has_think],
+        args=args,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.train()
+    assert set(seen) == set(KINDS)
+    assert all("reward/has_think" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))

@@ -1,0 +1,103 @@
+"""Which question comes when: batches, replacements and memory, all without a state that is carried along."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from video_r1.data.records import Sample
+from video_r1.errors import MediaError, VideoR1Error
+from video_r1.training.questions import MemoryCache, QuestionSource, Slot, StepBatches, derived_seed
+
+SAMPLES = [
+    Sample(n, f"question {n}?", "video", "numerical", "<answer>1</answer>", f"/{n}.mp4") for n in range(10)
+]
+
+
+def source(
+    bad: tuple[int, ...] = (), seed: int = 1, folder: Path | None = None
+) -> QuestionSource[int, tuple]:
+    def load(sample: Sample) -> int:
+        if sample.problem_id in bad:
+            raise MediaError(sample.path, "is damaged")
+        return int(sample.problem_id)
+
+    def build(sample: Sample, loaded: int, generator: torch.Generator) -> tuple[int, int]:
+        return loaded, int(torch.randint(10**9, (), generator=generator))
+
+    return QuestionSource(SAMPLES, load, build, seed=seed, quarantine=folder and folder / "quarantine.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("questions", "size", "step_batches", "iterations", "batches"),
+    [
+        (5, 2, 1, 1, [[0, 1], [2, 3], [4]]),
+        (5, 2, 2, 1, [[0, 1], [2, 3], [4]]),
+        (4, 2, 1, 2, [[0, 1], [0, 1], [2, 3], [2, 3]]),
+        # a step of two micro-batches repeats as a whole, and the last one is filled up from the start
+        (5, 2, 2, 2, [[0, 1], [2, 3], [0, 1], [2, 3], [4, 0], [1, 2], [4, 0], [1, 2]]),
+        (1, 2, 1, 2, [[0, 0], [0, 0]]),
+    ],
+)
+def test_step_batches(
+    questions: int, size: int, step_batches: int, iterations: int, batches: list[list[int]]
+) -> None:
+    sampler = StepBatches(questions, size, step_batches, iterations)
+    keys = list(sampler)
+    assert [[index for index, _ in batch] for batch in keys] == batches
+    assert len(sampler) == len(batches)
+    expected = [(step // step_batches) % iterations for step in range(len(batches))]
+    assert [batch[0][1] for batch in keys] == expected
+
+
+def test_epochs_are_permutations_of_all_questions() -> None:
+    questions = source()
+    epochs = [[questions.draw(Slot(epoch, index)) for index in range(10)] for epoch in (0, 1, 0)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert [source(seed=2).draw(Slot(0, index)) for index in range(10)] != epochs[0]
+
+
+def test_slots_do_not_depend_on_what_was_read_before(tmp_path: Path) -> None:
+    """A source that begins in the middle, as after resuming, gives the same questions and frame orders."""
+    through = source(bad=(3, 7), folder=tmp_path)
+    whole = [through.ready(Slot(epoch, index)) for epoch in range(3) for index in range(10)]
+    fresh = source(bad=(3, 7))
+    for position in (17, 29, 0, 11):
+        later = fresh.ready(Slot(*divmod(position, 10)))
+        assert (later.content, later.skipped) == (whole[position].content, whole[position].skipped)
+    assert {entry.content[0] for entry in whole}.isdisjoint({3, 7})
+    assert sum(entry.skipped for entry in whole) >= 6
+    assert len({entry.content[1] for entry in whole}) == len(whole)  # every slot has its own generator
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 2  # each bad file once
+
+
+def test_nothing_usable() -> None:
+    with pytest.raises(VideoR1Error, match="of 10 in the manifest"):
+        source(bad=tuple(range(10))).ready(Slot(0, 0))
+
+
+def test_memory_keeps_what_was_used_last() -> None:
+    cache, made = MemoryCache[torch.Tensor](limit=800), []
+
+    def get(key: int, numbers: int = 50) -> None:
+        def make() -> torch.Tensor:
+            made.append(key)
+            return torch.zeros(numbers, dtype=torch.float64)  # 400 bytes
+
+        assert len(cache.get(key, make)) == numbers
+
+    for key in (1, 2, 1, 3, 1, 2):
+        get(key)
+    assert made == [1, 2, 3, 2]  # 3 pushes out 2, as 1 was used since
+    get(9, numbers=101)  # larger than the whole memory: given, not kept
+    get(9, numbers=101)
+    assert made[-2:] == [9, 9] and cache.size <= 800
+
+
+def test_derived_seeds() -> None:
+    seeds = {derived_seed(*parts) for parts in ((1, "a"), (1, "b"), (2, "a"), ("1", "a"), (1, "a", 0))}
+    assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    assert derived_seed(42, "epoch", 3) == 7348345438539461324

@@ -1,0 +1,216 @@
+"""T-GRPO runs on a real tiny Qwen2.5-VL: what they write, what they survive, how they continue."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tgrpo_trainers import make_trainer, many_tokens, policy_of, weights
+from tiny_models import tiny_checkpoint
+from tiny_questions import KINDS, read_lines, write_manifest
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+from video_r1.errors import VideoR1Error
+from video_r1.training.tgrpo import TGRPOTrainer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_manifest(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(checkpoint: Path, manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> TGRPOTrainer:
+    """A short run over all problem types, images and videos mixed."""
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(checkpoint, str(manifest), folder, rewards=["accuracy", "format", many_tokens])
+    trainer.train()
+    return trainer
+
+
+def test_logged_series(finished: TGRPOTrainer) -> None:
+    lines = read_lines(finished.folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    together = {name for line in lines for name in line}
+    kinds = {f"reward/accuracy/{kind}" for kind in (*KINDS, "video", "image")}
+    expected = {
+        *("epoch", "time", "loss", "learning_rate", "grad_norm"),
+        *("reward/accuracy", "reward/format", "reward/temporal", "reward/many_tokens", "reward/total"),
+        *("temporal/p", "temporal/p_shuffled", "temporal/gap", "temporal/share_ordered_better"),
+        *("completion/length", "completion/truncated", "completion/self_reflection"),
+        *("policy/clip_ratio", "policy/kl", "policy/entropy", "groups/no_variance"),
+        *("media/skipped", "updates/skipped", "speed/rollouts_per_second", "speed/tokens_per_second"),
+        *("seconds/decode", "seconds/rollout", "seconds/reward", "seconds/update"),
+    }
+    assert expected | kinds <= together
+    logged = [line for line in finished.state.log_history if "loss" in line]  # what trackers get
+    assert logged[0]["reward/many_tokens"] == lines[0]["reward/many_tokens"]
+
+
+def test_run_folder(finished: TGRPOTrainer) -> None:
+    assert {"config.yaml", "metrics.jsonl", "rollouts.jsonl", "checkpoint-3"} <= set(
+        path.name for path in finished.folder.iterdir()
+    )
+    rollouts = read_lines(finished.folder / "rollouts.jsonl")
+    assert [line["step"] for line in rollouts] == [1, 1, 2, 2, 3, 3]
+    for line in rollouts:
+        assert len(line["ordered"]) == 4
+        assert len(line["shuffled"]) == (2 if line["data_type"] == "video" else 0)
+        assert (line["p_shuffled"] is None) == (line["permutation"] is None) == (line["data_type"] == "image")
+
+
+def test_checkpoint_is_plain(finished: TGRPOTrainer) -> None:
+    folder = finished.folder / "checkpoint-3"
+    assert (folder / "chat_template.jinja").exists() and (folder / "processor_config.json").exists()
+    loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    trained = policy_of(finished).eval()
+    prompt = finished.step_batches[0].groups[0].prompt
+    features = {name: value[None] if value.ndim == 1 and name == "mm_token_type_ids" else value
+                for name, value in prompt.features.items()}  # fmt: skip
+    with torch.no_grad():
+        logits = [model(input_ids=prompt.input_ids[None], **features).logits for model in (loaded, trained)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=1e-6)
+
+
+def test_bad_media_give_their_place_to_other_questions(checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    manifest = write_manifest(data, videos=6, images=2, bad=(1, 4))
+    (data / "3.mp4").unlink()
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path / "run", max_steps=4, per_device_train_batch_size=4
+    )
+    trainer.train()
+    quarantined = read_lines(trainer.folder / "quarantine.jsonl")
+    assert sorted(line["problem_id"] for line in quarantined) == [1, 3, 4]
+    assert all(line["reason"] and line["path"].endswith(f"{line['problem_id']}.mp4") for line in quarantined)
+    metrics = read_lines(trainer.folder / "metrics.jsonl")
+    assert sum(line["media/skipped"] for line in metrics) >= 6  # two epochs of eight questions
+    rolled_out = {line["problem_id"] for line in read_lines(trainer.folder / "rollouts.jsonl")}
+    assert rolled_out <= {0, 2, 5, 6, 7}
+
+
+def test_missing_media_stop_the_run(checkpoint: Path, tmp_path: Path) -> None:
+    manifest = write_manifest(tmp_path, videos=3, images=0, bad=(0, 1, 2))
+    with pytest.raises(VideoR1Error, match=r"3 in the manifest.*quarantine.jsonl"):
+        make_trainer(checkpoint, str(manifest), tmp_path / "run").train()
+
+
+def test_preflight_stops_a_model_without_the_format(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, rewards=None, preflight_questions=2)
+    with pytest.raises(VideoR1Error, match=r"none of 8 completions.*cut off at max_completion_length"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+class Poison(TrainerCallback):
+    """Makes a gradient infinite before the given optimizer steps (counted from 1)."""
+
+    def __init__(self, steps: Sequence[int]) -> None:
+        self.steps = steps
+        self.weights: dict[int, Tensor] = {}
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        parameter = next(model.parameters())
+        self.weights[state.global_step + 1] = parameter.detach().clone()
+        if state.global_step + 1 in self.steps:
+            parameter.grad[0] = torch.inf
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        changed = not torch.equal(self.weights[state.global_step], next(model.parameters()))
+        assert changed == (state.global_step not in self.steps)
+
+
+def test_infinite_gradient_skips_the_update(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, callbacks=[Poison([2])])
+    trainer.train()
+    (line,) = read_lines(tmp_path / "skipped_updates.jsonl")
+    assert line["step"] == 2 and len(line["problem_ids"]) == 3 and line["not_finite"] == "gradient"
+    assert [entry["updates/skipped"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 1]
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+
+
+def test_infinite_gradients_in_a_row_stop_the_run(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, callbacks=[Poison([1, 2, 3])], max_skipped_updates=2
+    )
+    with pytest.raises(VideoR1Error, match=r"2 updates in a row.*problem_id"):
+        trainer.train()
+
+
+# ---- LoRA, validation, continuing ------------------------------------------------------------------------
+
+
+def test_lora_trains_adapters_against_the_model_without_them(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    peft = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, peft=peft, learning_rate=0.02, beta=0.04)
+    before = weights(trainer)
+    trainer.train()
+    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    assert trainer.reference is None
+    kl = [line["policy/kl"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[-1] > 1e-5
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+
+
+def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, evaluated=str(manifest), eval_strategy="steps", eval_steps=1,
+        save_steps=1, load_best_model_at_end=True, metric_for_best_model="eval_accuracy", max_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "eval_accuracy" in line]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["eval_questions"] == 8 and lines[0]["eval_skipped"] == 0
+    assert (
+        lines[0]["eval_temporal_gap"] == lines[0]["eval_accuracy_video"] - lines[0]["eval_accuracy_shuffled"]
+    )
+    assert trainer.state.best_model_checkpoint is not None
+
+
+def comparable(path: Path) -> list[dict[str, Any]]:
+    """Metrics without what depends on the clock."""
+    timed = ("time", "seconds/", "speed/")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in read_lines(path)]
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_resumed_run_equals_an_uninterrupted_one(
+    checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int
+) -> None:
+    """Bit for bit, over the end of an epoch; what a killed run left behind its checkpoint is replaced."""
+    settings = {
+        "max_steps": 6, "save_steps": 2, "num_iterations": iterations, "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
+    }  # fmt: skip
+    whole = make_trainer(checkpoint, str(manifest), tmp_path / "whole", **settings)
+    whole.train()
+    half = tmp_path / "parted"
+    shutil.copytree(tmp_path / "whole", half)
+    metrics = (half / "metrics.jsonl").read_text().splitlines()
+    (half / "metrics.jsonl").write_text("\n".join([*metrics[:5], metrics[5][:20]]))  # killed while writing
+    resumed = make_trainer(checkpoint, str(manifest), half, **settings)
+    resumed.train(resume_from_checkpoint=str(half / "checkpoint-2"))
+    assert comparable(half / "metrics.jsonl") == comparable(tmp_path / "whole" / "metrics.jsonl")
+    rollouts = [read_lines(folder / "rollouts.jsonl") for folder in (half, tmp_path / "whole")]
+    assert rollouts[0] == rollouts[1]
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert json.loads((half / "checkpoint-6" / "trainer_state.json").read_text())["global_step"] == 6
