@@ -57,7 +57,7 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
         if truncated > 0.9:
             longest = max(length for _, _, length, _ in completions)
             remedy = (
-                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it, "
+                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it "
                 "or run SFT first"
             )
         raise VideoR1Error(
