@@ -43,7 +43,7 @@ COMMANDS: dict[str, Command] = {
         "write made-up clips with questions that need frame order", ("folder",),
         ("data lab lab --train 4000 --test 500 --seed 1",), commands.data_lab),
     "data base": Command(
-        "pretrain the lab's small base model", ("folder",), ("data base base --steps 9000 --seed 0",),
+        "pretrain the lab's small base model", ("folder",), ("data base base --steps 4500 --seed 0",),
         commands.data_base),
     "annotate": Command("write rationales with a teacher (not in this version)", (), (), commands.annotate),
     "sft": Command(

@@ -49,7 +49,7 @@ class BaseSettings(Settings):
     """Pretraining of the lab's small base model"""
 
     folder: str | None = setting(None, "checkpoint folder to write")
-    steps: int = setting(9000, "optimizer steps")
+    steps: int = setting(4500, "optimizer steps")
     seed: int = setting(0, "seed of weights and data")
     threads: int = setting(1, "CPU threads; the result depends on them")
 
