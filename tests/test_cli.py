@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -15,7 +16,7 @@ import pytest
 import video_r1
 from video_r1 import cli, commands
 from video_r1.cli import COMMANDS, find_command, main, read_request, split_words
-from video_r1.command_settings import CheckSettings, LabSettings
+from video_r1.command_settings import BaseSettings, CheckSettings, LabSettings
 from video_r1.config import AskSettings, EvalSettings, TGRPOSettings
 from video_r1.errors import MediaError, RequestError
 from video_r1.recipe import SECTIONS, Recipe
@@ -236,9 +237,22 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         video_r1.data.lab, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
     )
-    assert main(["data", "lab", "out", "--seed", "5", "--shortcut", "0.5"]) == 0
+    assert (
+        main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--guesses=0", "--shuffle_options"]) == 0
+    )
     assert seen["words"] == (Path("out"), 4000, 500, 5)
-    assert seen["shortcut"] == 0.5
+    assert (seen["shortcut"], seen["guesses"], seen["shuffle_options"]) == (0.5, 0.0, True)
+
+
+def test_the_labs_defaults_are_those_of_the_library() -> None:
+    from video_r1.data.lab import write_lab
+    from video_r1.models.lab_pretraining import pretrain_base
+
+    for function, settings in ((write_lab, LabSettings()), (pretrain_base, BaseSettings())):
+        for name, parameter in inspect.signature(function).parameters.items():
+            default = list(parameter.default) if name == "families" else parameter.default
+            if default is not inspect.Parameter.empty and hasattr(settings, name):
+                assert getattr(settings, name) == default, name
 
 
 def test_settings_of_data_commands() -> None:
