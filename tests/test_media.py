@@ -100,7 +100,7 @@ INDICES = [
     (2, 25.0, [0, 1]),
     (1, 25.0, []),
     (120, 30000 / 1001, [0, 17, 34, 51, 68, 85, 102, 119]),  # 4.004 s
-    (240, 240 / 8.000000000000002, [0, 16, 32, 48, 64, 80, 96, 112, 127, 143, 159, 175, 191, 207, 223, 239]),
+    (240, 240 / 7.999999999999999, [0, 16, 32, 48, 64, 80, 96, 112, 127, 143, 159, 175, 191, 207, 223, 239]),
 ]
 
 
@@ -281,7 +281,7 @@ def test_variable_frame_rate_gives_frames_in_order_with_their_own_times(tmp_path
 
 def test_frames_before_an_edit_list_are_not_shown(tmp_path, monkeypatch):
     """A clip that was cut without encoding again starts before its first shown frame, at a keyframe."""
-    whole = write_video(tmp_path / "whole.mp4", 90, codec_options={"x264-params": "keyint=100"})
+    whole = write_video(tmp_path / "whole.mp4", 90, codec_options={"x264-params": "keyint=100:scenecut=0"})
     cut = tmp_path / "cut.mp4"
     with (
         av.open(str(whole)) as source,

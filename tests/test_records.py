@@ -244,6 +244,14 @@ def test_broken_json_is_named_with_its_place(tmp_path, monkeypatch, content, tex
     assert text in str(error.value.problems[-1])
 
 
+def test_rows_that_are_numbers_are_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "_READ_CHARACTERS", 2)
+    found = check_manifest(write(tmp_path, "[12, 3456,7]")).problems
+    assert [str(problem) for problem in found] == [
+        f"row {row}: is {number}, not an object with fields" for row, number in ((1, 12), (2, 3456), (3, 7))
+    ]
+
+
 def test_broken_json_lines_do_not_hide_the_others(tmp_path):
     content = "\n".join([json.dumps(CHOICE), "{", "", json.dumps(NUMBER | {"path": "/x"})])
     samples, _, problems = check_manifest(write(tmp_path, content, "manifest.jsonl"))
