@@ -50,9 +50,12 @@ class SharedPrefixCache:
         starts = counts.cumsum(0) - counts
         rank = torch.empty_like(rows)
         rank[order] = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
-        self.slot_of = rows * self.width + rank  # [B]
-        self.sequence_in = torch.zeros(len(self.bias) * self.width, dtype=torch.long, device=rows.device)
-        self.sequence_in[self.slot_of] = torch.arange(len(rows), device=rows.device)  # empty slots: any
+        slot_of = rows * self.width + rank  # [B]
+        sequence_in = torch.zeros(len(self.bias) * self.width, dtype=torch.long, device=rows.device)
+        sequence_in[slot_of] = torch.arange(len(rows), device=rows.device)  # empty slots: any
+        # Without empty slots both are the identity: completions of a prompt stand side by side.
+        full = len(rows) == len(sequence_in) and torch.equal(slot_of, sequence_in)
+        self.slot_of, self.sequence_in = (None, None) if full else (slot_of, sequence_in)
 
     def keep(self, kept: Tensor) -> None:
         """Leaves only the completions `kept` ([B'] int64 indices), and the prompts that they still need."""
@@ -108,12 +111,14 @@ def attend(
     per_group, width = heads // groups, cache.width
 
     def to_slots(tensor: Tensor) -> Tensor:  # [B, K, g, X] -> [R*K, w*g, X]
-        placed = tensor.index_select(0, cache.sequence_in).view(prompts, width, groups, per_group, -1)
-        return placed.transpose(1, 2).reshape(prompts * groups, width * per_group, -1)
+        placed = tensor if cache.sequence_in is None else tensor.index_select(0, cache.sequence_in)
+        placed = placed.view(prompts, width, groups, per_group, -1).transpose(1, 2)
+        return placed.reshape(prompts * groups, width * per_group, -1)
 
     def from_slots(tensor: Tensor) -> Tensor:  # [R*K, w*g, X] -> [B, K, g, X]
         placed = tensor.view(prompts, groups, width, per_group, -1).transpose(1, 2)
-        return placed.reshape(prompts * width, groups, per_group, -1).index_select(0, cache.slot_of)
+        placed = placed.reshape(prompts * width, groups, per_group, -1)
+        return placed if cache.slot_of is None else placed.index_select(0, cache.slot_of)
 
     query = query.view(count, groups, per_group, size)
     bias = cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]

@@ -262,7 +262,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
-    return sorted({end_token_id(tokenizer), *(token for token in configured if token is not None)})
+    return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

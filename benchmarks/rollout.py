@@ -1,0 +1,117 @@
+"""Sampling a group of completions: one prefill a question against `model.generate(num_return_sequences=G)`.
+
+    python -m benchmarks.rollout --json [--size lab|small|3b|7b] [--completion 64] [--group 8] [--questions 1]
+
+`generate` repeats pixels and prompt for every completion. Both sample at temperature 1 and never stop early.
+`equal`: the log-probabilities kept while sampling are those of a plain forward over the expanded batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from benchmarks._sizes import IMAGE, SIZES, VIDEO, build_model, question
+from benchmarks._timing import compare, flops, machine
+from benchmarks.update import TOLERANCES, expanded_logprobs
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+
+# No end token, no text: the engine wants a tokenizer for these two alone.
+TOKENIZER = SimpleNamespace(
+    get_vocab=dict, eos_token_id=None, batch_decode=lambda rows, skip_special_tokens: [""] * len(rows)
+)
+
+
+@torch.no_grad()
+def largest_difference(
+    model: Any, engine: TransformersEngine, prompts: list[Any], sampling: SamplingSettings
+) -> float:
+    """Between the log-probabilities of sampling and those of a forward of pixels, prompt and completion."""
+    for seed in range(100):  # random weights write placeholders too; a forward would look for their pixels
+        settings = SamplingSettings(n=sampling.n, max_tokens=sampling.max_tokens, seed=seed)
+        groups = engine.generate(prompts, settings)
+        completions = [[rollout.token_ids for rollout in group] for group in groups]
+        tokens = torch.cat([tokens for group in completions for tokens in group])
+        if not torch.isin(tokens, torch.tensor([VIDEO, IMAGE])).any():
+            break
+    else:
+        raise RuntimeError("every one of 100 samples holds visual placeholders")
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    return float((sampled - expanded_logprobs(model, prompts, completions).cpu()).abs().max())
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    model: Any = build_model(SIZES[arguments.size], device, dtype).eval()
+    model.generation_config.eos_token_id = None
+    generator = torch.Generator().manual_seed(1)
+    prompts = [question(SIZES[arguments.size], generator) for _ in range(arguments.questions)]
+    engine = TransformersEngine(model, TOKENIZER)
+    sampling = SamplingSettings(n=arguments.group, max_tokens=arguments.completion, seed=0)
+    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
+    inputs = {name: torch.cat([prompt.features[name] for prompt in prompts]).to(device) for name in names}
+    inputs["input_ids"] = torch.stack([prompt.input_ids for prompt in prompts]).to(device)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+
+    def ours() -> object:
+        return engine.generate(prompts, sampling)
+
+    def generate() -> object:
+        return model.generate(
+            **inputs,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            num_return_sequences=arguments.group,
+            max_new_tokens=arguments.completion,
+            pad_token_id=0,
+        )
+
+    difference = largest_difference(model, engine, prompts, sampling)
+    result = compare(ours, generate, arguments.rounds, device)
+    tokens = arguments.questions * arguments.group * arguments.completion
+    return (
+        result
+        | {
+            "flop_ratio": round(flops(generate) / flops(ours), 3),
+            "equal": difference <= TOLERANCES[dtype][0],
+            "largest_logprob_difference": difference,
+            "tokens_per_second": round(tokens / result["seconds"]),
+            "sizes": {
+                "model": arguments.size,
+                "weights": sum(p.numel() for p in model.parameters()),
+                "prompt": len(prompts[0].input_ids),
+                "completion": arguments.completion,
+                "group": arguments.group,
+                "questions": arguments.questions,
+                "dtype": arguments.dtype,
+            },
+        }
+        | machine(device)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    print(json.dumps(run(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
