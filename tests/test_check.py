@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from media_files import SMALL, write_video
 from PIL import Image
-from test_media import SMALL, write_video
 
 from video_r1 import progress as progress_module
 from video_r1.data.check import check_media, count_samples, format_counts, run_check

@@ -1,0 +1,171 @@
+"""Bad media files: each gives an error with its path and a reason, and nothing else escapes."""
+
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import av
+import av.logging
+import numpy as np
+import pytest
+from av.stream import Disposition
+from media_files import SIDE, SMALL, noise, picture, sample, saved, write_video
+from PIL import Image
+
+from video_r1.data.media import (
+    read_media,
+)
+from video_r1.errors import MediaError
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+def audio_only(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def audio_with_a_cover(path: Path) -> Path:
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=16000), container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = SIDE, SIDE, "yuvj420p"
+        cover.disposition = Disposition.attached_pic
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(picture(0), format="rgb24")))
+        container.mux(cover.encode())
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(sound.encode(frame))
+        container.mux(sound.encode())
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+def index_first(path: Path) -> Path:
+    return write_video(path, 50, container_options={"movflags": "faststart"})
+
+
+def cut_after_frames(path: Path, frames: int) -> Path:
+    with av.open(str(index_first(path))) as container:
+        last = list(container.demux(video=0))[frames - 1]
+    path.write_bytes(path.read_bytes()[: (last.pos or 0) + last.size])
+    return path
+
+
+def damaged(path: Path) -> Path:
+    """A clip with an intact index whose pictures are overwritten from a fifth of the file on."""
+    data = bytearray(index_first(path).read_bytes())
+    place = data.index(b"mdat") + 1000
+    data[place:] = np.random.default_rng(0).integers(0, 256, len(data) - place, np.uint8).tobytes()
+    path.write_bytes(data)
+    return path
+
+
+def huge_png(path: Path) -> Path:
+    Image.new("L", (8, 8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (100_000).to_bytes(4) * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4)
+    path.write_bytes(data)
+    return path
+
+
+PLAY_LIST = b"ffconcat version 1.0\nfile b.mp4\n"
+BAD_VIDEOS = {
+    "missing": (lambda d: d / "no.mp4", "there is no such file"),
+    "folder": (lambda d: d, "is a folder, not a media file"),
+    "zero bytes": (lambda d: written(d / "a.mp4", b""), "the file is empty (0 bytes)"),
+    "text": (lambda d: written(d / "a.mp4", b"some text\n" * 99), "is not a video that FFmpeg can read"),
+    "play list": (lambda d: written(d / "a.mp4", PLAY_LIST), "is not a kind of file that holds videos"),
+    "cover picture": (lambda d: audio_with_a_cover(d / "a.mp4"), "in it, only audio and a cover picture"),
+    "audio": (lambda d: audio_only(d / "a.mp4"), "has no video in it, only audio"),
+    "image": (lambda d: saved(noise(), d / "a.jpg"), "is not a kind of file that holds videos"),
+    "one frame": (lambda d: write_video(d / "a.mp4", 1), "has 1 frame, at least 2 needed"),
+    "index cut off": (lambda d: cut(write_video(d / "a.mp4", 50), 0.5), "is not a video that"),
+    "MP4 cut at a half": (lambda d: cut(index_first(d / "a.mp4"), 0.5), "cut short"),
+    "MP4 cut between frames": (lambda d: cut_after_frames(d / "a.mp4", 20), "20 of 50 frames are there"),
+    "MP4, last byte": (lambda d: cut(index_first(d / "a.mp4"), 0.9999), "cut short"),
+    "MKV cut short": (lambda d: cut(write_video(d / "a.mkv", 50), 0.7), "is cut short"),
+    "WebM cut short": (lambda d: cut(write_video(d / "a.webm", 20, "libvpx"), 0.7), "is cut short"),
+    "AVI cut short": (lambda d: cut(write_video(d / "a.avi", 50), 0.7), "is cut short"),
+    "damaged": (lambda d: damaged(d / "a.mp4"), "the video is damaged"),
+    "4×808": (lambda d: write_video(d / "a.mp4", 8, size=(808, 4)), "one side is more than 200 times"),
+}  # fmt: skip
+BAD_IMAGES = {
+    "missing": (lambda d: d / "no.png", "there is no such file"),
+    "folder": (lambda d: d, "is a folder"),
+    "zero bytes": (lambda d: written(d / "a.png", b""), "the file is empty"),
+    "text": (lambda d: written(d / "a.png", b"hello"), "is not an image"),
+    "2×2000": (lambda d: saved(Image.new("RGB", (2, 2000)), d / "a.png"), "one side is more than 200 times"),
+    "JPEG cut short": (lambda d: cut(saved(noise(), d / "a.jpg"), 0.5), "the image is damaged or cut short"),
+    "PNG cut short": (lambda d: cut(saved(noise(), d / "a.png"), 0.5), "the image is damaged or cut short"),
+    "bomb": (lambda d: huge_png(d / "a.png"), "declares"),
+    "video": (lambda d: write_video(d / "a.mp4", 8), "is not an image"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_VIDEOS)
+def test_each_bad_video_gives_its_named_error(tmp_path, name):
+    make, reason = BAD_VIDEOS[name]
+    path = make(tmp_path)
+    with pytest.raises(MediaError) as error:
+        read_media(sample(path), SMALL)
+    assert error.value.path == str(path)
+    assert reason in error.value.reason
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_each_bad_image_gives_its_named_error(tmp_path, name):
+    make, reason = BAD_IMAGES[name]
+    path = make(tmp_path)
+    with pytest.raises(MediaError) as error:
+        read_media(sample(path, "image"), SMALL)
+    assert error.value.path == str(path)
+    assert reason in error.value.reason
+
+
+@pytest.mark.parametrize(
+    ("window", "reason"),
+    [
+        ((5.0, 6.0), "its window starts at 5 s, but the video is 2.00 s long"),
+        ((1.0, 1.02), "has 1 frame between 1 s and 1.02 s, at least 2 needed"),
+        ((1.98, None), "has 0 frames between 1.98 s and its end"),
+    ],
+)
+def test_windows_without_frames_are_errors(tmp_path, window, reason):
+    with pytest.raises(MediaError, match=reason):
+        read_media(sample(write_video(tmp_path / "a.mp4", 50), "video", *window), SMALL)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
+def test_random_damage_is_an_error_or_whole_media_never_something_else(tmp_path, suffix):
+    av.logging.set_level(av.logging.PANIC)
+    good = write_video(tmp_path / f"good.{suffix}", 50).read_bytes()
+    draw = np.random.default_rng(7)
+    seen = Counter()
+    for _ in range(25):
+        data = np.frombuffer(good, np.uint8).copy()
+        places = draw.integers(0, len(data), 12)
+        data[places] = draw.integers(0, 256, 12)
+        path = written(tmp_path / f"bad.{suffix}", data.tobytes())
+        try:
+            media = read_media(sample(path), SMALL)
+        except MediaError as error:
+            seen["error"] += 1
+            assert error.reason and "\n" not in error.reason
+        else:
+            seen["media"] += 1
+            assert len(media.frames) % 2 == 0 and len(media.frames) == len(media.timestamps)
+    assert seen["error"] >= 3
