@@ -238,10 +238,10 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
         video_r1.data.lab, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
     )
     assert (
-        main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--guesses=0", "--shuffle_options"]) == 0
+        main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     )
     assert seen["words"] == (Path("out"), 4000, 500, 5)
-    assert (seen["shortcut"], seen["guesses"], seen["shuffle_options"]) == (0.5, 0.0, True)
+    assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
 
 
 def test_the_labs_defaults_are_those_of_the_library() -> None:

@@ -31,7 +31,6 @@ class LabSettings(Settings):
     shortcut: float = setting(0.0, "share of training samples with a static cue that gives the answer away")
     image_share: float = setting(0.2, "share of questions about one image")
     families: list[str] = setting([], "question families to choose from (default: all)")
-    guesses: float = setting(0.6, "share of rationales that guess instead of going through the moments")
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)")
 
@@ -39,7 +38,7 @@ class LabSettings(Settings):
         yield from super().problems()
         yield from at_least(self, 0, "train", "test")
         yield from positive(self, "workers")
-        for name in ("shortcut", "image_share", "guesses"):
+        for name in ("shortcut", "image_share"):
             if not 0 <= getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}; a share is between 0 and 1"
 

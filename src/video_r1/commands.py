@@ -35,7 +35,6 @@ def data_lab(recipe: Recipe) -> int:
         shortcut=settings.shortcut,
         image_share=settings.image_share,
         families=settings.families,
-        guesses=settings.guesses,
         shuffle_options=settings.shuffle_options,
         workers=settings.workers,
     )

@@ -40,7 +40,6 @@ class _Design:
     shortcut: float
     image_share: float
     families: tuple[str, ...]
-    guesses: float
     shuffle_options: bool
 
 
@@ -52,7 +51,6 @@ def write_lab(
     shortcut: float = 0.0,
     image_share: float = 0.2,
     families: Sequence[str] = (),
-    guesses: float = 0.6,
     shuffle_options: bool = False,
     workers: int | None = None,
 ) -> None:
@@ -60,21 +58,20 @@ def write_lab(
 
     shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
     is not zero, `test-cued.json` is written as well. image_share: share of questions about one image. families:
-    names of `FAMILIES` to choose from, all by default. guesses: share of the rationales that guess where the
-    others go through the moments: a teacher's rationales are of mixed quality too. shuffle_options: options in
-    a random order; by default each family lists them in one order, which a very small model can learn by heart.
-    The same arguments give the same questions and pixels. Raises RequestError for an unknown family, a share
+    names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random
+    order; by default each family lists them in one order, which a very small model can learn by heart. The same
+    arguments give the same questions and pixels. Raises RequestError for an unknown family, a share
     outside [0, 1] or negative counts.
     """
     chosen = tuple(families) or tuple(FAMILIES)
     if unknown := [name for name in chosen if name not in FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    if not all(0 <= share <= 1 for share in (shortcut, image_share, guesses)) or train < 0 or test < 0:
+    if not all(0 <= share <= 1 for share in (shortcut, image_share)) or train < 0 or test < 0:
         raise RequestError("the lab needs counts of 0 or more and shares between 0 and 1")
     folder = Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    design = _Design(folder, seed, shortcut, image_share, chosen, guesses, shuffle_options)
+    design = _Design(folder, seed, shortcut, image_share, chosen, shuffle_options)
     jobs = [("train", index, False) for index in range(train)] + [
         ("test", index, False) for index in range(test)
     ]
@@ -125,10 +122,7 @@ def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[s
         Image.fromarray(frames[0]).save(design.folder / path)
     else:
         write_clip(design.folder / path, frames, FPS)
-    conclusion = f"{question.answer} is {letter}." if letter else ""
-    chain = f"{question.chain} {conclusion}".strip()
-    if rng.random() < design.guesses:
-        chain = f"a guess: {conclusion}" if letter else "a guess."
+    chain = f"{question.chain} {question.answer} is {letter}." if letter else question.chain
     return {
         "problem_id": f"lab-{design.seed}-{name}",
         "problem": question.problem,
