@@ -67,7 +67,7 @@ class TransformersEngine:
         self._text_config = self._core.language_model.config
         if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
-        self._stop_ids = _stop_ids(self.model, self.tokenizer)
+        self._stop_ids = stop_token_ids(self.model, self.tokenizer)
 
     def close(self) -> None:
         """Nothing is held but the model, which belongs to the caller."""
@@ -258,7 +258,7 @@ def _waves(order: Sequence[int], counts: Sequence[int], max_sequences: int) -> I
         yield wave
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]

@@ -1,0 +1,254 @@
+"""Rollouts with vLLM in the training process.
+
+    Prompt: its tokens, its frames as they are ─► vLLM: one prefill a prompt, n completions ─► Rollouts
+    trained model ─► checkpoint_weights ─► vLLM's own copy of the model, its caches emptied
+
+vLLM decides on running in this process while it is imported, so it is imported when an engine is built.
+"""
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import GenerationConfig
+
+from video_r1.data.prompts import Prompt, video_metadata
+from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.models.group_forward import vision_language_model
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.vllm_positions import use_transformers_positions
+from video_r1.rollout.vllm_weights import checkpoint_weights
+
+# vLLM reads these when it is imported; what the user has set stays.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights pass from model to model within this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would bind the trainer too
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, without a GPU
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+class VLLMEngine:
+    """Samples with vLLM, which holds its own copy of the weights (`update_weights` hands new ones over).
+
+    model: checkpoint folder or hub id; or a transformers model (also within PEFT or DDP), whose weights are
+        handed over at once.
+    processor: the one that the prompts were built with.
+    max_model_len: most tokens of prompt and completion together (default: what the model allows).
+    max_sequences: completions decoded at once.
+    memory: share of the GPU's memory that vLLM may use. sleep: give it back after each `generate` (GPU only).
+
+    Raises ConfigError when vLLM is not installed or refuses the model.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_sequences: int = 256,
+        memory: float = 0.3,
+        sleep: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.processor = processor
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._sleep = sleep
+        in_memory = not isinstance(model, (str, Path))
+        source = self._describe(model) if in_memory else str(model)
+        arguments: dict[str, Any] = {
+            "model": source,
+            "load_format": "dummy" if in_memory else "auto",
+            "dtype": str(vision_language_model(model).dtype).removeprefix("torch.") if in_memory else dtype,
+            "max_num_seqs": max_sequences,
+            "limit_mm_per_prompt": {"image": 1, "video": 1},
+            "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
+            "mm_device_do_normalize": False,  # pixels arrive as in Prompt.features
+            "enable_prefix_caching": True,
+            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
+            "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
+            "seed": seed,
+            **({} if max_model_len is None else {"max_model_len": max_model_len}),
+            **(
+                {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
+                if torch.cuda.is_available()
+                # On CPU: no minutes of compiling, and blocks as short as prompts that are to be shared.
+                else {"enforce_eager": True, "block_size": 32}
+            ),
+        }
+        self.llm = _start(arguments)
+        self.max_model_len: int = self.llm.model_config.max_model_len
+        if in_memory:
+            self.update_weights(model)
+        else:
+            self._stop_ids = stop_token_ids(_described(source), self.tokenizer)
+
+    def _describe(self, model: Any) -> str:
+        """A folder with all of the model's checkpoint but its weights."""
+        self._folder = tempfile.TemporaryDirectory(prefix="video-r1-vllm-")
+        inner = vision_language_model(model)
+        inner.config.save_pretrained(self._folder.name)
+        inner.generation_config.save_pretrained(self._folder.name)
+        self.processor.save_pretrained(self._folder.name)
+        return self._folder.name
+
+    def update_weights(self, model: Any) -> None:
+        """Hands the model's weights to vLLM without touching the disk, adapters merged on the way, and
+        empties what vLLM has cached of the old ones: prefixes, visual features, processed frames.
+        """
+        self._wake(["weights"])
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+        self.reset_caches()
+        self._stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
+
+    def reset_caches(self) -> None:
+        """All caches, at the engine and at the worker: one that only one side has emptied breaks the next
+        request.
+        """
+        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.reset_mm_cache()
+        self.llm.collective_rpc("reset_mm_cache")
+        if not self.llm.reset_prefix_cache():
+            raise VideoR1Error("vLLM could not empty its prefix cache; requests are still running")
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+
+        A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed (drawn from
+        torch's CPU generator when None) and q fix the completions of prompt q.
+        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error when
+        vLLM has read a prompt's tokens otherwise than the trainer.
+        """
+        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
+        if len(counts) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+        asked = [index for index, count in enumerate(counts) if count]
+        for index in asked:
+            check_length(prompts[index], sampling.max_tokens, self.max_model_len)
+        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+        self._wake()
+        outputs = self.llm.generate(
+            [vllm_prompt(prompts[index]) for index in asked],
+            [self._parameters(sampling, counts[index], prompt_seed(seed, index)) for index in asked],
+            use_tqdm=False,
+        )
+        if self._sleep:
+            self.llm.sleep(level=1)
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        for index, output in zip(asked, outputs, strict=True):
+            if output.prompt_token_ids != prompts[index].input_ids.tolist():
+                raise VideoR1Error(
+                    f"prompt {index}: vLLM made {len(output.prompt_token_ids)} tokens of it, the trainer has "
+                    f"{len(prompts[index].input_ids)}; their processors differ"
+                )
+            rollouts = [self._rollout(completion) for completion in output.outputs]
+            results[index] = rollouts if len(rollouts) == counts[index] else rollouts * counts[index]
+        return results
+
+    def _parameters(self, sampling: SamplingSettings, count: int, seed: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(
+            n=count if sampling.temperature > 0 else 1,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            seed=seed,
+            logprobs=0,  # of the sampled token alone
+            stop_token_ids=self._stop_ids,
+            ignore_eos=True,  # `stop_token_ids` says it all
+            detokenize=False,
+        )
+
+    def _rollout(self, completion: Any) -> Rollout:
+        ids = list(completion.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
+        return Rollout(
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(logprobs, dtype=torch.float32),
+            self.tokenizer.decode(ids, skip_special_tokens=True),
+            "stop" if completion.finish_reason == "stop" else "length",
+        )
+
+    def _wake(self, tags: list[str] | None = None) -> None:
+        if self._sleep and self.llm.llm_engine.is_sleeping():
+            self.llm.wake_up(tags)
+
+    def close(self) -> None:
+        """Gives vLLM's memory back."""
+        if self._folder is not None:
+            self._folder.cleanup()
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+def vllm_prompt(prompt: Prompt) -> dict[str, Any]:
+    """The prompt as vLLM's `generate` takes it: its tokens with each visual as one placeholder, its frames in
+    the order in which the model sees them, sampled and resized already, and their timestamps.
+    """
+    media = prompt.media
+    frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
+    kinds = prompt.features["mm_token_type_ids"].view(-1)
+    visual = kinds != 0
+    repeated = visual & torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
+    data = {"image": Image.fromarray(frames[0])} if media.kind == "image" else {
+        "video": (frames, {**video_metadata(media), "do_sample_frames": False})
+    }
+    return {"prompt_token_ids": prompt.input_ids[~repeated].tolist(), "multi_modal_data": data}
+
+
+def prompt_seed(seed: int, prompt: int) -> int:
+    """A seed for one prompt of a call; vLLM adds the completion's number to it."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+def check_length(prompt: Prompt, max_tokens: int, limit: int) -> None:
+    """Raises RequestError when prompt and completion do not fit together."""
+    if len(prompt.input_ids) + max_tokens > limit:
+        raise RequestError(
+            f"a prompt of {len(prompt.input_ids)} tokens and a completion of up to {max_tokens} do not fit "
+            f"vLLM's limit of {limit} tokens; raise max_model_len or lower the completion length"
+        )
+
+
+def _described(source: str) -> Any:
+    """Stands for a model where only its end tokens are wanted."""
+    try:
+        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(source))
+    except OSError:  # a checkpoint need not have one
+        return SimpleNamespace(generation_config=GenerationConfig())
+
+
+def _start(arguments: dict[str, Any]) -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    threads = torch.set_num_threads
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(f"vLLM cannot be imported ({error}); install it, or sample without it") from error
+    use_transformers_positions()
+    try:
+        return LLM(**arguments)
+    except ValueError as error:
+        raise ConfigError(f"vLLM refuses {arguments['model']}: {error}") from error
+    finally:
+        torch.set_num_threads = threads  # vLLM's CPU worker puts a function in its place that does nothing

@@ -1,0 +1,55 @@
+"""Rotary positions in vLLM as transformers counts them.
+
+After a video, transformers lets the text start max(rows, columns) past the video's start. vLLM lets it start
+past the video's last time position, as Qwen's first release did. For a clip of more time steps than rows the
+two differ, and a policy that is trained under the one rule is another policy under the other (Qwen2-VL and
+Qwen2.5-VL; later models have text between frames, where both agree).
+
+`use_transformers_positions` makes vLLM follow the trainer, in this process. It is also a vLLM plugin (entry
+point group `vllm.general_plugins`), which a server started with VIDEO_R1_POSITIONS=transformers loads in each
+of its processes.
+"""
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "VIDEO_R1_POSITIONS"
+
+
+def use_transformers_positions() -> None:
+    """Replaces the rule of vLLM's Qwen2-VL and Qwen2.5-VL classes. Doing so again changes nothing."""
+    from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
+
+    for kind in (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+        kind.get_mrope_input_positions = prompt_positions
+
+
+def plugin() -> None:
+    """What vLLM calls in each process of its own: acts only where the environment asks for it."""
+    if os.environ.get(VARIABLE) == "transformers":
+        use_transformers_positions()
+
+
+def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
+    """Positions [3, P] int64 (time, row, column) of a prompt, and what a later token's index is shifted by.
+
+    The signature is that of vLLM's models. Time steps are rounded down after a product in float32, as in
+    transformers.
+    """
+    parts: list[Tensor] = []
+    done, position = 0, 0
+    for offset, times, rows, columns, seconds in model.iter_mm_grid_thw(mm_features):
+        parts.append(torch.arange(position, position + offset - done).expand(3, -1))
+        position += offset - done
+        time = (torch.arange(times) * torch.tensor(seconds, dtype=torch.float32)).long()
+        grid = torch.meshgrid(time, torch.arange(rows), torch.arange(columns), indexing="ij")
+        parts.append(torch.stack(grid).view(3, -1) + position)
+        position += max(rows, columns)
+        done = offset + times * rows * columns
+    rest = len(input_tokens) - done
+    parts.append(torch.arange(position, position + rest).expand(3, -1))
+    return torch.cat(parts, 1), position + rest - len(input_tokens)

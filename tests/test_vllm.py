@@ -1,0 +1,244 @@
+"""vLLM in this process against the trained model, token by token."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import moving_square
+from torch import Tensor
+
+from video_r1.data.lab import write_lab
+from video_r1.data.media import FrameBudget, Media, read_media, shuffled_order
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample, load_manifest
+from video_r1.errors import RequestError
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import add_lora, load_model, load_processor
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.sampling import sampling_logprobs
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm import VLLMEngine
+
+pytestmark = pytest.mark.vllm
+QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
+COUNT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_processor(base_folder())
+
+
+@pytest.fixture(scope="module")
+def engine(processor: Any) -> Iterator[VLLMEngine]:
+    engine = VLLMEngine(load_model(base_folder(), "float32"), processor, max_model_len=1024, max_sequences=64)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def model(engine: VLLMEngine) -> Any:
+    """The model that the engine holds the weights of."""
+    model = load_model(base_folder(), "float32")
+    engine.update_weights(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def prompts(processor: Any) -> list[Prompt]:
+    """A clip, the clip shuffled, an image, and the clip's frames at other times: more than the trained size.
+    """
+    builder = PromptBuilder(processor)
+    frames = torch.from_numpy(moving_square(8, 56, 84)).permute(0, 3, 1, 2).contiguous()
+    times = torch.arange(8, dtype=torch.float64) / 2
+    clip = Media(frames, times, 4.0, "video")
+    return [
+        builder.build(QUESTION, clip),
+        builder.build(QUESTION, clip, torch.tensor([2, 0, 3, 1, 7, 6, 5, 4])),
+        builder.build(COUNT, Media(frames[3:4], times[:1], 0.0, "image")),
+        builder.build(QUESTION, Media(frames, times * 2.8, 11.2, "video")),
+    ]
+
+
+def differences(model: Any, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> Tensor:
+    """|log π_trainer − log π_sampler| of every completion token."""
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    with torch.no_grad():
+        scored = group_logprobs(model, prompts, completions).logprobs
+    return (scored - torch.cat([rollout.logprobs for group in groups for rollout in group])).abs()
+
+
+def change(model: torch.nn.Module, size: float = 0.05) -> None:
+    """As an update does, only larger."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise * size * parameter.std(unbiased=False))
+
+
+def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
+    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
+
+
+@pytest.mark.usefixtures("model")
+def test_received_pixels_are_those_of_the_prompts(engine: VLLMEngine, prompts: list[Prompt]) -> None:
+    """Asserted on what vLLM's model is called with."""
+    received: list[dict[str, Any]] = []
+    inner = engine.llm.apply_model(lambda model: model)[0]
+    embed = inner.embed_multimodal
+    inner.embed_multimodal = lambda **given: received.append(given) or embed(**given)
+    try:
+        engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
+    finally:
+        del inner.embed_multimodal
+    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "pixel_values", "image_grid_thw")
+    for name in names:
+        expected = torch.cat([prompt.features[name] for prompt in prompts if name in prompt.features])
+        found = torch.cat([given[name] for given in received if name in given])
+        assert found.dtype == expected.dtype, name
+        assert torch.equal(found, expected), name
+    ordered, shuffled = (prompts[i].features["pixel_values_videos"] for i in (0, 1))
+    assert not torch.equal(ordered, shuffled)
+
+
+@pytest.mark.usefixtures("model")
+def test_a_prompt_is_prefilled_once(engine: VLLMEngine, prompts: list[Prompt]) -> None:
+    sizes: list[int] = []
+    inner = engine.llm.apply_model(lambda model: model)[0].language_model
+    hook = inner.register_forward_pre_hook(
+        lambda module, args, given: sizes.append(len(given["positions"][0])), with_kwargs=True
+    )
+    n, length = 8, 4
+    try:
+        groups = engine.generate(prompts[:1], SamplingSettings(n=n, max_tokens=length, seed=0))
+    finally:
+        hook.remove()
+    decoded = sum(len(rollout.token_ids) for rollout in groups[0])
+    size = len(prompts[0].input_ids)
+    block = engine.llm.llm_engine.vllm_config.cache_config.block_size
+    assert size >= 2 * block
+    assert sum(sizes) <= size + n * block + decoded  # each of n repeats at most what fills no whole block
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["all weights", "LoRA"])
+def test_logprobs_before_and_after_the_hand_over(
+    engine: VLLMEngine, model: Any, prompts: list[Prompt], peft: bool
+) -> None:
+    settings = SamplingSettings(n=4, max_tokens=24, seed=1)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-3
+    for _ in range(2):  # the second hand-over of a model has failed where the first one had not
+        if peft:
+            model = add_lora(model, rank=4, alpha=8)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    torch.nn.init.normal_(parameter, std=0.05)
+        else:
+            change(model)
+        stale = differences(model, prompts, engine.generate(prompts, settings))
+        assert stale.mean() > 0.02 and stale.max() > 0.3
+        engine.update_weights(model)
+        fresh = differences(model, prompts, engine.generate(prompts, settings))
+        assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
+        if peft:
+            break
+
+
+def test_the_vision_tower_is_handed_over(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
+    """Of it alone, the visual features are stale when a cache keeps them."""
+    settings = SamplingSettings(n=4, max_tokens=24, seed=2)
+    engine.generate(prompts, settings)
+    change(model.model.visual, 0.3)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() > 0.1
+    engine.update_weights(model)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-2
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 5), (0.0, 1.0, 0)])
+def test_logprobs_are_those_of_the_sampled_distribution(
+    engine: VLLMEngine, model: Any, prompts: list[Prompt], temperature: float, top_p: float, top_k: int
+) -> None:
+    change(model, 0.2)  # a less certain model, so that the cut-offs matter
+    engine.update_weights(model)
+    settings = SamplingSettings(3, temperature, top_p, top_k, max_tokens=12, seed=3)
+    for prompt, group in zip(prompts, engine.generate(prompts, settings), strict=True):
+        for rollout in group:
+            tokens, size = rollout.token_ids, len(prompt.input_ids)
+            kinds = torch.cat([prompt.features["mm_token_type_ids"], torch.zeros_like(tokens)])
+            features = {**prompt.features, "mm_token_type_ids": kinds[None]}
+            row = torch.cat([prompt.input_ids, tokens])[None]
+            with torch.no_grad():
+                logits = model(input_ids=row, attention_mask=torch.ones_like(row), **features).logits
+            expected = sampling_logprobs(logits[0, size - 1 : -1], temperature, top_p, top_k)
+            found = expected.gather(1, tokens[:, None])[:, 0]
+            torch.testing.assert_close(rollout.logprobs, found, atol=1e-2, rtol=0)
+            assert rollout.logprobs.dtype == torch.float32
+
+
+@pytest.mark.usefixtures("model")
+def test_seeds_and_counts(engine: VLLMEngine, prompts: list[Prompt]) -> None:
+    settings = SamplingSettings(n=4, max_tokens=16, seed=5)
+    twins = [prompts[0], prompts[0]]
+    first = ids(engine.generate(twins, settings))
+    assert first == ids(engine.generate(twins, settings))
+    assert first != ids(engine.generate(twins, replace(settings, seed=6)))
+    assert first[0] != first[1]
+    counted = ids(engine.generate(twins + [prompts[2]], settings, counts=[4, 0, 2]))
+    assert [len(group) for group in counted] == [4, 0, 2] and counted[0] == first[0]
+    torch.manual_seed(0)
+    drawn = ids(engine.generate(twins, replace(settings, seed=None)))
+    assert drawn != ids(engine.generate(twins, replace(settings, seed=None)))
+    torch.manual_seed(0)
+    assert drawn == ids(engine.generate(twins, replace(settings, seed=None)))
+
+
+def test_ends_of_completions(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
+    stop = set(model.generation_config.eos_token_id)
+    groups = engine.generate(prompts, SamplingSettings(n=8, max_tokens=10, seed=4))
+    rollouts = [rollout for group in groups for rollout in group]
+    assert {rollout.finish_reason for rollout in rollouts} == {"stop", "length"}
+    for rollout in rollouts:
+        tokens = rollout.token_ids.tolist()
+        assert not stop & set(tokens[:-1])
+        assert rollout.finish_reason == ("stop" if tokens[-1] in stop else "length")
+        assert rollout.finish_reason == "stop" or len(tokens) == 10
+        assert rollout.text == engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert len(rollout.logprobs) == len(tokens)
+
+
+def test_a_completion_has_to_fit(engine: VLLMEngine, prompts: list[Prompt]) -> None:
+    with pytest.raises(RequestError, match="1024 tokens"):
+        engine.generate(prompts, SamplingSettings(max_tokens=1000))
+
+
+def test_greedy_tokens_on_lab_questions(
+    engine: VLLMEngine, model: Any, processor: Any, tmp_path: Any
+) -> None:
+    """The two engines agree, but where the best two tokens are less than 0.05 apart."""
+    write_lab(tmp_path, train=0, test=50, workers=1)
+    builder, budget = PromptBuilder(processor), FrameBudget(frame_pixels=56 * 56, image_pixels=56 * 56)
+    prompts = []
+    for number, sample in enumerate(load_manifest(tmp_path / "test.json")):
+        media = read_media(sample, budget)
+        shuffled = media.kind == "video" and number % 2
+        generator = torch.Generator().manual_seed(number)
+        order = shuffled_order(len(media.frames), generator) if shuffled else None
+        prompts.append(builder.build(sample, media, order))
+    settings = SamplingSettings(temperature=0, max_tokens=64)
+    ours = engine.generate(prompts, settings)
+    theirs = TransformersEngine(model, processor).generate(prompts, settings)
+    assert len(prompts) == 50
+    for prompt, (mine,), (other,) in zip(prompts, ours, theirs, strict=True):
+        pairs = zip(mine.token_ids.tolist(), other.token_ids.tolist(), strict=False)
+        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        if first is None:
+            assert len(mine.token_ids) == len(other.token_ids)
+            continue
+        both = [rollout.token_ids[: first + 1] for rollout in (mine, other)]
+        with torch.no_grad():
+            scored = group_logprobs(model, [prompt], [both]).logprobs.split(first + 1)
+        assert abs(float(scored[0][-1] - scored[1][-1])) < 0.05

@@ -1,0 +1,103 @@
+"""What is handed to vLLM, checked without vLLM: weights by name, positions, errors."""
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny_models import FAMILIES, tiny_model, tiny_processor
+from torch import nn
+
+from video_r1.errors import ConfigError
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import add_lora, load_model, load_processor
+from video_r1.rollout.vllm import VLLMEngine, prompt_seed
+from video_r1.rollout.vllm_positions import prompt_positions
+from video_r1.rollout.vllm_weights import checkpoint_weights
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_weight_by_its_name(family: str) -> None:
+    model = tiny_model(family, tiny_processor(family).tokenizer)
+    weights = dict(checkpoint_weights(nn.DataParallel(model)))
+    expected = model.state_dict()
+    assert set(weights) == set(expected)
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+    assert not any(tensor.requires_grad for tensor in weights.values())
+
+
+def test_a_tied_head_is_handed_over() -> None:
+    model: Any = load_model(base_folder(), "float32")
+    weights = dict(checkpoint_weights(model))
+    torch.testing.assert_close(weights["lm_head.weight"], model.get_input_embeddings().weight.detach())
+
+
+def test_adapters_are_merged_and_the_model_left_alone() -> None:
+    torch.manual_seed(0)
+    plain = load_model(base_folder(), "float32")
+    model = add_lora(plain, rank=4, alpha=8)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = dict(checkpoint_weights(model))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    merged = model.merge_and_unload().state_dict()
+    assert set(weights) == set(merged)
+    for name, tensor in merged.items():
+        torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=1e-5)
+
+
+def test_modules_that_peft_saves_whole() -> None:
+    base: Any = tiny_model("qwen2_vl", tiny_processor("qwen2_vl").tokenizer)
+    names = set(base.state_dict())
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = get_peft_model(base, config)
+    head = model.get_base_model().lm_head
+    with torch.no_grad():
+        head.modules_to_save["default"].weight.add_(1)
+    weights = dict(checkpoint_weights(model))
+    assert set(weights) == names
+    torch.testing.assert_close(weights["lm_head.weight"], head.modules_to_save["default"].weight.detach())
+
+
+@pytest.mark.parametrize("grid", [(1, 4, 6), (4, 4, 4), (8, 4, 6), (2, 12, 4)])
+@pytest.mark.parametrize("seconds", [1.0, 0.7, 2.8, 30.0])
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_positions_are_those_of_transformers(
+    family: str, grid: tuple[int, int, int], seconds: float
+) -> None:
+    processor = tiny_processor(family)
+    model: Any = tiny_model(family, processor.tokenizer)
+    times, rows, columns = grid[0], grid[1] // 2, grid[2] // 2
+    kinds = torch.tensor([0] * 5 + [2] * (times * rows * columns) + [0] * 7)
+    given: dict[str, Any] = {"video_grid_thw": torch.tensor([grid])}
+    factor = 1.0
+    if family == "qwen2_5_vl":
+        given["second_per_grid_ts"] = torch.tensor([seconds])
+        factor = float(torch.tensor(seconds)) * model.config.vision_config.tokens_per_second
+    ids = torch.zeros_like(kinds)
+    expected, _ = model.model.get_rope_index(ids[None], mm_token_type_ids=kinds[None], **given)
+
+    def visuals(features: Any) -> Iterator[tuple[int, int, int, int, float]]:
+        yield 5, times, rows, columns, factor
+
+    found, delta = prompt_positions(SimpleNamespace(iter_mm_grid_thw=visuals), ids.tolist(), [])
+    assert found.tolist() == expected[:, 0].tolist()
+    assert len(ids) + delta == int(found[:, -1].max()) + 1
+
+
+def test_prompts_of_a_call_have_seeds_of_their_own() -> None:
+    seeds = {prompt_seed(seed, prompt) for seed in range(20) for prompt in range(20)}
+    assert len(seeds) == 400 and all(0 <= seed < 2**62 for seed in seeds)
+    assert prompt_seed(3, 1) == prompt_seed(3, 1)
+
+
+def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match="vLLM cannot be imported"):
+        VLLMEngine(base_folder(), load_processor(base_folder()))
