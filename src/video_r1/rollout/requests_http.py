@@ -1,0 +1,62 @@
+"""JSON over HTTP with two kinds of errors: those that pass, and those that do not."""
+from __future__ import annotations
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+
+class ServerFailure(Exception):
+    """It did not answer, or not usably: asking again may help."""
+
+
+class ServerRefusal(Exception):
+    """It refused the request: asking again will not help."""
+
+
+def get(url: str, key: str | None, timeout: float) -> Any:
+    """The JSON value at `url`; None for an empty body. `key`: sent as bearer token. timeout: seconds."""
+    return _ask(urllib.request.Request(url), key, timeout)
+
+
+def post(url: str, key: str | None, body: Any, timeout: float) -> Any:
+    """Posts `body` as JSON (None: an empty body) and returns the JSON answer; None for an empty one."""
+    data = b"" if body is None else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json"}
+    return _ask(urllib.request.Request(url, data, headers, method="POST"), key, timeout)
+
+
+def _ask(request: urllib.request.Request, key: str | None, timeout: float) -> Any:
+    if key:
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read()
+        return json.loads(text) if text else None
+    except urllib.error.HTTPError as error:
+        message = f"HTTP {error.code} at {request.selector}: {_reason(error)}"
+        # 408, 429: too slow, too many. 5xx: an engine that dies answers so before its process ends.
+        if error.code in (408, 429) or error.code >= 500:
+            raise ServerFailure(message) from error
+        raise ServerRefusal(message) from error
+    except TimeoutError as error:
+        raise ServerFailure(f"no answer within {timeout:g} s at {request.selector}") from error
+    except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
+        # No connection, one that broke, or half an answer.
+        raise ServerFailure(f"{type(error).__name__}: {error}") from error
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """The first 300 characters of what the server says."""
+    try:
+        text = error.read().decode(errors="replace")
+    except OSError:
+        return str(error.reason)
+    try:
+        said = json.loads(text)
+        text = str(said.get("detail") or said.get("error", {}).get("message") or text)
+    except (json.JSONDecodeError, AttributeError):
+        pass
+    return text[:300]

@@ -1,0 +1,127 @@
+"""Prompts and sampling settings in vLLM's words: for `LLM.generate`, and for a server's token interface."""
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from video_r1.data.prompts import Prompt, video_metadata
+from video_r1.errors import ConfigError, RequestError
+from video_r1.rollout.engine import SamplingSettings
+
+# The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.
+PIXELS = ("pixel_values", "pixel_values_videos")
+GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+
+
+def sampling_parameters(
+    sampling: SamplingSettings, count: int, seed: int, stop_ids: list[int]
+) -> dict[str, Any]:
+    """The fields of vLLM's SamplingParams for `count` completions of one prompt.
+
+    At temperature 0 it is one completion, since vLLM refuses to give the greedy one twice. Completion g is
+    drawn with seed + g.
+    """
+    return {
+        "n": count if sampling.temperature > 0 else 1,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "max_tokens": sampling.max_tokens,
+        "seed": seed,
+        "logprobs": 0,  # of the sampled token alone
+        "stop_token_ids": stop_ids,
+        "ignore_eos": True,  # `stop_token_ids` says it all
+        "detokenize": False,
+    }
+
+
+def check_length(prompt: Prompt, max_tokens: int, limit: int) -> None:
+    """Raises RequestError when prompt and completion do not fit together."""
+    if len(prompt.input_ids) + max_tokens > limit:
+        raise RequestError(
+            f"a prompt of {len(prompt.input_ids)} tokens and a completion of up to {max_tokens} do not fit "
+            f"vLLM's limit of {limit} tokens; raise its max_model_len or lower the completion length"
+        )
+
+
+def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
+    """The prompt as `LLM.generate` takes it: its tokens with the visual as one placeholder, its frames in the
+    order in which the model sees them, sampled and resized already, and their timestamps.
+
+    Where text stands between the frames (Qwen3-VL), vLLM writes it anew from the timestamps, and the prompt
+    goes as text.
+    """
+    media = prompt.media
+    frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
+    if media.kind == "image":
+        data: dict[str, Any] = {"image": Image.fromarray(frames[0])}
+    else:
+        data = {"video": (frames, {**video_metadata(media), "do_sample_frames": False})}
+    visual = visual_tokens(prompt)
+    if is_one_block(visual):
+        first = int(visual.nonzero()[0])
+        kept = ~visual
+        kept[first] = True
+        return {"prompt_token_ids": prompt.input_ids[kept].tolist(), "multi_modal_data": data}
+    text = processor.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    return {"prompt": text, "multi_modal_data": data}
+
+
+def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The body of a request to `/inference/v1/generate`: the prompt's own tokens and processed pixels, so
+    that the server has nothing left to sample, resize or tokenise.
+
+    Raises ConfigError where text stands between the frames (Qwen3-VL), which this interface cannot express.
+    """
+    # vLLM's own encoding of tensors; importing it starts no engine.
+    from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (  # pyright: ignore[reportMissingImports]
+        encode_mm_kwargs_item,
+    )
+    from vllm.multimodal.inputs import (  # pyright: ignore[reportMissingImports]
+        MultiModalBatchedField,
+        MultiModalFieldElem,
+        MultiModalFlatField,
+        MultiModalKwargsItem,
+    )
+
+    visual = visual_tokens(prompt)
+    if not is_one_block(visual):
+        raise ConfigError(
+            "vllm_mode server: a server takes videos of Qwen2-VL and Qwen2.5-VL only; use vllm_mode colocate"
+        )
+    whole, one = MultiModalFlatField(slices=[slice(None)]), MultiModalBatchedField(keep_on_cpu=True)
+    item, digest = {}, hashlib.blake2b(digest_size=16)
+    for name in (*PIXELS, *GRIDS):
+        if name in prompt.features:
+            tensor = prompt.features[name].contiguous()
+            digest.update(name.encode() + tensor.numpy().tobytes())
+            item[name] = (
+                MultiModalFieldElem(data=tensor, field=whole)
+                if name in PIXELS
+                else MultiModalFieldElem(data=tensor[0], field=one)
+            )
+    kind = prompt.media.kind
+    place = {"offset": int(visual.nonzero()[0]), "length": int(visual.sum())}
+    return {
+        "token_ids": prompt.input_ids.tolist(),
+        "sampling_params": parameters,
+        "features": {
+            "mm_hashes": {kind: [digest.hexdigest()]},
+            "mm_placeholders": {kind: [place]},
+            "kwargs_data": {kind: [encode_mm_kwargs_item(MultiModalKwargsItem(item))]},
+        },
+    }
+
+
+def visual_tokens(prompt: Prompt) -> Tensor:
+    """[P] bool: the visual placeholders of a prompt."""
+    return prompt.features["mm_token_type_ids"].view(-1) != 0
+
+
+def is_one_block(visual: Tensor) -> bool:
+    """Whether the placeholders stand in one block."""
+    places = visual.nonzero().view(-1)
+    return len(places) > 0 and int(places[-1] - places[0]) + 1 == len(places)
