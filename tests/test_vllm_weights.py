@@ -15,7 +15,8 @@ from torch import nn
 from video_r1.errors import ConfigError
 from video_r1.models.lab import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
-from video_r1.rollout.vllm import VLLMEngine, prompt_seed
+from video_r1.rollout.sampling import prompt_seed
+from video_r1.rollout.vllm import VLLMEngine
 from video_r1.rollout.vllm_positions import prompt_positions
 from video_r1.rollout.vllm_weights import checkpoint_weights
 

@@ -18,7 +18,7 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 768
-    seed: int | None = None
+    seed: int | tuple[int, ...] | None = None  # of the call, or one of each prompt
 
 
 @dataclass(frozen=True, slots=True)

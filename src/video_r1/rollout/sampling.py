@@ -1,6 +1,9 @@
 """Choosing tokens: the sampling distribution and a draw from it. Pure tensors."""
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -44,3 +47,22 @@ def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
     # Rounding may lift the threshold to the total itself, and then no token would be above it.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
+    """A seed for each prompt of a call: those given, or made from the call's own seed and the prompt's place.
+
+    A call's seed of None is drawn from torch's CPU generator. Raises ValueError when the lengths differ.
+    """
+    if seed is None or isinstance(seed, int):
+        call = int(torch.randint(2**62, ())) if seed is None else seed
+        return [prompt_seed(call, prompt) for prompt in range(prompts)]
+    if len(seed) != prompts:
+        raise ValueError(f"{prompts} prompts but {len(seed)} seeds")
+    return list(seed)
+
+
+def prompt_seed(seed: int, prompt: int) -> int:
+    """A seed in [0, 2**62) for one prompt of a call; an engine may add the completion's number to it."""
+    digest = hashlib.blake2b(f"{seed}/{prompt}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2

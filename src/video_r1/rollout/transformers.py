@@ -20,7 +20,7 @@ from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import prompt_positions, vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
-from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
+from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 
 OnToken = Callable[[int, int, int], None]
@@ -82,15 +82,15 @@ class TransformersEngine:
     ) -> list[list[Rollout]]:
         """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
 
-        At temperature 0 every completion is the greedy one and its log-probs are the model's own. The seed
-        (drawn from torch's CPU generator when None) fixes every token: completion g of prompt q depends on
-        the seed, q, g and the counts before it, not on how prompts are batched. `on_token(q, g, token_id)`
-        sees each token at once.
+        At temperature 0 every completion is the greedy one and its log-probs are the model's own. A prompt's
+        seed (see `prompt_seeds`) fixes every token of its completions: completion g depends on the seed and
+        g, not on the other prompts or how they are batched. `on_token(q, g, token_id)` sees each token at
+        once.
         """
         counts = [sampling.n] * len(prompts) if counts is None else list(counts)
         if len(counts) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
-        uniform = torch.split(_uniform_numbers(sum(counts), sampling), counts)
+        uniform = _uniform_numbers(counts, sampling)
         order = sorted(
             (index for index, count in enumerate(counts) if count),
             key=lambda index: len(prompts[index].input_ids),
@@ -236,12 +236,17 @@ class TransformersEngine:
         ]
 
 
-def _uniform_numbers(sequences: int, sampling: SamplingSettings) -> Tensor:
-    """[sequences, max_tokens] float32 in [0, 1): one number for every token that may be drawn."""
+def _uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
+    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every token that may be
+    drawn.
+    """
     if sampling.temperature == 0:
-        return torch.zeros(sequences, 0)
-    seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
-    return torch.rand(sequences, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+        return [torch.zeros(count, 0) for count in counts]
+    seeds = prompt_seeds(sampling.seed, len(counts))
+    return [
+        torch.rand(count, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+        for count, seed in zip(counts, seeds, strict=True)
+    ]
 
 
 def _waves(order: Sequence[int], counts: Sequence[int], max_sequences: int) -> Iterator[list[int]]:

@@ -8,7 +8,6 @@ vLLM decides on running in this process while it is imported, so it is imported 
 from __future__ import annotations
 
 import gc
-import hashlib
 import os
 import tempfile
 from collections.abc import Sequence
@@ -17,15 +16,16 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from PIL import Image
-from transformers import GenerationConfig
+from transformers import AutoConfig, GenerationConfig
 
-from video_r1.data.prompts import Prompt, video_metadata
-from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm_positions import use_transformers_positions
+from video_r1.rollout.vllm_requests import check_length, sampling_parameters, vllm_prompt
 from video_r1.rollout.vllm_weights import checkpoint_weights
 
 # vLLM reads these when it is imported; what the user has set stays.
@@ -44,7 +44,8 @@ class VLLMEngine:
     model: checkpoint folder or hub id; or a transformers model (also within PEFT or DDP), whose weights are
         handed over at once.
     processor: the one that the prompts were built with.
-    max_model_len: most tokens of prompt and completion together (default: what the model allows).
+    dtype: "auto" is that of the model or the checkpoint.
+    max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
     memory: share of the GPU's memory that vLLM may use. sleep: give it back after each `generate` (GPU only).
 
@@ -69,10 +70,12 @@ class VLLMEngine:
         self._sleep = sleep
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
+        if in_memory and dtype == "auto":
+            dtype = str(vision_language_model(model).dtype).removeprefix("torch.")
         arguments: dict[str, Any] = {
             "model": source,
             "load_format": "dummy" if in_memory else "auto",
-            "dtype": str(vision_language_model(model).dtype).removeprefix("torch.") if in_memory else dtype,
+            "dtype": dtype,
             "max_num_seqs": max_sequences,
             "limit_mm_per_prompt": {"image": 1, "video": 1},
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
@@ -81,7 +84,7 @@ class VLLMEngine:
             "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
             "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
             "seed": seed,
-            **({} if max_model_len is None else {"max_model_len": max_model_len}),
+            "max_model_len": _longest(source, max_model_len),
             **(
                 {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
                 if torch.cuda.is_available()
@@ -94,7 +97,7 @@ class VLLMEngine:
         if in_memory:
             self.update_weights(model)
         else:
-            self._stop_ids = stop_token_ids(_described(source), self.tokenizer)
+            self.stop_ids = stop_token_ids(described(source), self.tokenizer)
 
     def _describe(self, model: Any) -> str:
         """A folder with all of the model's checkpoint but its weights."""
@@ -112,7 +115,7 @@ class VLLMEngine:
         self._wake(["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         self.reset_caches()
-        self._stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
+        self.stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
 
     def reset_caches(self) -> None:
         """All caches, at the engine and at the worker: one that only one side has emptied breaks the next
@@ -129,8 +132,8 @@ class VLLMEngine:
     ) -> list[list[Rollout]]:
         """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
 
-        A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed (drawn from
-        torch's CPU generator when None) and q fix the completions of prompt q.
+        A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed of prompt q
+        (see `prompt_seeds`) fixes its completions.
         Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error when
         vLLM has read a prompt's tokens otherwise than the trainer.
         """
@@ -140,11 +143,16 @@ class VLLMEngine:
         asked = [index for index, count in enumerate(counts) if count]
         for index in asked:
             check_length(prompts[index], sampling.max_tokens, self.max_model_len)
-        seed = sampling.seed if sampling.seed is not None else int(torch.randint(2**62, ()))
+        seeds = prompt_seeds(sampling.seed, len(prompts))
         self._wake()
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+
+        parameters = [
+            sampling_parameters(sampling, counts[index], seeds[index], self.stop_ids) for index in asked
+        ]
         outputs = self.llm.generate(
-            [vllm_prompt(prompts[index]) for index in asked],
-            [self._parameters(sampling, counts[index], prompt_seed(seed, index)) for index in asked],
+            [vllm_prompt(prompts[index], self.processor) for index in asked],
+            [SamplingParams(**fields) for fields in parameters],
             use_tqdm=False,
         )
         if self._sleep:
@@ -159,22 +167,6 @@ class VLLMEngine:
             rollouts = [self._rollout(completion) for completion in output.outputs]
             results[index] = rollouts if len(rollouts) == counts[index] else rollouts * counts[index]
         return results
-
-    def _parameters(self, sampling: SamplingSettings, count: int, seed: int) -> Any:
-        from vllm import SamplingParams
-
-        return SamplingParams(
-            n=count if sampling.temperature > 0 else 1,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            seed=seed,
-            logprobs=0,  # of the sampled token alone
-            stop_token_ids=self._stop_ids,
-            ignore_eos=True,  # `stop_token_ids` says it all
-            detokenize=False,
-        )
 
     def _rollout(self, completion: Any) -> Rollout:
         ids = list(completion.token_ids)
@@ -199,37 +191,13 @@ class VLLMEngine:
         gc.collect()
 
 
-def vllm_prompt(prompt: Prompt) -> dict[str, Any]:
-    """The prompt as vLLM's `generate` takes it: its tokens with each visual as one placeholder, its frames in
-    the order in which the model sees them, sampled and resized already, and their timestamps.
-    """
-    media = prompt.media
-    frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
-    kinds = prompt.features["mm_token_type_ids"].view(-1)
-    visual = kinds != 0
-    repeated = visual & torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
-    data = {"image": Image.fromarray(frames[0])} if media.kind == "image" else {
-        "video": (frames, {**video_metadata(media), "do_sample_frames": False})
-    }
-    return {"prompt_token_ids": prompt.input_ids[~repeated].tolist(), "multi_modal_data": data}
+def _longest(source: str, wanted: int | None) -> int:
+    """The wanted number of tokens, or what the model has positions for where that is less."""
+    allowed = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
+    return allowed if wanted is None else min(allowed, wanted)
 
 
-def prompt_seed(seed: int, prompt: int) -> int:
-    """A seed for one prompt of a call; vLLM adds the completion's number to it."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
-
-
-def check_length(prompt: Prompt, max_tokens: int, limit: int) -> None:
-    """Raises RequestError when prompt and completion do not fit together."""
-    if len(prompt.input_ids) + max_tokens > limit:
-        raise RequestError(
-            f"a prompt of {len(prompt.input_ids)} tokens and a completion of up to {max_tokens} do not fit "
-            f"vLLM's limit of {limit} tokens; raise max_model_len or lower the completion length"
-        )
-
-
-def _described(source: str) -> Any:
+def described(source: str | Path) -> Any:
     """Stands for a model where only its end tokens are wanted."""
     try:
         return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(source))
@@ -242,7 +210,7 @@ def _start(arguments: dict[str, Any]) -> Any:
         os.environ.setdefault(name, value)
     threads = torch.set_num_threads
     try:
-        from vllm import LLM
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be imported ({error}); install it, or sample without it") from error
     use_transformers_positions()

@@ -22,7 +22,10 @@ VARIABLE = "VIDEO_R1_POSITIONS"
 
 def use_transformers_positions() -> None:
     """Replaces the rule of vLLM's Qwen2-VL and Qwen2.5-VL classes. Doing so again changes nothing."""
-    from vllm.model_executor.models import qwen2_5_vl, qwen2_vl
+    from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
+        qwen2_5_vl,
+        qwen2_vl,
+    )
 
     for kind in (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
         kind.get_mrope_input_positions = prompt_positions

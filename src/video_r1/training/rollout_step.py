@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -28,11 +28,15 @@ BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample with its prompts. `shuffled` is None where nothing is sampled with shuffled frames."""
+    """A sample with its prompts. `shuffled` is None where nothing is sampled with shuffled frames.
+
+    `seed` fixes its completions, whichever questions it is sampled with.
+    """
 
     sample: Sample
     ordered: Prompt
     shuffled: Prompt | None
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +101,11 @@ def build_question(
     sample: Sample, media: Media, builder: PromptBuilder, generator: torch.Generator, with_shuffled: bool
 ) -> Question:
     """Both prompts of a sample. Only videos of two frames or more have a shuffled one. Raises PromptError."""
+    seed = int(torch.randint(2**62, (), generator=generator))
     shuffled = None
     if with_shuffled and media.kind == "video" and len(media.frames) > 1:
         shuffled = builder.build(sample, media, shuffled_order(len(media.frames), generator))
-    return Question(sample, builder.build(sample, media), shuffled)
+    return Question(sample, builder.build(sample, media), shuffled, seed)
 
 
 def sample_rollouts(
@@ -112,7 +117,8 @@ def sample_rollouts(
     shuffled = [question.shuffled for question in questions if question.shuffled is not None]
     prompts = [*(question.ordered for question in questions), *shuffled]
     counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
-    rollouts = engine.generate(prompts, sampling, counts)
+    seeds = [q.seed for q in questions] + [q.seed + 1 for q in questions if q.shuffled is not None]
+    rollouts = engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts)
     remaining = iter(rollouts[len(questions) :])
     return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,9 +57,9 @@ from video_r1.training.advantages import group_advantages
 from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.preflight import Preflight
-from video_r1.training.processes import gather, gather_rows, process_count, process_index
+from video_r1.training.processes import gather, gather_rows, process_count
 from video_r1.training.question_trainer import QuestionTrainer
-from video_r1.training.questions import Slot, derived_seed
+from video_r1.training.questions import Slot
 from video_r1.training.rollout_step import (
     Question,
     build_question,
@@ -201,7 +201,7 @@ class TGRPOTrainer(QuestionTrainer):
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
         with self.meter.seconds("rollout") as clock:
-            ordered, shuffled = self.sample(questions, "train", self.state.global_step)
+            ordered, shuffled = self.sample(questions)
         self.meter.speeds([*ordered, *shuffled], clock.seconds)
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
@@ -219,14 +219,11 @@ class TGRPOTrainer(QuestionTrainer):
         remaining = iter(groups)
         return [policy_batch([next(remaining) for _ in batch], args.beta != 0) for batch in pending]
 
-    def sample(self, questions: Sequence[Question], purpose: str, step: int) -> tuple[list, list]:
+    def sample(self, questions: Sequence[Question]) -> tuple[list, list]:
         """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-        seed = derived_seed(self.settings.seed, purpose, step, process_index())
         with self.accelerator.autocast():
-            return sample_rollouts(
-                self.engine, questions, replace(self.sampling, seed=seed), self.settings.shuffled_generations
-            )
+            return sample_rollouts(self.engine, questions, self.sampling, self.settings.shuffled_generations)
 
     # ---- One optimizer step: learn
 
@@ -329,7 +326,7 @@ class TGRPOTrainer(QuestionTrainer):
         slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
         futures = [self.source.submit(slot) for slot in slots]
         questions = [future.result().content for future in futures]
-        ordered, shuffled = self.sample(questions, "preflight", 0)
+        ordered, shuffled = self.sample(questions)
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
