@@ -41,8 +41,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class RewardTerms:
-    """What a completion earns: built-in terms by name, the user's functions by name, and the weight of each.
-    """
+    """What a completion earns: built-in terms by name, the user's functions by name, and their weights."""
 
     built_in: tuple[str, ...]
     custom: Mapping[str, RewardFunction] = field(default_factory=dict)

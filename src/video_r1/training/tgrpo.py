@@ -109,8 +109,7 @@ class PolicyBatch:
 
 
 def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
-    """A micro-batch of scored groups. At least one of them meets the model, so that every process has a loss.
-    """
+    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
     taught = [group for group in groups if with_kl or bool(group.advantages.any())]
     return PolicyBatch(groups, taught or groups[:1])
 
@@ -310,8 +309,7 @@ class TGRPOTrainer(QuestionTrainer):
         return build_question(sample, loaded, self.builder, generator, with_shuffled)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) need nothing read.
-        """
+        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) read nothing."""
         iteration = slots[0].iteration
         if iteration > 0 and self.step_batches:
             return {"pending": [], "iteration": iteration}
@@ -330,8 +328,7 @@ class TGRPOTrainer(QuestionTrainer):
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and others.
-        """
+        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
             return temporal_accuracy(
