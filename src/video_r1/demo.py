@@ -9,6 +9,7 @@ OUT/summary.json, OUT/report.html
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,10 +21,11 @@ from video_r1.recipe import load_recipe
 
 TRAIN, TEST = 2400, 560
 STAGES = ("base", "sft", "rl")
+FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs every stage below `out` and returns what it writes to `summary.json`.
+    """Runs every stage below `out` and returns what it writes to `summary.json`; replaces an earlier demo there.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
     """
@@ -32,6 +34,8 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     from video_r1.report.page import build_report
 
     out.mkdir(parents=True, exist_ok=True)
+    for name in FOLDERS:  # a demo is one run from the start: what an earlier one left would be continued
+        shutil.rmtree(out / name, ignore_errors=True)
     seconds: dict[str, float] = {}
     checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
