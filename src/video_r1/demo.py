@@ -25,7 +25,7 @@ FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
 def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
-    """Runs every stage below `out`, in place of an earlier demo there. Returns what it writes to `summary.json`.
+    """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
     """
