@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ RULES = {
     "end_place": lambda t: t[-1].place,
     "digits": lambda t: " ".join(look.shape for look in t),
     "speed": lambda t: str(abs(t[1].column - t[0].column)),
-    "blinks": lambda t: str(sum(bool(b.shape) and not a.shape for a, b in zip((Look(shape=""), *t), t))),
+    "blinks": lambda t: str(
+        sum(bool(b.shape) and not a.shape for a, b in zip((Look(shape=""), *t[:-1]), t, strict=True))
+    ),
     "direction": lambda t: (
         ("right" if t[-1].x > t[0].x else "left")
         if t[0].x != t[-1].x
@@ -116,9 +119,7 @@ def test_option_letters_do_not_tell_the_answer(lab: Path) -> None:
 
 
 def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
-    write_lab(
-        tmp_path, train=12, test=0, seed=1, families=["direction"], shuffle_options=True, workers=1
-    )
+    write_lab(tmp_path, train=12, test=0, seed=1, families=["direction"], shuffle_options=True, workers=1)
     rows = json.loads((tmp_path / "sft.json").read_text())
     assert len({tuple(row["options"]) for row in rows}) > 5
     for row in rows:
@@ -174,6 +175,7 @@ def test_a_cue_stands_still() -> None:
     ("arguments", "found"),
     [({"families": ["nope"]}, "nope"), ({"shortcut": 1.5}, "between 0 and 1"), ({"train": -1}, "0 or more")],
 )
-def test_wrong_requests_are_refused(tmp_path: Path, arguments: dict, found: str) -> None:
+def test_wrong_requests_are_refused(tmp_path: Path, arguments: dict[str, Any], found: str) -> None:
     with pytest.raises(RequestError, match=found):
-        write_lab(tmp_path, **({"train": 1, "test": 1} | arguments))
+        everything: dict[str, Any] = {"train": 1, "test": 1} | arguments
+        write_lab(tmp_path, **everything)

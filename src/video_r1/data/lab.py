@@ -57,11 +57,11 @@ def write_lab(
     """Writes `train` + `test` questions with their media below `folder`.
 
     shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
-    is not zero, `test-cued.json` is written as well. image_share: share of questions about one image. families:
-    names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random
-    order; by default each family lists them in one order, which a very small model can learn by heart. The same
-    arguments give the same questions and pixels. Raises RequestError for an unknown family, a share
-    outside [0, 1] or negative counts.
+    is not zero, `test-cued.json` is written as well. image_share: share of questions about one image.
+    families: names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random order;
+    by default each family lists them in one order, which a very small model can learn by heart. The same
+    arguments give the same questions and pixels. Raises RequestError for an unknown family, a share outside
+    [0, 1] or negative counts.
     """
     chosen = tuple(families) or tuple(FAMILIES)
     if unknown := [name for name in chosen if name not in FAMILIES]:

@@ -1,8 +1,8 @@
 """Questions of the lab: one function a family, each from a random generator to a `Question`.
 
-The chain of thought (`process`) always lists what is seen at each moment in the order of time and then concludes, so that a
-model whose base describes frames can learn to reason from few examples. The answer of most families cannot be had
-from the set of frames without their order.
+The chain of thought (`process`) always lists what is seen at each moment in the order of time and then
+concludes, so that a model whose base describes frames can learn to reason from few examples. The answer of
+most families cannot be had from the set of frames without their order.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from video_r1.data.lab_scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Lo
 class Question:
     """A timeline with a question about it.
 
-    `answer` is the word, number or sentence; for multiple choice it is one of `choices`. `key_moments` are the
-    moments that the answer depends on.
+    `answer` is the word, number or sentence; for multiple choice it is one of `choices`. `key_moments` are
+    the moments that the answer depends on.
     """
 
     timeline: tuple[Look, ...]

@@ -64,7 +64,7 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Cue:
-    """A static mark that gives the answer away: a block in one of `SLOTS` places at the bottom edge, or small print."""
+    """A static mark that gives the answer away: a block in a slot of the bottom edge, or small print."""
 
     slot: int | None = None
     text: str = ""
@@ -177,7 +177,7 @@ def render(
         picture = backdrop.copy()
         fill = tuple(int(v) for v in np.clip(np.array(COLOURS[look.colour]) + tint, 0, 255))
         _draw_look(ImageDraw.Draw(picture), look, x, y, radius, fill)
-        frames[index] = picture
+        frames[index] = np.asarray(picture)
     noise = rng.standard_normal((len(times), SIDE // 2, SIDE // 2, 1), dtype=np.float32) * sigma
     noise = noise.repeat(2, axis=1).repeat(2, axis=2)
     return np.clip(frames + noise, 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The small model: a real Qwen2.5-VL of a few million weights, with its tokenizer, processor and chat template.
+"""The small model: a real Qwen2.5-VL of 1.7 million weights, with tokenizer, processor and chat template.
 
 It is an ordinary checkpoint folder. `lab_pretraining` makes the base that ships with the package from it.
 """
@@ -75,7 +75,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokeniz
     trained = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],
+        # Pairs, as `tokenizers` takes them; the annotation in transformers names the older form.
+        merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS),
@@ -98,11 +99,12 @@ def build_model(
 ) -> Qwen2_5_VLForConditionalGeneration:
     """Random float32 weights. The short rotary period suits sequences of some hundred tokens.
 
-    Two settings differ in kind from the large models: the rotary base is 20 and the temporal section is small, so that
-    neighbouring columns and rows of a 2 × 2 grid differ enough to be told apart.
+    Two settings differ in kind from the large models: the rotary base is 20 and the temporal section is
+    small, so that neighbouring columns and rows of a 2 × 2 grid differ enough to be told apart.
     """
+    vocabulary = tokenizer.get_vocab()
     ids = {
-        name: tokenizer.convert_tokens_to_ids(f"<|{name}|>")
+        name: vocabulary[f"<|{name}|>"]
         for name in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")
     }
     text = {

@@ -1,7 +1,7 @@
 """Pretraining of the lab's base: dense descriptions behind prompts of many kinds, and looking letters up.
 
-The base learns to see and to speak, not to answer: whatever the prompt says, it describes an aspect of the frames, in
-the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it with this package.
+The base learns to see and to speak, not to answer: whatever the prompt says, it describes an aspect of the
+frames, in the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from video_r1.models.lab import SIDE, build_model, build_processor, build_tokeni
 IGNORE = -100
 LETTERS = "ABCDEF"
 # The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
-FRAME_TIMES = np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS
+FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,11 @@ def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
     yield from 50 * (INSTRUCTION, *ANSWER_HINTS.values())
     for _ in range(rows):
         question = list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)
-        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, question.choices))
+        lettered = zip(LETTERS, question.choices, strict=False)
+        options = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
         yield f"{question.problem}\n{options}"
-        yield f"<think>{question.chain} {question.answer} is {LETTERS[rng.integers(4)]}.</think>\n<answer>{question.answer}</answer>"
+        conclusion = f"{question.answer} is {LETTERS[rng.integers(4)]}."
+        yield f"<think>{question.chain} {conclusion}</think>\n<answer>{question.answer}</answer>"
         yield f"user\nassistant\nsystem\n{listing([random_look(rng) for _ in range(MOMENTS)], 'scenes')}"
 
 
@@ -80,7 +82,7 @@ def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
 
 
 def patches(frames: np.ndarray) -> Tensor:
-    """[T, 112, 112, 3] uint8 (T even, or 1 for an image) -> [T/2 · 16, 1176] float32, as Qwen's processor lays them out."""
+    """[T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 1176] float32, laid out as by Qwen's processor."""
     if len(frames) == 1:
         frames = frames.repeat(2, axis=0)
     small = F.interpolate(
@@ -112,7 +114,7 @@ class Conversations(IterableDataset):
             return words
         question = self.families[rng.integers(len(self.families))](rng)
         options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options, strict=False)]
         return "\n".join([question.problem, *lines, words])
 
     def _lookup(self, rng: np.random.Generator) -> tuple[str, str]:
@@ -122,7 +124,7 @@ class Conversations(IterableDataset):
             if question.choices:
                 break
         options = rng.permutation(list(question.choices)).tolist()
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options)]
+        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options, strict=False)]
         extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
         named = rng.permutation(len(options))[: int(rng.integers(2, 5))]
         return "\n".join([question.problem, *lines, extra]), " ".join(
@@ -148,7 +150,8 @@ class Conversations(IterableDataset):
         labels: list[int] = []
         for index, (request, response) in enumerate(turns):
             asked = self._encode(
-                f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n<|im_start|>assistant\n"
+                f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n"
+                "<|im_start|>assistant\n"
             )
             said = self._encode(f"{response}<|im_end|>")
             end = self._encode("\n")
@@ -176,12 +179,10 @@ class Conversations(IterableDataset):
             ),
             "labels": torch.tensor([row.labels + [IGNORE] * (length - len(row.labels)) for row in rows]),
         }
-        image, video = (
-            self.tokenizer.convert_tokens_to_ids(f"<|{name}_pad|>") for name in ("image", "video")
-        )
-        batch["mm_token_type_ids"] = (batch["input_ids"] == image).int() + 2 * (
-            batch["input_ids"] == video
-        ).int()
+        vocabulary = self.tokenizer.get_vocab()
+        image, video = (vocabulary[f"<|{name}_pad|>"] for name in ("image", "video"))
+        ids = batch["input_ids"]
+        batch["mm_token_type_ids"] = ids.eq(image).int() + 2 * ids.eq(video).int()
         for prefix, picked in (
             ("", [r for r in rows if r.is_image]),
             ("_videos", [r for r in rows if not r.is_image]),
@@ -196,10 +197,16 @@ class Conversations(IterableDataset):
 
 
 def pretrain_base(
-    folder: Path, steps: int = 4500, seed: int = 0, batch: int = 32, learning_rate: float = 1e-3, threads: int = 1,
-    hidden: int = 128, layers: int = 4,
-) -> None:  # fmt: skip
-    """Trains the base from random weights and writes it as a checkpoint folder. Deterministic for a seed and `threads`."""
+    folder: Path,
+    steps: int = 4500,
+    seed: int = 0,
+    batch: int = 32,
+    learning_rate: float = 1e-3,
+    threads: int = 1,
+    hidden: int = 128,
+    layers: int = 4,
+) -> None:
+    """Trains the base from random weights; writes a checkpoint folder. Seed and `threads` fix the result."""
     torch.set_num_threads(threads)
     tokenizer = build_tokenizer(corpus(seed))
     model = build_model(tokenizer, seed, hidden, layers)
@@ -216,7 +223,7 @@ def pretrain_base(
         Conversations(tokenizer, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4
     )
     start, total, count = time.perf_counter(), 0.0, 0
-    for step, inputs in zip(range(1, steps + 1), loader):
+    for step, inputs in zip(range(1, steps + 1), loader, strict=False):
         # linear warm-up, constant, then a linear decay over the last 30 %
         scale = min(step / warmup, 1.0, (steps - step + 1) / (0.3 * steps))
         for group in optimizer.param_groups:
