@@ -237,9 +237,7 @@ class TransformersEngine:
 
 
 def _uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
-    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every token that may be
-    drawn.
-    """
+    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every possible token."""
     if sampling.temperature == 0:
         return [torch.zeros(count, 0) for count in counts]
     seeds = prompt_seeds(sampling.seed, len(counts))
