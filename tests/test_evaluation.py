@@ -64,7 +64,10 @@ class ScriptedEngine:
         self.seeds: list[int | None] = []
         self.calls_left = calls
 
-    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings) -> list[list[Rollout]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        assert counts is None  # an evaluation asks for `sampling.n` completions of every prompt
         if self.calls_left == 0:
             raise KeyboardInterrupt
         if self.calls_left is not None:
@@ -159,10 +162,12 @@ def test_decoding_runs_while_the_engine_generates(
         return real(question, budget)
 
     class Waiting(ScriptedEngine):
-        def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings) -> list[list[Rollout]]:
+        def generate(
+            self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+        ) -> list[list[Rollout]]:
             generating.set()
             waited.append(later_read.wait(20))
-            return super().generate(prompts, sampling)
+            return super().generate(prompts, sampling, counts)
 
     generating = threading.Event()
     monkeypatch.setattr(runner, "read_media", noticed)
