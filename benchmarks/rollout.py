@@ -32,16 +32,13 @@ def largest_difference(
     model: Any, engine: TransformersEngine, prompts: list[Any], sampling: SamplingSettings
 ) -> float:
     """Between the log-probabilities of sampling and those of a forward of pixels, prompt and completion."""
-    for seed in range(100):  # random weights write placeholders too; a forward would look for their pixels
-        settings = SamplingSettings(n=sampling.n, max_tokens=sampling.max_tokens, seed=seed)
-        groups = engine.generate(prompts, settings)
-        completions = [[rollout.token_ids for rollout in group] for group in groups]
-        tokens = torch.cat([tokens for group in completions for tokens in group])
-        if not torch.isin(tokens, torch.tensor([VIDEO, IMAGE])).any():
-            break
-    else:
-        raise RuntimeError("every one of 100 samples holds visual placeholders")
-    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    visual = torch.tensor([VIDEO, IMAGE])
+    kept = [  # random weights write placeholders too, and a forward would look for their pixels
+        [rollout for rollout in group if not torch.isin(rollout.token_ids, visual).any()]
+        for group in engine.generate(prompts, sampling)
+    ]
+    sampled = torch.cat([rollout.logprobs for group in kept for rollout in group])
+    completions = [[rollout.token_ids for rollout in group] for group in kept]
     return float((sampled - expanded_logprobs(model, prompts, completions).cpu()).abs().max())
 
 
