@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 
 from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError, RewardError
+from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.engine import RolloutGroup
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.tgrpo import TGRPOConfig
@@ -317,3 +318,50 @@ def test_contradicting_settings(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_trainer(checkpoint, str(manifest), tmp_path, **changes)
+
+
+# ---- Model families, a frozen vision tower
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_train(family: str, manifest: Path, tmp_path: Path) -> None:
+    """Frames of Qwen3-VL have sides of 32; each family samples what it scores and learns from it."""
+    folder = tiny_checkpoint(family, tmp_path / "model")
+    sizes: dict[str, Any] = {"frame_pixels": 64 * 64, "image_pixels": 64 * 96}
+    trainer = make_trainer(folder, str(manifest), tmp_path / "run", max_steps=2, **sizes)
+    batches, _ = first_step(trainer)
+    groups = [group for batch in batches for group in batch["batch"].groups]
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
+    with torch.no_grad():
+        scored = trainer.logprobs(policy_of(trainer), batches[0]["batch"]).logprobs
+    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
+    before = weights(trainer)
+    trainer.train()
+    changed = [name for name, value in weights(trainer).items() if not torch.equal(value, before[name])]
+    assert any("visual" in name for name in changed) and any("language_model" in name for name in changed)
+
+
+def test_frozen_vision_tower_is_encoded_once(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """Its output is shared by policy and reference over two updates; weights end up as without sharing."""
+    results = []
+    for shared in (True, False):
+        trainer = make_trainer(
+            freeze(checkpoint), str(manifest), tmp_path / str(shared), num_iterations=2, max_steps=2, beta=0.1
+        )
+        assert trainer.vision_is_frozen
+        trainer.vision_is_frozen = shared
+        runs: list[int] = []
+        for model in (policy_of(trainer), cast(Any, trainer.reference)):
+            model.model.visual.register_forward_pre_hook(lambda module, args, seen=runs: seen.append(1))
+        trainer.train()
+        results.append((weights(trainer), len(runs)))
+    (with_sharing, few), (without, many) = results
+    assert few < many
+    for name, value in with_sharing.items():
+        torch.testing.assert_close(value, without[name], rtol=0, atol=1e-6)
+
+
+def freeze(checkpoint: Path) -> Any:
+    model = load_model(checkpoint)
+    freeze_vision(model)
+    return model

@@ -18,7 +18,7 @@ def many_tokens(completions: list[str], completion_ids: list[list[int]], **colum
 
 
 def make_trainer(
-    checkpoint: Path, manifest: Any, folder: Path, rewards: Any = many_tokens, peft: Any = None,
+    checkpoint: Any, manifest: Any, folder: Path, rewards: Any = many_tokens, peft: Any = None,
     callbacks: list[TrainerCallback] | None = None, evaluated: Any = None, **changes: Any,
 ) -> TGRPOTrainer:  # fmt: skip
     defaults = {
@@ -29,7 +29,7 @@ def make_trainer(
     }
     args = TGRPOConfig(**training_arguments(folder, **{**defaults, **changes}))
     return TGRPOTrainer(
-        str(checkpoint),
+        str(checkpoint) if isinstance(checkpoint, Path) else checkpoint,
         rewards,
         args,
         manifest,

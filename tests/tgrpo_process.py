@@ -1,0 +1,27 @@
+"""One of the processes of test_tgrpo_processes.py: trains two steps and writes the weights that come out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from tgrpo_trainers import make_trainer, weights
+
+torch.set_num_threads(1)
+
+
+def main(folder: Path, processes: int) -> None:
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / f"run{processes}", optim="sgd", max_steps=2,
+        learning_rate=0.01, per_device_train_batch_size=4 // processes, scale_rewards="batch",
+        evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
+        ddp_backend="gloo" if processes > 1 else None,
+    )  # fmt: skip
+    trainer.train()
+    if trainer.is_world_process_zero():
+        torch.save(weights(trainer), folder / f"weights{processes}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
