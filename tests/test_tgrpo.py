@@ -163,10 +163,10 @@ class CountingEngine(TransformersEngine):
 def test_accumulation_equals_one_large_batch(
     checkpoint: Path, manifest: Path, tmp_path: Path, loss_type: str
 ) -> None:
-    """Three questions as 3, 2 + 1 and 1 + 1 + 1 give the same weights after two steps."""
-    samples = load_manifest(manifest)[2:5] + load_manifest(manifest)[5:6]
+    """Four questions as 4, 3 + 1 and one by one give the same weights after two steps."""
+    samples = load_manifest(manifest)[2:6]
     results = []
-    for size, accumulation in ((4, 1), (2, 2), (3, 2), (1, 4)):
+    for size, accumulation in ((4, 1), (3, 2), (1, 4)):
         trainer = make_trainer(
             checkpoint, samples, tmp_path / str(size), loss_type=loss_type, optim="sgd", max_steps=2,
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, save_strategy="no",
