@@ -25,7 +25,7 @@ FLAGS = (
     "--disable-dev-shm-usage",
     "--hide-scrollbars",
 )
-ANSWER_SECONDS = 60
+ANSWER_SECONDS = 180
 
 
 def find_chromium() -> str | None:

@@ -1,4 +1,4 @@
-"""What all tests share: one thread per process, no network, and why a marked test is skipped."""
+"""What all tests share: one thread per process, no network, no time limits, and why a test is skipped."""
 
 from __future__ import annotations
 
@@ -12,8 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
+# A machine with other work may be slow at any moment: no example has a deadline. Each run has the same ones.
+settings.register_profile(
+    "steady", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -24,7 +24,7 @@ from video_r1.recipe import SECTIONS, Recipe
 
 def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "video_r1", *words], capture_output=True, text=True, timeout=60, **options
+        [sys.executable, "-m", "video_r1", *words], capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -34,12 +34,19 @@ def test_help_answers_at_once_without_torch(words: list[str]) -> None:
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
         "print('torch' in sys.modules, 'transformers' in sys.modules, code)"
     )
-    before = os.times()
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
-    after = os.times()
-    assert done.stdout.endswith("False False 0\n")
-    # Processor time, because other tests run beside this one; importing torch alone takes longer.
-    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.6
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=True
+        )
+        after = os.times()
+        assert done.stdout.endswith("False False 0\n")
+        seconds.append(
+            after.children_user + after.children_system - before.children_user - before.children_system
+        )
+    # Processor time, the best of three, because other work runs beside this; importing torch takes longer.
+    assert min(seconds) < 0.6
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -237,9 +244,7 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(
         video_r1.data.lab, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
     )
-    assert (
-        main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
-    )
+    assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     assert seen["words"] == (Path("out"), 4000, 500, 5)
     assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
 

@@ -157,7 +157,7 @@ def test_decoding_runs_while_the_engine_generates(
 
     def noticed(question: Sample, budget: FrameBudget) -> Any:
         if question.problem_id == 2:
-            generating.wait(20)  # the third batch is decoded while the first is generated, or never
+            generating.wait(60)  # the third batch is decoded while the first is generated, or never
             later_read.set()
         return real(question, budget)
 
@@ -166,7 +166,7 @@ def test_decoding_runs_while_the_engine_generates(
             self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
         ) -> list[list[Rollout]]:
             generating.set()
-            waited.append(later_read.wait(20))
+            waited.append(later_read.wait(60))
             return super().generate(prompts, sampling, counts)
 
     generating = threading.Event()
