@@ -61,7 +61,7 @@ class ScriptedEngine:
 
     def __init__(self, calls: int | None = None) -> None:
         self.prompts: list[Prompt] = []
-        self.seeds: list[int | None] = []
+        self.seeds: list[int | tuple[int, ...] | None] = []
         self.calls_left = calls
 
     def generate(
