@@ -1,0 +1,93 @@
+"""The packaged base: it sees what is shown and when, and it does not answer in tags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from video_r1.data.lab import write_clip
+from video_r1.data.lab_questions import first_colour
+from video_r1.data.lab_scenes import FPS, SECONDS, Look, listing, render
+from video_r1.data.media import FrameBudget, Media, read_media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.lab import base_folder
+from video_r1.models.lab_pretraining import FRAME_TIMES, patches
+from video_r1.models.loading import load_model, load_processor
+from video_r1.rewards.shaping import format_reward
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+
+BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(base_folder())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(base_folder(), dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def asked(processor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Prompt, tuple[Look, ...]]]:
+    """Twelve clips of four colours as MP4 files, with their prompts and timelines."""
+    folder, builder = tmp_path_factory.mktemp("clips"), PromptBuilder(processor)
+    asked = []
+    for seed in range(12):
+        question = first_colour(np.random.default_rng(seed))
+        times = [at / FPS for at in range(int(SECONDS * FPS))]
+        frames = render(question.timeline, times, np.random.default_rng(seed))
+        path = folder / f"{seed}.mp4"
+        write_clip(path, frames, FPS)
+        sample = Sample(seed, question.problem, "video", "multiple choice", "<answer>A</answer>", str(path))
+        asked.append((builder.build(sample, read_media(sample, BUDGET)), question.timeline))
+    return asked
+
+
+def test_pretraining_lays_pixels_out_as_the_processor_does(processor) -> None:
+    timeline = first_colour(np.random.default_rng(0)).timeline
+    frames = render(timeline, FRAME_TIMES, np.random.default_rng(0))
+    small = torch.nn.functional.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2), size=(56, 56), mode="bicubic", antialias=True
+    )
+    media = Media(small, torch.tensor(FRAME_TIMES, dtype=torch.float64), SECONDS, "video")
+    sample = Sample(0, "?", "video", "multiple choice", "<answer>A</answer>", "clip.mp4")
+    prompt = PromptBuilder(processor).build(sample, media)
+    torch.testing.assert_close(patches(frames), prompt.features["pixel_values_videos"], atol=1e-5, rtol=1e-5)
+
+
+def test_base_knows_what_came_when(model, processor, asked) -> None:
+    """The colours in their order are likelier than in the reverse order, in nearly all clips."""
+    right = 0
+    for prompt, timeline in asked:
+        texts = (listing(timeline, "colours"), listing(timeline[::-1], "colours"))
+        encode = processor.tokenizer.encode
+        completions = [torch.tensor(encode(text, add_special_tokens=False)) for text in texts]
+        with torch.no_grad():
+            result = group_logprobs(model, [prompt], [completions])
+        ordered, reverse = torch.split(result.logprobs, result.lengths.tolist())
+        right += bool(ordered.sum() > reverse.sum() + 1)
+    assert right >= 11
+
+
+def test_base_answers_nothing_in_tags(model, processor, asked) -> None:
+    engine = TransformersEngine(model, processor)
+    greedy = SamplingSettings(temperature=0, max_tokens=40)
+    rollouts = engine.generate([prompt for prompt, _ in asked], greedy)
+    texts = [group[0].text for group in rollouts]
+    assert all(text.strip() for text in texts)
+    assert sum(format_reward(text) for text in texts) == 0
+
+
+def test_base_is_small_and_loads_as_any_checkpoint(model) -> None:
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_680_000
+    weights = Path(base_folder()) / "model.safetensors"
+    assert weights.stat().st_size < 5_000_000
+    assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration"
