@@ -146,7 +146,13 @@ def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"preset": "veryfast", "crf": "26", "threads": "1"}
+        # Without `cpu-independent` x264 writes the same frames a little differently from one run to the next.
+        stream.options = {
+            "preset": "veryfast",
+            "crf": "26",
+            "threads": "1",
+            "x264-params": "cpu-independent=1",
+        }
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))
