@@ -7,6 +7,7 @@ vLLM decides on running in this process while it is imported, so it is imported 
 """
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import tempfile
@@ -103,7 +104,9 @@ class VLLMEngine:
         """A folder with all of the model's checkpoint but its weights."""
         self._folder = tempfile.TemporaryDirectory(prefix="video-r1-vllm-")
         inner = vision_language_model(model)
-        inner.config.save_pretrained(self._folder.name)
+        config = copy.deepcopy(inner.config)
+        config.architectures = [type(inner).__name__]  # a model made in code has none
+        config.save_pretrained(self._folder.name)
         inner.generation_config.save_pretrained(self._folder.name)
         self.processor.save_pretrained(self._folder.name)
         return self._folder.name

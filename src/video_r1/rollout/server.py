@@ -1,0 +1,297 @@
+"""Rollouts on a vLLM server, on other GPUs or another machine.
+
+    Prompt: tokens, processed pixels ─► POST /inference/v1/generate, one request a prompt ─► Rollouts
+    trained model ─► checkpoint_weights ─► folder ─► the server reloads from it, its caches emptied
+
+A request that fails is sent again with the same seed, and its answer takes the place of the one that never
+came: nothing is counted twice. Every answer names the weights that sampled it. A server that comes back with
+other weights is handed the present ones again before anything of it is used.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.models.group_forward import vision_language_model
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
+from video_r1.rollout.sampling import prompt_seeds
+from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.vllm_requests import check_length, sampling_parameters, server_request
+from video_r1.rollout.vllm_weights import checkpoint_weights
+
+logger = logging.getLogger(__name__)
+
+KEY_VARIABLE = "VLLM_API_KEY"
+ATTEMPTS = 5  # of one request, each after the server has answered its health check
+
+
+def server_command(model: str | Path, port: int, *options: str) -> tuple[list[str], dict[str, str]]:
+    """The command that serves `model` as this engine wants it, and the environment variables that it needs.
+
+    The log-probs have to be those of the sampled distribution, the pixels arrive normalised, and the routes
+    that take new weights are open: serve on a network that you trust.
+    """
+    command = ["vllm", "serve", str(model), "--port", str(port), "--logprobs-mode", "processed_logprobs"]
+    command += ["--generation-config", "vllm", "--no-mm-device-do-normalize", *options]
+    return command, {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
+
+
+class ServerEngine:
+    """Samples on a vLLM server that was started as `server_command` says.
+
+    url: its address. processor: the one that prompts are built with. generation: a model or an object with a
+        `generation_config`, which names the end tokens (`update_weights` replaces it).
+    model: the checkpoint that the server has to serve; None accepts any.
+    folder: where a folder for the hand-over of weights is made; the server has to see it under the same path
+        (default: the system's folder for temporary files).
+    wait: seconds to wait for a server that does not answer; timeout: seconds for one request;
+    concurrency: requests under way at once.
+
+    The key of a server that asks for one is read from VLLM_API_KEY. Raises ConfigError when nothing answers
+    there within `wait`, or when the server serves another model.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        processor: Any,
+        generation: Any,
+        *,
+        model: str | Path | None = None,
+        folder: str | Path | None = None,
+        wait: float = 240.0,
+        timeout: float = 600.0,
+        concurrency: int = 32,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.wait, self.timeout, self.concurrency = wait, timeout, concurrency
+        self._key = os.environ.get(KEY_VARIABLE)
+        self._model = None if model is None else str(model)
+        self._stop_ids = stop_token_ids(generation, self.tokenizer)
+        parent = Path(tempfile.gettempdir() if folder is None else folder)
+        self._exchange = parent / f"server-weights-{_agreed(uuid.uuid4().hex)}"
+        self._clean_up = weakref.finalize(self, shutil.rmtree, self._exchange, ignore_errors=True)
+        self._weights: Path | None = None  # what the server has to have loaded; None: what it started with
+        self._version: str | None = None
+        self._recovery = threading.Lock()
+        self._recoveries = 0
+        self._lost: VideoR1Error | None = None
+        try:
+            self.max_model_len = self._await_server(time.monotonic() + wait)
+        except ServerFailure as failure:
+            command = " ".join(server_command(self._model or "MODEL", 8000)[0])
+            raise ConfigError(
+                f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with {command}"
+            ) from failure
+
+    # ---- Weights
+
+    def update_weights(self, model: Any) -> None:
+        """Writes the model's weights, adapters merged, to the exchange folder and has the server load them.
+
+        Every process calls it; the first one writes. Raises VideoR1Error when the server refuses them.
+        """
+        self._stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
+        version = _agreed(uuid.uuid4().hex)
+        folder = _agreed(str(self._exchange / version))
+        weights = {name: tensor.cpu().contiguous() for name, tensor in checkpoint_weights(model)}
+        before, self._weights, self._version = self._weights, Path(folder), version
+        self._lost = None
+        if _is_first():
+            self._weights.mkdir(parents=True)
+            # Tied tensors share memory, which the format refuses.
+            save_file({n: t.clone() for n, t in weights.items()}, self._weights / "model.safetensors")
+            self._recover(self._recoveries, None)
+            if before is not None:
+                shutil.rmtree(before, ignore_errors=True)
+        _barrier()
+
+    def _hand_over(self) -> None:
+        """Has the server load the present weights, and drop what it has cached of others."""
+        if self._weights is None:
+            return
+        try:
+            self._post("/pause?mode=abort")
+            kwargs = {"weights_path": str(self._weights)}
+            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+            for cache in ("encoder", "mm", "prefix"):
+                self._post(f"/reset_{cache}_cache")
+            self._post("/update_weight_version", {"new_version": self._version})
+            self._post("/resume")
+        except ServerRefusal as refusal:
+            raise VideoR1Error(
+                f"{self.url} does not take weights ({refusal}); it has to serve the trained model, see the "
+                f"folder {self._weights}, and run with VLLM_SERVER_DEV_MODE=1"
+            ) from refusal
+
+    # ---- Completions
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        """As VLLMEngine.generate. Raises VideoR1Error when the server stays away or keeps failing."""
+        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
+        if len(counts) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+        asked = [index for index, count in enumerate(counts) if count]
+        for index in asked:
+            check_length(prompts[index], sampling.max_tokens, self.max_model_len)
+        seeds = prompt_seeds(sampling.seed, len(prompts))
+
+        def ask(index: int) -> list[Rollout]:
+            parameters = sampling_parameters(sampling, counts[index], seeds[index], self._stop_ids)
+            choices = self._completions(server_request(prompts[index], parameters), parameters["n"])
+            rollouts = [self._rollout(choice) for choice in choices]
+            return rollouts if len(rollouts) == counts[index] else rollouts * counts[index]
+
+        self._lost = None
+        results: list[list[Rollout]] = [[] for _ in prompts]
+        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollouts")
+        try:
+            for index, rollouts in zip(asked, pool.map(ask, asked), strict=True):
+                results[index] = rollouts
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return results
+
+    def _completions(self, body: dict[str, Any], count: int) -> list[dict[str, Any]]:
+        """The answer to one request, whole and of the present weights, however often it takes."""
+        failure: ServerFailure | None = None
+        for _ in range(ATTEMPTS):
+            recoveries = self._recoveries
+            try:
+                choices = self._post("/inference/v1/generate", body)["choices"]
+                self._check(choices, count)
+                return sorted(choices, key=lambda choice: choice["index"])
+            except ServerFailure as error:
+                failure = error
+                self._recover(recoveries, error)
+            except ServerRefusal as refusal:
+                raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
+        raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
+
+    def _check(self, choices: Sequence[dict[str, Any]], count: int) -> None:
+        """Raises ServerFailure for an answer that is cut short or comes from other weights."""
+        if len(choices) != count:
+            raise ServerFailure(f"it gave {len(choices)} completions of {count}")
+        for choice in choices:
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise ServerFailure(f"a completion ended with {choice['finish_reason']!r}")
+            versions = {span["version"] for span in choice["weight_versions"] or ()}
+            if self._version is not None and versions != {self._version}:
+                raise ServerFailure("it sampled with other weights than those handed over")
+
+    def _rollout(self, choice: dict[str, Any]) -> Rollout:
+        ids = choice["token_ids"]
+        logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        return Rollout(
+            torch.tensor(ids, dtype=torch.long),
+            torch.tensor(logprobs, dtype=torch.float32),
+            self.tokenizer.decode(ids, skip_special_tokens=True),
+            choice["finish_reason"],
+        )
+
+    # ---- A server that is away
+
+    def _recover(self, recoveries: int, error: ServerFailure | None) -> None:
+        """Waits for the server and hands it the weights, once for all requests that failed together.
+
+        recoveries: how many there had been when the request was sent. Raises VideoR1Error when it stays away.
+        """
+        with self._recovery:
+            if self._lost is not None:
+                raise self._lost
+            if recoveries != self._recoveries:
+                return
+            if error is not None:
+                logger.warning("%s: %s; waiting up to %g s for it", self.url, error, self.wait)
+            deadline = time.monotonic() + self.wait
+            while True:
+                try:
+                    self._await_server(deadline)
+                    self._hand_over()
+                    break
+                except ServerFailure as failure:
+                    if time.monotonic() > deadline:
+                        self._lost = VideoR1Error(
+                            f"{self.url} was lost and did not return within {self.wait:g} s ({failure}); "
+                            "start it again and continue the run, or raise vllm_server_timeout"
+                        )
+                        raise self._lost from failure
+                    time.sleep(0.5)
+            self._recoveries += 1
+
+    def _await_server(self, deadline: float) -> int:
+        """Waits until the server answers its health check; returns its longest sequence in tokens.
+
+        Raises ServerFailure when it has not by the deadline, ConfigError when it is no such server.
+        """
+        pause = 0.1
+        while True:
+            try:
+                get(self.url + "/health", self._key, timeout=10.0)
+                served = get(self.url + "/v1/models", self._key, timeout=10.0)["data"][0]
+                break
+            except ServerRefusal as refusal:
+                raise ConfigError(
+                    f"{self.url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
+                ) from refusal
+            except ServerFailure:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(pause)
+                pause = min(2 * pause, 2.0)
+        names = [name for name in (served.get("root"), served.get("id")) if name]
+        if self._model is not None and not any(_same_model(name, self._model) for name in names):
+            raise ConfigError(f"{self.url} serves {names[0]}, not {self._model}")
+        return int(served["max_model_len"])
+
+    def _post(self, path: str, body: Any = None) -> Any:
+        return post(self.url + path, self._key, body, self.timeout)
+
+    def close(self) -> None:
+        """Removes the weights that were handed over. The server goes on."""
+        self._clean_up()
+
+
+def _same_model(served: str, wanted: str) -> bool:
+    return served == wanted or (Path(wanted).exists() and Path(served).resolve() == Path(wanted).resolve())
+
+
+def _agreed(value: Any) -> Any:
+    """The first process's value, in every process."""
+    if not _distributed():
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _is_first() -> bool:
+    return not _distributed() or torch.distributed.get_rank() == 0
+
+
+def _barrier() -> None:
+    if _distributed():
+        torch.distributed.barrier()
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

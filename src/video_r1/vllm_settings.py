@@ -1,0 +1,35 @@
+"""Settings of training with vLLM. Names that TRL's `GRPOConfig` has are its names."""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from video_r1.config import Problem, Settings, positive, setting
+
+
+@dataclass(kw_only=True)
+class VLLMSettings(Settings):
+    """vLLM"""
+
+    use_vllm: bool = setting(False, "sample with vLLM instead of transformers (needs the extra 'vllm')")
+    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in this process or as a server")
+    vllm_server_base_url: str | None = setting(None, "address of the server, such as http://host:8000")
+    vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer")
+    vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process")
+    vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
+    vllm_importance_sampling_correction: bool = setting(
+        True, "weight each token by the trainer's over vLLM's probability of it")
+    vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
+        if not 0 < self.vllm_gpu_memory_utilization <= 1:
+            yield "vllm_gpu_memory_utilization", (
+                f"is {self.vllm_gpu_memory_utilization}; it must be above 0 and at most 1")
+        url = self.vllm_server_base_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
+        if self.use_vllm and self.vllm_mode == "server" and url is None:
+            yield "vllm_server_base_url", "is missing while vllm_mode is server; name the server's address"

@@ -1,0 +1,229 @@
+"""The client of a vLLM server against a server on loopback that fails in every way that a server can."""
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import moving_square, tiny_model, tiny_processor
+
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.rollout import server
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.server import ServerEngine
+
+PROCESSOR = tiny_processor("qwen2_5_vl")
+GENERATION = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 5]))
+MODEL = "models/tiny"
+
+
+class Server:
+    """Speaks vLLM's interface. `script`: what happens to the next requests for completions."""
+
+    def __init__(self) -> None:
+        self.script: list[str] = []
+        self.version, self.loaded = "default", ""
+        self.requests: list[dict[str, Any]] = []
+        self.calls: list[str] = []
+        self.down = 0  # health checks that fail
+        self.lock = threading.Lock()
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+            def do_GET(self) -> None:
+                owner.answer(self, self.path, None)
+
+            def do_POST(self) -> None:
+                size = int(self.headers["Content-Length"])
+                owner.answer(self, self.path, json.loads(self.rfile.read(size) or b"null"))
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def answer(self, handler: Any, path: str, body: Any) -> None:
+        with self.lock:
+            status, value, size = self.decide(path, body)
+        text = json.dumps(value).encode()
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(text)))
+        handler.end_headers()
+        handler.wfile.write(text[:size])
+        handler.close_connection = True
+
+    def decide(self, path: str, body: Any) -> tuple[int, Any, int | None]:
+        """Status, answer, and how much of it is sent (None: all)."""
+        self.calls.append(path.split("?")[0])
+        if path == "/health":
+            self.down -= 1
+            return (503 if self.down >= 0 else 200), {}, None
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "tiny", "root": MODEL, "max_model_len": 256}]}, None
+        if path == "/collective_rpc":
+            self.loaded = body["kwargs"]["weights_path"]
+            return 200, None, None
+        if path == "/update_weight_version":
+            self.version = body["new_version"]
+        if path != "/inference/v1/generate":
+            return 200, {"success": True}, None
+        self.requests.append(body)
+        event = self.script.pop(0) if self.script else "fine"
+        count, version = body["sampling_params"]["n"], self.version
+        if event == "restart":  # killed, away for two health checks, back with its first weights
+            self.version, self.loaded, self.down = "default", "", 2
+            return 200, {}, 0
+        if event == "quick restart":
+            self.version = version = "default"
+        if event == "refuse":
+            return 400, {"error": {"message": "top_k is odd"}}, None
+        if event == "error":
+            return 500, {"error": {"message": "engine died"}}, None
+        choices = [
+            {
+                "index": index,
+                "finish_reason": "abort" if event == "abort" else "stop",
+                "token_ids": [body["sampling_params"]["seed"] % 97 + index, 5],
+                "logprobs": {"content": [{"logprob": -0.5}, {"logprob": -1.5}]},
+                "weight_versions": [{"version": version, "start": 0, "end": 2}],
+            }
+            for index in reversed(range(count))
+        ]
+        if event == "fewer":
+            choices.pop()
+        return 200, {"choices": choices}, 20 if event == "half" else None
+
+
+@pytest.fixture
+def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """Prompts go by their text alone: the encoding of pixels is vLLM's own."""
+    monkeypatch.setattr(
+        server,
+        "server_request",
+        lambda prompt, parameters: {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters},
+    )
+    fake = Server()
+    yield fake
+    fake.http.shutdown()
+    fake.http.server_close()
+
+
+def prompts(count: int) -> list[Prompt]:
+    builder = PromptBuilder(PROCESSOR)
+    frames = torch.from_numpy(moving_square(4, 56, 56)).permute(0, 3, 1, 2)
+    media = Media(frames, torch.arange(4).double(), 4.0, "video")
+    samples = [Sample(i, f"Where {i}?", "video", "free-form", "", "x") for i in range(count)]
+    return [builder.build(sample, media) for sample in samples]
+
+
+def engine(url: str, tmp_path: Path, **changes: Any) -> ServerEngine:
+    settings = {"model": MODEL, "folder": tmp_path / "weights", "wait": 60.0, "concurrency": 3, **changes}
+    return ServerEngine(url, PROCESSOR, GENERATION, **settings)
+
+
+SETTINGS = SamplingSettings(n=3, max_tokens=8, seed=1)
+
+
+def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path)
+    groups = client.generate(prompts(5), SETTINGS, counts=[3, 1, 0, 2, 3])
+    assert [len(group) for group in groups] == [3, 1, 0, 2, 3]
+    for group in groups:
+        first = group[0].token_ids[0] if group else 0
+        assert [int(rollout.token_ids[0] - first) for rollout in group] == list(range(len(group)))
+    assert groups[0][0].logprobs.tolist() == [-0.5, -1.5]
+    sent = loopback.requests[0]["sampling_params"]
+    assert sent["stop_token_ids"] == sorted({3, 5, PROCESSOR.tokenizer.convert_tokens_to_ids("<|im_end|>")})
+    (greedy,) = client.generate(prompts(1), SamplingSettings(n=2, temperature=0, max_tokens=8))
+    assert len(greedy) == 2 and loopback.requests[-1]["sampling_params"]["n"] == 1
+
+
+@pytest.mark.parametrize("event", ["restart", "quick restart", "error", "half", "abort", "fewer"])
+def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: Path, event: str) -> None:
+    client = engine(loopback.url, tmp_path)
+    model: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
+    client.update_weights(model)
+    expected = client.generate(prompts(6), SETTINGS)
+    version, weights = loopback.version, loopback.loaded
+    loopback.requests.clear()
+    loopback.script = ["fine", event, event, "fine", event]
+    groups = client.generate(prompts(6), SETTINGS)
+    assert [[r.token_ids.tolist() for r in g] for g in groups] == [
+        [r.token_ids.tolist() for r in g] for g in expected
+    ]
+    assert len(loopback.requests) > 6
+    assert len({json.dumps(request) for request in loopback.requests}) == 6  # the same seeds again
+    assert (loopback.version, loopback.loaded) == (version, weights)
+
+
+def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path)
+    model: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
+    client.update_weights(model)
+    first = Path(loopback.loaded)
+    found = load_file(first / "model.safetensors")
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    steps = [call for call in loopback.calls if call not in ("/health", "/v1/models")]
+    assert steps == [
+        "/pause", "/collective_rpc", "/reset_encoder_cache", "/reset_mm_cache", "/reset_prefix_cache",
+        "/update_weight_version", "/resume",
+    ]  # fmt: skip
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+    client.update_weights(model)
+    second = Path(loopback.loaded)
+    assert second != first and not first.exists()
+    assert torch.equal(load_file(second / "model.safetensors")["lm_head.weight"], model.lm_head.weight)
+    client.close()
+    assert not second.exists()
+
+
+def test_a_server_that_stays_away(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path, wait=0.5)
+    loopback.script, loopback.down = ["error"] * 6, 10**6
+    with pytest.raises(VideoR1Error, match="did not return within"):
+        client.generate(prompts(6), SETTINGS)
+    loopback.down = 0
+    loopback.script.clear()
+    assert len(client.generate(prompts(6), SETTINGS)) == 6  # later, it is back
+
+
+def test_a_request_that_fails_whenever_it_is_sent(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path)
+    loopback.script = ["error"] * 50
+    with pytest.raises(VideoR1Error, match=r"failed 5 times.*engine died"):
+        client.generate(prompts(1), SETTINGS)
+
+
+def test_a_refused_request_is_not_repeated(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path)
+    loopback.script = ["refuse"]
+    with pytest.raises(VideoR1Error, match="top_k is odd"):
+        client.generate(prompts(1), SETTINGS)
+    assert len(loopback.requests) == 1
+
+
+def test_another_model(loopback: Server, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="serves models/tiny, not models/other"):
+        engine(loopback.url, tmp_path, model="models/other")
+
+
+def test_no_server(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="vllm serve models/tiny"):
+        engine("http://127.0.0.1:9", tmp_path, wait=0.2)
+
+
+def test_too_long_for_the_server(loopback: Server, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="256 tokens"):
+        engine(loopback.url, tmp_path).generate(prompts(1), SamplingSettings(max_tokens=250))
