@@ -102,8 +102,10 @@ def test_every_example_of_the_help_is_a_valid_request(
 ])  # fmt: skip
 def test_words_become_options(words: list[str], plain: list[str], options: dict[str, Any]) -> None:
     from video_r1.config import DataSettings, own_field_types
+    from video_r1.vllm_settings import VLLMSettings
 
-    types = {**own_field_types(TGRPOSettings), **own_field_types(DataSettings)}
+    sections = (TGRPOSettings, VLLMSettings, DataSettings)
+    types = {name: hint for kind in sections for name, hint in own_field_types(kind).items()}
     assert split_words(words, types) == (plain, options)
 
 

@@ -310,7 +310,7 @@ def test_failing_reward_function_is_named(
         ({"rewards": ["accurate"]}, "accurate"),
         ({"rewards": ["temporal"], "temporal_rule": "off"}, "temporal_rule"),
         ({"num_iterations": 3, "save_steps": 4}, "save_steps"),
-        ({"use_vllm": True}, "use_vllm"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
     ],
 )
 def test_contradicting_settings(

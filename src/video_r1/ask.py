@@ -7,6 +7,7 @@ import re
 import string
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,12 +29,10 @@ def run_ask(settings: AskSettings) -> str:
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
-    import torch
-
     from video_r1.data.prompts import PromptBuilder
-    from video_r1.models.loading import load_model, load_processor, size_multiple
+    from video_r1.models.loading import load_processor, size_multiple
+    from video_r1.rollout.choice import open_engine
     from video_r1.rollout.engine import SamplingSettings
-    from video_r1.rollout.transformers import TransformersEngine
 
     assert settings.model is not None and settings.path is not None and settings.question is not None
     sample = question_sample(
@@ -46,24 +45,15 @@ def run_ask(settings: AskSettings) -> str:
     )
     processor = load_processor(settings.model, settings.trust_remote_code)
     builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(
-        settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code, device
-    )
     sampling = SamplingSettings(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
-    rollout = ask(
-        TransformersEngine(model, processor),
-        builder,
-        settings.frame_budget(size_multiple(processor)),
-        sample,
-        sampling,
-        write=_write,
-    )
+    budget = settings.frame_budget(size_multiple(processor))
+    with closing(open_engine(settings, processor)) as engine:
+        rollout = ask(engine, builder, budget, sample, sampling, write=_write)
     answer = named_answer(sample, rollout.text)
     print(f"\n\nAnswer: {answer}" if answer else "\n\nNo answer was given.")
     if rollout.finish_reason == "length":

@@ -5,7 +5,7 @@ types first, then values and contradictions, and one ConfigError names all probl
 
 The trainers' configs mix these classes with `transformers.TrainingArguments`:
 
-    class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments)
+    class TGRPOConfig(TGRPOSettings, VLLMSettings, PromptSettings, TrainingArguments)
 
 so every field of `TrainingArguments` is a setting too, with this project's default where one is named here.
 Settings that TRL's `GRPOConfig` has keep its names. Defaults are those of the paper (arXiv 2503.21776).
@@ -222,8 +222,6 @@ class TGRPOSettings(TrainingSettings):
         list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged")
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
     preflight_questions: int = setting(4, "questions tried first, to stop when no reward is in reach")
-    use_vllm: bool = setting(False, "sample with vLLM instead of transformers (needs the extra 'vllm')")
-    vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in this process or as a server")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -272,6 +270,7 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
+    engine: str = setting("transformers", "what generates: transformers, vllm, or a vLLM server's address")
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
     max_new_tokens: int = setting(1024, "longest output in tokens")
     temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
@@ -284,6 +283,8 @@ class DecodingSettings(PromptSettings, LoadingSettings):
         yield from at_least(self, 0, "temperature")
         if not 0 < self.top_p <= 1:
             yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
+        if self.engine not in ("transformers", "vllm") and not self.engine.startswith(("http://", "https://")):
+            yield "engine", f"is {self.engine!r}; it must be transformers, vllm or an address with http://"
 
 
 @dataclass(kw_only=True)

@@ -35,10 +35,11 @@ from video_r1.config import (
 )
 from video_r1.errors import ConfigError, RequestError
 from video_r1.setting_types import alternatives, is_enum, parse
+from video_r1.vllm_settings import VLLMSettings
 
 SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
-    "rl": (ModelSettings, DataSettings, TGRPOSettings, PromptSettings),
+    "rl": (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
     "eval": (EvalSettings,),
     "ask": (AskSettings,),
     "data check": (CheckSettings,),

@@ -10,6 +10,7 @@ from torch import Tensor
 from video_r1.data.prompts import Prompt, video_metadata
 from video_r1.errors import ConfigError, RequestError
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.sampling import prompt_seed
 
 # The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -21,8 +22,7 @@ def sampling_parameters(
 ) -> dict[str, Any]:
     """The fields of vLLM's SamplingParams for `count` completions of one prompt.
 
-    At temperature 0 it is one completion, since vLLM refuses to give the greedy one twice. Completion g is
-    drawn with seed + g.
+    At temperature 0 it is one completion, since vLLM refuses to give the greedy one twice.
     """
     return {
         "n": count if sampling.temperature > 0 else 1,
@@ -30,7 +30,7 @@ def sampling_parameters(
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_tokens,
-        "seed": seed,
+        "seed": prompt_seed(seed, 0),  # far from those of other prompts: vLLM counts on from it
         "logprobs": 0,  # of the sampled token alone
         "stop_token_ids": stop_ids,
         "ignore_eos": True,  # `stop_token_ids` says it all

@@ -35,12 +35,13 @@ class Clock:
 
 
 class Meter:
-    """Gathers series over some steps and all processes. Every value is a quotient of two sums, or a sum."""
+    """Gathers series over some steps and all processes: quotients of two sums, sums, and peaks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)
         self.totals: dict[str, float] = defaultdict(float)
+        self.peaks: dict[str, float] = {}
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add to a quotient: `value` is a sum over `count` things."""
@@ -50,6 +51,10 @@ class Meter:
     def total(self, name: str, value: float) -> None:
         """Add to a series whose logged value is a sum."""
         self.totals[name] += float(value)
+
+    def peak(self, name: str, value: float) -> None:
+        """Add to a series whose logged value is the largest."""
+        self.peaks[name] = max(value, self.peaks.get(name, value))
 
     @contextmanager
     def seconds(self, phase: str) -> Iterator[Clock]:
@@ -68,18 +73,20 @@ class Meter:
 
     def drain(self, steps: int) -> dict[str, float]:
         """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
-        parts = gather((dict(self.sums), dict(self.counts), dict(self.totals)))
+        parts = gather((dict(self.sums), dict(self.counts), dict(self.totals), self.peaks))
         series: dict[str, float] = {}
-        for name in sorted({name for sums, _, _ in parts for name in sums}):
-            value = sum(sums.get(name, 0.0) for sums, _, _ in parts)
+        for name in sorted({name for sums, *_ in parts for name in sums}):
+            value = sum(sums.get(name, 0.0) for sums, *_ in parts)
             if name.startswith("seconds/"):
                 series[name] = value / len(parts) / max(1, steps)
             else:
-                count = sum(counts.get(name, 0.0) for _, counts, _ in parts)
+                count = sum(counts.get(name, 0.0) for _, counts, *_ in parts)
                 if count > 0:
                     series[name] = value / count
-        for name in sorted({name for _, _, totals in parts for name in totals}):
-            series[name] = sum(totals.get(name, 0.0) for _, _, totals in parts)
+        for name in sorted({name for _, _, totals, _ in parts for name in totals}):
+            series[name] = sum(totals.get(name, 0.0) for _, _, totals, _ in parts)
+        for name in sorted({name for *_, peaks in parts for name in peaks}):
+            series[name] = max(peaks[name] for *_, peaks in parts if name in peaks)
         self.__init__()
         return series
 

@@ -17,6 +17,7 @@ from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
+from video_r1.models.group_forward import VisionFeatures
 from video_r1.rewards.answers import extract_answer
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
@@ -37,6 +38,33 @@ class Question:
     ordered: Prompt
     shuffled: Prompt | None
     seed: int
+
+
+@dataclass(slots=True)
+class PolicyBatch:
+    """A micro-batch of groups, and what later updates on the same rollouts share.
+
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
+    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
+    or its gradient.
+    """
+
+    groups: list[RolloutGroup]
+    trained: list[RolloutGroup]
+    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
+    ref_logprobs: Tensor | None = None  # [N]
+    sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
+    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
+
+    @property
+    def problem_ids(self) -> list[str | int]:
+        return [group.sample.problem_id for group in self.trained]
+
+
+def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
+    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
+    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
+    return PolicyBatch(groups, taught or groups[:1])
 
 
 @dataclass(frozen=True, slots=True)

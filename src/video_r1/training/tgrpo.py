@@ -23,6 +23,7 @@ Where this differs from the paper and its code:
  8. The log-probs of the first update on a batch of rollouts serve as those of the old policy.
  9. Groups of equal rewards are left out of the update when there is no KL term, to which they add exactly 0.
 10. A question whose media cannot be used gives its place to another one; it is never shown other media.
+11. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which rounding sets apart.
 """
 
 from __future__ import annotations
@@ -41,18 +42,16 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 from video_r1.config import PromptSettings, TGRPOSettings
 from video_r1.data.media import Media, read_media
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError
 from video_r1.models.group_forward import (
     GroupLogprobs,
-    VisionFeatures,
     encode_vision,
     group_logprobs,
     vision_language_model,
 )
 from video_r1.recipe import Recipe
 from video_r1.report.recording import record_group
+from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
-from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.advantages import group_advantages
 from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
@@ -61,21 +60,25 @@ from video_r1.training.processes import gather, gather_rows, process_count
 from video_r1.training.question_trainer import QuestionTrainer
 from video_r1.training.questions import Slot
 from video_r1.training.rollout_step import (
+    PolicyBatch,
     Question,
     build_question,
+    policy_batch,
     reward_terms,
     sample_rollouts,
     score_groups,
 )
 from video_r1.training.runs import run_in_folder
+from video_r1.training.sampler_mismatch import SamplerCheck, sampler_weights
 from video_r1.training.setup import Questions, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
+from video_r1.vllm_settings import VLLMSettings
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 
 @dataclass
-class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
+class TGRPOConfig(TGRPOSettings, VLLMSettings, PromptSettings, TrainingArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, and every field of
     `TrainingArguments`.
 
@@ -86,32 +89,6 @@ class TGRPOConfig(TGRPOSettings, PromptSettings, TrainingArguments):
         if self.bf16 is None:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         super().__post_init__()
-
-
-@dataclass(slots=True)
-class PolicyBatch:
-    """A micro-batch of groups, and what later updates on the same rollouts share.
-
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
-    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
-    or its gradient.
-    """
-
-    groups: list[RolloutGroup]
-    trained: list[RolloutGroup]
-    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
-    ref_logprobs: Tensor | None = None  # [N]
-    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
-
-    @property
-    def problem_ids(self) -> list[str | int]:
-        return [group.sample.problem_id for group in self.trained]
-
-
-def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
-    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
-    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
-    return PolicyBatch(groups, taught or groups[:1])
 
 
 class TGRPOTrainer(QuestionTrainer):
@@ -146,16 +123,14 @@ class TGRPOTrainer(QuestionTrainer):
         recipe: Recipe | None = None,
     ) -> None:
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
-        if args.use_vllm and engine is None:
-            raise ConfigError(
-                "use_vllm: rollouts run in this process only; set it to false or pass an engine"
-            )
         self.terms = reward_terms(reward_funcs, args)
         self.step_batches: list[PolicyBatch] = []
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
         self.add_callback(Preflight(self))
+        if args.use_vllm:
+            self.add_callback(SamplerCheck(self))
         policy = cast(PreTrainedModel, self.model)
         self.is_peft = hasattr(policy, "disable_adapter")
         self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
@@ -164,7 +139,14 @@ class TGRPOTrainer(QuestionTrainer):
         self.vision_is_frozen = not any(
             p.requires_grad for p in vision_language_model(policy).model.visual.parameters()
         )
-        self.engine = TransformersEngine(policy, self.processing_class) if engine is None else engine
+        self.engine = engine or training_engine(
+            policy,
+            self.processing_class,
+            args,
+            longest=args.max_prompt_length + args.max_completion_length,
+            dtype="bfloat16" if args.bf16 else "auto",
+            folder=str(args.output_dir),
+        )
         self.sampling = SamplingSettings(
             n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
         )
@@ -244,6 +226,8 @@ class TGRPOTrainer(QuestionTrainer):
         policy = self.logprobs(model, batch, with_entropy=True)
         if batch.old_logprobs is None:
             batch.old_logprobs = policy.logprobs.detach()
+            if args.use_vllm:  # w = min(π_old ÷ π_vLLM, cap)
+                batch.sampler_weights = sampler_weights(batch.old_logprobs, batch.trained, args, self.meter)
         if args.beta != 0 and batch.ref_logprobs is None:
             batch.ref_logprobs = self.reference_logprobs(model, batch)
 
@@ -260,6 +244,7 @@ class TGRPOTrainer(QuestionTrainer):
             epsilon_high=args.epsilon_high,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
+            importance_weights=batch.sampler_weights,
         )
         tokens = len(policy.logprobs)
         assert policy.entropy is not None

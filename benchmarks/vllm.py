@@ -1,0 +1,141 @@
+"""Rollouts through this project's vLLM engine against a bare `LLM.generate` with the same requests.
+
+    python -m benchmarks.vllm --json [--model FOLDER] [--questions 16] [--group 8] [--completion 64]
+
+Both use the same vLLM in turns, with its caches emptied before each call: what is measured is what the engine
+adds (requests made of prompts, checks, Rollouts). `equal` says that the engine's tokens are those of the bare
+call, `tokens_per_second_transformers` is the rate of the engine without vLLM on the same prompts. Where vLLM
+is not installed it says so and succeeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._timing import machine, seconds
+from video_r1.data.lab import write_lab
+from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import load_manifest
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import load_model, load_processor, size_multiple
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.sampling import prompt_seeds
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm import VLLMEngine
+from video_r1.rollout.vllm_requests import sampling_parameters, vllm_prompt
+
+
+def lab_prompts(processor: Any, count: int, frame_pixels: int) -> list[Prompt]:
+    """Lab questions about clips, frames scaled to `frame_pixels`."""
+    budget = FrameBudget(
+        frame_pixels=frame_pixels, image_pixels=frame_pixels, size_multiple=size_multiple(processor)
+    )
+    builder = PromptBuilder(processor)
+    with tempfile.TemporaryDirectory() as folder:
+        write_lab(folder, train=0, test=count, image_share=0.0, workers=1)
+        samples = load_manifest(Path(folder) / "test.json")
+        return [builder.build(sample, read_media(sample, budget)) for sample in samples]
+
+
+def run(arguments: argparse.Namespace) -> dict[str, object]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = load_processor(arguments.model)
+    model = load_model(arguments.model, arguments.dtype, device=device)
+    prompts = lab_prompts(processor, arguments.questions, arguments.frame_pixels)
+    sampling = SamplingSettings(n=arguments.group, max_tokens=arguments.completion, seed=0)
+    longest = max(len(prompt.input_ids) for prompt in prompts) + arguments.completion
+    engine = VLLMEngine(model, processor, max_model_len=longest, max_sequences=arguments.sequences)
+
+    requests = [vllm_prompt(prompt, processor) for prompt in prompts]
+    seeds = prompt_seeds(sampling.seed, len(prompts))
+    vllm = importlib.import_module("vllm")
+    parameters = [
+        vllm.SamplingParams(**sampling_parameters(sampling, sampling.n, seed, engine.stop_ids))
+        for seed in seeds
+    ]
+
+    def ours() -> list[list[int]]:
+        return [r.token_ids.tolist() for group in engine.generate(prompts, sampling) for r in group]
+
+    def bare() -> list[list[int]]:
+        outputs = engine.llm.generate(requests, parameters, use_tqdm=False)
+        return [list(completion.token_ids) for output in outputs for completion in output.outputs]
+
+    def timed(work: Any) -> float:
+        engine.reset_caches()
+        return seconds(work, device)
+
+    tokens = ours()
+    equal = tokens == bare()
+    pairs = []
+    for number in range(arguments.rounds):
+        if number % 2:
+            late = timed(bare)
+            pairs.append((timed(ours), late))
+        else:
+            pairs.append((timed(ours), timed(bare)))
+    count = sum(len(row) for row in tokens)
+    hand_over = statistics.median(
+        seconds(lambda: engine.update_weights(model), device) for _ in range(arguments.rounds)
+    )
+    engine.close()
+    in_process = TransformersEngine(model, processor, max_sequences=arguments.sequences)
+    theirs = in_process.generate(prompts, sampling)
+    others = sum(len(rollout.token_ids) for group in theirs for rollout in group)
+    transformers = statistics.median(
+        seconds(lambda: in_process.generate(prompts, sampling), device) for _ in range(arguments.rounds)
+    )
+    ratios = [b / a for a, b in pairs]
+    return {
+        "ratio": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "rounds": arguments.rounds,
+        "equal": equal,
+        "tokens_per_second": round(count / statistics.median(a for a, _ in pairs)),
+        "tokens_per_second_bare": round(count / statistics.median(b for _, b in pairs)),
+        "tokens_per_second_transformers": round(others / transformers),
+        "hand_over_seconds": round(hand_over, 4),
+        "sizes": {
+            "weights": sum(p.numel() for p in model.parameters()),
+            "prompt": longest - arguments.completion,
+            "completion": arguments.completion,
+            "group": arguments.group,
+            "questions": arguments.questions,
+            "dtype": arguments.dtype,
+        },
+    } | machine(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser.add_argument("--model", default=str(base_folder()), help="checkpoint folder")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--questions", type=int, default=16)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--completion", type=int, default=64, help="most tokens of a completion")
+    parser.add_argument("--sequences", type=int, default=128, help="completions decoded at once")
+    parser.add_argument("--frame_pixels", type=int, default=56 * 56)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("vllm") is None:
+        print(json.dumps({"skipped": "vLLM is not installed"}))
+    else:
+        print(json.dumps(run(arguments)))
+
+
+if __name__ == "__main__":
+    main()

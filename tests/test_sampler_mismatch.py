@@ -1,0 +1,107 @@
+"""What is logged and corrected when the sampler's probabilities differ from the trainer's."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tgrpo_trainers import many_tokens
+from tiny_models import tiny_model, tiny_processor
+from tiny_questions import read_lines, training_arguments, write_manifest
+
+from video_r1.errors import ConfigError
+from video_r1.rollout.engine import Rollout
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.metrics_log import Meter
+from video_r1.training.sampler_mismatch import sampler_weights
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
+from video_r1.vllm_settings import VLLMSettings
+
+SAMPLED = [[-1.5, -1.0], [-2.0]]
+TRAINER = torch.tensor([-1.0, -2.0, -2.0])
+
+
+def group(*completions: list[float]) -> Any:
+    ids = [torch.ones(len(logprobs), dtype=torch.long) for logprobs in completions]
+    pairs = zip(ids, completions, strict=True)
+    return SimpleNamespace(ordered=[Rollout(i, torch.tensor(values), "", "stop") for i, values in pairs])
+
+
+def test_weights_and_series() -> None:
+    meter = Meter()
+    weights = sampler_weights(
+        TRAINER, [group(*SAMPLED)], VLLMSettings(vllm_importance_sampling_cap=1.2), meter
+    )
+    assert weights is not None
+    # exp(0.5) = 1.649 is capped, exp(-1) = 0.368 and exp(0) = 1 are not
+    torch.testing.assert_close(weights, torch.tensor([1.2, math.exp(-1), 1.0]))
+    series = meter.drain(1)
+    assert series["sampler/logprob_difference"] == pytest.approx(0.5)  # (0.5 + 1 + 0) ÷ 3
+    assert series["sampler/logprob_difference_max"] == pytest.approx(1.0)
+    assert series["sampler/share_capped"] == pytest.approx(1 / 3)
+
+
+def test_means_are_over_tokens_and_the_peak_over_all() -> None:
+    meter = Meter()
+    sampler_weights(torch.tensor([-1.0]), [group([-3.0])], VLLMSettings(), meter)
+    sampler_weights(torch.full((3,), -1.0), [group([-1.0, -1.0]), group([-1.4])], VLLMSettings(), meter)
+    series = meter.drain(1)
+    assert series["sampler/logprob_difference"] == pytest.approx(2.4 / 4)
+    assert series["sampler/logprob_difference_max"] == pytest.approx(2.0)
+    assert meter.drain(1) == {}
+
+
+def test_the_correction_can_be_off() -> None:
+    meter = Meter()
+    settings = VLLMSettings(vllm_importance_sampling_correction=False)
+    assert sampler_weights(TRAINER, [group(*SAMPLED)], settings, meter) is None
+    assert meter.drain(1)["sampler/share_capped"] == 0.0
+
+
+class StaleEngine(TransformersEngine):
+    """Keeps the weights that it was made with."""
+
+    def update_weights(self, model: Any) -> None:
+        if not hasattr(self, "model"):
+            super().update_weights(model)
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_weights_that_do_not_arrive_are_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, stale: bool
+) -> None:
+    """Before the first step, and once only."""
+    processor = tiny_processor("qwen2_5_vl")
+    sampler, policy = (tiny_model("qwen2_5_vl", processor.tokenizer, seed) for seed in (stale, 0))
+    engine = StaleEngine(sampler, processor) if stale else None
+    settings = {"num_generations": 2, "max_completion_length": 6, "length_reward": 0.0, "max_steps": 2}
+    arguments = training_arguments(tmp_path, **settings, preflight_questions=0, save_strategy="no")
+    trainer = TGRPOTrainer(
+        policy, many_tokens, TGRPOConfig(**arguments, use_vllm=True), str(write_manifest(tmp_path)),
+        processing_class=processor, engine=engine or TransformersEngine(policy, processor),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    said = [record for record in caplog.records if "log-probs differ" in record.message]
+    assert len(said) == stale
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    differences = [line["sampler/logprob_difference"] for line in lines if "loss" in line]
+    assert len(differences) == 2 and all((value > 0.1) == stale for value in differences)
+    assert all((line["sampler/share_capped"] > 0) == stale for line in lines if "loss" in line)
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
+    ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url"),
+    ({"vllm_importance_sampling_cap": 0.0}, "vllm_importance_sampling_cap"),
+    ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization"),
+    ({"vllm_server_timeout": 0.0}, "vllm_server_timeout"),
+])  # fmt: skip
+def test_settings_that_cannot_be(changes: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        VLLMSettings(**changes)
