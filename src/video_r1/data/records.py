@@ -103,6 +103,7 @@ def load_manifest(
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
+    min_options: int = 2,
 ) -> list[Sample]:
     """Reads and checks a manifest.
 
@@ -113,11 +114,12 @@ def load_manifest(
             the manifest file, or the current folder when there is no file.
         allow_urls: accept http and https URLs as `path`; they are kept as they are.
         split: the split to read of a data set that has several.
+        min_options: fewest options of a multiple-choice question.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
     """
-    checked = check_manifest(source, media_root, allow_urls, split)
+    checked = check_manifest(source, media_root, allow_urls, split, min_options)
     if problems := checked.problems:
         name = source if isinstance(source, (str, Path)) else type(source).__name__
         shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
@@ -133,6 +135,7 @@ def check_manifest(
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
+    min_options: int = 2,
 ) -> CheckedManifest:
     """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
 
@@ -157,7 +160,7 @@ def check_manifest(
         if isinstance(row, Unreadable):
             problems.append(Problem(number, None, row.reason))
             continue
-        sample, found = _check_row(row, places)
+        sample, found = _check_row(row, places, min_options)
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
         if not isinstance(problem_id, (int, str)):
             problem_id = None
@@ -209,7 +212,7 @@ class _MediaPlaces:
         return found
 
 
-def _check_row(row: Any, places: _MediaPlaces) -> tuple[Sample | None, list[str]]:
+def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
     """The sample of a row, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
         return None, [f"is {_shown(row)}, not an object with fields"]
@@ -235,7 +238,7 @@ def _check_row(row: Any, places: _MediaPlaces) -> tuple[Sample | None, list[str]
         answer = match.group(1).strip() if match else ""
         if not answer:
             found.append(f"solution is {_shown(solution)}; it must be <answer>…</answer> with a text inside")
-    options = _options(row, problem_type, answer, found)
+    options = _options(row, problem_type, answer, min_options, found)
     if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
         found.append(
             f"the solution of a {problem_type} problem must be a finite number, not {_shown(answer)}"
@@ -297,7 +300,9 @@ def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[
     return ""
 
 
-def _options(row: dict[str, Any], problem_type: str, answer: str | None, found: list[str]) -> tuple[str, ...]:
+def _options(
+    row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
+) -> tuple[str, ...]:
     options = row.get("options")
     if options is None:
         options = []
@@ -308,7 +313,7 @@ def _options(row: dict[str, Any], problem_type: str, answer: str | None, found: 
         if options and problem_type:
             found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
         return tuple(options)
-    if len(options) < 2:
+    if len(options) < min_options:
         found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
         return tuple(options)
     letters = []

@@ -1,0 +1,191 @@
+"""From a benchmark's folder to checked questions, with what is missing and where it is to be had.
+
+media root/
+  vsibench/          a copy of the benchmark's data set, unpacked (the spec says how)
+  mvbench/ …
+  eval_mmvu.json     or the reference's evaluation JSONs, with Evaluation/… beside them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from video_r1.data.records import Sample, load_manifest
+from video_r1.errors import RequestError
+from video_r1.evaluation.benchmarks import BENCHMARKS
+from video_r1.evaluation.benchmarks.spec import (
+    Benchmark,
+    Row,
+    annotation_files,
+    manifest_rows,
+    reference_rows,
+)
+
+Annotation = Literal["published", "reference"]
+BENCHMARK_ROOT = "data/benchmarks"
+_SHOWN = 10  # missing files in a message
+
+
+class Coverage(NamedTuple):
+    """Of how many questions the figures are: `questions` of the `annotated` ones in the annotation, of which
+    the benchmark has `published` (None: a manifest of the user's own). `missing`: media files not there."""
+
+    questions: int
+    annotated: int
+    published: int | None
+    missing: tuple[str, ...]
+
+    @property
+    def complete(self) -> bool:
+        return self.questions == (self.annotated if self.published is None else self.published)
+
+    def __str__(self) -> str:
+        of = self.annotated if self.published is None else self.published
+        why = f", {len(self.missing):,} media files missing" if self.missing else ""
+        return (
+            f"all {self.questions:,} questions"
+            if self.complete
+            else f"{self.questions:,} of {of:,} questions{why}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """A benchmark's questions that can be asked. Those about one clip stand together."""
+
+    name: str
+    title: str
+    samples: tuple[Sample, ...]
+    coverage: Coverage
+    annotation: Annotation | None  # None: a manifest of the user's own
+    benchmark: Benchmark | None
+
+
+def load_questions(
+    name: str,
+    media_root: str | Path | None,
+    manifest_folder: Path,
+    *,
+    allow_missing: bool = False,
+    annotation: Annotation | None = None,
+) -> Questions:
+    """Reads, converts and checks one benchmark, or a manifest of the user's own.
+
+    name: a benchmark's name, or the path of a manifest. media_root: by default `BENCHMARK_ROOT`, and for a
+    manifest its own folder. annotation: which kind is read when both are there;
+    the published one by default. The converted manifest is written to `manifest_folder`/manifest.json.
+
+    Raises RequestError when there is no annotation, and, unless `allow_missing`, when the number of questions
+    or of options is not the published one or when media are missing; the message says where they are to be
+    had. Raises ManifestError for rows that are no questions.
+    """
+    benchmark = BENCHMARKS.get(name)
+    if benchmark is None:
+        return _own_manifest(Path(name), media_root, allow_missing)
+    root = Path(media_root or BENCHMARK_ROOT)
+    kind, rows = _rows(benchmark, root, annotation)
+    manifest = _write_manifest(rows, manifest_folder)
+    samples = load_manifest(manifest, root, min_options=benchmark.options[0])
+    present, missing = _split_by_media(samples)
+    if not present:
+        raise RequestError(f"{benchmark.title}: {'; '.join(_media_problems(missing, benchmark))}")
+    problems = [*_count_problems(benchmark, samples), *_media_problems(missing, benchmark)]
+    if problems and not allow_missing:
+        raise RequestError(
+            f"{benchmark.title} in {root}: {'; '.join(problems)}. Say allow_missing to evaluate what is there"
+        )
+    coverage = Coverage(len(present), len(samples), benchmark.questions, missing)
+    return Questions(name, benchmark.title, by_clip(present), coverage, kind, benchmark)
+
+
+def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
+    """The command that downloads a benchmark into its folder, and what to do then."""
+    folder = f"{root}/{benchmark.name}"
+    return (
+        f"hf download {benchmark.dataset} --repo-type dataset --local-dir {folder}; then {benchmark.unpack}"
+    )
+
+
+def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """The samples with those about one clip side by side, clips in order of their first question."""
+    clips: dict[tuple[object, ...], list[Sample]] = {}
+    for sample in samples:
+        clips.setdefault((sample.path, sample.start, sample.end), []).append(sample)
+    return tuple(sample for questions in clips.values() for sample in questions)
+
+
+def _own_manifest(path: Path, media_root: str | Path | None, allow_missing: bool) -> Questions:
+    if not path.is_file():
+        raise RequestError(
+            f"bench: {str(path)!r} is no benchmark and no manifest file; known are {', '.join(BENCHMARKS)}"
+        )
+    samples = load_manifest(path, media_root)
+    present, missing = _split_by_media(samples)
+    if not present or (missing and not allow_missing):
+        raise RequestError(f"{path}: {_listed(missing)}. Say allow_missing to evaluate what is there")
+    coverage = Coverage(len(present), len(samples), None, missing)
+    return Questions(path.stem, path.stem, by_clip(present), coverage, None, None)
+
+
+def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[Annotation, Iterable[Row]]:
+    files = annotation_files(benchmark, root / benchmark.name)
+    if files and wanted != "reference":
+        return "published", manifest_rows(benchmark, root)
+    name = f"eval_{benchmark.name}.json"
+    if wanted != "published" and (root / name).is_file():
+        return "reference", reference_rows(benchmark, root / name)
+    looked_for = {
+        "published": f"{root / benchmark.name}/ has none of {', '.join(benchmark.files)}",
+        "reference": f"{root / name} is not there (hf download Video-R1/Video-R1-eval --repo-type dataset)",
+    }
+    kinds = list(looked_for) if wanted is None else [wanted]
+    found = "; ".join(looked_for[kind] for kind in kinds)
+    raise RequestError(
+        f"{benchmark.title}: no annotation: {found}. To get it: {where_to_get(benchmark, root)}"
+    )
+
+
+def _write_manifest(rows: Iterable[Row], folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "manifest.json"
+    draft = path.with_suffix(".partial")
+    draft.write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)
+    return path
+
+
+def _split_by_media(samples: Sequence[Sample]) -> tuple[list[Sample], tuple[str, ...]]:
+    """The samples whose file is there, and the files that are not."""
+    paths = dict.fromkeys(sample.path for sample in samples)
+    missing = {path for path in paths if not os.path.exists(path)}
+    present = [sample for sample in samples if sample.path not in missing]
+    return present, tuple(path for path in paths if path in missing)
+
+
+def _count_problems(benchmark: Benchmark, samples: Sequence[Sample]) -> list[str]:
+    problems = []
+    if len(samples) != benchmark.questions:
+        problems.append(f"the annotation has {len(samples):,} questions, not {benchmark.questions:,}")
+    fewest, most = benchmark.options
+    counts = Counter(len(sample.options) for sample in samples if sample.problem_type == "multiple choice")
+    odd = {options: number for options, number in counts.items() if not fewest <= options <= most}
+    if odd:
+        said = ", ".join(f"{number} with {options}" for options, number in sorted(odd.items()))
+        problems.append(f"questions have {fewest} to {most} options, but here are {said}")
+    return problems
+
+
+def _media_problems(missing: Sequence[str], benchmark: Benchmark) -> list[str]:
+    return [f"{_listed(missing)}; to get them: {where_to_get(benchmark)}"] if missing else []
+
+
+def _listed(missing: Sequence[str]) -> str:
+    shown = ", ".join(missing[:_SHOWN])
+    more = f" and {len(missing) - _SHOWN:,} more" if len(missing) > _SHOWN else ""
+    return f"{len(missing):,} media files are missing: {shown}{more}"

@@ -1,0 +1,196 @@
+"""What a benchmark is, as data, and how its published rows become rows of our manifest.
+
+A spec says where the annotations and the media come from, which published field is which of ours, which
+window of the clip a question is about, how the question is put, and how the headline figure is made. It does
+nothing itself: `manifest_rows` and `reference_rows` are the same for every benchmark.
+
+What a spec assumes without a published file or program that shows it stands in its `unverified`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from video_r1.data.rows import Unreadable, read_rows
+from video_r1.errors import ManifestError
+from video_r1.rewards.answers import parse_number
+
+Row = dict[str, Any]
+ProblemTypeOf = Callable[[Row], str | None]
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")
+
+
+class Place(NamedTuple):
+    """Where a question's clip may lie, below the benchmark's folder. `is_window`: the file is cut already."""
+
+    path: str
+    is_window: bool = False
+
+
+def json_or_parquet(path: Path) -> Iterator[Row]:
+    """The rows of one annotation file: a JSON list, JSON lines or Parquet."""
+    for number, row in read_rows(path, split="test"):
+        if isinstance(row, Unreadable):
+            raise ManifestError(f"{path}: row {number}: {row.reason}")
+        yield row
+
+
+def multiple_choice(row: Row) -> str | None:
+    return "multiple choice"
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """One benchmark, declared.
+
+    `fields` maps ours to theirs: `problem_id`, `problem`, `options`, `answer`, `task_type`.
+    """
+
+    name: str  # as `--bench` names it; also its folder below the media root
+    title: str
+    dataset: str  # the data set on the Hugging Face hub that the folder is a copy of
+    files: tuple[str, ...]  # annotation files in the folder: the first pattern that finds any counts
+    unpack: str  # what has to be done to the downloaded media
+    questions: int  # published number
+    options: tuple[int, int]  # fewest and most options of its multiple-choice questions
+    fields: Mapping[str, str]
+    places: Callable[[Row], Sequence[Place]]
+    problem_type: ProblemTypeOf = multiple_choice  # None: the question is no part of the figure
+    read: Callable[[Path], Iterator[Row]] = json_or_parquet
+    window: tuple[str, str] | None = None  # fields with the start and the end in seconds
+    prompts: Mapping[str, str] = field(default_factory=dict)  # task type, or "" for all: text with {question}
+    metric: str = "accuracy"
+    headline: Literal["questions", "tasks"] = "questions"  # what the mean is over
+    reference_task: Callable[[Row], str] = lambda row: ""  # the task type of a row of the reference's JSON
+    unverified: tuple[str, ...] = ()
+
+
+def annotation_files(benchmark: Benchmark, folder: Path) -> list[Path]:
+    """The published annotation files in a benchmark's folder, sorted; none when there are none."""
+    for pattern in benchmark.files:
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            return found
+    return []
+
+
+def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
+    """Rows of our manifest from the published annotation in `root`/`name`; paths are relative to `root`."""
+    folder, names, number = root / benchmark.name, benchmark.fields, 0
+    for file in annotation_files(benchmark, folder):
+        for row in benchmark.read(file):
+            problem_type = benchmark.problem_type(row)
+            if problem_type is None:
+                continue
+            number += 1
+            task = str(row.get(names.get("task_type", ""), "") or "")
+            options = lettered(row.get(names.get("options", "options")) or [], problem_type)
+            place = first_existing(folder, benchmark.places(row))
+            form = benchmark.prompts.get(task) or benchmark.prompts.get("", "{question}")
+            yield {
+                "problem_id": f"{benchmark.name}-{row.get(names.get('problem_id', ''), number)}",
+                "problem": form.replace("{question}", str(row[names["problem"]]).strip()),
+                "data_type": "video",
+                "problem_type": problem_type,
+                "options": options,
+                "solution": f"<answer>{answer_of(row[names['answer']], options)}</answer>",
+                "path": f"{benchmark.name}/{place.path}",
+                "data_source": row.get("data_source", benchmark.title),
+                "task_type": task,
+                **({} if place.is_window else window_of(row, benchmark.window)),
+            }
+
+
+def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
+    """Rows of our manifest from the reference's evaluation JSON (`eval_<name>.json`).
+
+    Paths there are `./Evaluation/<Title>/…`, relative to the folder of the file. They are looked for as they
+    stand, without `Evaluation`, and in this project's own folder of the benchmark.
+    """
+    root = file.parent
+    for row in json_or_parquet(file):
+        parts = [part for part in str(row["path"]).split("/") if part != "."]
+        inner = parts[1:] if parts[0] == "Evaluation" else parts
+        own = [benchmark.name, *inner[1:]]
+        place = first_existing(root, [Place("/".join(path)) for path in (parts, inner, own)])
+        yield {
+            "problem_id": f"{benchmark.name}-{row['problem_id']}",
+            "problem": row["problem"],
+            "data_type": "image" if row["data_type"] == "image" else "video",  # "frame" where clips are MP4s
+            "problem_type": row["problem_type"],
+            "options": row.get("options") or [],
+            "solution": row["solution"],
+            "path": place.path,
+            "data_source": benchmark.title,
+            "task_type": benchmark.reference_task(row),
+            **window_of(row, benchmark.window),
+        }
+
+
+def first_existing(folder: Path, places: Sequence[Place]) -> Place:
+    """The first place that has a file; the first of all where none has."""
+    return next((place for place in places if (folder / place.path).is_file()), places[0])
+
+
+def window_of(row: Row, names: tuple[str, str] | None) -> Row:
+    """`start` and `end` of the question's window in seconds, where the row has both."""
+    if names is None or any(row.get(name) is None for name in names):
+        return {}
+    return {"start": float(row[names[0]]), "end": float(row[names[1]])}
+
+
+def lettered(options: Any, problem_type: str = "multiple choice") -> list[str]:
+    """Options as `"A. text"`, from a list of texts, lettered or not, or a mapping of letters to texts."""
+    if problem_type != "multiple choice":
+        return []
+    if isinstance(options, Mapping):
+        return [f"{letter}. {text}" for letter, text in sorted(options.items())]
+    texts = [str(option) for option in options]
+    letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
+    if letters == list(LETTERS[: len(texts)]):
+        return [
+            f"{letter}. {text[len(_prefix(text)) :]}" for letter, text in zip(LETTERS, texts, strict=False)
+        ]
+    return [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
+
+
+def _prefix(option: str) -> str:
+    match = _LETTERED.match(option)
+    return match.group() if match else ""
+
+
+def answer_of(answer: Any, options: Sequence[str]) -> str:
+    """The option's letter for an answer given as letter, as `"B. text"` or as the option's text."""
+    text = str(answer).strip()
+    if not options:
+        return text
+    letters = [option[0] for option in options]
+    texts = [option[len(_prefix(option)) :].strip() for option in options]
+    bare = text.strip("().: ")
+    if bare in letters:
+        return bare
+    if text in texts:
+        return letters[texts.index(text)]
+    prefix = _prefix(text)
+    return prefix.strip("(.): ") if prefix and text[len(prefix) :].strip() in texts else text
+
+
+def number_or_choice(row: Row, options_field: str = "options") -> str:
+    """Multiple choice where there are options, numerical where the answer is a number, else free-form."""
+    if len(row.get(options_field) or ()) > 0:
+        return "multiple choice"
+    return "free-form" if parse_number(str(row["answer"])) is None else "numerical"
+
+
+def load_json(path: Path) -> Any:
+    """The content of a JSON file. Raises ManifestError where it is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error

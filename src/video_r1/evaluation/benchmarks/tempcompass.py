@@ -1,0 +1,87 @@
+"""TempCompass (arXiv 2403.00476): five temporal aspects of 410 clips, asked in four forms.
+
+All four forms become multiple choice. Yes/no questions and caption matching have their two answers as
+options. Captioning is published with a language model as judge of the caption; here the model chooses among
+the pieces of information that the caption would have to be made from, of which one fits the clip.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from video_r1.errors import ManifestError
+from video_r1.evaluation.benchmarks.spec import (
+    LETTERS,
+    Benchmark,
+    Place,
+    Row,
+    answer_of,
+    json_or_parquet,
+    lettered,
+    load_json,
+)
+
+FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
+_NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)
+_INFORMATION = re.compile(r"Information [A-Z]: (.*)", re.DOTALL)
+_INFORMATION_QUESTION = "Which piece of information is consistent with the video?"
+
+
+def _questions(path: Path) -> Iterator[Row]:
+    """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder for each form."""
+    form = path.stem if path.stem in FORMS else path.parent.name
+    if form not in FORMS:
+        return
+    rows = _nested(path) if path.stem in FORMS else json_or_parquet(path)
+    for row in rows:
+        yield {**row, **as_choice(form, row), "data_source": f"TempCompass/{form}"}
+
+
+def _nested(path: Path) -> Iterator[Row]:
+    for clip, aspects in load_json(path).items():
+        for aspect, questions in aspects.items():
+            for question in questions:
+                yield {**question, "video_id": clip, "dim": aspect}
+
+
+def as_choice(form: str, row: Row) -> Row:
+    """`problem`, lettered `options` and the right `letter` of a question in one of the four forms."""
+    question, *lines = str(row["question"]).split("\n")
+    answer = str(row["answer"]).strip()
+    if form == "yes_no":
+        options = ["yes", "no"]
+        question = "\n".join([question, *lines])
+    elif form == "caption_matching":
+        options = [match.group(1) if (match := _NAMED.fullmatch(line)) else line for line in lines]
+        answer = match.group(1) if (match := _NAMED.fullmatch(answer)) else answer
+    elif form == "captioning":
+        options = [match.group(1) for line in lines if (match := _INFORMATION.fullmatch(line))]
+        answer, question = answer[:1], _INFORMATION_QUESTION
+    else:
+        options = lines
+    choices = lettered(options)
+    letter = answer_of(answer, choices)
+    if letter not in LETTERS:
+        raise ManifestError(f"TempCompass, {form}: the answer {answer!r} is none of {choices}")
+    return {"problem": question, "options": choices, "letter": letter}
+
+
+TEMPCOMPASS = Benchmark(
+    name="tempcompass",
+    title="TempCompass",
+    dataset="lmms-lab/TempCompass",
+    files=("questions/*.json", "*/*.parquet", "*/*.jsonl"),
+    unpack="unzip tempcompass_videos.zip into videos/; questions/ is in github.com/llyx97/TempCompass",
+    questions=sum(FORMS.values()),
+    options=(2, 4),
+    fields={"problem": "problem", "options": "options", "answer": "letter", "task_type": "dim"},
+    places=lambda row: [Place(f"videos/{row['video_id']}.mp4")],
+    read=_questions,
+    reference_task=lambda row: str(row.get("original_question_type") or ""),
+    unverified=(
+        "how the reference asks the captioning questions: its table is over multiple choice only",
+        "the task types in the reference's JSON",
+    ),
+)
