@@ -14,8 +14,8 @@ from PIL import Image
 from video_r1.data import clips
 from video_r1.data.media import (
     FrameBudget,
+    decode_media,
     frame_indices,
-    read_media,
     resize,
 )
 
@@ -80,7 +80,7 @@ def test_chosen_frames_equal_those_of_decoding_everything(formats, monkeypatch, 
     for budget, (start, end) in itertools.product(budgets, [(None, None), (1.0, 3.0), (2.48, None)]):
         first = round((start or 0) * 25)
         last = round(end * 25) if end else 90
-        media = read_media(sample(path, start=start, end=end), budget)
+        media = decode_media(sample(path, start=start, end=end), budget)
         chosen = [first + index for index in frame_indices(last - first, 25.0, budget)]
         assert torch.equal(media.frames, torch.stack([everything[index] for index in chosen]))
         assert media.timestamps.tolist() == pytest.approx(
@@ -102,7 +102,7 @@ def test_few_frames_of_a_long_clip_need_few_decoded_pictures(tmp_path, monkeypat
             yield item
 
     monkeypatch.setattr(clips, "_packets_from", counted)
-    read_media(sample(path), FrameBudget(max_frames=4, frame_pixels=SIDE * SIDE))
+    decode_media(sample(path), FrameBudget(max_frames=4, frame_pixels=SIDE * SIDE))
     # frames 0, 133, 266 and 399 from the keyframes 0, 120, 260 and 380
     assert sent == [0, *range(120, 134), *range(260, 267), *range(380, 400)]
 
@@ -110,11 +110,11 @@ def test_few_frames_of_a_long_clip_need_few_decoded_pictures(tmp_path, monkeypat
 def test_variable_frame_rate_gives_frames_in_order_with_their_own_times(tmp_path):
     pts = [0, 1, 2, 3, 4, 50, 51, 100, 160, 161]  # 10 frames in 6.48 s
     path = write_video(tmp_path / "clip.mp4", 10, pts=pts)
-    media = read_media(sample(path), FrameBudget(frame_pixels=SIDE * SIDE))
+    media = decode_media(sample(path), FrameBudget(frame_pixels=SIDE * SIDE))
     assert media.timestamps.tolist() == [place / 25 for place in pts]
     everything = decoded_frames(path)
     assert torch.equal(media.frames, torch.stack(everything))
-    window = read_media(sample(path, start=1.0, end=6.42), FrameBudget(frame_pixels=SIDE * SIDE))
+    window = decode_media(sample(path, start=1.0, end=6.42), FrameBudget(frame_pixels=SIDE * SIDE))
     assert window.timestamps.tolist() == pytest.approx([1.0, 1.04, 3.0, 5.4])
     assert torch.equal(window.frames, torch.stack(everything[5:9]))
     assert window.duration == pytest.approx(5.42)
@@ -138,7 +138,7 @@ def test_frames_before_an_edit_list_are_not_shown(tmp_path, monkeypatch):
     everything = decoded_frames(cut)
     assert len(everything) == 40
     monkeypatch.setattr(clips, "_decode_from_beginning", None)
-    media = read_media(sample(cut), FrameBudget(min_frames=40, max_frames=40, frame_pixels=SIDE * SIDE))
+    media = decode_media(sample(cut), FrameBudget(min_frames=40, max_frames=40, frame_pixels=SIDE * SIDE))
     assert torch.equal(media.frames, torch.stack(everything))
     assert media.duration == pytest.approx(1.6)
 
@@ -150,14 +150,14 @@ def test_the_container_may_lie_about_its_duration(tmp_path, field):
     place = data.index(field) + 4 + 16  # version and flags, two dates, the time scale
     data[place : place + 4] = (2**30).to_bytes(4)
     path.write_bytes(data)
-    media = read_media(sample(path), SMALL)
+    media = decode_media(sample(path), SMALL)
     assert (len(media.frames), media.duration, media.fps) == (4, 2.0, 2.0)
 
 
 def test_a_raw_stream_without_times_is_decoded_from_its_beginning(tmp_path):
     path = write_video(tmp_path / "clip.h264", 50)
     everything = decoded_frames(path)
-    media = read_media(sample(path), SMALL)
+    media = decode_media(sample(path), SMALL)
     assert torch.equal(media.frames, torch.stack([everything[index] for index in (0, 16, 33, 49)]))
     assert media.timestamps.tolist() == [0.0, 0.64, 1.32, 1.96]
 
@@ -178,7 +178,7 @@ def test_the_display_matrix_is_respected(tmp_path, turn):
     matrix, expected = TURNS[turn]
     fixed = [value << (30 if place % 3 == 2 else 16) for place, value in enumerate(matrix)]
     path = write_video(tmp_path / "clip.mp4", 4, size=(112, 56), matrix=fixed)
-    media = read_media(sample(path), FrameBudget(frame_pixels=112 * 56))
+    media = decode_media(sample(path), FrameBudget(frame_pixels=112 * 56))
     assert torch.equal(media.frames, torch.stack([expected(frame) for frame in decoded_frames(path)]))
     with av.open(str(path)) as container:  # FFmpeg's own reading of the matrix, where it is a plain turn
         rotation = next(container.decode(video=0)).rotation
@@ -188,7 +188,7 @@ def test_the_display_matrix_is_respected(tmp_path, turn):
 
 def test_frames_are_resized_to_the_budget(tmp_path):
     path = write_video(tmp_path / "clip.mp4", 30, size=(160, 90))
-    media = read_media(sample(path), FrameBudget(frame_pixels=32 * 784))
+    media = decode_media(sample(path), FrameBudget(frame_pixels=32 * 784))
     assert media.frames.shape == (4, 3, 4 * 28, 7 * 28)
     assert (media.kind, media.frames.dtype, media.timestamps.dtype) == ("video", torch.uint8, torch.float64)
     frames = decoded_frames(path)
@@ -209,6 +209,6 @@ WINDOWS = [
 @pytest.mark.parametrize(("window", "frames", "seconds"), WINDOWS)
 def test_windows_hold_the_frames_from_start_to_before_end(tmp_path, window, frames, seconds):
     path = write_video(tmp_path / "clip.mp4", 50)
-    media = read_media(sample(path, "video", *window), FrameBudget(min_frames=50, max_frames=50))
+    media = decode_media(sample(path, "video", *window), FrameBudget(min_frames=50, max_frames=50))
     assert len(media.frames) == frames // 2 * 2
     assert media.duration == pytest.approx(seconds)

@@ -1,8 +1,8 @@
 """Media: decoded, resized frames of a clip or an image, with real timestamps.
 
 `read_media` is the only door: whatever is wrong with a file comes out of it as a `MediaError` with path
-and reason. Videos are decoded in clips.py; which of their frames are taken and how large they become is
-decided here.
+and reason. It decodes in a worker process with limits on time and memory (decoders.py). Videos are decoded in
+clips.py; which of their frames are taken and how large they become is decided here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import math
 import os
 import urllib.request
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from io import BytesIO
 from typing import Any, Literal
 
@@ -22,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from video_r1.data.clips import MAX_PIXELS, URL_SECONDS, decode_clip
+from video_r1.data.decoders import read_in_worker
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError
 
@@ -30,11 +33,15 @@ TEMPORAL_PATCH = 2
 # Qwen's processors refuse longer shapes.
 MAX_ASPECT_RATIO = 200
 _MAX_IMAGE_BYTES = 1 << 28
+# Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
+_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_LEAST_MEMORY = 64 << 20
+_LONGEST_REASON = 300  # characters; decoders quote what they find in a file
 
 
 @dataclass(frozen=True, slots=True)
 class FrameBudget:
-    """How many frames of a video are kept, and how large frames and images become.
+    """How many frames of a video are kept, how large frames and images become, and what reading may cost.
 
     Areas are in pixels; a model's visual tokens are area ÷ size_multiple² (for video per two frames).
     """
@@ -45,6 +52,11 @@ class FrameBudget:
     frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
     image_pixels: int = 512 * 28 * 28  # the same for an image
     size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
+    # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
+    frame_counts: tuple[int, ...] = ()
+    # The limits of one file, after which it counts as unusable. They do not change what is read.
+    seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
+    memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fps) and self.fps > 0):
@@ -53,6 +65,11 @@ class FrameBudget:
             raise ConfigError(
                 f"max_frames is {self.max_frames} and min_frames {self.min_frames}; a video needs at "
                 f"least {TEMPORAL_PATCH} frames"
+            )
+        if not 0 <= self.seconds < math.inf or self.memory < _LEAST_MEMORY:
+            raise ConfigError(
+                f"a file may take {self.seconds} seconds and {self.memory:,} bytes; give 0 seconds (no "
+                f"limits) or more, and at least {_LEAST_MEMORY:,} bytes"
             )
         for name in ("frame_pixels", "image_pixels"):
             if getattr(self, name) < self.size_multiple**2:
@@ -135,6 +152,9 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
 def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
     """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
 
+    It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
+    may be made from many threads at once.
+
     Args:
         decoder_threads: threads to decode one large clip with; 0: one per core. Clips of small pictures take
             one in any case. Give 1 where many clips are decoded at once.
@@ -142,17 +162,55 @@ def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) ->
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
         file.
+        VideoR1Error: no worker can be started.
     """
+    if budget.seconds == 0:
+        return decode_media(sample, budget, decoder_threads)
+    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
+    request = {"sample": place, "budget": asdict(budget), "threads": decoder_threads}
+    area = max(budget.image_pixels, budget.frame_pixels * budget.max_frames)
+    frames, times, duration = read_in_worker(sample.path, request, budget.seconds, 3 * area)
+    return Media(frames, torch.tensor(times, dtype=torch.float64), duration, sample.data_type)
+
+
+def decode_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
+    """`read_media` in this process, without its limits. Raises MediaError."""
     try:
         _require_file(sample.path)
         if sample.data_type == "image":
             return _read_image(sample.path, budget)
         return _read_video(sample, budget, decoder_threads)
-    except MediaError:
-        raise
+    except MediaError as error:
+        raise MediaError(error.path, _one_line(error.reason)) from error
     except Exception as error:  # decoders raise whatever they like over hostile files
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise MediaError(sample.path, "takes more memory to decode than is allowed") from error
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise MediaError(sample.path, f"cannot be decoded ({detail})") from error
+        raise MediaError(sample.path, _one_line(f"cannot be decoded ({detail})")) from error
+
+
+def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
+    """What `read_media` gives with each of `counts` as max_frames, from one decoding of the clip.
+
+    Raises MediaError.
+    """
+    if len(counts) == 1 or sample.data_type == "image":
+        media = read_media(sample, replace(budget, max_frames=counts[0]))
+        return [media] * len(counts)
+    together = read_media(sample, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
+    # Times ascend within the frames of one count and start again with those of the next.
+    ends = (together.timestamps.diff() <= 0).nonzero().flatten() + 1
+    parts = (tensor.tensor_split(ends) for tensor in (together.frames, together.timestamps))
+    return [
+        Media(frames.clone(), times.clone(), together.duration, together.kind)
+        for frames, times in zip(*parts, strict=True)
+    ]
+
+
+def _one_line(reason: str) -> str:
+    """Printable characters only, and not too many of them."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+    return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
 
 
 def _is_url(path: str) -> bool:
@@ -176,6 +234,7 @@ def _require_file(path: str) -> None:
 
 def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Media:
     size: tuple[int, int] | None = None
+    chosen: list[list[int]] = []  # of each frame count
 
     def finish(frame: Tensor) -> Tensor:
         nonlocal size
@@ -191,7 +250,9 @@ def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Me
                 sample.path,
                 f"has {total} frame{'s' * (total != 1)}{_window(sample)}, at least {TEMPORAL_PATCH} needed",
             )
-        return frame_indices(total, fps, budget)
+        counts = budget.frame_counts or (budget.max_frames,)
+        chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
+        return sorted(set().union(*chosen))
 
     try:
         clip = decode_clip(sample.path, choose, finish, sample.start, sample.end, decoder_threads)
@@ -199,8 +260,10 @@ def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Me
         if type(error) is not ValueError:  # FFmpeg's own errors are ValueErrors too
             raise
         raise MediaError(sample.path, str(error)) from error
-    timestamps = torch.tensor(clip.times, dtype=torch.float64)
-    return Media(torch.stack(clip.frames), timestamps, clip.duration, "video")
+    place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
+    places = [place[index] for indices in chosen for index in indices]
+    timestamps = torch.tensor([clip.times[place] for place in places], dtype=torch.float64)
+    return Media(torch.stack([clip.frames[place] for place in places]), timestamps, clip.duration, "video")
 
 
 def _window(sample: Sample) -> str:
@@ -214,7 +277,7 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(_download(path) if _is_url(path) else path) as image:
+            with Image.open(_download(path) if _is_url(path) else path, formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise MediaError(
                         path,
@@ -235,6 +298,12 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
     except ValueError as error:
         raise MediaError(path, str(error)) from error
     return Media(resize(frame, height, width).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
+
+
+@cache
+def _image_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
 def _as_rgb(image: Any) -> Any:

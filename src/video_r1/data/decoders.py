@@ -1,0 +1,201 @@
+"""Reading media in processes that can be killed.
+
+Decoders are C code that meets hostile bytes: a file can make them crash, never return or take all memory.
+So a read runs in a worker process with limits on its time and memory, and when the worker does not survive,
+the file is what cannot be used, not the run. Workers are forked by a server process (decoder_process.py):
+to fork this one, with its threads and its GPU, would not be safe, and every fresh interpreter needs seconds
+to import torch. They stay for the next read; there are as many as reads have been going on at once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
+from video_r1.errors import MediaError, VideoR1Error
+
+_START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from video_r1.data.decoder_process import serve
+serve(int(sys.argv[2]))
+"""
+
+
+class Decoded(NamedTuple):
+    """What a worker made of a file: frames [T, 3, H, W] uint8, their times and the duration in seconds."""
+
+    frames: Tensor
+    times: list[float]
+    duration: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    number: int  # process id
+    channel: socket.socket
+
+
+class Decoders:
+    """Workers that decode, and the server that forks them. Thread-safe; nothing is started before it is
+    needed.
+    """
+
+    def __init__(self) -> None:
+        self.idle: list[_Worker] = []
+        self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self.lock = threading.Lock()
+
+    def read(self, path: str, request: dict[str, Any], seconds: float, most_bytes: int) -> Decoded:
+        """One file, read by a worker.
+
+        request: what `decoder_process` is sent. seconds: after them the worker is killed. most_bytes: of the
+        frames.
+
+        Raises MediaError for what is wrong with the file, and VideoR1Error when no worker can be started.
+        """
+        ended = ""
+        for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
+            worker = self._take()
+            try:
+                answer, last = _exchange(worker.channel, request, seconds, most_bytes)
+            except TimeoutError:
+                self._stop(worker)
+                raise MediaError(path, f"takes longer than {seconds:g} s to decode") from None
+            except (EOFError, ConnectionError):
+                ended = self._stop(worker)
+                continue
+            except BaseException:  # Ctrl-C in the middle of an answer
+                self._stop(worker)
+                raise
+            if last:
+                self._stop(worker)
+            else:
+                with self.lock:
+                    self.idle.append(worker)
+            if isinstance(answer, str):
+                raise MediaError(path, answer)
+            return answer
+        raise MediaError(path, f"makes the decoder crash ({ended})")
+
+    def close(self) -> None:
+        """Ends the server and the idle workers."""
+        with self.lock:
+            while self.idle:
+                self.idle.pop().channel.close()
+            if self.server is not None:
+                self._forget_server()
+
+    def _take(self) -> _Worker:
+        """An idle worker, or a new one."""
+        with self.lock:
+            if self.idle:
+                return self.idle.pop()
+            ours, theirs = socket.socketpair()
+            with theirs:
+                for _ in range(2):  # a server that was killed meanwhile is started again
+                    if self.server is None:
+                        self.server = _start_server()
+                    control = self.server[1]
+                    try:
+                        socket.send_fds(control, [COMMAND.pack(START, 0)], [theirs.fileno()])
+                        return _Worker(receive(control)["worker"], ours)
+                    except (EOFError, ConnectionError):
+                        self._forget_server()
+            raise VideoR1Error("the process that decodes media ended as soon as it was used; see above")
+
+    def _stop(self, worker: _Worker) -> str:
+        """Kills a worker. Returns what ended it, in words."""
+        worker.channel.close()
+        with self.lock:
+            if self.server is None:
+                return "its server ended"
+            control = self.server[1]
+            try:
+                control.sendall(COMMAND.pack(STOP, worker.number))
+                code = receive(control)["exit"]
+            except (EOFError, ConnectionError):
+                self._forget_server()
+                return "its server ended"
+        if code is None or code >= 0:
+            return f"exit code {code}"
+        return signal.Signals(-code).name
+
+    def _forget_server(self) -> None:
+        assert self.server is not None
+        process, control = self.server
+        self.server = None
+        control.close()
+        process.kill()
+        process.wait()
+
+
+def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            process_group=0,  # Ctrl-C reaches this process, which then ends that one
+        )
+    try:
+        receive(ours, time.monotonic() + _START_SECONDS)
+    except (EOFError, ConnectionError, TimeoutError) as error:
+        process.kill()
+        process.wait()
+        ours.close()
+        raise VideoR1Error("the process that decodes media does not start; see the lines above") from error
+    ours.settimeout(None)
+    return process, ours
+
+
+def _exchange(
+    channel: socket.socket, request: dict[str, Any], seconds: float, most_bytes: int
+) -> tuple[Decoded | str, bool]:
+    """What the worker answers, frames or a reason, and whether it ends with that. Raises as `receive`."""
+    deadline = time.monotonic() + seconds
+    channel.settimeout(seconds)
+    send(channel, request)
+    reply = receive(channel, deadline)
+    if "reason" in reply:
+        return reply["reason"], reply["last"]
+    if math.prod(reply["shape"]) > most_bytes:
+        raise EOFError("more frames than were asked for")
+    frames = torch.empty(reply["shape"], dtype=torch.uint8)
+    receive_into(channel, frames.numpy().data.cast("B"), deadline)
+    return Decoded(frames, reply["times"], reply["duration"]), reply["last"]
+
+
+_decoders = Decoders()
+
+
+def read_in_worker(path: str, request: dict[str, Any], seconds: float, most_bytes: int) -> Decoded:
+    """`Decoders.read` with the workers of this process."""
+    return _decoders.read(path, request, seconds, most_bytes)
+
+
+def _forget_parents_decoders() -> None:
+    global _decoders
+    _decoders = Decoders()  # a forked process must not talk on its parent's sockets
+
+
+os.register_at_fork(after_in_child=_forget_parents_decoders)
+atexit.register(lambda: _decoders.close())
