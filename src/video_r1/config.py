@@ -75,11 +75,16 @@ class PromptSettings(Settings):
     image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels")
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped")
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
+    media_seconds: float = setting(
+        120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes")
+    media_memory_mb: int = setting(4096, "memory that decoding one file may take, in MB, else it is unusable")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
         yield from positive(self, "max_prompt_length")
+        yield from at_least(self, 0, "media_seconds")
+        yield from at_least(self, 64, "media_memory_mb")
         if self.max_frames < self.min_frames:
             yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it"
 
@@ -94,6 +99,8 @@ class PromptSettings(Settings):
             frame_pixels=self.frame_pixels,
             image_pixels=self.image_pixels,
             size_multiple=size_multiple,
+            seconds=self.media_seconds,
+            memory=self.media_memory_mb << 20,
         )
 
 
