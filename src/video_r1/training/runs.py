@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "eval_strategy",
     )
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
+    + ("media_seconds", "media_memory_mb")
 )
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""
 
