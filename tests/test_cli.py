@@ -150,7 +150,7 @@ def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
     (["eval", "run", "test.json", "--model", "other"], "model is given twice"),
     (["data", "lab", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
     (["data", "check"], "manifest is missing"),
-    (["annotate"], "not in this version"),
+    (["annotate", "train.json", "--out", "cot.json"], "teacher is missing"),
     (["report", "no/such/run"], "no/such/run: no such run folder"),
 ])  # fmt: skip
 def test_a_wrong_request_is_one_line_and_exit_code_2(

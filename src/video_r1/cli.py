@@ -45,7 +45,13 @@ COMMANDS: dict[str, Command] = {
     "data base": Command(
         "pretrain the lab's small base model", ("folder",), ("data base base --steps 4500 --seed 0",),
         commands.data_base),
-    "annotate": Command("write rationales with a teacher (not in this version)", (), (), commands.annotate),
+    "annotate": Command(
+        "write rationales with a teacher and filter them into a manifest for SFT", ("manifest",),
+        ("annotate train.json --teacher Qwen/Qwen2.5-VL-7B-Instruct --engine vllm --out cot.json",
+         "annotate train.json --media_root /data --teacher http://host:8000/v1 --out cot.json "
+         "--concurrency 2000",
+         "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority"),
+        commands.annotate),
     "sft": Command(
         "supervised cold start on rationales", (),
         ("sft lab-sft", "sft video-r1-7b-sft --train_manifest cot.json --media_root /data"),

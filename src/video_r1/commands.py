@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from video_r1.annotation.settings import AnnotateSettings
 from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
 from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import RequestError
@@ -51,7 +52,10 @@ def data_base(recipe: Recipe) -> int:
 
 
 def annotate(recipe: Recipe) -> int:
-    raise RequestError("annotate is not in this version; use a manifest with rationales (the field process)")
+    from video_r1.annotation.command import run_annotate
+
+    run_annotate(recipe.section(AnnotateSettings))
+    return 0
 
 
 def sft(recipe: Recipe) -> int:

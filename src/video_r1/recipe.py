@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from video_r1.annotation.settings import AnnotateSettings
 from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
 from video_r1.config import (
     AskSettings,
@@ -45,7 +46,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "data check": (CheckSettings,),
     "data lab": (LabSettings,),
     "data base": (BaseSettings,),
-    "annotate": (),
+    "annotate": (AnnotateSettings,),
     "report": (ReportSettings,),
     "demo": (DemoSettings,),
 }
@@ -56,6 +57,7 @@ REQUIRED = {
     "rl": ("model_name_or_path", "train_manifest", "output_dir"),
     "eval": ("model", "manifest"),
     "ask": ("model", "path", "question"),
+    "annotate": ("manifest", "teacher", "out"),
     "data check": ("manifest",),
     "data lab": ("folder",),
     "data base": ("folder",),
@@ -117,7 +119,7 @@ def load_recipe(
     types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
     imported = training_argument_types() if command in TRAINS and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
-    for name in ("model_name_or_path", "model"):
+    for name in ("model_name_or_path", "model", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
             settings[name] = str(resources.files("video_r1") / "models" / "lab_base")
     sections = []

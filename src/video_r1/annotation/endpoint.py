@@ -1,0 +1,230 @@
+"""A teacher behind an OpenAI-compatible endpoint (`/chat/completions`): vLLM, another server, or a service.
+
+    questions ─► decode, encode, send ─► wait for the answer ─► Answered
+                 at most `held` at once   up to `concurrency` at once
+
+A thread for each request. The frames and the body of a request are let go when it is sent; one that has to
+be sent again is decoded again. So thousands can wait for their answers with the frames of a few in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+import threading
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from video_r1.annotation.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
+from video_r1.annotation.judging import Completion
+from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
+from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.prompts import Template
+from video_r1.data.records import Sample
+from video_r1.errors import MediaError, PromptError, VideoR1Error
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post_once
+
+ATTEMPTS = 8  # of one request
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
+FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
+# A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
+REFUSED_QUESTION = (400, 413, 415, 422)
+
+
+class Stopped(Exception):
+    """The run has ended, and with it what its threads were doing."""
+
+
+class EndpointTeacher:
+    """Asks `model` at the endpoint for `sampling.n` rationales of each question.
+
+    frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
+    vision understands; "video" as one video of those frames, vLLM's form. held: questions whose frames are in
+    memory at once. request_fields: added to each request; None leaves a field out.
+
+    Failures that pass (5xx, 429, time-outs, broken or unusable answers) are tried again with growing pauses,
+    or after the pause that the endpoint asks for; then the question is given up and listed. VideoR1Error is
+    raised when the endpoint does not answer at all for `wait` seconds, refuses the key or the model, or fails
+    at 50 questions in a row. One object serves one run.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        model: str,
+        template: Template,
+        budget: FrameBudget,
+        sampling: SamplingSettings,
+        *,
+        seed: int = 0,
+        concurrency: int = 64,
+        held: int = 8,
+        frames_as: FramesAs = "images",
+        request_fields: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.endpoint, self.model, self.template, self.budget = endpoint, model, template, budget
+        self.sampling, self.seed, self.concurrency = sampling, seed, concurrency
+        self.frames_as: FramesAs = frames_as
+        self.request_fields = dict(request_fields or {})
+        self._held = threading.Semaphore(held)
+        self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
+        self._stop = threading.Event()
+
+    def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
+        source, taking = iter(questions), threading.Lock()
+        results: queue.SimpleQueue[Answered | BaseException | None] = queue.SimpleQueue()
+
+        def work() -> None:
+            try:
+                while not self._stop.is_set():
+                    with taking:
+                        question = next(source, None)
+                    if question is None:
+                        break
+                    results.put(Answered(question.sample, self._outcome(question.sample)))
+            except Stopped:
+                pass
+            except BaseException as error:  # a thread's errors are the run's: they are raised below
+                results.put(error)
+            results.put(None)
+
+        # Threads that wait for an answer when the run is interrupted must not keep the process alive.
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(self.concurrency)]
+        try:
+            for thread in threads:
+                thread.start()
+            yield from self._collected(results)
+        finally:
+            self._stop.set()
+
+    def _collected(self, results: queue.SimpleQueue) -> Iterator[list[Answered]]:
+        """What the threads have finished, all that is there at a time, until each has said None."""
+        running, in_a_row = self.concurrency, 0
+        while running:
+            found = [results.get()]
+            while not results.empty():
+                found.append(results.get())
+            answered = [result for result in found if isinstance(result, Answered)]
+            for result in answered:
+                outcome = result.outcome
+                if isinstance(outcome, list):
+                    in_a_row = 0
+                elif outcome.kind == "endpoint":
+                    in_a_row += 1
+            if answered:
+                yield answered
+            errors = [result for result in found if isinstance(result, BaseException)]
+            if errors:
+                raise errors[0]
+            if in_a_row >= FAILED_IN_A_ROW:
+                reason = next(r.outcome.reason for r in reversed(answered) if isinstance(r.outcome, Failed))
+                raise VideoR1Error(
+                    f"{self.endpoint.url}: {in_a_row} questions in a row were not answered, the last one "
+                    f"because: {reason}; started again, the annotation continues"
+                )
+            running -= sum(result is None for result in found)
+
+    def close(self) -> None:
+        """The threads of a run that was left early end with their requests."""
+        self._stop.set()
+
+    def _outcome(self, sample: Sample) -> list[Completion] | Failed:
+        """K completions, with as many requests as it takes: some endpoints give one at a time."""
+        completions: list[Completion] = []
+        try:
+            while len(completions) < self.sampling.n:
+                missing = self.sampling.n - len(completions)
+                fields = {"n": missing, "seed": sample_seed(self.seed, sample.problem_id, len(completions))}
+                completions += self._ask(sample, fields)[:missing]
+        except (MediaError, PromptError) as error:
+            return failed(error)
+        except ServerFailure as failure:
+            return Failed("endpoint", f"{failure} ({ATTEMPTS} attempts)")
+        except ServerRefusal as refusal:
+            if refusal.status in REFUSED_QUESTION:
+                return Failed("endpoint", str(refusal))
+            raise VideoR1Error(f"{self.endpoint.url} refuses all requests: {refusal}") from refusal
+        return completions
+
+    def _ask(self, sample: Sample, fields: dict[str, Any]) -> list[Completion]:
+        """One request, tried again while its failures pass."""
+        attempt = 0
+        while True:
+            try:
+                return completions_of(self._post(sample, fields))
+            except ServerFailure as failure:
+                attempt += 1
+                if attempt >= ATTEMPTS:
+                    if not self._was_away():
+                        raise
+                    attempt = 1
+                pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+                if failure.retry_after is not None:
+                    self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
+                self._sleep(pause * random.uniform(0.5, 1.0))  # not all at the same moment
+
+    def _post(self, sample: Sample, fields: dict[str, Any]) -> Any:
+        """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
+        while (pause := self._open_again - time.monotonic()) > 0:
+            self._sleep(pause)
+        self._acquire()
+        with ExitStack() as holding:
+            holding.callback(self._held.release)
+            body = [self._body(sample, fields)]
+            size = len(body[0])
+
+            def sent_once() -> Iterator[bytes]:
+                yield body.pop()
+                holding.close()  # more is asked for, so that all of it is sent
+
+            url = f"{self.endpoint.url}/chat/completions"
+            return post_once(url, self.endpoint.key, sent_once(), size, self.endpoint.timeout)
+
+    def _body(self, sample: Sample, fields: dict[str, Any]) -> bytes:
+        media = read_media(sample, self.budget)
+        content = chat_content(self.template.render(sample), media, self.frames_as)
+        request = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": content}],
+            "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p,
+            "max_tokens": self.sampling.max_tokens,
+            **fields,
+            **(video_fields(media) if self.frames_as == "video" and media.kind == "video" else {}),
+            **self.request_fields,
+        }
+        return json.dumps({name: value for name, value in request.items() if value is not None}).encode()
+
+    def _was_away(self) -> bool:
+        """Whether the endpoint answered nothing at all, which is waited for. Raises VideoR1Error."""
+        deadline = time.monotonic() + self.endpoint.wait
+        away = False
+        while True:
+            try:
+                get(f"{self.endpoint.url}/models", self.endpoint.key, timeout=10.0)
+                return away
+            except ServerRefusal:  # some have no list of models
+                return away
+            except ServerFailure as failure:
+                away = True
+                if time.monotonic() > deadline:
+                    raise VideoR1Error(
+                        f"{self.endpoint.url} has not answered for {self.endpoint.wait:g} s ({failure}); "
+                        "started again, the annotation continues"
+                    ) from failure
+                self._sleep(min(2.0, self.endpoint.wait / 10))
+
+    def _acquire(self) -> None:
+        while not self._held.acquire(timeout=1.0):
+            self._sleep(0.0)
+
+    def _sleep(self, seconds: float) -> None:
+        """Raises Stopped when the run ends meanwhile."""
+        if self._stop.wait(seconds):
+            raise Stopped

@@ -1,0 +1,260 @@
+"""Rules that a teacher's rationale has to pass, in the order of FILTERS. Pure functions of text.
+
+Each gives None, or in a few words what is wrong. They are cheap and err on the side of keeping: what a rule
+cannot tell for sure it lets through, the answer's score being the main filter.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from video_r1.rewards.answers import extract_answer, parse_number, read_answer
+from video_r1.rewards.shaping import format_reward
+
+FILTERS = (
+    "cut off", "refusal", "tags", "length", "characters", "language", "repetition", "prompt leak", "score",
+    "contradiction", "majority",
+)  # fmt: skip
+"""Names of the filters, in the order in which they are applied."""
+
+MIN_READABLE = 0.4  # share of letters and digits among what is not white space; LaTeX stays above
+MAX_FOREIGN = 0.05  # share of letters in a script that neither question nor answer has
+LOOP_TIMES = 4  # a phrase this often in a row is a loop …
+LOOP_WORDS = 12  # … also as part of a longer phrase: at least this many words in all
+PHRASE = 8  # words of the phrases that are counted
+MAX_REPEATED = 0.3  # share of such phrases that occurred before
+ROUNDING = {"numerical": 0.01, "regression": 0.05}  # how far two numbers may be apart and mean the same
+_FREE_SCRIPTS = {"GREEK", "MATHEMATICAL", "FULLWIDTH", "HALFWIDTH", "MODIFIER", "SUPERSCRIPT", "SUBSCRIPT"}
+_CJK = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"}
+
+_THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
+_WORD = re.compile(r"[一-鿿぀-ヿ가-힣]|[^\W_一-鿿぀-ヿ가-힣]+(?:['’.,]\w+)*")
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+|(?<=[。！？])")
+_REFUSAL_OPENING = re.compile(
+    r"(?:<think>|<answer>)?\W*(?:"
+    r"(?:i['’]?m (?:really |very |so )?sorry|i am (?:really |very |so )?sorry|sorry|i apologi[sz]e|"
+    r"my apologies|unfortunately)\b[^.!?]{0,80}"
+    r"\b(?:cannot|can['’]?t|can not|unable|not able|won['’]?t|do not|don['’]?t)\b"
+    r"|as an ai\b|i (?:cannot|can['’]?t|can not|won['’]?t|must decline to|am unable to|am not able to) "
+    r"(?:help|assist|comply|answer|provide|fulfil|do that|continue)"
+    r"|(?:很?抱歉|对不起)[，,]?.{0,20}(?:无法|不能)|我(?:无法|不能)(?:回答|提供|查看|观看|访问))",
+    re.IGNORECASE,
+)
+_REFUSAL_ANYWHERE = re.compile(
+    r"\bi(?:['’]m| am)? (?:cannot|can['’]?t|can not|do not|don['’]?t|unable to|not able to) "
+    r"(?:actually |directly |really )?(?:have access to|have the ability to \w+|see|view|watch|access|play|"
+    r"open|process|analy[sz]e) (?:any |the |this |your |actual )*(?:videos?|images?|clips?|pictures?|"
+    r"media|files?|visual content)\b(?! (?:in|at|during|well|clearly|beyond))"
+    r"|\bas an ai (?:language )?(?:model|assistant)\b"
+    r"|\bno (?:video|image|clip|picture) (?:was|is|has been) (?:provided|attached|given|included|uploaded)\b",
+    re.IGNORECASE,
+)
+_GIVEN_ANSWER = re.compile(
+    r"\b(?:ground[- ]truth|answer key|(?:the )?(?:given|provided|reference|supplied|official|annotated) "
+    r"(?:correct )?(?:answer|solution)|(?:answer|solution) (?:that )?(?:was |is |has been )?(?:already )?"
+    r"(?:given|provided|stated|supplied|revealed) (?:to (?:me|us)|in the (?:prompt|question|instructions?))"
+    r"|(?:prompt|question|instructions?|system message) (?:already )?(?:tells?|says?|states?|gives?|reveals?|"
+    r"mentions?)(?: (?:me|us))?(?: that)? the (?:correct |right )?(?:answer|solution))\b",
+    re.IGNORECASE,
+)
+_QUESTION_TELLS = re.compile(
+    r"\b(?:answer|solution|ans)\W{0,3}(?:\s+is\b|\s*[:=])\W*(?P<said>(?:[^.;?!\n)\]]|\.(?=\d))+)",
+    re.IGNORECASE,
+)
+_ALTERNATIVES = re.compile(r"\bor\b|\b[A-Z]\b\W+\b[A-Z]\b")
+_CONCLUDES = re.compile(
+    r"\b(?:answer|option|choice)\b|^\W*(?:so|thus|therefore|hence|consequently|in conclusion|in total|"
+    r"overall|finally|this means)\b",
+    re.IGNORECASE,
+)
+_HEDGED = re.compile(
+    r"\b(?:not|no|never|neither|nor|cannot|rather|instead|unlike|except|wrong|incorrect|false|however|although|"
+    r"but|if|either|or|eliminat\w*|exclud\w*|ruled?|versus|before|after|while|than)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+
+
+def rationale_of(text: str) -> str:
+    """What stands inside the first `<think>…</think>`, stripped; "" without such tags."""
+    match = _THINK.search(text)
+    return match.group(1).strip() if match else ""
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case; each Chinese, Japanese or Korean character is one."""
+    return _WORD.findall(text.lower())
+
+
+def cut_off(finish_reason: str) -> str | None:
+    """Completions that ended for want of tokens."""
+    return "it reached the token limit" if finish_reason == "length" else None
+
+
+def refusal(text: str, finish_reason: str = "stop") -> str | None:
+    """The teacher declines, or says that it sees no media."""
+    if finish_reason == "content_filter":
+        return "the endpoint's content filter ended it"
+    opening = _REFUSAL_OPENING.match(text.strip()) or _REFUSAL_OPENING.match(extract_answer(text))
+    found = opening or _REFUSAL_ANYWHERE.search(text)
+    return f"it says {_shown(found.group())}" if found else None
+
+
+def tags(text: str) -> str | None:
+    """`<think>…</think>` then `<answer>…</answer>`, each tag once, neither empty, nothing else."""
+    if not text.strip():
+        return "it is empty"
+    if format_reward(text.strip()) != 1.0:
+        return "it is not <think>…</think> <answer>…</answer>, each tag once"
+    if not rationale_of(text) or not extract_answer(text):
+        return "its rationale or its answer is empty"
+    return None
+
+
+def length(rationale: str, shortest: int, longest: int) -> str | None:
+    """Bounds in words, both included."""
+    count = len(words_of(rationale))
+    return None if shortest <= count <= longest else f"its rationale has {count} words"
+
+
+def characters(text: str) -> str | None:
+    """Broken encodings, control characters, and text that is mostly punctuation."""
+    for character in text:
+        category = unicodedata.category(character)
+        if (
+            character == "\N{REPLACEMENT CHARACTER}"
+            or category in ("Co", "Cs")
+            or (category == "Cc" and character not in "\n\r\t")
+        ):
+            return f"it holds the character U+{ord(character):04X}"
+    visible = [character for character in text if not character.isspace()]
+    readable = sum(unicodedata.category(character)[0] in "LMN" for character in visible)
+    if visible and readable < MIN_READABLE * len(visible):
+        return f"only {readable / len(visible):.0%} of it are letters or digits"
+    return None
+
+
+def language(rationale: str, references: Iterable[str]) -> str | None:
+    """A rationale in another script than the question and its answer: a teacher that changed language.
+
+    Letters of mathematics are free. References without letters allow any script.
+    """
+    known = set().union(*(scripts(reference) for reference in references))
+    if not known:
+        return None
+    counts = scripts(rationale)
+    foreign = {name: count for name, count in counts.items() if name not in known}
+    share = sum(foreign.values()) / max(1, sum(counts.values()))
+    if share <= MAX_FOREIGN:
+        return None
+    return f"{share:.0%} of its letters are {max(foreign, key=lambda name: foreign[name]).title()}"
+
+
+def scripts(text: str) -> Counter[str]:
+    """How many letters of each script a text has, by the first word of their Unicode names; without those
+    that mathematics uses. The scripts of Japanese count as one with Chinese."""
+    names: Counter[str] = Counter()
+    for character, count in Counter(text).items():
+        if character.isalpha():
+            name = unicodedata.name(character, "UNKNOWN").partition(" ")[0]
+            if name not in _FREE_SCRIPTS:
+                names["CJK" if name in _CJK else name] += count
+    return names
+
+
+def repetition(rationale: str) -> str | None:
+    """A phrase that is said over and over: in a row, or a large share of all phrases of eight words."""
+    words = words_of(rationale)
+    for size in range(1, min(LOOP_WORDS * 2, len(words) // LOOP_TIMES) + 1):
+        wanted = max(LOOP_TIMES, -(-LOOP_WORDS // size)) * size - size  # equal words at a distance of `size`
+        run = 0
+        for place in range(len(words) - size):
+            run = run + 1 if words[place] == words[place + size] else 0
+            if run >= wanted:
+                return f"it repeats {_shown(' '.join(words[place + 1 : place + 1 + size]))} in a row"
+    phrases = [tuple(words[place : place + PHRASE]) for place in range(len(words) - PHRASE + 1)]
+    repeated = len(phrases) - len(set(phrases))
+    if phrases and repeated > MAX_REPEATED * len(phrases):
+        return f"{repeated / len(phrases):.0%} of its phrases of {PHRASE} words are repetitions"
+    return None
+
+
+def prompt_leak(
+    rationale: str, question: str, problem_type: str, truth: str, options: Sequence[str] = ()
+) -> str | None:
+    """The answer came with the prompt: the question tells it, or the rationale refers to a given answer.
+
+    A question tells its answer when it says "answer: …" with it, or, where the answer is a text to be read or
+    found, when that text stands in it (alternatives such as "left or right?" are no leak).
+    """
+    found = _GIVEN_ANSWER.search(rationale)
+    if found and not _GIVEN_ANSWER.search(question):
+        return f"it refers to {_shown(found.group())}"
+    for match in _QUESTION_TELLS.finditer(question):
+        said = match["said"].strip()
+        if _ALTERNATIVES.search(said):  # "Answer: A, B or C"
+            continue
+        said = read_answer(said, problem_type, options)
+        if said and _same(problem_type, said, truth):
+            return f"the question says {_shown(match.group())}"
+    expected, asked = words_of(truth), words_of(question)
+    long_enough = len(expected) >= (1 if problem_type == "OCR" else 3) and len("".join(expected)) >= 4
+    if problem_type in ("OCR", "free-form") and long_enough and not _ALTERNATIVES.search(question):
+        size = len(expected)
+        if any(asked[place : place + size] == expected for place in range(len(asked) - size + 1)):
+            return f"the question holds the answer {_shown(truth)}"
+    return None
+
+
+def contradiction(rationale: str, answer: str, problem_type: str, options: Sequence[str] = ()) -> str | None:
+    """The rationale's own conclusion is another one than the answer.
+
+    Read from its last sentence that concludes ("so …", "the answer is …"). Sentences with a negation or an
+    alternative are not judged, nor are those that name no answer or several.
+    """
+    concluding = [part for part in _SENTENCE_END.split(rationale) if _CONCLUDES.search(part)]
+    if not concluding or _HEDGED.search(concluding[-1]):
+        return None
+    sentence = concluding[-1].strip()
+    if problem_type == "multiple choice":
+        if _names_option(sentence, answer, options):
+            return None
+        said = read_answer(sentence, problem_type, options)
+    elif problem_type in ("numerical", "regression"):
+        numbers = {number for word in words_of(sentence) if (number := parse_number(word)) is not None}
+        said = f"{numbers.pop():.12g}" if len(numbers) == 1 else ""
+    else:  # a text: only "the answer is …" can be told from everything else that is said
+        match = list(_QUESTION_TELLS.finditer(sentence))
+        said = match[-1]["said"] if match else ""
+    if not said or _same(problem_type, said, answer):
+        return None
+    return f"it concludes {_shown(sentence)} and answers {_shown(answer)}"
+
+
+def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
+    """Whether the option's letter or text stands in the sentence ("the right option is A" names A)."""
+    if re.search(rf"(?<!\w){re.escape(letter)}(?!\w)", sentence):
+        return True
+    texts = [words_of(option)[1:] for option in options if option.strip(" (")[:1].upper() == letter.upper()]
+    said = f" {' '.join(words_of(sentence))} "
+    return any(f" {' '.join(text)} " in said for text in texts if text)
+
+
+def _same(problem_type: str, said: str, answer: str) -> bool:
+    """Whether two answers can mean the same: numbers that are close (rationales round), texts with a common
+    word."""
+    if problem_type == "multiple choice":
+        return said.strip(" ().").upper() == answer.strip(" ().").upper()
+    if problem_type in ("numerical", "regression"):
+        numbers = parse_number(said), parse_number(answer)
+        if numbers[0] is None or numbers[1] is None:
+            return True
+        return abs(numbers[0] - numbers[1]) <= ROUNDING[problem_type] * abs(numbers[1])
+    return bool(set(words_of(said)) & set(words_of(answer)))
+
+
+def _shown(text: str) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= 60 else text[:57] + "…")

@@ -1,0 +1,110 @@
+"""Which of a question's rationales is kept, and why the others are not. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from video_r1.annotation import filters
+from video_r1.annotation.filters import FILTERS, rationale_of
+from video_r1.data.records import Sample
+from video_r1.rewards.answers import extract_answer, read_answer
+from video_r1.rewards.correctness import correctness
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The filters' settings. `length_range`: words, both ends included."""
+
+    threshold: float = 0.6
+    length_range: tuple[int, int] = (20, 1000)
+    choose: Literal["best", "majority"] = "best"
+
+
+class Completion(NamedTuple):
+    """What a teacher wrote. finish_reason: "stop", "length" (cut off), "content_filter" or another word
+    of the endpoint's."""
+
+    text: str
+    finish_reason: str
+
+
+class Judged(NamedTuple):
+    """One rationale. score: of its answer, in [0, 1]; rejected: the first filter of FILTERS that it did not
+    pass, "" when it passed all; detail: in words."""
+
+    answer: str
+    score: float
+    rejected: str
+    detail: str
+
+
+class Verdict(NamedTuple):
+    """One question. kept: the rationale's place, None when there is none; reason: the filter that stopped the
+    rationale that came furthest, "" when one is kept."""
+
+    kept: int | None
+    reason: str
+    judged: list[Judged]
+
+
+def judge(sample: Sample, completions: Sequence[Completion], rules: Rules) -> Verdict:
+    """Applies all filters to a question's K rationales and chooses one of those that pass.
+
+    best: the highest score; among equals the one whose answer most of the K agree with, then the earliest.
+    majority: the same, among those whose answer more than half of the K agree with: a right answer that the
+    teacher mostly does not give was luck. Two answers agree when one scores above the threshold against the
+    other.
+    """
+    judged = [judge_one(sample, completion, rules) for completion in completions]
+    votes = [_votes(sample, one, judged, rules.threshold) for one in judged]
+    if rules.choose == "majority":
+        judged = [
+            one._replace(rejected="majority", detail=f"{count} of {len(judged)} answers agree")
+            if not one.rejected and 2 * count <= len(judged)
+            else one
+            for one, count in zip(judged, votes, strict=True)
+        ]
+    passed = [place for place, one in enumerate(judged) if not one.rejected]
+    if passed:
+        return Verdict(max(passed, key=lambda i: (judged[i].score, votes[i], -i)), "", judged)
+    return Verdict(None, max((one.rejected for one in judged), key=FILTERS.index), judged)
+
+
+def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
+    """The first filter that a rationale does not pass (majority apart, which needs all of them)."""
+    text, options, kind = completion.text, sample.options, sample.problem_type
+    rationale = rationale_of(text)
+    answer = read_answer(text, kind, options) if extract_answer(text) else ""
+    truth = sample.answer
+    if kind == "multiple choice":  # a manifest may have "B. right" for "B"
+        truth = read_answer(sample.solution, kind, options) or truth
+    score = correctness(kind, answer, truth)
+    references = (sample.problem, *options, truth)
+    checks = {
+        "cut off": lambda: filters.cut_off(completion.finish_reason),
+        "refusal": lambda: filters.refusal(text, completion.finish_reason),
+        "tags": lambda: filters.tags(text),
+        "length": lambda: filters.length(rationale, *rules.length_range),
+        "characters": lambda: filters.characters(text),
+        "language": lambda: filters.language(rationale, references),
+        "repetition": lambda: filters.repetition(rationale),
+        "prompt leak": lambda: filters.prompt_leak(rationale, sample.problem, kind, truth, options),
+        "score": lambda: None if score > rules.threshold else f"its answer {answer!r} scores {score:.2f}",
+        "contradiction": lambda: filters.contradiction(rationale, answer, kind, options),
+    }
+    for name, check in checks.items():
+        if detail := check():
+            return Judged(answer, score, name, detail)
+    return Judged(answer, score, "", "")
+
+
+def _votes(sample: Sample, one: Judged, judged: Sequence[Judged], threshold: float) -> int:
+    """How many of the answers agree with this one, its own included."""
+    if not one.answer:
+        return 0
+    kind = sample.problem_type
+    return sum(
+        bool(other.answer) and correctness(kind, other.answer, one.answer) > threshold for other in judged
+    )

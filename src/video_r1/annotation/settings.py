@@ -1,0 +1,67 @@
+"""Settings of `video-r1 annotate`. Importing this module does not import torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from video_r1.config import DecodingSettings, ManifestSettings, Problem, at_least, positive, setting, within
+
+MANIFEST_ENDINGS = (".json", ".jsonl")
+
+
+@dataclass(kw_only=True)
+class AnnotateSettings(DecodingSettings, ManifestSettings):
+    """Annotation"""
+
+    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    teacher: str | None = setting(
+        None, "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1)"
+    )
+    out: str | None = setting(
+        None, "manifest for SFT to write, .json or .jsonl; journal and rejected stand beside"
+    )
+    limit: int | None = setting(None, "annotate the first N questions only; it may grow when continued")
+    samples: int = setting(1, "K: rationales drawn for each question")
+    choose: Literal["best", "majority"] = setting(
+        "best", "keep the rationale that scores best, or the best one that most of the K answers agree with"
+    )
+    threshold: float = setting(0.6, "a rationale is kept when its answer scores above this")
+    length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
+    temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
+    top_p: float = setting(0.95, "nucleus sampling; 1 is off")
+    batch_size: int = setting(8, "questions given together to a teacher that runs here")
+    workers: int = setting(4, "threads that decode; twice as many clips are in memory at most")
+    model: str | None = setting(None, "name of the model at an endpoint (default: the only one it serves)")
+    concurrency: int = setting(64, "requests to an endpoint at once; thousands are fine")
+    frames_as: Literal["auto", "images", "video"] = setting(
+        "auto", "how an endpoint gets a clip: as images with their times, or as one video (vLLM only)"
+    )
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    timeout: float = setting(600.0, "seconds for one request to an endpoint")
+    wait: float = setting(240.0, "seconds to wait for an endpoint that does not answer, before stopping")
+    request_fields: dict[str, Any] = setting(
+        {}, "more fields of a request to an endpoint, as JSON; null leaves a field out"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "limit", "samples", "batch_size", "workers", "concurrency", "timeout")
+        yield from at_least(self, 0, "wait")
+        yield from within(self, "threshold", 0, 1)
+        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
+            yield "length_range", f"is {self.length_range}; it must be two word counts, smaller one first"
+        if self.samples > 1 and self.temperature == 0:
+            yield "temperature", f"is 0, so that all {self.samples} samples would be the same; raise it"
+        if self.choose == "majority" and self.samples < 3:
+            yield "samples", f"is {self.samples}; a majority needs at least 3"
+        if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
+            yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+        if self.model is not None and not self.at_endpoint:
+            yield "model", "is set while the teacher is no endpoint; name the checkpoint with --teacher"
+
+    @property
+    def at_endpoint(self) -> bool:
+        """Whether the teacher is asked over HTTP."""
+        return (self.teacher or "").startswith(("http://", "https://"))
