@@ -1,22 +1,29 @@
-"""What both trainers need around their steps: progress, and updates that are skipped instead of spoiling
-weights.
+"""What both trainers need around their steps: progress, updates that are skipped instead of spoiling weights,
+and records and trackers that may fail without ending the run.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
 
-from video_r1.errors import VideoR1Error
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.progress import Progress, progress
 from video_r1.report.recording import append_line
+from video_r1.training.metrics_log import keep_until
 from video_r1.training.processes import gather
 
 logger = logging.getLogger(__name__)
@@ -25,12 +32,13 @@ logger = logging.getLogger(__name__)
 class UpdateGuard(TrainerCallback):
     """Leaves out an update whose loss or gradient is not finite, and writes down its questions.
 
-    The questions go to `skipped_updates.jsonl` in the run folder. After `limit` such updates in a row
-    training stops with VideoR1Error. All processes decide alike.
+    The questions go to `skipped_updates.jsonl` in the run folder: those of the micro-batches with such a loss
+    (of any process), or all of the step's where only the gradient shows it. After `limit` such updates in a
+    row training stops with VideoR1Error. All processes decide alike.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.folder = folder
+        self.record = folder / "skipped_updates.jsonl"
         self.limit = limit
         self.skipped = 0
         self.in_a_row = 0
@@ -43,6 +51,16 @@ class UpdateGuard(TrainerCallback):
         if not math.isfinite(loss.item()):
             self.culprits += problem_ids
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Takes up the counts of the run that is continued."""
+        lines = keep_until(self.record, state.global_step) if state.is_world_process_zero else []
+        steps = gather([line["step"] for line in lines])[0]
+        self.skipped, self.in_a_row = len(steps), 0
+        while steps and steps.pop() == state.global_step - self.in_a_row:
+            self.in_a_row += 1
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
@@ -53,31 +71,29 @@ class UpdateGuard(TrainerCallback):
     ) -> None:
         assert model is not None
         # float16's loss scaling makes infinite gradients as a matter of course and skips these updates itself
-        what = "loss" if self.culprits else "gradient"
-        bad = bool(self.culprits) or not (args.fp16 or gradients_are_finite(model))
-        if any(gather(bad)):
-            self.skipped += 1
-            self.in_a_row += 1
-            # An optimizer leaves parameters without gradient alone: weights, moments and weight decay.
-            model.zero_grad(set_to_none=True)
-            if bad:
-                line = {
-                    "step": state.global_step + 1,
-                    "not_finite": what,
-                    "problem_ids": self.culprits or self.step_ids,
-                }
-                append_line(self.folder / "skipped_updates.jsonl", line)
-            logger.warning(
-                "step %d: the %s is not finite; the update is skipped", state.global_step + 1, what
-            )
-        else:
+        finite = args.fp16 or gradients_are_finite(model)
+        parts = gather((self.culprits, finite, self.step_ids))
+        culprits = [question for part, _, _ in parts for question in part]
+        questions = culprits or [question for *_, part in parts for question in part]
+        self.step_ids, self.culprits = [], []
+        if not culprits and all(finite for _, finite, _ in parts):
             self.in_a_row = 0
-        questions, self.step_ids, self.culprits = self.culprits or self.step_ids, [], []
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        # An optimizer leaves parameters without gradient alone: weights, moments and weight decay.
+        model.zero_grad(set_to_none=True)
+        what, step = "loss" if culprits else "gradient", state.global_step + 1
+        logger.warning("step %d: the %s is not finite; the update is skipped", step, what)
+        if state.is_world_process_zero:
+            with tolerated(self.record.name):
+                line = {"step": step, "not_finite": what, "problem_ids": questions}
+                append_line(self.record, line)
         if self.in_a_row >= self.limit:
             raise VideoR1Error(
                 f"the {what} was not finite in {self.in_a_row} updates in a row, last with problem_id "
-                f"{', '.join(map(repr, questions[:8]))}; all are in {self.folder / 'skipped_updates.jsonl'}. "
-                "Lower learning_rate or max_grad_norm, or start again from an earlier checkpoint"
+                f"{', '.join(map(repr, questions[:8]))}; all are in {self.record}. Lower learning_rate or "
+                "max_grad_norm, or start again from an earlier checkpoint"
             )
 
 
@@ -90,6 +106,57 @@ def gradients_are_finite(model: nn.Module) -> bool:
     if hasattr(norm, "full_tensor"):  # sharded gradients (FSDP2)
         norm = norm.full_tensor()
     return math.isfinite(norm.item())
+
+
+@contextlib.contextmanager
+def tolerated(record: str) -> Iterator[None]:
+    """Where the disk refuses what is written inside, a warning says so, and the run goes on without it."""
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{record} cannot be written ({error.strerror or error}); training goes on without it")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError when a tracker of `report_to` is unknown or not installed."""
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from error
+    for name in names:
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or set it to none")
+
+
+def let_trackers_fail(callbacks: Sequence[TrainerCallback], names: Sequence[str]) -> None:
+    """Makes trackers whose server or disk fails during the run warn once instead of ending it.
+
+    A tracker that cannot even start ends it, with VideoR1Error: its settings are wrong, most likely.
+    """
+    kinds = tuple(get_reporting_integration_callbacks(names))
+    for tracker in callbacks:
+        if isinstance(tracker, kinds):
+            for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+                setattr(tracker, event, _may_fail(getattr(tracker, event), event, type(tracker).__name__))
+
+
+def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # a tracker's client raises whatever its network and its disk do to it
+            reason = f"{name}: {type(error).__name__}: {error}"
+            if event == "on_train_begin":
+                raise VideoR1Error(f"report_to: {reason}; set up the tracker or set it to none") from error
+            warn_once(f"{reason}; training goes on without it")
+            return None
+
+    return call
 
 
 class StepProgress(TrainerCallback):

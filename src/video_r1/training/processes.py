@@ -27,6 +27,12 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def wait_for_everyone() -> None:
+    """Returns when every process has come here."""
+    if _running():
+        torch.distributed.barrier()
+
+
 def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
     """The rows [Q, …] of all processes end to end, and where this process's own are among them."""
     parts = gather(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,16 +19,22 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from video_r1.config import Settings
+from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.recipe import Recipe
-from video_r1.training.guards import StepProgress, UpdateGuard
+from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
+from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
+from video_r1.training.processes import wait_for_everyone
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
+from video_r1.training.runs import last_whole_checkpoint
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model
 
 
@@ -52,15 +59,18 @@ class QuestionTrainer(Trainer):
         callbacks: list[TrainerCallback] | None,
         recipe: Recipe | None,
     ) -> None:
+        check_trackers(args.report_to)
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
         self.folder = Path(args.output_dir)
         self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
         self.budget = args.frame_budget(size_multiple(processing_class))
+        self.frame_cache = open_frame_cache(args.frame_cache, args.frame_cache_gb)
         self.meter = Meter()
         self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
         self.source: QuestionSource[Any, Any] | None = None
         self.logged_step = 0
+        self.checkpoints_go_to = self.folder
         run_folder = RunFolder(self.folder, cast(Settings, args) if recipe is None else recipe)
         super().__init__(
             model=trained,
@@ -72,6 +82,7 @@ class QuestionTrainer(Trainer):
         )
         # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
         self.model_accepts_loss_kwargs = True
+        let_trackers_fail(self.callback_handler.callbacks, args.report_to)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StepProgress(self.progress_title, self.progress_series))
@@ -151,6 +162,61 @@ class QuestionTrainer(Trainer):
             self.logged_step = self.state.global_step
         super().log(logs, start_time)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.checkpoints_go_to)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, written elsewhere and put in place when it is whole (see checkpoints.py).
+
+        Raises VideoR1Error when it cannot be written.
+        """
+        name, state = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.state
+        final, unfinished = self.folder / name, self.folder / UNFINISHED / name
+        with writing(name, self.folder, lambda: last_whole_checkpoint(self.folder)):
+            if self.args.should_save:
+                shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+            wait_for_everyone()
+            self.checkpoints_go_to = unfinished.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.checkpoints_go_to = self.folder
+            best = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+            if state.best_global_step and (best == final or best.exists()):
+                state.best_model_checkpoint = str(best)
+            wait_for_everyone()
+            if self.args.should_save:
+                state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+                publish_folder(unfinished, final)
+                rotate_checkpoints(
+                    str(self.folder), self.args.save_total_limit, state.best_model_checkpoint, use_mtime=True
+                )
+            wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: an unfinished checkpoint has no business on the hub."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Trainer, without training_args.bin: a pickle, which says what config.yaml says."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def publish_model(self) -> None:
+        """Saves model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
+        unfinished = self.folder / UNFINISHED / "model"
+        with writing("the model", self.folder, lambda: last_whole_checkpoint(self.folder)):
+            self.save_model(str(unfinished), _internal_call=True)
+            if self.args.should_save:
+                publish_files(unfinished, self.folder)
+        if self.args.push_to_hub:
+            self.push_to_hub("Model save", revision=self.args.hub_revision)
+
+    def whole_steps(self) -> int:
+        """Optimizer steps of the whole run, from max_steps or from the epochs and the questions."""
+        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.restore_weights(resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -174,11 +240,16 @@ class QuestionTrainer(Trainer):
         return True
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole or the
-        loss stays not finite.
+        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole, the loss
+        stays not finite or the run folder cannot be written.
         """
         try:
             return super().train(*args, **kwargs)
+        except OSError as error:
+            raise VideoR1Error(
+                f"training stopped: {error}. When its cause is mended, start the same command again: it goes "
+                f"on from the last checkpoint in {self.folder}"
+            ) from error
         finally:
             if self.source is not None:
                 self.source.close()

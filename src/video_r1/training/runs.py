@@ -6,14 +6,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import ConfigError
 from video_r1.recipe import Recipe, plain
+from video_r1.training.checkpoints import LAST_FILES, check_writable, publish_copy
+
+if TYPE_CHECKING:
+    from video_r1.training.question_trainer import QuestionTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +33,17 @@ MAY_CHANGE = frozenset(
     )
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
     + ("media_seconds", "media_memory_mb")
+    + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
 )
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""
 
 
-def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Trainer]) -> Path:
+def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], QuestionTrainer]) -> Path:
     """Train what `build` returns in the run folder, and save model and processor there. Returns the folder.
 
     A folder with a whole checkpoint is continued from it; a finished run is left as it is. Raises ConfigError
-    when the checkpoint belongs to a run with other settings, and what training raises.
+    when the checkpoint belongs to a run with other settings, VideoR1Error when the folder cannot be written,
+    and what training raises.
     """
     folder = Path(folder)
     checkpoint = last_whole_checkpoint(folder)
@@ -52,13 +57,21 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Traine
                 f"output_dir {folder} holds a run with other settings: {', '.join(refused)}. Choose another "
                 "output_dir, or remove the folder to start again"
             )
-        if is_finished(checkpoint) and not any(name in changed for name in LENGTHS):
+        if is_finished(folder) and not any(name in changed for name in LENGTHS):
             logger.warning("%s: this run is finished; remove the folder to run it again", folder)
             return folder
         logger.warning("%s: continuing from %s", folder, checkpoint.name)
+    check_writable(folder)
     trainer = build()
+    state = {} if checkpoint is None else read_state(checkpoint)
+    if checkpoint is not None and state["global_step"] >= trainer.whole_steps():
+        # All steps are done; what is missing is the model of a run that was killed while it was saved.
+        best = state["best_model_checkpoint"] if trainer.args.load_best_model_at_end else None
+        if trainer.is_world_process_zero():
+            publish_copy(checkpoint if best is None else Path(best), folder)
+        return folder
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.save_model()
+    trainer.publish_model()
     return folder
 
 
@@ -90,10 +103,13 @@ def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 
 
-def is_finished(checkpoint: Path) -> bool:
-    """Whether the run had done all its steps at this checkpoint."""
-    state = read_state(checkpoint)
-    return state["global_step"] >= state["max_steps"]
+def is_finished(folder: Path) -> bool:
+    """Whether the run's model was saved after its last start, which writes config.yaml."""
+    settings = folder / "config.yaml"
+    if not settings.is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    model = [path for name in LAST_FILES if (path := folder / name).is_file()]
+    return any(path.stat().st_mtime_ns >= settings.stat().st_mtime_ns for path in model)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

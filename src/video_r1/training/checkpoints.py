@@ -1,0 +1,117 @@
+"""Checkpoints that are whole or absent: written under another name, flushed to the disk, then renamed.
+
+    unfinished/checkpoint-100/…  ─► flush ─► rename ─► checkpoint-100/
+    unfinished/model/…           ─► flush ─► rename file by file, config.json last ─► the run folder
+
+A process that is killed, or a disk that fills up, leaves an `unfinished` folder behind, which nothing loads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from video_r1.errors import VideoR1Error
+
+UNFINISHED = "unfinished"
+LAST_FILES = ("adapter_config.json", "config.json")
+"""Without them a folder is no model. They are put in place last."""
+TRAINING_FILES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "pytorch_model_fsdp")
+"""How the files begin that only a run that is continued needs."""
+
+
+def publish_folder(source: Path, target: Path) -> None:
+    """Puts the complete folder `source` in the place of `target`; what was there before is removed after.
+
+    `source` lies alone in a folder of the same file system, which is removed. At no moment does `target` hold
+    a mixture of both.
+    """
+    flush_folder(source)
+    earlier = source.with_name(f"{source.name}.earlier")
+    if target.exists():
+        target.rename(earlier)
+    source.rename(target)
+    flush(target.parent)
+    shutil.rmtree(source.parent)
+
+
+def publish_files(source: Path, target: Path) -> None:
+    """Moves the files of a model's folder into `target`, one rename each, config.json last.
+
+    `source` lies alone in a folder, which is removed.
+    """
+    flush_folder(source)
+    files = [path for path in sorted(source.iterdir()) if path.is_file()]
+    for path in sorted(files, key=lambda path: path.name in LAST_FILES):
+        path.replace(target / path.name)
+    flush(target)
+    shutil.rmtree(source.parent)
+
+
+def publish_copy(checkpoint: Path, target: Path) -> None:
+    """Makes `target` a model folder with a checkpoint's model and processor, without its training state."""
+    copy = target / UNFINISHED / "model"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir(parents=True)
+    for path in checkpoint.iterdir():
+        if path.is_file() and not path.name.startswith(TRAINING_FILES):
+            shutil.copyfile(path, copy / path.name)
+    publish_files(copy, target)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until the folder's files are on the disk, so that a rename does not overtake them."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            flush(Path(parent, name))
+        flush(Path(parent))
+
+
+def flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def writing(what: str, folder: Path, last_whole: Callable[[], Path | None]) -> Iterator[None]:
+    """Turns a failure to write `what` below `folder` into a VideoR1Error that says how to go on.
+
+    What is unfinished is removed, which also makes room for the files of other programs.
+    """
+    try:
+        yield
+    # safetensors and torch.save report a full disk by errors of their own
+    except (OSError, SafetensorError, RuntimeError) as error:
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        try:
+            free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free"
+        except OSError:
+            free = "the disk does not answer"
+        whole = last_whole()
+        rest = f"{whole.name} is whole" if whole is not None else "there is no earlier checkpoint"
+        raise VideoR1Error(
+            f"{folder}: {what} cannot be written: {reason} ({free}). {rest}: make room or mend the disk, "
+            "then start the same command again; it goes on from there"
+        ) from error
+
+
+def check_writable(folder: Path) -> None:
+    """Raises VideoR1Error when files cannot be made in the folder (which is made, where it is missing)."""
+    probe = folder / ".writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise VideoR1Error(
+            f"output_dir {folder} cannot be written: {error.strerror or error}; choose another one"
+        ) from error

@@ -1,0 +1,142 @@
+"""Training runs as processes of their own that are killed at any moment and started again.
+
+A run is the command `video-r1 rl RECIPE` in a process that is forked from a server which has imported torch
+already, so that a run lasts seconds and a kill hits its work instead of its imports.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny_models import tiny_checkpoint
+from tiny_questions import read_lines, training_arguments, write_manifest
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "transformers", "video_r1.cli", "video_r1.training.tgrpo"])
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """A recipe of eight short steps over images and videos, with its model and its questions."""
+    tiny_checkpoint("qwen2_5_vl", folder / "model")
+    settings = {
+        **training_arguments(folder / "run"),
+        "model_name_or_path": str(folder / "model"),
+        "train_manifest": str(write_manifest(folder)),
+        "max_steps": 8,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "gradient_accumulation_steps": 2,
+        "per_device_train_batch_size": 2,
+        "lr_scheduler_type": "cosine",
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "length_reward": 0.0,
+        "preflight_questions": 0,
+        # "format" and "accuracy" of random weights are 0: entropy and KL are what changes from step to step
+        "beta": 0.1,
+        **changes,
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings))
+    return recipe
+
+
+def command(words: list[str], output: str) -> None:
+    """The process's work: one command line, whose exit code it ends with."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    import torch
+
+    from video_r1.cli import main
+
+    torch.set_num_threads(1)
+    os._exit(main(words))
+
+
+def start(recipe: Path, run: Path) -> Any:
+    """The running process of `video-r1 rl RECIPE --output_dir RUN`."""
+    words = ["rl", str(recipe), "--output_dir", str(run)]
+    process = SERVER.Process(target=command, args=(words, str(recipe.with_suffix(".log"))))
+    process.start()
+    return process
+
+
+def finish(recipe: Path, run: Path, limit: float = 300) -> None:
+    """Starts the run and waits for its end; it has to succeed."""
+    process = start(recipe, run)
+    process.join(limit)
+    assert process.exitcode == 0, recipe.with_suffix(".log").read_text()[-3000:]
+
+
+@dataclass
+class Killed:
+    """What was seen of the kills: how many hit which work, and how many steps were done again."""
+
+    moments: Counter[str] = field(default_factory=Counter)
+    repeated_steps: int = 0
+
+
+def kill_often(recipe: Path, run: Path, kills: int, seconds: float, seed: int) -> Killed:
+    """Starts the run again after each of `kills` kills at random times, then lets it finish.
+
+    seconds: how long an undisturbed run takes. Every second kill waits until a checkpoint is being written.
+    A run that ends before it is killed is moved away, and the next one begins anew.
+    """
+    draw, seen = random.Random(seed), Killed()
+    while sum(seen.moments.values()) < kills:
+        process = start(recipe, run)
+        if sum(seen.moments.values()) % 2:
+            wait_until((run / "unfinished").exists, process)
+            time.sleep(draw.uniform(0, 0.02))
+        else:
+            process.join(draw.uniform(0, seconds))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            seen.moments[moment(run)] += 1
+            last = max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
+            lines = read_whole_lines(run / "metrics.jsonl")
+            seen.repeated_steps += sum(line["step"] > last for line in lines)
+        else:
+            assert process.exitcode == 0, recipe.with_suffix(".log").read_text()[-3000:]
+            os.rename(run, run.with_name(f"{run.name}-{time.time_ns()}"))
+    finish(recipe, run)
+    return seen
+
+
+def wait_until(happened: Callable[[], bool], process: Any) -> None:
+    while process.is_alive() and not happened():
+        time.sleep(0.001)
+
+
+def moment(run: Path) -> str:
+    """What the killed process was at, from what it left behind."""
+    if (run / "unfinished").exists():
+        return "writing the model" if (run / "unfinished" / "model").exists() else "writing a checkpoint"
+    return "rollout or update" if (run / "config.yaml").exists() else "loading"
+
+
+def read_whole_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_lines(path)
+    except (FileNotFoundError, ValueError):  # a line that the killed process did not end
+        return []
+
+
+def comparable(run: Path) -> list[dict[str, Any]]:
+    """The run's metrics without what depends on the clock."""
+    timed = ("time", "seconds/", "speed/")
+    lines = read_lines(run / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
