@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from video_r1.annotation.judging import Rules
 from video_r1.annotation.runner import Counts, ask, digest, open_questions, opened_journal, write
 from video_r1.annotation.settings import AnnotateSettings
 from video_r1.annotation.teachers import EngineTeacher, Teacher
+from video_r1.config import DecodingSettings
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
@@ -103,9 +104,11 @@ def local_teacher(settings: AnnotateSettings) -> Teacher:
     from video_r1.rollout.choice import open_engine
 
     assert settings.teacher is not None  # settings without it are refused
+    values = {field.name: getattr(settings, field.name) for field in fields(DecodingSettings)}
+    decoding = DecodingSettings(**{**values, "model": settings.teacher})
     processor = load_processor(settings.teacher, settings.trust_remote_code)
     return EngineTeacher(
-        open_engine(replace(settings, model=settings.teacher), processor),
+        open_engine(decoding, processor),
         PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length),
         settings.frame_budget(size_multiple(processor)),
         sampling_of(settings),
