@@ -17,10 +17,10 @@ demo: install ## the whole pipeline on made-up clips, about 10 minutes on two co
 	$(PY) -m video_r1 demo
 
 test: install ## the fast tests
-	$(ONE_THREAD) $(PY) -m pytest -n 2 -m "not slow" $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: install ## all tests, the long ones too
-	$(ONE_THREAD) $(PY) -m pytest -n 2 $(ARGS)
+	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
 check: install ## ruff and pyright
 	$(PY) -m ruff check .

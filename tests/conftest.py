@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from typing import Any
 
 # Before torch is imported: two test processes with a thread per core each would only wait for one another.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +25,8 @@ settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason."""
+    """Skip what this machine cannot run, with the reason. Tests of vLLM share one process of pytest-xdist, so
+    that only one vLLM lives at a time."""
     missing = {}
     if importlib.util.find_spec("vllm") is None:
         missing["vllm"] = "vLLM is not installed"
@@ -32,6 +35,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.distributed.is_available():
         missing["dist"] = "torch is built without distributed support"
     for item in items:
+        if item.get_closest_marker("vllm") is not None:
+            item.add_marker(pytest.mark.xdist_group("vllm"))
         for marker, reason in missing.items():
             if item.get_closest_marker(marker) is not None:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def vllm_engine() -> Iterator[Any]:
+    """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Each user hands over weights first."""
+    from video_r1.models.lab import base_folder
+    from video_r1.models.loading import load_model, load_processor
+    from video_r1.rollout.vllm import VLLMEngine
+
+    model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
+    engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=64)
+    yield engine
+    engine.close()

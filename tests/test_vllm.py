@@ -1,7 +1,7 @@
 """vLLM in this process against the trained model, token by token."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -34,10 +34,8 @@ def processor() -> Any:
 
 
 @pytest.fixture(scope="module")
-def engine(processor: Any) -> Iterator[VLLMEngine]:
-    engine = VLLMEngine(load_model(base_folder(), "float32"), processor, max_model_len=1024, max_sequences=64)
-    yield engine
-    engine.close()
+def engine(vllm_engine: VLLMEngine) -> VLLMEngine:
+    return vllm_engine
 
 
 @pytest.fixture

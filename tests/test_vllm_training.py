@@ -1,0 +1,146 @@
+"""T-GRPO and the commands with vLLM in the process: the same learning curve and answers as without it."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_questions import read_lines
+
+from video_r1 import ask
+from video_r1.config import AskSettings, EvalSettings
+from video_r1.data.lab import write_lab
+from video_r1.evaluation.command import run_eval
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import load_model, load_processor
+from video_r1.rollout import choice
+from video_r1.rollout.vllm import VLLMEngine
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
+
+pytestmark = pytest.mark.vllm
+STEPS = 8
+SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "max_frames": 8}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(folder, train=16, test=8, workers=1)
+    return folder
+
+
+@pytest.fixture
+def shared_engine(vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Whoever builds a VLLMEngine gets the tests' one with its weights; returns what it was built with."""
+    built: list[dict[str, Any]] = []
+
+    def engine(model: Any, processor: Any, **settings: Any) -> VLLMEngine:
+        built.append({"model": model, **settings})
+        given = load_model(model, "float32") if isinstance(model, (str, Path)) else model
+        vllm_engine.update_weights(given)
+        return vllm_engine
+
+    monkeypatch.setattr(choice, "VLLMEngine", engine)
+    monkeypatch.setattr(VLLMEngine, "close", lambda self: None)
+    return built
+
+
+def brevity(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """A reward that a few steps teach: half for every twelve tokens."""
+    return [2.0 ** (-len(ids) / 12) for ids in completion_ids]
+
+
+def trained(lab: Path, folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl of some T-GRPO steps on the lab's base."""
+    args = TGRPOConfig(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=4, num_generations=6, beta=0.0,
+        learning_rate=2e-3, lr_scheduler_type="constant", max_completion_length=32, max_prompt_length=900,
+        length_reward=0.0, preflight_questions=0, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        **SIZES, **changes,
+    )  # fmt: skip
+    model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
+    TGRPOTrainer(model, brevity, args, str(lab / "rl.json"), processing_class=processor).train()
+    return [line for line in read_lines(folder / "metrics.jsonl") if "loss" in line]
+
+
+def test_the_learning_curve_is_that_of_the_transformers_engine(
+    lab: Path, tmp_path: Path, shared_engine: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    ours = trained(lab, tmp_path / "vllm", use_vllm=True)
+    (built,) = shared_engine
+    assert built["max_model_len"] == 932 and built["dtype"] == "auto"
+    assert "log-probs differ" not in caplog.text
+    for line in ours:  # weights arrive after each step
+        assert line["sampler/logprob_difference"] < 1e-3 and line["sampler/logprob_difference_max"] < 0.02
+        assert line["sampler/share_capped"] == 0
+    theirs = trained(lab, tmp_path / "transformers")
+    assert "sampler/share_capped" not in theirs[0]
+    curves = [[line["reward/brevity"] for line in lines] for lines in (ours, theirs)]
+    for curve in curves:
+        assert statistics.mean(curve[-2:]) > statistics.mean(curve[:2]) + 0.1
+    differences = [a - b for a, b in zip(*curves, strict=True)]
+    assert abs(statistics.mean(differences)) < 0.05 and max(map(abs, differences)) < 0.15
+
+
+def test_evaluation_and_questions(
+    lab: Path, tmp_path: Path, shared_engine: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--engine vllm` gives the outputs of the transformers engine, in both frame orders."""
+    outputs = {}
+    for name in ("vllm", "transformers"):
+        folder = tmp_path / name
+        settings = EvalSettings(
+            model=str(base_folder()), manifest=str(lab / "test.json"), engine=name, out=str(folder), limit=6,
+            order=["ordered", "shuffled"], temperature=0.0, top_p=1.0, max_new_tokens=24, dtype="float32",
+            max_prompt_length=900, **SIZES,
+        )  # fmt: skip
+        run_eval(settings)
+        outputs[name] = read_lines(folder / "predictions-8.jsonl")
+    assert len(outputs["vllm"]) > 6 and outputs["vllm"] == outputs["transformers"]
+    asked = AskSettings(
+        model=str(base_folder()), path=str(next((lab / "videos").iterdir())), question="Which way?",
+        options=["left", "right"], engine="vllm", max_new_tokens=8, dtype="float32", **SIZES,
+    )  # fmt: skip
+    capsys.readouterr()
+    ask.run_ask(asked)
+    assert len(capsys.readouterr().out.splitlines()[0]) > 4
+    assert [entry["dtype"] for entry in shared_engine] == ["float32", "float32"]
+    assert [entry["max_model_len"] for entry in shared_engine] == [924, 16392]
+
+
+def test_shuffled_frames_reach_vllm(
+    lab: Path, tmp_path: Path, vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A T-GRPO step's shuffled prompts carry the shuffled frames: asserted on what vLLM's model receives."""
+    received: list[dict[str, Any]] = []
+    inner = vllm_engine.llm.apply_model(lambda model: model)[0]
+    embed = inner.embed_multimodal
+    monkeypatch.setattr(
+        inner, "embed_multimodal", lambda **given: received.append(given) or embed(**given), raising=False
+    )
+    args = TGRPOConfig(
+        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, length_reward=0.0,
+        max_completion_length=4, use_vllm=True, use_cpu=True, **SIZES,
+    )  # fmt: skip
+    model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
+    trainer = TGRPOTrainer(
+        model, brevity, args, str(lab / "rl.json"), processing_class=processor, engine=vllm_engine
+    )
+    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    groups = [group for group in batches[0]["batch"].groups if group.shuffled_prompt is not None]
+    assert groups
+    # vLLM encodes several clips in one call.
+    seen = [given["pixel_values_videos"].numpy().tobytes() for given in received if "video_grid_thw" in given]
+    for group in groups:
+        assert group.shuffled_prompt is not None
+        frames, permutation = group.prompt.media.frames, group.shuffled_prompt.permutation
+        assert torch.equal(group.shuffled_prompt.media.frames, frames[permutation])
+        ordered, shuffled = (
+            prompt.features["pixel_values_videos"].numpy().tobytes()
+            for prompt in (group.prompt, group.shuffled_prompt)
+        )
+        assert ordered != shuffled
+        assert any(ordered in pixels for pixels in seen) and any(shuffled in pixels for pixels in seen)
