@@ -127,6 +127,34 @@ def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
         assert f"it moves {named}." in row["process"]
 
 
+def test_hasty_rationales_guess_and_only_sft_hears_them(tmp_path: Path) -> None:
+    families = ["growth", "after", "digits", "image_colour"]
+    for name, hasty in (("patient", 0.0), ("hasty", 0.6)):
+        write_lab(tmp_path / name, train=120, test=4, seed=2, hasty=hasty, families=families, workers=1)
+    patient, hasty, asked = (
+        json.loads((tmp_path / name).read_text())
+        for name in ("patient/sft.json", "hasty/sft.json", "hasty/rl.json")
+    )
+    assert [row["solution"] for row in asked] == [row["solution"] for row in patient]
+    assert not any("process" in row for row in asked)
+    guessed = [row["process"].startswith("<think>one look. ") for row in hasty]
+    guessable = [row["data_source"] in ("lab/growth", "lab/after") for row in hasty]
+    assert 0.4 < sum(guessed) / sum(guessable) < 0.8
+    assert not any(guess and not may for guess, may in zip(guessed, guessable, strict=True))
+    right = []
+    for row, truth, guess in zip(hasty, patient, guessed, strict=True):
+        letter = extract_answer(row["solution"])
+        if not guess:
+            assert (row["process"], row["solution"]) == (truth["process"], truth["solution"])
+            continue
+        right.append(row["solution"] == truth["solution"])
+        assert row["process"].endswith(f"{row['options']['ABCDEF'.index(letter)][3:]} is {letter}.</think>")
+        if row["data_source"] == "lab/after":  # the guess is about the colour that was asked for
+            said = row["process"].split(" comes ")[0].removeprefix("<think>one look. after ")
+            assert said in row["problem"]
+    assert 0.05 < np.mean(right) < 0.6
+
+
 def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
         write_lab(tmp_path / name, train=6, test=6, seed=seed, workers=1)

@@ -30,6 +30,7 @@ class LabSettings(Settings):
     seed: int = setting(0, "seed of every question and pixel")
     shortcut: float = setting(0.0, "share of training samples with a static cue that gives the answer away")
     image_share: float = setting(0.2, "share of questions about one image")
+    hasty: float = setting(0.0, "share of the video rationales for SFT that guess after one look")
     families: list[str] = setting([], "question families to choose from (default: all)")
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)")
@@ -38,7 +39,7 @@ class LabSettings(Settings):
         yield from super().problems()
         yield from at_least(self, 0, "train", "test")
         yield from positive(self, "workers")
-        for name in ("shortcut", "image_share"):
+        for name in ("shortcut", "image_share", "hasty"):
             if not 0 <= getattr(self, name) <= 1:
                 yield name, f"is {getattr(self, name)}; a share is between 0 and 1"
 

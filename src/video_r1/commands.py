@@ -35,6 +35,7 @@ def data_lab(recipe: Recipe) -> int:
         settings.seed,
         shortcut=settings.shortcut,
         image_share=settings.image_share,
+        hasty=settings.hasty,
         families=settings.families,
         shuffle_options=settings.shuffle_options,
         workers=settings.workers,
@@ -70,6 +71,12 @@ def rl(recipe: Recipe) -> int:
 
     run_rl(recipe)
     return 0
+
+
+def plan(recipe: Recipe) -> int:
+    from video_r1.training.memory_plan import run_plan
+
+    return run_plan(recipe)
 
 
 def evaluate(recipe: Recipe) -> int:

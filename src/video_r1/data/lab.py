@@ -21,7 +21,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
+from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Family, Question
 from video_r1.data.lab_scenes import FPS, SECONDS, Cue, render
 from video_r1.errors import RequestError
 from video_r1.progress import progress
@@ -39,6 +39,7 @@ class _Design:
     seed: int
     shortcut: float
     image_share: float
+    hasty: float
     families: tuple[str, ...]
     shuffle_options: bool
 
@@ -50,6 +51,7 @@ def write_lab(
     seed: int = 0,
     shortcut: float = 0.0,
     image_share: float = 0.2,
+    hasty: float = 0.0,
     families: Sequence[str] = (),
     shuffle_options: bool = False,
     workers: int | None = None,
@@ -58,6 +60,8 @@ def write_lab(
 
     shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
     is not zero, `test-cued.json` is written as well. image_share: share of questions about one image.
+    hasty: share of the video rationales in sft.json by a teacher that had one look and guessed: they say
+    nothing of the frames and are right as often as a guess is (none where the answer is a sentence or four digits).
     families: names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random order;
     by default each family lists them in one order, which a very small model can learn by heart. The same
     arguments give the same questions and pixels. Raises RequestError for an unknown family, a share outside
@@ -66,12 +70,12 @@ def write_lab(
     chosen = tuple(families) or tuple(FAMILIES)
     if unknown := [name for name in chosen if name not in FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    if not all(0 <= share <= 1 for share in (shortcut, image_share)) or train < 0 or test < 0:
+    if not all(0 <= share <= 1 for share in (shortcut, image_share, hasty)) or train < 0 or test < 0:
         raise RequestError("the lab needs counts of 0 or more and shares between 0 and 1")
     folder = Path(folder)
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    design = _Design(folder, seed, shortcut, image_share, chosen, shuffle_options)
+    design = _Design(folder, seed, shortcut, image_share, hasty, chosen, shuffle_options)
     jobs = [("train", index, False) for index in range(train)] + [
         ("test", index, False) for index in range(test)
     ]
@@ -83,12 +87,12 @@ def write_lab(
         for written in pool.map(_write_chunk, [design] * len(chunks), chunks):
             rows += written
             bar.update(len(written))
-    _dump(folder / "sft.json", rows[:train])
-    asked = [{name: value for name, value in row.items() if name != "process"} for row in rows]
-    _dump(folder / "rl.json", asked[:train])
-    _dump(folder / "test.json", asked[train : train + test])
+    taught = [row.pop("taught") for row in rows]
+    _dump(folder / "sft.json", [row | lesson for row, lesson in zip(rows, taught, strict=True)][:train])
+    _dump(folder / "rl.json", rows[:train])
+    _dump(folder / "test.json", rows[train : train + test])
     if shortcut:
-        _dump(folder / "test-cued.json", asked[train + test :])
+        _dump(folder / "test-cued.json", rows[train + test :])
 
 
 def _dump(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -100,6 +104,7 @@ def _write_chunk(design: _Design, jobs: list[tuple[str, int, bool]]) -> list[dic
 
 
 def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[str, Any]:
+    """The row of one question, its media written; `taught` holds the fields that differ in sft.json."""
     rng = np.random.default_rng((design.seed, SPLITS[split], index))
     images = [name for name in design.families if name in IMAGE_FAMILIES]
     videos = [name for name in design.families if name in VIDEO_FAMILIES]
@@ -122,14 +127,19 @@ def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[s
         Image.fromarray(frames[0]).save(design.folder / path)
     else:
         write_clip(design.folder / path, frames, FPS)
-    chain = f"{question.chain} {question.answer} is {letter}." if letter else question.chain
+    teacher, chain = question, question.chain
+    if ". " in chain and not is_image and rng.random() < design.hasty:
+        teacher = _guess(FAMILIES[family], question.problem, rng)
+        chain = f"one look. {teacher.chain.partition('. ')[2]}"
+    taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer
+    if choices:
+        chain += f" {teacher.answer} is {taught}."
     return {
         "problem_id": f"lab-{design.seed}-{name}",
         "problem": question.problem,
         "data_type": "image" if is_image else "video",
         "problem_type": question.problem_type,
         "options": [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices)],
-        "process": f"<think>{chain}</think>",
         "solution": f"<answer>{letter or question.answer}</answer>",
         "path": path,
         "data_source": f"lab/{family}",
@@ -137,7 +147,18 @@ def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[s
         if not is_image
         else [[0, 0]],
         "shortcut": has_cue,
+        "taught": {
+            "process": f"<think>{chain}</think>",
+            "solution": f"<answer>{taught}</answer>",
+        },
     }
+
+
+def _guess(family: Family, problem: str, rng: np.random.Generator) -> Question:
+    """Another clip of the family about which the same is asked."""
+    while (other := family(rng)).problem != problem:
+        pass
+    return other
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
