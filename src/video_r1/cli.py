@@ -1,4 +1,4 @@
-"""The command line: `video-r1 {data,annotate,sft,rl,eval,ask,report,demo}`.
+"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,report,demo}`.
 
 Words are split into setting names and text here; `recipe` turns them into checked settings, and `commands`
 runs them. Whatever needs torch is imported inside a command, so that help and refusals come at once.
@@ -20,7 +20,7 @@ from video_r1 import commands
 from video_r1.command_help import command_help, overview
 from video_r1.config import own_field_types
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.recipe import SECTIONS, TRAINS, Recipe, find_recipe, load_recipe
+from video_r1.recipe import RECIPES_OF_TRAINING, SECTIONS, Recipe, find_recipe, load_recipe
 from video_r1.setting_types import FALSE_WORDS, TRUE_WORDS, takes_list
 
 
@@ -61,6 +61,10 @@ COMMANDS: dict[str, Command] = {
         ("rl lab-tgrpo --learning_rate 1e-5",
          "rl video-r1-7b-tgrpo --model_name_or_path runs/sft --max_steps 1000",
          "rl my.yaml --temporal_rule off --num_generations 16"), commands.rl),
+    "plan": Command(
+        "tokens and GPU memory that a recipe of sft or rl needs", (),
+        ("plan video-r1-7b-tgrpo --model_config Qwen/Qwen2.5-VL-7B-Instruct --gpu_memory 80GB",
+         "plan my.yaml --gpu_memory 24GB --processes 4 --use_peft"), commands.plan),
     "eval": Command(
         "score a checkpoint on a manifest, with frames in order and shuffled", ("model", "manifest"),
         ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",), commands.evaluate),
@@ -71,7 +75,7 @@ COMMANDS: dict[str, Command] = {
     "report": Command("one HTML page from a run folder", ("run",), ("report runs/rl",), commands.report),
     "demo": Command("the whole pipeline on made-up clips", (), ("demo", "demo --seed 1"), commands.demo),
 }
-RECIPE_FIRST = TRAINS  # their first word can be nothing but a recipe
+RECIPE_FIRST = RECIPES_OF_TRAINING  # their first word can be nothing but a recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from video_r1.config import Settings, own_field_types
-from video_r1.recipe import REQUIRED, SECTIONS, TRAINS, packaged_recipes
+from video_r1.recipe import RECIPES_OF_TRAINING, REQUIRED, SECTIONS, packaged_recipes
 from video_r1.setting_types import describe_type
 
 WIDTH = 110
@@ -29,7 +29,7 @@ def command_help(name: str, summary: str, positionals: tuple[str, ...], examples
     lines = [f"usage: video-r1 {name} {words} [--key value ...]", "", summary, ""]
     if examples:
         lines += ["examples:", *(f"  video-r1 {example}" for example in examples), ""]
-    if name in TRAINS:
+    if name in RECIPES_OF_TRAINING:
         lines += wrapped(
             "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
             f"{', '.join(packaged_recipes())}."

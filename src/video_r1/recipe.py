@@ -35,12 +35,14 @@ from video_r1.config import (
     raise_problems,
 )
 from video_r1.errors import ConfigError, RequestError
+from video_r1.plan_settings import PlanSettings
 from video_r1.setting_types import alternatives, is_enum, parse
 from video_r1.vllm_settings import VLLMSettings
 
 SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
     "rl": (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
+    "plan": (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
     "eval": (EvalSettings,),
     "ask": (AskSettings,),
     "data check": (CheckSettings,),
@@ -50,7 +52,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "report": (ReportSettings,),
     "demo": (DemoSettings,),
 }
-"""The settings of each command. Those in TRAINS take every field of `TrainingArguments` as well."""
+"""The settings of each command. Those of RECIPES_OF_TRAINING take all fields of TrainingArguments too."""
 
 REQUIRED = {
     "sft": ("model_name_or_path", "train_manifest", "output_dir"),
@@ -64,6 +66,7 @@ REQUIRED = {
     "report": ("run",),
 }
 TRAINS = ("sft", "rl")
+RECIPES_OF_TRAINING = (*TRAINS, "plan")
 PACKAGED_MODEL = "lab-base"
 """The name by which the small pretrained base that comes with the package may be called."""
 
@@ -117,9 +120,10 @@ def load_recipe(
         values[name.replace("-", "_")] = value
         origins[name.replace("-", "_")] = f"option --{name}"
     types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
-    imported = training_argument_types() if command in TRAINS and values.keys() - types.keys() else {}
+    trains = command in RECIPES_OF_TRAINING
+    imported = training_argument_types() if trains and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
-    for name in ("model_name_or_path", "model", "teacher"):
+    for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
             settings[name] = str(resources.files("video_r1") / "models" / "lab_base")
     sections = []

@@ -25,6 +25,8 @@ from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_atte
 
 OnToken = Callable[[int, int, int], None]
 KEEP_RATIO = 0.875  # finished completions leave in batches: copying the others' states has its cost
+MAX_SEQUENCES = 256
+MAX_PREFILL_TOKENS = 16384
 VISUAL_FEATURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -53,7 +55,11 @@ class TransformersEngine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, max_sequences: int = 256, max_prefill_tokens: int = 16384
+        self,
+        model: Any,
+        tokenizer: Any,
+        max_sequences: int = MAX_SEQUENCES,
+        max_prefill_tokens: int = MAX_PREFILL_TOKENS,
     ) -> None:
         self.tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
         self.max_sequences = max_sequences

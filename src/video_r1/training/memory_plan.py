@@ -1,0 +1,290 @@
+"""What a recipe needs of a GPU's memory, before any weights are loaded: `video-r1 plan RECIPE`.
+
+The update and the prefill are traced without storage (memory_trace.py); weights, gradients, optimizer and the
+keys and values of the completions are counted. Not counted: the CUDA context and the allocator's unused
+blocks (1 to 2 GB on common GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from video_r1.config import ModelSettings, PromptSettings, SFTSettings, TGRPOSettings, own_field_types
+from video_r1.errors import ConfigError
+from video_r1.plan_settings import PlanSettings, parse_bytes
+from video_r1.recipe import Recipe, read_recipe
+from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
+from video_r1.training.memory_trace import Policy, Row, Traced, trace
+from video_r1.training.setup import lora_config
+from video_r1.training.sharding import Sharding, sharding_of
+
+ADAM_STATES = 2
+TIMESTAMP_TOKENS = 10  # Qwen3-VL writes a time and two marks before every temporal patch
+SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Tokens of a question, and bytes on one GPU.
+
+    `parts`: weights, gradients, optimizer, reference, activations (kept for the backward pass), logits, KV
+    cache, vLLM; not all of them are there at once. `phases`: the most that is there while sampling (rollout),
+    in the passes forward and back (update) and in the optimizer step.
+    """
+
+    stage: str
+    model: str
+    sharding: Sharding
+    parameters: int
+    trainable: int
+    visual_tokens: int
+    prompt_tokens: int
+    completion_tokens: int  # of one completion or response, at most
+    completions: int  # trained on, a question
+    row_tokens: int  # of one forward and backward pass
+    parts: dict[str, int]
+    phases: dict[str, int]
+    gpu_memory: int | None = None
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None when the GPU is not known."""
+        return None if self.gpu_memory is None else self.peak <= self.gpu_memory
+
+
+def memory_plan(
+    config: PreTrainedConfig,
+    recipe: Recipe,
+    *,
+    gpu_memory: int | None = None,
+    sharding: Sharding | None = None,
+    text_tokens: int = 300,
+    device_type: str = "cuda",
+) -> MemoryPlan:
+    """The plan of an `rl` or `sft` recipe (`load_recipe("rl", …)`) for a model of this config.
+
+    Lengths are the longest that the recipe allows: frames at their budget, completions at their limit.
+    gpu_memory: bytes. sharding: default what the recipe's TrainingArguments say, for one process. Raises
+    ConfigError when the frames of a clip alone exceed max_prompt_length.
+    """
+    if sharding is None:
+        sharding = sharding_of(recipe.training)
+    settings = recipe.section(ModelSettings)
+    training = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
+    row = _row(config, recipe, training, text_tokens)
+    dtype, autocast = _number_formats(config, settings, training, sharding, device_type)
+    policy = Policy(
+        dtype=dtype,
+        autocast=autocast,
+        device_type=device_type,
+        freeze_vision=settings.freeze_vision_tower,
+        checkpointing=training.gradient_checkpointing,
+        reference=isinstance(training, TGRPOSettings) and training.beta != 0,
+        lora=(settings.lora_r, lora_config(settings)) if settings.use_peft else None,
+    )
+    prefill, sequences = None, 0
+    if isinstance(training, TGRPOSettings):
+        questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
+        prompts = questions * (2 if training.shuffled_generations else 1)
+        sequences = questions * (training.num_generations + training.shuffled_generations)
+        if not recipe.values().get("use_vllm"):
+            rows = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
+            prefill = Row(rows, row.grid, row.prompt, 1, 1, packed=False)
+    traced = trace(config, policy, row, prefill, training.gradient_accumulation_steps)
+    values = recipe.values()
+    in_this_process = values.get("use_vllm") and values.get("vllm_mode", "colocate") == "colocate"
+    vllm = int((gpu_memory or 0) * values.get("vllm_gpu_memory_utilization", 0.3)) if in_this_process else 0
+    weights = int(traced.weights * sharding.share(sharding.weights))
+    optimizer = traced.trainable * _optimizer_bytes(str(values.get("optim", "")), dtype, sharding)
+    parts = {
+        "weights": weights,
+        "gradients": int(traced.gradients * sharding.share(sharding.gradients)),
+        "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
+        "reference": weights if policy.reference and policy.lora is None else 0,
+        "activations": traced.activations,
+        "logits": traced.logits,
+        "KV cache": 0 if prefill is None else _kv_cache(traced, prefill, row, prompts, sequences),
+        "vLLM": vllm,
+    }
+    decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * config.get_text_config().vocab_size
+    sleeps = bool(values.get("vllm_enable_sleep_mode"))
+    return MemoryPlan(
+        stage=recipe.command,
+        model=str(settings.model_name_or_path),
+        sharding=sharding,
+        parameters=traced.parameters,
+        trainable=traced.trainable,
+        visual_tokens=math.prod(row.grid) // config.vision_config.spatial_merge_size**2,
+        prompt_tokens=row.prompt,
+        completion_tokens=row.completion,
+        completions=row.completions,
+        row_tokens=math.prod(row.shape),
+        parts=parts,
+        phases=_phases(parts, traced, sharding, prefill is not None, decoding, sleeps),
+        gpu_memory=gpu_memory,
+    )
+
+
+def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int) -> Row:
+    """The longest forward pass that the settings allow, for an image or a video: the one with more tokens."""
+    vision, frames = config.vision_config, recipe.section(PromptSettings)
+    side = vision.patch_size * vision.spatial_merge_size
+    times = max(1, frames.max_frames // vision.temporal_patch_size)
+    video, image = times * (frames.frame_pixels // side**2), frames.image_pixels // side**2
+    squares = video // times if video >= image else image
+    grid = times if video >= image else 1, vision.spatial_merge_size, vision.spatial_merge_size * squares
+    visual = max(video, image)
+    if visual >= frames.max_prompt_length:
+        raise ConfigError(
+            f"the frames of a clip are {visual} tokens, which max_prompt_length ({frames.max_prompt_length}) "
+            "does not allow; lower max_frames, frame_pixels or image_pixels, or raise max_prompt_length"
+        )
+    marks = TIMESTAMP_TOKENS * grid[0] if config.model_type.startswith("qwen3") else 0
+    prompt = min(visual + marks + text_tokens, frames.max_prompt_length)
+    rl = isinstance(training, TGRPOSettings)
+    return Row(
+        questions=training.per_device_train_batch_size,
+        grid=grid,
+        prompt=prompt,
+        completions=training.num_generations if rl else 1,
+        completion=training.max_completion_length if rl else training.max_response_length,
+        packed=rl,
+    )
+
+
+def _number_formats(
+    config: Any, settings: ModelSettings, training: Any, sharding: Sharding, device_type: str
+) -> tuple[torch.dtype, torch.dtype | None]:
+    """The weights' dtype, and that of mixed precision or None."""
+    named = config.dtype if settings.dtype == "auto" else settings.dtype
+    dtype = named if isinstance(named, torch.dtype) else getattr(torch, str(named or "float32"))
+    mixed = training.bf16 if training.bf16 is not None else device_type == "cuda"
+    if mixed and sharding.master:  # DeepSpeed turns the weights themselves into bf16
+        return torch.bfloat16, None
+    return dtype, torch.bfloat16 if mixed and dtype == torch.float32 else None
+
+
+def _optimizer_bytes(name: str, dtype: torch.dtype, sharding: Sharding) -> int:
+    """Bytes of the optimizer's states for each trained weight."""
+    if "8bit" in name:
+        return ADAM_STATES
+    if name.startswith(("sgd", "adafactor")):
+        return 0
+    return 4 * (ADAM_STATES + 1) if sharding.master else ADAM_STATES * dtype.itemsize
+
+
+def _kv_cache(traced: Traced, prefill: Row, row: Row, prompts: int, sequences: int) -> int:
+    """Keys and values of the prompts and completions that are decoded at once."""
+    waves = math.ceil(sequences / MAX_SEQUENCES)
+    of_a_token = traced.prompt_cache / (prefill.questions * prefill.prompt)
+    return int((prompts * row.prompt + sequences * row.completion) / waves * of_a_token)
+
+
+def _phases(
+    parts: dict[str, int], traced: Traced, sharding: Sharding, samples_here: bool, decoding: int, sleeps: bool
+) -> dict[str, int]:
+    """The peak of each phase of a step after the first one, when the optimizer has its states."""
+    always = parts["weights"] + parts["reference"] + parts["optimizer"]
+    gathered = 0
+    if sharding.weights:  # two layers whole at a time, one in use and one on its way
+        gathered = 2 * traced.largest_layer
+    buckets = traced.gradients if sharding.buckets else 0
+    share = sharding.share(sharding.gradients)
+    passing = traced.update_peak - traced.update_peak_gradients + int(traced.update_peak_gradients * share)
+    vllm = 0 if sleeps else parts["vLLM"]
+    phases = {
+        "update": always + passing + gathered + buckets + vllm,
+        "optimizer step": always + parts["gradients"] + buckets + vllm,
+    }
+    if samples_here:
+        prefill = parts["KV cache"] + traced.prefill_peak - traced.prompt_cache
+        decode = parts["KV cache"] + traced.prefill_copies + decoding
+        phases["rollout"] = always + buckets + gathered + max(prefill, decode)
+    elif parts["vLLM"]:
+        phases["rollout"] = always + buckets + parts["vLLM"]
+    return phases
+
+
+def plan_of(recipe: Recipe) -> MemoryPlan:
+    """The plan that `video-r1 plan` was asked for. Raises ConfigError when the model's shape is unknown."""
+    settings = recipe.section(PlanSettings)
+    stage = settings.stage or _stage(recipe)
+    config = model_config(settings.model_config or recipe.section(ModelSettings).model_name_or_path)
+    memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory
+    planned = replace(recipe, command=stage)
+    if stage == "sft":
+        values = {name: recipe.values()[name] for name in own_field_types(SFTSettings)}
+        planned = replace(planned, sections=(*recipe.sections, SFTSettings(**values)))
+    sharding = sharding_of(recipe.training, settings.processes, settings.accelerate_config)
+    return memory_plan(
+        config, planned, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens
+    )
+
+
+def model_config(source: str | None) -> PreTrainedConfig:
+    """The config of a checkpoint folder or hub id. Raises ConfigError and says what to do instead."""
+    if source is None:
+        raise ConfigError(
+            "model_config: is missing; name a folder or hub id that has the model's config.json"
+        )
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: its config.json cannot be read ({str(error).strip().splitlines()[0]}); it is all "
+            "that a plan needs: if the checkpoint does not exist yet or the hub is out of reach, name a "
+            "folder with the config.json of a model of the same shape in --model_config"
+        ) from error
+    if not hasattr(config, "vision_config"):
+        raise ConfigError(f"{source}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
+    return config
+
+
+def _stage(recipe: Recipe) -> str:
+    """rl when the recipe file has a setting that only rl has, or there is no file; else sft."""
+    if recipe.source is None:
+        return "rl"
+    names = {field for field in TGRPOSettings.__dataclass_fields__}
+    of_both = names & set(SFTSettings.__dataclass_fields__)
+    return "rl" if (names - of_both) & read_recipe(recipe.source)[0].keys() else "sft"
+
+
+def described(plan: MemoryPlan) -> str:
+    """The plan as text."""
+    unit, name_of_unit = (2**30, "GiB") if plan.peak >= 2**30 else (2**20, "MiB")
+    sizes = {name: f"{size / unit:9.2f}" for name, size in {**plan.parts, **plan.phases}.items()}
+    answers = "completions" if plan.stage == "rl" else "response"
+    lines = [
+        f"{plan.stage} of {plan.model}: {plan.parameters / 1e9:.2f} billion weights, "
+        f"{plan.trainable / 1e9:.2f} trained; {plan.sharding.name}",
+        f"a question has up to {plan.prompt_tokens:,} prompt tokens ({plan.visual_tokens:,} visual) and "
+        f"{plan.completions} {answers} of up to {plan.completion_tokens:,}; "
+        f"a pass has up to {plan.row_tokens:,} tokens",
+        "",
+        f"on each GPU, {name_of_unit}",
+        *(f"  {name:<15}{sizes[name]}" for name in plan.parts),
+        f"most at once, {name_of_unit}",
+        *(f"  {name:<15}{sizes[name]}" for name in plan.phases),
+    ]
+    if plan.gpu_memory is not None:
+        verdict = "fits" if plan.fits else "does not fit"
+        lines += ["", f"{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"]
+    return "\n".join(lines)
+
+
+def run_plan(recipe: Recipe) -> int:
+    """Prints the plan. Returns 1 when it does not fit the GPU, else 0."""
+    plan = plan_of(recipe)
+    print(described(plan))
+    return 1 if plan.fits is False else 0

@@ -1,0 +1,383 @@
+"""The tensors of one update and of one prefill, counted without making them.
+
+Both are run on tensors that have shapes but no storage (torch's FakeTensorMode), through the model's own
+transformers code and this project's head, and every allocation is added up while it lives. What a model
+keeps for its backward pass, with or without gradient checkpointing, adapters or mixed precision, is therefore
+not estimated from formulas. Two things are stand-ins: attention, whose kernels depend on values, and the
+pixels' way into windows and positions, which is computed beforehand from the grid.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AttentionInterface, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
+
+from video_r1.models.group_forward import vision_language_model
+from video_r1.models.head import CHUNK_LOGITS, token_logprobs
+from video_r1.models.loading import add_lora, freeze_vision
+
+# "flash": transformers then hands vision attention whole sequences, without reading their lengths.
+ATTENTION_NAME = "video_r1_flash_without_storage"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tokens of one forward pass. `grid`: patches of one question's clip in time, down and across.
+
+    RL puts `questions` prompts and their `completions` in one row; SFT pads `questions` rows of a prompt and
+    one response each.
+    """
+
+    questions: int
+    grid: tuple[int, int, int]
+    prompt: int  # tokens, visual ones included
+    completions: int
+    completion: int  # tokens
+    packed: bool  # one row for all, or one a question
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens a row. The last token of a packed completion predicts nothing and is left out."""
+        if self.packed:
+            return 1, self.questions * (self.prompt + self.completions * (self.completion - 1))
+        return self.questions, self.prompt + self.completion
+
+    @property
+    def predicted(self) -> int:
+        return self.questions * self.completions * self.completion
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the model is built and run. `autocast`: dtype of mixed precision, or None."""
+
+    dtype: torch.dtype
+    autocast: torch.dtype | None
+    device_type: str
+    freeze_vision: bool
+    checkpointing: bool
+    reference: bool  # KL against the policy that training started from
+    lora: tuple[int, Any] | None  # rank and peft configuration (or None for the default one)
+
+
+@dataclass(slots=True)
+class Traced:
+    """All in bytes but `parameters` and `trainable` (numbers of weights)."""
+
+    parameters: int = 0
+    trainable: int = 0
+    weights: int = 0
+    gradients: int = 0
+    largest_layer: int = 0  # weights of one decoder layer
+    activations: int = 0  # what the backward pass needs, when it begins
+    logits: int = 0  # most that the head needs at once
+    update_peak: int = 0  # beyond weights, optimizer and reference
+    update_peak_gradients: int = 0  # the gradients' share of it
+    prefill_peak: int = 0  # of one chunk of prompts, their keys and values included
+    prompt_cache: int = 0  # keys and values of that chunk
+    prefill_copies: int = 0  # weights in autocast's number format, which last as long as sampling does
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, until they die. `peak` is the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.gradients = self.gradients_at_peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def ignore(self, module: nn.Module) -> None:
+        """The module's weights and buffers are there already."""
+        for tensor in [*module.parameters(), *module.buffers()]:
+            self.known.add(tensor.untyped_storage()._cdata)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        weakref.finalize(storage, self.remove, key, size)
+        if self.live > self.peak:
+            self.peak, self.gradients_at_peak = self.live, self.gradients
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    @contextmanager
+    def peak_within(self) -> Iterator[Callable[[], int]]:
+        """Measures the most that is added inside; the whole's peak goes on."""
+        start, whole = self.live, (self.peak, self.gradients_at_peak)
+        self.peak = start
+        found = [0]
+        yield lambda: found[0]
+        found[0] = self.peak - start
+        if self.peak < whole[0]:
+            self.peak, self.gradients_at_peak = whole
+
+
+def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | None, passes: int = 1) -> Traced:
+    """The memory of one update on `row` and, if there is one, of the prefill of the prompts in `prefill`.
+
+    passes: micro-batches of an optimizer step; from the second on, gradients are there when a pass begins.
+    """
+    traced = Traced()
+    autocast = torch.autocast("cpu", dtype=policy.autocast) if policy.autocast is not None else nullcontext()
+    indices = _vision_indices(config, row), _vision_indices(config, prefill) if prefill else {}
+    model, reference = _build(config, policy), None
+    if policy.reference and policy.lora is None:
+        reference = _on_meta(config, policy.dtype).requires_grad_(False).eval()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in (model, reference):
+            if module is not None:
+                _without_storage(mode, module)
+        _count_weights(traced, model)
+        live = LiveBytes()
+        for module in (model, reference):
+            if module is not None:
+                live.ignore(module)
+        if prefill is not None:
+            with live, torch.no_grad(), autocast:
+                model.eval()
+                traced.prompt_cache = _prefill(model, prefill, _fake(mode, indices[1]))
+                traced.prefill_copies = live.live
+            traced.prefill_peak = live.peak
+            live.peak = live.live
+        model.train()
+        _count_gradients(live, model)
+        for _ in range(min(2, passes)):
+            with live:
+                _update(traced, live, autocast, model, reference, policy, row, _fake(mode, indices[0]))
+        traced.update_peak, traced.update_peak_gradients = live.peak, live.gradients_at_peak
+    return traced
+
+
+def _build(config: PreTrainedConfig, policy: Policy) -> Any:
+    """The policy as `setup.model_of` makes it, on the meta device."""
+    model = _on_meta(config, policy.dtype)
+    with torch.device("meta"):
+        if policy.freeze_vision:
+            freeze_vision(model)
+        if policy.lora is not None:
+            rank, adapters = policy.lora
+            model = add_lora(model, rank, config=adapters)
+    if policy.checkpointing:
+        inner = vision_language_model(model)
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if policy.lora is not None:
+            inner.enable_input_require_grads()
+    return model
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
+    model.config._attn_implementation = ATTENTION_NAME
+    return model
+
+
+def _without_storage(mode: FakeTensorMode, model: nn.Module) -> None:
+    """Turns weights on the meta device into ones that say they are on the CPU; tied ones stay tied."""
+    made: dict[Tensor, Tensor] = {}
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                if weight not in made:
+                    fake = FakeTensor(mode, weight.detach(), torch.device("cpu"))
+                    made[weight] = nn.Parameter(fake, weight.requires_grad)
+                module._parameters[name] = cast(nn.Parameter, made[weight])
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = FakeTensor(mode, buffer.detach(), torch.device("cpu"))
+
+
+def _count_weights(traced: Traced, model: nn.Module) -> None:
+    every = [*model.parameters(), *model.buffers()]
+    traced.weights = sum(weight.numel() * weight.element_size() for weight in every)
+    traced.parameters = sum(weight.numel() for weight in model.parameters())
+    trainable = [weight for weight in model.parameters() if weight.requires_grad]
+    traced.trainable = sum(weight.numel() for weight in trainable)
+    traced.gradients = sum(weight.numel() * weight.element_size() for weight in trainable)
+    layer = vision_language_model(model).model.language_model.layers[0]
+    traced.largest_layer = sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+
+
+def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
+    def counted(weight: Tensor) -> None:
+        if weight not in seen:
+            seen.add(weight)
+            live.gradients += weight.numel() * weight.element_size()
+
+    seen: set[Tensor] = set()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(counted)
+
+
+def _update(
+    traced: Traced,
+    live: LiveBytes,
+    autocast: Any,
+    model: Any,
+    reference: Any,
+    policy: Policy,
+    row: Row,
+    indices: dict[str, Any],
+) -> None:
+    inner = vision_language_model(model)
+    features = None
+    if policy.freeze_vision:
+        with torch.no_grad(), autocast:
+            features = _vision(inner, row, indices)
+    start = live.live
+    with autocast:
+        states = _hidden(inner, row, features or _vision(inner, row, indices))
+        with live.peak_within() as logits:
+            loss = _loss(inner, policy, row, states)
+    del states
+    traced.activations, traced.logits = live.live - start, logits()
+    if policy.reference:
+        judge = inner if reference is None else vision_language_model(reference)
+        with torch.no_grad(), autocast:
+            _loss(judge, policy, row, _hidden(judge, row, features or _vision(judge, row, indices)))
+    loss.backward()
+
+
+def _vision(model: Any, row: Row, indices: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The tower's output for all clips of a row, and DeepStack features where there are some."""
+    vision = model.config.vision_config
+    across = vision.temporal_patch_size * vision.patch_size**2
+    pixels = torch.empty(len(indices["position_ids"]), vision.in_channels * across)
+    grid = torch.tensor([row.grid] * row.questions)
+    output = model.model.visual(pixels.to(model.model.visual.dtype), grid, return_dict=True, **indices)
+    return (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
+
+
+def _embeddings(model: Any, shape: tuple[int, int], features: tuple[Tensor, ...]) -> Tensor:
+    ids = torch.zeros(shape, dtype=torch.long)
+    embedded = model.get_input_embeddings()(ids)
+    mask = (ids > 0)[..., None]
+    return embedded.masked_scatter(mask, features[0].to(embedded.dtype))
+
+
+def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
+    """The last hidden states [rows, tokens, d]. DeepStack features are held and get a gradient."""
+    shape = row.shape
+    states = model.model.language_model(
+        inputs_embeds=_embeddings(model, shape, features),
+        position_ids=torch.zeros(3, *shape, dtype=torch.long),
+        use_cache=False,
+    ).last_hidden_state
+    for layer in features[1:]:
+        states = states + 0 * layer.sum()
+    return states
+
+
+def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
+    vocabulary = model.config.get_text_config().vocab_size
+    head = model.get_output_embeddings()
+    if row.packed:
+        chosen = torch.zeros(row.predicted, dtype=torch.long)
+        chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
+        scores, _ = token_logprobs(head, states[0][chosen], chosen, 1.0, True, vocabulary, chunk)
+        return scores.mean()
+    logits = head(states[:, -(row.completion + 1) :])[:, :-1].flatten(0, 1)
+    targets = torch.zeros(row.predicted, dtype=torch.long)
+    logits = logits[targets].float()
+    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+
+
+def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:
+    """One forward of `row.questions` prompts with a cache. Returns the cache's bytes."""
+    inner = vision_language_model(model)
+    shape = row.questions, row.prompt
+    cache: Any = DynamicCache(config=inner.model.language_model.config)
+    states = inner.model.language_model(
+        inputs_embeds=_embeddings(inner, shape, _vision(inner, row, indices)),
+        position_ids=torch.zeros(3, *shape, dtype=torch.long),
+        past_key_values=cache,
+        use_cache=True,
+    ).last_hidden_state
+    inner.get_output_embeddings()(states[:, -1])
+    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
+    """What the tower computes from the grid's values: order, positions and lengths of the patches."""
+    grid = torch.tensor([row.grid] * row.questions)
+    vision = config.vision_config
+    merge = vision.spatial_merge_size
+    patches = row.grid[1] * row.grid[2]
+    found: dict[str, Any] = {
+        "position_ids": get_vision_position_ids(grid, merge),
+        "cu_seqlens": get_vision_cu_seqlens(grid),
+        "max_seqlen": patches,
+    }
+    if hasattr(vision, "fullatt_block_indexes"):
+        window = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
+        found |= dict(zip(("window_index", "cu_window_seqlens"), window, strict=True))
+        found["max_window_seqlen"] = patches
+    if hasattr(vision, "num_position_embeddings"):
+        side = int(vision.num_position_embeddings**0.5)
+        taps = get_vision_interpolation_indices_and_weights(grid, side, spatial_merge_size=merge)
+        found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
+    return found
+
+
+def _fake(mode: FakeTensorMode, indices: dict[str, Any]) -> dict[str, Any]:
+    return {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in indices.items()}
+
+
+def _attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
+) -> tuple[Tensor, None]:
+    """The memory of an attention kernel that writes no score matrix: [B, H, S, D] -> [B, S, H, D]."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    return _KernelMemory.apply(query, key, value), None  # pyright: ignore[reportReturnType]
+
+
+class _KernelMemory(torch.autograd.Function):
+    """Keeps query, key, value, the result and its log-sum-exp; backward makes one gradient for each."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, size = query.shape
+        out = query.new_empty(batch, length, heads, size)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
