@@ -35,6 +35,7 @@ def data_lab(recipe: Recipe) -> int:
         settings.seed,
         shortcut=settings.shortcut,
         image_share=settings.image_share,
+        hasty=settings.hasty,
         families=settings.families,
         shuffle_options=settings.shuffle_options,
         workers=settings.workers,
