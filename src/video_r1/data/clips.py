@@ -33,6 +33,7 @@ from torch import Tensor
 from video_r1.data.containers import missing_bytes
 
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
+MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
 URL_SECONDS = 30
 # Containers of recorded video. Play lists, which name other files, are not among them.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
@@ -128,6 +129,7 @@ def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
     options = {
         "format_whitelist": _CONTAINERS,
         "protocol_whitelist": "http,https,tcp,tls" if is_url else "file",
+        "max_streams": str(MAX_STREAMS + 1),
     }
     if not is_url and (missing := missing_bytes(path)):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
@@ -135,9 +137,15 @@ def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
         container = av.open(path, options=options, timeout=URL_SECONDS if is_url else None)
     except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
         raise ValueError("is not a kind of file that holds videos") from error
+    except av.error.MemoryError as error:  # and some demuxers of too many streams
+        raise ValueError(
+            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
+        ) from error
     except av.error.FFmpegError as error:
         raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
     with container:
+        if len(container.streams) > MAX_STREAMS:
+            raise ValueError(f"has more than {MAX_STREAMS} streams")
         stream = container.streams.best("video")
         if stream is None or stream.disposition & Disposition.attached_pic:
             kinds = {other.type for other in container.streams}
