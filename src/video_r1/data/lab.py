@@ -61,7 +61,7 @@ def write_lab(
     shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
     is not zero, `test-cued.json` is written as well. image_share: share of questions about one image.
     hasty: share of the video rationales in sft.json by a teacher that had one look and guessed: they say
-    nothing of the frames and are right as often as a guess is (none where the answer is a sentence or four digits).
+    nothing of the frames and are right as often as a guess is; never a sentence or four digits.
     families: names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random order;
     by default each family lists them in one order, which a very small model can learn by heart. The same
     arguments give the same questions and pixels. Raises RequestError for an unknown family, a share outside
