@@ -14,11 +14,11 @@ from PIL import Image
 from tiny_models import moving_square, tiny_checkpoint, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from video_r1.data import frame_cache
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import RequestError
-from video_r1.evaluation import runner
 from video_r1.evaluation.runner import evaluate, score_output
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import Rollout, SamplingSettings
@@ -132,34 +132,38 @@ def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
     assert permutations[0][0] != permutations[0][1]  # each question has its own
 
 
-def test_each_clip_is_decoded_once_for_both_orders(
+def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_questions(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[tuple[int | str, str]] = []
-    real = runner.read_media
+    read: list[tuple[int | str, Sequence[int], str]] = []
+    real = frame_cache.read_media_at
 
-    def counting(question: Sample, budget: FrameBudget) -> Any:
-        read.append((question.problem_id, threading.current_thread().name))
-        return real(question, budget)
+    def counting(question: Sample, budget: FrameBudget, counts: Sequence[int]) -> Any:
+        read.append((question.problem_id, counts, threading.current_thread().name))
+        return real(question, budget, counts)
 
-    monkeypatch.setattr(runner, "read_media", counting)
-    samples = [sample(number, media) for number in range(6)]
-    evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,), batch_size=2)
-    assert sorted(number for number, _ in read) == list(range(6))
-    assert all(name.startswith("evaluation") for _, name in read)
+    monkeypatch.setattr(frame_cache, "read_media_at", counting)
+    # Two questions about each window, in one batch and across two batches.
+    samples = [sample(number, media, start=number // 2 * 0.01) for number in range(6)]
+    engine = ScriptedEngine()
+    evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8), batch_size=3)
+    assert [number for number, _, _ in sorted(read)] == [0, 2, 4]
+    assert {tuple(counts) for _, counts, _ in read} == {(4, 8)}
+    assert all(name.startswith("evaluation-media") for _, _, name in read)
+    assert len(engine.prompts) == 6 * 2 * 2
 
 
 def test_decoding_runs_while_the_engine_generates(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, later_read = runner.read_media, threading.Event()
+    real, later_read = frame_cache.read_media_at, threading.Event()
     waited = []
 
-    def noticed(question: Sample, budget: FrameBudget) -> Any:
+    def noticed(question: Sample, budget: FrameBudget, counts: Sequence[int]) -> Any:
         if question.problem_id == 2:
             generating.wait(60)  # the third batch is decoded while the first is generated, or never
             later_read.set()
-        return real(question, budget)
+        return real(question, budget, counts)
 
     class Waiting(ScriptedEngine):
         def generate(
@@ -170,8 +174,8 @@ def test_decoding_runs_while_the_engine_generates(
             return super().generate(prompts, sampling, counts)
 
     generating = threading.Event()
-    monkeypatch.setattr(runner, "read_media", noticed)
-    samples = [sample(number, media) for number in range(4)]
+    monkeypatch.setattr(frame_cache, "read_media_at", noticed)
+    samples = [sample(number, media, start=number * 0.01) for number in range(4)]
     evaluate(samples, Waiting(), builder, BUDGET, output_dir=tmp_path, frames=(8,), batch_size=1, workers=1)
     assert waited == [True] * 4
 

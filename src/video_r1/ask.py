@@ -15,6 +15,7 @@ from video_r1.config import AskSettings
 from video_r1.errors import RequestError
 
 if TYPE_CHECKING:
+    from video_r1.data.frame_cache import FrameCache
     from video_r1.data.media import FrameBudget
     from video_r1.data.prompts import PromptBuilder
     from video_r1.data.records import ProblemType, Sample
@@ -29,6 +30,7 @@ def run_ask(settings: AskSettings) -> str:
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
+    from video_r1.data.frame_cache import open_frame_cache
     from video_r1.data.prompts import PromptBuilder
     from video_r1.models.loading import load_processor, size_multiple
     from video_r1.rollout.choice import open_engine
@@ -53,7 +55,8 @@ def run_ask(settings: AskSettings) -> str:
     )
     budget = settings.frame_budget(size_multiple(processor))
     with closing(open_engine(settings, processor)) as engine:
-        rollout = ask(engine, builder, budget, sample, sampling, write=_write)
+        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        rollout = ask(engine, builder, budget, sample, sampling, write=_write, frame_cache=cache)
     answer = named_answer(sample, rollout.text)
     print(f"\n\nAnswer: {answer}" if answer else "\n\nNo answer was given.")
     if rollout.finish_reason == "length":
@@ -102,15 +105,16 @@ def ask(
     sample: Sample,
     sampling: SamplingSettings,
     write: Callable[[str], object],
+    frame_cache: FrameCache | None = None,
 ) -> Rollout:
     """Puts one question to a model; `write` is given the output piece by piece, all of it once.
 
     An engine whose `generate` takes `on_token` is heard token by token, any other at its end. Raises
     MediaError and PromptError.
     """
-    from video_r1.data.media import read_media
+    from video_r1.data.frame_cache import read_cached
 
-    prompt = builder.build(sample, read_media(sample, budget))
+    prompt = builder.build(sample, read_cached(sample, budget, frame_cache))
     stream = TextStream(builder.tokenizer, write)
     generate: Any = engine.generate
     if "on_token" in inspect.signature(generate).parameters:

@@ -78,11 +78,13 @@ class PromptSettings(Settings):
     media_seconds: float = setting(
         120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes")
     media_memory_mb: int = setting(4096, "memory that decoding one file may take, in MB, else it is unusable")
+    frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
+    frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used frames go")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
-        yield from positive(self, "max_prompt_length")
+        yield from positive(self, "max_prompt_length", "frame_cache_gb")
         yield from at_least(self, 0, "media_seconds")
         yield from at_least(self, 64, "media_memory_mb")
         if self.max_frames < self.min_frames:

@@ -1,32 +1,31 @@
-"""Evaluation: every question in both frame orders, restartable.
+"""Evaluation: every question with every frame count in every frame order, restartable.
 
     samples ─► batches ─► media, prompts ─► engine ─► score ─► predictions-<frames>.jsonl ─► summary.json
-                          (background       (one call
-                           threads)          a batch)
+                          (reading.py)      (one call a batch
+                                             and frame count)
 
-The unit of work is a batch of consecutive questions. Its shuffled orders and its sampling seed follow from
-the evaluation's seed alone, so a batch that is done again gives what it gave before.
+The unit of work is a batch of consecutive questions with one frame count. Its shuffled orders and its
+sampling seed follow from the evaluation's seed alone, so that a batch which is done again gives what it gave
+before.
 """
+
 from __future__ import annotations
 
 import hashlib
 import json
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
-
-from video_r1.data.media import FrameBudget, read_media, shuffled_order
+from video_r1.data.frame_cache import FrameCache
+from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
+from video_r1.evaluation.reading import Batch, Order, Reader, Unit, derived_seed
 from video_r1.evaluation.summary import summarise
 from video_r1.progress import Progress, progress
 from video_r1.rewards.answers import extract_answer, parse_number, read_answer
@@ -34,11 +33,13 @@ from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
 
-Order = Literal["ordered", "shuffled"]
-
 # The paper's decoding: all but greedy.
 EVALUATION_SAMPLING = SamplingSettings(n=1, temperature=0.01, top_p=0.001, max_tokens=1024)
-_BATCHES_AHEAD = 2  # decoded while the engine is busy
+# What decides the pixels of a prompt besides the frame count, which has files of its own.
+_BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
+
+
+_Key = tuple[str | int, str]  # problem_id and order
 
 
 class Scored(NamedTuple):
@@ -87,6 +88,7 @@ def evaluate(
     seed: int = 0,
     workers: int = 2,
     description: Mapping[str, Any] | None = None,
+    frame_cache: FrameCache | None = None,
 ) -> dict[str, Any]:
     """Evaluates `engine` on `samples` and returns the summary, which is also written to `summary.json`.
 
@@ -94,6 +96,7 @@ def evaluate(
     shuffled order and are asked once. sampling: `n` has to be 1; its seed is replaced. batch_size: questions
     for one call of the engine, which gets each of them in every order. workers: decoding threads.
     description: what else makes the figures (the checkpoint, say); kept, and compared on a restart.
+    frame_cache: resized frames on disk; the figures are the same without it.
 
     Files in output_dir: `predictions-<frames>.jsonl`, one line for each question and order;
     `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
@@ -108,128 +111,80 @@ def evaluate(
     settings = {
         "seed": seed,
         "sampling": asdict(sampling),
-        "budget": {name: value for name, value in asdict(budget).items() if name != "max_frames"},
+        "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
         "questions": _digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
         "prompts": _digest([_question_text(prompt_builder, sample) for sample in samples]),
         **(description or {}),
     }
     _claim_folder(folder, settings)
-    run = _Run(engine, prompt_builder, sampling, tuple(orders), batch_size, seed, folder, threading.Lock())
+    reader = Reader(prompt_builder, budget, tuple(orders), seed, frame_cache)
+    run = _Run(engine, reader, sampling, batch_size, folder)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
-    figures = {}
     with progress(len(samples) * len(frames), "evaluating", "questions") as bar:
-        for count in frames:
-            _ask_all(run, samples, replace(budget, max_frames=count), workers, bar)
-            figures[str(count)] = _figures(run, samples, count)
+        _ask_all(run, samples, frames, workers, bar)
+    figures = {str(count): _figures(run, samples, count) for count in frames}
     summary = {"questions": len(samples), "settings": settings, "frames": figures}
-    _write_json(folder / "summary.json", summary)
+    write_json(folder / "summary.json", summary)
     return summary
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     engine: RolloutEngine
-    prompt_builder: PromptBuilder
+    reader: Reader
     sampling: SamplingSettings
-    orders: tuple[Order, ...]
     batch_size: int
-    seed: int
     folder: Path
-    building: threading.Lock  # fast tokenizers refuse to be used by two threads at once
-
-    def orders_of(self, sample: Sample) -> tuple[Order, ...]:
-        return tuple(order for order in self.orders if order == "ordered" or sample.data_type == "video")
 
     def predictions_path(self, frames: int) -> Path:
         return self.folder / f"predictions-{frames}.jsonl"
 
-
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    number: int  # among the batches of one frame count, from 0
-    samples: Sequence[Sample]
-
-
-Loaded = list[Prompt] | MediaError | PromptError  # of one question: a prompt for each order
+    def keys(self, samples: Sequence[Sample]) -> list[_Key]:
+        """What has to be answered about the samples with one frame count."""
+        return [(sample.problem_id, order) for sample in samples for order in self.reader.orders_of(sample)]
 
 
 def _ask_all(
-    run: _Run, samples: Sequence[Sample], budget: FrameBudget, workers: int, bar: Progress[Any]
+    run: _Run, samples: Sequence[Sample], frames: Sequence[int], workers: int, bar: Progress[Any]
 ) -> None:
-    """Asks what is not yet in the predictions file of this frame count, and appends it there."""
-    path = run.predictions_path(budget.max_frames)
-    done = {(record["problem_id"], record["order"]) for record in read_predictions(path)}
-    starts = range(0, len(samples), run.batch_size)
-    batches = [_Batch(number, samples[i : i + run.batch_size]) for number, i in enumerate(starts)]
+    """Asks what is not yet in the predictions files, and appends it there."""
+    done = {
+        count: {(r["problem_id"], r["order"]) for r in read_predictions(run.predictions_path(count))}
+        for count in frames
+    }
     pending = []
-    for batch in batches:
-        missing = [s for s in batch.samples if any((s.problem_id, o) not in done for o in run.orders_of(s))]
-        if missing:
-            pending.append(batch)
-        else:
-            bar.update(len(batch.samples))
-    for batch, questions in _load_ahead(run, pending, budget, workers):
-        records = []
-        failed = [
-            (sample, loaded)
-            for sample, loaded in zip(batch.samples, questions, strict=True)
-            if not isinstance(loaded, list)
-        ]
-        asked = [
-            (sample, prompt)
-            for sample, loaded in zip(batch.samples, questions, strict=True)
-            if isinstance(loaded, list)
-            for prompt in loaded
-        ]
-        # A batch is done again as a whole or not at all: padding and seeds then are what they were. A batch
-        # whose only open questions still cannot be read has nothing to add.
-        if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
-            settings = replace(run.sampling, seed=_seed(run.seed, budget.max_frames, batch.number))
-            outputs = run.engine.generate([prompt for _, prompt in asked], settings)
-            for (sample, prompt), rollouts in zip(asked, outputs, strict=True):
-                if (sample.problem_id, prompt.order) not in done:
-                    records.append(_record(sample, prompt, rollouts[0], budget.max_frames))
-        append_records(path, records)
-        append_records(run.folder / "quarantine.jsonl", [_quarantined(s, e, budget) for s, e in failed])
-        bar.update(len(batch.samples))
+    for number, start in enumerate(range(0, len(samples), run.batch_size)):
+        chosen = samples[start : start + run.batch_size]
+        keys = set(run.keys(chosen))
+        counts = tuple(count for count in frames if not keys <= done[count])
+        bar.update(len(chosen) * (len(frames) - len(counts)))
+        if counts:
+            pending.append(Batch(number, chosen, counts))
+    for unit in run.reader.units(pending, workers):
+        _ask(run, unit, done[unit.count])
+        bar.update(len(unit.questions))
 
 
-def _load_ahead(
-    run: _Run, batches: Iterable[_Batch], budget: FrameBudget, workers: int
-) -> Iterator[tuple[_Batch, list[Loaded]]]:
-    """Batches with their prompts; the next ones are made in threads while the caller uses the present one."""
-    waiting: deque[tuple[_Batch, list[Future[Loaded]]]] = deque()
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="evaluation")
-    try:
-        for batch in batches:
-            waiting.append((batch, [pool.submit(_load, run, sample, budget) for sample in batch.samples]))
-            if len(waiting) > _BATCHES_AHEAD:
-                ready, futures = waiting.popleft()
-                yield ready, [future.result() for future in futures]
-        while waiting:
-            ready, futures = waiting.popleft()
-            yield ready, [future.result() for future in futures]
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+def _ask(run: _Run, unit: Unit, done: set[_Key]) -> None:
+    """Asks a batch with one frame count.
 
-
-def _load(run: _Run, sample: Sample, budget: FrameBudget) -> Loaded:
-    """Decodes the sample's media once and makes a prompt of them in each order."""
-    try:
-        media = read_media(sample, budget)
-        prompts = []
-        for order in run.orders_of(sample):
-            permutation = None
-            if order == "shuffled":
-                if len(media.frames) < 2:
-                    raise MediaError(sample.path, "has one frame, which cannot be shuffled")
-                generator = torch.Generator().manual_seed(_seed(run.seed, sample.problem_id))
-                permutation = shuffled_order(len(media.frames), generator)
-            with run.building:
-                prompts.append(run.prompt_builder.build(sample, media, permutation))
-    except (MediaError, PromptError) as error:
-        return error
-    return prompts
+    It is done again as a whole or not at all: padding and seeds then are what they were. A batch whose only
+    open questions still cannot be read has nothing to add.
+    """
+    pairs = list(zip(unit.batch.samples, unit.questions, strict=True))
+    failed = [
+        _quarantined(sample, error, unit.count) for sample, error in pairs if not isinstance(error, list)
+    ]
+    asked = [(sample, prompt) for sample, loaded in pairs if isinstance(loaded, list) for prompt in loaded]
+    records = []
+    if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
+        seed = derived_seed(run.reader.seed, unit.count, unit.batch.number)
+        outputs = run.engine.generate([prompt for _, prompt in asked], replace(run.sampling, seed=seed))
+        for (sample, prompt), rollouts in zip(asked, outputs, strict=True):
+            if (sample.problem_id, prompt.order) not in done:
+                records.append(_record(sample, prompt, rollouts[0], unit.count))
+    append_records(run.predictions_path(unit.count), records)
+    append_records(run.folder / "quarantine.jsonl", failed)
 
 
 def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> dict[str, Any]:
@@ -253,24 +208,23 @@ def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> di
     }
 
 
-def _quarantined(sample: Sample, error: MediaError | PromptError, budget: FrameBudget) -> dict[str, Any]:
+def _quarantined(sample: Sample, error: MediaError | PromptError, frames: int) -> dict[str, Any]:
     media = isinstance(error, MediaError)
     return {
         "problem_id": sample.problem_id,
         "path": sample.path,
         "kind": "media" if media else "prompt",
         "reason": error.reason if isinstance(error, MediaError) else str(error),
-        "frames": budget.max_frames,
+        "frames": frames,
     }
 
 
 def _figures(run: _Run, samples: Sequence[Sample], frames: int) -> dict[str, Any]:
     """Figures over all of `samples` and the orders of this run, whichever run answered them."""
     by_key = {(r["problem_id"], r["order"]): r for r in read_predictions(run.predictions_path(frames))}
-    keys = [(sample.problem_id, order) for sample in samples for order in run.orders_of(sample)]
-    records = [by_key[key] for key in keys if key in by_key]
+    records = [by_key[key] for key in run.keys(samples) if key in by_key]
     answered = {record["problem_id"] for record in records}
-    asked = sum(bool(run.orders_of(sample)) for sample in samples)
+    asked = sum(bool(run.reader.orders_of(sample)) for sample in samples)
     return summarise(records) | {"skipped": asked - len(answered)}
 
 
@@ -302,7 +256,7 @@ def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                 "choose another output folder, or delete this one"
             )
     else:
-        _write_json(path, settings)
+        write_json(path, settings)
 
 
 def _question_text(prompt_builder: PromptBuilder, sample: Sample) -> str:
@@ -312,17 +266,11 @@ def _question_text(prompt_builder: PromptBuilder, sample: Sample) -> str:
         return str(error)
 
 
-def _seed(*parts: Any) -> int:
-    """A seed in [0, 2^63) that follows from `parts` alone, on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
 def _digest(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes through a neighbouring file, so that a reader never sees half of it."""
     draft = path.with_suffix(".partial")
     draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

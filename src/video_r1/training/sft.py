@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
 from video_r1.config import PromptSettings, SFTSettings
-from video_r1.data.media import read_media
+from video_r1.data.frame_cache import read_cached
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
@@ -99,7 +99,7 @@ class SFTTrainer(QuestionTrainer):
 
     def load(self, sample: Sample) -> Example:
         """A sample's prompt and response. Raises MediaError or PromptError."""
-        media = read_media(sample, self.budget)
+        media = read_cached(sample, self.budget, self.frame_cache)
         prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:
             raise PromptError(

@@ -40,7 +40,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
 from video_r1.config import PromptSettings, TGRPOSettings
-from video_r1.data.media import Media, read_media
+from video_r1.data.frame_cache import read_cached
+from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.models.group_forward import (
     GroupLogprobs,
@@ -286,7 +287,7 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- What is read, validated and recorded
 
     def load(self, sample: Sample) -> Media:
-        return read_media(sample, self.budget)
+        return read_cached(sample, self.budget, self.frame_cache)
 
     def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
         """A sample with both its prompts; without a temporal reward there is no shuffled one."""
@@ -324,6 +325,7 @@ class TGRPOTrainer(QuestionTrainer):
                 seed=self.settings.seed,
                 batch_size=self.settings.eval_batch_size,
                 max_tokens=self.settings.max_completion_length,
+                frame_cache=self.frame_cache,
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.frame_cache import FrameCache, read_cached
+from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
@@ -27,6 +28,7 @@ def temporal_accuracy(
     seed: int,
     batch_size: int,
     max_tokens: int,
+    frame_cache: FrameCache | None = None,
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
@@ -36,7 +38,7 @@ def temporal_accuracy(
     mine = samples[process_index() :: process_count()]
     answered = [
         entry
-        for questions in ready_batches(mine, budget, builder, seed, batch_size)
+        for questions in ready_batches(mine, budget, builder, seed, batch_size, frame_cache)
         for entry in answer(engine, questions, max_tokens)
     ]
     everyone = [entry for part in gather(answered) for entry in part]
@@ -66,14 +68,20 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int
 
 
 def ready_batches(
-    samples: Sequence[Sample], budget: FrameBudget, builder: PromptBuilder, seed: int, batch_size: int
+    samples: Sequence[Sample],
+    budget: FrameBudget,
+    builder: PromptBuilder,
+    seed: int,
+    batch_size: int,
+    frame_cache: FrameCache | None,
 ) -> Iterator[list[Question]]:
     """Batches of questions with both prompts, the next one read while the present one is answered."""
 
     def ready(sample: Sample) -> Question | None:
         try:
             generator = derived_generator(seed, "validation", sample.problem_id)
-            return build_question(sample, read_media(sample, budget), builder, generator, with_shuffled=True)
+            media = read_cached(sample, budget, frame_cache)
+            return build_question(sample, media, builder, generator, with_shuffled=True)
         except (MediaError, PromptError):  # counted as skipped
             return None
 

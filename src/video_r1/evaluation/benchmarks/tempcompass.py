@@ -30,7 +30,7 @@ _INFORMATION_QUESTION = "Which piece of information is consistent with the video
 
 
 def _questions(path: Path) -> Iterator[Row]:
-    """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder for each form."""
+    """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder a form."""
     form = path.stem if path.stem in FORMS else path.parent.name
     if form not in FORMS:
         return

@@ -1,0 +1,205 @@
+"""Resized frames on disk, for whoever reads the same clips again: SFT, RL, evaluation, and the next run.
+
+    <folder>/ab/ab12….safetensors   the frames of one clip window under one budget, with a checksum
+    <folder>/.size                  bytes of all entries; its lock is held while an entry comes or goes
+
+An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change,
+the window, the budget and `VERSION`. A file that was replaced, or another budget, is another entry.
+
+Many processes may share a folder: an entry is written beside its place and moved there, so that a reader
+sees all of it or nothing, and two writers of the same entry write the same bytes. What is read is checked;
+an entry that fails is removed and the clip is decoded again. Frames are kept as they are, uncompressed:
+16 frames at the training budget are 4.8 MB, at the evaluation budget 9.6 MB.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from video_r1.data.media import FrameBudget, Media, read_media, read_media_at
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+
+VERSION = 1  # raise it when the same file and budget give other pixels
+_SUFFIX = ".safetensors"
+_KEEP = 0.9  # of the limit, once room has to be made
+_STALE_SECONDS = 3600  # a half-written entry this old has no writer any more
+
+
+class FrameCache:
+    """A folder of decoded media of at most `limit` bytes. Safe for threads and processes.
+
+    The least recently used entries go first. `hits`, `misses` and `damaged` count this object's reads.
+    """
+
+    def __init__(self, folder: str | Path, limit: int) -> None:
+        self.folder = Path(folder)
+        self.limit = limit
+        self.hits = self.misses = self.damaged = 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".size").touch()
+        except OSError as error:
+            raise ConfigError(f"frame_cache {folder}: cannot be written to ({error.strerror})") from error
+
+    def get(self, key: str) -> Media | None:
+        """The media of an entry; None when there is none or it is damaged."""
+        path = self._path(key)
+        try:
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata()
+                media = Media(
+                    file.get_tensor("frames"),
+                    file.get_tensor("timestamps"),
+                    float(facts["duration"]),
+                    facts["kind"],  # type: ignore[arg-type]
+                )
+            os.utime(path)  # used just now
+        except FileNotFoundError:
+            self.misses += 1
+            return None
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return self._discard(path)
+        if facts.get("checksum") != _checksum(media):
+            return self._discard(path)
+        self.hits += 1
+        return media
+
+    def put(self, key: str, media: Media) -> None:
+        """Keeps the media of an entry. A full disk is no error: the frames are at hand without it."""
+        path = self._path(key)
+        draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
+        facts = {
+            "duration": repr(media.duration),
+            "kind": media.kind,
+            "checksum": _checksum(media),
+        }
+        try:
+            path.parent.mkdir(exist_ok=True)
+            save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
+            size = draft.stat().st_size
+            with self._size() as file:
+                text = file.read()
+                total = size + (int(text) if text.isdigit() else self.limit)
+                if total > self.limit:
+                    total = size + self._make_room(self.limit - size)
+                if total <= self.limit:
+                    draft.replace(path)
+                    file.seek(0)
+                    file.truncate()
+                    file.write(str(total))
+        except (OSError, SafetensorError):
+            pass
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @contextmanager
+    def _size(self) -> Iterator[IO[str]]:
+        """The file that holds the size of all entries, locked against other processes and threads."""
+        with (self.folder / ".size").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+    def _make_room(self, room: float) -> int:
+        """Measures the folder and, where it holds more than `room` bytes, removes the least recently used
+        entries. Returns the bytes that are left."""
+        entries = []
+        for path in self.folder.glob("??/*"):
+            try:
+                facts = path.stat()
+            except FileNotFoundError:
+                continue
+            if path.suffix == _SUFFIX:
+                entries.append((facts.st_mtime_ns, facts.st_size, path))
+            elif time.time() - facts.st_mtime > _STALE_SECONDS:
+                path.unlink(missing_ok=True)
+        total = sum(size for _, size, _ in entries)
+        goal = min(room, self.limit * _KEEP) if total > room else total
+        for _, size, path in sorted(entries):
+            if total <= goal:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        return total
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / (key + _SUFFIX)
+
+    def _discard(self, path: Path) -> None:
+        self.damaged += 1
+        path.unlink(missing_ok=True)
+
+
+def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
+    """The cache of the settings `frame_cache` and `frame_cache_gb`; None when there is no folder."""
+    return None if folder is None else FrameCache(folder, int(gigabytes * 1e9))
+
+
+def read_cached(sample: Sample, budget: FrameBudget, cache: FrameCache | None) -> Media:
+    """`read_media`, from the cache where it has the media. Raises MediaError."""
+    if cache is None:
+        return read_media(sample, budget)
+    return read_cached_at(sample, budget, (budget.max_frames,), cache)[0]
+
+
+def read_cached_at(
+    sample: Sample, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
+) -> list[Media]:
+    """`read_media_at`, from the cache where it has the media: what it has not is decoded in one go.
+
+    Raises MediaError.
+    """
+    keys = [None if cache is None else cache_key(sample, budget, count) for count in counts]
+    found = {
+        count: media
+        for count, key in zip(counts, keys, strict=True)
+        if cache is not None and key is not None and (media := cache.get(key)) is not None
+    }
+    wanted = [count for count in counts if count not in found]
+    if wanted:
+        found.update(zip(wanted, read_media_at(sample, budget, wanted), strict=True))
+    if cache is not None:
+        for count, key in zip(counts, keys, strict=True):
+            if key is not None and count in wanted:
+                cache.put(key, found[count])
+    return [found[count] for count in counts]
+
+
+def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
+    """The name of the entry for a sample's media with at most `count` frames; None: it cannot be kept.
+
+    None for URLs, whose content may change unseen, and for files that are not there.
+    """
+    try:
+        facts = os.stat(sample.path)
+    except OSError:
+        return None
+    file = (sample.path, facts.st_size, facts.st_mtime_ns)
+    if sample.data_type == "image":
+        rule: tuple[object, ...] = ("image", budget.image_pixels)
+    else:
+        frames = (budget.fps, budget.min_frames, count)
+        rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
+    parts = (VERSION, *file, budget.size_multiple, *rule)
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+
+
+def _checksum(media: Media) -> str:
+    """Of the frames and times, and of their shape, which the bytes alone do not tell."""
+    digest = hashlib.sha256(f"{tuple(media.frames.shape)} {media.duration!r} {media.kind}".encode())
+    digest.update(media.timestamps.numpy().data)
+    digest.update(media.frames.contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,249 @@
+"""The cache of resized frames: same pixels, size limit, damage, parallel writers; several frame counts."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny_models import moving_square, write_clip
+from tiny_questions import training_arguments, write_manifest
+
+from video_r1.data import frame_cache
+from video_r1.data.frame_cache import FrameCache, cache_key, open_frame_cache, read_cached, read_cached_at
+from video_r1.data.media import FrameBudget, Media, decode_media, read_media_at
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError, MediaError
+
+BUDGET = FrameBudget(fps=8.0, max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56, seconds=0)
+LARGE = 10**9
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_clip(tmp_path_factory.mktemp("media") / "clip.mp4", moving_square(frames=40))
+
+
+def sample(path: Path, **fields: object) -> Sample:
+    base = Sample(
+        1, "?", "image" if path.suffix == ".png" else "video", "free-form", "<answer>x</answer>", str(path)
+    )
+    return replace(base, **fields)  # type: ignore[arg-type]
+
+
+def same(first: Media, second: Media) -> bool:
+    return (
+        torch.equal(first.frames, second.frames)
+        and torch.equal(first.timestamps, second.timestamps)
+        and (first.duration, first.kind) == (second.duration, second.kind)
+    )
+
+
+def entries(cache: FrameCache) -> list[Path]:
+    return sorted(cache.folder.glob("*/*.safetensors"))
+
+
+@pytest.mark.parametrize("counts", [(8,), (4, 8), (16, 4, 8), (2, 32)])
+@pytest.mark.parametrize("window", [{}, {"start": 1.0, "end": 3.2}, {"start": 2.0, "end": 2.3}])
+def test_several_frame_counts_from_one_decoding(
+    clip: Path, counts: tuple[int, ...], window: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = frame_cache.read_media_at
+    question = sample(clip, **window)
+    together = read_media_at(question, BUDGET, counts)
+    apart = [decode_media(question, replace(BUDGET, max_frames=count)) for count in counts]
+    assert [len(media.frames) for media in apart] == [len(media.frames) for media in together]
+    assert all(same(a, b) for a, b in zip(apart, together, strict=True))
+    monkeypatch.setattr(frame_cache, "read_media_at", lambda *a: calls.append(a) or real(*a))
+    assert all(same(a, b) for a, b in zip(apart, read_cached_at(question, BUDGET, counts, None), strict=True))
+    assert len(calls) == 1
+
+
+def test_the_second_read_decodes_nothing(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "picture.png"
+    Image.fromarray(moving_square()[0]).save(picture)
+    cache = FrameCache(tmp_path / "cache", LARGE)
+    for question in (sample(clip), sample(clip, start=1.0, end=2.0), sample(picture)):
+        first = read_cached(question, BUDGET, cache)
+        assert same(first, decode_media(question, BUDGET))
+        with monkeypatch.context() as patched:
+            patched.setattr(frame_cache, "read_media_at", None)
+            assert same(read_cached(question, BUDGET, FrameCache(tmp_path / "cache", LARGE)), first)
+    assert (cache.hits, cache.misses, len(entries(cache))) == (0, 3, 3)
+    # Only the frame count that is not there yet is decoded.
+    asked = []
+    real = frame_cache.read_media_at
+    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: asked.append(c) or real(s, b, c))
+    several = read_cached_at(sample(clip), BUDGET, (4, 8, 16), cache)
+    assert asked == [[4, 16]]
+    assert [len(media.frames) for media in several] == [4, 8, 16]
+
+
+def test_what_decides_the_pixels_decides_the_entry(clip: Path, tmp_path: Path) -> None:
+    question = sample(clip)
+    keys = [cache_key(question, BUDGET, 8), cache_key(question, BUDGET, 4)]
+    keys += [
+        cache_key(replace(question, start=1.0), BUDGET, 8),
+        cache_key(replace(question, end=1.0), BUDGET, 8),
+    ]
+    for change in ({"fps": 4.0}, {"min_frames": 2}, {"frame_pixels": 84 * 84}, {"size_multiple": 56}):
+        keys.append(cache_key(question, replace(BUDGET, **change), 8))
+    copy = tmp_path / "clip.mp4"
+    copy.write_bytes(clip.read_bytes())
+    keys.append(cache_key(sample(copy), BUDGET, 8))
+    os.utime(copy, (1, 1))
+    keys.append(cache_key(sample(copy), BUDGET, 8))
+    assert len(set(keys)) == len(keys)
+    # Neither the question nor what reading may cost.
+    assert cache_key(replace(question, problem_id=2, problem="!"), replace(BUDGET, seconds=9.0), 8) == keys[0]
+    assert cache_key(sample(tmp_path / "gone.mp4"), BUDGET, 8) is None
+
+
+@pytest.mark.parametrize(
+    "damage", ["a flipped bit", "cut off", "empty", "no checksum", "another entry's name"]
+)
+def test_a_damaged_entry_is_decoded_again(clip: Path, tmp_path: Path, damage: str) -> None:
+    cache = FrameCache(tmp_path, LARGE)
+    good = read_cached(sample(clip), BUDGET, cache)
+    path = entries(cache)[0]
+    content = bytearray(path.read_bytes())
+    if damage == "a flipped bit":
+        content[-100] ^= 1
+    elif damage == "cut off":
+        content = content[: len(content) // 2]
+    elif damage == "empty":
+        content = bytearray()
+    elif damage == "no checksum":
+        content = content.replace(b'"checksum"', b'"chocksum"')
+    if damage == "another entry's name":
+        read_cached(sample(clip, end=1.0), BUDGET, cache)
+        other = next(entry for entry in entries(cache) if entry != path)
+        content = bytearray(other.read_bytes())
+        content = content.replace(b'"duration":"1.0"', b'"duration":"5.0"')
+    path.write_bytes(content)
+    assert same(read_cached(sample(clip), BUDGET, cache), good)
+    assert cache.damaged == 1
+    assert path in entries(cache)  # written again
+    assert same(read_cached(sample(clip), BUDGET, cache), good)
+    assert cache.damaged == 1
+
+
+def test_the_least_recently_used_entries_go(tmp_path: Path) -> None:
+    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
+    media = Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video")
+    keys = [f"{number:02x}" * 20 for number in range(12)]
+    cache = FrameCache(tmp_path, 10 * 40_000)  # an entry has some bytes more than its 37,632 of frames
+    for number, key in enumerate(keys[:9]):
+        cache.put(key, media)
+        os.utime(cache._path(key), (number, number))
+    assert cache.get(keys[0]) is not None  # used just now
+    cache.put(keys[9], media)
+    cache.put(keys[10], media)
+    kept = {path.stem for path in entries(cache)}
+    assert keys[0] in kept
+    assert {keys[9], keys[10]} <= kept
+    assert keys[1] not in kept
+    assert sum(path.stat().st_size for path in entries(cache)) <= 10 * 40_000
+    stale = tmp_path / "00" / "left.1-1.partial"
+    stale.write_bytes(b"half")
+    os.utime(stale, (1, 1))
+    (tmp_path / ".size").write_text("")  # as after a crash: the folder is measured again
+    cache.put(keys[1], media)
+    assert not stale.exists()
+    assert int((tmp_path / ".size").read_text()) == sum(path.stat().st_size for path in entries(cache))
+    FrameCache(tmp_path, 1000).put(keys[2], media)  # larger than the whole cache may be
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def size_of(cache: FrameCache) -> int:
+    """Bytes of all entries, while none comes or goes."""
+    with cache._size():
+        return sum(path.stat().st_size for path in entries(cache))
+
+
+def write_and_read(folder: Path, limit: int) -> None:
+    """Twenty entries three times over, each checked when it is found."""
+    cache = FrameCache(folder, limit)
+    for number in range(60):
+        key = f"{number % 20:02x}" * 20
+        found = cache.get(key)
+        if found is None:
+            frames = torch.full((4, 3, 56, 56), number % 20, dtype=torch.uint8)
+            cache.put(key, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video"))
+        else:
+            assert (found.frames == number % 20).all()
+    assert cache.damaged == 0
+
+
+def test_parallel_writers_and_readers(tmp_path: Path) -> None:
+    limit = 12 * 40_000
+    start = multiprocessing.get_context("fork").Process
+    processes = [start(target=write_and_read, args=(tmp_path, limit)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    watching = FrameCache(tmp_path, limit)
+    largest = 0
+    while any(process.is_alive() for process in processes):
+        largest = max(largest, size_of(watching))
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert 0 < largest <= limit
+    assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_threads_share_a_cache(clip: Path, tmp_path: Path) -> None:
+    cache = FrameCache(tmp_path, LARGE)
+    good, found = decode_media(sample(clip), BUDGET), []
+    threads = [
+        threading.Thread(target=lambda: found.append(read_cached(sample(clip), BUDGET, cache)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    assert all(same(media, good) for media in found)
+    assert len(entries(cache)) == 1
+
+
+def test_bad_media_and_bad_folders(clip: Path, tmp_path: Path) -> None:
+    cache = FrameCache(tmp_path / "cache", LARGE)
+    text = tmp_path / "text.mp4"
+    text.write_text("no clip at all")
+    for path in (text, tmp_path / "gone.mp4"):
+        with pytest.raises(MediaError):
+            read_cached(sample(path), BUDGET, cache)
+    assert entries(cache) == []
+    with pytest.raises(ConfigError, match="frame_cache"):
+        FrameCache(text / "below", LARGE)
+    assert open_frame_cache(None, 1.0) is None
+    opened = open_frame_cache(str(tmp_path / "other"), 0.5)
+    assert opened is not None
+    assert opened.limit == 500_000_000
+
+
+def test_training_and_evaluation_share_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SFT has read, RL with the same budget does not decode again."""
+    from tiny_models import tiny_checkpoint
+
+    from video_r1.training.sft import SFTConfig, SFTTrainer
+    from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
+
+    manifest = write_manifest(tmp_path, videos=2, images=1)
+    checkpoint = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
+    settings = training_arguments(tmp_path / "run", frame_cache=str(tmp_path / "cache"), media_seconds=0.0)
+    sft = SFTTrainer(checkpoint, SFTConfig(**settings), str(manifest))
+    read = [sft.load(question) for question in sft.train_dataset]  # type: ignore
+    assert len(read) == 3
+    monkeypatch.setattr(frame_cache, "read_media_at", None)
+    rl = TGRPOTrainer(checkpoint, args=TGRPOConfig(**settings, beta=0.0), train_dataset=str(manifest))
+    for (prompt, _), question in zip(read, sft.train_dataset, strict=True):  # type: ignore
+        assert same(rl.load(question), prompt.media)
