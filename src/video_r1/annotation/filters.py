@@ -121,18 +121,17 @@ def length(rationale: str, shortest: int, longest: int) -> str | None:
 
 def characters(text: str) -> str | None:
     """Broken encodings, control characters, and text that is mostly punctuation."""
-    for character in text:
+    visible = readable = 0
+    for character, count in Counter(text).items():
         category = unicodedata.category(character)
-        if (
-            character == "\N{REPLACEMENT CHARACTER}"
-            or category in ("Co", "Cs")
-            or (category == "Cc" and character not in "\n\r\t")
-        ):
+        broken = character == "\N{REPLACEMENT CHARACTER}" or category in ("Co", "Cs")
+        if broken or (category == "Cc" and character not in "\n\r\t"):
             return f"it holds the character U+{ord(character):04X}"
-    visible = [character for character in text if not character.isspace()]
-    readable = sum(unicodedata.category(character)[0] in "LMN" for character in visible)
-    if visible and readable < MIN_READABLE * len(visible):
-        return f"only {readable / len(visible):.0%} of it are letters or digits"
+        if not character.isspace():
+            visible += count
+            readable += count * (category[0] in "LMN")
+    if readable < MIN_READABLE * visible:
+        return f"only {readable / visible:.0%} of it are letters or digits"
     return None
 
 
