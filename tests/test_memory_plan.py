@@ -1,0 +1,232 @@
+"""`video-r1 plan` against the peaks of real passes on the CPU.
+
+Measured: every allocation and release of tensor memory that torch's profiler reports during one update
+(policy with gradients, reference without, loss, backward) and during one rollout, added up to the most that
+lived at once; and the bytes of weights, gradients and AdamW's states. The plan is for the same sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tiny_models import tiny_model, tiny_tokenizer
+from torch.profiler import ProfilerActivity, profile
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from video_r1.cli import main
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.loading import add_lora
+from video_r1.plan_settings import parse_bytes
+from video_r1.recipe import Recipe, load_recipe
+from video_r1.training.memory_plan import MemoryPlan, memory_plan
+from video_r1.training.objective import policy_loss
+from video_r1.training.sharding import sharding_of
+from video_r1.training.tgrpo import frozen_copy
+
+TOLERANCE = 0.05  # 15 % is what the plan promises
+VIDEO = 2
+TEXT = 40
+
+
+def model_of(hidden: int, layers: int, vocabulary: int) -> Any:
+    head = 32
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden,
+            "num_hidden_layers": layers, "num_attention_heads": hidden // head,
+            "num_key_value_heads": hidden // head // 2, "max_position_embeddings": 2048,
+            "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        },
+        vision_config={
+            "depth": 3, "hidden_size": hidden // 2, "num_heads": 2, "intermediate_size": hidden,
+            "out_hidden_size": hidden, "fullatt_block_indexes": [2], "window_size": 112,
+            "tokens_per_second": 2,
+        },
+        tie_word_embeddings=True, vision_start_token_id=0, vision_end_token_id=1, video_token_id=VIDEO,
+        image_token_id=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def recipe_of(**overrides: Any) -> Recipe:
+    """8 frames of 4 × 4 visual tokens, 8 completions of 48 tokens, 4 of them more with shuffled frames."""
+    return load_recipe("rl", None, {
+        "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32",
+        "bf16": False,
+        "max_frames": 8, "frame_pixels": (4 * 28) ** 2, "image_pixels": 28**2, "max_completion_length": 48,
+        "length_reward": 0.0, **overrides,
+    })  # fmt: skip
+
+
+def question() -> Prompt:
+    times, down, across = 4, 8, 8
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(4, 200, (TEXT,), generator=generator)
+    visual = torch.full((times * down * across // 4,), VIDEO)
+    ids = torch.cat([text[:20], torch.tensor([0]), visual, torch.tensor([1]), text[22:]])
+    features = {
+        "pixel_values_videos": torch.randn(times * down * across, 3 * 2 * 14 * 14, generator=generator),
+        "video_grid_thw": torch.tensor([[times, down, across]]),
+        "second_per_grid_ts": torch.tensor([1.0]),
+        "mm_token_type_ids": torch.where(ids == VIDEO, 2, 0)[None],
+    }
+    media = Media(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.arange(8).double() / 2, 4.0, "video")
+    return Prompt(ids, features, media, None, [])
+
+
+def most_at_once(work: Callable[[], object]) -> int:
+    """Bytes of tensor memory beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        work()
+    results: Any = recorded.profiler and recorded.profiler.kineto_results
+    live = peak = 0
+    for _, change in sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"):
+        live += change
+        peak = max(peak, live)
+    return peak
+
+
+def tensor_bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def planned(model: Any, recipe: Recipe) -> MemoryPlan:
+    return memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu")
+
+
+def test_a_plan_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny_model("qwen2_vl", tiny_tokenizer()).config.save_pretrained(tmp_path)
+    words = ["plan", "lab-tgrpo", "--model_config", str(tmp_path), "--gpu_memory"]
+    assert main([*words, "80GB"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("rl of runs/lab-sft: 0.00 billion weights")
+    assert "8 completions of up to 64" in text and "\nfits: " in text
+    assert main([*words, "1MB", "--max_completion_length", "32"]) == 1
+    assert "\ndoes not fit: " in capsys.readouterr().out
+
+
+def test_an_unknown_shape_is_refused_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "lab-tgrpo", "--model_config", str(tmp_path)]) == 2
+    assert (
+        "folder with the config.json of a model of the same shape in --model_config"
+        in capsys.readouterr().err
+    )
+
+
+def test_frames_that_no_prompt_can_hold_are_refused() -> None:
+    model = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    with pytest.raises(ConfigError, match="frames of a clip are 64 tokens, which max_prompt_length \\(64\\)"):
+        memory_plan(model.config, recipe_of(max_prompt_length=64), device_type="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("80GB", 80 * 10**9),
+        ("24 GiB", 24 * 2**30),
+        ("0.5mib", 2**19),
+        ("80", None),
+        ("GB", None),
+        ("1.2.3GB", None),
+    ],
+)
+def test_sizes_of_gpus(text: str, size: int | None) -> None:
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize(
+    ("training", "launch", "shared"),
+    [
+        ({}, {}, (1, False, False, False)),
+        ({}, {"num_processes": 4, "distributed_type": "MULTI_GPU"}, (4, False, False, False)),
+        ({}, {"num_processes": 4, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
+         (4, True, True, True)),
+        ({"fsdp": "shard_grad_op"}, {"num_processes": 2}, (2, False, True, True)),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {"num_processes": 8}, (8, True, True, True)),
+        ({}, {"num_processes": 8, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
+         (8, False, True, True)),
+    ],
+)  # fmt: skip
+def test_sharding_is_what_settings_and_launcher_say(
+    training: dict[str, Any], launch: dict[str, Any], shared: tuple[Any, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "launch.yaml"
+    path.write_text(yaml.safe_dump(launch or {"num_processes": 1}))
+    sharding = sharding_of(training, accelerate_config=path)
+    assert (sharding.processes, sharding.weights, sharding.gradients, sharding.optimizer) == shared
+
+
+def test_shared_parts_shrink_with_the_processes() -> None:
+    model = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    alone = planned(model, recipe_of())
+    sharding = sharding_of({"fsdp": "full_shard"}, 4)
+    four = memory_plan(model.config, recipe_of(), text_tokens=TEXT, device_type="cpu", sharding=sharding)
+    for part in ("weights", "gradients", "optimizer", "reference"):
+        assert four.parts[part] == alone.parts[part] // 4
+    assert four.parts["activations"] == alone.parts["activations"]
+    assert four.peak < alone.peak
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize(("hidden", "layers"), [(128, 4), (256, 6)])
+def test_the_plan_agrees_with_a_measured_update(
+    hidden: int, layers: int, checkpointing: bool, lora: bool
+) -> None:
+    model = model_of(hidden, layers, 2048)
+    recipe = recipe_of(gradient_checkpointing=checkpointing, use_peft=lora, lora_r=16)
+    plan = planned(model, recipe)
+    policy = add_lora(model, 16) if lora else model
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        if lora:
+            model.enable_input_require_grads()
+    reference = None if lora else frozen_copy(model)
+    policy.train()
+    prompt = question()
+    assert len(prompt.input_ids) == plan.prompt_tokens
+    completions = [[torch.arange(100, 148) + g for g in range(8)]]
+
+    def update() -> None:
+        result = group_logprobs(policy, [prompt], completions, with_entropy=True)
+        with torch.no_grad():
+            if reference is None:
+                with policy.disable_adapter():
+                    judged = group_logprobs(policy, [prompt], completions).logprobs
+            else:
+                judged = group_logprobs(reference, [prompt], completions).logprobs
+        loss = policy_loss(
+            result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
+            normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
+        ).loss  # fmt: skip
+        loss.backward()
+
+    update()  # what is made once only, such as tables of rotary angles
+    policy.zero_grad(set_to_none=True)
+    passes = most_at_once(update)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    weights = tensor_bytes([*policy.parameters(), *policy.buffers()])
+    states = sum(tensor_bytes(state.values()) for state in optimizer.state.values())
+    copied = 0 if reference is None else tensor_bytes([*reference.parameters(), *reference.buffers()])
+
+    assert plan.parts["weights"] == weights
+    assert plan.parts["gradients"] == tensor_bytes([weight.grad for weight in trained])
+    assert plan.parts["optimizer"] == pytest.approx(states, rel=1e-3)  # a step number a weight
+    assert plan.parts["reference"] == copied
+    beyond = plan.phases["update"] - plan.parts["weights"] - plan.parts["optimizer"] - plan.parts["reference"]
+    assert beyond == pytest.approx(passes, rel=TOLERANCE)
+    assert plan.phases["update"] == pytest.approx(weights + states + copied + passes, rel=TOLERANCE)
