@@ -12,7 +12,6 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,24 +50,49 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return recipe
 
 
-def command(words: list[str], output: str) -> None:
-    """The process's work: one command line, whose exit code it ends with."""
+PHASES = ("loading", "between", "rollout", "update", "writing a checkpoint", "writing the model")
+
+
+def command(words: list[str], output: str, phase: Any) -> None:
+    """The process's work: one command line, whose exit code it ends with. `phase` tells what it is at."""
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     import torch
 
     from video_r1.cli import main
+    from video_r1.rollout.transformers import TransformersEngine
+    from video_r1.training.tgrpo import TGRPOTrainer
 
     torch.set_num_threads(1)
+    watch(TransformersEngine, "generate", phase)
+    watch(TGRPOTrainer, "training_step", phase)
+    watch(TGRPOTrainer, "_save_checkpoint", phase)
+    watch(TGRPOTrainer, "publish_model", phase)
     os._exit(main(words))
 
 
+def watch(owner: type, name: str, phase: Any) -> None:
+    """Makes a method say in `phase` that it is at work."""
+    number = {"generate": 2, "training_step": 3, "_save_checkpoint": 4, "publish_model": 5}[name]
+    method = getattr(owner, name)
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        phase.value = number
+        result = method(*args, **kwargs)
+        phase.value = 1
+        return result
+
+    setattr(owner, name, watched)
+
+
 def start(recipe: Path, run: Path) -> Any:
-    """The running process of `video-r1 rl RECIPE --output_dir RUN`."""
+    """The running process of `video-r1 rl RECIPE --output_dir RUN`; its `phase` counts as in PHASES."""
     words = ["rl", str(recipe), "--output_dir", str(run)]
-    process = SERVER.Process(target=command, args=(words, str(recipe.with_suffix(".log"))))
+    phase = SERVER.Value("i", 0)
+    process = SERVER.Process(target=command, args=(words, str(recipe.with_suffix(".log")), phase))
     process.start()
+    process.phase = phase
     return process
 
 
@@ -90,42 +114,35 @@ class Killed:
 def kill_often(recipe: Path, run: Path, kills: int, seconds: float, seed: int) -> Killed:
     """Starts the run again after each of `kills` kills at random times, then lets it finish.
 
-    seconds: how long an undisturbed run takes. Every second kill waits until a checkpoint is being written.
+    seconds: how long an undisturbed run takes. Every other kill waits until a checkpoint is being written.
     A run that ends before it is killed is moved away, and the next one begins anew.
     """
     draw, seen = random.Random(seed), Killed()
     while sum(seen.moments.values()) < kills:
         process = start(recipe, run)
         if sum(seen.moments.values()) % 2:
-            wait_until((run / "unfinished").exists, process)
-            time.sleep(draw.uniform(0, 0.02))
+            wait_for_phase("writing a checkpoint", process)
+            time.sleep(draw.uniform(0, 0.1))
         else:
+            wait_for_phase("rollout", process)
             process.join(draw.uniform(0, seconds))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-            seen.moments[moment(run)] += 1
+        process.kill()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            seen.moments[PHASES[process.phase.value]] += 1
             last = max((int(path.name.split("-")[1]) for path in run.glob("checkpoint-*")), default=0)
             lines = read_whole_lines(run / "metrics.jsonl")
             seen.repeated_steps += sum(line["step"] > last for line in lines)
-        else:
+        else:  # it had ended before
             assert process.exitcode == 0, recipe.with_suffix(".log").read_text()[-3000:]
             os.rename(run, run.with_name(f"{run.name}-{time.time_ns()}"))
     finish(recipe, run)
     return seen
 
 
-def wait_until(happened: Callable[[], bool], process: Any) -> None:
-    while process.is_alive() and not happened():
+def wait_for_phase(name: str, process: Any) -> None:
+    while process.is_alive() and process.phase.value != PHASES.index(name):
         time.sleep(0.001)
-
-
-def moment(run: Path) -> str:
-    """What the killed process was at, from what it left behind."""
-    if (run / "unfinished").exists():
-        return "writing the model" if (run / "unfinished" / "model").exists() else "writing a checkpoint"
-    return "rollout or update" if (run / "config.yaml").exists() else "loading"
 
 
 def read_whole_lines(path: Path) -> list[dict[str, Any]]:

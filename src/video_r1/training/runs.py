@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import ConfigError
 from video_r1.recipe import Recipe, plain
-from video_r1.training.checkpoints import LAST_FILES, check_writable, publish_copy
+from video_r1.training.checkpoints import LAST_FILES, UNFINISHED, check_writable, publish_copy
 
 if TYPE_CHECKING:
     from video_r1.training.question_trainer import QuestionTrainer
@@ -70,6 +71,8 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Questi
         if trainer.is_world_process_zero():
             publish_copy(checkpoint if best is None else Path(best), folder)
         return folder
+    if trainer.is_world_process_zero():
+        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what a killed run did not end to write
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     trainer.publish_model()
     return folder
