@@ -1,6 +1,8 @@
 """The client of a vLLM server against a server on loopback that fails in every way that a server can."""
+
 from __future__ import annotations
 
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -21,10 +23,12 @@ from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.rollout import server
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.server import ServerEngine
+from video_r1.rollout.vllm_serve import WANTED, shape
 
 PROCESSOR = tiny_processor("qwen2_5_vl")
 GENERATION = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 5]))
 MODEL = "models/tiny"
+TINY: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
 
 
 class Server:
@@ -36,6 +40,12 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.down = 0  # health checks that fail
+        self.served: dict[str, Any] = {
+            **shape("Qwen2_5_VLForConditionalGeneration", TINY.config),
+            **WANTED,
+            "dtype": "float32",
+            "weight_transfer": None,
+        }
         self.lock = threading.Lock()
         owner = self
 
@@ -71,6 +81,10 @@ class Server:
             return (503 if self.down >= 0 else 200), {}, None
         if path == "/v1/models":
             return 200, {"data": [{"id": "tiny", "root": MODEL, "max_model_len": 256}]}, None
+        if path == "/weight_info":
+            return 200, {"weight_version": self.version}, None
+        if path == "/collective_rpc" and body["method"] == "served_model":
+            return 200, {"results": [self.served]}, None
         if path == "/collective_rpc":
             self.loaded = body["kwargs"]["weights_path"]
             return 200, None, None
@@ -152,7 +166,7 @@ def test_completions_in_order(loopback: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("event", ["restart", "quick restart", "error", "half", "abort", "fewer"])
 def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: Path, event: str) -> None:
     client = engine(loopback.url, tmp_path)
-    model: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
+    model = copy.deepcopy(TINY)
     client.update_weights(model)
     expected = client.generate(prompts(6), SETTINGS)
     version, weights = loopback.version, loopback.loaded
@@ -169,13 +183,13 @@ def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: 
 
 def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
-    model: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
+    model = copy.deepcopy(TINY)
     client.update_weights(model)
     first = Path(loopback.loaded)
     found = load_file(first / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
-    steps = [call for call in loopback.calls if call not in ("/health", "/v1/models")]
-    assert steps == [
+    steps = [call for call in loopback.calls if call not in ("/health", "/v1/models", "/weight_info")]
+    assert steps[1:] == [
         "/pause", "/collective_rpc", "/reset_encoder_cache", "/reset_mm_cache", "/reset_prefix_cache",
         "/update_weight_version", "/resume",
     ]  # fmt: skip
@@ -219,8 +233,41 @@ def test_another_model(loopback: Server, tmp_path: Path) -> None:
         engine(loopback.url, tmp_path, model="models/other")
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"logprobs_mode": "raw_logprobs"}, "logprobs_mode is raw_logprobs, not processed_logprobs"),
+        ({"mm_device_do_normalize": True}, "mm_device_do_normalize is True"),
+        ({"positions": "vllm"}, "positions is vllm, not transformers; start it with video-r1 serve"),
+    ],
+)
+def test_a_server_that_was_started_otherwise(
+    loopback: Server, tmp_path: Path, changed: dict[str, Any], message: str
+) -> None:
+    loopback.served |= changed
+    with pytest.raises(ConfigError, match=message):
+        engine(loopback.url, tmp_path)
+
+
+def test_weights_of_another_model_are_not_sent(loopback: Server, tmp_path: Path) -> None:
+    loopback.served["hidden_size"] = 4096
+    client = engine(loopback.url, tmp_path)
+    with pytest.raises(ConfigError, match="whose hidden_size is 4096, the trained one has"):
+        client.update_weights(TINY)
+    assert loopback.loaded == "" and "/pause" not in loopback.calls
+
+
+def test_weights_that_the_server_has_are_not_sent_again(loopback: Server, tmp_path: Path) -> None:
+    client = engine(loopback.url, tmp_path)
+    client.update_weights(copy.deepcopy(TINY))
+    sent = loopback.calls.count("/pause")
+    loopback.script = ["error", "half", "abort"]
+    client.generate(prompts(4), SETTINGS)
+    assert loopback.calls.count("/pause") == sent  # what others have under way is not aborted
+
+
 def test_no_server(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="vllm serve models/tiny"):
+    with pytest.raises(ConfigError, match="video-r1 serve models/tiny"):
         engine("http://127.0.0.1:9", tmp_path, wait=0.2)
 
 

@@ -18,6 +18,7 @@ class VLLMSettings(Settings):
     vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer")
     vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process")
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
+    vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
     vllm_importance_sampling_correction: bool = setting(
         True, "weight each token by the trainer's over vLLM's probability of it")
     vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
@@ -25,6 +26,7 @@ class VLLMSettings(Settings):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
+        yield from positive(self, "vllm_tensor_parallel_size")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             yield "vllm_gpu_memory_utilization", (
                 f"is {self.vllm_gpu_memory_utilization}; it must be above 0 and at most 1")
@@ -33,3 +35,21 @@ class VLLMSettings(Settings):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
         if self.use_vllm and self.vllm_mode == "server" and url is None:
             yield "vllm_server_base_url", "is missing while vllm_mode is server; name the server's address"
+
+
+@dataclass(kw_only=True)
+class ServeSettings(Settings):
+    """Server"""
+
+    model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
+    host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
+    port: int = setting(8000, "port to listen at")
+    hand_over: Literal["gloo", "nccl", "folder"] = setting(
+        "gloo", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
+    max_model_len: int | None = setting(None, "most tokens of prompt and completion (default: the model's)")
+    vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "port", "max_model_len")

