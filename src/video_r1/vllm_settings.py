@@ -19,6 +19,7 @@ class VLLMSettings(Settings):
     vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process")
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
     vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
+    vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
     vllm_importance_sampling_correction: bool = setting(
         True, "weight each token by the trainer's over vLLM's probability of it")
     vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
@@ -26,6 +27,7 @@ class VLLMSettings(Settings):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
+        yield from positive(self, "vllm_tensor_parallel_size")
         yield from positive(self, "vllm_tensor_parallel_size")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             yield "vllm_gpu_memory_utilization", (

@@ -65,4 +65,5 @@ def training_engine(
         max_model_len=longest,
         memory=settings.vllm_gpu_memory_utilization,
         sleep=settings.vllm_enable_sleep_mode and torch.cuda.is_available(),
+        tensor_parallel=settings.vllm_tensor_parallel_size,
     )

@@ -25,6 +25,8 @@ from video_r1.models.group_forward import vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.vllm_parallel import is_distributed
+from video_r1.rollout.vllm_parallel import tensor_parallel as tensor_parallel_group
 from video_r1.rollout.vllm_positions import use_transformers_positions
 from video_r1.rollout.vllm_requests import check_length, sampling_parameters, vllm_prompt
 from video_r1.rollout.vllm_weights import checkpoint_weights
@@ -49,6 +51,8 @@ class VLLMEngine:
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
     memory: share of the GPU's memory that vLLM may use. sleep: give it back after each `generate` (GPU only).
+    tensor_parallel: neighbouring processes of a training run that share one vLLM; all of them have to make
+        the same calls (their prompts may differ).
 
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
@@ -63,12 +67,14 @@ class VLLMEngine:
         max_sequences: int = 256,
         memory: float = 0.3,
         sleep: bool = False,
+        tensor_parallel: int = 1,
         seed: int = 0,
     ) -> None:
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
         self._sleep = sleep
+        self._ranks = tensor_parallel_group(tensor_parallel)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
@@ -86,6 +92,9 @@ class VLLMEngine:
             "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
             "seed": seed,
             "max_model_len": _longest(source, max_model_len),
+            "tensor_parallel_size": tensor_parallel,
+            # One worker in each process that the launcher has started.
+            **({"distributed_executor_backend": "external_launcher"} if is_distributed() else {}),
             **(
                 {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
                 if torch.cuda.is_available()
@@ -150,14 +159,20 @@ class VLLMEngine:
         self._wake()
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-        parameters = [
-            sampling_parameters(sampling, counts[index], seeds[index], self.stop_ids) for index in asked
-        ]
-        outputs = self.llm.generate(
-            [vllm_prompt(prompts[index], self.processor) for index in asked],
-            [SamplingParams(**fields) for fields in parameters],
-            use_tqdm=False,
+        requests, own = self._ranks.gather(
+            [
+                (
+                    vllm_prompt(prompts[index], self.processor),
+                    sampling_parameters(sampling, counts[index], seeds[index], self.stop_ids),
+                )
+                for index in asked
+            ]
         )
+        outputs = self.llm.generate(
+            [prompt for prompt, _ in requests],
+            [SamplingParams(**fields) for _, fields in requests],
+            use_tqdm=False,
+        )[own]
         if self._sleep:
             self.llm.sleep(level=1)
         results: list[list[Rollout]] = [[] for _ in prompts]
