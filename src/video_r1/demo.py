@@ -36,7 +36,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     from video_r1.models.lab import base_folder
     from video_r1.report.page import build_report
 
-    torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the machine's cores
+    torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
     out.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:  # a demo is one run from the start: what an earlier one left would be continued
         shutil.rmtree(out / name, ignore_errors=True)
