@@ -146,7 +146,7 @@ def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
     (["rl", "lab-tgrpo", "--beta"], "--beta needs a value"),
     (["rl", "lab-tgrpo", "--betta", "1"], "did you mean beta?"),
     (["rl", "lab-tgrpo", "--num_generations", "1"], "num_generations (option --num_generations) is 1"),
-    (["eval", "run"], "manifest is missing"),
+    (["eval", "run"], "needs a manifest or benchmarks"),
     (["eval", "run", "test.json", "--model", "other"], "model is given twice"),
     (["data", "lab", "out", "--shortcut", "2"], "shortcut (option --shortcut) is 2.0"),
     (["data", "check"], "manifest is missing"),

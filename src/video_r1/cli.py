@@ -66,8 +66,11 @@ COMMANDS: dict[str, Command] = {
         ("plan video-r1-7b-tgrpo --model_config Qwen/Qwen2.5-VL-7B-Instruct --gpu_memory 80GB",
          "plan my.yaml --gpu_memory 24GB --processes 4 --use_peft"), commands.plan),
     "eval": Command(
-        "score a checkpoint on a manifest, with frames in order and shuffled", ("model", "manifest"),
-        ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",), commands.evaluate),
+        "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
+        ("model", "manifest"),
+        ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",
+         "eval runs/rl --bench vsibench,mvbench --frames 16,32,64 --compare paper",
+         "eval runs/rl --bench tempcompass --allow_missing --temporal_gap"), commands.evaluate),
     "ask": Command(
         "ask a checkpoint about one video or image", ("model", "path", "question"),
         ('ask runs/rl clip.mp4 "Which way does the ball roll?" --options "A. left" "B. right"',),

@@ -4,6 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from video_r1.annotation.settings import AnnotateSettings
+from video_r1.benchmark_settings import BenchmarkSettings
 from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
 from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import RequestError
@@ -82,7 +83,7 @@ def plan(recipe: Recipe) -> int:
 def evaluate(recipe: Recipe) -> int:
     from video_r1.evaluation.command import run_eval
 
-    run_eval(recipe.section(EvalSettings))
+    run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
     return 0
 
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import yaml
 
 from video_r1.annotation.settings import AnnotateSettings
+from video_r1.benchmark_settings import BenchmarkSettings
 from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
 from video_r1.config import (
     AskSettings,
@@ -43,7 +44,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
     "rl": (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
     "plan": (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
-    "eval": (EvalSettings,),
+    "eval": (EvalSettings, BenchmarkSettings),
     "ask": (AskSettings,),
     "data check": (CheckSettings,),
     "data lab": (LabSettings,),
@@ -57,7 +58,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
 REQUIRED = {
     "sft": ("model_name_or_path", "train_manifest", "output_dir"),
     "rl": ("model_name_or_path", "train_manifest", "output_dir"),
-    "eval": ("model", "manifest"),
+    "eval": ("model",),
     "ask": ("model", "path", "question"),
     "annotate": ("manifest", "teacher", "out"),
     "data check": ("manifest",),

@@ -1,49 +1,43 @@
-"""`video-r1 eval`: from settings to a printed table."""
+"""`video-r1 eval`: from settings to printed tables."""
 from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from video_r1.benchmark_settings import BenchmarkSettings
 from video_r1.config import EvalSettings
+from video_r1.errors import RequestError
 
 
-def run_eval(settings: EvalSettings) -> dict[str, Any]:
-    """Evaluate a checkpoint on a manifest, print the table and return the summary.
+def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint on a manifest or on benchmarks, print the tables and return the summary.
 
-    Reads the manifest before it loads the model. Writes what `video_r1.evaluation.runner.evaluate` writes, to
-    `settings.out` or `evaluation_folder(settings)`. Raises ManifestError, ConfigError and RequestError.
+    Reads the questions before it loads the model. Writes what `video_r1.evaluation.runner.evaluate` or
+    `video_r1.evaluation.suite.run_suite` writes, to `settings.out` or `evaluation_folder(…)`. Raises
+    ManifestError, ConfigError and RequestError.
     """
+    bench = bench or BenchmarkSettings()
+    if (settings.manifest is None) == (bench.bench is None):
+        raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
     from video_r1.data.prompts import PromptBuilder
-    from video_r1.data.records import load_manifest
-    from video_r1.evaluation.runner import evaluate
-    from video_r1.evaluation.summary import summary_table
+    from video_r1.evaluation.suite import evaluate_manifest, load_manifest_of, load_suite, run_suite
     from video_r1.models.loading import load_processor, size_multiple
     from video_r1.rollout.choice import open_engine
-    from video_r1.rollout.engine import SamplingSettings
 
-    assert settings.manifest is not None and settings.model is not None  # settings without them are refused
-    samples = load_manifest(settings.manifest, settings.media_root, settings.allow_urls)[: settings.limit]
+    assert settings.model is not None  # settings without it are refused
+    name = settings.manifest or "benchmarks"
+    folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, name)
+    suite = load_suite(settings, bench, folder) if bench.bench else []
+    samples = load_manifest_of(settings) if settings.manifest else []
     processor = load_processor(settings.model, settings.trust_remote_code)
     builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
-    folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, settings.manifest)
+    budget = settings.frame_budget(size_multiple(processor))
     with closing(open_engine(settings, processor)) as engine:
-        summary = evaluate(
-            samples,
-            engine,
-            builder,
-            settings.frame_budget(size_multiple(processor)),
-            output_dir=folder,
-            orders=settings.order,
-            frames=settings.frame_counts,
-            sampling=SamplingSettings(
-                temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
-            ),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            description={"model": settings.model},
-        )
-    print(summary_table(summary))
+        if bench.bench:
+            summary = run_suite(suite, settings, bench, folder, engine, builder, budget)
+        else:
+            summary = evaluate_manifest(samples, settings, bench, folder, engine, builder, budget)
     print(f"\npredictions and figures: {folder}")
     return summary
 

@@ -1,0 +1,192 @@
+"""One figure: which questions of which benchmarks need the order of the frames, for a given model.
+
+A self-contained HTML page around one SVG. A row for each benchmark and each of its task types, the temporal
+gap (accuracy with ordered minus accuracy with shuffled frames, on the same questions) with its paired 95 %
+interval, one mark for each frame count. A mark is filled where the interval does not contain 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+_LEFT, _PLOT, _RIGHT, _TOP = 270, 520, 250, 64  # pixels
+_LINE = 17  # height of one mark's line
+_GAP_BEFORE_BENCHMARK = 14
+_COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # told apart without red or green
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --faint: #6b7280; --grid: #e3e6ea; --page: #ffffff; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6e8eb; --faint: #9aa2ad; --grid: #333a43; --page: #15181c; }
+}
+body { margin: 24px; background: var(--page); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
+h1 { font-size: 18px; margin: 0 0 4px; } p { margin: 0 0 6px; max-width: 78em; color: var(--faint); }
+svg { display: block; max-width: 100%; height: auto; margin-top: 12px; }
+svg text { font: 13px system-ui, sans-serif; fill: var(--text); }
+svg .faint { fill: var(--faint); font-size: 12px; } svg .title { font-weight: 650; }
+svg .grid { stroke: var(--grid); } svg .zero { stroke: var(--faint); stroke-width: 1.5; }
+"""
+
+
+class Mark(NamedTuple):
+    """A temporal gap in [−1, 1] with its interval, the two accuracies behind it, and how many questions."""
+
+    frames: str
+    gap: float
+    low: float
+    high: float
+    ordered: float
+    shuffled: float
+    questions: int
+
+    @property
+    def needs_order(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+class Row(NamedTuple):
+    name: str
+    is_benchmark: bool
+    marks: list[Mark]
+
+
+def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """Rows of the figure: each benchmark, then its task types from the largest gap to the smallest.
+
+    results: by benchmark name, `title` and `frames` as in an evaluation's summary.
+    """
+    rows = []
+    for result in results.values():
+        frames = result["frames"]
+        overall = [mark for count, figures in frames.items() if (mark := _mark(count, figures))]
+        if not overall:
+            continue
+        rows.append(Row(result["title"], True, overall))
+        tasks = dict.fromkeys(task for figures in frames.values() for task in figures.get("by_task", {}))
+        below = []
+        for task in tasks:
+            groups = ((count, figures.get("by_task", {}).get(task, {})) for count, figures in frames.items())
+            marks = [mark for count, group in groups if (mark := _mark(count, group))]
+            if marks:
+                below.append(Row(task.replace("_", " "), False, marks))
+        rows += sorted(below, key=lambda row: -sum(mark.gap for mark in row.marks) / len(row.marks))
+    return rows
+
+
+def _mark(frames: str, figures: Mapping[str, Any]) -> Mark | None:
+    gap = figures.get("temporal_gap")
+    if gap is None:
+        return None
+    low, high = gap["interval95"]
+    return Mark(frames, gap["gap"], low, high, gap["ordered"], gap["shuffled"], gap["questions"])
+
+
+def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
+    """The figure as one HTML page that needs nothing else."""
+    rows = gap_rows(results)
+    notes = [
+        f"{result['title']}: {result['coverage']}."
+        for result in results.values()
+        if result.get("coverage") and not result.get("complete", True)
+    ]
+    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in [_CAPTION, *notes])
+    heading = f"Which questions need the order of the frames: {model}"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"<title>{escape(heading)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{escape(heading)}</h1>{paragraphs}\n{gap_svg(rows)}\n</body></html>\n"
+    )
+
+
+_CAPTION = (
+    "Temporal gap: accuracy with ordered minus accuracy with shuffled frames, in percentage points, with the "
+    "paired 95 % interval over questions. Filled: the interval does not contain 0."
+)
+
+
+def gap_svg(rows: Sequence[Row]) -> str:
+    """The SVG of the rows; a sentence where there is nothing to draw."""
+    if not rows:
+        return "<p>No question was asked in both frame orders.</p>"
+    counts = list(dict.fromkeys(mark.frames for row in rows for mark in row.marks))
+    colour = {count: _COLOURS[number % len(_COLOURS)] for number, count in enumerate(counts)}
+    low, high, step = _axis(rows)
+    y, body = float(_TOP), []
+
+    def x(value: float) -> float:
+        return _LEFT + _PLOT * (100 * value - low) / (high - low)
+
+    for number, row in enumerate(rows):
+        if row.is_benchmark and number:
+            y += _GAP_BEFORE_BENCHMARK
+        body.append(_label(row, y, y + _LINE * len(row.marks)))
+        for mark in row.marks:
+            body.append(_drawn(mark, colour[mark.frames], x, y + _LINE / 2, with_frames=len(counts) > 1))
+            y += _LINE
+        y += 4
+    grid = []
+    for place in range(round((high - low) / step) + 1):
+        value = low + place * step
+        kind = "zero" if abs(value) < 1e-9 else "grid"
+        at = x(value / 100)
+        grid.append(f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP - 8}" y2="{y:.0f}"/>')
+        grid.append(
+            f'<text class="faint" x="{at:.1f}" y="{_TOP - 14}" text-anchor="middle">{value:+g}</text>'
+        )
+    width, height = _LEFT + _PLOT + _RIGHT, y + 8
+    return (
+        f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" '
+        f'aria-label="temporal gap by benchmark and task type">{_legend(colour)}{"".join(grid + body)}</svg>'
+    )
+
+
+def _axis(rows: Sequence[Row]) -> tuple[float, float, float]:
+    """Ends and step of the axis in percentage points: 0 is on it, and at most eleven lines."""
+    ends = [100 * end for row in rows for mark in row.marks for end in (mark.low, mark.high)] + [0.0]
+    span = max(ends) - min(ends) or 1.0
+    step = next(each for each in (1, 2, 5, 10, 20, 50) if span / each <= 9 or each == 50)
+    return math.floor(min(ends) / step) * step, math.ceil(max(ends) / step) * step or step, step
+
+
+def _label(row: Row, top: float, bottom: float) -> str:
+    place = (top + bottom) / 2 + 4.5
+    kind, indent = ("title", 0) if row.is_benchmark else ("task", 16)
+    return f'<text class="{kind}" x="{indent}" y="{place:.1f}">{escape(row.name)}</text>'
+
+
+def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
+    frames = f"{mark.frames} frames: " if with_frames else ""
+    figures = f"{100 * mark.ordered:.1f} − {100 * mark.shuffled:.1f} = {100 * mark.gap:+.1f}"
+    told = f"{frames}{figures} [{100 * mark.low:+.1f}, {100 * mark.high:+.1f}], {mark.questions:,} questions"
+    fill = colour if mark.needs_order else "var(--page)"
+    return (
+        f"<g><title>{escape(told)}</title>"
+        f'<line x1="{x(mark.low):.1f}" x2="{x(mark.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
+        f'stroke-width="2"/>'
+        f'<circle cx="{x(mark.gap):.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" '
+        f'stroke-width="2"/>'
+        f'<text class="faint" x="{_LEFT + _PLOT + 14}" y="{y + 4:.1f}">{escape(figures)}'
+        f"  ({mark.questions:,})</text></g>"
+    )
+
+
+def _legend(colour: Mapping[str, str]) -> str:
+    parts = [
+        f'<circle cx="{_LEFT + 8 + 110 * place}" cy="16" r="4.5" fill="{each}"/>'
+        f'<text x="{_LEFT + 20 + 110 * place}" y="20.5">{escape(count)} frames</text>'
+        for place, (count, each) in enumerate(colour.items())
+    ]
+    header = (
+        f'<text class="faint" x="{_LEFT + _PLOT + 14}" y="{_TOP - 14}">ordered − shuffled (questions)</text>'
+    )
+    return "".join(parts) + header

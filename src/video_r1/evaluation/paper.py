@@ -1,0 +1,149 @@
+"""The paper's table (arXiv 2503.21776, version 4) and how our figures stand to it.
+
+Published figures are percentages of questions without an interval. A difference is marked when the published
+figure lies outside the 95 % interval of ours, that is, when drawing other questions of the same kind would
+rarely explain it. What else may explain it is listed by `setup_differences`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from video_r1.config import EvalSettings
+from video_r1.evaluation.benchmarks.loading import Questions
+
+COLUMNS = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme")
+PUBLISHED: dict[str, dict[int, tuple[float, ...]]] = {
+    "Qwen2.5-VL-7B, CoT prompt": {
+        16: (27.7, 47.8, 59.2, 57.4, 72.2, 53.1),
+        32: (30.1, 48.1, 60.0, 59.0, 72.6, 56.6),
+        64: (31.4, 50.4, 60.0, 59.2, 72.9, 59.6),
+    },
+    "after SFT": {
+        16: (31.8, 47.4, 61.3, 59.4, 69.2, 52.8),
+        32: (33.3, 49.4, 63.5, 60.5, 69.9, 55.4),
+        64: (34.8, 49.4, 61.6, 60.6, 70.0, 58.8),
+    },
+    "Video-R1-7B": {
+        16: (34.6, 49.8, 64.2, 62.7, 72.6, 57.4),
+        32: (35.8, 52.3, 63.8, 63.9, 73.2, 59.3),
+        64: (37.1, 52.4, 63.8, 64.8, 73.2, 61.4),
+    },
+    "RL without image data": {16: (32.3, 45.8, 60.6, 60.9, 69.8, 53.8)},
+    "GRPO, no temporal reward": {16: (32.7, 48.3, 62.1, 61.1, 71.3, 54.5)},
+    "RL without SFT": {16: (31.8, 49.5, 63.8, 60.4, 70.9, 53.8)},
+}
+# How the paper's figures were made, where its text or its code says so.
+SETUP = {
+    "fps": 2.0,
+    "min_frames": 4,
+    "frame_pixels": 256 * 28 * 28,
+    "temperature": 0.01,
+    "top_p": 0.001,
+    "max_new_tokens": 1024,
+}
+_OF_BENCHMARK = {
+    "vsibench": "the paper does not say whether its figure is the mean over questions or over task types: "
+    "both are compared",
+    "mvbench": "the reference's code shows whole clips; here a question about a window is shown the window",
+    "tempcompass": "how the reference asks the captioning questions is not known; here they are a choice "
+    "among the given pieces of information",
+}
+
+
+class Comparison(NamedTuple):
+    """One of our figures beside a published one, in percent. `low`, `high`: 95 % interval of the difference.
+    `over`: what the mean is over."""
+
+    benchmark: str
+    over: str
+    frames: int
+    model: str
+    published: float
+    ours: float
+    low: float
+    high: float
+
+    @property
+    def difference(self) -> float:
+        return self.ours - self.published
+
+    @property
+    def outside(self) -> bool:
+        return not self.low <= 0 <= self.high
+
+
+def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
+    """Every published figure for a benchmark and frame count that we have, with ours beside.
+
+    results: by benchmark name, `frames` as in an evaluation's summary. Ours are with ordered frames.
+    """
+    found = []
+    for column, name in enumerate(COLUMNS):
+        for frames, figures in results.get(name, {}).get("frames", {}).items():
+            ordered = figures.get("ordered")
+            if ordered is None:
+                continue
+            ours = {"questions": ordered}
+            if name == "vsibench" and "task_mean" in ordered:
+                ours["task types"] = ordered["task_mean"]
+            for over, figure in ours.items():
+                mean, interval = 100 * figure["accuracy"], [100 * end for end in figure["interval95"]]
+                for model, rows in PUBLISHED.items():
+                    if int(frames) in rows:
+                        published = rows[int(frames)][column]
+                        low, high = (end - published for end in interval)
+                        found.append(Comparison(name, over, int(frames), model, published, mean, low, high))
+    return found
+
+
+def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) -> list[str]:
+    """What differs from the paper's evaluation besides the checkpoint, in sentences."""
+    found = [
+        f"{name} is {getattr(settings, name):g} here and {value:g} there"
+        for name, value in SETUP.items()
+        if getattr(settings, name) != value
+    ]
+    found.append(
+        f"the prompt is that of {settings.prompt_template}"
+        if settings.prompt_template
+        else "the prompt is this project's own (a checkpoint trained with another one needs prompt_template)"
+    )
+    found.append(
+        "answers are read by a tolerant parser; the reference compares the text in the answer tags, or the "
+        "whole output where there are none (the strict score is printed beside)"
+    )
+    found.append("the paper names temperature 0.01; its published code has 0.1")
+    if settings.limit is not None:
+        found.append(f"only the first {settings.limit} questions of each benchmark are asked")
+    for each in questions:
+        if not each.coverage.complete:
+            found.append(f"{each.title}: {each.coverage}")
+        if each.annotation == "published" and each.name in COLUMNS:
+            found.append(f"{each.title}: its own annotation and prompt are used, not the reference's JSON")
+        if each.name in _OF_BENCHMARK:
+            found.append(f"{each.title}: {_OF_BENCHMARK[each.name]}")
+    return found
+
+
+def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str]) -> str:
+    """The comparison as text: a block for each benchmark and frame count, `*` at differences outside."""
+    if not comparisons:
+        return "the paper has no figures for these benchmarks and frame counts (it has 16, 32 and 64 frames)"
+    width = max(len(each.model) for each in comparisons)
+    lines, block = [], None
+    for each in comparisons:
+        if (each.benchmark, each.over, each.frames) != block:
+            block = (each.benchmark, each.over, each.frames)
+            title = titles.get(each.benchmark, each.benchmark)
+            over = f", mean over {each.over}" if each.benchmark == "vsibench" else ""
+            lines.append(f"{title}, {each.frames} frames{over}: ours {each.ours:.1f}")
+        lines.append(
+            f"  {each.model.ljust(width)}  {each.published:5.1f}  {each.difference:+6.1f} "
+            f"[{each.low:+.1f}, {each.high:+.1f}]{' *' if each.outside else ''}"
+        )
+    lines.append(
+        "difference: ours − published, with our 95 % interval; * the published figure is outside of it"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,229 @@
+"""Several benchmarks with one checkpoint: all are checked before the model is loaded, then asked in turn.
+
+<out>/<benchmark>/manifest.json, predictions-<frames>.jsonl, summary.json, …   as `runner.evaluate` has it
+<out>/summary.json        every benchmark's figures, how complete they are, and the comparison
+<out>/temporal-gap.html   where questions were asked in both orders
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from video_r1.benchmark_settings import BenchmarkSettings
+from video_r1.config import EvalSettings
+from video_r1.data.frame_cache import open_frame_cache
+from video_r1.data.media import FrameBudget
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import Sample, load_manifest
+from video_r1.errors import RequestError
+from video_r1.evaluation.benchmarks.loading import Questions, load_questions
+from video_r1.evaluation.gap_figure import gap_page
+from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
+from video_r1.evaluation.runner import evaluate, write_json
+from video_r1.evaluation.summary import summary_table
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+
+
+def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
+    """The questions of all benchmarks. Raises one RequestError with what is wrong with any of them."""
+    loaded, problems = [], []
+    for name in bench.bench or ():
+        try:
+            questions = load_questions(
+                name,
+                settings.media_root,
+                folder / Path(name).stem,
+                allow_missing=bench.allow_missing,
+                annotation=bench.annotation,
+            )
+        except RequestError as error:
+            problems.append(str(error))
+        else:
+            loaded.append(questions)
+    if problems:
+        raise RequestError("; ".join(problems))
+    if len({questions.name for questions in loaded}) < len(loaded):
+        raise RequestError("bench: two of the manifests have the same name; their folders would be one")
+    return loaded
+
+
+def run_suite(
+    suite: Sequence[Questions],
+    settings: EvalSettings,
+    bench: BenchmarkSettings,
+    folder: Path,
+    engine: RolloutEngine,
+    builder: PromptBuilder,
+    budget: FrameBudget,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Evaluates all benchmarks, prints their tables and returns what goes into `folder`/summary.json.
+
+    Started again with the same settings it continues, as `evaluate` does.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for number, questions in enumerate(suite):
+        if settings.limit is not None:
+            questions = _first(questions, settings.limit)
+        summary = _evaluate(
+            questions.samples, settings, bench, folder / questions.name, engine, builder, budget
+        )
+        results[questions.name] = described(questions, summary)
+        say(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
+        say(summary_table(summary))
+    outcome: dict[str, Any] = {"model": settings.model, "benchmarks": results}
+    say(f"\n{overview(results)}")
+    if bench.compare == "paper":
+        comparisons = compare_with_paper(results)
+        differences = setup_differences(settings, suite)
+        outcome["comparison"] = [
+            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
+        ]
+        outcome["setup_differences"] = differences
+        say(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
+        say("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
+    write_json(folder / "summary.json", outcome)
+    if bench.temporal_gap:
+        _write_gap_page(folder, results, settings, say)
+    return outcome
+
+
+def load_manifest_of(settings: EvalSettings) -> list[Sample]:
+    """The questions of the settings' one manifest. Raises ManifestError."""
+    assert settings.manifest is not None  # the caller's choice
+    return load_manifest(settings.manifest, settings.media_root, settings.allow_urls)[: settings.limit]
+
+
+def evaluate_manifest(
+    samples: Sequence[Sample],
+    settings: EvalSettings,
+    bench: BenchmarkSettings,
+    folder: Path,
+    engine: RolloutEngine,
+    builder: PromptBuilder,
+    budget: FrameBudget,
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Evaluates one manifest, prints its table and returns the summary that `evaluate` writes."""
+    summary = _evaluate(samples, settings, bench, folder, engine, builder, budget)
+    say(summary_table(summary))
+    if bench.temporal_gap:
+        title = Path(str(settings.manifest)).stem
+        _write_gap_page(folder, {title: {"title": title, "frames": summary["frames"]}}, settings, say)
+    return summary
+
+
+def _evaluate(
+    samples: Sequence[Sample],
+    settings: EvalSettings,
+    bench: BenchmarkSettings,
+    folder: Path,
+    engine: RolloutEngine,
+    builder: PromptBuilder,
+    budget: FrameBudget,
+) -> dict[str, Any]:
+    return evaluate(
+        samples,
+        engine,
+        builder,
+        budget,
+        output_dir=folder,
+        orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
+        frames=settings.frame_counts,
+        sampling=SamplingSettings(
+            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
+        ),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        description={"model": settings.model},
+        frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
+    )
+
+
+def _write_gap_page(
+    folder: Path,
+    results: Mapping[str, Mapping[str, Any]],
+    settings: EvalSettings,
+    say: Callable[[str], object],
+) -> None:
+    page = folder / "temporal-gap.html"
+    page.write_text(gap_page(results, str(settings.model)), encoding="utf-8")
+    say(f"\ntemporal gap by task type: {page}")
+
+
+def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's summary with what the figures are of."""
+    coverage, benchmark = questions.coverage, questions.benchmark
+    facts: dict[str, Any] = {
+        "title": questions.title,
+        "coverage": str(coverage),
+        "complete": coverage.complete,
+        "missing_media": list(coverage.missing),
+        "headline": "questions" if benchmark is None else benchmark.headline,
+        "settings": summary["settings"],
+        "frames": summary["frames"],
+    }
+    if benchmark is not None:
+        facts |= {
+            "dataset": benchmark.dataset,
+            "annotation": questions.annotation,
+            "metric": benchmark.metric,
+            "unverified": list(benchmark.unverified),
+        }
+    return facts
+
+
+def _first(questions: Questions, limit: int) -> Questions:
+    samples = questions.samples[:limit]
+    return replace(questions, samples=samples, coverage=questions.coverage._replace(questions=len(samples)))
+
+
+def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each benchmark and frame count: headline figures in percent."""
+    rows = [("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap")]
+    for result in results.values():
+        for frames, figures in result["frames"].items():
+            rows += _overview_rows(result, frames, figures)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return "\n".join(lines)
+
+
+def _overview_rows(
+    result: Mapping[str, Any], frames: str, figures: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    ordered, shuffled = figures.get("ordered"), figures.get("shuffled")
+    gap = figures.get("temporal_gap")
+    by_tasks = result["headline"] == "tasks"
+    mark = "" if result["complete"] else " (part)"
+    title = result["title"] + (", mean over questions" if by_tasks else "") + mark
+    rows = [
+        (
+            title,
+            frames,
+            _percent(ordered, "accuracy"),
+            f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
+            f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
+            _percent(shuffled, "accuracy"),
+            _percent(gap, "gap"),
+        )
+    ]
+    if by_tasks:
+        means = [_percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)]
+        rows.insert(
+            0, (f"{result['title']}, mean over task types{mark}", frames, means[0], "", "", means[1], "")
+        )
+    return rows
+
+
+def _percent(figure: Any, name: str) -> str:
+    if not figure:
+        return "-"
+    low, high = cast("list[float]", figure["interval95"])
+    return f"{100 * figure[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
