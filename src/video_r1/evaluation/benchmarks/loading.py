@@ -91,7 +91,7 @@ def load_questions(
     root = Path(media_root or BENCHMARK_ROOT)
     kind, rows = _rows(benchmark, root, annotation)
     manifest = _write_manifest(rows, manifest_folder)
-    samples = load_manifest(manifest, root, min_options=benchmark.options[0])
+    samples = load_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
     present, missing = _split_by_media(samples)
     if not present:
         raise RequestError(f"{benchmark.title}: {'; '.join(_media_problems(missing, benchmark))}")

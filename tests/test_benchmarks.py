@@ -1,0 +1,418 @@
+"""Benchmark specs and converters: each published format, the reference's JSON, and the checks on load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
+
+from video_r1.errors import ManifestError, RequestError
+from video_r1.evaluation.benchmarks import BENCHMARKS
+from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
+from video_r1.evaluation.benchmarks.spec import answer_of, lettered
+from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder, lab_clips(tmp_path_factory.mktemp("lab")))
+    return folder
+
+
+def load(name: str, root: Path, out: Path, **settings: Any) -> Questions:
+    return load_questions(name, root, out / name, **{"allow_missing": True, **settings})
+
+
+def brief(questions: Questions, root: Path) -> list[tuple[Any, ...]]:
+    """id, type, answer, options, path below the root, window, task."""
+    return [
+        (
+            sample.problem_id,
+            sample.problem_type,
+            sample.answer,
+            len(sample.options),
+            str(Path(sample.path).relative_to(root.resolve())),
+            (sample.start, sample.end),
+            sample.extra.get("task_type"),
+        )
+        for sample in questions.samples
+    ]
+
+
+WHOLE = (None, None)
+CHOICE = "multiple choice"
+CASES = {
+    "vsibench": [
+        ("vsibench-0", "regression", "4", 0, "vsibench/arkitscenes/41069025.mp4", WHOLE, "object_counting"),
+        (
+            "vsibench-1",
+            "regression",
+            "19.6",
+            0,
+            "vsibench/arkitscenes/41069025.mp4",
+            WHOLE,
+            "room_size_estimation",
+        ),
+        (
+            "vsibench-10",
+            CHOICE,
+            "A",
+            2,
+            "vsibench/arkitscenes/41069025.mp4",
+            WHOLE,
+            "object_rel_direction_easy",
+        ),
+        (
+            "vsibench-11",
+            CHOICE,
+            "A",
+            2,
+            "vsibench/arkitscenes/41069025.mp4",
+            WHOLE,
+            "object_rel_direction_medium",
+        ),
+        (
+            "vsibench-12",
+            CHOICE,
+            "A",
+            2,
+            "vsibench/arkitscenes/41069025.mp4",
+            WHOLE,
+            "object_rel_direction_hard",
+        ),
+        ("vsibench-2", CHOICE, "C", 3, "vsibench/scannet/scene0011_00.mp4", WHOLE, "route_planning"),
+    ],
+    "videommmu": [
+        (
+            "videommmu-Adaptation-validation_Art_Theory_3",
+            CHOICE,
+            "B",
+            3,
+            "videommmu/Art/validation_Art_Theory_3.mp4",
+            WHOLE,
+            "Adaptation",
+        ),
+        (
+            "videommmu-Comprehension-validation_Art_Theory_3",
+            CHOICE,
+            "C",
+            3,
+            "videommmu/Art/validation_Art_Theory_3.mp4",
+            WHOLE,
+            "Comprehension",
+        ),
+        (
+            "videommmu-Perception-validation_Art_Theory_3",
+            CHOICE,
+            "A",
+            3,
+            "videommmu/Art/validation_Art_Theory_3.mp4",
+            WHOLE,
+            "Perception",
+        ),
+        (
+            "videommmu-Adaptation-dev_Biology_3",
+            "numerical",
+            "12.97",
+            0,
+            "videommmu/Science/dev_Biology_3.mp4",
+            WHOLE,
+            "Adaptation",
+        ),
+    ],
+    "mmvu": [("mmvu-validation_1", CHOICE, "D", 5, "mmvu/videos/Chemistry/0.mp4", WHOLE, "Chemistry")],
+    "mvbench": [
+        ("mvbench-1", CHOICE, "C", 3, "mvbench/ssv2_video_mp4/166583.mp4", WHOLE, "action_antonym"),
+        (
+            "mvbench-2",
+            CHOICE,
+            "A",
+            2,
+            "mvbench/star/Charades_v1_480/ZS9XR.mp4",
+            (1.0, 3.5),
+            "action_sequence",
+        ),
+        (
+            "mvbench-3",
+            CHOICE,
+            "A",
+            1,
+            "mvbench/video/clevrer/video_validation/video_10978.mp4",
+            WHOLE,
+            "counterfactual_inference",
+        ),
+        (
+            "mvbench-4",
+            CHOICE,
+            "A",
+            2,
+            "mvbench/tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14.mp4",
+            (0.0, 2.5),
+            "episodic_reasoning",
+        ),
+        (
+            "mvbench-5",
+            CHOICE,
+            "B",
+            2,
+            "mvbench/star/Charades_segment/USNP1_1.0_3.5.mp4",
+            WHOLE,
+            "object_interaction",
+        ),
+    ],
+    "tempcompass": [
+        ("tempcompass-1", CHOICE, "B", 2, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
+        ("tempcompass-2", CHOICE, "B", 3, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
+        ("tempcompass-3", CHOICE, "A", 3, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
+        ("tempcompass-4", CHOICE, "A", 2, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
+    ],
+    "videomme": [
+        ("videomme-001-1", CHOICE, "C", 4, "videomme/data/fFjv93ACGo8.mp4", WHOLE, "Counting Problem"),
+        ("videomme-001-2", CHOICE, "A", 4, "videomme/data/fFjv93ACGo8.mp4", WHOLE, "Temporal Reasoning"),
+    ],
+    "videoholmes": [
+        ("videoholmes-RSmjqss0XKQ-1", CHOICE, "A", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "SR"),
+        ("videoholmes-RSmjqss0XKQ-2", CHOICE, "F", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "TA"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_the_published_format_becomes_our_manifest(name: str, root: Path, tmp_path: Path) -> None:
+    questions = load(name, root, tmp_path)
+    assert brief(questions, root) == CASES[name]
+    assert questions.annotation == "published"
+    benchmark = BENCHMARKS[name]
+    assert questions.coverage == (len(CASES[name]), len(CASES[name]), benchmark.questions, ())
+    assert not questions.coverage.complete
+    assert str(questions.coverage) == f"{len(CASES[name])} of {benchmark.questions:,} questions"
+
+
+def test_texts_and_prompts(root: Path, tmp_path: Path) -> None:
+    vsi = load("vsibench", root, tmp_path).samples
+    assert vsi[0].problem == "These are frames of a video.\nHow many table(s) are in this room?"
+    assert vsi[2].options == ("A. left", "B. right")
+    lectures = {sample.extra["task_type"]: sample for sample in load("videommmu", root, tmp_path).samples[:3]}
+    assert lectures["Perception"].problem.endswith(
+        "Please ignore the Quiz question in last frame of the video."
+    )
+    assert lectures["Adaptation"].problem.startswith("You should watch and learn the video content.")
+    assert lectures["Adaptation"].options == ("A. first", "B. second", "C. third")
+    forms = {sample.data_source: sample for sample in load("tempcompass", root, tmp_path).samples}
+    assert forms["TempCompass/yes_no"].options == ("A. yes", "B. no")
+    assert forms["TempCompass/captioning"].options[1] == "B. {'subject': 'man', 'action': 'dunking'}"
+    assert "Generated" not in forms["TempCompass/captioning"].problem
+    assert forms["TempCompass/caption_matching"].options == ("A. A man is dunking.", "B. A man is passing.")
+    assert forms["TempCompass/multi-choice"].problem == "What is the man doing?"
+
+
+def test_the_published_counts() -> None:
+    """Of the benchmarks' papers and repositories."""
+    assert {name: benchmark.questions for name, benchmark in BENCHMARKS.items()} == {
+        "vsibench": 5130,
+        "videommmu": 900,
+        "mmvu": 625,
+        "mvbench": 4000,
+        "tempcompass": 7540,
+        "videomme": 2700,
+        "videoholmes": 1837,
+    }
+    assert sum(FORMS.values()) == 7540
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "path", "expected"),
+    [
+        (
+            "vsibench",
+            {
+                "original_question_type": "object_counting",
+                "problem_type": "regression",
+                "options": None,
+                "solution": "<answer>4</answer>",
+            },
+            "VSIBench/arkitscenes/4.mp4",
+            ("object_counting", WHOLE),
+        ),
+        ("videommmu", {}, "VideoMMMU/validation_Art_Theory_3.mp4", ("Art", WHOLE)),
+        ("mmvu", {}, "MMVU/videos/Computer_Science/7.mp4", ("Computer Science", WHOLE)),
+        (
+            "mvbench",
+            {"problem_id": 778, "start": 1.0, "end": 2.5},
+            "MVBench/star/Charades_v1_480/A.mp4",
+            ("action_prediction", (1.0, 2.5)),
+        ),
+        (
+            "mvbench",
+            {"problem_id": 1601, "data_type": "frame"},
+            "MVBench/tvqa/frames_fps3_hq/c.mp4",
+            ("episodic_reasoning", WHOLE),
+        ),
+        ("tempcompass", {"original_question_type": ""}, "TempCompass/videos/1.mp4", ("", WHOLE)),
+        (
+            "videomme",
+            {"task_type": "OCR Problems", "data_source": None},
+            "VideoMME/f.mp4",
+            ("OCR Problems", WHOLE),
+        ),
+        ("videoholmes", {}, "Video-Holmes/videos/R.mp4", ("", WHOLE)),
+    ],
+)
+@pytest.mark.parametrize("kept", ["Evaluation", "", "ours"])
+def test_the_references_json(
+    name: str, row: dict[str, Any], path: str, expected: tuple[Any, ...], kept: str, tmp_path: Path
+) -> None:
+    """Media lie where the JSON says, without `Evaluation`, or in our own folder of the benchmark."""
+    (tmp_path / f"eval_{name}.json").write_text(
+        json.dumps([reference_row(row.get("problem_id", 7), f"./Evaluation/{path}", **row)])
+    )
+    place = {
+        "Evaluation": Path("Evaluation") / path,
+        "": Path(path),
+        "ours": Path(name, *Path(path).parts[1:]),
+    }[kept]
+    (tmp_path / place).parent.mkdir(parents=True)
+    (tmp_path / place).write_bytes(b"a clip")
+    questions = load(name, tmp_path, tmp_path / "out")
+    assert questions.annotation == "reference"
+    (found,) = questions.samples
+    assert Path(found.path) == (tmp_path / place).resolve()
+    assert (found.extra.get("task_type"), (found.start, found.end)) == expected
+    assert (
+        found.problem == "What will the person do next?"
+    )  # the reference has no prompt of the benchmark's own
+    assert found.data_type == "video"
+
+
+def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:
+    for path in (root / "mmvu").rglob("*"):
+        if path.is_file():
+            copy = tmp_path / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    row = reference_row(1, "./Evaluation/MMVU/videos/Chemistry/0.mp4")
+    (tmp_path / "eval_mmvu.json").write_text(json.dumps([row]))
+    assert load("mmvu", tmp_path, tmp_path / "out").samples[0].problem_id == "mmvu-validation_1"
+    chosen = load("mmvu", tmp_path, tmp_path / "out", annotation="reference")
+    assert chosen.samples[0].problem_id == "mmvu-1"
+    with pytest.raises(RequestError, match=r"eval_vsibench\.json is not there"):
+        load("vsibench", tmp_path, tmp_path / "out", annotation="reference")
+    with pytest.raises(RequestError, match=r"none of test\.jsonl.*hf download nyu-visionx/VSI-Bench"):
+        load("vsibench", tmp_path, tmp_path / "out")
+
+
+def test_what_is_missing_is_listed_with_where_to_get_it(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError) as refused:
+        load("vsibench", root, tmp_path, allow_missing=False)
+    assert "the annotation has 6 questions, not 5,130" in str(refused.value)
+    for path in (root / "vsibench").rglob("*"):
+        if path.is_file() and "scannet" not in path.parts:
+            copy = tmp_path / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    with pytest.raises(RequestError) as refused:
+        load("vsibench", tmp_path, tmp_path / "out", allow_missing=False)
+    assert "1 media files are missing" in str(refused.value)
+    assert "scannet/scene0011_00.mp4" in str(refused.value)
+    assert "hf download nyu-visionx/VSI-Bench --repo-type dataset" in str(refused.value)
+    assert "unzip arkitscenes.zip" in str(refused.value)
+    rest = load("vsibench", tmp_path, tmp_path / "out")
+    assert len(rest.samples) == 5
+    assert str(rest.coverage) == "5 of 5,130 questions, 1 media files missing"
+    (tmp_path / "vsibench/arkitscenes/41069025.mp4").unlink()
+    with pytest.raises(RequestError, match="2 media files are missing"):  # nothing is left to evaluate
+        load("vsibench", tmp_path, tmp_path / "out")
+
+
+def test_options_are_counted(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mmvu"
+    (folder / "videos/Chemistry").mkdir(parents=True)
+    (folder / "videos/Chemistry/0.mp4").write_bytes(b"a clip")
+    (row,) = [row for row in json.loads((root / "mmvu/validation.json").read_text()) if row["answer"] == "D"]
+    del row["choices"]["E"]
+    (folder / "validation.json").write_text(json.dumps([row]))
+    with pytest.raises(RequestError, match="questions have 5 to 5 options, but here are 1 with 4"):
+        load("mmvu", tmp_path, tmp_path / "out", allow_missing=False)
+    row["answer"] = "E"  # no option: the question is broken, whatever is allowed
+    (folder / "validation.json").write_text(json.dumps([row]))
+    with pytest.raises(ManifestError, match="E is not among the options"):
+        load("mmvu", tmp_path, tmp_path / "out")
+
+
+def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
+    row = {
+        "problem_id": 1,
+        "problem": "?",
+        "data_type": "video",
+        "problem_type": "free-form",
+        "options": [],
+        "solution": "<answer>x</answer>",
+        "path": "a.mp4",
+        "task_type": "mine",
+    }
+    rows = [row, {**row, "problem_id": 2, "path": "b.mp4"}, {**row, "problem_id": 3}]
+    manifest = tmp_path / "mine.json"
+    manifest.write_text(json.dumps(rows))
+    (tmp_path / "a.mp4").write_bytes(b"a clip")
+    with pytest.raises(RequestError, match=r"b\.mp4"):
+        load_questions(str(manifest), None, tmp_path / "out")
+    questions = load_questions(str(manifest), None, tmp_path / "out", allow_missing=True)
+    assert [sample.problem_id for sample in questions.samples] == [1, 3]
+    assert (questions.name, str(questions.coverage)) == ("mine", "2 of 3 questions, 1 media files missing")
+    with pytest.raises(RequestError, match="known are vsibench"):
+        load_questions("vsi-bench", None, tmp_path / "out")
+
+
+def test_questions_about_one_clip_stand_together(root: Path, tmp_path: Path) -> None:
+    questions = load("tempcompass", root, tmp_path).samples
+    first, second = questions[0], load("videomme", root, tmp_path).samples[0]
+    assert [s.problem_id for s in by_clip([first, second, questions[1]])] == [
+        "tempcompass-1",
+        "tempcompass-2",
+        "videomme-001-1",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["left", "right"], ["A. left", "B. right"]),
+        (["A. left", "B. right"], ["A. left", "B. right"]),
+        (["(A) left", "(B) right"], ["A. left", "B. right"]),
+        (["A. ", "B. "], ["A. ", "B. "]),
+        ({"B": "right", "A": "left"}, ["A. left", "B. right"]),
+        (["B. left", "A. right"], ["A. B. left", "B. A. right"]),  # these letters are part of the text
+        (["I. Newton", "C. Darwin"], ["A. I. Newton", "B. C. Darwin"]),
+        ([], []),
+    ],
+)
+def test_lettered_options(options: Any, expected: list[str]) -> None:
+    assert lettered(options) == expected
+    assert lettered(options, "regression") == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        ("B", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("right", "B"),
+        ("B. right", "B"),
+        ("B. wrong", "B. wrong"),
+        ("C", "C"),
+        (4, "4"),
+    ],
+)
+def test_answers_become_letters(answer: Any, expected: str) -> None:
+    assert answer_of(answer, ["A. left", "B. right"]) == expected
+    assert answer_of(answer, []) == str(answer)
+
+
+def test_a_wrong_tempcompass_answer_is_no_silent_mistake() -> None:
+    with pytest.raises(ManifestError, match="none of"):
+        as_choice("multi-choice", {"question": "?\nA. x\nB. y", "answer": "C. z"})
