@@ -30,6 +30,7 @@ from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, po
 
 ATTEMPTS = 8  # of one request
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
+LONGEST_FAREWELL = 10.0  # seconds to wait for threads that decode when the run ends
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
 # A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
 REFUSED_QUESTION = (400, 413, 415, 422)
@@ -72,7 +73,7 @@ class EndpointTeacher:
         self.sampling, self.seed, self.concurrency = sampling, seed, concurrency
         self.frames_as: FramesAs = frames_as
         self.request_fields = dict(request_fields or {})
-        self._held = threading.Semaphore(held)
+        self._held, self._most_held = threading.Semaphore(held), held
         self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
         self._stop = threading.Event()
 
@@ -111,28 +112,30 @@ class EndpointTeacher:
             while not results.empty():
                 found.append(results.get())
             answered = [result for result in found if isinstance(result, Answered)]
-            for result in answered:
-                outcome = result.outcome
-                if isinstance(outcome, list):
-                    in_a_row = 0
-                elif outcome.kind == "endpoint":
-                    in_a_row += 1
+            failures = [
+                r.outcome for r in answered if isinstance(r.outcome, Failed) and r.outcome.kind == "endpoint"
+            ]
+            some_well = any(isinstance(result.outcome, list) for result in answered)
+            in_a_row = 0 if some_well else in_a_row + len(failures)
             if answered:
                 yield answered
             errors = [result for result in found if isinstance(result, BaseException)]
             if errors:
                 raise errors[0]
             if in_a_row >= FAILED_IN_A_ROW:
-                reason = next(r.outcome.reason for r in reversed(answered) if isinstance(r.outcome, Failed))
                 raise VideoR1Error(
                     f"{self.endpoint.url}: {in_a_row} questions in a row were not answered, the last one "
-                    f"because: {reason}; started again, the annotation continues"
+                    f"because: {failures[-1].reason}; started again, the annotation continues"
                 )
             running -= sum(result is None for result in found)
 
     def close(self) -> None:
-        """The threads of a run that was left early end with their requests."""
+        """Ends the run. Threads that wait for an answer are left to it; those that decode or send have to end
+        first, as a process that leaves such a thread behind in native code may crash at its own end."""
         self._stop.set()
+        deadline = time.monotonic() + LONGEST_FAREWELL
+        for _ in range(self._most_held):
+            self._held.acquire(timeout=max(0.0, deadline - time.monotonic()))
 
     def _outcome(self, sample: Sample) -> list[Completion] | Failed:
         """K completions, with as many requests as it takes: some endpoints give one at a time."""
@@ -154,17 +157,19 @@ class EndpointTeacher:
 
     def _ask(self, sample: Sample, fields: dict[str, Any]) -> list[Completion]:
         """One request, tried again while its failures pass."""
-        attempt = 0
+        attempt, began = 0, time.monotonic()
         while True:
             try:
                 return completions_of(self._post(sample, fields))
             except ServerFailure as failure:
-                attempt += 1
+                # An endpoint that names a pause is well; it has not all the time of the world either.
+                asked_to_wait = failure.retry_after is not None
+                attempt += not asked_to_wait or time.monotonic() - began > self.endpoint.wait
                 if attempt >= ATTEMPTS:
                     if not self._was_away():
                         raise
                     attempt = 1
-                pause = min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE)
+                pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
                 if failure.retry_after is not None:
                     self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
                 self._sleep(pause * random.uniform(0.5, 1.0))  # not all at the same moment
@@ -173,9 +178,11 @@ class EndpointTeacher:
         """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
         while (pause := self._open_again - time.monotonic()) > 0:
             self._sleep(pause)
-        self._acquire()
         with ExitStack() as holding:
+            while not self._held.acquire(timeout=1.0):
+                self._sleep(0.0)
             holding.callback(self._held.release)
+            self._sleep(0.0)
             body = [self._body(sample, fields)]
             size = len(body[0])
 
@@ -219,10 +226,6 @@ class EndpointTeacher:
                         "started again, the annotation continues"
                     ) from failure
                 self._sleep(min(2.0, self.endpoint.wait / 10))
-
-    def _acquire(self) -> None:
-        while not self._held.acquire(timeout=1.0):
-            self._sleep(0.0)
 
     def _sleep(self, seconds: float) -> None:
         """Raises Stopped when the run ends meanwhile."""

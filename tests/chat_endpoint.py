@@ -1,0 +1,186 @@
+"""An OpenAI-compatible endpoint on loopback that fails in every way that one can."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tiny_models import moving_square, write_clip
+
+QUESTION = re.compile(r"Question (\d+):")
+
+
+def rationale(number: int, seed: int, index: int) -> str:
+    """Thirty words that name the question, the seed and the completion."""
+    story = " ".join(f"then{word} happens" for word in range(12))
+    return f"In question {number} with seed {seed} and draw {index} first it begins, {story} and it ends."
+
+
+class ChatEndpoint:
+    """Answers "B" with a rationale to every question, unless the next event in `script[number]` is another.
+
+    Events: an HTTP status; "busy": 429 with Retry-After; "garbage", "empty": no chat completion; "half": the
+    answer is cut off; "drop": no answer; "slow", "trickle": an answer that comes late, or byte by byte;
+    "one": one completion instead of all; "abort": a completion that broke off; "wrong": the wrong answer;
+    "length": the token limit; "bare": no tags. `gate`: requests that have to be under way before any is
+    answered.
+    """
+
+    def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
+        self.model, self.owner = model, owner
+        self.script: defaultdict[int, list[Any]] = defaultdict(list)
+        self.always: Any = None  # an event for every request without a script
+        self.pause, self.gate = 0.0, 0
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
+        self.under_way = self.most_under_way = self.answered = 0
+        self.changed = threading.Condition()
+        self.listed = True
+        owner_ = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, format: str, *args: Any) -> None: ...
+
+            def do_GET(self) -> None:
+                entry = {"id": owner_.model, "owned_by": owner_.owner}
+                owner_.reply(self, 200 if owner_.listed else 404, {"data": [entry]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                owner_.headers.append(dict(self.headers))
+                owner_.chat(self, body)
+
+        class Server(ThreadingHTTPServer):
+            request_queue_size = 1024
+            daemon_threads = True
+
+            def handle_error(self, request: Any, client_address: Any) -> None: ...  # the client has gone
+
+        self.http = Server(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+
+    def chat(self, handler: Any, body: dict[str, Any]) -> None:
+        number = int(QUESTION.search(json.dumps(body["messages"][0]["content"]))[1])  # type: ignore[index]
+        with self.changed:
+            self.requests.append(body)
+            self.under_way += 1
+            self.most_under_way = max(self.most_under_way, self.under_way)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.most_under_way >= self.gate, timeout=60)
+            event = self.script[number].pop(0) if self.script[number] else self.always
+        time.sleep(0.3 if event == "slow" else self.pause)
+        with self.changed:  # before the client can know of it
+            self.under_way -= 1
+            self.answered += 1
+            self.changed.notify_all()
+        self.act(handler, event, number, body)
+
+    def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
+        if event == "drop":
+            return
+        if event == "busy":
+            return self.reply(handler, 429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})
+        if isinstance(event, int):
+            return self.reply(handler, event, {"error": {"message": f"this is a {event}"}})
+        if event == "garbage":
+            return self.reply(handler, 200, "<html>busy</html>")
+        if event == "empty":
+            return self.reply(handler, 200, {"choices": []})
+        seed, finish = body.get("seed", 0), {"length": "length", "abort": "abort"}.get(event, "stop")
+        choices = []
+        for index in range(1 if event == "one" else body.get("n", 1)):
+            answer = "A" if event == "wrong" else "B"
+            text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
+            message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
+            choices.append({"index": index, "message": message, "finish_reason": finish})
+        self.reply(handler, 200, {"choices": choices[::-1]}, cut=event == "half", trickle=event == "trickle")
+
+    def reply(
+        self,
+        handler: Any,
+        status: int,
+        value: Any,
+        headers: dict[str, str] | None = None,
+        cut: bool = False,
+        trickle: bool = False,
+    ) -> None:
+        text = value.encode() if isinstance(value, str) else json.dumps(value).encode()
+        handler.send_response(status)
+        for name, content in {"Content-Length": str(len(text)), **(headers or {})}.items():
+            handler.send_header(name, content)
+        handler.end_headers()
+        if trickle:
+            for byte in text:
+                handler.wfile.write(bytes([byte]))
+                time.sleep(0.02)
+        else:
+            handler.wfile.write(text[: len(text) // 2] if cut else text)
+        handler.close_connection = True
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+@contextmanager
+def chat_endpoint(**settings: Any) -> Iterator[ChatEndpoint]:
+    """An endpoint for the length of the block."""
+    endpoint = ChatEndpoint(**settings)
+    try:
+        yield endpoint
+    finally:
+        endpoint.close()
+
+
+def images_of(request: dict[str, Any]) -> list[str]:
+    """The media types and data of a request, decoded: `type:bytes`."""
+    found = []
+    for part in request["messages"][0]["content"]:
+        for kind in ("image_url", "video_url"):
+            if part["type"] == kind:
+                head, _, data = part[kind]["url"].partition(",")
+                assert all(base64.b64decode(piece, validate=True) for piece in data.split(","))
+                found.append(f"{kind} {head} {len(data.split(','))}")
+    return found
+
+
+def write_questions(folder: Path, count: int, clips: int = 1, bad: tuple[int, ...] = ()) -> Path:
+    """A manifest of multiple-choice questions: the first `clips` about a clip, the others about a picture.
+
+    The media of the questions in `bad` cannot be read.
+    """
+    write_clip(folder / "clip.mp4", moving_square(8), fps=4.0)
+    Image.fromarray(np.full((56, 56, 3), 90, np.uint8)).save(folder / "image.png")
+    (folder / "broken.mp4").write_text("no clip")
+    rows = []
+    for number in range(count):
+        is_clip = number < clips or number in bad
+        name = "broken.mp4" if number in bad else "clip.mp4" if is_clip else "image.png"
+        rows.append(
+            {
+                "problem_id": f"q{number}",
+                "problem": f"Question {number}: which way does the square move?",
+                "data_type": "video" if is_clip else "image",
+                "problem_type": "multiple choice",
+                "options": ["A. left", "B. right"],
+                "solution": "<answer>B</answer>",
+                "path": f"./{name}",
+                "data_source": "tests/squares",
+                "task_type": "motion",
+            }
+        )
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(rows))
+    return path
