@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ def serve(control_number: int) -> None:
 
     torch.set_num_threads(1)  # workers, not their threads, fill the cores
     av.logging.set_level(av.logging.PANIC)
+    warnings.simplefilter("ignore")  # what is wrong with a file is told in the answer
     control = socket.socket(fileno=control_number)
     send(control, {"ready": os.getpid()})
     while True:

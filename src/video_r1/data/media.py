@@ -288,6 +288,8 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
         raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
         raise MediaError(path, "is not an image in a format that Pillow reads") from error
+    except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
+        raise MediaError(path, f"the image is damaged or unpacks to too much ({error})") from error
     except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
         raise MediaError(path, f"the image is damaged or cut short ({error})") from error
     frame = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
