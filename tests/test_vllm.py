@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from vllm_prompts import change, clip_prompts, differences
+from vllm_prompts import assert_same_greedy, change, clip_prompts, differences, lab_prompts
 
-from video_r1.data.lab import write_lab
-from video_r1.data.media import FrameBudget, read_media, shuffled_order
-from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import load_manifest
+from video_r1.data.prompts import Prompt
 from video_r1.errors import RequestError
-from video_r1.models.group_forward import group_logprobs
 from video_r1.models.lab import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
 from video_r1.rollout.engine import Rollout, SamplingSettings
@@ -186,26 +182,9 @@ def test_greedy_tokens_on_lab_questions(
     engine: VLLMEngine, model: Any, processor: Any, tmp_path: Any
 ) -> None:
     """The two engines agree, but where the best two tokens are less than 0.05 apart."""
-    write_lab(tmp_path, train=0, test=50, workers=1)
-    builder, budget = PromptBuilder(processor), FrameBudget(frame_pixels=56 * 56, image_pixels=56 * 56)
-    prompts = []
-    for number, sample in enumerate(load_manifest(tmp_path / "test.json")):
-        media = read_media(sample, budget)
-        shuffled = media.kind == "video" and number % 2
-        generator = torch.Generator().manual_seed(number)
-        order = shuffled_order(len(media.frames), generator) if shuffled else None
-        prompts.append(builder.build(sample, media, order))
+    prompts = lab_prompts(tmp_path, processor)
     settings = SamplingSettings(temperature=0, max_tokens=64)
     ours = engine.generate(prompts, settings)
     theirs = TransformersEngine(model, processor).generate(prompts, settings)
     assert len(prompts) == 50
-    for prompt, (mine,), (other,) in zip(prompts, ours, theirs, strict=True):
-        pairs = zip(mine.token_ids.tolist(), other.token_ids.tolist(), strict=False)
-        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
-        if first is None:
-            assert len(mine.token_ids) == len(other.token_ids)
-            continue
-        both = [rollout.token_ids[: first + 1] for rollout in (mine, other)]
-        with torch.no_grad():
-            scored = group_logprobs(model, [prompt], [both]).logprobs.split(first + 1)
-        assert abs(float(scored[0][-1] - scored[1][-1])) < 0.05
+    assert_same_greedy(model, prompts, ours, theirs)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_models import moving_square
 from torch import Tensor
 
-from video_r1.data.media import Media
+from video_r1.data.lab import write_lab
+from video_r1.data.media import FrameBudget, Media, read_media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
+from video_r1.data.records import Sample, load_manifest
 from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import Rollout
 
@@ -48,3 +50,33 @@ def change(model: torch.nn.Module, size: float = 0.05) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * size * parameter.std(unbiased=False))
+
+
+def lab_prompts(folder: Path, processor: Any, count: int = 50) -> list[Prompt]:
+    """Lab questions about clips and pictures, every other clip's frames shuffled."""
+    write_lab(folder, train=0, test=count, workers=1)
+    builder, budget = PromptBuilder(processor), FrameBudget(frame_pixels=56 * 56, image_pixels=56 * 56)
+    prompts = []
+    for number, sample in enumerate(load_manifest(folder / "test.json")):
+        media = read_media(sample, budget)
+        shuffled = media.kind == "video" and number % 2
+        generator = torch.Generator().manual_seed(number)
+        order = shuffled_order(len(media.frames), generator) if shuffled else None
+        prompts.append(builder.build(sample, media, order))
+    return prompts
+
+
+def assert_same_greedy(
+    model: Any, prompts: Sequence[Prompt], ours: Sequence[list[Rollout]], theirs: Sequence[list[Rollout]]
+) -> None:
+    """Equal tokens, but where the two best ones are less than 0.05 apart."""
+    for prompt, (mine,), (other,) in zip(prompts, ours, theirs, strict=True):
+        pairs = zip(mine.token_ids.tolist(), other.token_ids.tolist(), strict=False)
+        first = next((at for at, (a, b) in enumerate(pairs) if a != b), None)
+        if first is None:
+            assert len(mine.token_ids) == len(other.token_ids)
+            continue
+        both = [rollout.token_ids[: first + 1] for rollout in (mine, other)]
+        with torch.no_grad():
+            scored = group_logprobs(model, [prompt], [both]).logprobs.split(first + 1)
+        assert abs(float(scored[0][-1] - scored[1][-1])) < 0.05

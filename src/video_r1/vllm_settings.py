@@ -19,15 +19,15 @@ class VLLMSettings(Settings):
     vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process")
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
     vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
-    vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
     vllm_importance_sampling_correction: bool = setting(
         True, "weight each token by the trainer's over vLLM's probability of it")
     vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
+    async_rollouts: int = setting(
+        0, "1: a server samples the next step's questions during the update, with weights one step old")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
-        yield from positive(self, "vllm_tensor_parallel_size")
         yield from positive(self, "vllm_tensor_parallel_size")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
             yield "vllm_gpu_memory_utilization", (
@@ -37,6 +37,14 @@ class VLLMSettings(Settings):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
         if self.use_vllm and self.vllm_mode == "server" and url is None:
             yield "vllm_server_base_url", "is missing while vllm_mode is server; name the server's address"
+        if self.async_rollouts not in (0, 1):
+            yield "async_rollouts", f"is {self.async_rollouts}; rollouts are 0 or 1 step ahead of the update"
+        elif self.async_rollouts and not (self.use_vllm and self.vllm_mode == "server"):
+            yield "async_rollouts", "is 1 without a server that could sample meanwhile; set vllm_mode server"
+        elif self.async_rollouts and not self.vllm_importance_sampling_correction:
+            yield "async_rollouts", (
+                "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one "
+                "step old, which the correction has to make up for")
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,80 @@
+"""One-step-ahead rollouts: while an update runs, a server samples the next step's questions.
+
+    step t:   collect the rollouts of t ─► hand over θ_t ─► start sampling t+1 ─► update to θ_t+1
+
+So the rollouts of step t+1 come from θ_t, one update old. The first step of an epoch or of a continued run
+has nothing to collect and is sampled by the present weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+from video_r1.training.questions import Ready
+from video_r1.training.rollout_step import Question, sample_rollouts
+
+
+class Sampled(NamedTuple):
+    """A step's completions, ordered [Q][G] and shuffled [Q][H or 0]; seconds that the engine took; updates
+    since the weights that sampled them."""
+
+    ordered: list[list[Rollout]]
+    shuffled: list[list[Rollout]]
+    seconds: float
+    staleness: int = 0
+
+
+def sample_step(
+    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
+) -> Sampled:
+    """A step's completions by what the engine has as weights."""
+    started = time.perf_counter()
+    ordered, shuffled = sample_rollouts(engine, questions, sampling, shuffled_n)
+    return Sampled(ordered, shuffled, time.perf_counter() - started)
+
+
+@dataclass(slots=True)
+class RolloutsAhead:
+    """The next step's batches and their rollouts, which are under way. At most one step at a time."""
+
+    batches: list[Any] = field(default_factory=list)
+    _future: Future[Sampled] | None = None
+    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "rollouts-ahead"))
+
+    def start(
+        self,
+        pending: Sequence[Future[Ready[Question]]],
+        engine: RolloutEngine,
+        sampling: SamplingSettings,
+        shuffled_n: int,
+    ) -> None:
+        """Samples questions that are being read, in the background. The engine has its weights already, and
+        nobody else uses it until `wait` has returned.
+        """
+
+        def work() -> Sampled:
+            questions = [question.result().content for question in pending]
+            return sample_step(engine, questions, sampling, shuffled_n)
+
+        self._future = self._thread.submit(work)
+
+    def take_batches(self) -> list[Any]:
+        batches, self.batches = self.batches, []
+        return batches
+
+    def collect(self) -> Sampled | None:
+        """The rollouts that were started, when they are finished; None where none were. Raises what sampling
+        and reading have raised.
+        """
+        future, self._future = self._future, None
+        return None if future is None else future.result()._replace(staleness=1)
+
+    def wait(self) -> None:
+        """Returns when nothing is being sampled; its errors are raised by `collect`."""
+        if self._future is not None:
+            self._future.exception()

@@ -1,0 +1,110 @@
+"""A real vLLM server on loopback, in processes of its own, which tests may kill, stop and start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from video_r1.models.lab import base_folder
+from video_r1.rollout.vllm_serve import runnable, server_command
+
+OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64")
+
+RECORDER = '''"""A vLLM plugin: writes down what the model is called with."""
+import os
+import uuid
+
+
+def plugin():
+    import torch
+    from vllm.model_executor.models import qwen2_5_vl
+
+    kind = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
+    embed = kind.embed_multimodal
+
+    def recorded(self, **given):
+        name = os.path.join(os.environ["RECORDED"], uuid.uuid4().hex)
+        torch.save({name: value.clone() for name, value in given.items()}, name + ".part")
+        os.rename(name + ".part", name + ".pt")
+        return embed(self, **given)
+
+    kind.embed_multimodal = recorded
+'''
+
+
+class ServerProcess:
+    """Serves the lab's base in float32, up to 1,024 tokens.
+
+    folder: for its log, and for `recorded/`, where each call of the model's encoder leaves what it was given.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "server.log"
+        self.recorded = folder / "recorded"
+        self.recorded.mkdir()
+        plugin = folder / "plugins"
+        (plugin / "recorder-1.dist-info").mkdir(parents=True)
+        (plugin / "recorder.py").write_text(RECORDER)
+        (plugin / "recorder-1.dist-info" / "METADATA").write_text(
+            "Metadata-Version: 2.1\nName: recorder\nVersion: 1\n"
+        )
+        (plugin / "recorder-1.dist-info" / "entry_points.txt").write_text(
+            "[vllm.general_plugins]\nrecorder = recorder:plugin\n"
+        )
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command, variables = server_command(
+            base_folder(), self.port, hand_over="gloo", on_cpu=True, options=OPTIONS
+        )
+        self.command = runnable(command)
+        paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
+        self.environment = {
+            **os.environ,
+            **variables,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "RECORDED": str(self.recorded),
+            "OMP_NUM_THREADS": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+        }
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns at once; `wait` waits until the server answers."""
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self, seconds: float = 300.0) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            assert self.process is not None and self.process.poll() is None, self.last_words()
+            try:
+                urllib.request.urlopen(self.url + "/health", timeout=5).close()
+                return
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < deadline, self.last_words()
+                time.sleep(0.2)
+
+    def signal(self, number: signal.Signals) -> None:
+        """To the server and all of its processes."""
+        assert self.process is not None
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, without warning; returns when the processes are gone."""
+        if self.process is not None and self.process.poll() is None:
+            self.signal(signal.SIGKILL)
+            self.process.wait()
+
+    def last_words(self) -> str:
+        return f"{sys.executable}: {self.log.read_text(errors='replace')[-3000:]}"

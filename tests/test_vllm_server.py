@@ -1,0 +1,225 @@
+"""A real `vllm serve` on loopback: what it receives, what it samples, new weights, and how it fails.
+
+The tests share one server and stand in an order: the last one kills it and starts it again.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import statistics
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from server_process import ServerProcess
+from test_vllm_training import trained
+from tiny_models import tiny_model, tiny_processor
+from tiny_questions import read_lines
+from vllm_prompts import assert_same_greedy, change, clip_prompts, differences, lab_prompts
+
+from video_r1.data.lab import write_lab
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import add_lora, load_model, load_processor
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.server import ServerEngine
+from video_r1.rollout.transformers import TransformersEngine
+
+pytestmark = pytest.mark.vllm
+SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    process = ServerProcess(tmp_path_factory.mktemp("server"))
+    process.start()
+    try:
+        process.wait()
+        yield process
+    finally:
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def processor() -> Any:
+    return load_processor(base_folder())
+
+
+@pytest.fixture(scope="module")
+def prompts(processor: Any) -> list[Prompt]:
+    return clip_prompts(processor)
+
+
+@pytest.fixture
+def model() -> Any:
+    return load_model(base_folder(), "float32")
+
+
+@pytest.fixture
+def engine(server: ServerProcess, processor: Any, model: Any) -> Iterator[ServerEngine]:
+    """Its server has the model's weights."""
+    engine = ServerEngine(server.url, processor, model, model=base_folder())
+    engine.update_weights(model)
+    yield engine
+    engine.close()
+
+
+def test_what_it_starts_with_and_what_it_receives(
+    server: ServerProcess, processor: Any, model: Any, prompts: list[Prompt]
+) -> None:
+    """The checkpoint as it is served; and the pixels are the prompts' own, in their order, bit by bit."""
+    engine = ServerEngine(server.url, processor, model, model=base_folder())
+    for path in server.recorded.iterdir():
+        path.unlink()
+    groups = engine.generate(prompts, SETTINGS)
+    assert differences(model, prompts, groups).max() < 1e-3
+    received = [torch.load(path) for path in server.recorded.glob("*.pt")]
+    for name in (
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "pixel_values",
+        "image_grid_thw",
+    ):
+        expected = [prompt.features[name] for prompt in prompts if name in prompt.features]
+        found = torch.cat([given[name] for given in received if name in given])
+        # Calls may hold several prompts and come in any order.
+        size = len(expected[0])
+        assert found.dtype == expected[0].dtype and len(found) == sum(map(len, expected)), name
+        assert sorted(part.numpy().tobytes() for part in found.split(size)) == sorted(
+            part.numpy().tobytes() for part in expected
+        ), name
+    ordered, shuffled = (prompts[place].features["pixel_values_videos"] for place in (0, 1))
+    assert not torch.equal(ordered, shuffled)
+
+
+@pytest.mark.parametrize("peft", [False, True], ids=["all weights", "LoRA"])
+def test_logprobs_before_and_after_the_hand_over(
+    engine: ServerEngine, model: Any, prompts: list[Prompt], peft: bool
+) -> None:
+    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-3
+    if peft:
+        model = add_lora(model, rank=4, alpha=8)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    else:
+        change(model)
+    stale = differences(model, prompts, engine.generate(prompts, SETTINGS))
+    assert stale.mean() > 0.02 and stale.max() > 0.3
+    engine.update_weights(model)
+    fresh = differences(model, prompts, engine.generate(prompts, SETTINGS))
+    assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
+
+
+def test_the_vision_tower_is_handed_over(engine: ServerEngine, model: Any, prompts: list[Prompt]) -> None:
+    """Of it alone, the visual features are stale when a cache keeps them."""
+    engine.generate(prompts, SETTINGS)
+    change(model.model.visual, 0.3)
+    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() > 0.1
+    engine.update_weights(model)
+    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-2
+
+
+def test_greedy_tokens_on_lab_questions(
+    engine: ServerEngine, model: Any, processor: Any, tmp_path: Path
+) -> None:
+    prompts = lab_prompts(tmp_path, processor)
+    settings = SamplingSettings(temperature=0, max_tokens=64)
+    ours = engine.generate(prompts, settings)
+    theirs = TransformersEngine(model, processor).generate(prompts, settings)
+    assert len(prompts) == 50
+    assert_same_greedy(model, prompts, ours, theirs)
+
+
+def test_seeds_and_counts(engine: ServerEngine, prompts: list[Prompt]) -> None:
+    groups = engine.generate(prompts, SETTINGS, counts=[4, 1, 0, 2])
+    again = engine.generate(prompts, SETTINGS, counts=[4, 1, 0, 2])
+    assert [len(group) for group in groups] == [4, 1, 0, 2] and ids(groups) == ids(again)
+    assert len({tuple(row) for row in ids(groups)[0]}) > 1
+
+
+def test_another_model(
+    server: ServerProcess, engine: ServerEngine, processor: Any, model: Any, prompts: list[Prompt]
+) -> None:
+    with pytest.raises(ConfigError, match=r"serves .*lab_base, not models/other"):
+        ServerEngine(server.url, processor, model, model="models/other")
+    before = ids(engine.generate(prompts, SETTINGS))
+    other: Any = tiny_model("qwen2_5_vl", tiny_processor("qwen2_5_vl").tokenizer)
+    with pytest.raises(ConfigError, match=r"whose hidden_size is \d+, the trained one has"):
+        ServerEngine(server.url, processor, other).update_weights(other)
+    assert ids(engine.generate(prompts, SETTINGS)) == before  # its weights are untouched
+
+
+def test_a_server_that_stands_still(
+    server: ServerProcess, engine: ServerEngine, prompts: list[Prompt]
+) -> None:
+    before = ids(engine.generate(prompts, SETTINGS))
+    engine.timeout, engine.wait = 1.0, 1.0
+    server.signal(signal.SIGSTOP)
+    try:
+        with pytest.raises(VideoR1Error, match=r"did not return within 1 s .*raise vllm_server_timeout"):
+            engine.generate(prompts, SETTINGS)
+    finally:
+        server.signal(signal.SIGCONT)
+    engine.timeout, engine.wait = 60.0, 60.0
+    assert ids(engine.generate(prompts, SETTINGS)) == before
+
+
+def test_training_goes_on_when_the_server_is_killed(
+    server: ServerProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """SIGKILL in the middle of the fourth step's rollouts, and a new server some seconds later.
+
+    The learning curve is that of the transformers engine, no group has missing or doubled rollouts, and after
+    the restart it is the trained weights that sample.
+    """
+    lab = tmp_path / "lab"
+    write_lab(lab, train=16, test=1, workers=1)
+    sampled: list[tuple[list[int], list[list[Rollout]]]] = []
+    answers: list[int] = []
+    generate, rollout = ServerEngine.generate, ServerEngine._rollout
+    restart, killing = threading.Timer(2.0, server.start), threading.Lock()
+
+    def watched(self: ServerEngine, given: Sequence[Prompt], settings: Any, counts: Any = None) -> Any:
+        groups = generate(self, given, settings, counts)
+        sampled.append(([settings.n] * len(given) if counts is None else list(counts), groups))
+        return groups
+
+    def counted(self: ServerEngine, choice: dict[str, Any]) -> Rollout:
+        answers.append(1)
+        if len(sampled) == 4 and killing.acquire(blocking=False):  # the first call is the check before all
+            server.kill()
+            restart.start()
+        return rollout(self, choice)
+
+    monkeypatch.setattr(ServerEngine, "generate", watched)
+    monkeypatch.setattr(ServerEngine, "_rollout", counted)
+    changes = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}
+    with caplog.at_level(logging.WARNING):
+        ours = trained(lab, tmp_path / "server", **changes, vllm_server_timeout=300.0)
+    restart.join()
+    assert "waiting up to 300 s for it" in caplog.text and "log-probs differ" not in caplog.text
+    assert len(sampled) == 1 + len(ours)
+    for counts, groups in sampled:
+        assert [len(group) for group in groups] == counts
+    assert killing.locked() and len(answers) >= sum(sum(counts) for counts, _ in sampled)
+    for line in ours:
+        assert line["sampler/logprob_difference"] < 1e-3
+    recorded = read_lines(tmp_path / "server" / "rollouts.jsonl")
+    assert {len(group["ordered"]) for group in recorded} == {6}
+    theirs = trained(lab, tmp_path / "transformers")
+    curves = [[line["reward/brevity"] for line in lines] for lines in (ours, theirs)]
+    for curve in curves:
+        assert statistics.mean(curve[-2:]) > statistics.mean(curve[:2]) + 0.1
+    noise = [a - b for a, b in zip(*curves, strict=True)]
+    assert abs(statistics.mean(noise)) < 0.05 and max(map(abs, noise)) < 0.15
+
+
+def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
+    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
