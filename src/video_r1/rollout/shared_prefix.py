@@ -39,6 +39,7 @@ class SharedPrefixCache:
         self.length = 0  # t, the same for every completion in the batch
         padding = torch.arange(prefix_keys[0].shape[2], device=lengths.device) >= lengths[:, None]
         self.bias = torch.zeros_like(padding, dtype=prefix_keys[0].dtype).masked_fill_(padding, -torch.inf)
+        self.padded = bool(padding.any())
         self._place(rows)
 
     def _place(self, rows: Tensor) -> None:
@@ -120,12 +121,11 @@ def attend(
         placed = placed.reshape(prompts * width, groups, per_group, -1)
         return placed if cache.slot_of is None else placed.index_select(0, cache.slot_of)
 
-    query = query.view(count, groups, per_group, size)
-    bias = cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]
-    prefix_scores = torch.baddbmm(
-        bias, to_slots(query), prefix_keys.flatten(0, 1).transpose(1, 2), alpha=scaling
-    )
-    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)) * scaling)
+    query = query.view(count, groups, per_group, size) * scaling
+    prefix_scores = torch.bmm(to_slots(query), prefix_keys.flatten(0, 1).transpose(1, 2))
+    if cache.padded:
+        prefix_scores += cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]
+    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)))
     weights = torch.cat([prefix_scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     output = from_slots(torch.bmm(weights[..., :prompt_length], prefix_values.flatten(0, 1)))
     output = output + torch.matmul(from_slots(weights[..., prompt_length:]), values)

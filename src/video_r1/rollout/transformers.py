@@ -222,8 +222,8 @@ class TransformersEngine:
 
     def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
         """[B, V] after `tokens` [B] at `position` [B], which the cache takes in."""
-        output = self._core(
-            input_ids=tokens[:, None],
+        output = self._core.language_model(
+            inputs_embeds=self.model.get_input_embeddings()(tokens[:, None]),
             position_ids=position[None, :, None].expand(3, -1, 1),
             past_key_values=cache,
             use_cache=True,
