@@ -1,7 +1,9 @@
 """Recipes: a YAML file of flat `setting: value` lines plus overrides, resolved into checked settings.
 
-A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). Paths in a recipe are
-relative to the folder that the command runs in. Everything is checked here, before any model is loaded.
+A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). `base: RECIPE` takes over
+another recipe's settings, which the file's own lines override; a base that is a path starts at the file's
+folder. All other paths in a recipe are relative to the folder that the command runs in. Everything is checked
+here, before any model is loaded.
 """
 from __future__ import annotations
 
@@ -198,7 +200,31 @@ def find_recipe(source: str | Path) -> Path | None:
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a recipe file. Returns its settings and where each one stands (`recipe a.yaml, line 3`)."""
+    """Read a recipe and what it is based on. Returns its settings and where each one stands (`recipe a.yaml,
+    line 3`).
+    """
+    values, origins = read_one_recipe(source)
+    path = find_recipe(source)
+    assert path is not None  # it was read
+    seen = [path.resolve()]
+    while (base := values.pop("base", None)) is not None:
+        origin = origins.pop("base")
+        if not isinstance(base, str):
+            raise RequestError(f"{origin}: base is {base!r}; it must be the name of a recipe or a YAML file")
+        beside = path.parent / base
+        path = beside if beside.is_file() else find_recipe(base)
+        if path is None:
+            raise RequestError(f"{origin}: base is {base}; no file {beside} nor a packaged recipe")
+        if path.resolve() in seen:
+            raise RequestError(f"{origin}: base leads back to {path.name}; remove one of the lines")
+        seen.append(path.resolve())
+        below, below_origins = read_one_recipe(path)
+        values, origins = below | values, below_origins | origins
+    return values, origins
+
+
+def read_one_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `read_recipe`, without what it is based on."""
     path = find_recipe(source)
     if path is None:
         close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
