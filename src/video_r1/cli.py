@@ -1,4 +1,4 @@
-"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,report,demo}`.
+"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,report,demo}`.
 
 Words are split into setting names and text here; `recipe` turns them into checked settings, and `commands`
 runs them. Whatever needs torch is imported inside a command, so that help and refusals come at once.
@@ -75,6 +75,10 @@ COMMANDS: dict[str, Command] = {
         "ask a checkpoint about one video or image", ("model", "path", "question"),
         ('ask runs/rl clip.mp4 "Which way does the ball roll?" --options "A. left" "B. right"',),
         commands.ask),
+    "serve": Command(
+        "a vLLM server for training, evaluation and questions", ("model",),
+        ("serve runs/sft --port 8000", "serve runs/sft --hand_over nccl --vllm_options='-tp 2'"),
+        commands.serve),
     "report": Command("one HTML page from a run folder", ("run",), ("report runs/rl",), commands.report),
     "demo": Command("the whole pipeline on made-up clips", (), ("demo", "demo --seed 1"), commands.demo),
 }

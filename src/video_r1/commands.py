@@ -9,6 +9,7 @@ from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings,
 from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import RequestError
 from video_r1.recipe import Recipe
+from video_r1.vllm_settings import ServeSettings
 
 
 def data_check(recipe: Recipe) -> int:
@@ -91,6 +92,13 @@ def ask(recipe: Recipe) -> int:
     from video_r1.ask import run_ask
 
     run_ask(recipe.section(AskSettings))
+    return 0
+
+
+def serve(recipe: Recipe) -> int:
+    from video_r1.rollout.vllm_serve import run_serve
+
+    run_serve(recipe.section(ServeSettings))
     return 0
 
 

@@ -40,7 +40,7 @@ from video_r1.config import (
 from video_r1.errors import ConfigError, RequestError
 from video_r1.plan_settings import PlanSettings
 from video_r1.setting_types import alternatives, is_enum, parse
-from video_r1.vllm_settings import VLLMSettings
+from video_r1.vllm_settings import ServeSettings, VLLMSettings
 
 SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
@@ -52,6 +52,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "data lab": (LabSettings,),
     "data base": (BaseSettings,),
     "annotate": (AnnotateSettings,),
+    "serve": (ServeSettings,),
     "report": (ReportSettings,),
     "demo": (DemoSettings,),
 }
@@ -66,6 +67,7 @@ REQUIRED = {
     "data check": ("manifest",),
     "data lab": ("folder",),
     "data base": ("folder",),
+    "serve": ("model",),
     "report": ("run",),
 }
 TRAINS = ("sft", "rl")
