@@ -1,4 +1,5 @@
 """`video-r1 eval`: from settings to printed tables."""
+
 from __future__ import annotations
 
 from contextlib import closing

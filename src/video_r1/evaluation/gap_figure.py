@@ -140,9 +140,8 @@ def gap_svg(rows: Sequence[Row]) -> str:
         kind = "zero" if abs(value) < 1e-9 else "grid"
         at = x(value / 100)
         grid.append(f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP - 8}" y2="{y:.0f}"/>')
-        grid.append(
-            f'<text class="faint" x="{at:.1f}" y="{_TOP - 14}" text-anchor="middle">{value:+g}</text>'
-        )
+        label = f'class="faint" x="{at:.1f}" y="{_TOP - 14}" text-anchor="middle"'
+        grid.append(f"<text {label}>{_signed(value, 0)}</text>")
     width, height = _LEFT + _PLOT + _RIGHT, y + 8
     return (
         f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" '
@@ -166,8 +165,8 @@ def _label(row: Row, top: float, bottom: float) -> str:
 
 def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
     frames = f"{mark.frames} frames: " if with_frames else ""
-    figures = f"{100 * mark.ordered:.1f} − {100 * mark.shuffled:.1f} = {100 * mark.gap:+.1f}"
-    told = f"{frames}{figures} [{100 * mark.low:+.1f}, {100 * mark.high:+.1f}], {mark.questions:,} questions"
+    figures = f"{100 * mark.ordered:.1f} − {100 * mark.shuffled:.1f} = {_signed(100 * mark.gap)}"
+    told = f"{frames}{figures} {_interval(mark)}, {mark.questions:,} questions"
     fill = colour if mark.needs_order else "var(--page)"
     return (
         f"<g><title>{escape(told)}</title>"
@@ -175,9 +174,18 @@ def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
         f'stroke-width="2"/>'
         f'<circle cx="{x(mark.gap):.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" '
         f'stroke-width="2"/>'
-        f'<text class="faint" x="{_LEFT + _PLOT + 14}" y="{y + 4:.1f}">{escape(figures)}'
+        f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{y + 4:.1f}">{escape(figures)}'
         f"  ({mark.questions:,})</text></g>"
     )
+
+
+def _interval(mark: Mark) -> str:
+    return f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    """`+5.0`, `−5.0` with a real minus, and a plain 0."""
+    return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else f"{0:.{digits}f}"
 
 
 def _legend(colour: Mapping[str, str]) -> str:
@@ -187,6 +195,6 @@ def _legend(colour: Mapping[str, str]) -> str:
         for place, (count, each) in enumerate(colour.items())
     ]
     header = (
-        f'<text class="faint" x="{_LEFT + _PLOT + 14}" y="{_TOP - 14}">ordered − shuffled (questions)</text>'
+        f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{_TOP - 14}">ordered − shuffled (questions)</text>'
     )
     return "".join(parts) + header

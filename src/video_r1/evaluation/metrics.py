@@ -2,6 +2,7 @@
 
 N is the number of questions; scores are float64 in [0, 1].
 """
+
 from __future__ import annotations
 
 import re

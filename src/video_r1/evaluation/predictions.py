@@ -1,4 +1,5 @@
 """Predictions as JSON lines that survive an interruption at any moment."""
+
 from __future__ import annotations
 
 import json

@@ -1,0 +1,345 @@
+"""All benchmarks in one run with the small model: figures, comparison, temporal gap, SIGKILL and restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmark_fixtures import lab_clips, write_benchmarks
+from browser import chromium, find_chromium
+
+from video_r1.cli import main
+from video_r1.config import EvalSettings
+from video_r1.evaluation.benchmarks import BENCHMARKS
+from video_r1.evaluation.benchmarks.loading import Coverage, Questions
+from video_r1.evaluation.gap_figure import gap_page, gap_rows
+from video_r1.evaluation.paper import (
+    COLUMNS,
+    PUBLISHED,
+    compare_with_paper,
+    comparison_table,
+    setup_differences,
+)
+
+SMALL = [
+    "--fps",
+    "2",
+    "--max_frames",
+    "8",
+    "--frame_pixels",
+    "3136",
+    "--image_pixels",
+    "3136",
+    "--dtype",
+    "float32",
+    "--max_new_tokens",
+    "4",
+    "--media_seconds",
+    "0",
+    "--device",
+    "cpu",
+    "--batch_size",
+    "4",
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    write_benchmarks(folder, lab_clips(tmp_path_factory.mktemp("lab")))
+    return folder
+
+
+def command(root: Path, out: Path, *more: str) -> list[str]:
+    return ["eval", "lab-base", "--media_root", str(root), "--out", str(out), *SMALL, *more]
+
+
+def predictions(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("predictions-*.jsonl"))
+    }
+
+
+def test_all_benchmarks_with_a_real_model(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.json"
+    (tmp_path / "clip.mp4").write_bytes((root / "mmvu/videos/Chemistry/0.mp4").read_bytes())
+    rows = [
+        {
+            "problem_id": 1,
+            "problem": "What moves?",
+            "data_type": "video",
+            "problem_type": "free-form",
+            "options": [],
+            "solution": "<answer>a ball</answer>",
+            "path": "clip.mp4",
+        }
+    ]
+    own.write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    names = ",".join([*COLUMNS, "videoholmes"])
+    run = command(root, out, "--bench", names, "--frames", "4,8", "--temporal_gap")
+    assert main(run) == 2
+    refused = capsys.readouterr().err
+    assert "VSI-Bench" in refused and "Video-Holmes" in refused  # every benchmark's problems at once
+    assert main([*run, "--allow_missing", "--frame_cache", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    assert "VSI-Bench, mean over task types (part)" in printed
+    assert "VSI-Bench, mean over questions (part)" in printed
+    assert "MVBench: 5 of 4,000 questions" in printed
+    summary = json.loads((out / "summary.json").read_text())
+    counts = {"vsibench": 6, "videommmu": 4, "mmvu": 1, "mvbench": 5, "tempcompass": 4, "videomme": 2}
+    for name, number in {**counts, "videoholmes": 2}.items():
+        result = summary["benchmarks"][name]
+        assert not result["complete"]
+        for frames in ("4", "8"):
+            figures = result["frames"][frames]
+            assert figures["skipped"] == 0
+            assert figures["ordered"]["questions"] == figures["shuffled"]["questions"] == number
+            assert figures["temporal_gap"]["questions"] == number
+            assert set(figures["by_task"]) == {
+                json.loads(line)["task_type"]
+                for line in (out / name / "predictions-8.jsonl").read_text().splitlines()
+            }
+    vsi = summary["benchmarks"]["vsibench"]["frames"]["8"]["ordered"]
+    assert vsi["task_mean"]["questions"] == vsi["questions"] == 6
+    page = (out / "temporal-gap.html").read_text()
+    assert all(BENCHMARKS[name].title in page for name in (*COLUMNS, "videoholmes"))
+    assert "VSI-Bench: 6 of 5,130 questions." in page
+
+    # Without the cache, and with other benchmarks and frame counts around it: the same answers, bit for bit.
+    again = tmp_path / "again"
+    assert (
+        main(
+            [
+                *command(root, again, "--bench", "vsibench,mvbench", "--frames", "8,4"),
+                "--allow_missing",
+                "--temporal_gap",
+            ]
+        )
+        == 0
+    )
+    both = predictions(again)
+    assert len(both) == 4
+    assert both.items() <= predictions(out).items()
+    assert main(command(tmp_path, tmp_path / "mine", "--bench", str(own), "--frames", "8")) == 0
+    assert json.loads((tmp_path / "mine/summary.json").read_text())["benchmarks"]["own"]["complete"]
+
+
+def test_killed_and_continued(root: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of the second benchmark; started again, every file is that of a whole run."""
+    wanted = [
+        "--bench",
+        "vsibench,mvbench",
+        "--frames",
+        "4,8",
+        "--order",
+        "ordered,shuffled",
+        "--allow_missing",
+        "--batch_size",
+        "2",
+        "--temperature",
+        "1",
+        "--top_p",
+        "1",
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main(command(root, whole, *wanted)) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "video_r1", *command(root, cut, *wanted)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    some = cut / "mvbench" / "predictions-4.jsonl"
+    deadline = time.monotonic() + 180
+    while not (some.is_file() and some.stat().st_size) and process.poll() is None:
+        assert time.monotonic() < deadline, "no prediction in three minutes"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if predictions(cut) == predictions(whole):  # the last batches came faster than the signal
+        with some.open("rb+") as file:
+            file.truncate(some.stat().st_size // 2)
+    assert not (cut / "summary.json").exists() or predictions(cut) != predictions(whole)
+    assert main(command(root, cut, *wanted)) == 0
+    assert predictions(cut) == predictions(whole)
+    outputs = [
+        json.loads(line)["output"] for line in predictions(whole)["mvbench/predictions-8.jsonl"].splitlines()
+    ]
+    assert len(set(outputs)) > 1
+    for name in ("summary.json", "vsibench/summary.json", "mvbench/summary.json"):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_one_bad_clip_costs_one_question(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "root" / "mvbench"
+    for path in (root / "mvbench").rglob("*"):
+        if path.is_file():
+            copy = folder / path.relative_to(root / "mvbench")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    bad = folder / "star/Charades_v1_480/ZS9XR.mp4"
+    bad.write_bytes(bad.read_bytes()[:2000])
+    out = tmp_path / "out"
+    assert main(command(folder.parent, out, "--bench", "mvbench", "--frames", "8", "--allow_missing")) == 0
+    figures = json.loads((out / "summary.json").read_text())["benchmarks"]["mvbench"]["frames"]["8"]
+    assert (figures["ordered"]["questions"], figures["skipped"]) == (4, 1)
+    (listed,) = [json.loads(line) for line in (out / "mvbench/quarantine.jsonl").read_text().splitlines()]
+    assert (listed["problem_id"], listed["path"]) == ("mvbench-2", str(bad.resolve()))
+    assert "1 questions left out" in capsys.readouterr().out
+
+
+def figure(mean: float, low: float, high: float) -> dict[str, Any]:
+    return {"accuracy": mean, "interval95": [low, high], "questions": 100}
+
+
+def test_the_paper_beside_our_figures() -> None:
+    ordered = figure(0.642, 0.61, 0.67)
+    vsi = {**figure(0.35, 0.33, 0.37), "task_mean": figure(0.30, 0.28, 0.32)}
+    results = {
+        "mmvu": {
+            "frames": {"16": {"ordered": ordered}, "32": {"ordered": ordered}, "8": {"ordered": ordered}}
+        },
+        "vsibench": {"frames": {"64": {"ordered": vsi}, "16": {"shuffled": vsi}}},
+        "videoholmes": {"frames": {"16": {"ordered": ordered}}},
+    }
+    found = compare_with_paper(results)
+    at = {(each.benchmark, each.over, each.frames, each.model): each for each in found}
+    assert len(at) == len(found) == 6 + 3 + 2 * 3  # all six rows at 16 frames, three at 32 and 64
+    same = at["mmvu", "questions", 16, "Video-R1-7B"]
+    assert (same.published, same.ours) == (64.2, pytest.approx(64.2))
+    assert (same.difference, same.low, same.high) == pytest.approx((0.0, -3.2, 2.8))
+    assert not same.outside
+    base = at["mmvu", "questions", 16, "Qwen2.5-VL-7B, CoT prompt"]
+    assert (base.difference, base.low, base.high) == pytest.approx((5.0, 1.8, 7.8))
+    assert base.outside
+    assert at["vsibench", "questions", 64, "Video-R1-7B"].difference == pytest.approx(-2.1)
+    assert at["vsibench", "task types", 64, "Video-R1-7B"].low == pytest.approx(28 - 37.1)
+    text = comparison_table(found, {"mmvu": "MMVU (mc)"})
+    assert "MMVU (mc), 16 frames: ours 64.2" in text
+    assert "Qwen2.5-VL-7B, CoT prompt   59.2    +5.0 [+1.8, +7.8] *\n" in text
+    assert "Video-R1-7B                 64.2    +0.0 [-3.2, +2.8]\n" in text
+    assert "no figures" in comparison_table(compare_with_paper({"videoholmes": results["videoholmes"]}), {})
+
+
+def test_the_published_table() -> None:
+    """Some figures and the sum of each model's, added up by another program."""
+    assert all(len(row) == len(COLUMNS) for rows in PUBLISHED.values() for row in rows.values())
+    assert [PUBLISHED["Video-R1-7B"][frames][0] for frames in (16, 32, 64)] == [34.6, 35.8, 37.1]
+    sums = {model: round(sum(sum(row) for row in rows.values()), 1) for model, rows in PUBLISHED.items()}
+    assert sums == {
+        "Qwen2.5-VL-7B, CoT prompt": 977.3,
+        "after SFT": 989.1,
+        "Video-R1-7B": 1042.3,
+        "RL without image data": 323.2,
+        "GRPO, no temporal reward": 330.0,
+        "RL without SFT": 330.2,
+    }
+
+
+def test_what_differs_from_the_papers_setup() -> None:
+    part = Questions(
+        "mvbench", "MVBench", (), Coverage(5, 5, 4000, ("a.mp4",)), "published", BENCHMARKS["mvbench"]
+    )
+    same = setup_differences(EvalSettings(), [])
+    assert not any(" here and " in line for line in same)
+    lines = setup_differences(EvalSettings(temperature=1.0, frame_pixels=3136, limit=9), [part])
+    assert "temperature is 1 here and 0.01 there" in lines
+    assert "frame_pixels is 3136 here and 200704 there" in lines
+    assert "only the first 9 questions of each benchmark are asked" in lines
+    assert "MVBench: 5 of 4,000 questions, 1 media files missing" in lines
+    assert any("whole clips" in line for line in lines)
+
+
+def gap(mean: float, low: float, high: float) -> dict[str, Any]:
+    return {
+        "temporal_gap": {
+            "gap": mean,
+            "interval95": [low, high],
+            "questions": 200,
+            "ordered": 0.6,
+            "shuffled": 0.6 - mean,
+        }
+    }
+
+
+RESULTS: dict[str, Any] = {
+    "mvbench": {
+        "title": "MVBench",
+        "coverage": "600 of 4,000 questions",
+        "complete": False,
+        "frames": {
+            count: {
+                **gap(0.05 + shift, 0.01, 0.09),
+                "by_task": {
+                    "action_antonym": gap(0.02 + shift, -0.03, 0.07),
+                    "action_sequence": gap(0.21, 0.12, 0.30),
+                    "object_<shuffle>": gap(-0.04, -0.12, 0.04),
+                },
+            }
+            for count, shift in (("16", 0.0), ("32", 0.01))
+        },
+    },
+    "tempcompass": {
+        "title": "TempCompass",
+        "coverage": "all 7,540 questions",
+        "complete": True,
+        "frames": {"16": {**gap(0.14, 0.12, 0.16), "by_task": {"order": gap(0.3, 0.2, 0.4), "action": {}}}},
+    },
+}
+
+
+def test_the_rows_of_the_gap_figure() -> None:
+    rows = gap_rows(RESULTS)
+    assert [(row.name, row.is_benchmark, len(row.marks)) for row in rows] == [
+        ("MVBench", True, 2),
+        ("action sequence", False, 2),
+        ("action antonym", False, 2),
+        ("object <shuffle>", False, 2),
+        ("TempCompass", True, 1),
+        ("order", False, 1),
+    ]
+    assert [row.marks[0].needs_order for row in rows] == [True, True, False, False, True, True]
+    page = gap_page(RESULTS, "runs/rl & more")
+    assert "object &lt;shuffle&gt;" in page and "<shuffle>" not in page
+    assert "runs/rl &amp; more" in page
+    assert "MVBench: 600 of 4,000 questions." in page and "all 7,540" not in page
+    assert "No question was asked in both frame orders" in gap_page({}, "m")
+
+
+OUTSIDE = """(() => {
+  const box = document.querySelector('svg').getBoundingClientRect();
+  const drawn = [...document.querySelectorAll('svg text, svg circle')].map(e => e.getBoundingClientRect());
+  const beyond = b => b.left < box.left - 1 || b.right > box.right + 1 || b.bottom > box.bottom + 1;
+  return drawn.filter(beyond).length;
+})()"""
+OVERLAPPING = """(() => {
+  const boxes = [...document.querySelectorAll('svg text')].map(e => e.getBoundingClientRect());
+  const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 &&
+    a.top < b.bottom - 3 && b.top < a.bottom - 3;
+  return boxes.filter((a, i) => boxes.some((b, j) => j < i && meet(a, b))).length;
+})()"""
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no chromium on this machine")
+def test_the_gap_figure_in_a_browser(tmp_path: Path) -> None:
+    page = tmp_path / "temporal-gap.html"
+    page.write_text(gap_page(RESULTS, "runs/rl"), encoding="utf-8")
+    with chromium(tmp_path / "profile") as browser:
+        browser.open(page)
+        assert browser.problems == []
+        assert browser.requests == [page.resolve().as_uri()]
+        assert browser.run("document.querySelectorAll('circle').length") == 8 + 2 + 2  # and the legend's two
+        assert browser.run(OUTSIDE) == 0
+        assert browser.run(OVERLAPPING) == 0
