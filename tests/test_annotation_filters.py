@@ -27,7 +27,7 @@ RATIONALE = (
 def sample(problem_type: Any = "multiple choice", truth: str = "B", **fields: Any) -> Sample:
     options = OPTIONS if problem_type == "multiple choice" else ()
     base = Sample(1, "Which way does the ball move?", "video", "free-form", f"<answer>{truth}</answer>", "x")
-    return replace(base, problem_type=problem_type, options=options, **fields)
+    return replace(base, problem_type=problem_type, **{"options": options, **fields})
 
 
 def output(answer: str = "B", rationale: str = RATIONALE) -> str:
@@ -302,8 +302,7 @@ def test_every_rationale_of_the_lab_passes_and_with_another_answer_none_does(fam
             place = question.choices.index(question.answer)
             answer, chain = "ABCDEFGH"[place], f"{chain} {question.answer} is {'ABCDEFGH'[place]}."
             other = "ABCDEFGH"[(place + 1) % len(letters)]
-        one = Sample(1, question.problem, "video", question.problem_type, f"<answer>{answer}</answer>", "x",
-                     tuple(letters))  # type: ignore[arg-type] # fmt: skip
+        one = sample(question.problem_type, answer, problem=question.problem, options=tuple(letters))
         judged = judge_one(one, Completion(output(answer, chain), "stop"), rules)
         assert judged.rejected == "", (judged.detail, chain)
         assert judge_one(one, Completion(output(other, chain), "stop"), rules).rejected == "score"
