@@ -27,7 +27,11 @@ def use_transformers_positions() -> None:
         qwen2_vl,
     )
 
-    for kind in (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration):
+    kinds: list[Any] = [
+        qwen2_vl.Qwen2VLForConditionalGeneration,
+        qwen2_5_vl.Qwen2_5_VLForConditionalGeneration,
+    ]
+    for kind in kinds:
         kind.get_mrope_input_positions = prompt_positions
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -109,7 +109,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         ):
             weight = torch.empty(shape, dtype=getattr(torch, dtype))
             self.group.broadcast(weight, 0).wait()
-            self.model.load_weights([(name, weight.to(self.device))])
+            cast(Any, self.model).load_weights([(name, weight.to(self.device))])
 
     def shutdown(self) -> None:
         self.group = None
