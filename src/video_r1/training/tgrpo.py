@@ -24,6 +24,7 @@ Where this differs from the paper and its code:
  9. Groups of equal rewards are left out of the update when there is no KL term, to which they add exactly 0.
 10. A question whose media cannot be used gives its place to another one; it is never shown other media.
 11. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which rounding sets apart.
+12. With async_rollouts, π_vLLM is one update older than π_old.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from video_r1.report.recording import record_group
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
 from video_r1.training.advantages import group_advantages
+from video_r1.training.ahead import RolloutsAhead, Sampled, sample_step
 from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.preflight import Preflight
@@ -66,7 +68,6 @@ from video_r1.training.rollout_step import (
     build_question,
     policy_batch,
     reward_terms,
-    sample_rollouts,
     score_groups,
 )
 from video_r1.training.runs import run_in_folder
@@ -148,6 +149,7 @@ class TGRPOTrainer(QuestionTrainer):
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
+        self.ahead = RolloutsAhead() if args.async_rollouts else None
         self.sampling = SamplingSettings(
             n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
         )
@@ -161,11 +163,14 @@ class TGRPOTrainer(QuestionTrainer):
         The rollouts of the whole step are sampled here, by the policy before the step, so that no question's
         loss depends on the micro-batch that it is in.
         """
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = self.ahead.take_batches() if self.ahead else []
+        batches = batches or super().get_batch_samples(epoch_iterator, num_batches, device)[0]
         if not batches:
             return [], None
         if batches[0]["iteration"] == 0 or not self.step_batches:
             self.step_batches = self.roll_out([batch["pending"] for batch in batches])
+        if self.ahead and self.state.global_step + 1 < self.state.max_steps:
+            self.look_ahead(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
         groups = [group for batch in self.step_batches for group in batch.groups]
         responses = sum(gather(sum(len(group.ordered) for group in groups)))
         tokens = sum(gather(sum(len(rollout.token_ids) for group in groups for rollout in group.ordered)))
@@ -182,9 +187,12 @@ class TGRPOTrainer(QuestionTrainer):
         questions = [entry.content for entry in ready]
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
-        with self.meter.seconds("rollout") as clock:
-            ordered, shuffled = self.sample(questions)
-        self.meter.speeds([*ordered, *shuffled], clock.seconds)
+        with self.meter.seconds("rollout"):
+            sampled = (self.ahead and self.ahead.collect()) or self.sample(questions)
+        ordered, shuffled, seconds, staleness = sampled
+        self.meter.speeds([*ordered, *shuffled], seconds)
+        if args.use_vllm:
+            self.meter.add("sampler/staleness", staleness)
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         with self.meter.seconds("reward"):
@@ -201,11 +209,20 @@ class TGRPOTrainer(QuestionTrainer):
         remaining = iter(groups)
         return [policy_batch([next(remaining) for _ in batch], args.beta != 0) for batch in pending]
 
-    def sample(self, questions: Sequence[Question]) -> tuple[list, list]:
+    def sample(self, questions: Sequence[Question]) -> Sampled:
         """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
-            return sample_rollouts(self.engine, questions, self.sampling, self.settings.shuffled_generations)
+            return sample_step(self.engine, questions, self.sampling, self.settings.shuffled_generations)
+
+    def look_ahead(self, batches: list[Any]) -> None:
+        """Has the present policy sample the next step's questions while it is updated."""
+        assert self.ahead is not None
+        self.ahead.batches = batches
+        if batches and batches[0]["iteration"] == 0:
+            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+            pending = [question for batch in batches for question in batch["pending"]]
+            self.ahead.start(pending, self.engine, self.sampling, self.settings.shuffled_generations)
 
     # ---- One optimizer step: learn
 
@@ -310,11 +327,13 @@ class TGRPOTrainer(QuestionTrainer):
         slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
         futures = [self.source.submit(slot) for slot in slots]
         questions = [future.result().content for future in futures]
-        ordered, shuffled = self.sample(questions)
+        ordered, shuffled, *_ = self.sample(questions)
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""
+        if self.ahead:
+            self.ahead.wait()
         self.engine.update_weights(self.accelerator.unwrap_model(self.model))
         with self.accelerator.autocast():
             return temporal_accuracy(
