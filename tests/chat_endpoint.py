@@ -46,7 +46,7 @@ class ChatEndpoint:
         self.headers: list[dict[str, str]] = []
         self.under_way = self.most_under_way = self.answered = 0
         self.changed = threading.Condition()
-        self.listed = True
+        self.listed = self.takes_video = True
         owner_ = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -72,7 +72,12 @@ class ChatEndpoint:
         threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     def chat(self, handler: Any, body: dict[str, Any]) -> None:
-        number = int(QUESTION.search(json.dumps(body["messages"][0]["content"]))[1])  # type: ignore[index]
+        asked = QUESTION.search(json.dumps(body["messages"][0]["content"]))
+        if "media_io_kwargs" in body and not self.takes_video:
+            return self.reply(handler, 400, {"error": {"message": "media_io_kwargs are disabled"}})
+        if asked is None:
+            return self.reply(handler, 200, {"choices": []})
+        number = int(asked[1])
         with self.changed:
             self.requests.append(body)
             self.under_way += 1

@@ -131,13 +131,15 @@ def test_nothing_kept_is_a_failure_with_empty_files(endpoint: ChatEndpoint, tmp_
     ("tests", "auto", ["image_url data:image/jpeg;base64 1"] * 4),
     ("vllm", "auto", ["video_url data:video/jpeg;base64 4"]),
     ("vllm", "images", ["image_url data:image/jpeg;base64 1"] * 4),
+    ("vllm without video", "auto", ["image_url data:image/jpeg;base64 1"] * 4),
 ])  # fmt: skip
 def test_a_request(tmp_path: Path, owner: str, frames_as: str, media: list[str], monkeypatch: Any) -> None:
     monkeypatch.setenv("MY_KEY", "secret")
     fields = {"max_tokens": None, "max_completion_tokens": 77, "user": "me"}
     changes = {"frames_as": frames_as, "key_variable": "MY_KEY", "request_fields": fields, "temperature": 0.5}
     manifest = write_questions(tmp_path, 2)
-    with chat_endpoint(owner=owner) as served:
+    with chat_endpoint(owner=owner.split()[0]) as served:
+        served.takes_video = owner != "vllm without video"
         annotate(served.url, manifest, tmp_path / "cot.json", top_p=0.9, concurrency=1, **changes)
     clip, image = served.requests
     assert images_of(clip) == media
@@ -161,6 +163,12 @@ def test_a_request(tmp_path: Path, owner: str, frames_as: str, media: list[str],
             "1.2 s",
             "1.8 s",
         ]
+
+
+def test_a_video_for_an_endpoint_that_takes_none(endpoint: ChatEndpoint, tmp_path: Path) -> None:
+    endpoint.takes_video = False
+    with pytest.raises(ConfigError, match="start vLLM with --trust-request-mm-kwargs"):
+        annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json", frames_as="video")
 
 
 def test_a_reasoning_that_stands_apart_is_the_rationale() -> None:

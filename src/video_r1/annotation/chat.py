@@ -17,7 +17,7 @@ from torch import Tensor
 from video_r1.annotation.judging import Completion
 from video_r1.data.media import Media
 from video_r1.errors import ConfigError
-from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get
+from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
 
 JPEG_QUALITY = 90
 FramesAs = Literal["images", "video"]
@@ -144,6 +144,31 @@ def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
     if entries and model not in entries:
         raise ConfigError(f"{endpoint.url} serves {', '.join(sorted(entries)[:10])}, not {model}")
     return model, entries.get(model) == "vllm"
+
+
+def form_of_frames(
+    endpoint: Endpoint, model: str, is_vllm: bool, wanted: Literal["auto", "images", "video"]
+) -> FramesAs:
+    """How a clip is sent. "auto": as a video where a vLLM server takes the frames' times, else as images.
+
+    Raises ConfigError when "video" is wanted of an endpoint that does not take them.
+    """
+    if wanted == "images" or (wanted == "auto" and not is_vllm):
+        return "images"
+    request = {"model": model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+    fields = {"media_io_kwargs": {"video": {"num_frames": -1}}}
+    try:
+        post(f"{endpoint.url}/chat/completions", endpoint.key, {**request, **fields}, endpoint.timeout)
+        return "video"
+    except ServerRefusal as refusal:
+        if wanted == "auto":
+            return "images"
+        raise ConfigError(
+            f"{endpoint.url} does not take a video's frames with their times ({refusal}); start vLLM with "
+            "--trust-request-mm-kwargs, or set frames_as images"
+        ) from refusal
+    except ServerFailure as failure:
+        raise ConfigError(f"{endpoint.url}: {failure}") from failure
 
 
 def endpoint_url(address: str) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from video_r1.annotation.chat import Endpoint, endpoint_url, served_model
+from video_r1.annotation.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
 from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.judging import Rules
 from video_r1.annotation.runner import Counts, ask, digest, open_questions, opened_journal, write
@@ -40,19 +40,19 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
     )
     first, last = settings.length_range
     rules = Rules(settings.threshold, (first, last), settings.choose)
-    name, is_vllm = settings.teacher, False
+    drawn_with = {"teacher": settings.teacher, **drawing(settings, samples)}
     endpoint = endpoint_of(settings) if settings.at_endpoint else None
     if endpoint is not None:
         name, is_vllm = served_model(endpoint, settings.model)
-    drawn_with = {"teacher": name, **drawing(settings, samples)}
+        frames_as = form_of_frames(endpoint, name, is_vllm, settings.frames_as)
+        drawn_with |= {"teacher": name, "frames_as": frames_as}
     samples = samples[: settings.limit]
     with opened_journal(out, drawn_with) as journal:
         if open_questions(samples, journal, batch_size=1):
-            teacher = (
-                local_teacher(settings)
-                if endpoint is None
-                else endpoint_teacher(settings, endpoint, name, is_vllm)
-            )
+            if endpoint is None:
+                teacher = local_teacher(settings)
+            else:
+                teacher = endpoint_teacher(settings, endpoint, drawn_with["teacher"], drawn_with["frames_as"])
             try:
                 ask(samples, teacher, journal, rules)
             except KeyboardInterrupt:
@@ -124,9 +124,10 @@ def endpoint_of(settings: AnnotateSettings) -> Endpoint:
     return Endpoint(endpoint_url(settings.teacher), key, settings.timeout, settings.wait)
 
 
-def endpoint_teacher(settings: AnnotateSettings, endpoint: Endpoint, model: str, is_vllm: bool) -> Teacher:
+def endpoint_teacher(
+    settings: AnnotateSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
+) -> Teacher:
     """The model at an OpenAI-compatible endpoint."""
-    frames_as = settings.frames_as
     return EndpointTeacher(
         endpoint,
         model,
@@ -136,6 +137,6 @@ def endpoint_teacher(settings: AnnotateSettings, endpoint: Endpoint, model: str,
         seed=settings.seed,
         concurrency=settings.concurrency,
         held=2 * settings.workers,
-        frames_as=("video" if is_vllm else "images") if frames_as == "auto" else frames_as,
+        frames_as=frames_as,
         request_fields=settings.request_fields,
     )

@@ -36,7 +36,9 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     model: str | None = setting(None, "name of the model at an endpoint (default: the only one it serves)")
     concurrency: int = setting(64, "requests to an endpoint at once; thousands are fine")
     frames_as: Literal["auto", "images", "video"] = setting(
-        "auto", "how an endpoint gets a clip: as images with their times, or as one video (vLLM only)"
+        "auto",
+        "how an endpoint gets a clip: as images with their times, or as one video (vLLM with "
+        "--trust-request-mm-kwargs); auto: as a video where it can",
     )
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     timeout: float = setting(600.0, "seconds for one request to an endpoint")
