@@ -9,7 +9,8 @@ values and gradients equal those of the expanded batch, where pixels and prompt 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,8 @@ from video_r1.models.head import token_logprobs
 from video_r1.models.packing import GroupSpan, row_layout
 
 Result = TypeVar("Result")
+KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
+"""The features that hold the pixels of each kind of visual, and their grids."""
 
 
 @dataclass(slots=True)
@@ -69,26 +72,24 @@ def group_logprobs(
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
 
-    def forward() -> GroupLogprobs:
-        return _forward(model, prompts, completions, temperature, with_entropy, vision_features)
+    def forward() -> tuple[Tensor, Tensor | None, Tensor]:
+        result = _forward(model, prompts, completions, temperature, with_entropy, vision_features)
+        return result.logprobs, result.entropy, result.lengths  # FSDP finds no tensors in a record
 
-    return _through_wrapper(model, forward)
+    return GroupLogprobs(*through_wrapper(model, forward))
 
 
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
     """The vision tower's output for each prompt, None for a prompt without visuals.
 
-    The tower is called once for all images and once for all videos. Gradients follow the caller's grad mode
+    The tower is called once, for images and videos together. Gradients follow the caller's grad mode
     and whether the tower is frozen.
     """
-    return _through_wrapper(model, lambda: _encode_vision(vision_language_model(model).model, prompts))
+    return through_wrapper(model, lambda: _encode_vision(vision_language_model(model).model, prompts))
 
 
 def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    parts = {
-        "image": _encode(core.get_image_features, prompts, "pixel_values", "image_grid_thw"),
-        "video": _encode(core.get_video_features, prompts, "pixel_values_videos", "video_grid_thw"),
-    }
+    parts = _encode(core, prompts)
     encoded: list[VisionFeatures | None] = []
     for prompt, image, video in zip(prompts, parts["image"], parts["video"], strict=True):
         if image is None or video is None:
@@ -101,6 +102,26 @@ def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures 
         embeddings = _interleave(is_image, image.embeddings, video.embeddings)
         encoded.append(VisionFeatures(embeddings, tuple(_interleave(is_image, a, b) for a, b in layers)))
     return encoded
+
+
+def encode_together(core: Any, features: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tower's outputs for a batch's images and videos from one call: `mm_encoder_outputs` of `forward`.
+
+    core: `model.model`; features: pixels and grids, as in KINDS, of one kind or both.
+    """
+    present = {kind: names for kind, names in KINDS.items() if names[0] in features}
+    grids = [features[grid] for _, grid in present.values()]
+    pixels = torch.cat([features[name] for name, _ in present.values()])
+    output = core.get_image_features(pixels, torch.cat(grids), return_dict=True)
+    outputs, start = {}, 0
+    for kind, grid in zip(present, grids, strict=True):
+        part = slice(start, start + len(grid))
+        start += len(grid)
+        outputs[kind] = copy.copy(output)
+        outputs[kind].pooler_output = output.pooler_output[part]
+        if getattr(output, "deepstack_features", None):
+            outputs[kind].deepstack_features = [layer[part] for layer in output.deepstack_features]
+    return outputs
 
 
 def vision_language_model(model: nn.Module) -> Any:
@@ -240,25 +261,31 @@ def _visual_positions(
     return placeholder & in_prompt
 
 
-def _encode(
-    tower: Callable[..., Any], prompts: Sequence[Prompt], pixels_name: str, grid_name: str
-) -> list[VisionFeatures | None]:
-    """One call of the tower for all prompts that have this kind of pixels; results by prompt."""
-    having = [number for number, prompt in enumerate(prompts) if pixels_name in prompt.features]
-    results: list[VisionFeatures | None] = [None] * len(prompts)
+def _encode(core: Any, prompts: Sequence[Prompt]) -> dict[str, list[VisionFeatures | None]]:
+    """One call of the tower for all pixels, of images and of videos; results by kind and prompt.
+
+    Each visual attends to itself alone, so that they may stand in one row. One call, and not one for each
+    kind that a batch happens to have, is what all processes of a sharded model make alike.
+    """
+    results: dict[str, list[VisionFeatures | None]] = {kind: [None] * len(prompts) for kind in KINDS}
+    having = [
+        (kind, number, pixels, grid)
+        for kind, (pixels, grid) in KINDS.items()
+        for number, prompt in enumerate(prompts)
+        if pixels in prompt.features
+    ]
     if not having:
         return results
-    device = next(tower.__self__.visual.parameters()).device  # pyright: ignore[reportFunctionMemberAccess]
-    grids = [prompts[number].features[grid_name] for number in having]
-    pixels = torch.cat([prompts[number].features[pixels_name] for number in having])
-    output = tower(pixels.to(device), torch.cat(grids).to(device), return_dict=True)
+    device = next(core.visual.parameters()).device
+    grids = [prompts[number].features[grid] for _, number, _, grid in having]
+    pixels = torch.cat([prompts[number].features[name] for _, number, name, _ in having])
+    output = core.get_image_features(pixels.to(device), torch.cat(grids).to(device), return_dict=True)
     deepstack = getattr(output, "deepstack_features", None) or []
-    visuals = [len(grid) for grid in grids]
     start = 0
-    for number, count in zip(having, visuals, strict=True):
-        part = slice(start, start + count)
-        start += count
-        results[number] = VisionFeatures(
+    for (kind, number, _, _), grid in zip(having, grids, strict=True):
+        part = slice(start, start + len(grid))
+        start += len(grid)
+        results[kind][number] = VisionFeatures(
             torch.cat(output.pooler_output[part]), tuple(torch.cat(layer[part]) for layer in deepstack)
         )
     return results
@@ -278,8 +305,11 @@ def _use_group_attention(text: Any) -> None:
         text.config._attn_implementation = IMPLEMENTATION
 
 
-def _through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
-    """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it."""
+def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
+    """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it.
+
+    Tensors with a gradient have to be the result, or in a tuple of it.
+    """
     inner: Any = model
     while isinstance(getattr(inner, "module", None), nn.Module):
         inner = inner.module

@@ -45,9 +45,10 @@ def token_logprobs(
 def _chunk(
     head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if isinstance(head, FSDPModule):  # its hooks are for one call a step; its weights are whole by now
-        head = cast(nn.Linear, head)
-        logits = nn.functional.linear(hidden, head.weight, head.bias).float()
+    if isinstance(head, FSDPModule):  # its hooks are for one call a step, not for one a chunk
+        head.unshard()
+        linear = cast(nn.Linear, head)
+        logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()
     else:
         logits = head(hidden).float()
     if temperature != 1.0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ from video_r1.training.processes import wait_for_everyone
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import last_whole_checkpoint
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model
+from video_r1.training.whole_weights import whole_weights
 
 
 class QuestionTrainer(Trainer):
@@ -98,6 +100,10 @@ class QuestionTrainer(Trainer):
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Figures of held-out questions."""
         raise NotImplementedError
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """Inside, this process has all weights of a model that is sharded, and runs it at its own pace."""
+        return whole_weights(self.model_wrapped, self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
         """Yields batches of questions that are being read in the background; one batch is always read ahead.

@@ -20,12 +20,14 @@ from video_r1.data.frame_cache import read_cached
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
+from video_r1.models.group_forward import KINDS, encode_together, through_wrapper, vision_language_model
 from video_r1.recipe import Recipe
 from video_r1.training.processes import gather, process_count, process_index
 from video_r1.training.question_trainer import QuestionTrainer
 from video_r1.training.runs import run_in_folder
 from video_r1.training.setup import Questions, manifests_of, model_of
 
+PIXELS = tuple(pixels for pixels, _ in KINDS.values())
 IGNORED = -100  # the label of tokens without a loss
 Example = tuple[Prompt, Tensor]
 """A prompt and the token ids [L] of its response, the end-of-turn token included."""
@@ -145,13 +147,13 @@ class SFTTrainer(QuestionTrainer):
         mine, size = samples[process_index() :: process_count()], self.args.eval_batch_size
         model = cast(nn.Module, self.model).eval()
         sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
-        for start in range(0, len(mine), size):
-            examples = self.usable(mine[start : start + size])
-            if examples:
-                batch = self._prepare_inputs(pad_examples(examples, self.pad_token_id))
-                with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self.whole_weights():
+            for start in range(0, len(mine), size):
+                examples = self.usable(mine[start : start + size])
+                if examples:
+                    batch = self._prepare_inputs(pad_examples(examples, self.pad_token_id))
                     parts = response_loss(model, batch)
-                sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
+                    sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
         loss, hits, tokens = torch.stack(gather(sums)).sum(0).tolist()
         if not tokens:
             raise ConfigError("evaluation needs an eval_dataset with at least one usable question")
@@ -178,7 +180,17 @@ def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
     # The head runs only where some row has a response; the token before the first label predicts it.
     first = int((labels != IGNORED).any(0).nonzero()[0])
     inputs = {name: value for name, value in batch.items() if name not in ("labels", "problem_ids")}
-    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] - first + 1).logits[:, :-1]
+    inputs |= {"use_cache": False, "logits_to_keep": labels.shape[1] - first + 1}
+    inner = vision_language_model(model)
+
+    def forward() -> Tensor:
+        # One call of the tower, whatever is in the batch: all processes of a sharded model gather its weights
+        # alike.
+        outputs = encode_together(inner.model, inputs)
+        rest = {name: value for name, value in inputs.items() if name not in PIXELS}
+        return inner(**rest, mm_encoder_outputs=outputs).logits
+
+    logits = through_wrapper(model, forward)[:, :-1]
     taught = labels[:, first:] != IGNORED
     logits, targets = logits[taught].float(), labels[:, first:][taught]  # [N, V], [N]
     hits = (logits.detach().argmax(-1) == targets).sum()

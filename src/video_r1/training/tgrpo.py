@@ -56,6 +56,7 @@ from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.ahead import RolloutsAhead, Sampled, sample_step
+from video_r1.training.guards import tolerated
 from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.preflight import Preflight
@@ -74,6 +75,7 @@ from video_r1.training.runs import run_in_folder
 from video_r1.training.sampler_mismatch import SamplerCheck, sampler_weights
 from video_r1.training.setup import Questions, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
+from video_r1.training.whole_weights import prepare_reference
 from video_r1.vllm_settings import VLLMSettings
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
@@ -137,7 +139,7 @@ class TGRPOTrainer(QuestionTrainer):
         self.is_peft = hasattr(policy, "disable_adapter")
         self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
         if self.reference is not None:
-            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+            self.reference = prepare_reference(self.reference, self.accelerator)
         self.vision_is_frozen = not any(
             p.requires_grad for p in vision_language_model(policy).model.visual.parameters()
         )
@@ -211,8 +213,8 @@ class TGRPOTrainer(QuestionTrainer):
 
     def sample(self, questions: Sequence[Question]) -> Sampled:
         """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
-        self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-        with self.accelerator.autocast():
+        with self.whole_weights(), self.accelerator.autocast():
+            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
             return sample_step(self.engine, questions, self.sampling, self.settings.shuffled_generations)
 
     def look_ahead(self, batches: list[Any]) -> None:
@@ -334,8 +336,8 @@ class TGRPOTrainer(QuestionTrainer):
         """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""
         if self.ahead:
             self.ahead.wait()
-        self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-        with self.accelerator.autocast():
+        with self.whole_weights(), self.accelerator.autocast():
+            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
             return temporal_accuracy(
                 self.engine,
                 samples,
@@ -351,8 +353,9 @@ class TGRPOTrainer(QuestionTrainer):
         """As in QuestionTrainer, and records some of this step's groups."""
         if "loss" in logs and self.is_world_process_zero():
             groups = [group for batch in self.step_batches for group in batch.groups]
-            for group in groups[: self.settings.log_rollouts]:
-                record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
+            with tolerated("rollouts.jsonl"):
+                for group in groups[: self.settings.log_rollouts]:
+                    record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

@@ -1,0 +1,89 @@
+"""All weights of a sharded model at once, for work that processes do at their own pace.
+
+FSDP2 and DeepSpeed's ZeRO-3 gather a layer's weights when it runs, which all processes have to do together.
+While they sample, each runs the model a number of times of its own: they would wait for one another for ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import through_wrapper
+
+
+@contextmanager
+def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Inside, every process has all weights of the model and may run any part of it, without gradient.
+
+    model: as the accelerator has prepared it. Every process has to enter. Costs nothing where the model is
+    not sharded.
+    """
+    if isinstance(model, FSDPModule):
+        with _whole_fsdp(model, bool(accelerator.state.fsdp_plugin.reshard_after_forward)):
+            yield
+    elif zero_stage(accelerator) == 3:
+        with _whole_zero3(model):
+            yield
+    else:
+        yield
+
+
+@contextmanager
+def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    blocks = {block for blocks in lists for block in blocks}
+    through_wrapper(model, lambda: None)  # FSDP sets itself up in the first call, which has to be the root's
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            if reshards and module in blocks:  # the parts around them are kept after their forward
+                module.set_reshard_after_forward(True, recurse=False)
+
+
+@contextmanager
+def _whole_zero3(model: Any) -> Iterator[None]:
+    import deepspeed  # installed where ZeRO-3 is in use
+
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        # The hooks of ZeRO-3 would give each layer's weights back after it has run.
+        hooks = model.optimizer.parameter_offload
+        hooks._remove_module_hooks()
+        try:
+            yield
+        finally:
+            hooks.setup_zero_stage3_hooks()
+
+
+def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The frozen copy that KL is taken to, sharded where the policy is sharded by FSDP2.
+
+    Raises ConfigError for ZeRO-3, which has no copy of weights that it has sharded.
+    """
+    if zero_stage(accelerator) == 3:
+        raise ConfigError(
+            "beta: a reference model and DeepSpeed's ZeRO-3 do not go together; use FSDP2 or ZeRO-2, or "
+            "use_peft (whose reference is the model without adapters), or beta 0"
+        )
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)

@@ -1,0 +1,105 @@
+"""What the processes of test_distributed.py do: short runs whose figures and weights are compared."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from tgrpo_trainers import make_trainer
+from tiny_questions import training_arguments
+from transformers import TrainerCallback
+
+from video_r1.training.sft import SFTConfig, SFTTrainer
+
+
+class Watch(TrainerCallback):
+    """Writes down each step's gradients, whole, and which kinds of media this process has seen."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self.gradients.append({name: whole(p.grad) for name, p in model.named_parameters()})
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A copy with all shards (a collective operation) of a parameter's gradient."""
+    if tensor is None:
+        return torch.zeros(())
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().clone()
+
+
+def let_accelerate_shard_on_cpu() -> None:
+    """accelerate turns FSDP on where the processes have GPUs. Nothing else of it depends on them."""
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return
+    start = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        if self._shared_state["distributed_type"] == DistributedType.MULTI_CPU:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = init
+
+
+def common(folder: Path, processes: int, steps: int = 2) -> dict[str, Any]:
+    settings = {
+        "optim": "sgd",
+        "max_steps": steps,
+        "learning_rate": 0.01,
+        "save_steps": 1,
+        "max_grad_norm": 1.0,
+    }
+    if processes > 1:
+        settings["ddp_backend"] = "gloo"
+    return settings
+
+
+def rl(folder: Path, processes: int, name: str, resume: bool = False) -> None:
+    """T-GRPO: four questions a step, images and videos mixed, with a reference model and validation."""
+    let_accelerate_shard_on_cpu()
+    watch = Watch()
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, callbacks=[watch],
+        per_device_train_batch_size=4 // processes, scale_rewards="batch", beta=0.1,
+        evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
+        **common(folder, processes),
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-1") if resume else None)
+    kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
+    save(trainer, watch, folder / name, kinds)
+
+
+def sft(folder: Path, processes: int, name: str) -> None:
+    """SFT on the same questions, with validation."""
+    let_accelerate_shard_on_cpu()
+    watch = Watch()
+    args = SFTConfig(
+        **training_arguments(
+            folder / name,
+            **{**common(folder, processes), "per_device_train_batch_size": 4 // processes},
+            eval_strategy="steps",
+            eval_steps=2,
+        )
+    )
+    manifest = str(folder / "manifest.json")
+    trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[watch])
+    trainer.train()
+    save(trainer, watch, folder / name, [])
+
+
+def save(trainer: Any, watch: Watch, run: Path, kinds: list[str]) -> None:
+    trainer.publish_model()
+    rank = int(os.environ.get("RANK", "0"))
+    (run / f"kinds-{rank}.json").write_text(json.dumps(kinds))
+    if trainer.is_world_process_zero():
+        torch.save(watch.gradients, run / "gradients.pt")
