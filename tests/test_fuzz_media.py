@@ -1,4 +1,4 @@
-"""Three hundred damaged clips and images: each decodes or is refused with a reason, in bounded time and memory."""
+"""Hundreds of damaged clips and images: each decodes or is refused with a reason, in bounded time."""
 
 from __future__ import annotations
 
