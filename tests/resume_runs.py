@@ -154,6 +154,6 @@ def read_whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def comparable(run: Path) -> list[dict[str, Any]]:
     """The run's metrics without what depends on the clock."""
-    timed = ("time", "seconds/", "speed/")
+    timed = ("time", "seconds/", "speed/", "memory/")
     lines = read_lines(run / "metrics.jsonl")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]

@@ -52,7 +52,7 @@ def test_logged_series(finished: TGRPOTrainer) -> None:
         *("completion/length", "completion/truncated", "completion/self_reflection"),
         *("policy/clip_ratio", "policy/kl", "policy/entropy", "groups/no_variance"),
         *("media/skipped", "updates/skipped", "speed/rollouts_per_second", "speed/tokens_per_second"),
-        *("seconds/decode", "seconds/rollout", "seconds/reward", "seconds/update"),
+        *("seconds/decode", "seconds/rollout", "seconds/reward", "seconds/update", "memory/peak_gib"),
     }
     assert expected | kinds <= together
     logged = [line for line in finished.state.log_history if "loss" in line]  # what trackers get
@@ -187,7 +187,7 @@ def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, 
 
 def comparable(path: Path) -> list[dict[str, Any]]:
     """Metrics without what depends on the clock."""
-    timed = ("time", "seconds/", "speed/")
+    timed = ("time", "seconds/", "speed/", "memory/")
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in read_lines(path)]
 
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import resource
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.config import Settings
@@ -112,8 +115,22 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
         meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])), 1 if size else 0)
 
 
+def take_peak_memory() -> float:
+    """GiB. On a GPU the most that was allocated there since the last call; else the most main memory that
+    this process has had since its start.
+    """
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 class StepSeconds(TrainerCallback):
-    """Measures `seconds/update`: the passes forward and back and the optimizer, without sampling."""
+    """Measures `seconds/update`, the passes forward and back and the optimizer without sampling; and
+    `memory/peak_gib`, the peak of a whole step in the process that needs most.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self.meter = meter
@@ -128,6 +145,7 @@ class StepSeconds(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.meter.add("seconds/update", time.perf_counter() - self.start, 0.0)
+        self.meter.peak("memory/peak_gib", take_peak_memory())
 
 
 class RunFolder(TrainerCallback):
