@@ -20,7 +20,7 @@ from video_r1 import commands
 from video_r1.command_help import command_help, overview
 from video_r1.config import own_field_types
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.recipe import RECIPES_OF_TRAINING, SECTIONS, Recipe, find_recipe, load_recipe
+from video_r1.recipe import RECIPES_OF_TRAINING, SECTIONS, TRAINS, Recipe, find_recipe, load_recipe
 from video_r1.setting_types import FALSE_WORDS, TRUE_WORDS, takes_list
 
 
@@ -54,7 +54,8 @@ COMMANDS: dict[str, Command] = {
         commands.annotate),
     "sft": Command(
         "supervised cold start on rationales", (),
-        ("sft lab-sft", "sft video-r1-7b-sft --train_manifest cot.json --media_root /data"),
+        ("sft lab-sft", "sft video-r1-7b-sft --smoke",
+         "sft video-r1-7b-sft --train_manifest cot.json --media_root /data"),
         commands.sft),
     "rl": Command(
         "T-GRPO or GRPO", (),
@@ -119,7 +120,13 @@ def run(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(command_help(name, command.summary, command.positionals, command.examples))
         return 0
-    return command.run(read_request(name, rest))
+    smoke = name in TRAINS and "--smoke" in rest
+    recipe = read_request(name, [word for word in rest if not smoke or word != "--smoke"])
+    if smoke:
+        from video_r1.smoke import run_smoke
+
+        return run_smoke(recipe, command.run)
+    return command.run(recipe)
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:

@@ -38,6 +38,10 @@ def command_help(name: str, summary: str, positionals: tuple[str, ...], examples
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
             "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp, resume_from_checkpoint."
         )
+        lines += wrapped(
+            "--smoke tries the recipe for two steps with the small packaged model and made-up clips instead, "
+            "in a temporary folder, and prints what it replaced."
+        )
         lines.append("")
     for kind in SECTIONS[name]:
         lines += [f"{kind.__doc__}:", *section_help(kind, REQUIRED.get(name, ())), ""]

@@ -1,0 +1,90 @@
+"""A dry run of a training recipe with the small packaged model: `video-r1 rl RECIPE --smoke`.
+
+It answers, in a minute and without a GPU, whether a recipe's settings load, fit together and survive some
+steps, a checkpoint included. What the small model, a CPU or the lack of a cold start rule out is replaced;
+every other setting stays.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from video_r1.recipe import Recipe, load_recipe
+
+STEPS = 2
+SIDE = 56  # pixels of a frame or image: what the small model was made for
+MOST_FRAMES = 8
+MOST_TOKENS = 24  # of a completion
+QUESTIONS = 8
+
+
+def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
+    """The recipe with the small model in place of its own, and what was replaced: name to (before, now).
+
+    recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written. Raises ConfigError as `load_recipe`.
+    """
+    from video_r1.models.lab import base_folder
+
+    values = recipe.values()
+    changes: dict[str, Any] = {
+        "model_name_or_path": str(base_folder()),
+        "train_manifest": str(lab / ("sft.json" if recipe.command == "sft" else "rl.json")),
+        "eval_manifest": None if values["eval_manifest"] is None else str(lab / "test.json"),
+        "media_root": None,
+        "output_dir": str(output_dir),
+        "max_steps": STEPS,
+        "gradient_accumulation_steps": min(values["gradient_accumulation_steps"], 2),
+        "logging_steps": 1,
+        "save_steps": STEPS * values.get("num_iterations", 1),
+        "max_frames": min(values["max_frames"], MOST_FRAMES),
+        "frame_pixels": SIDE * SIDE,
+        "image_pixels": SIDE * SIDE,
+        "attn_implementation": None,
+        "report_to": "none",
+    }
+    if recipe.command == "rl":
+        changes |= {
+            "max_completion_length": min(values["max_completion_length"], MOST_TOKENS),
+            "length_range": [min(length, MOST_TOKENS) for length in values["length_range"]],
+            "preflight_questions": 0,  # without a cold start no reward is in reach, and it would say so
+            "use_vllm": False,
+            "vllm_mode": "colocate",
+            "async_rollouts": 0,
+        }
+    if "8bit" in str(values.get("optim", "")):
+        changes["optim"] = "adamw_torch"  # 8-bit optimizers run on GPUs only
+    changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
+    replaced = {name: (values.get(name), new) for name, new in changes.items() if values.get(name) != new}
+    values |= changes
+    if not _has_gpu():
+        values["use_cpu"] = True
+    return load_recipe(recipe.command, None, {n: v for n, v in values.items() if v is not None}), replaced
+
+
+def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
+    """Runs the recipe with the small model in a temporary folder and prints what was replaced.
+
+    run: what the command does with a recipe. Returns its exit code; raises what it raises.
+    """
+    from video_r1.data.lab import write_lab
+
+    with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
+        lab, output = Path(folder) / "lab", Path(folder) / "run"
+        write_lab(lab, QUESTIONS, QUESTIONS, seed=0, workers=1)
+        smoked, replaced = smoke_recipe(recipe, lab, output)
+        name = recipe.source or f"video-r1 {recipe.command}"
+        print(f"smoke: {STEPS} steps of {name} with the small packaged model; replaced are")
+        for name, (before, now) in replaced.items():
+            print(f"  {name}: {before} → {now}")
+        code = run(smoked)
+        print(f"smoke: done; {folder} is removed")
+    return code
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
