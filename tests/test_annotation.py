@@ -301,7 +301,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     at_once, held = 150, 4
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most = 0
-    read = endpoint_module.read_media
+    read = endpoint_module.read_cached
 
     def counted(*arguments: Any) -> Any:
         nonlocal most
@@ -310,7 +310,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
         most = max(most, len(alive))
         return media
 
-    monkeypatch.setattr(endpoint_module, "read_media", counted)
+    monkeypatch.setattr(endpoint_module, "read_cached", counted)
     endpoint.gate = at_once  # the first answer is given when so many wait for theirs
     manifest = write_questions(tmp_path, 2 * at_once, clips=20)
     counts = annotate(endpoint.url, manifest, tmp_path / "cot.json", concurrency=at_once, workers=held // 2)

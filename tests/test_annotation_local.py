@@ -20,6 +20,7 @@ from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
 from video_r1.annotation.settings import AnnotateSettings
 from video_r1.cli import main
+from video_r1.data.frame_cache import read_cached
 from video_r1.data.media import FrameBudget, read_media
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import load_manifest
@@ -109,7 +110,7 @@ def test_interrupted_between_and_within_batches(
     read: list[str] = []
     generate, calls = TransformersEngine.generate, []
     monkeypatch.setattr(
-        teachers, "read_media", lambda sample, budget: read.append("") or read_media(sample, budget)
+        teachers, "read_cached", lambda sample, *how: read.append("") or read_cached(sample, *how)
     )
 
     def interrupted(self: Any, prompts: Any, *arguments: Any) -> Any:
@@ -167,4 +168,4 @@ def test_a_teacher_on_vllm(server: ServerProcess, teacher: Path, tmp_path: Path,
         assert torch.allclose(video[name][:1].float(), prompt.features[name].float()), name
     expected = prompt.features["pixel_values_videos"]
     difference = (video["pixel_values_videos"][: len(expected)].float() - expected).abs().mean()
-    assert difference < 0.1  # standard deviations of a pixel: JPEG
+    assert difference < 0.05  # standard deviations of a pixel: JPEG

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,11 @@ from typing import Any
 from video_r1.annotation.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
 from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.judging import Rules
-from video_r1.annotation.runner import Counts, ask, digest, open_questions, opened_journal, write
+from video_r1.annotation.runner import Counts, annotate, digest
 from video_r1.annotation.settings import AnnotateSettings
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.config import DecodingSettings
+from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
@@ -46,26 +46,18 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
         name, is_vllm = served_model(endpoint, settings.model)
         frames_as = form_of_frames(endpoint, name, is_vllm, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
-    samples = samples[: settings.limit]
-    with opened_journal(out, drawn_with) as journal:
-        if open_questions(samples, journal, batch_size=1):
-            if endpoint is None:
-                teacher = local_teacher(settings)
-            else:
-                teacher = endpoint_teacher(settings, endpoint, drawn_with["teacher"], drawn_with["frames_as"])
-            try:
-                ask(samples, teacher, journal, rules)
-            except KeyboardInterrupt:
-                print(
-                    f"\nthe answers so far are in {journal.path}; the same command continues", file=sys.stderr
-                )
-                raise
-            finally:
-                teacher.close()
-        counts = write(samples, journal, out, root, rules)
+
+    def open_teacher() -> Teacher:
+        if endpoint is None:
+            return local_teacher(settings)
+        return endpoint_teacher(settings, endpoint, drawn_with["teacher"], drawn_with["frames_as"])
+
+    counts = annotate(
+        samples[: settings.limit], open_teacher, out, media_root=root, rules=rules, settings=drawn_with
+    )
     print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
-    print(f"rejected, with the reason: {rejected}; what the teacher wrote: {journal.path}")
+    print(f"rejected, with the reason: {rejected}")
     if counts.questions["endpoint"]:
         print(
             f"{counts.questions['endpoint']:,} questions were not answered; the same command asks them again"
@@ -115,6 +107,7 @@ def local_teacher(settings: AnnotateSettings) -> Teacher:
         settings.seed,
         settings.batch_size,
         settings.workers,
+        open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
     )
 
 
@@ -139,4 +132,5 @@ def endpoint_teacher(
         held=2 * settings.workers,
         frames_as=frames_as,
         request_fields=settings.request_fields,
+        frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
     )

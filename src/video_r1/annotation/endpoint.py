@@ -21,7 +21,8 @@ from typing import Any
 from video_r1.annotation.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
 from video_r1.annotation.judging import Completion
 from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.frame_cache import FrameCache, read_cached
+from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Template
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
@@ -68,11 +69,12 @@ class EndpointTeacher:
         held: int = 8,
         frames_as: FramesAs = "images",
         request_fields: Mapping[str, Any] | None = None,
+        frame_cache: FrameCache | None = None,
     ) -> None:
         self.endpoint, self.model, self.template, self.budget = endpoint, model, template, budget
         self.sampling, self.seed, self.concurrency = sampling, seed, concurrency
         self.frames_as: FramesAs = frames_as
-        self.request_fields = dict(request_fields or {})
+        self.request_fields, self.frame_cache = dict(request_fields or {}), frame_cache
         self._held, self._most_held = threading.Semaphore(held), held
         self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
         self._stop = threading.Event()
@@ -194,7 +196,7 @@ class EndpointTeacher:
             return post_once(url, self.endpoint.key, sent_once(), size, self.endpoint.timeout)
 
     def _body(self, sample: Sample, fields: dict[str, Any]) -> bytes:
-        media = read_media(sample, self.budget)
+        media = read_cached(sample, self.budget, self.frame_cache)
         content = chat_content(self.template.render(sample), media, self.frames_as)
         request = {
             "model": self.model,

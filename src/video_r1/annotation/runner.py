@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -35,7 +35,7 @@ FAILURES = ("media", "prompt", "endpoint")
 
 def annotate(
     samples: Sequence[Sample],
-    teacher: Teacher,
+    open_teacher: Callable[[], Teacher],
     out: Path,
     *,
     media_root: str | Path,
@@ -46,11 +46,22 @@ def annotate(
 
     out: the manifest for SFT (.json or .jsonl); OUT.journal.jsonl and OUT.rejected.jsonl, without its ending,
     stand beside it. media_root: what the rows' paths are relative to. settings: what the teacher's answers
-    depend on, JSON values by name; an annotation that was begun with others is refused. Returns the counts.
-    Raises RequestError and what the teacher raises; the journal then has all answers that were there.
+    depend on, JSON values by name; one that was begun with others is refused. open_teacher is called
+    when there is a question without an answer. Returns the counts. Raises RequestError and what the teacher
+    raises; the journal then has all answers that were there.
     """
     with opened_journal(out, settings) as journal:
-        ask(samples, teacher, journal, rules)
+        if open_questions(samples, journal, batch_size=1):
+            teacher = open_teacher()
+            try:
+                ask(samples, teacher, journal, rules)
+            except KeyboardInterrupt:
+                print(
+                    f"\nthe answers so far are in {journal.path}; the same command continues", file=sys.stderr
+                )
+                raise
+            finally:
+                teacher.close()
         return write(samples, journal, out, media_root, rules)
 
 
@@ -84,8 +95,6 @@ def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, rules: Ru
     count = sum(not question.done for question in questions)
     if count < len(samples):
         print(f"{len(samples) - count} of {len(samples)} questions are answered already", file=sys.stderr)
-    if not count:
-        return
     answered = kept = failed = 0
     with closing(teacher.answers(questions)) as answers, progress(count, "annotating", "questions") as bar:
         for finished in answers:

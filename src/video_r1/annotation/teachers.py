@@ -17,7 +17,8 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from video_r1.annotation.judging import Completion
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.frame_cache import FrameCache, read_cached
+from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
@@ -81,6 +82,7 @@ class EngineTeacher:
     seed: int
     batch_size: int = 8
     workers: int = 4
+    frame_cache: FrameCache | None = None
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
         for batch, loaded in self._load_ahead(questions):
@@ -107,7 +109,7 @@ class EngineTeacher:
 
         def load(sample: Sample) -> Prompt | Failed:
             try:
-                media = read_media(sample, self.budget)
+                media = read_cached(sample, self.budget, self.frame_cache)
                 with building:
                     return self.builder.build(sample, media)
             except (MediaError, PromptError) as error:
