@@ -4,7 +4,7 @@
 
 Clips: ten minutes of 1080p H.264 (ten seconds of made-up scenes, encoded once and repeated), and 20 clips of
 360p and four to twelve seconds. Each reader gets the same frame numbers and gives them at the same size;
-decord (`pip install decord`) reads them with its `get_batch`, and its frames are resized by the same function.
+decord (extra `bench`) reads them with its `get_batch`, and its frames are resized by the same function.
 `ratio` is against decord, `ratio_everything` against decoding all frames with PyAV; `cpu_ratio` compares
 processor time. `equal`: the frames differ from decord's by rounding at most.
 """
@@ -81,7 +81,7 @@ def with_ours(path: Path, threads: int) -> Tensor:
 
 
 def with_decord(path: Path, threads: int) -> Tensor:
-    import decord
+    import decord  # pyright: ignore[reportMissingImports]  (an extra)
 
     reader = decord.VideoReader(str(path), num_threads=threads)
     wanted = frame_indices(len(reader), float(reader.get_avg_fps()), BUDGET)
@@ -103,7 +103,8 @@ def with_everything(path: Path, threads: int) -> Tensor:
 
 
 def shrunk(frames: Tensor) -> Tensor:
-    return resize(frames, *fitted_size(*frames.shape[-2:], BUDGET.frame_pixels, BUDGET.size_multiple))
+    height, width = frames.shape[-2:]
+    return resize(frames, *fitted_size(height, width, BUDGET.frame_pixels, BUDGET.size_multiple))
 
 
 def timed(read: Callable[[Path, int], Tensor], clips: list[Path], threads: int) -> tuple[float, float]:

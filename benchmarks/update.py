@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks._sizes import SIZES, VIDEO, build_model, question, text
+from benchmarks._sizes import SIZES, build_model, question, text
 from benchmarks._timing import compare, flops, machine, matrix_rate
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import group_logprobs
@@ -26,7 +27,7 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.1, 0.1)}
 
 
 def expanded_logprobs(
-    model: nn.Module, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]
+    model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]
 ) -> Tensor:
     """[N] float32 log-probabilities; prompt and pixels are repeated for every completion."""
     device = next(model.parameters()).device
@@ -43,7 +44,7 @@ def expanded_logprobs(
         name: torch.cat([prompt.features[name] for prompt, group in groups for _ in group]).to(device)
         for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     }
-    kinds = torch.where(ids == VIDEO, 2, 0).to(device)
+    kinds = torch.where(ids == model.config.video_token_id, 2, 0).to(device)
     ids = ids.to(device)
     logits = model(ids, attention_mask=mask.to(device), mm_token_type_ids=kinds, **features).logits
     parts = []

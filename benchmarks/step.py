@@ -1,0 +1,239 @@
+"""A whole T-GRPO step: decoding, both rollouts, rewards and update, against the reference's algorithm.
+
+    python -m benchmarks.step --json [--size small|lab] [--completion 64] [--group 8] [--questions 1]
+
+Both have the same clip files, model, rewards, loss and optimizer. The reference's way: G completions by
+`model.generate(num_return_sequences=G)` and G/2 more with shuffled frames, then the pixels and the prompt
+repeated G times for policy and frozen copy, with logits at every position. Clips are decoded once for both
+frame orders on both sides. Neither side stops a completion early. `equal`: log-probabilities of the same
+completions by both ways, within 1e-5.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._sizes import SIZES, build_model
+from benchmarks._timing import compare, flops, machine
+from benchmarks.decode import write_clip
+from benchmarks.update import TOLERANCES, expanded_logprobs
+from video_r1.config import TGRPOSettings
+from video_r1.data.media import FrameBudget, decode_media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.lab import base_folder
+from video_r1.models.loading import load_processor
+from video_r1.rollout.engine import Rollout, RolloutGroup, SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.advantages import group_advantages
+from video_r1.training.objective import policy_loss
+from video_r1.training.rollout_step import (
+    Question,
+    RewardTerms,
+    build_question,
+    reward_terms,
+    sample_rollouts,
+    score_groups,
+)
+from video_r1.training.tgrpo import frozen_copy
+
+SIDES = {"lab": 56, "small": 224}  # pixels of a frame as the model sees it
+
+
+class Step:
+    """What both sides share: questions, model, frozen copy, optimizer and settings."""
+
+    def __init__(self, arguments: argparse.Namespace, clips: list[Path], device: torch.device) -> None:
+        processor = load_processor(base_folder())
+        tokenizer: Any = getattr(processor, "tokenizer")  # noqa: B009  (mixins declare no attributes)
+        vocabulary = -(-len(tokenizer) // 64) * 64
+        model: Any = build_model(replace(SIZES[arguments.size], vocabulary=vocabulary), device, torch.float32)
+        names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+        names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+        for name, token in names.items():
+            setattr(model.config, name, tokenizer.convert_tokens_to_ids(f"<|{token}|>"))
+        self.visual = torch.tensor([model.config.image_token_id, model.config.video_token_id])
+        model.generation_config.eos_token_id = None
+        tokenizer.eos_token = None
+        self.model, self.reference = model.eval(), frozen_copy(model)
+        self.builder = PromptBuilder(processor)
+        side = SIDES[arguments.size]
+        self.budget = FrameBudget(max_frames=SIZES[arguments.size].frames, frame_pixels=side * side)
+        self.samples = [
+            Sample(number, "Which way does the box move?", "video", "multiple choice", "<answer>A</answer>",
+                   str(clip), ("A. left", "B. right"))
+            for number, clip in enumerate(clips)
+        ]  # fmt: skip
+        self.settings = TGRPOSettings(
+            num_generations=arguments.group, max_completion_length=arguments.completion, length_reward=0.0
+        )
+        self.terms: RewardTerms = reward_terms(None, self.settings)
+        self.engine = TransformersEngine(model, _Tokenizer(tokenizer))
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def questions(self) -> list[Question]:
+        return [
+            build_question(sample, decode_media(sample, self.budget, 1), self.builder, self.generator, True)
+            for sample in self.samples
+        ]
+
+    def scored(
+        self, questions: list[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
+    ) -> list[RolloutGroup]:
+        text = self.builder.question
+        groups = score_groups(questions, ordered, shuffled, self.terms, self.settings, text)
+        advantages = group_advantages(torch.stack([group.total_reward for group in groups]), "group")
+        for group, row in zip(groups, advantages, strict=True):
+            group.advantages = row + torch.linspace(-1, 1, len(row))  # random answers earn nothing
+        return groups
+
+    def learn(self, groups: list[RolloutGroup], logprobs: Tensor, judged: Tensor, lengths: Tensor) -> None:
+        settings = self.settings
+        advantages = torch.cat([group.advantages for group in groups]).to(logprobs.device)
+        loss = policy_loss(
+            logprobs, logprobs.detach(), advantages, lengths, normaliser=float(len(lengths)),
+            loss_type=settings.loss_type, epsilon=settings.epsilon,
+            beta=settings.beta, ref_logprobs=judged,
+        ).loss  # fmt: skip
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def ours(self) -> list[RolloutGroup]:
+        settings = self.settings
+        questions = self.questions()
+        sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
+        rollouts = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
+        groups = self.scored(questions, *rollouts)
+        prompts = [group.prompt for group in groups]
+        completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
+        policy = group_logprobs(self.model, prompts, completions, with_entropy=True)
+        with torch.no_grad():
+            judged = group_logprobs(self.reference, prompts, completions).logprobs
+        self.learn(groups, policy.logprobs, judged, policy.lengths)
+        return groups
+
+    def generate(self, prompt: Prompt, count: int) -> list[Rollout]:
+        inputs = {name: value.to(self.model.device) for name, value in prompt.features.items()}
+        inputs["mm_token_type_ids"] = inputs["mm_token_type_ids"].view(1, -1)
+        inputs["input_ids"] = prompt.input_ids[None].to(self.model.device)
+        with torch.no_grad():
+            rows = self.model.generate(
+                **inputs,
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                num_return_sequences=count,
+                max_new_tokens=self.settings.max_completion_length,
+                pad_token_id=0,
+                suppress_tokens=self.visual.tolist(),
+            )[:, len(prompt.input_ids) :].cpu()
+        texts = self.builder.tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+        none = torch.zeros(rows.shape[1])
+        return [Rollout(row, none, text, "length") for row, text in zip(rows, texts, strict=True)]
+
+    def expanded(self) -> None:
+        settings = self.settings
+        questions = self.questions()
+        ordered = [self.generate(question.ordered, settings.num_generations) for question in questions]
+        shuffled = [
+            self.generate(question.shuffled, settings.shuffled_generations)
+            for question in questions
+            if question.shuffled is not None
+        ]
+        groups = self.scored(questions, ordered, shuffled)
+        prompts = [group.prompt for group in groups]
+        completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
+        policy = expanded_logprobs(self.model, prompts, completions)
+        with torch.no_grad():
+            judged = expanded_logprobs(self.reference, prompts, completions)
+        lengths = torch.tensor([len(tokens) for group in completions for tokens in group])
+        self.learn(groups, policy, judged, lengths.to(policy.device))
+
+    def largest_difference(self) -> float:
+        """Of log-probabilities, over one step's completions that hold no visual placeholder."""
+        largest = 0.0
+        for group in self.ours():
+            completions = [
+                r.token_ids for r in group.ordered if not torch.isin(r.token_ids, self.visual).any()
+            ]
+            if completions:
+                with torch.no_grad():
+                    packed = group_logprobs(self.model, [group.prompt], [completions]).logprobs
+                    apart = expanded_logprobs(self.model, [group.prompt], [completions])
+                largest = max(largest, float((packed - apart).abs().max()))
+        return largest
+
+
+class _Tokenizer:
+    """The tokenizer as the engine uses it, without an end token."""
+
+    eos_token_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.batch_decode = tokenizer.batch_decode
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device(arguments.device)
+    with tempfile.TemporaryDirectory() as folder:
+        clips = [
+            write_clip(Path(folder) / f"{number}.mp4", 360, 640, 25 * 8, number)
+            for number in range(arguments.questions)
+        ]
+        step = Step(arguments, clips, device)
+        difference = step.largest_difference()
+        counted, counted_expanded = flops(step.ours), flops(step.expanded)
+        result = compare(step.ours, step.expanded, arguments.rounds, device)
+        prompt = len(step.questions()[0].ordered.input_ids)
+    return (
+        result
+        | {
+            "flop_ratio": round(counted_expanded / counted, 3),
+            "equal": difference <= TOLERANCES[torch.float32][0],
+            "largest_logprob_difference": difference,
+            "sizes": {
+                "model": arguments.size,
+                "weights": sum(p.numel() for p in step.model.parameters()),
+                "prompt": prompt,
+                "completion": arguments.completion,
+                "group": arguments.group,
+                "shuffled": step.settings.shuffled_generations,
+                "questions": arguments.questions,
+            },
+        }
+        | machine(device)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser.add_argument("--size", choices=SIDES, default="small")
+    parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--questions", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps(run(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
