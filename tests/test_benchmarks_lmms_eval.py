@@ -1,0 +1,213 @@
+"""Our reading and scoring of answers against lmms-eval's, on some thousand generated outputs.
+
+Its modules are loaded file by file: the package itself imports dozens of others. Where the two disagree on
+purpose, the test says how, and fails when that changes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from video_r1.data.records import Sample
+from video_r1.evaluation.metrics import mean_relative_accuracy, task_mean
+from video_r1.evaluation.runner import score_output
+
+_SPEC = importlib.util.find_spec("lmms_eval")
+pytestmark = pytest.mark.skipif(
+    _SPEC is None, reason="lmms-eval is not installed (pip install lmms-eval==0.7.3)"
+)
+
+OPTIONS = ("A. the man sits down", "B. the man stands up", "C. a dog runs away", "D. the door is closed")
+# As docs/evaluation.md has it: the reasoning goes with its tags, and the answer's tags go alone.
+TAGS = [["<think>", "</think>"], ["<answer>", "<answer>"], ["</answer>", "</answer>"]]
+THOUGHT = "<think>First {t}. It is not {M}.</think>\n"
+# {L}, {t}: the letter and the text of the answer; {M}: another letter.
+FORMS = {
+    "tagged": THOUGHT + "<answer>{L}</answer>",
+    "tagged, with a full stop": THOUGHT + "<answer>{L}.</answer>",
+    "tagged, in brackets": THOUGHT + "<answer>({L})</answer>",
+    "tagged, with its text": THOUGHT + "<answer>{L}. {t}</answer>",
+    "letter": "{L}",
+    "full stop": "{L}.",
+    "brackets": "({L})",
+    "letter and text": "{L}. {t}",
+    "colon": "{L}: {t}",
+    "bold": "**{L}**",
+    "answer:": "Answer: {L}",
+    "answer is": "The answer is {L}.",
+    "correct answer": "So the correct answer is ({L}).",
+    "option": "Option {L}",
+    "boxed": "\\boxed{{{L}}}",
+    "best option": "The best option is ({L}) {t}.",
+    "reasoned": "First a man enters. Then he moves. The answer is {L}",
+    "another one named": "It is not {M}. The answer is {L}.",
+    "letter, then a reason": "{L}\nBecause of the frames.",
+    "no answer": "I cannot tell.",
+    # From here on the two are known to differ.
+    "text": THOUGHT + "<answer>{t}</answer>",
+    "sentence": "It shows that {t}.",
+    "two letters": "{L} or {M}",
+    "small letter": "{l}",
+}
+DIFFER = {"text", "sentence", "two letters", "small letter"}
+
+
+@pytest.fixture(scope="module")
+def lmms(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Any]]:
+    """Loads one of lmms-eval's modules by its path in the package."""
+    assert _SPEC is not None and _SPEC.origin is not None
+    package = Path(_SPEC.origin).parent
+    patch = pytest.MonkeyPatch()
+    patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("hub")))
+
+    def load(path: str) -> Any:
+        spec = importlib.util.spec_from_file_location("lmms_" + path.replace("/", "_")[:-3], package / path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is not None and error.name.partition(".")[0] == "video_r1":
+                raise
+            pytest.skip(f"lmms-eval's {path} needs {error.name}, which is not installed")
+        return module
+
+    yield load
+    patch.undo()
+
+
+def outputs(count: int, form: str) -> list[tuple[str, str]]:
+    """Generated outputs of a form, each with its right letter; in half of them the answer is a wrong one."""
+    rng = random.Random(form)
+    made = []
+    for _ in range(count):
+        said, other = rng.sample(range(4), 2)
+        truth = said if rng.random() < 0.5 else rng.choice([k for k in range(4) if k != said])
+        text = OPTIONS[said][3:]
+        made.append(
+            (FORMS[form].format(L="ABCD"[said], l="abcd"[said], M="ABCD"[other], t=text), "ABCD"[truth])
+        )
+    return made
+
+
+def choice(truth: str) -> Sample:
+    return Sample(1, "?", "video", "multiple choice", f"<answer>{truth}</answer>", "a.mp4", OPTIONS)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_multiple_choice(form: str, lmms: Callable[[str], Any]) -> None:
+    """Video-MME, VideoMMMU, MMVU and TempCompass' captions all read letters with this one function."""
+    extract = lmms("tasks/_task_utils/mcq_extract.py").extract_mcq_answer
+    strip = lmms("api/reasoning.py").strip_reasoning_tags
+    letters = [option[0] for option in OPTIONS]
+    pairs = []
+    for output, truth in outputs(200, form):
+        ours = score_output(choice(truth), output)
+        theirs = extract(strip(output, TAGS), letters)
+        pairs.append((ours.prediction == theirs, ours.score == float(theirs == truth)))
+    agreement = [sum(column) / len(pairs) for column in zip(*pairs, strict=True)]
+    if form in DIFFER:
+        assert (
+            agreement[0] == 0
+        )  # ours reads an option's text and a small letter, and no answer in two letters
+    else:
+        assert agreement == [1.0, 1.0]
+
+
+def test_tagged_answers_under_vsibench_and_mvbench(lmms: Callable[[str], Any]) -> None:
+    """These two have scorers of their own. With the tags taken off they score what our checkpoints write."""
+    vsi, mvbench = lmms("tasks/vsibench/utils.py"), lmms("tasks/mvbench/utils.py")
+    strip = lmms("api/reasoning.py").strip_reasoning_tags
+    for form in ("tagged", "tagged, with a full stop", "tagged, with its text", "letter"):
+        for output, truth in outputs(200, form):
+            score = score_output(choice(truth), output).score
+            bare = strip(output, TAGS)
+            doc = {"question_type": "route_planning", "ground_truth": truth}
+            assert vsi.vsibench_process_results(doc, [bare])["vsibench_overall"]["accuracy"] == score
+            candidates = [option[3:] for option in OPTIONS]
+            doc = {"candidates": candidates, "answer": candidates["ABCD".index(truth)]}
+            assert mvbench.mvbench_process_results(doc, [bare])["mvbench_accuracy"]["score"] == score
+    # Without `TAGS` VSI-Bench's scorer compares "<answer>B</answer>" with "B".
+    doc = {"question_type": "route_planning", "ground_truth": "B"}
+    assert vsi.vsibench_process_results(doc, ["<answer>B</answer>"])["vsibench_overall"]["accuracy"] == 0.0
+
+
+def number_pairs(count: int) -> list[tuple[float, float]]:
+    """Predictions and truths as VSI-Bench has them: counts, metres, centimetres and square metres."""
+    rng = random.Random("numbers")
+    made = []
+    while len(made) < count:
+        truth = rng.choice(
+            [rng.randint(1, 20), rng.uniform(0.2, 9), rng.uniform(20, 300), rng.uniform(5, 60)]
+        )
+        truth = round(truth, rng.choice([0, 1, 2]))
+        if truth:
+            made.append((round(truth * rng.uniform(0.2, 1.9), rng.choice([0, 1, 2])), truth))
+    return made
+
+
+def test_mean_relative_accuracy(lmms: Callable[[str], Any]) -> None:
+    """Theirs counts an error of exactly 1 − θ as within it; the paper and ours do not. All else is equal."""
+    theirs = lmms("tasks/vsibench/utils.py").mean_relative_accuracy
+    pairs = number_pairs(5000)
+    ours = mean_relative_accuracy(*zip(*pairs, strict=True))
+    different = 0
+    for (predicted, truth), score in zip(pairs, ours, strict=True):
+        other = theirs(predicted, truth, 0.5, 0.95, 0.05)
+        if abs(score - other) > 1e-12:
+            different += 1
+            twentieths = 20 * abs(predicted - truth) / truth
+            assert abs(twentieths - round(twentieths)) < 1e-9, (predicted, truth)
+            assert abs(score - other) == pytest.approx(0.1)  # one θ of ten
+    assert 0 < different < 0.05 * len(pairs)
+
+
+@pytest.mark.parametrize(
+    ("form", "differ"),
+    [
+        ("<think>It is 4 or 5.</think><answer>{n}</answer>", False),
+        ("<think>…</think><answer>{n} meters</answer>", False),
+        ("{n}", False),
+        ("There are {n} chairs.", False),
+        ("about {n} m", False),
+        ("I count 2 and 2, so the answer is {n}.", True),  # theirs takes the first number
+        ("<answer>1,200</answer>", True),  # theirs reads 1
+        ("<answer>three</answer>", True),  # ours reads digits only
+    ],
+)
+def test_numbers_in_outputs(form: str, differ: bool, lmms: Callable[[str], Any]) -> None:
+    vsi, strip = lmms("tasks/vsibench/utils.py"), lmms("api/reasoning.py").strip_reasoning_tags
+    found = []
+    for predicted, truth in number_pairs(200):
+        question = Sample(1, "?", "video", "regression", f"<answer>{truth}</answer>", "a.mp4")
+        output = form.format(n=predicted)
+        doc = {"question_type": "room_size_estimation", "ground_truth": str(truth)}
+        scored = vsi.vsibench_process_results(doc, [strip(output, TAGS)])["vsibench_overall"][
+            "MRA:.5:.95:.05"
+        ]
+        found.append(abs(score_output(question, output).score - scored) < 0.1 + 1e-9)  # 0.1: see above
+    assert all(found) is not differ
+
+
+def test_the_headline_of_vsibench(lmms: Callable[[str], Any]) -> None:
+    """The mean over task types, the three difficulties of the relative direction merged first."""
+    vsi = lmms("tasks/vsibench/utils.py")
+    rng, results = random.Random(3), []
+    for number, task in enumerate([*vsi.MCA_QUESTION_TYPES, *vsi.NA_QUESTION_TYPES]):
+        metric = "accuracy" if task in vsi.MCA_QUESTION_TYPES else "MRA:.5:.95:.05"
+        results += [{"question_type": task, metric: rng.randint(0, 10) / 10} for _ in range(20 + 7 * number)]
+    scores = [next(value for name, value in result.items() if name != "question_type") for result in results]
+    ours = task_mean(scores, [result["question_type"] for result in results])
+    assert ours.mean == pytest.approx(vsi.vsibench_aggregate_overall(results), abs=1e-6)
+
+
+def test_the_documented_command_names_these_tags() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert f"--reasoning_tags '{json.dumps(TAGS, separators=(',', ':'))}'" in text
