@@ -31,9 +31,7 @@ def run_ask(settings: AskSettings) -> str:
     file and PromptError for a prompt over the limit.
     """
     from video_r1.data.frame_cache import open_frame_cache
-    from video_r1.data.prompts import PromptBuilder
-    from video_r1.models.loading import load_processor, size_multiple
-    from video_r1.rollout.choice import open_engine
+    from video_r1.rollout.choice import open_engine, open_prompts
     from video_r1.rollout.engine import SamplingSettings
 
     assert settings.model is not None and settings.path is not None and settings.question is not None
@@ -45,15 +43,13 @@ def run_ask(settings: AskSettings) -> str:
         start=settings.start,
         end=settings.end,
     )
-    processor = load_processor(settings.model, settings.trust_remote_code)
-    builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
+    processor, builder, budget = open_prompts(settings)
     sampling = SamplingSettings(
         temperature=settings.temperature,
         top_p=settings.top_p,
         max_tokens=settings.max_new_tokens,
         seed=settings.seed,
     )
-    budget = settings.frame_budget(size_multiple(processor))
     with closing(open_engine(settings, processor)) as engine:
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         rollout = ask(engine, builder, budget, sample, sampling, write=_write, frame_cache=cache)

@@ -278,8 +278,14 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     """Decoding"""
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
-    model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
-    engine: str = setting("transformers", "what generates: transformers, vllm, or a vLLM server's address")
+    model: str | None = setting(
+        None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint")
+    engine: str = setting(
+        "transformers", "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
+        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)")
+    concurrency: int = setting(16, "requests to an endpoint at once")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    timeout: float = setting(600.0, "seconds for one request to an endpoint")
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
     max_new_tokens: int = setting(1024, "longest output in tokens")
     temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
@@ -288,7 +294,7 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "max_new_tokens")
+        yield from positive(self, "max_new_tokens", "concurrency", "timeout")
         yield from at_least(self, 0, "temperature")
         if not 0 < self.top_p <= 1:
             yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"

@@ -21,19 +21,15 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     bench = bench or BenchmarkSettings()
     if (settings.manifest is None) == (bench.bench is None):
         raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
-    from video_r1.data.prompts import PromptBuilder
     from video_r1.evaluation.suite import evaluate_manifest, load_manifest_of, load_suite, run_suite
-    from video_r1.models.loading import load_processor, size_multiple
-    from video_r1.rollout.choice import open_engine
+    from video_r1.rollout.choice import open_engine, open_prompts
 
     assert settings.model is not None  # settings without it are refused
     name = settings.manifest or "benchmarks"
     folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, name)
     suite = load_suite(settings, bench, folder) if bench.bench else []
     samples = load_manifest_of(settings) if settings.manifest else []
-    processor = load_processor(settings.model, settings.trust_remote_code)
-    builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
-    budget = settings.frame_budget(size_multiple(processor))
+    processor, builder, budget = open_prompts(settings)
     with closing(open_engine(settings, processor)) as engine:
         if bench.bench:
             summary = run_suite(suite, settings, bench, folder, engine, builder, budget)

@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
+from video_r1.annotation.chat import Endpoint, endpoint_url, form_of_frames, served_model
 from video_r1.config import DecodingSettings
+from video_r1.data.media import FrameBudget
+from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
-from video_r1.models.loading import load_model
+from video_r1.models.loading import load_model, load_processor, size_multiple
+from video_r1.rollout.endpoint import EndpointEngine, TextPrompts
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.server import ServerEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm import VLLMEngine, described
 from video_r1.vllm_settings import VLLMSettings
 
+PIXELS_OF_ANY_MODEL = 28  # frame sides for an endpoint, which resizes as its model wants
+
+
+def open_prompts(settings: DecodingSettings) -> tuple[Any, PromptBuilder, FrameBudget]:
+    """The model's processor (None at an endpoint), its prompts and its frame budget. Raises ConfigError."""
+    if is_endpoint(settings.engine):
+        return None, TextPrompts(settings.prompt_template), settings.frame_budget(PIXELS_OF_ANY_MODEL)
+    assert settings.model is not None  # settings without it are refused
+    processor = load_processor(settings.model, settings.trust_remote_code)
+    builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
+    return processor, builder, settings.frame_budget(size_multiple(processor))
+
 
 def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
-    """The engine that generates for a command: `engine` is transformers, vllm or a vLLM server's address.
+    """The engine that generates for a command: `engine` is transformers, vllm, the address of a vLLM server
+    that serves the same checkpoint (http://host:8000), or that of an OpenAI-compatible endpoint, which has a
+    path (http://host:8000/v1) and has `model` by that name.
 
     The caller closes it. Raises ConfigError for an unusable checkpoint, or a server that does not answer or
     serves another one.
     """
     assert settings.model is not None  # settings without it are refused
+    if is_endpoint(settings.engine):
+        key = os.environ.get(settings.key_variable)
+        endpoint = Endpoint(endpoint_url(settings.engine), key, settings.timeout)
+        model, is_vllm = served_model(endpoint, settings.model)
+        frames_as = form_of_frames(endpoint, model, is_vllm, "auto")
+        return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     if settings.engine.startswith("http"):
         return ServerEngine(settings.engine, processor, described(settings.model), model=settings.model)
     if settings.engine == "vllm":
@@ -35,6 +61,11 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code, device
     )
     return TransformersEngine(model, processor)
+
+
+def is_endpoint(engine: str) -> bool:
+    """Whether it is the address of an OpenAI-compatible endpoint rather than that of a server of ours."""
+    return engine.startswith("http") and urlsplit(engine).path.strip("/") != ""
 
 
 def training_engine(
