@@ -103,7 +103,7 @@ class QuestionTrainer(Trainer):
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, this process has all weights of a model that is sharded, and runs it at its own pace."""
-        return whole_weights(self.model_wrapped, self.accelerator)
+        return whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
         """Yields batches of questions that are being read in the background; one batch is always read ahead.

@@ -27,7 +27,8 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     not sharded.
     """
     if isinstance(model, FSDPModule):
-        with _whole_fsdp(model, bool(accelerator.state.fsdp_plugin.reshard_after_forward)):
+        plugin = accelerator.state.fsdp_plugin
+        with _whole_fsdp(model, plugin is not None and bool(plugin.reshard_after_forward)):
             yield
     elif zero_stage(accelerator) == 3:
         with _whole_zero3(model):
@@ -56,7 +57,7 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
 
 @contextmanager
 def _whole_zero3(model: Any) -> Iterator[None]:
-    import deepspeed  # installed where ZeRO-3 is in use
+    import deepspeed  # pyright: ignore[reportMissingImports]  # installed where ZeRO-3 is in use
 
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         # The hooks of ZeRO-3 would give each layer's weights back after it has run.

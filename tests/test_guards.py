@@ -1,0 +1,254 @@
+"""Bad numbers, full disks, read-only folders and lost trackers: a clear error or a degraded run, and whole
+checkpoints always.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from resume_runs import SERVER, write_recipe
+from safetensors.torch import load_file
+from tgrpo_trainers import make_trainer, weights
+from tiny_models import tiny_checkpoint
+from tiny_questions import read_lines, write_manifest
+
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.training import guards
+from video_r1.training.runs import last_whole_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_manifest(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True)
+def forget_warnings() -> None:
+    guards.warn_once.cache_clear()
+
+
+# ---- Numbers
+
+
+def test_loss_that_is_not_finite_names_its_questions(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One micro-batch of two has a NaN: its questions alone are written down, no weight changes."""
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, max_steps=2, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+    )  # fmt: skip
+    before, poisoned = weights(trainer), []
+    logprobs = trainer.logprobs
+
+    def with_nan(model: Any, batch: Any, **options: Any) -> Any:
+        result = logprobs(model, batch, **options)
+        if trainer.state.global_step == 0 and not poisoned:
+            poisoned.extend(batch.problem_ids)
+            result.logprobs = result.logprobs * torch.nan
+        return result
+
+    monkeypatch.setattr(trainer, "logprobs", with_nan)
+    changed_after_one = []
+
+    class AfterOne(guards.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            now = weights(trainer)
+            changed_after_one.append(any(not torch.equal(now[name], before[name]) for name in now))
+
+    trainer.add_callback(AfterOne())
+    trainer.train()
+    assert changed_after_one == [False, True]
+    (line,) = read_lines(tmp_path / "skipped_updates.jsonl")
+    assert line == {"step": 1, "not_finite": "loss", "problem_ids": poisoned} and len(poisoned) == 2
+
+
+def test_skipped_updates_are_counted_on(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """A run that is continued knows how many it skipped, and how many of them in a row; later ones go."""
+    guard = guards.UpdateGuard(tmp_path, limit=3)
+    lines = [{"step": step, "not_finite": "loss", "problem_ids": [1]} for step in (2, 5, 6, 7)]
+    (tmp_path / "skipped_updates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    state = guards.TrainerState(global_step=6, is_world_process_zero=True)
+    guard.on_train_begin(None, state, None)  # pyright: ignore[reportArgumentType]
+    assert (guard.skipped, guard.in_a_row) == (3, 2)
+    assert len(read_lines(tmp_path / "skipped_updates.jsonl")) == 3
+
+
+# ---- Disks
+
+
+def limited(recipe: str, run: str, log: str, bytes_of_a_file: int) -> None:
+    """A run whose files may not grow beyond a size: writing more fails, as on a disk that is full."""
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_of_a_file, bytes_of_a_file))
+    from video_r1.cli import main
+
+    os._exit(main(["rl", recipe, "--output_dir", run]))
+
+
+def test_full_disk_leaves_whole_checkpoints(tmp_path: Path) -> None:
+    """The third checkpoint does not fit: one line says so, the second one is whole, and the run goes on from
+    it when there is room.
+    """
+    recipe = write_recipe(tmp_path, optim="adamw_torch", save_total_limit=None, max_steps=4)
+    model = (tmp_path / "model" / "model.safetensors").stat().st_size
+    log, run = tmp_path / "log", tmp_path / "run"
+    # room for the weights, none for the optimizer's two moments
+    process = SERVER.Process(target=limited, args=(str(recipe), str(run), str(log), model + 200_000))
+    process.start()
+    process.join(200)
+    assert process.exitcode == 1, log.read_text()[-3000:]
+    last = log.read_text().splitlines()[-1]
+    assert "checkpoint-2 cannot be written" in last and "there is no earlier checkpoint" in last
+    assert not list(run.glob("checkpoint-*")) and not (run / "unfinished").exists()
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2]
+    from video_r1.cli import main
+
+    assert main(["rl", str(recipe), "--output_dir", str(run)]) == 0
+    assert last_whole_checkpoint(run) == run / "checkpoint-4"
+    assert load_file(run / "model.safetensors")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB, where this process may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=4m tmpfs {disk} 2>/dev/null") != 0:
+        pytest.skip("file systems cannot be mounted here")
+    yield disk
+    os.system(f"umount -l {disk}")
+
+
+def test_disk_that_fills_up(
+    checkpoint: Path, manifest: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A real file system without room: the first checkpoint is whole, the next one fails by name."""
+    run = small_disk / "run"
+    trainer = make_trainer(checkpoint, str(manifest), run, save_steps=1, max_steps=3)
+    with pytest.raises(VideoR1Error, match=r"checkpoint-\d cannot be written.*MB are free\).*is whole"):
+        trainer.train()
+    whole = last_whole_checkpoint(run)
+    assert whole is not None and load_file(whole / "model.safetensors")
+    assert torch.load(whole / "optimizer.pt", weights_only=True)["state"]
+
+
+def test_records_are_left_out_when_the_disk_is_full(
+    checkpoint: Path, manifest: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Metrics, frames and rollouts find no room: the run ends its steps and says once what is missing."""
+    run = small_disk / "run"
+    run.mkdir()
+    trainer = make_trainer(checkpoint, str(manifest), run, save_strategy="no", max_steps=2)
+
+    class Fill(guards.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            with (small_disk / "full").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(b"x" * 2**16)
+
+    trainer.add_callback(Fill())
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    said = [record.message for record in caplog.records]
+    assert sum("rollouts.jsonl cannot be written" in text for text in said) == 1
+
+
+def test_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Said before the model is loaded, in one line."""
+    from video_r1.cli import main
+
+    recipe = write_recipe(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert main(["rl", str(recipe), "--output_dir", str(tmp_path / "file" / "run")]) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert "cannot be written: Not a directory; choose another one" in said[-1]
+
+
+# ---- Trackers
+
+
+class Disconnected(ConnectionError):
+    pass
+
+
+def test_lost_tracker_does_not_end_the_run(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """TensorBoard writes what the Trainer logs; when it fails, metrics.jsonl has the series all the same."""
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    calls: list[int] = []
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        raise Disconnected("no route to host")
+
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path / "run", report_to="tensorboard", max_steps=2)
+    monkeypatch.setattr(tensorboard.SummaryWriter, "add_scalar", fail)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert len(calls) >= 2
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
+    said = [record.message for record in caplog.records if "no route to host" in record.message]
+    assert said == ["TensorBoardCallback: Disconnected: no route to host; training goes on without it"]
+
+
+def test_tracker_that_cannot_start_is_named(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+
+    def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise Disconnected("no route to host")
+
+    monkeypatch.setattr(tensorboard.SummaryWriter, "__init__", fail)
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, report_to="tensorboard")
+    with pytest.raises(VideoR1Error, match=r"report_to: TensorBoardCallback.*set it to none"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("name", ["wandbb", "trackio"])
+def test_tracker_that_is_not_there(checkpoint: Path, manifest: Path, tmp_path: Path, name: str) -> None:
+    if name == "trackio" and importlib.util.find_spec("trackio") is not None:
+        pytest.skip("trackio is installed")
+    with pytest.raises(ConfigError, match=f"report_to: .*{name}"):
+        make_trainer(checkpoint, str(manifest), tmp_path, report_to=name)
+
+
+def test_tensorboard_has_the_series(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = tmp_path / "board"
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
+    try:
+        make_trainer(
+            checkpoint, str(manifest), tmp_path / "run", report_to="tensorboard", max_steps=2
+        ).train()
+    finally:
+        del os.environ["TENSORBOARD_LOGGING_DIR"]
+    events = reading.EventAccumulator(str(folder)).Reload()
+    logged = read_lines(tmp_path / "run" / "metrics.jsonl")
+    scalars = events.Scalars("train/reward/many_tokens")
+    assert [scalar.value for scalar in scalars] == pytest.approx(
+        [line["reward/many_tokens"] for line in logged]
+    )
