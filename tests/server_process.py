@@ -63,7 +63,7 @@ class ServerProcess:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         command, variables = server_command(
-            base_folder(), self.port, hand_over="gloo", on_cpu=True, options=OPTIONS
+            base_folder(), self.port, hand_over="tcp", on_cpu=True, options=OPTIONS
         )
         self.command = runnable(command)
         paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]

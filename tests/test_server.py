@@ -274,3 +274,13 @@ def test_no_server(tmp_path: Path) -> None:
 def test_too_long_for_the_server(loopback: Server, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="256 tokens"):
         engine(loopback.url, tmp_path).generate(prompts(1), SamplingSettings(max_tokens=250))
+
+
+def test_a_loss_that_shows_at_the_hand_over_is_reported(
+    loopback: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = engine(loopback.url, tmp_path)
+    loopback.down = 2
+    client.update_weights(copy.deepcopy(TINY))
+    assert "HTTP 503" in caplog.text and "waiting up to 60 s for it" in caplog.text
+    assert loopback.version == client._version

@@ -28,6 +28,7 @@ from video_r1.models.lab import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.server import ServerEngine
+from video_r1.rollout.server_weights import FolderHandOver
 from video_r1.rollout.transformers import TransformersEngine
 
 pytestmark = pytest.mark.vllm
@@ -126,6 +127,19 @@ def test_the_vision_tower_is_handed_over(engine: ServerEngine, model: Any, promp
     assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-2
 
 
+def test_weights_from_a_folder(
+    engine: ServerEngine, model: Any, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    engine._hand_over = FolderHandOver(tmp_path / "weights")
+    for _ in range(2):
+        change(model)
+        engine.update_weights(model)
+        assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-2
+    assert len(list((tmp_path / "weights").iterdir())) == 1
+    engine.close()
+    assert not (tmp_path / "weights").exists()
+
+
 def test_greedy_tokens_on_lab_questions(
     engine: ServerEngine, model: Any, processor: Any, tmp_path: Path
 ) -> None:
@@ -198,6 +212,9 @@ def test_training_goes_on_when_the_server_is_killed(
             restart.start()
         return rollout(self, choice)
 
+    # Few requests at once, so that some are under way and others not yet sent.
+    defaults: Any = ServerEngine.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "concurrency", 2)
     monkeypatch.setattr(ServerEngine, "generate", watched)
     monkeypatch.setattr(ServerEngine, "_rollout", counted)
     changes = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": server.url}

@@ -54,8 +54,8 @@ class ServeSettings(Settings):
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
     port: int = setting(8000, "port to listen at")
-    hand_over: Literal["gloo", "nccl", "folder"] = setting(
-        "gloo", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see")
+    hand_over: Literal["tcp", "nccl", "folder"] = setting(
+        "tcp", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     max_model_len: int | None = setting(None, "most tokens of prompt and completion (default: the model's)")
     vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")

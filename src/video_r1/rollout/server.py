@@ -139,7 +139,7 @@ class ServerEngine:
 
     def _way_of_weights(self) -> HandOver:
         backend = self.served["weight_transfer"]
-        if backend in ("gloo", "nccl"):
+        if backend in ("tcp", "nccl"):
             workers = int(self._get("/get_world_size")["world_size"])
             return TransferHandOver(backend, self.url, workers)
         return FolderHandOver(self._folder / f"server-weights-{_agreed(uuid.uuid4().hex)}")
@@ -242,14 +242,17 @@ class ServerEngine:
             if recoveries != self._recoveries:
                 return
             if error is not None:
-                logger.warning("%s: %s; waiting up to %g s for it", self.url, error, self.wait)
+                self._warn(error)
             deadline = time.monotonic() + self.wait
             while True:
                 try:
-                    self._await_server(deadline)
+                    # Without a known failure one is to be reported when it shows, not when the time is over.
+                    self._await_server(deadline if error is not None else time.monotonic())
                     self._give_weights()
                     break
                 except ServerFailure as failure:
+                    if error is None:
+                        self._warn(error := failure)
                     if time.monotonic() > deadline:
                         self._lost = VideoR1Error(
                             f"{self.url} was lost and did not return within {self.wait:g} s ({failure}); "
@@ -259,6 +262,9 @@ class ServerEngine:
                     time.sleep(0.5)
             self._recoveries += 1
 
+    def _warn(self, error: ServerFailure) -> None:
+        logger.warning("%s: %s; waiting up to %g s for it", self.url, error, self.wait)
+
     def _await_server(self, deadline: float) -> int:
         """Waits until the server answers its health check; returns its longest sequence in tokens.
 
@@ -267,7 +273,7 @@ class ServerEngine:
         pause = 0.1
         while True:
             try:
-                patience = min(10.0, max(1.0, deadline - time.monotonic()))
+                patience = min(10.0, max(5.0, deadline - time.monotonic()))
                 self._get("/health", patience)
                 served = self._get("/v1/models", patience)["data"][0]
                 break

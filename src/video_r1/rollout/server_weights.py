@@ -60,7 +60,7 @@ class FolderHandOver:
 
 
 class TransferHandOver:
-    """Sends the weights through vLLM's weight transfer, backend `gloo` or `nccl`.
+    """Sends the weights through vLLM's weight transfer, backend `tcp` or `nccl`.
 
     The present weights stay in this process's memory. Each `send` after a failure makes a new connection.
     """
@@ -84,7 +84,7 @@ class TransferHandOver:
             device = torch.device("cuda" if self.backend == "nccl" else "cpu")
             self.engine.source = Snapshot(self.weights, device)
             self.engine.send_weights()
-        except RuntimeError as error:  # how torch.distributed says that the other side is gone
+        except (OSError, RuntimeError) as error:  # the other side is gone (NCCL says so with the latter)
             self.close()
             raise ServerFailure(f"the transfer of weights broke off: {error}") from error
         except BaseException:
@@ -97,18 +97,17 @@ class TransferHandOver:
             WeightTransferTrainerFactory,
         )
 
-        from video_r1.rollout.weight_transfer import GlooTrainerInitInfo, Snapshot, register
+        from video_r1.rollout.weight_transfer import Snapshot, TCPTrainerInitInfo, register
 
         register()
-        size = 1 + self.workers
-        if self.backend == "gloo":
-            info: Any = GlooTrainerInitInfo(self.address, size, rank=0)
+        if self.backend == "tcp":
+            info: Any = TCPTrainerInitInfo(self.address, self.workers, rank=0)
         else:
             from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
                 NCCLTrainerInitInfo,
             )
 
-            info = NCCLTrainerInitInfo(self.address, free_port(), size, rank=0)
+            info = NCCLTrainerInitInfo(self.address, free_port(), 1 + self.workers, rank=0)
         source = Snapshot({}, torch.device("cpu"))
         return WeightTransferTrainerFactory.trainer_init(info, client=SyncClient(call), source=source)
 

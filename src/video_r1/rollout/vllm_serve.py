@@ -29,7 +29,7 @@ def server_command(
     """The command that serves `model`, and the environment variables that it needs.
 
     The log-probs are those of the sampled distribution, the pixels arrive normalised, and the routes that
-    take token ids and weights are open. hand_over: a backend of vLLM's weight transfer ("gloo" is this
+    take token ids and weights are open. hand_over: a backend of vLLM's weight transfer ("tcp" is this
     project's, for any device), or "folder" for checkpoint folders. options: more words for `vllm serve`.
     """
     command = ["vllm", "serve", str(model), "--host", host, "--port", str(port)]

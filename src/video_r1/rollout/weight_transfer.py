@@ -1,23 +1,23 @@
-"""A backend "gloo" of vLLM's weight transfer: weights over TCP, to a server on any device.
+"""A backend "tcp" of vLLM's weight transfer: weights over sockets, to a server on any device.
 
-    trainer: source ─► broadcast from rank 0 ─► every worker of the server: load_weights
+    trainer: source ─► a stream of bytes to every worker of the server ─► load_weights
 
 vLLM's own backends (nccl, ipc) need GPUs on both sides. This one has their two classes and their handshake.
+A side that fails closes its stream, so that the other one fails at once and does not wait.
 Importing this module imports vLLM. The plugin in vllm_positions registers the backend in a server's
 processes.
 """
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroupGloo, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
     ParamMeta,
     TrainerInitInfo,
@@ -32,7 +32,7 @@ from vllm.model_executor.model_loader.reload import (  # pyright: ignore[reportM
     initialize_layerwise_reload,
 )
 
-PATIENCE = timedelta(seconds=300)  # of either side for the other one
+PATIENCE = 300.0  # seconds, of either side for the other one
 
 
 class Snapshot(WeightSource):
@@ -50,17 +50,16 @@ class Snapshot(WeightSource):
 
 
 @dataclass
-class GlooInitInfo(WeightTransferInitInfo):
-    """Where the trainer's store listens; world_size counts the trainer and all workers."""
+class TCPInitInfo(WeightTransferInitInfo):
+    """Where the trainer listens."""
 
     master_address: str
     master_port: int
-    world_size: int
 
 
 @dataclass
-class GlooUpdateInfo(WeightTransferUpdateInfo):
-    """What the trainer broadcasts, in its order."""
+class TCPUpdateInfo(WeightTransferUpdateInfo):
+    """What the trainer sends, in its order."""
 
     names: list[str]
     dtype_names: list[str]
@@ -68,27 +67,25 @@ class GlooUpdateInfo(WeightTransferUpdateInfo):
 
 
 @dataclass
-class GlooTrainerInitInfo(TrainerInitInfo):
-    """As GlooInitInfo, on the trainer's side; the port is chosen here."""
+class TCPTrainerInitInfo(TrainerInitInfo):
+    """The trainer's own address, and how many workers will call it."""
 
-    backend: ClassVar[str] = "gloo"
+    backend: ClassVar[str] = "tcp"
 
     master_address: str
-    world_size: int
+    workers: int
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+class TCPWeightTransferEngine(WeightTransferEngine[TCPInitInfo, TCPUpdateInfo]):
     """The side of a server's worker."""
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
-    group: Any = None
+    init_info_cls = TCPInitInfo
+    update_info_cls = TCPUpdateInfo
+    stream: socket.socket | None = None
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        layout = self.parallel_config
-        rank = 1 + layout.data_parallel_index * layout.world_size + layout.rank
-        address, port, size = init_info.master_address, init_info.master_port, init_info.world_size
-        self.group = ProcessGroupGloo(TCPStore(address, port, size, False, PATIENCE), rank, size, PATIENCE)
+    def init_transfer_engine(self, init_info: TCPInitInfo) -> None:
+        self.shutdown()
+        self.stream = socket.create_connection((init_info.master_address, init_info.master_port), PATIENCE)
 
     def start_weight_update(self) -> None:
         initialize_layerwise_reload(self.model)
@@ -98,64 +95,92 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # The base class waits for an accelerator, which need not exist.
-        self.receive_weights(self.parse_update_info(update_info))
+        try:
+            self.receive_weights(self.parse_update_info(update_info))
+        except BaseException:
+            self.shutdown()
+            raise
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
-        assert self.group is not None, "init_transfer_engine comes first"
+    def receive_weights(self, update_info: TCPUpdateInfo) -> None:
+        assert self.stream is not None, "init_transfer_engine comes first"
         for name, dtype, shape in zip(
             update_info.names, update_info.dtype_names, update_info.shapes, strict=True
         ):
             weight = torch.empty(shape, dtype=getattr(torch, dtype))
-            self.group.broadcast(weight, 0).wait()
+            missing = as_bytes(weight)
+            while missing:
+                count = self.stream.recv_into(missing)
+                if not count:
+                    raise ConnectionError("the trainer has closed the stream of weights")
+                missing = missing[count:]
             cast(Any, self.model).load_weights([(name, weight.to(self.device))])
 
     def shutdown(self) -> None:
-        self.group = None
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
 
 
-class GlooTrainerWeightTransferEngine(TrainerWeightTransferEngine[GlooTrainerInitInfo]):
+class TCPTrainerWeightTransferEngine(TrainerWeightTransferEngine[TCPTrainerInitInfo]):
     """The trainer's side. Only the sender (rank 0) takes part."""
 
-    init_info_cls = GlooTrainerInitInfo
-    store: TCPStore
-    group: Any
+    init_info_cls = TCPTrainerInitInfo
+    streams: list[socket.socket]
 
     @classmethod
     def trainer_init(
-        cls, init_info: GlooTrainerInitInfo, *, client: Any, source: WeightSource | None = None
-    ) -> GlooTrainerWeightTransferEngine:
+        cls, init_info: TCPTrainerInitInfo, *, client: Any, source: WeightSource | None = None
+    ) -> TCPTrainerWeightTransferEngine:
         engine = cls(client=client, source=source, is_sender=init_info.is_sender)
-        address, size = init_info.master_address, init_info.world_size
-        engine.store = TCPStore(address, 0, size, True, PATIENCE, wait_for_workers=False)
-        info = GlooInitInfo(address, engine.store.port, size)
-        with ThreadPoolExecutor(1) as pool:  # the workers wait for this side, and this side for them
-            future = pool.submit(client.init_weight_transfer_engine, asdict(info))
-            engine.group = ProcessGroupGloo(engine.store, 0, size, PATIENCE)
-            future.result()
+        with socket.create_server(("", 0), backlog=init_info.workers) as door:
+            info = TCPInitInfo(init_info.master_address, door.getsockname()[1])
+            client.init_weight_transfer_engine(asdict(info))  # answers when all workers have called
+            door.settimeout(PATIENCE)
+            engine.streams = [door.accept()[0] for _ in range(init_info.workers)]
+        for stream in engine.streams:
+            stream.settimeout(PATIENCE)
         return engine
 
     def send_weights(self) -> None:
+        """Raises OSError when a stream breaks, and what the client raises."""
         assert self.source is not None
         meta = self.source.metadata()
-        info = GlooUpdateInfo(
+        info = TCPUpdateInfo(
             [entry.name for entry in meta],
             [str(entry.dtype).removeprefix("torch.") for entry in meta],
             [list(entry.shape) for entry in meta],
         )
         self.client.start_weight_update()
-        pool = ThreadPoolExecutor(1)
-        try:
-            future = pool.submit(self.client.update_weights, asdict(info))
-            for _, tensor in self.source:
-                if future.done():
-                    break  # refused, or the server is gone
-                self.group.broadcast(tensor, 0).wait()
-            future.result()
-        finally:
-            pool.shutdown(wait=False)  # after an error here, the request goes on until its own time limit
+        with ThreadPoolExecutor(2) as pool:
+            both = [pool.submit(self.client.update_weights, asdict(info)), pool.submit(self._send)]
+            wait(both, return_when=FIRST_EXCEPTION)
+            if not all(future.done() for future in both):
+                self.shutdown()  # the one has failed: the other one has nothing to wait for
+            for future in both:
+                future.result()
         self.client.finish_weight_update()
+
+    def _send(self) -> None:
+        assert self.source is not None
+        for _, tensor in self.source:
+            for stream in self.streams:
+                stream.sendall(as_bytes(tensor))
+
+    def shutdown(self) -> None:
+        for stream in self.streams:
+            try:
+                stream.shutdown(socket.SHUT_RDWR)  # ends a call that another thread is in
+            except OSError:
+                pass  # the other side was faster
+            stream.close()
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any type."""
+    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
 
 
 def register() -> None:
@@ -165,6 +190,6 @@ def register() -> None:
         WeightTransferTrainerFactory,
     )
 
-    if "gloo" not in WeightTransferEngineFactory._registry:
-        WeightTransferEngineFactory.register_engine("gloo", GlooWeightTransferEngine)
-        WeightTransferTrainerFactory.register_engine("gloo", GlooTrainerWeightTransferEngine)
+    if "tcp" not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine("tcp", TCPWeightTransferEngine)
+        WeightTransferTrainerFactory.register_engine("tcp", TCPTrainerWeightTransferEngine)
