@@ -1,0 +1,72 @@
+"""The command that serves a checkpoint: its words, its variables, and how it becomes the server."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import metadata, util
+from typing import Any
+
+import pytest
+
+from video_r1.errors import ConfigError
+from video_r1.rollout import vllm_serve
+from video_r1.rollout.vllm_serve import run_serve, runnable, server_command
+from video_r1.vllm_settings import ServeSettings
+
+
+def after(words: list[str], option: str) -> str:
+    return words[words.index(option) + 1]
+
+
+def test_words_and_variables() -> None:
+    words, variables = server_command(
+        "runs/sft", 8001, host="0.0.0.0", hand_over="nccl", options=["-tp", "2"]
+    )
+    assert words[:3] == ["vllm", "serve", "runs/sft"] and words[-2:] == ["-tp", "2"]
+    assert after(words, "--port") == "8001" and after(words, "--host") == "0.0.0.0"
+    assert after(words, "--logprobs-mode") == "processed_logprobs"
+    assert after(words, "--weight-transfer-config") == '{"backend": "nccl"}'
+    module, _, name = after(words, "--worker-extension-cls").rpartition(".")
+    assert hasattr(sys.modules[module], name)
+    assert variables == {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
+    words, variables = server_command("runs/sft", hand_over="folder", on_cpu=True)
+    assert "--weight-transfer-config" not in words and "--enforce-eager" in words
+    assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["vllm", "vllm-cpu"])
+def test_the_process_becomes_the_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], named: bool
+) -> None:
+    became: list[Any] = []
+
+    def version(name: str) -> str:
+        if not named:
+            raise metadata.PackageNotFoundError(name)
+        return "0.32.0"
+
+    monkeypatch.setattr(vllm_serve.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(vllm_serve.metadata, "version", version)
+    monkeypatch.setattr(os, "execve", lambda *given: became.append(given))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")  # what the user has set stays
+    options = "--max-num-seqs 64 --seed 3"
+    run_serve(ServeSettings(model="runs/sft", dtype="float32", max_model_len=900, vllm_options=options))
+    ((path, words, variables),) = became
+    assert path == words[0] == sys.executable
+    expected = ["vllm.entrypoints.cli.main", "serve", "runs/sft"]
+    if not named:  # its own command looks for a package of the name vllm
+        expected = ["vllm.entrypoints.openai.api_server", "--model", "runs/sft"]
+    assert words[1:5] == ["-m", *expected]
+    assert after(words, "--max-model-len") == "900" and after(words, "--dtype") == "float32"
+    assert after(words, "--seed") == "3" and variables["VLLM_CPU_KVCACHE_SPACE"] == "7"
+    assert variables["VIDEO_R1_POSITIONS"] == "transformers"
+    assert (
+        "VLLM_SERVER_DEV_MODE=1 " in (shown := capsys.readouterr().err) and " vllm serve runs/sft " in shown
+    )
+
+
+def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        runnable(["vllm", "serve", "x"])
