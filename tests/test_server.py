@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -284,3 +285,23 @@ def test_a_loss_that_shows_at_the_hand_over_is_reported(
     client.update_weights(copy.deepcopy(TINY))
     assert "HTTP 503" in caplog.text and "waiting up to 60 s for it" in caplog.text
     assert loopback.version == client._version
+
+
+def test_a_server_that_comes_back_unasked_is_supplied(
+    loopback: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the first of several processes does, whose own requests may be done."""
+    monkeypatch.setattr(server, "WATCH_SECONDS", 0.02)
+    client = engine(loopback.url, tmp_path)
+    client.update_weights(copy.deepcopy(TINY))
+    weights = loopback.loaded
+    watch = threading.Thread(target=client._keep_supplied, daemon=True)
+    watch.start()
+    loopback.version, loopback.loaded, loopback.down = "default", "", 3
+    deadline = time.monotonic() + 60
+    while loopback.version != client._version and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (loopback.version, loopback.loaded) == (client._version, weights)
+    client.close()
+    watch.join(10)
+    assert not watch.is_alive()

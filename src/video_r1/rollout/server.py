@@ -38,6 +38,7 @@ from video_r1.rollout.vllm_weights import checkpoint_weights
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
+WATCH_SECONDS = 2.0
 ATTEMPTS = 5  # of one request, each after the server has answered its health check
 
 
@@ -79,6 +80,8 @@ class ServerEngine:
         self._version: str | None = None
         self._recovery = threading.Lock()
         self._recoveries = 0
+        self._watch: threading.Thread | None = None
+        self._closed = threading.Event()
         self._lost: VideoR1Error | None = None
         try:
             self.max_model_len = self._await_server(time.monotonic() + wait)
@@ -111,6 +114,7 @@ class ServerEngine:
         Every process calls it; the first one sends. Raises ConfigError when the server has another model, and
         VideoR1Error when it does not take the weights.
         """
+        _barrier()  # nobody is sampling any more
         inner = vision_language_model(model)
         self._stop_ids = stop_token_ids(inner, self.tokenizer)
         if self._hand_over is None:
@@ -122,11 +126,26 @@ class ServerEngine:
         for name, tensor in checkpoint_weights(model):  # sharded ones are gathered by all processes together
             if _is_first():
                 weights[name] = tensor.to("cpu", dtype, copy=True).contiguous()
-        self._hand_over.keep(weights if _is_first() else None, version)
-        self._version, self._lost = version, None
+        with self._recovery:
+            self._hand_over.keep(weights if _is_first() else None, version)
+            self._version, self._lost = version, None
         if _is_first():
             self._recover(self._recoveries, None)
+            if self._watch is None and _distributed() and isinstance(self._hand_over, TransferHandOver):
+                self._watch = threading.Thread(target=self._keep_supplied, daemon=True)
+                self._watch.start()
         _barrier()
+
+    def _keep_supplied(self) -> None:
+        """Hands its weights to a server that comes back while only other processes are waiting for it, which
+        have none to give.
+        """
+        while not self._closed.wait(WATCH_SECONDS):
+            try:
+                if self._get("/weight_info")["weight_version"] != self._version:
+                    self._recover(self._recoveries, None)
+            except (ServerFailure, ServerRefusal, VideoR1Error):
+                pass  # whoever asks something of the server reports it
 
     def _check_model(self, model: Any) -> None:
         """Raises ConfigError when the server's model is another one."""
@@ -299,6 +318,7 @@ class ServerEngine:
 
     def close(self) -> None:
         """Ends the hand-over of weights. The server goes on."""
+        self._closed.set()
         if self._hand_over is not None:
             self._hand_over.close()
 
