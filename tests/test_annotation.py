@@ -300,13 +300,14 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
 ) -> None:
     at_once, held = 150, 4
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    most = 0
+    most, decoders = 0, set()
     read = endpoint_module.read_cached
 
     def counted(*arguments: Any) -> Any:
         nonlocal most
         media = read(*arguments)
         alive.add(media.frames)
+        decoders.add(threading.get_ident())
         most = max(most, len(alive))
         return media
 
@@ -317,6 +318,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     assert counts.questions == {"kept": 2 * at_once}
     assert endpoint.most_under_way == at_once
     assert 1 <= most <= held
+    assert len(decoders) <= held
 
 
 # ---- Interrupted and continued

@@ -15,6 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,7 +32,6 @@ from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, po
 
 ATTEMPTS = 8  # of one request
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
-LONGEST_FAREWELL = 10.0  # seconds to wait for threads that decode when the run ends
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
 # A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
 REFUSED_QUESTION = (400, 413, 415, 422)
@@ -75,7 +75,10 @@ class EndpointTeacher:
         self.sampling, self.seed, self.concurrency = sampling, seed, concurrency
         self.frames_as: FramesAs = frames_as
         self.request_fields, self.frame_cache = dict(request_fields or {}), frame_cache
-        self._held, self._most_held = threading.Semaphore(held), held
+        self._held = threading.Semaphore(held)
+        # Decoders leave scratch memory in every thread that they have run in: they get a few of their own.
+        # Python waits for these at its end; a thread that is left behind in native code could crash it.
+        self._decoders = ThreadPoolExecutor(held, thread_name_prefix="annotation")
         self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
         self._stop = threading.Event()
 
@@ -132,12 +135,9 @@ class EndpointTeacher:
             running -= sum(result is None for result in found)
 
     def close(self) -> None:
-        """Ends the run. Threads that wait for an answer are left to it; those that decode or send have to end
-        first, as a process that leaves such a thread behind in native code may crash at its own end."""
+        """Ends the run: what is being decoded is waited for, requests under way are left to themselves."""
         self._stop.set()
-        deadline = time.monotonic() + LONGEST_FAREWELL
-        for _ in range(self._most_held):
-            self._held.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        self._decoders.shutdown(cancel_futures=True)
 
     def _outcome(self, sample: Sample) -> list[Completion] | Failed:
         """K completions, with as many requests as it takes: some endpoints give one at a time."""
@@ -184,8 +184,8 @@ class EndpointTeacher:
             while not self._held.acquire(timeout=1.0):
                 self._sleep(0.0)
             holding.callback(self._held.release)
-            self._sleep(0.0)
-            body = [self._body(sample, fields)]
+            self._sleep(0.0)  # has the run ended?
+            body = [self._decoders.submit(self._body, sample, fields).result()]
             size = len(body[0])
 
             def sent_once() -> Iterator[bytes]:
