@@ -1,0 +1,176 @@
+"""The packaged recipes: what they build on, that they fit their machines, and that they run (`--smoke`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from model_shapes import SHAPES
+from tiny_questions import read_lines
+
+from video_r1 import commands
+from video_r1.cli import main
+from video_r1.data.lab import write_lab
+from video_r1.errors import RequestError
+from video_r1.recipe import load_recipe, packaged_recipes, read_one_recipe, read_recipe
+from video_r1.smoke import smoke_recipe
+from video_r1.training.memory_plan import memory_plan
+from video_r1.training.sharding import Sharding
+
+GB = 10**9
+ONE, SMALL, FOUR, EIGHT = (1, 80), (1, 24), (4, 96), (8, 80)
+MACHINES = {
+    # recipe without sft/tgrpo: checkpoint, (GPUs, GB of each)
+    "video-r1-7b-{}": ("Qwen/Qwen2.5-VL-7B-Instruct", EIGHT),
+    "video-r1-7b-{}-4x96": ("Qwen/Qwen2.5-VL-7B-Instruct", FOUR),
+    "video-r1-7b-{}-lora": ("Qwen/Qwen2.5-VL-7B-Instruct", ONE),
+    "video-r1-3b-{}": ("Qwen/Qwen2.5-VL-3B-Instruct", ONE),
+    "video-r1-3b-{}-lora": ("Qwen/Qwen2.5-VL-3B-Instruct", SMALL),
+    "qwen3-vl-8b-{}": ("Qwen/Qwen3-VL-8B-Instruct", EIGHT),
+    "qwen3-vl-8b-{}-4x96": ("Qwen/Qwen3-VL-8B-Instruct", FOUR),
+    "qwen3-vl-8b-{}-lora": ("Qwen/Qwen3-VL-8B-Instruct", ONE),
+    "qwen3-vl-4b-{}": ("Qwen/Qwen3-VL-4B-Instruct", ONE),
+    "qwen3-vl-4b-{}-lora": ("Qwen/Qwen3-VL-4B-Instruct", SMALL),
+}
+RECIPES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
+
+
+def command_of(name: str) -> str:
+    return "sft" if "-sft" in name else "rl"
+
+
+def some(quick: tuple[str, ...]) -> list[Any]:
+    """All recipes, those that are not named here marked slow."""
+    return [pytest.param(*recipe, marks=() if recipe[0] in quick else pytest.mark.slow) for recipe in RECIPES]
+
+
+def test_every_packaged_recipe_is_known_here() -> None:
+    assert {name for name in packaged_recipes() if not name.startswith("lab-")} == {
+        name for name, _ in RECIPES
+    }
+
+
+@pytest.mark.parametrize(("name", "form"), RECIPES)
+def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form: str) -> None:
+    checkpoint, _ = MACHINES[form]
+    command = command_of(name)
+    values = load_recipe(command, name).values()
+    start = values["model_name_or_path"]
+    if command == "rl":  # from what the cold start of the same size wrote
+        cold_start = load_recipe("sft", name.replace("tgrpo", "sft")).values()
+        assert start == cold_start["output_dir"]
+        start = cold_start["model_name_or_path"]
+        assert (values["num_generations"], values["beta"], values["max_completion_length"]) == (8, 0.04, 768)
+        assert values["max_steps"] == 1000
+    assert start == checkpoint
+    side = 32 if "Qwen3" in checkpoint else 28
+    assert (values["frame_pixels"], values["image_pixels"]) == (128 * side**2, 512 * side**2)
+    assert values["use_peft"] == name.endswith("-lora")
+    # float32 weights wherever steps of 1e-6 are added to them
+    assert (values["dtype"], values["learning_rate"] > 1e-6) in (("float32", False), ("bfloat16", True))
+    assert values["output_dir"] == f"runs/{name}".removesuffix("-4x96")
+
+
+@pytest.mark.parametrize(("name", "form"), RECIPES)
+def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
+    own, _ = read_one_recipe(name)
+    if "base" in own:
+        below, _ = read_recipe(own["base"])
+        assert not [setting for setting in own if setting in below and own[setting] == below[setting]]
+
+
+@pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft",)))
+def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
+    checkpoint, (gpus, memory) = MACHINES[form]
+    billions, config = SHAPES[checkpoint]
+    sharded = gpus > 1  # FSDP2
+    sharding = Sharding("FSDP2", gpus, sharded, sharded, sharded)
+    plan = memory_plan(config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding)
+    adapters = plan.trainable if name.endswith("-lora") else 0
+    assert (plan.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
+    assert plan.fits, f"{plan.peak / GB:.1f} GB: {plan.phases}, {plan.parts}"
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lab")
+    write_lab(folder, 8, 8, seed=0, workers=1)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "form"), some(("video-r1-7b-sft", "qwen3-vl-4b-tgrpo-lora")))
+def test_a_recipe_runs_with_the_small_model(name: str, form: str, lab: Path, tmp_path: Path) -> None:
+    command = command_of(name)
+    recipe = load_recipe(command, name)
+    smoked, replaced = smoke_recipe(recipe, lab, tmp_path / "run")
+    before, after = recipe.values(), smoked.values()
+    changed = {setting for setting in after if before.get(setting) != after[setting]}
+    assert changed <= {*replaced, "use_cpu"}
+    assert {"learning_rate", "beta", "use_peft", "dtype", "lora_r"}.isdisjoint(replaced)
+    assert (commands.sft if command == "sft" else commands.rl)(smoked) == 0
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_the_smoke_option_says_what_it_replaces_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def notice(recipe: Any) -> int:
+        seen.append(recipe.values())
+        assert len(json.loads(Path(recipe.values()["train_manifest"]).read_text())) == 8
+        return 0
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("video_r1.training.sft.run_sft", notice)
+    assert main(["sft", "video-r1-3b-sft", "--smoke", "--learning_rate", "2e-6"]) == 0
+    out = capsys.readouterr().out
+    assert "smoke: 2 steps of video-r1-3b-sft with the small packaged model; replaced are\n" in out
+    assert "  optim: adamw_8bit → adamw_torch\n" in out
+    assert "  model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct → " in out
+    assert "learning_rate" not in out and seen[0]["learning_rate"] == 2e-6
+    assert not Path(seen[0]["train_manifest"]).exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_smoke_is_for_training_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "runs/x", "--smoke"]) == 2
+    assert "smoke is not a setting of report" in capsys.readouterr().err.replace("(option --smoke) ", "")
+
+
+# ---- base:
+
+
+def test_a_recipe_overrides_its_base_and_its_base_overrides_that_ones_base(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\nlearning_rate: 3e-6\nseed: 1\n")
+    (tmp_path / "b.yaml").write_text("base: video-r1-7b-tgrpo\nseed: 2\nbeta: 0\n")
+    recipe = load_recipe("rl", tmp_path / "a.yaml", {"num_generations": "4"})
+    values = recipe.values()
+    assert (values["learning_rate"], values["seed"], values["beta"]) == (3e-6, 1, 0)
+    assert (values["num_generations"], values["max_steps"]) == (4, 1000)
+    assert "base" not in values
+
+
+def test_a_mistake_in_a_base_is_named_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: video-r1-7b-tgrpo\nbeeta: 0\n")
+    with pytest.raises(RequestError, match=r"beeta \(recipe b.yaml, line 2\)"):
+        load_recipe("rl", tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("base: none.yaml", r"recipe a.yaml, line 1: base is none.yaml; no file .*none.yaml nor a packaged"),
+        ("base: [b, c]", r"recipe a.yaml, line 1: base is \['b', 'c'\]; it must be the name of a recipe"),
+        ("base: a.yaml", r"recipe a.yaml, line 1: base leads back to a.yaml"),
+    ],
+)
+def test_a_base_that_is_no_recipe_is_refused(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(line + "\n")
+    with pytest.raises(RequestError, match=said):
+        load_recipe("rl", tmp_path / "a.yaml")
