@@ -70,22 +70,26 @@ def test_received_pixels_are_those_of_the_prompts(engine: VLLMEngine, prompts: l
 
 
 @pytest.mark.usefixtures("model")
-def test_a_prompt_is_prefilled_once(engine: VLLMEngine, prompts: list[Prompt]) -> None:
-    sizes: list[int] = []
-    inner = engine.llm.apply_model(lambda model: model)[0].language_model
-    hook = inner.register_forward_pre_hook(
-        lambda module, args, given: sizes.append(len(given["positions"][0])), with_kwargs=True
-    )
-    n, length = 8, 4
-    try:
-        groups = engine.generate(prompts[:1], SamplingSettings(n=n, max_tokens=length, seed=0))
-    finally:
-        hook.remove()
-    decoded = sum(len(rollout.token_ids) for rollout in groups[0])
-    size = len(prompts[0].input_ids)
+def test_a_prompt_is_prefilled_once(
+    engine: VLLMEngine, prompts: list[Prompt], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[int] = []  # of each forward
+    inner = engine.llm.apply_model(lambda model: model)[0].language_model.model
+    forward = inner.forward
+
+    def counted(*given: Any, **named: Any) -> Any:
+        inputs = [*given, named.get("input_ids"), named.get("inputs_embeds")]
+        tokens.append(next(len(value) for value in inputs if value is not None))
+        return forward(*given, **named)
+
+    monkeypatch.setattr(inner, "forward", counted)
+    n, size = 8, len(prompts[0].input_ids)
     block = engine.llm.llm_engine.vllm_config.cache_config.block_size
-    assert size >= 2 * block
-    assert sum(sizes) <= size + n * block + decoded  # each of n repeats at most what fills no whole block
+    assert size > 2 * block and size % block
+    engine.generate(prompts[:1], SamplingSettings(n=n, max_tokens=4, seed=0))
+    # The others repeat what fills no whole block, and then each has one token a forward.
+    assert tokens[0] == size + (n - 1) * (size % block)
+    assert 0 < max(tokens[1:]) <= n
 
 
 @pytest.mark.parametrize("peft", [False, True], ids=["all weights", "LoRA"])
