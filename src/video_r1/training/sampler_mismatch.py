@@ -97,10 +97,10 @@ def sampler_difference(trainer: TGRPOTrainer) -> tuple[float, int]:
     temperature = trainer.settings.temperature
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     was_training = model.training
-    trainer.engine.update_weights(model)
     model.eval()
     try:
-        with trainer.accelerator.autocast():
+        with trainer.whole_weights(), trainer.accelerator.autocast():
+            trainer.engine.update_weights(model)
             groups = trainer.engine.generate(
                 prompts, SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
             )
