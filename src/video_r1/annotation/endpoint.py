@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+import resource
 import threading
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping
@@ -26,12 +27,13 @@ from video_r1.data.frame_cache import FrameCache, read_cached
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Template
 from video_r1.data.records import Sample
-from video_r1.errors import MediaError, PromptError, VideoR1Error
+from video_r1.errors import ConfigError, MediaError, PromptError, VideoR1Error
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post_once
 
 ATTEMPTS = 8  # of one request
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
+OTHER_FILES = 256  # that a process may have open beside one for each request
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
 # A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
 REFUSED_QUESTION = (400, 413, 415, 422)
@@ -83,15 +85,21 @@ class EndpointTeacher:
         self._stop = threading.Event()
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
+        allow_open_files(self.concurrency)
         source, taking = iter(questions), threading.Lock()
         results: queue.SimpleQueue[Answered | BaseException | None] = queue.SimpleQueue()
+        # Free again when the caller has dealt with an answer: a run that is killed has no more to do again.
+        places = threading.Semaphore(self.concurrency)
 
         def work() -> None:
             try:
                 while not self._stop.is_set():
+                    if not places.acquire(timeout=1.0):
+                        continue
                     with taking:
                         question = next(source, None)
                     if question is None:
+                        places.release()
                         break
                     results.put(Answered(question.sample, self._outcome(question.sample)))
             except Stopped:
@@ -105,7 +113,9 @@ class EndpointTeacher:
         try:
             for thread in threads:
                 thread.start()
-            yield from self._collected(results)
+            for answered in self._collected(results):
+                yield answered
+                places.release(len(answered))
         finally:
             self._stop.set()
 
@@ -233,3 +243,20 @@ class EndpointTeacher:
         """Raises Stopped when the run ends meanwhile."""
         if self._stop.wait(seconds):
             raise Stopped
+
+
+def allow_open_files(requests: int) -> None:
+    """Raises this process's limit of open files to what so many requests need: many systems begin with 1,024.
+
+    Raises ConfigError when the system does not allow it.
+    """
+    wanted = requests + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise ConfigError(
+            f"{requests} requests at once need {wanted} open files, and this system allows {hard}; lower "
+            "concurrency, or raise the limit (ulimit -Hn)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

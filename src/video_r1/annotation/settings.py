@@ -60,6 +60,8 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
             yield "samples", f"is {self.samples}; a majority needs at least 3"
         if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
             yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+        if self.engine != "transformers" and self.at_endpoint:
+            yield "engine", "is set while the teacher is an endpoint, which has its own; leave it out"
         if self.model is not None and not self.at_endpoint:
             yield "model", "is set while the teacher is no endpoint; name the checkpoint with --teacher"
 
