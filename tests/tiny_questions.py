@@ -48,7 +48,7 @@ def write_manifest(folder: Path, videos: int = 5, images: int = 3, bad: tuple[in
         rows.append(row(number, KINDS[number % 5], "video", path.name))
     for number in range(videos, videos + images):
         path = folder / f"{number}.png"
-        pixels = np.full((56, 84, 3), 20 * number, np.uint8)
+        pixels = np.full((56, 84, 3), 20 * number % 256, np.uint8)
         pixels[10:30, 10:30] = (220, 30, 30)
         Image.fromarray(pixels).save(path)
         rows.append(row(number, KINDS[number % 5], "image", path.name))
