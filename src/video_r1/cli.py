@@ -1,4 +1,4 @@
-"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,report,demo}`.
+"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,demo}`.
 
 Words are split into setting names and text here; `recipe` turns them into checked settings, and `commands`
 runs them. Whatever needs torch is imported inside a command, so that help and refusals come at once.
@@ -80,6 +80,10 @@ COMMANDS: dict[str, Command] = {
         "a vLLM server for training, evaluation and questions", ("model",),
         ("serve runs/sft --port 8000", "serve runs/sft --hand_over nccl --vllm_options='-tp 2'"),
         commands.serve),
+    "merge": Command(
+        "a plain checkpoint from a LoRA run", ("adapter", "out"),
+        ("merge runs/lora runs/merged", "merge runs/lora/checkpoint-500 out --dtype bfloat16"),
+        commands.merge),
     "report": Command("one HTML page from a run folder", ("run",), ("report runs/rl",), commands.report),
     "demo": Command("the whole pipeline on made-up clips", (), ("demo", "demo --seed 1"), commands.demo),
 }

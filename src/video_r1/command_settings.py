@@ -1,8 +1,9 @@
-"""Settings of the commands that run no checkpoint: data, report and demo."""
+"""Settings of the commands that neither train nor generate: data, merge, report and demo."""
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from video_r1.config import ManifestSettings, Problem, Settings, at_least, positive, setting
 
@@ -64,6 +65,16 @@ class ReportSettings(Settings):
 
     run: str | None = setting(None, "run folder")
     out: str | None = setting(None, "file to write (default: report.html in the run folder)")
+
+
+@dataclass(kw_only=True)
+class MergeSettings(Settings):
+    """Merging of adapters"""
+
+    adapter: str | None = setting(None, "run folder of a training with use_peft, or one of its checkpoints")
+    out: str | None = setting(None, "checkpoint folder to write")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "number format of the merged weights (default: that of the model that was adapted)")
 
 
 @dataclass(kw_only=True)

@@ -5,7 +5,14 @@ from pathlib import Path
 
 from video_r1.annotation.settings import AnnotateSettings
 from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
+from video_r1.command_settings import (
+    BaseSettings,
+    CheckSettings,
+    DemoSettings,
+    LabSettings,
+    MergeSettings,
+    ReportSettings,
+)
 from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import RequestError
 from video_r1.recipe import Recipe
@@ -110,6 +117,14 @@ def report(recipe: Recipe) -> int:
     if not run.is_dir():
         raise RequestError(f"{run}: no such run folder")
     print(build_report(run, Path(settings.out) if settings.out else None))
+    return 0
+
+
+def merge(recipe: Recipe) -> int:
+    from video_r1.models.loading import merge_adapter
+
+    settings = recipe.section(MergeSettings)
+    print(merge_adapter(folder(settings.adapter), folder(settings.out), settings.dtype))
     return 0
 
 

@@ -127,6 +127,8 @@ class ModelSettings(LoadingSettings):
     lora_dropout: float = setting(0.0, "dropout before the adapters")
     lora_target_modules: list[str] | None = setting(
         None, "modules to adapt (default: all linear layers of the language model)")
+    lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -134,6 +136,11 @@ class ModelSettings(LoadingSettings):
         yield from within(self, "lora_dropout", 0, 1)
         if self.lora_target_modules and not self.use_peft:
             yield "lora_target_modules", "is set while use_peft is false; set use_peft to true or remove it"
+        for name in ("lora_vision_tower", "load_in_4bit"):
+            if getattr(self, name) and not self.use_peft:
+                yield name, "is true while use_peft is false: 4-bit weights and a frozen tower need adapters"
+        if self.lora_vision_tower and self.lora_target_modules:
+            yield "lora_vision_tower", "is true while lora_target_modules names modules; name its own there"
 
 
 @dataclass(kw_only=True)
@@ -174,12 +181,18 @@ class TrainingSettings(Settings):
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
     media_threads: int = setting(2, "threads that decode the next questions' media during a step")
     media_cache_mb: int = setting(512, "memory for decoded media that are kept for later epochs, in MB")
+    early_stopping_patience: int | None = setting(
+        None, "validations without a better metric_for_best_model before training stops (default: never)")
     max_skipped_updates: int = setting(5, "updates in a row with a loss that is not finite before it stops")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
-        yield from positive(self, "media_threads", "max_skipped_updates")
+        yield from positive(self, "media_threads", "max_skipped_updates", "early_stopping_patience")
+        metric = getattr(self, "metric_for_best_model", "not known yet")  # of TrainingArguments
+        if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
+            yield "early_stopping_patience", (
+                "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch")
         yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield "num_train_epochs", (

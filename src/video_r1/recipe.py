@@ -23,7 +23,14 @@ import yaml
 
 from video_r1.annotation.settings import AnnotateSettings
 from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.command_settings import BaseSettings, CheckSettings, DemoSettings, LabSettings, ReportSettings
+from video_r1.command_settings import (
+    BaseSettings,
+    CheckSettings,
+    DemoSettings,
+    LabSettings,
+    MergeSettings,
+    ReportSettings,
+)
 from video_r1.config import (
     AskSettings,
     DataSettings,
@@ -53,6 +60,7 @@ SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "data base": (BaseSettings,),
     "annotate": (AnnotateSettings,),
     "serve": (ServeSettings,),
+    "merge": (MergeSettings,),
     "report": (ReportSettings,),
     "demo": (DemoSettings,),
 }
@@ -68,6 +76,7 @@ REQUIRED = {
     "data lab": ("folder",),
     "data base": ("folder",),
     "serve": ("model",),
+    "merge": ("adapter", "out"),
     "report": ("run",),
 }
 TRAINS = ("sft", "rl")

@@ -22,7 +22,12 @@ from video_r1.errors import ConfigError
 from video_r1.models.group_forward import vision_language_model
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+# Qwen2-VL has fc1 and fc2, Qwen2.5-VL gate, up and down, Qwen3-VL linear_fc1 and linear_fc2.
+VISION_LAYERS = (
+    r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2|gate_proj|up_proj|down_proj|linear_fc[12]))"
+    r"|(merger|deepstack_merger_list\.\d+)\.(mlp\.[02]|linear_fc[12]))"
+)
 
 
 def load_model(
@@ -31,12 +36,14 @@ def load_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
+    load_in_4bit: bool = False,
 ) -> PreTrainedModel:
     """A video-language model from a checkpoint folder or a hub id, in evaluation mode.
 
     dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None
-    leaves the choice to transformers. Raises ConfigError when the folder is missing or incomplete, when it
-    holds no video-language model, and when weights are missing or not in safetensors files.
+    leaves the choice to transformers. load_in_4bit: see `four_bits`. Raises ConfigError when the folder is
+    missing or incomplete, when it holds no video-language model, and when weights are missing or not in
+    safetensors files.
     """
     source = _checked_source(path)
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -55,6 +62,7 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
+            quantization_config=four_bits() if load_in_4bit else None,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -68,7 +76,7 @@ def load_model(
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
     """Tokenizer, image processor, video processor and chat template. Raises ConfigError if one is missing."""
-    source = _checked_source(path)
+    source = _checked_source(path, with_weights=False)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -94,28 +102,79 @@ def freeze_vision(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in tower.parameters())
 
 
+def four_bits() -> Any:
+    """QLoRA's number format (arXiv 2305.14314): NF4 with double quantisation for the linear layers of the
+    text model; the vision tower, the embeddings and the head stay as they are. Raises ConfigError when
+    bitsandbytes is not installed.
+    """
+    from importlib.util import find_spec
+
+    from transformers import BitsAndBytesConfig
+
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_storage=torch.bfloat16,  # so that FSDP can share them out
+        llm_int8_skip_modules=["model.visual", "lm_head"],
+    )
+
+
+def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+    """Adds a LoRA run's adapters to the weights that they were trained on, and writes a plain checkpoint.
+
+    adapter: a run folder or a checkpoint of it. Returns `out`. Raises ConfigError when the folder has no
+    adapters, or when the model that they belong to is not where it was.
+    """
+    source = Path(adapter)
+    if not (source / "adapter_config.json").is_file():
+        raise ConfigError(f"{source}: no adapter_config.json; name the run folder of a use_peft training")
+    import peft  # an extra of this package, and in use where adapters are
+
+    base = peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path
+    model: Any = peft.PeftModel.from_pretrained(load_model(str(base), dtype), str(source))
+    model.merge_and_unload(safe_merge=True).save_pretrained(out)
+    load_processor(source).save_pretrained(out)
+    return Path(out)
+
+
 def add_lora(
-    model: PreTrainedModel, rank: int = 16, alpha: int = 32, dropout: float = 0.0, config: Any = None
+    model: PreTrainedModel,
+    rank: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    config: Any = None,
+    vision_tower: bool = False,
 ) -> Any:
     """The model with LoRA adapters: all other weights are frozen.
 
-    config: a peft configuration; without one, adapters of that rank on every linear layer of the text model.
-    Raises ConfigError when peft is not installed.
+    config: a peft configuration; without one, adapters of that rank on every linear layer of the text model,
+    and of the vision tower where it is asked for. Raises ConfigError when peft is not installed.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("LoRA needs the package peft: pip install peft") from error
     if config is None:
+        targets = f"{TEXT_LAYERS}|{VISION_LAYERS}" if vision_tower else TEXT_LAYERS
         config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=LORA_TARGETS, task_type="CAUSAL_LM"
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
         )
+    if getattr(model, "is_loaded_in_4bit", False):
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return peft.get_peft_model(model, config)
 
 
-def _checked_source(path: str | Path) -> str:
+def _checked_source(path: str | Path, with_weights: bool = True) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
+        if not with_weights:
+            return str(folder)
+        if (folder / "adapter_config.json").is_file():
+            raise ConfigError(f"{path}: these are adapters; make a checkpoint: video-r1 merge {path} OUT")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{path}: no config.json; a checkpoint folder is written by save_pretrained")
         return str(folder)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
+    EarlyStoppingCallback,
     PreTrainedModel,
     PrinterCallback,
     ProcessorMixin,
@@ -84,6 +85,9 @@ class QuestionTrainer(Trainer):
         )
         # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
         self.model_accepts_loss_kwargs = True
+        if args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+            args.restore_callback_states_from_checkpoint = True  # how often it has waited already
         let_trackers_fail(self.callback_handler.callbacks, args.report_to)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)

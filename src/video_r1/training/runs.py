@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
     (
+        "output_dir",  # where the folder is now
         *LENGTHS,
         "logging_steps",
         "save_steps",

@@ -58,13 +58,22 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     settings = recipe.section(ModelSettings)
     assert settings.model_name_or_path is not None  # a recipe without it is refused
     model = load_model(
-        settings.model_name_or_path, settings.dtype, settings.attn_implementation, settings.trust_remote_code
+        settings.model_name_or_path,
+        settings.dtype,
+        settings.attn_implementation,
+        settings.trust_remote_code,
+        load_in_4bit=settings.load_in_4bit,
     )
     if settings.freeze_vision_tower:
         freeze_vision(model)
     if settings.use_peft:
         model = add_lora(
-            model, settings.lora_r, settings.lora_alpha, settings.lora_dropout, lora_config(settings)
+            model,
+            settings.lora_r,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            lora_config(settings),
+            settings.lora_vision_tower,
         )
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
 
