@@ -60,7 +60,8 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
     start = values["model_name_or_path"]
     if command == "rl":  # from what the cold start of the same size wrote
         cold_start = load_recipe("sft", name.replace("tgrpo", "sft")).values()
-        assert start == cold_start["output_dir"]
+        merged = "-merged" if values["use_peft"] else ""
+        assert start == cold_start["output_dir"] + merged
         start = cold_start["model_name_or_path"]
         assert (values["num_generations"], values["beta"], values["max_completion_length"]) == (8, 0.04, 768)
         assert values["max_steps"] == 1000

@@ -56,6 +56,8 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
         }
     if "8bit" in str(values.get("optim", "")):
         changes["optim"] = "adamw_torch"  # 8-bit optimizers run on GPUs only
+    if values.get("load_in_4bit"):
+        changes["load_in_4bit"] = False  # so do 4-bit weights
     changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
     replaced = {name: (values.get(name), new) for name, new in changes.items() if values.get(name) != new}
     values |= changes
