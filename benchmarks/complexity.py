@@ -4,8 +4,8 @@
 
 The passes forward and back of one question, log-probabilities of all its completions, on the lab's text model
 with clips of 64 patches a frame. One of the three is varied at a time, the others stay at G = 8, 16 frames
-and 64 tokens. On a CPU the figures are processor seconds, the least of the rounds. `ratio` is the median over all
-points; the picture needs the extra `bench`.
+and 64 tokens. On a CPU the figures are processor seconds, the least of the rounds. `ratio` is the median over
+all points; the picture needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def draw(points: dict[str, list[dict[str, float]]], unit: str, path: str) -> Non
         panel.set_title(fixed, fontsize=9)
         panel.set_xlabel(name)
         panel.set_xticks(places)
-        panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
+    panels[0].set_ylim(bottom=0)  # of all, when all have their lines
     panels[0].set_ylabel(f"{unit} an update")
     panels[0].legend(frameon=False)
     figure.tight_layout()
