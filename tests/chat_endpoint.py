@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint on loopback that fails in every way that one can."""
+"""An OpenAI-compatible endpoint on loopback that fails in every way that one can, and annotations by it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tiny_models import moving_square, write_clip
+
+from video_r1.annotation.command import run_annotate
+from video_r1.annotation.runner import Counts
+from video_r1.annotation.settings import AnnotateSettings
 
 QUESTION = re.compile(r"Question (\d+):")
 
@@ -189,3 +193,29 @@ def write_questions(folder: Path, count: int, clips: int = 1, bad: tuple[int, ..
     path = folder / "manifest.json"
     path.write_text(json.dumps(rows))
     return path
+
+
+SMALL: dict[str, Any] = {
+    "frame_pixels": 56 * 56,
+    "image_pixels": 56 * 56,
+    "max_frames": 4,
+    "media_seconds": 0.0,
+}
+
+
+def annotate(url: str, manifest: Path, out: Path, **changes: Any) -> Counts:
+    settings = {"teacher": url, "manifest": str(manifest), "out": str(out), "wait": 5.0, **SMALL, **changes}
+    return run_annotate(AnnotateSettings(**settings))
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def wait_for(endpoint: ChatEndpoint, answered: int) -> None:
+    with endpoint.changed:
+        assert endpoint.changed.wait_for(lambda: endpoint.answered >= answered, timeout=60)
