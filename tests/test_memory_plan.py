@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -26,6 +27,8 @@ from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
 from video_r1.plan_settings import parse_bytes
 from video_r1.recipe import Recipe, load_recipe
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.memory_plan import MemoryPlan, memory_plan
 from video_r1.training.objective import policy_loss
 from video_r1.training.sharding import sharding_of
@@ -58,14 +61,19 @@ def model_of(hidden: int, layers: int, vocabulary: int) -> Any:
     return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
+NO_END = SimpleNamespace(
+    get_vocab=dict, eos_token_id=None, batch_decode=lambda rows, skip_special_tokens: [""] * len(rows)
+)
+OF_ANY_STAGE: dict[str, Any] = {
+    "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32", "bf16": False,
+    "max_frames": 8, "frame_pixels": (4 * 28) ** 2, "image_pixels": 28**2,
+}  # fmt: skip
+
+
 def recipe_of(**overrides: Any) -> Recipe:
     """8 frames of 4 × 4 visual tokens, 8 completions of 48 tokens, 4 of them more with shuffled frames."""
-    return load_recipe("rl", None, {
-        "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32",
-        "bf16": False,
-        "max_frames": 8, "frame_pixels": (4 * 28) ** 2, "image_pixels": 28**2, "max_completion_length": 48,
-        "length_reward": 0.0, **overrides,
-    })  # fmt: skip
+    lengths = {"max_completion_length": 48, "length_reward": 0.0}
+    return load_recipe("rl", None, {**OF_ANY_STAGE, **lengths, **overrides})
 
 
 def question() -> Prompt:
@@ -166,6 +174,35 @@ def test_sharding_is_what_settings_and_launcher_say(
     path.write_text(yaml.safe_dump(launch or {"num_processes": 1}))
     sharding = sharding_of(training, accelerate_config=path)
     assert (sharding.processes, sharding.weights, sharding.gradients, sharding.optimizer) == shared
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+def test_every_family_has_a_plan(family: str, stage: str) -> None:
+    model = tiny_model(family, tiny_tokenizer())
+    recipe = recipe_of(frame_pixels=(4 * 32) ** 2, image_pixels=(4 * 32) ** 2, gradient_checkpointing=True)
+    if stage == "sft":
+        recipe = load_recipe("sft", None, {**OF_ANY_STAGE, "max_response_length": 64})
+    plan = planned(model, recipe)
+    assert plan.parameters == sum(weight.numel() for weight in model.parameters())
+    assert plan.parts["weights"] == tensor_bytes([*model.parameters(), *model.buffers()])
+    assert set(plan.phases) == {"update", "optimizer step", *(["rollout"] if stage == "rl" else [])}
+    assert plan.peak > plan.parts["weights"] + plan.parts["optimizer"] + plan.parts["activations"]
+
+
+def test_the_plan_agrees_with_a_measured_rollout() -> None:
+    model = model_of(128, 4, 2048)
+    plan = planned(model, recipe_of())
+    engine = TransformersEngine(model, NO_END)
+    sampling = SamplingSettings(n=8, max_tokens=48, seed=0)
+    prompts = [question(), question()]  # ordered and shuffled
+
+    def sample() -> None:
+        engine.generate(prompts, sampling, [8, 4])
+
+    sample()
+    beyond = plan.phases["rollout"] - plan.phases["optimizer step"] + plan.parts["gradients"]
+    assert beyond == pytest.approx(most_at_once(sample), rel=0.15)
 
 
 def test_shared_parts_shrink_with_the_processes() -> None:
