@@ -31,6 +31,10 @@ def main(folder: Path, size: int) -> None:
         change(model)
         found.append(float(differences(model, prompts, engine.generate(prompts, settings)).mean()))
         engine.update_weights(model)
+    if rank:
+        assert engine.generate([], settings) == []
+    else:
+        engine.generate(prompts[:1], settings)
     counts = [len(group) for group in groups]
     torch.save({"differences": found, "counts": counts}, folder / f"rank{rank}.pt")
 

@@ -168,15 +168,17 @@ class VLLMEngine:
                 for index in asked
             ]
         )
-        outputs = self.llm.generate(
-            [prompt for prompt, _ in requests],
-            [SamplingParams(**fields) for _, fields in requests],
-            use_tqdm=False,
-        )[own]
+        outputs: list[Any] = []
+        if requests:
+            outputs = self.llm.generate(
+                [prompt for prompt, _ in requests],
+                [SamplingParams(**fields) for _, fields in requests],
+                use_tqdm=False,
+            )
         if self._sleep:
             self.llm.sleep(level=1)
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for index, output in zip(asked, outputs, strict=True):
+        for index, output in zip(asked, outputs[own], strict=True):
             if output.prompt_token_ids != prompts[index].input_ids.tolist():
                 raise VideoR1Error(
                     f"prompt {index}: vLLM made {len(output.prompt_token_ids)} tokens of it, the trainer has "

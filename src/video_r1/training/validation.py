@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,9 +37,10 @@ def temporal_accuracy(
     time.
     """
     mine = samples[process_index() :: process_count()]
+    rounds = math.ceil(math.ceil(len(samples) / process_count()) / batch_size)
     answered = [
         entry
-        for questions in ready_batches(mine, budget, builder, seed, batch_size, frame_cache)
+        for questions in ready_batches(mine, budget, builder, seed, batch_size, rounds, frame_cache)
         for entry in answer(engine, questions, max_tokens)
     ]
     everyone = [entry for part in gather(answered) for entry in part]
@@ -73,9 +75,13 @@ def ready_batches(
     builder: PromptBuilder,
     seed: int,
     batch_size: int,
+    rounds: int,
     frame_cache: FrameCache | None,
 ) -> Iterator[list[Question]]:
-    """Batches of questions with both prompts, the next one read while the present one is answered."""
+    """Batches of questions with both prompts, the next one read while the present one is answered.
+
+    They are `rounds` in every process, some perhaps empty: processes that share an engine call it together.
+    """
 
     def ready(sample: Sample) -> Question | None:
         try:
@@ -86,15 +92,13 @@ def ready_batches(
             return None
 
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="validation") as threads:
-        batches = [samples[i : i + batch_size] for i in range(0, len(samples), batch_size)]
+        batches = [samples[i * batch_size : (i + 1) * batch_size] for i in range(rounds)]
         ahead = [threads.submit(ready, sample) for sample in (batches[0] if batches else [])]
         for number in range(len(batches)):
             present = ahead
             following = batches[number + 1] if number + 1 < len(batches) else []
             ahead = [threads.submit(ready, sample) for sample in following]
-            questions = [question for future in present if (question := future.result()) is not None]
-            if questions:
-                yield questions
+            yield [question for future in present if (question := future.result()) is not None]
 
 
 def mean(values: Sequence[float]) -> float:
