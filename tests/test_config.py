@@ -280,7 +280,7 @@ def test_every_packaged_recipe_loads_for_its_command(name: str) -> None:
     from video_r1.training.sft import SFTConfig
     from video_r1.training.tgrpo import TGRPOConfig
 
-    command = {"sft": "sft", "tgrpo": "rl", "grpo": "rl", "eval": "eval"}[name.rsplit("-")[-1]]
+    command = "eval" if name.endswith("-eval") else "sft" if "-sft" in name else "rl"
     recipe = load_recipe(command, name)
     assert load_recipe(command, f"recipes/{name}.yaml").values() == recipe.values()
     if command in TRAINS:
