@@ -29,7 +29,9 @@ def whole(recipe: Path) -> tuple[Path, float]:
 def same_run(one: Path, other: Path) -> None:
     """Metrics, recorded rollouts and every weight, bit for bit."""
     assert comparable(one) == comparable(other)
-    assert [line["step"] for line in read_lines(one / "metrics.jsonl")] == list(range(1, 9))
+    lines = read_lines(one / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert lines[-1]["policy/kl"] > 1e-4  # it has learned something
     assert read_lines(one / "rollouts.jsonl") == read_lines(other / "rollouts.jsonl")
     for name in ("model.safetensors", "checkpoint-8/model.safetensors", "checkpoint-8/optimizer.pt"):
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
@@ -52,8 +54,8 @@ def test_three_kills(recipe: Path, whole: tuple[Path, float]) -> None:
 
 
 @pytest.mark.slow
-def test_twenty_four_kills(recipe: Path, whole: tuple[Path, float]) -> None:
-    kills(recipe, whole, count=24, seed=2)
+def test_twenty_kills(recipe: Path, whole: tuple[Path, float]) -> None:
+    kills(recipe, whole, count=20, seed=2)
 
 
 def test_killed_while_the_model_is_saved(recipe: Path, whole: tuple[Path, float]) -> None:
