@@ -48,8 +48,7 @@ COMMANDS: dict[str, Command] = {
     "annotate": Command(
         "write rationales with a teacher and filter them into a manifest for SFT", ("manifest",),
         ("annotate train.json --teacher Qwen/Qwen2.5-VL-7B-Instruct --engine vllm --out cot.json",
-         "annotate train.json --media_root /data --teacher http://host:8000/v1 --out cot.json "
-         "--concurrency 2000",
+         "annotate train.json --teacher http://host:8000/v1 --out cot.json --concurrency 2000",
          "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority"),
         commands.annotate),
     "sft": Command(
