@@ -1,6 +1,6 @@
 """An evaluation that decodes while it generates, against one that decodes and then generates.
 
-    python -m benchmarks.evaluation --json [--questions 48] [--frames 8,16] [--order ordered,shuffled]
+    python -m benchmarks.evaluation --json [--questions 40] [--frames 8,16] [--order ordered,shuffled]
 
 Both ask the lab's small model the same questions about the same clips with the same seeds, and must give the
 same answers (`equal`). The plain loop does what an evaluation script does: for each frame count and batch it
@@ -201,14 +201,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
-    parser.add_argument("--questions", type=int, default=48)
+    parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--frames", default="8,16", help="frame counts")
     parser.add_argument("--order", default="ordered,shuffled")
     parser.add_argument("--max-tokens", type=int, default=24, help="tokens of every output")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--width", type=int, default=448)
     parser.add_argument("--height", type=int, default=256)
-    parser.add_argument("--seconds", type=float, default=8.0, help="length of a clip")
+    parser.add_argument("--seconds", type=float, default=10.0, help="length of a clip")
     parser.add_argument("--clip-fps", type=float, default=24.0)
     parser.add_argument("--threads", type=int, default=1, help="threads that generate")
     parser.add_argument("--rounds", type=int, default=5)
