@@ -53,8 +53,7 @@ COMMANDS: dict[str, Command] = {
         commands.annotate),
     "sft": Command(
         "supervised cold start on rationales", (),
-        ("sft lab-sft", "sft video-r1-7b-sft --smoke",
-         "sft video-r1-7b-sft --train_manifest cot.json --media_root /data"),
+        ("sft lab-sft", "sft video-r1-7b-sft --train_manifest cot.json --media_root /data"),
         commands.sft),
     "rl": Command(
         "T-GRPO or GRPO", (),
