@@ -64,7 +64,7 @@ def common(folder: Path, processes: int, steps: int = 2) -> dict[str, Any]:
     return settings
 
 
-def rl(folder: Path, processes: int, name: str, resume: bool = False) -> None:
+def rl(folder: Path, processes: int, name: str) -> None:
     """T-GRPO: four questions a step, images and videos mixed, with a reference model and validation."""
     let_accelerate_shard_on_cpu()
     watch = Watch()
@@ -74,7 +74,7 @@ def rl(folder: Path, processes: int, name: str, resume: bool = False) -> None:
         evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
         **common(folder, processes),
     )  # fmt: skip
-    trainer.train(resume_from_checkpoint=str(folder / name / "checkpoint-1") if resume else None)
+    trainer.train()
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
 

@@ -114,10 +114,13 @@ def finish(recipe: Path, run: Path, limit: float = 300) -> None:
 
 @dataclass
 class Killed:
-    """What was seen of the kills: how many hit which work, and how many steps were done again."""
+    """What was seen of the kills: how many hit which work, how many steps were done again, and the runs that
+    came to their end, killed some times or never.
+    """
 
     moments: Counter[str] = field(default_factory=Counter)
     repeated_steps: int = 0
+    finished: list[Path] = field(default_factory=list)
 
 
 def kill_often(recipe: Path, run: Path, kills: int, seconds: float, seed: int) -> Killed:
@@ -134,7 +137,7 @@ def kill_often(recipe: Path, run: Path, kills: int, seconds: float, seed: int) -
             time.sleep(draw.uniform(0, 0.1))
         else:
             wait_for_phase("rollout", process)
-            process.join(draw.uniform(0, seconds))
+            process.join(draw.uniform(0, seconds / 3))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
@@ -144,8 +147,10 @@ def kill_often(recipe: Path, run: Path, kills: int, seconds: float, seed: int) -
             seen.repeated_steps += sum(line["step"] > last for line in lines)
         else:  # it had ended before
             assert process.exitcode == 0, recipe.with_suffix(".log").read_text()[-3000:]
-            os.rename(run, run.with_name(f"{run.name}-{time.time_ns()}"))
+            seen.finished.append(run.with_name(f"{run.name}-{len(seen.finished)}"))
+            run.rename(seen.finished[-1])
     finish(recipe, run)
+    seen.finished.append(run)
     return seen
 
 
