@@ -31,6 +31,7 @@ from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, po
 from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.server_weights import FolderHandOver, HandOver, TransferHandOver
 from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.vllm_parallel import is_distributed
 from video_r1.rollout.vllm_requests import check_length, sampling_parameters, server_request
 from video_r1.rollout.vllm_serve import WANTED, shape
 from video_r1.rollout.vllm_weights import checkpoint_weights
@@ -131,7 +132,7 @@ class ServerEngine:
             self._version, self._lost = version, None
         if _is_first():
             self._recover(self._recoveries, None)
-            if self._watch is None and _distributed() and isinstance(self._hand_over, TransferHandOver):
+            if self._watch is None and is_distributed() and isinstance(self._hand_over, TransferHandOver):
                 self._watch = threading.Thread(target=self._keep_supplied, daemon=True)
                 self._watch.start()
         _barrier()
@@ -329,7 +330,7 @@ def _same_model(served: str, wanted: str) -> bool:
 
 def _agreed(value: Any) -> Any:
     """The first process's value, in every process."""
-    if not _distributed():
+    if not is_distributed():
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
@@ -337,13 +338,9 @@ def _agreed(value: Any) -> Any:
 
 
 def _is_first() -> bool:
-    return not _distributed() or torch.distributed.get_rank() == 0
+    return not is_distributed() or torch.distributed.get_rank() == 0
 
 
 def _barrier() -> None:
-    if _distributed():
+    if is_distributed():
         torch.distributed.barrier()
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -222,7 +222,8 @@ class TGRPOTrainer(QuestionTrainer):
         assert self.ahead is not None
         self.ahead.batches = batches
         if batches and batches[0]["iteration"] == 0:
-            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+            with self.whole_weights():
+                self.engine.update_weights(self.accelerator.unwrap_model(self.model))
             pending = [question for batch in batches for question in batch["pending"]]
             self.ahead.start(pending, self.engine, self.sampling, self.settings.shuffled_generations)
 
