@@ -25,7 +25,6 @@ from benchmarks._sizes import SIZES, build_model
 from benchmarks._timing import compare, flops, machine
 from benchmarks.decode import write_clip
 from benchmarks.update import TOLERANCES, expanded_logprobs
-from video_r1.config import TGRPOSettings
 from video_r1.data.media import FrameBudget, decode_media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
@@ -34,6 +33,7 @@ from video_r1.models.lab import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.rollout.engine import Rollout, RolloutGroup, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.objective import policy_loss
 from video_r1.training.rollout_step import (

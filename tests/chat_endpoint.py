@@ -20,7 +20,7 @@ from tiny_models import moving_square, write_clip
 
 from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
-from video_r1.annotation.settings import AnnotateSettings
+from video_r1.settings.annotation import AnnotateSettings
 
 QUESTION = re.compile(r"Question (\d+):")
 

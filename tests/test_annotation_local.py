@@ -18,7 +18,6 @@ from server_process import ServerProcess
 from video_r1.annotation import teachers
 from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
-from video_r1.annotation.settings import AnnotateSettings
 from video_r1.cli import main
 from video_r1.data.frame_cache import read_cached
 from video_r1.data.media import FrameBudget, read_media
@@ -27,6 +26,7 @@ from video_r1.data.records import load_manifest
 from video_r1.models.lab import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.annotation import AnnotateSettings
 
 SIZES: dict[str, Any] = {
     "frame_pixels": 3136,

@@ -16,7 +16,6 @@ from benchmark_fixtures import lab_clips, write_benchmarks
 from browser import chromium, find_chromium
 
 from video_r1.cli import main
-from video_r1.config import EvalSettings
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Coverage, Questions
 from video_r1.evaluation.gap_figure import gap_page, gap_rows
@@ -27,6 +26,7 @@ from video_r1.evaluation.paper import (
     comparison_table,
     setup_differences,
 )
+from video_r1.settings.decoding import EvalSettings
 
 SMALL = [
     "--fps",

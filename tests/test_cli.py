@@ -16,10 +16,11 @@ import pytest
 import video_r1
 from video_r1 import cli, commands
 from video_r1.cli import COMMANDS, find_command, main, read_request, split_words
-from video_r1.command_settings import BaseSettings, CheckSettings, LabSettings
-from video_r1.config import AskSettings, EvalSettings, TGRPOSettings
 from video_r1.errors import MediaError, RequestError
 from video_r1.recipe import SECTIONS, Recipe
+from video_r1.settings.commands import BaseSettings, CheckSettings, LabSettings
+from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.training import TGRPOSettings
 
 
 def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -101,8 +102,9 @@ def test_every_example_of_the_help_is_a_valid_request(
     (["--train_manifest=a=b"], [], {"train_manifest": "a=b"}),
 ])  # fmt: skip
 def test_words_become_options(words: list[str], plain: list[str], options: dict[str, Any]) -> None:
-    from video_r1.config import DataSettings, own_field_types
-    from video_r1.vllm_settings import VLLMSettings
+    from video_r1.settings.base import own_field_types
+    from video_r1.settings.shared import DataSettings
+    from video_r1.settings.vllm import VLLMSettings
 
     sections = (TGRPOSettings, VLLMSettings, DataSettings)
     types = {name: hint for kind in sections for name, hint in own_field_types(kind).items()}

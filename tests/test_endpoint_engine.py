@@ -11,11 +11,11 @@ from chat_endpoint import chat_endpoint, images_of, write_questions
 from tiny_questions import read_lines
 
 from video_r1 import ask
-from video_r1.config import AskSettings, EvalSettings
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation.command import run_eval
 from video_r1.rollout import endpoint
 from video_r1.rollout.choice import is_endpoint, open_engine
+from video_r1.settings.decoding import AskSettings, EvalSettings
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "model": "teacher"}
 

@@ -25,10 +25,10 @@ from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
-from video_r1.plan_settings import parse_bytes
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.plan import parse_bytes
 from video_r1.training.memory_plan import MemoryPlan, memory_plan
 from video_r1.training.objective import policy_loss
 from video_r1.training.sharding import sharding_of

@@ -15,11 +15,11 @@ from tgrpo_trainers import make_trainer
 from tiny_models import tiny_checkpoint
 from tiny_questions import row, write_manifest
 
-from video_r1.config import ModelSettings
 from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.models.loading import load_model
 from video_r1.report.page import build_report
+from video_r1.settings.shared import ModelSettings
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from tiny_questions import read_lines, training_arguments, write_manifest
 from video_r1.errors import ConfigError
 from video_r1.rollout.engine import Rollout
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.metrics_log import Meter
 from video_r1.training.sampler_mismatch import sampler_weights
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
-from video_r1.vllm_settings import VLLMSettings
 
 SAMPLED = [[-1.5, -1.0], [-2.0]]
 TRAINER = torch.tensor([-1.0, -2.0, -2.0])

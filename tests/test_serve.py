@@ -12,7 +12,7 @@ import pytest
 from video_r1.errors import ConfigError
 from video_r1.rollout import vllm_serve
 from video_r1.rollout.vllm_serve import run_serve, runnable, server_command
-from video_r1.vllm_settings import ServeSettings
+from video_r1.settings.vllm import ServeSettings
 
 
 def after(words: list[str], option: str) -> str:

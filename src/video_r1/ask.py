@@ -11,8 +11,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from video_r1.config import AskSettings
 from video_r1.errors import RequestError
+from video_r1.settings.decoding import AskSettings
 
 if TYPE_CHECKING:
     from video_r1.data.frame_cache import FrameCache

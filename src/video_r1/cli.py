@@ -18,10 +18,10 @@ from typing import Any
 
 from video_r1 import commands
 from video_r1.command_help import command_help, overview
-from video_r1.config import own_field_types
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.recipe import RECIPES_OF_TRAINING, SECTIONS, TRAINS, Recipe, find_recipe, load_recipe
-from video_r1.setting_types import FALSE_WORDS, TRUE_WORDS, takes_list
+from video_r1.settings.base import own_field_types
+from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from video_r1.config import Settings, own_field_types
 from video_r1.recipe import RECIPES_OF_TRAINING, REQUIRED, SECTIONS, packaged_recipes
-from video_r1.setting_types import describe_type
+from video_r1.settings.base import Settings, own_field_types
+from video_r1.settings.types import describe_type
 
 WIDTH = 110
 COLUMN = 44

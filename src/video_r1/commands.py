@@ -3,9 +3,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from video_r1.annotation.settings import AnnotateSettings
-from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.command_settings import (
+from video_r1.errors import RequestError
+from video_r1.recipe import Recipe
+from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.benchmarks import BenchmarkSettings
+from video_r1.settings.commands import (
     BaseSettings,
     CheckSettings,
     DemoSettings,
@@ -13,10 +15,8 @@ from video_r1.command_settings import (
     MergeSettings,
     ReportSettings,
 )
-from video_r1.config import AskSettings, EvalSettings
-from video_r1.errors import RequestError
-from video_r1.recipe import Recipe
-from video_r1.vllm_settings import ServeSettings
+from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.vllm import ServeSettings
 
 
 def data_check(recipe: Recipe) -> int:

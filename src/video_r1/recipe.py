@@ -21,9 +21,11 @@ from typing import Any, TypeVar
 
 import yaml
 
-from video_r1.annotation.settings import AnnotateSettings
-from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.command_settings import (
+from video_r1.errors import ConfigError, RequestError
+from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
+from video_r1.settings.benchmarks import BenchmarkSettings
+from video_r1.settings.commands import (
     BaseSettings,
     CheckSettings,
     DemoSettings,
@@ -31,23 +33,12 @@ from video_r1.command_settings import (
     MergeSettings,
     ReportSettings,
 )
-from video_r1.config import (
-    AskSettings,
-    DataSettings,
-    EvalSettings,
-    ModelSettings,
-    Problem,
-    PromptSettings,
-    Settings,
-    SFTSettings,
-    TGRPOSettings,
-    own_field_types,
-    raise_problems,
-)
-from video_r1.errors import ConfigError, RequestError
-from video_r1.plan_settings import PlanSettings
-from video_r1.setting_types import alternatives, is_enum, parse
-from video_r1.vllm_settings import ServeSettings, VLLMSettings
+from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.plan import PlanSettings
+from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
+from video_r1.settings.training import SFTSettings, TGRPOSettings
+from video_r1.settings.types import alternatives, is_enum, parse
+from video_r1.settings.vllm import ServeSettings, VLLMSettings
 
 SECTIONS: dict[str, tuple[type[Settings], ...]] = {
     "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),

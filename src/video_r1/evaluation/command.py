@@ -6,9 +6,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.config import EvalSettings
 from video_r1.errors import RequestError
+from video_r1.settings.benchmarks import BenchmarkSettings
+from video_r1.settings.decoding import EvalSettings
 
 
 def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:

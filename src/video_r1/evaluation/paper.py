@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from video_r1.config import EvalSettings
 from video_r1.evaluation.benchmarks.loading import Questions
+from video_r1.settings.decoding import EvalSettings
 
 COLUMNS = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme")
 PUBLISHED: dict[str, dict[int, tuple[float, ...]]] = {

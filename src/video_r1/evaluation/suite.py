@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from video_r1.benchmark_settings import BenchmarkSettings
-from video_r1.config import EvalSettings
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
@@ -25,6 +23,8 @@ from video_r1.evaluation.paper import compare_with_paper, comparison_table, setu
 from video_r1.evaluation.runner import evaluate, write_json
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.benchmarks import BenchmarkSettings
+from video_r1.settings.decoding import EvalSettings
 
 
 def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:

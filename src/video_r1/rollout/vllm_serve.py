@@ -12,7 +12,7 @@ from typing import Any
 
 from video_r1.errors import ConfigError
 from video_r1.rollout.vllm_positions import VARIABLE, prompt_positions
-from video_r1.vllm_settings import ServeSettings
+from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm_serve.WorkerExtension"
 

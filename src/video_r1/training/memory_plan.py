@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from video_r1.config import ModelSettings, PromptSettings, SFTSettings, TGRPOSettings, own_field_types
 from video_r1.errors import ConfigError
-from video_r1.plan_settings import PlanSettings, parse_bytes
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
+from video_r1.settings.base import own_field_types
+from video_r1.settings.plan import PlanSettings, parse_bytes
+from video_r1.settings.shared import ModelSettings, PromptSettings
+from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.training.memory_trace import Policy, Row, Traced, trace
 from video_r1.training.setup import lora_config
 from video_r1.training.sharding import Sharding, sharding_of

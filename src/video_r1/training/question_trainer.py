@@ -24,13 +24,13 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from video_r1.config import Settings
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.recipe import Recipe
+from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from video_r1.config import TGRPOSettings
 from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
@@ -23,6 +22,7 @@ from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
 from video_r1.rewards.shaping import format_reward, length_reward, temporal_reward
 from video_r1.rollout.engine import Rollout, RolloutEngine, RolloutGroup, SamplingSettings
+from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
 

@@ -12,11 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import RolloutGroup, SamplingSettings
+from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.metrics_log import Meter
 from video_r1.training.objective import importance_weights
 from video_r1.training.processes import gather
 from video_r1.training.questions import Slot
-from video_r1.vllm_settings import VLLMSettings
 
 if TYPE_CHECKING:
     from video_r1.training.tgrpo import TGRPOTrainer

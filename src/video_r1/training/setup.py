@@ -9,11 +9,11 @@ from typing import Any, cast
 import datasets
 from transformers import PreTrainedModel, ProcessorMixin
 
-from video_r1.config import DataSettings, ModelSettings
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor
 from video_r1.recipe import Recipe
+from video_r1.settings.shared import DataSettings, ModelSettings
 
 Questions = str | Path | Sequence[Sample] | datasets.Dataset
 

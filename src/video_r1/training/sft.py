@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
-from video_r1.config import PromptSettings, SFTSettings
 from video_r1.data.frame_cache import read_cached
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
 from video_r1.models.group_forward import KINDS, encode_together, through_wrapper, vision_language_model
 from video_r1.recipe import Recipe
+from video_r1.settings.shared import PromptSettings
+from video_r1.settings.training import SFTSettings
 from video_r1.training.processes import gather, process_count, process_index
 from video_r1.training.question_trainer import QuestionTrainer
 from video_r1.training.runs import run_in_folder

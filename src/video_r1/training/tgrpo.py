@@ -40,7 +40,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
-from video_r1.config import PromptSettings, TGRPOSettings
 from video_r1.data.frame_cache import read_cached
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
@@ -54,6 +53,9 @@ from video_r1.recipe import Recipe
 from video_r1.report.recording import record_group
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
+from video_r1.settings.shared import PromptSettings
+from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.ahead import RolloutsAhead, Sampled, sample_step
 from video_r1.training.guards import tolerated
@@ -76,7 +78,6 @@ from video_r1.training.sampler_mismatch import SamplerCheck, sampler_weights
 from video_r1.training.setup import Questions, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
 from video_r1.training.whole_weights import prepare_reference
-from video_r1.vllm_settings import VLLMSettings
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.config import Problem, Settings, positive, setting
+from video_r1.settings.base import Problem, Settings, positive, setting
 
 
 @dataclass(kw_only=True)

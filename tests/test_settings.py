@@ -13,19 +13,6 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_r1.config import (
-    AskSettings,
-    DataSettings,
-    EvalSettings,
-    ModelSettings,
-    PromptSettings,
-    Schedule,
-    Settings,
-    SFTSettings,
-    TGRPOSettings,
-    TrainingSettings,
-    own_field_types,
-)
 from video_r1.errors import ConfigError, RequestError
 from video_r1.recipe import (
     SECTIONS,
@@ -35,7 +22,11 @@ from video_r1.recipe import (
     save_resolved,
     training_argument_types,
 )
-from video_r1.setting_types import describe_type, matches, parse
+from video_r1.settings.base import Settings, own_field_types
+from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
+from video_r1.settings.training import Schedule, SFTSettings, TGRPOSettings, TrainingSettings
+from video_r1.settings.types import describe_type, matches, parse
 
 RL = {"model_name_or_path": "model", "train_manifest": "train.json", "output_dir": "run"}
 

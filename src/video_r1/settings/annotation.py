@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_r1.config import DecodingSettings, ManifestSettings, Problem, at_least, positive, setting, within
+from video_r1.settings.base import Problem, at_least, positive, setting, within
+from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.shared import ManifestSettings
 
 MANIFEST_ENDINGS = (".json", ".jsonl")
 

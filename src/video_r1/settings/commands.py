@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.config import ManifestSettings, Problem, Settings, at_least, positive, setting
+from video_r1.settings.base import Problem, Settings, at_least, positive, setting
+from video_r1.settings.shared import ManifestSettings
 
 
 @dataclass(kw_only=True)

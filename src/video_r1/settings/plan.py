@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.config import Problem, Settings, positive, setting
+from video_r1.settings.base import Problem, Settings, positive, setting
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 

@@ -1,0 +1,84 @@
+"""Settings of what a trained model is asked: evaluation and single questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from video_r1.settings.base import Problem, at_least, positive, setting
+from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings
+
+
+@dataclass(kw_only=True)
+class DecodingSettings(PromptSettings, LoadingSettings):
+    """Decoding"""
+
+    frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
+    model: str | None = setting(
+        None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint")
+    engine: str = setting(
+        "transformers", "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
+        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)")
+    concurrency: int = setting(16, "requests to an endpoint at once")
+    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    timeout: float = setting(600.0, "seconds for one request to an endpoint")
+    device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
+    max_new_tokens: int = setting(1024, "longest output in tokens")
+    temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
+    top_p: float = setting(0.001, "nucleus sampling; 1 is off")
+    seed: int = setting(42, "seed of sampling and of the shuffled orders")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "max_new_tokens", "concurrency", "timeout")
+        yield from at_least(self, 0, "temperature")
+        if not 0 < self.top_p <= 1:
+            yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
+        if self.engine not in ("transformers", "vllm") and not self.engine.startswith(("http://", "https://")):
+            yield "engine", f"is {self.engine!r}; it must be transformers, vllm or an address with http://"
+
+
+@dataclass(kw_only=True)
+class EvalSettings(DecodingSettings, ManifestSettings):
+    """Evaluation"""
+
+    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    out: str | None = setting(None, "folder for predictions and scores")
+    frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
+    order: list[Literal["ordered", "shuffled"]] = setting(
+        ["ordered"], "frame orders to evaluate; both together give the temporal gap")
+    batch_size: int = setting(8, "questions generated together")
+    limit: int | None = setting(None, "evaluate the first N questions only")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "batch_size", "limit")
+        if self.frames is not None and (not self.frames or min(self.frames) < 1):
+            yield "frames", f"is {self.frames}; it must be one or more frame counts above 0"
+        if not self.order or len(set(self.order)) < len(self.order):
+            yield "order", f"is {self.order}; name ordered, shuffled or both, each once"
+
+    @property
+    def frame_counts(self) -> list[int]:
+        return [self.max_frames] if self.frames is None else self.frames
+
+
+@dataclass(kw_only=True)
+class AskSettings(DecodingSettings):
+    """Question"""
+
+    path: str | None = setting(None, "video or image file")
+    question: str | None = setting(None, "the question")
+    options: list[str] = setting([], "options of a multiple-choice question")
+    problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
+        None, "kind of answer wanted (default: multiple choice when there are options, else free-form)")
+    start: float | None = setting(None, "start of the window of the clip, in seconds")
+    end: float | None = setting(None, "end of the window of the clip, in seconds")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.start is not None and self.end is not None and self.end <= self.start:
+            yield "end", f"is {self.end} s, not after start ({self.start} s)"
+        if self.problem_type == "multiple choice" and len(self.options) < 2:
+            yield "options", f"has {len(self.options)} entries; a multiple-choice question needs at least 2"

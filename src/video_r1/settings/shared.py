@@ -1,0 +1,107 @@
+"""Settings of several commands: frames and prompts, the model, the manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from video_r1.settings.base import Problem, Settings, at_least, positive, setting, within
+
+if TYPE_CHECKING:
+    from video_r1.data.media import FrameBudget
+
+
+@dataclass(kw_only=True)
+class PromptSettings(Settings):
+    """Frames and prompts"""
+
+    fps: float = setting(2.0, "frames per second of clip to aim for")
+    min_frames: int = setting(4, "fewest frames of a video (a shorter clip gives what it has)")
+    max_frames: int = setting(16, "most frames of a video")
+    frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels")
+    image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels")
+    max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped")
+    prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
+    media_seconds: float = setting(
+        120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes")
+    media_memory_mb: int = setting(4096, "memory that decoding one file may take, in MB, else it is unusable")
+    frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
+    frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used frames go")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
+        yield from positive(self, "max_prompt_length", "frame_cache_gb")
+        yield from at_least(self, 0, "media_seconds")
+        yield from at_least(self, 64, "media_memory_mb")
+        if self.max_frames < self.min_frames:
+            yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it"
+
+    def frame_budget(self, size_multiple: int) -> FrameBudget:
+        """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
+        from video_r1.data.media import FrameBudget  # imports torch
+
+        return FrameBudget(
+            fps=self.fps,
+            min_frames=self.min_frames,
+            max_frames=self.max_frames,
+            frame_pixels=self.frame_pixels,
+            image_pixels=self.image_pixels,
+            size_multiple=size_multiple,
+            seconds=self.media_seconds,
+            memory=self.media_memory_mb << 20,
+        )
+
+
+@dataclass(kw_only=True)
+class LoadingSettings(Settings):
+    """Loading"""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
+    attn_implementation: str | None = setting(None, "attention kernel: sdpa, flash_attention_2, ...")
+    trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
+
+
+@dataclass(kw_only=True)
+class ModelSettings(LoadingSettings):
+    """Model"""
+
+    model_name_or_path: str | None = setting(None, "checkpoint folder or Hugging Face model id")
+    freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
+    use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
+    lora_r: int = setting(64, "rank of the adapters")
+    lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_target_modules: list[str] | None = setting(
+        None, "modules to adapt (default: all linear layers of the language model)")
+    lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "lora_r", "lora_alpha")
+        yield from within(self, "lora_dropout", 0, 1)
+        if self.lora_target_modules and not self.use_peft:
+            yield "lora_target_modules", "is set while use_peft is false; set use_peft to true or remove it"
+        for name in ("lora_vision_tower", "load_in_4bit"):
+            if getattr(self, name) and not self.use_peft:
+                yield name, "is true while use_peft is false: 4-bit weights and a frozen tower need adapters"
+        if self.lora_vision_tower and self.lora_target_modules:
+            yield "lora_vision_tower", "is true while lora_target_modules names modules; name its own there"
+
+
+@dataclass(kw_only=True)
+class ManifestSettings(Settings):
+    """Manifest"""
+
+    media_root: str | None = setting(None, "folder that media paths start at (default: the manifest's)")
+    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+
+
+@dataclass(kw_only=True)
+class DataSettings(ManifestSettings):
+    """Data"""
+
+    train_manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")

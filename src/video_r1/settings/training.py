@@ -1,0 +1,148 @@
+"""Settings of SFT, GRPO and T-GRPO."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from video_r1.settings.base import Problem, Settings, at_least, positive, setting, within
+
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
+    "warmup_stable_decay", "greedy",
+]  # fmt: skip
+"""Those of `transformers.SchedulerType`."""
+
+SELF_REFLECTION_PHRASES = (
+    "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
+    "on second thought", "re-examine", "reconsider", "double-check", "verify", "actually,",
+)  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainingSettings(Settings):
+    """Training"""
+
+    output_dir: str | None = setting(None, "run folder: checkpoints, metrics, recorded rollouts")
+    seed: int = setting(42, "seed of everything random")
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
+    lr_scheduler_type: Schedule = setting("cosine", "learning-rate schedule")
+    weight_decay: float = setting(0.01, "AdamW's weight decay")
+    max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm")
+    per_device_train_batch_size: int = setting(1, "questions per device and forward pass")
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step")
+    num_train_epochs: float = setting(1.0, "passes over the training manifest")
+    max_steps: int = setting(-1, "optimizer steps; overrides num_train_epochs when above 0")
+    bf16: bool | None = setting(None, "bfloat16 mixed precision (default: where the device has it)")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass to save memory")
+    logging_steps: float = setting(1, "optimizer steps between two lines of metrics.jsonl")
+    save_steps: float = setting(100, "optimizer steps between two checkpoints")
+    report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
+    remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
+    media_threads: int = setting(2, "threads that decode the next questions' media during a step")
+    media_cache_mb: int = setting(512, "memory for decoded media that are kept for later epochs, in MB")
+    early_stopping_patience: int | None = setting(
+        None, "validations without a better metric_for_best_model before training stops (default: never)")
+    max_skipped_updates: int = setting(5, "updates in a row with a loss that is not finite before it stops")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
+        yield from positive(self, "media_threads", "max_skipped_updates", "early_stopping_patience")
+        metric = getattr(self, "metric_for_best_model", "not known yet")  # of TrainingArguments
+        if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
+            yield "early_stopping_patience", (
+                "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch")
+        yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
+        if self.max_steps <= 0 and self.num_train_epochs <= 0:
+            yield "num_train_epochs", (
+                f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0")
+        if self.remove_unused_columns:
+            yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
+
+
+@dataclass(kw_only=True)
+class SFTSettings(TrainingSettings):
+    """SFT"""
+
+    gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step")
+    max_response_length: int = setting(2048, "longest response in tokens; longer ones are skipped")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from positive(self, "max_response_length")
+
+
+@dataclass(kw_only=True)
+class TGRPOSettings(TrainingSettings):
+    """GRPO and T-GRPO"""
+
+    num_generations: int = setting(8, "G: completions per question with its frames in order")
+    num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
+    max_completion_length: int = setting(768, "longest completion in tokens")
+    temperature: float = setting(1.0, "sampling temperature; the same one scales the trained log-probs")
+    top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
+    top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained")
+    beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model")
+    epsilon: float = setting(0.2, "clip range of the policy ratio")
+    epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
+    scale_rewards: Literal["group", "batch", "none"] = setting(
+        "group", "whose standard deviation advantages are divided by")
+    num_iterations: int = setting(1, "updates on each batch of rollouts")
+    temporal_rule: Literal["margin", "threshold", "off"] = setting(
+        "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none")
+    temporal_alpha: float = setting(0.3, "size of the temporal reward")
+    temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'")
+    correct_threshold: float = setting(0.5, "a response counts as correct above this accuracy reward")
+    length_reward: float = setting(0.2, "added to a correct response of a length in length_range")
+    length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
+    reward_weights: dict[str, float] = setting(
+        {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
+        "weight of each reward by name; one that is not named has 1")
+    self_reflection_phrases: list[str] = setting(
+        list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged")
+    log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
+    preflight_questions: int = setting(4, "questions tried first, to stop when no reward is in reach")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.num_generations < 2:
+            yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
+        if self.temporal_rule != "off" and self.shuffled_generations < 1:
+            yield "num_shuffled_generations", (
+                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
+                "use at least 1, or temporal_rule off")
+        yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
+        yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
+        yield from at_least(self, 0, "length_reward", "log_rollouts", "preflight_questions")
+        for name, off in (("top_p", 1), ("top_k", 0)):
+            if getattr(self, name) != off:
+                yield name, (
+                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
+                    f"no cut-off: leave it at {off} and change temperature instead")
+        every = self.save_steps
+        if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
+            yield "save_steps", (
+                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
+                "two updates on the same rollouts could not be continued exactly")
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
+        yield from within(self, "correct_threshold", 0, 1)
+        if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
+            yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
+        elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
+            yield "length_range", (
+                f"starts at {self.length_range[0]} tokens, above max_completion_length "
+                f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0")
+
+    @property
+    def shuffled_generations(self) -> int:
+        """Completions sampled with shuffled frames per video question: 0 when the temporal reward is off."""
+        if self.temporal_rule == "off":
+            return 0
+        if self.num_shuffled_generations is not None:
+            return self.num_shuffled_generations
+        return max(1, self.num_generations // 2)
