@@ -30,5 +30,6 @@ check: install-vllm ## ruff and pyright
 	$(PY) -m pyright
 
 bench: install-vllm ## every benchmark, each prints one JSON object
+	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'
 	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -v '^_'); do \
 		$(PY) -m benchmarks.$$name --json || exit 1; done
