@@ -32,7 +32,7 @@ class Journal:
         self._failed: set[str] = set()
         try:
             self._read(settings)
-        except BaseException:
+        except BaseException:  # whatever it was: nobody else has the file to close it
             self._file.close()
             raise
 

@@ -87,7 +87,7 @@ class TransferHandOver:
         except (OSError, RuntimeError) as error:  # the other side is gone (NCCL says so with the latter)
             self.close()
             raise ServerFailure(f"the transfer of weights broke off: {error}") from error
-        except BaseException:
+        except BaseException:  # whatever it was, Ctrl-C too: a half-used connection cannot be used again
             self.close()
             raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -41,7 +42,7 @@ from video_r1.training.setup import Questions, as_samples, as_validation, given_
 from video_r1.training.whole_weights import whole_weights
 
 
-class QuestionTrainer(Trainer):
+class QuestionTrainer(Trainer, ABC):
     """A trainer whose data set is a manifest, and whose run folder has metrics and quarantined media.
 
     A subclass says what is read of a sample (`load`, kept in memory), what a step needs of it (`build`), and
@@ -93,17 +94,17 @@ class QuestionTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.add_callback(StepProgress(self.progress_title, self.progress_series))
 
+    @abstractmethod
     def load(self, sample: Sample) -> Any:
         """What is read of a sample and kept in memory. Raises MediaError or PromptError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def build(self, sample: Sample, loaded: Any, generator: torch.Generator) -> Any:
         """What a step needs of a sample. Raises PromptError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Figures of held-out questions."""
-        raise NotImplementedError
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, this process has all weights of a model that is sharded, and runs it at its own pace."""
