@@ -39,7 +39,12 @@ def in_a_process(url: str, manifest: Path, out: Path) -> subprocess.Popen[str]:
     words = ["annotate", str(manifest), "--teacher", url, "--out", str(out), "--concurrency", "4"]
     words += [word for name, value in SMALL.items() for word in (f"--{name}", str(value))]
     return subprocess.Popen(
-        [sys.executable, "-m", "video_r1", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "video_r1", *words],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs ignore Ctrl-C, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
@@ -55,7 +60,7 @@ def test_an_interrupted_run_continues_to_the_same_files(
 
     endpoint.requests.clear()
     endpoint.script |= {number: script * 9 for number, script in events.items()}
-    endpoint.answered, endpoint.pause = 0, 0.02
+    endpoint.answered, endpoint.pause = 0, 0.1  # two thirds are still to come when the signal does
     process = in_a_process(endpoint.url, manifest, out)
     wait_for(endpoint, 20)
     process.send_signal(signal_)
