@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # One thread per process: the tests' models are too small for more, and pytest-xdist runs two processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install install-vllm demo test test-slow check bench
+.PHONY: help install install-test demo test test-slow check bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -13,23 +13,23 @@ help: ## list the targets
 install: ## set up .venv
 	@PYTHON=$(PYTHON) VENV=$(VENV) setup/install.sh
 
-install-vllm: install ## add vLLM for CPUs where there is no GPU
-	@VENV=$(VENV) setup/install-vllm.sh
+install-test: install ## add what tests use besides: DeepSpeed, bitsandbytes, trackers, vLLM for CPUs
+	@VENV=$(VENV) setup/install-test.sh
 
 demo: install ## the whole pipeline on made-up clips, about 10 minutes on two cores; see runs/demo
 	$(PY) -m video_r1 demo
 
-test: install-vllm ## the fast tests
+test: install-test ## the fast tests
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
 
-test-slow: install-vllm ## all tests, the long ones too
+test-slow: install-test ## all tests, the long ones too
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-check: install-vllm ## ruff and pyright
+check: install-test ## ruff and pyright
 	$(PY) -m ruff check .
 	$(PY) -m pyright
 
-bench: install-vllm ## every benchmark, each prints one JSON object
+bench: install-test ## every benchmark, each prints one JSON object
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'
 	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -v '^_'); do \
 		$(PY) -m benchmarks.$$name --json || exit 1; done

