@@ -7,7 +7,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from video_r1.annotation.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
 from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.judging import Rules
 from video_r1.annotation.runner import Counts, annotate, digest
@@ -17,6 +16,7 @@ from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error
+from video_r1.rollout.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.decoding import DecodingSettings

@@ -20,14 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
-from video_r1.annotation.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
-from video_r1.annotation.judging import Completion
 from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
 from video_r1.data.frame_cache import FrameCache, read_cached
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Template
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError, VideoR1Error
+from video_r1.rollout.chat import Completion, Endpoint, FramesAs, chat_content, completions_of, video_fields
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post_once
 

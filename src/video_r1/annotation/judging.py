@@ -11,6 +11,7 @@ from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.data.records import Sample
 from video_r1.rewards.answers import extract_answer, read_answer
 from video_r1.rewards.correctness import correctness
+from video_r1.rollout.chat import Completion
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +21,6 @@ class Rules:
     threshold: float = 0.6
     length_range: tuple[int, int] = (20, 1000)
     choose: Literal["best", "majority"] = "best"
-
-
-class Completion(NamedTuple):
-    """What a teacher wrote. finish_reason: "stop", "length" (cut off), "content_filter" or another word
-    of the endpoint's."""
-
-    text: str
-    finish_reason: str
 
 
 class Judged(NamedTuple):
@@ -78,8 +71,6 @@ def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
     rationale = rationale_of(text)
     answer = read_answer(text, kind, options) if extract_answer(text) else ""
     truth = sample.answer
-    if kind == "multiple choice":  # a manifest may have "B. right" for "B"
-        truth = read_answer(sample.solution, kind, options) or truth
     score = correctness(kind, answer, truth)
     references = (sample.problem, *options, truth)
     checks = {

@@ -23,11 +23,12 @@ from typing import Any, TextIO
 
 from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.annotation.journal import Journal, replaced
-from video_r1.annotation.judging import Completion, Rules, Verdict, judge
+from video_r1.annotation.judging import Rules, Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
 from video_r1.data.records import Sample
 from video_r1.errors import RequestError
 from video_r1.progress import progress
+from video_r1.rollout.chat import Completion
 
 FAILURES = ("media", "prompt", "endpoint")
 """Kinds of questions without rationales; see `teachers.Failed`."""

@@ -61,7 +61,7 @@ class Sample:
     problem: str  # the question, without options or instructions
     data_type: DataType
     problem_type: ProblemType
-    solution: str  # "<answer>…</answer>"
+    solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
     path: str  # the media file: absolute, links followed, inside the media root; or an http(s) URL
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
@@ -238,7 +238,9 @@ def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample
         answer = match.group(1).strip() if match else ""
         if not answer:
             found.append(f"solution is {_shown(solution)}; it must be <answer>…</answer> with a text inside")
-    options = _options(row, problem_type, answer, min_options, found)
+    options, letter = _options(row, problem_type, answer, min_options, found)
+    if letter is not None:
+        solution = f"<answer>{letter}</answer>"  # however it is spelled: answers are compared exactly
     if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
         found.append(
             f"the solution of a {problem_type} problem must be a finite number, not {_shown(answer)}"
@@ -302,20 +304,21 @@ def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[
 
 def _options(
     row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
-) -> tuple[str, ...]:
+) -> tuple[tuple[str, ...], str | None]:
+    """The options, and the letter of the solution where the problem is multiple choice."""
     options = row.get("options")
     if options is None:
         options = []
     if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
         found.append(f"options is {_shown(options)}; it must be a list of strings")
-        return ()
+        return (), None
     if problem_type != "multiple choice":
         if options and problem_type:
             found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
-        return tuple(options)
+        return tuple(options), None
     if len(options) < min_options:
         found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
-        return tuple(options)
+        return tuple(options), None
     letters = []
     for option in options:
         match = _LETTER.match(option)
@@ -326,19 +329,19 @@ def _options(
     twice = sorted({letter for letter in letters if letters.count(letter) > 1})
     if twice:
         found.append(f"options use the letter {', '.join(twice)} more than once")
-    if answer and len(letters) == len(options):
-        solution = _LETTER.match(answer)
-        if solution is None:
-            found.append(
-                f"the solution of a multiple choice problem must be an option's letter, not {_shown(answer)}"
-            )
-            return tuple(options)
-        letter = solution.group(1)
-        if letter not in letters:
-            found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
-        elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
-            found.append(f"the solution {_shown(answer)} is not the text of option {letter}")
-    return tuple(options)
+    if not answer or len(letters) < len(options):
+        return tuple(options), None
+    solution = _LETTER.match(answer)
+    letter = solution and solution.group(1)
+    if letter is None:
+        found.append(
+            f"the solution of a multiple choice problem must be an option's letter, not {_shown(answer)}"
+        )
+    elif letter not in letters:
+        found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
+    elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
+        found.append(f"the solution {_shown(answer)} is not the text of option {letter}")
+    return tuple(options), letter
 
 
 def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[float | None, float | None]:

@@ -55,12 +55,9 @@ class Scored(NamedTuple):
 def score_output(sample: Sample, output: str) -> Scored:
     """Scores one output, tolerantly and strictly: regression by MRA, all else by the training reward."""
     prediction = read_answer(output, sample.problem_type, sample.options)
-    truth = sample.answer
-    if sample.problem_type == "multiple choice":  # a manifest may have "B. right" for "B"
-        truth = read_answer(sample.solution, sample.problem_type, sample.options) or truth
     return Scored(
         prediction,
-        _score(sample.problem_type, prediction, truth),
+        _score(sample.problem_type, prediction, sample.answer),
         _score(sample.problem_type, extract_answer(output), sample.answer),
         format_reward(output),
     )

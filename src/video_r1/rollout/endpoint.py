@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.annotation.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder, load_template
 from video_r1.data.records import Sample
 from video_r1.errors import VideoR1Error
+from video_r1.rollout.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, post
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds

@@ -8,19 +8,26 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from PIL import Image
 from torch import Tensor
 
-from video_r1.annotation.judging import Completion
 from video_r1.data.media import Media
 from video_r1.errors import ConfigError
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
 
 JPEG_QUALITY = 90
 FramesAs = Literal["images", "video"]
+
+
+class Completion(NamedTuple):
+    """One answer of a model. finish_reason: "stop", "length" (cut off), "content_filter" or another word
+    of the endpoint's."""
+
+    text: str
+    finish_reason: str
 
 
 @dataclass(frozen=True, slots=True)
