@@ -39,7 +39,7 @@ def endpoint() -> Iterator[ChatEndpoint]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
 
 
 # ---- What is written
@@ -156,9 +156,7 @@ def test_a_video_for_an_endpoint_that_takes_none(endpoint: ChatEndpoint, tmp_pat
 
 def test_a_reasoning_that_stands_apart_is_the_rationale() -> None:
     message = {"reasoning_content": " It goes right. ", "content": "\n<answer>B</answer>"}
-    (completion,) = endpoint_module.completions_of(
-        {"choices": [{"message": message, "finish_reason": "stop"}]}
-    )
+    (completion,) = chat.completions_of({"choices": [{"message": message, "finish_reason": "stop"}]})
     assert completion.text == "<think>It goes right.</think>\n<answer>B</answer>"
 
 
@@ -188,7 +186,7 @@ def test_an_answer_that_never_ends_is_given_up(endpoint: ChatEndpoint, tmp_path:
 
 
 def test_a_pause_that_the_endpoint_asks_for_costs_no_attempt(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    endpoint.script[0] = ["busy"] * (endpoint_module.ATTEMPTS + 4)
+    endpoint.script[0] = ["busy"] * (chat.ATTEMPTS + 4)
     assert annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json").questions == {
         "kept": 1
     }
@@ -200,7 +198,7 @@ def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(
     manifest, out = write_questions(tmp_path, 4), tmp_path / "cot.json"
     endpoint.script[2] = [500] * 100
     assert annotate(endpoint.url, manifest, out).questions == {"kept": 3, "endpoint": 1}
-    assert len(endpoint.requests) == 3 + endpoint_module.ATTEMPTS
+    assert len(endpoint.requests) == 3 + chat.ATTEMPTS
     assert "1 questions were not answered; the same command asks them again" in capsys.readouterr().out
     endpoint.script.clear()
     endpoint.requests.clear()

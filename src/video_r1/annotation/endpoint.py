@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import queue
-import random
 import resource
 import threading
 import time
@@ -26,12 +25,18 @@ from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Template
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError, VideoR1Error
-from video_r1.rollout.chat import Completion, Endpoint, FramesAs, chat_content, completions_of, video_fields
+from video_r1.rollout.chat import (
+    ATTEMPTS,
+    Completion,
+    Endpoint,
+    FramesAs,
+    chat_request,
+    completions_of,
+    pause_before,
+)
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post_once
 
-ATTEMPTS = 8  # of one request
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
 OTHER_FILES = 256  # that a process may have open beside one for each request
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
 # A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
@@ -45,9 +50,8 @@ class Stopped(Exception):
 class EndpointTeacher:
     """Asks `model` at the endpoint for `sampling.n` rationales of each question.
 
-    frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
-    vision understands; "video" as one video of those frames, vLLM's form. held: questions whose frames are in
-    memory at once. request_fields: added to each request; None leaves a field out.
+    frames_as: see `chat_request`. held: questions whose frames are in memory at once. request_fields: added
+    to each request; None leaves a field out.
 
     Failures that pass (5xx, 429, time-outs, broken or unusable answers) are tried again with growing pauses,
     or after the pause that the endpoint asks for; then the question is given up and listed. VideoR1Error is
@@ -180,10 +184,9 @@ class EndpointTeacher:
                     if not self._was_away():
                         raise
                     attempt = 1
-                pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
                 if failure.retry_after is not None:
                     self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
-                self._sleep(pause * random.uniform(0.5, 1.0))  # not all at the same moment
+                self._sleep(pause_before(max(1, attempt)))
 
     def _post(self, sample: Sample, fields: dict[str, Any]) -> Any:
         """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
@@ -206,17 +209,9 @@ class EndpointTeacher:
 
     def _body(self, sample: Sample, fields: dict[str, Any]) -> bytes:
         media = read_cached(sample, self.budget, self.frame_cache)
-        content = chat_content(self.template.render(sample), media, self.frames_as)
-        request = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": content}],
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "max_tokens": self.sampling.max_tokens,
-            **fields,
-            **(video_fields(media) if self.frames_as == "video" and media.kind == "video" else {}),
-            **self.request_fields,
-        }
+        question = self.template.render(sample)
+        request = chat_request(self.model, question, media, self.frames_as, self.sampling)
+        request |= fields | self.request_fields
         return json.dumps({name: value for name, value in request.items() if value is not None}).encode()
 
     def _was_away(self) -> bool:

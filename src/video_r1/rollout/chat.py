@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from torch import Tensor
 
 from video_r1.data.media import Media
 from video_r1.errors import ConfigError
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
 
 JPEG_QUALITY = 90
+ATTEMPTS = 8  # of one request whose failures pass
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
 FramesAs = Literal["images", "video"]
 
 
@@ -38,6 +42,30 @@ class Endpoint:
     key: str | None = None
     timeout: float = 600.0
     wait: float = 240.0
+
+
+def chat_request(
+    model: str, question: str, media: Media, frames_as: FramesAs, sampling: SamplingSettings
+) -> dict[str, Any]:
+    """The body of a request for one completion; `n` and `seed` are the caller's to add.
+
+    frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
+    vision understands; "video" as one video of those frames, vLLM's form.
+    """
+    is_video = media.kind == "video" and frames_as == "video"
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": chat_content(question, media, frames_as)}],
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        **(video_fields(media) if is_video else {}),
+    }
+
+
+def pause_before(attempt: int) -> float:
+    """Seconds to wait before attempt 1, 2, …: doubled each time, and not the same for all who wait."""
+    return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
 
 def chat_content(question: str, media: Media, frames_as: FramesAs) -> list[dict[str, Any]]:

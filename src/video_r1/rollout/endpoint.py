@@ -6,7 +6,6 @@ sampled and how likely it was stays its own, so nothing can be trained on it.
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,11 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder, load_template
 from video_r1.data.records import Sample
 from video_r1.errors import VideoR1Error
-from video_r1.rollout.chat import Endpoint, FramesAs, chat_content, completions_of, video_fields
+from video_r1.rollout.chat import ATTEMPTS, Endpoint, FramesAs, chat_request, completions_of, pause_before
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, post
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
-ATTEMPTS = 8  # of one request
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts: doubled each time
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
 
@@ -52,9 +49,8 @@ class TextPrompts(PromptBuilder):
 class EndpointEngine:
     """Asks `model` at the endpoint, with up to `concurrency` requests at once.
 
-    frames_as: "images" gives a clip as one image a frame with its time before it, "video" as one video of
-    those frames (vLLM's form). Failures that pass (no connection, 5xx, 429, time-outs, unusable answers) are
-    tried again, with growing pauses or after the pause that the endpoint asks for.
+    frames_as: see `chat_request`. Failures that pass (no connection, 5xx, 429, time-outs, unusable answers)
+    are tried again, with growing pauses or after the pause that the endpoint asks for.
     """
 
     def __init__(
@@ -101,15 +97,7 @@ class EndpointEngine:
     def _request(self, prompt: Prompt, sampling: SamplingSettings) -> dict[str, Any]:
         parts = prompt.messages[0]["content"]
         text = "".join(part["text"] for part in parts if part["type"] == "text")
-        is_video = prompt.media.kind == "video" and self.frames_as == "video"
-        return {
-            "model": self.model,
-            "messages": [{"role": "user", "content": chat_content(text, prompt.media, self.frames_as)}],
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            **(video_fields(prompt.media) if is_video else {}),
-        }
+        return chat_request(self.model, text, prompt.media, self.frames_as, sampling)
 
     def _ask(self, request: dict[str, Any]) -> list[Rollout]:
         """One request, tried again while its failures pass."""
@@ -127,8 +115,8 @@ class EndpointEngine:
                         f"{endpoint.url} failed {ATTEMPTS} times at one request: {failure}; started again, "
                         "an evaluation continues"
                     ) from failure
-                pause = min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0)
-                time.sleep(pause if failure.retry_after is None else failure.retry_after)
+                asked = failure.retry_after
+                time.sleep(pause_before(attempt + 1) if asked is None else asked)
         said = reply.get("usage") or {}
         tokens = round((said.get("completion_tokens") or 0) / len(completions))
         return [
