@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from video_r1.errors import ManifestError
+from video_r1.hub import ask_the_hub, is_hub_id
 
 if TYPE_CHECKING:
     import datasets
@@ -58,11 +59,15 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
         if not path.is_dir():
             raise ManifestError(f"{path}: no such manifest file")
         yield from _dataset_rows(_load(str(path)), split)
+    elif not path.exists() and "/" in str(source) and not is_hub_id(str(source)):
+        raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
     else:
         yield from _dataset_rows(_load(str(source)), split)
 
 
 def _load(name: str, **arguments: Any) -> Any:
+    if not Path(name).exists() and "data_files" not in arguments:
+        ask_the_hub()
     import datasets  # takes two seconds, and a JSON manifest does without it
 
     try:

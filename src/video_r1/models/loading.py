@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,9 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from video_r1.errors import ConfigError
+from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.group_forward import vision_language_model
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Qwen2-VL has fc1 and fc2, Qwen2.5-VL gate, up and down, Qwen3-VL linear_fc1 and linear_fc2.
 VISION_LAYERS = (
@@ -45,7 +44,7 @@ def load_model(
     missing or incomplete, when it holds no video-language model, and when weights are missing or not in
     safetensors files.
     """
-    source = _checked_source(path)
+    source = checked_source(path)
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
@@ -76,7 +75,7 @@ def load_model(
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
     """Tokenizer, image processor, video processor and chat template. Raises ConfigError if one is missing."""
-    source = _checked_source(path, with_weights=False)
+    source = checked_source(path, with_weights=False)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -168,7 +167,10 @@ def add_lora(
     return peft.get_peft_model(model, config)
 
 
-def _checked_source(path: str | Path, with_weights: bool = True) -> str:
+def checked_source(path: str | Path, with_weights: bool = True) -> str:
+    """A checkpoint folder or a hub id as from_pretrained takes it. with_weights: the folder has to be a whole
+    model. Raises ConfigError, without asking the hub, for a folder that is missing or incomplete.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not with_weights:
@@ -180,9 +182,10 @@ def _checked_source(path: str | Path, with_weights: bool = True) -> str:
         return str(folder)
     if folder.exists():
         raise ConfigError(f"{path}: this is a file; name the checkpoint folder")
-    if HUB_ID.fullmatch(str(path)):
+    if is_hub_id(str(path)):
+        ask_the_hub()
         return str(path)
-    raise ConfigError(f"{path}: no such folder, and not a hub id of the form owner/name")
+    raise ConfigError(f"{path}: no such folder, and not the id of a model on the hub")
 
 
 def _check_weight_files(source: str) -> None:

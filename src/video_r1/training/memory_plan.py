@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from video_r1.errors import ConfigError
+from video_r1.models.loading import checked_source
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
 from video_r1.settings.base import own_field_types
@@ -241,10 +242,11 @@ def model_config(source: str | None) -> PreTrainedConfig:
             "model_config: is missing; name a folder or hub id that has the model's config.json"
         )
     try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(checked_source(source, with_weights=False))
+    except (OSError, ValueError, ConfigError) as error:
+        reason = str(error).strip().splitlines()[0].removeprefix(f"{source}: ")
         raise ConfigError(
-            f"{source}: its config.json cannot be read ({str(error).strip().splitlines()[0]}); it is all "
+            f"{source}: its config.json cannot be read ({reason}); it is all "
             "that a plan needs: if the checkpoint does not exist yet or the hub is out of reach, name a "
             "folder with the config.json of a model of the same shape in --model_config"
         ) from error
