@@ -1,19 +1,27 @@
 """vLLM in this process against the trained model, token by token."""
+
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from vllm_prompts import assert_same_greedy, change, clip_prompts, differences, lab_prompts
+from vllm_prompts import (
+    assert_same_greedy,
+    change,
+    check_hand_over,
+    check_hand_over_of_vision,
+    clip_prompts,
+    ids,
+    lab_prompts,
+)
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import RequestError
 from video_r1.models.lab import base_folder
-from video_r1.models.loading import add_lora, load_model, load_processor
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.models.loading import load_model, load_processor
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import sampling_logprobs
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm import VLLMEngine
@@ -42,10 +50,6 @@ def model(engine: VLLMEngine) -> Any:
 @pytest.fixture(scope="module")
 def prompts(processor: Any) -> list[Prompt]:
     return clip_prompts(processor)
-
-
-def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
-    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
 
 @pytest.mark.usefixtures("model")
@@ -96,33 +100,11 @@ def test_a_prompt_is_prefilled_once(
 def test_logprobs_before_and_after_the_hand_over(
     engine: VLLMEngine, model: Any, prompts: list[Prompt], peft: bool
 ) -> None:
-    settings = SamplingSettings(n=4, max_tokens=24, seed=1)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-3
-    for _ in range(2):  # the second hand-over of a model has failed where the first one had not
-        if peft:
-            model = add_lora(model, rank=4, alpha=8)
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    torch.nn.init.normal_(parameter, std=0.05)
-        else:
-            change(model)
-        stale = differences(model, prompts, engine.generate(prompts, settings))
-        assert stale.mean() > 0.02 and stale.max() > 0.3
-        engine.update_weights(model)
-        fresh = differences(model, prompts, engine.generate(prompts, settings))
-        assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
-        if peft:
-            break
+    check_hand_over(engine, model, prompts, peft)
 
 
 def test_the_vision_tower_is_handed_over(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
-    """Of it alone, the visual features are stale when a cache keeps them."""
-    settings = SamplingSettings(n=4, max_tokens=24, seed=2)
-    engine.generate(prompts, settings)
-    change(model.model.visual, 0.3)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() > 0.1
-    engine.update_weights(model)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-2
+    check_hand_over_of_vision(engine, model, prompts)
 
 
 @pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.0, 1.0, 0), (0.7, 0.9, 5), (0.0, 1.0, 0)])

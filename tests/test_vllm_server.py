@@ -19,13 +19,22 @@ from server_process import ServerProcess
 from test_vllm_training import trained
 from tiny_models import tiny_model, tiny_processor
 from tiny_questions import read_lines
-from vllm_prompts import assert_same_greedy, change, clip_prompts, differences, lab_prompts
+from vllm_prompts import (
+    assert_same_greedy,
+    change,
+    check_hand_over,
+    check_hand_over_of_vision,
+    clip_prompts,
+    differences,
+    ids,
+    lab_prompts,
+)
 
 from video_r1.data.lab import write_lab
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.lab import base_folder
-from video_r1.models.loading import add_lora, load_model, load_processor
+from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.server import ServerEngine
 from video_r1.rollout.server_weights import FolderHandOver
@@ -103,28 +112,11 @@ def test_what_it_starts_with_and_what_it_receives(
 def test_logprobs_before_and_after_the_hand_over(
     engine: ServerEngine, model: Any, prompts: list[Prompt], peft: bool
 ) -> None:
-    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-3
-    if peft:
-        model = add_lora(model, rank=4, alpha=8)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-    else:
-        change(model)
-    stale = differences(model, prompts, engine.generate(prompts, SETTINGS))
-    assert stale.mean() > 0.02 and stale.max() > 0.3
-    engine.update_weights(model)
-    fresh = differences(model, prompts, engine.generate(prompts, SETTINGS))
-    assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
+    check_hand_over(engine, model, prompts, peft)
 
 
 def test_the_vision_tower_is_handed_over(engine: ServerEngine, model: Any, prompts: list[Prompt]) -> None:
-    """Of it alone, the visual features are stale when a cache keeps them."""
-    engine.generate(prompts, SETTINGS)
-    change(model.model.visual, 0.3)
-    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() > 0.1
-    engine.update_weights(model)
-    assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-2
+    check_hand_over_of_vision(engine, model, prompts)
 
 
 def test_weights_from_a_folder(
@@ -262,7 +254,3 @@ def improvement(lines: list[dict[str, Any]]) -> float:
     """How much higher the reward is in the last two steps than in the first two."""
     rewards = [line["reward/brevity"] for line in lines]
     return statistics.mean(rewards[-2:]) - statistics.mean(rewards[:2])
-
-
-def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
-    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]

@@ -2,6 +2,7 @@
 
 `tiny_checkpoint` writes a folder that every Auto class loads; `write_clip` writes an H.264 MP4.
 """
+
 from __future__ import annotations
 
 import json
@@ -32,6 +33,8 @@ from transformers import (
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from video_r1.models import lab
+
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -43,32 +46,15 @@ CORPUS = (
     "<think>First the square is left, then it is right, so it moves right.</think> <answer>B</answer>",
     "How many circles appear in the video? Give a number. system user assistant seconds",
 )
-# The chat format of the Qwen vision models: media stand where the content list has them.
-CHAT_TEMPLATE = """{%- if messages[0]['role'] != 'system' and default_system -%}
+# The chat format of the Qwen vision models: the lab's, with the default system message.
+CHAT_TEMPLATE = (
+    """{%- if messages[0]['role'] != 'system' and default_system -%}
 <|im_start|>system
 You are a helpful assistant.<|im_end|>
 {% endif -%}
-{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{% if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part['type'] == 'video' -%}
-<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
 """
+    + lab.CHAT_TEMPLATE
+)
 
 
 def chat_template(family: str) -> str:

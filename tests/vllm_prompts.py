@@ -15,7 +15,8 @@ from video_r1.data.media import FrameBudget, Media, read_media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.models.group_forward import group_logprobs
-from video_r1.rollout.engine import Rollout
+from video_r1.models.loading import add_lora
+from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
 
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
 COUNT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")
@@ -50,6 +51,41 @@ def change(model: torch.nn.Module, size: float = 0.05) -> None:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(noise * size * parameter.std(unbiased=False))
+
+
+def check_hand_over(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt], peft: bool) -> None:
+    """The engine, which has the model's weights, samples from them, from stale ones after a change, and from
+    the changed ones after a hand-over: all weights twice (a second one can fail where the first did not), or
+    those of an adapter once."""
+    settings = SamplingSettings(n=4, max_tokens=24, seed=1)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-3
+    for _ in range(1 if peft else 2):
+        if peft:
+            model = add_lora(model, rank=4, alpha=8)
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    torch.nn.init.normal_(parameter, std=0.05)
+        else:
+            change(model)
+        stale = differences(model, prompts, engine.generate(prompts, settings))
+        assert stale.mean() > 0.02 and stale.max() > 0.3
+        engine.update_weights(model)
+        fresh = differences(model, prompts, engine.generate(prompts, settings))
+        assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
+
+
+def check_hand_over_of_vision(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]) -> None:
+    """Of the vision tower alone: its features are stale when a cache keeps them."""
+    settings = SamplingSettings(n=4, max_tokens=24, seed=2)
+    engine.generate(prompts, settings)
+    change(model.model.visual, 0.3)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() > 0.1
+    engine.update_weights(model)
+    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-2
+
+
+def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
+    return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
 
 def lab_prompts(folder: Path, processor: Any, count: int = 50) -> list[Prompt]:

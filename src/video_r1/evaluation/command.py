@@ -21,7 +21,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     bench = bench or BenchmarkSettings()
     if (settings.manifest is None) == (bench.bench is None):
         raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
-    from video_r1.evaluation.suite import evaluate_manifest, load_manifest_of, load_suite, run_suite
+    from video_r1.evaluation.suite import asked_by, evaluate_manifest, load_manifest_of, load_suite, run_suite
     from video_r1.rollout.choice import open_engine, open_prompts
 
     assert settings.model is not None  # settings without it are refused
@@ -31,10 +31,11 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     samples = load_manifest_of(settings) if settings.manifest else []
     processor, builder, budget = open_prompts(settings)
     with closing(open_engine(settings, processor)) as engine:
+        asked = asked_by(settings, bench, engine, builder, budget)
         if bench.bench:
-            summary = run_suite(suite, settings, bench, folder, engine, builder, budget)
+            summary = run_suite(suite, settings, bench, folder, asked)
         else:
-            summary = evaluate_manifest(samples, settings, bench, folder, engine, builder, budget)
+            summary = evaluate_manifest(samples, settings, bench, folder, asked)
     print(f"\npredictions and figures: {folder}")
     return summary
 

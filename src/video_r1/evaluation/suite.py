@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +26,9 @@ from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
+
+# Evaluates samples (samples, *, output_dir) and gives the summary: `evaluate` with all else decided.
+Asked = Callable[..., dict[str, Any]]
 
 
 def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
@@ -50,27 +54,48 @@ def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -
     return loaded
 
 
+def asked_by(
+    settings: EvalSettings,
+    bench: BenchmarkSettings,
+    engine: RolloutEngine,
+    builder: PromptBuilder,
+    budget: FrameBudget,
+) -> Asked:
+    """`evaluate` as the settings have it; it is left the samples and the output_dir."""
+    return partial(
+        evaluate,
+        engine=engine,
+        prompt_builder=builder,
+        budget=budget,
+        orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
+        frames=settings.frame_counts,
+        sampling=SamplingSettings(
+            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
+        ),
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        description={"model": settings.model},
+        frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
+    )
+
+
 def run_suite(
     suite: Sequence[Questions],
     settings: EvalSettings,
     bench: BenchmarkSettings,
     folder: Path,
-    engine: RolloutEngine,
-    builder: PromptBuilder,
-    budget: FrameBudget,
+    asked: Asked,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Evaluates all benchmarks, prints their tables and returns what goes into `folder`/summary.json.
 
-    Started again with the same settings it continues, as `evaluate` does.
+    asked: see `asked_by`. Started again with the same settings it continues, as `evaluate` does.
     """
     results: dict[str, dict[str, Any]] = {}
     for number, questions in enumerate(suite):
         if settings.limit is not None:
             questions = _first(questions, settings.limit)
-        summary = _evaluate(
-            questions.samples, settings, bench, folder / questions.name, engine, builder, budget
-        )
+        summary = asked(questions.samples, output_dir=folder / questions.name)
         results[questions.name] = described(questions, summary)
         say(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
         say(summary_table(summary))
@@ -102,45 +127,16 @@ def evaluate_manifest(
     settings: EvalSettings,
     bench: BenchmarkSettings,
     folder: Path,
-    engine: RolloutEngine,
-    builder: PromptBuilder,
-    budget: FrameBudget,
+    asked: Asked,
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
     """Evaluates one manifest, prints its table and returns the summary that `evaluate` writes."""
-    summary = _evaluate(samples, settings, bench, folder, engine, builder, budget)
+    summary = asked(samples, output_dir=folder)
     say(summary_table(summary))
     if bench.temporal_gap:
         title = Path(str(settings.manifest)).stem
         _write_gap_page(folder, {title: {"title": title, "frames": summary["frames"]}}, settings, say)
     return summary
-
-
-def _evaluate(
-    samples: Sequence[Sample],
-    settings: EvalSettings,
-    bench: BenchmarkSettings,
-    folder: Path,
-    engine: RolloutEngine,
-    builder: PromptBuilder,
-    budget: FrameBudget,
-) -> dict[str, Any]:
-    return evaluate(
-        samples,
-        engine,
-        builder,
-        budget,
-        output_dir=folder,
-        orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
-        frames=settings.frame_counts,
-        sampling=SamplingSettings(
-            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
-        ),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        description={"model": settings.model},
-        frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
-    )
 
 
 def _write_gap_page(

@@ -28,11 +28,10 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
-from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.server_weights import FolderHandOver, HandOver, TransferHandOver
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm_parallel import is_distributed
-from video_r1.rollout.vllm_requests import check_length, sampling_parameters, server_request
+from video_r1.rollout.vllm_requests import Ask, asks_of, server_request
 from video_r1.rollout.vllm_serve import WANTED, shape
 from video_r1.rollout.vllm_weights import checkpoint_weights
 
@@ -188,26 +187,19 @@ class ServerEngine:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
         """As VLLMEngine.generate. Raises VideoR1Error when the server stays away or keeps failing."""
-        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
-        if len(counts) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
-        asked = [index for index, count in enumerate(counts) if count]
-        for index in asked:
-            check_length(prompts[index], sampling.max_tokens, self.max_model_len)
-        seeds = prompt_seeds(sampling.seed, len(prompts))
+        asks = asks_of(prompts, sampling, counts, self.max_model_len, self._stop_ids)
 
-        def ask(index: int) -> list[Rollout]:
-            parameters = sampling_parameters(sampling, counts[index], seeds[index], self._stop_ids)
-            choices = self._completions(server_request(prompts[index], parameters), parameters["n"])
-            rollouts = [self._rollout(choice) for choice in choices]
-            return rollouts if len(rollouts) == counts[index] else rollouts * counts[index]
+        def answer(ask: Ask) -> list[Rollout]:
+            request = server_request(prompts[ask.place], ask.parameters)
+            choices = self._completions(request, ask.parameters["n"])
+            return ask.answered([self._rollout(choice) for choice in choices])
 
         self._lost = None
         results: list[list[Rollout]] = [[] for _ in prompts]
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="rollouts")
         try:
-            for index, rollouts in zip(asked, pool.map(ask, asked), strict=True):
-                results[index] = rollouts
+            for ask, rollouts in zip(asks, pool.map(answer, asks), strict=True):
+                results[ask.place] = rollouts
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
         return results

@@ -5,6 +5,7 @@
 
 vLLM decides on running in this process while it is imported, so it is imported when an engine is built.
 """
+
 from __future__ import annotations
 
 import copy
@@ -23,12 +24,11 @@ from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
-from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm_parallel import is_distributed
 from video_r1.rollout.vllm_parallel import tensor_parallel as tensor_parallel_group
 from video_r1.rollout.vllm_positions import use_transformers_positions
-from video_r1.rollout.vllm_requests import check_length, sampling_parameters, vllm_prompt
+from video_r1.rollout.vllm_requests import asks_of, vllm_prompt
 from video_r1.rollout.vllm_weights import checkpoint_weights
 
 # vLLM reads these when it is imported; what the user has set stays.
@@ -149,24 +149,12 @@ class VLLMEngine:
         Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error when
         vLLM has read a prompt's tokens otherwise than the trainer.
         """
-        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
-        if len(counts) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
-        asked = [index for index, count in enumerate(counts) if count]
-        for index in asked:
-            check_length(prompts[index], sampling.max_tokens, self.max_model_len)
-        seeds = prompt_seeds(sampling.seed, len(prompts))
+        asks = asks_of(prompts, sampling, counts, self.max_model_len, self.stop_ids)
         self._wake()
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         requests, own = self._ranks.gather(
-            [
-                (
-                    vllm_prompt(prompts[index], self.processor),
-                    sampling_parameters(sampling, counts[index], seeds[index], self.stop_ids),
-                )
-                for index in asked
-            ]
+            [(vllm_prompt(prompts[ask.place], self.processor), ask.parameters) for ask in asks]
         )
         outputs: list[Any] = []
         if requests:
@@ -178,14 +166,14 @@ class VLLMEngine:
         if self._sleep:
             self.llm.sleep(level=1)
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for index, output in zip(asked, outputs[own], strict=True):
-            if output.prompt_token_ids != prompts[index].input_ids.tolist():
+        for ask, output in zip(asks, outputs[own], strict=True):
+            ids = prompts[ask.place].input_ids.tolist()
+            if output.prompt_token_ids != ids:
                 raise VideoR1Error(
-                    f"prompt {index}: vLLM made {len(output.prompt_token_ids)} tokens of it, the trainer has "
-                    f"{len(prompts[index].input_ids)}; their processors differ"
+                    f"prompt {ask.place}: vLLM made {len(output.prompt_token_ids)} tokens of it, the trainer "
+                    f"has {len(ids)}; their processors differ"
                 )
-            rollouts = [self._rollout(completion) for completion in output.outputs]
-            results[index] = rollouts if len(rollouts) == counts[index] else rollouts * counts[index]
+            results[ask.place] = ask.answered([self._rollout(completion) for completion in output.outputs])
         return results
 
     def _rollout(self, completion: Any) -> Rollout:

@@ -1,16 +1,18 @@
 """Prompts and sampling settings in vLLM's words: for `LLM.generate`, and for a server's token interface."""
+
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
 
 from video_r1.data.prompts import Prompt, video_metadata
 from video_r1.errors import ConfigError, RequestError
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.sampling import prompt_seed
+from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
 # The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.
 PIXELS = ("pixel_values", "pixel_values_videos")
@@ -38,13 +40,47 @@ def sampling_parameters(
     }
 
 
-def check_length(prompt: Prompt, max_tokens: int, limit: int) -> None:
-    """Raises RequestError when prompt and completion do not fit together."""
-    if len(prompt.input_ids) + max_tokens > limit:
-        raise RequestError(
-            f"a prompt of {len(prompt.input_ids)} tokens and a completion of up to {max_tokens} do not fit "
-            f"vLLM's limit of {limit} tokens; raise its max_model_len or lower the completion length"
-        )
+class Ask(NamedTuple):
+    """place: of the prompt in its call; count: completions wanted of it, one or more; parameters: see
+    `sampling_parameters`."""
+
+    place: int
+    count: int
+    parameters: dict[str, Any]
+
+    def answered(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """`count` rollouts: the greedy one is sampled once and stands for all."""
+        return rollouts if len(rollouts) == self.count else rollouts * self.count
+
+
+def asks_of(
+    prompts: Sequence[Prompt],
+    sampling: SamplingSettings,
+    counts: Sequence[int] | None,
+    limit: int,
+    stop_ids: list[int],
+) -> list[Ask]:
+    """The prompts of a call that completions are wanted of: `sampling.n` of each, or `counts[q]` of prompt q.
+
+    Raises ValueError when prompts and counts differ in number, and RequestError for a prompt that leaves no
+    room for `sampling.max_tokens` within `limit` tokens.
+    """
+    counts = [sampling.n] * len(prompts) if counts is None else counts
+    if len(counts) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+    asks = []
+    seeds = prompt_seeds(sampling.seed, len(prompts))
+    for place, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True)):
+        if not count:
+            continue
+        if len(prompt.input_ids) + sampling.max_tokens > limit:
+            raise RequestError(
+                f"a prompt of {len(prompt.input_ids)} tokens and a completion of up to {sampling.max_tokens} "
+                f"do not fit vLLM's limit of {limit} tokens; raise its max_model_len or lower the completion "
+                "length"
+            )
+        asks.append(Ask(place, count, sampling_parameters(sampling, count, seed, stop_ids)))
+    return asks
 
 
 def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
