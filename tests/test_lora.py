@@ -1,10 +1,8 @@
-"""LoRA and QLoRA: what is adapted in each family, continuing, merging."""
+"""LoRA: what is adapted in each family, continuing, merging. The same with 4-bit weights: test_qlora.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from tiny_models import FAMILIES, tiny_checkpoint
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models.loading import add_lora, four_bits, load_model, load_processor, merge_adapter
+from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
 from video_r1.training import rollout_step
 
 
@@ -87,24 +85,3 @@ def test_contradictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     recipe = write_recipe(tmp_path)
     assert run(recipe, tmp_path / "run", "--load_in_4bit") == 2
     assert "load_in_4bit (option --load_in_4bit) is true while use_peft is false" in capsys.readouterr().err
-
-
-def test_four_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
-    )
-    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
-        four_bits()
-
-
-def test_four_bits_are_the_text_layers() -> None:
-    """The linear layers of the text model alone are in 4 bits, and adapters alone would train. (bitsandbytes
-    has no backward pass on CPU for layers with a bias: the training itself needs a GPU.)
-    """
-    pytest.importorskip("bitsandbytes")
-    model = load_model(str(resources.files("video_r1") / "models" / "lab_base"), load_in_4bit=True)
-    small = {name for name, p in model.named_parameters() if p.__class__.__name__ == "Params4bit"}
-    assert small and all("language_model.layers" in name for name in small)
-    adapted = add_lora(model, rank=4)
-    assert all("lora_" in name for name, p in adapted.named_parameters() if p.requires_grad)

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from video_r1.errors import ConfigError
 from video_r1.hub import ask_the_hub, is_hub_id
+from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
 
 TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -36,18 +37,20 @@ def load_model(
     trust_remote_code: bool = False,
     device: str | torch.device | None = None,
     load_in_4bit: bool = False,
+    quantization_config: Any = None,
 ) -> PreTrainedModel:
     """A video-language model from a checkpoint folder or a hub id, in evaluation mode.
 
     dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None
-    leaves the choice to transformers. load_in_4bit: see `four_bits`. Raises ConfigError when the folder is
-    missing or incomplete, when it holds no video-language model, and when weights are missing or not in
-    safetensors files.
+    leaves the choice to transformers. load_in_4bit: see `four_bits`; quantization_config: another way to
+    quantise. Raises ConfigError when the folder is missing or incomplete, when it holds no video-language
+    model, and when weights are missing or not in safetensors files.
     """
     source = checked_source(path)
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    quantization = four_bits() if load_in_4bit else quantization_config
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -61,7 +64,7 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             use_safetensors=True,
-            quantization_config=four_bits() if load_in_4bit else None,
+            quantization_config=quantization,
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -70,6 +73,8 @@ def load_model(
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
+    if quantization is not None:
+        keep_codes_as_they_are(model)
     return model if device is None else model.to(device)
 
 
@@ -101,40 +106,26 @@ def freeze_vision(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in tower.parameters())
 
 
-def four_bits() -> Any:
-    """QLoRA's number format (arXiv 2305.14314): NF4 with double quantisation for the linear layers of the
-    text model; the vision tower, the embeddings and the head stay as they are. Raises ConfigError when
-    bitsandbytes is not installed.
-    """
-    from importlib.util import find_spec
-
-    from transformers import BitsAndBytesConfig
-
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError("load_in_4bit needs the package bitsandbytes: pip install bitsandbytes")
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        bnb_4bit_quant_storage=torch.bfloat16,  # so that FSDP can share them out
-        llm_int8_skip_modules=["model.visual", "lm_head"],
-    )
-
-
 def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> Path:
     """Adds a LoRA run's adapters to the weights that they were trained on, and writes a plain checkpoint.
 
-    adapter: a run folder or a checkpoint of it. Returns `out`. Raises ConfigError when the folder has no
-    adapters, or when the model that they belong to is not where it was.
+    Adapters that were trained on 4-bit weights are added to what these stand for, which needs bitsandbytes.
+    adapter: a run folder or a checkpoint of it. dtype: "auto" for that of the weights. Returns `out`. Raises
+    ConfigError when the folder has no adapters, or when the model that they belong to is not where it was.
     """
     source = Path(adapter)
     if not (source / "adapter_config.json").is_file():
         raise ConfigError(f"{source}: no adapter_config.json; name the run folder of a use_peft training")
     import peft  # an extra of this package, and in use where adapters are
 
-    base = peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path
-    model: Any = peft.PeftModel.from_pretrained(load_model(str(base), dtype), str(source))
+    name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    quantised = recorded_four_bits(source)
+    if quantised is None:
+        base = load_model(name, dtype)
+    else:
+        base = load_model(name, quantised[0], quantization_config=quantised[1])
+        base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
+    model: Any = peft.PeftModel.from_pretrained(base, str(source))
     model.merge_and_unload(safe_merge=True).save_pretrained(out)
     load_processor(source).save_pretrained(out)
     return Path(out)
@@ -156,14 +147,12 @@ def add_lora(
     try:
         import peft
     except ImportError as error:
-        raise ConfigError("LoRA needs the package peft: pip install peft") from error
+        raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
     if config is None:
         targets = f"{TEXT_LAYERS}|{VISION_LAYERS}" if vision_tower else TEXT_LAYERS
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
         )
-    if getattr(model, "is_loaded_in_4bit", False):
-        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return peft.get_peft_model(model, config)
 
 

@@ -1,7 +1,8 @@
 """The trained model's weights as vLLM takes them: whole tensors under the names of the plain model.
 
-    model (PEFT, DDP, FSDP2) ─► (name, tensor) one at a time, LoRA merged on the way ─► vLLM's reload
+model (PEFT, DDP, FSDP2) ─► (name, tensor) one at a time, LoRA merged on the way ─► vLLM's reload
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from video_r1.models.four_bits import dense_weight, is_four_bit
 from video_r1.models.group_forward import vision_language_model
 
 HEAD = "lm_head.weight"
@@ -17,7 +19,8 @@ HEAD = "lm_head.weight"
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model inside DDP, FSDP2 and PEFT, by its name in the plain model; detached.
+    """Every weight of the model inside DDP, FSDP2 and PEFT, by its name in the plain model; detached. Those
+    in 4 bits (QLoRA) in full.
 
     The head is always among them. A model that ties it to the embedding saves no head, and vLLM would keep
     the old one without an error. Adapters are added to copies of their weights, W + s·B·A, layer by layer:
@@ -25,14 +28,21 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     inner = vision_language_model(model)
     merged = dict(_merged_layers(inner))
+    small = {name.removesuffix(".base_layer"): layer for name, layer in inner.named_modules()
+             if is_four_bit(layer)}  # fmt: skip
     names = set()
     for name, tensor in inner.state_dict().items():
         plain = _plain_name(name)
-        if plain is None:
+        owner, _, rest = (plain or "").partition(".weight")
+        if plain is None or (rest and owner in small):  # PEFT's own, or the scales of 4-bit weights
             continue
-        layer = merged.get(plain.removesuffix(".weight"))
         names.add(plain)
-        yield plain, _whole(tensor) if layer is None else _merged(layer)
+        if plain.endswith(".weight") and owner in merged:
+            yield plain, _merged(merged[owner])
+        elif plain.endswith(".weight") and owner in small:
+            yield plain, dense_weight(small[owner])
+        else:
+            yield plain, _whole(tensor)
     if HEAD not in names:
         yield HEAD, _whole(inner.get_output_embeddings().weight).detach()
 
@@ -45,7 +55,8 @@ def _merged_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _merged(layer: Any) -> Tensor:
-    weight = _whole(layer.base_layer.weight)
+    base = layer.base_layer
+    weight = dense_weight(base) if is_four_bit(base) else _whole(base.weight)
     if layer.merged or layer.disable_adapters:
         return weight
     for adapter in layer.active_adapters:

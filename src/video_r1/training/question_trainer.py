@@ -29,6 +29,7 @@ from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.models.four_bits import record_four_bits
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.recipe import Recipe
 from video_r1.settings.base import Settings
@@ -212,7 +213,9 @@ class QuestionTrainer(Trainer, ABC):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in Trainer, without training_args.bin: a pickle, which says what config.yaml says."""
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.folder) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.folder)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        record_four_bits(self.model, folder)
 
     def publish_model(self) -> None:
         """Saves model and processor into the run folder. Raises VideoR1Error when that cannot be written."""

@@ -1,0 +1,224 @@
+"""QLoRA and 8-bit AdamW on the CPU, with bitsandbytes' own kernels: training, continuing, merging."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from resume_runs import any_format, comparable, write_recipe
+from safetensors.torch import load_file
+from tgrpo_trainers import make_trainer, weights
+from tiny_models import FAMILIES, tiny_checkpoint
+from tiny_questions import read_lines, training_arguments, write_manifest
+from torch import Tensor
+
+from video_r1.cli import main
+from video_r1.errors import ConfigError
+from video_r1.models import four_bits
+from video_r1.models.four_bits import dense_weight, is_four_bit, record_four_bits
+from video_r1.models.loading import add_lora, load_model
+from video_r1.rollout.vllm_weights import checkpoint_weights
+from video_r1.training import rollout_step
+from video_r1.training.sft import SFTConfig, SFTTrainer
+
+bitsandbytes = pytest.importorskip("bitsandbytes")
+IDS = torch.arange(40)[None]
+NF4 = torch.tensor(  # arXiv 2305.14314, appendix E
+    [-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
+)  # fmt: skip
+QLORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_manifest(tmp_path_factory.mktemp("data"))
+
+
+def adapted(checkpoint: Path, seed: int = 0, **options: Any) -> Any:
+    """A model in 4 bits with adapters that add something."""
+    model = add_lora(load_model(checkpoint, load_in_4bit=True), rank=4, **options)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+    return model
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """Codes are stored as bfloat16, where some mean no number, which never equals itself."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def changed_weights(before: dict[str, Tensor], trainer: Any) -> set[str]:
+    after = weights(trainer)
+    assert before.keys() == after.keys()
+    return {name for name in after if not torch.equal(bits(after[name]), bits(before[name]))}
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    return {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+# ---- The model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_text_layers_are_in_four_bits(family: str, tmp_path: Path) -> None:
+    """All linear layers of the text model and no others; every other weight as the file has it."""
+    folder = tiny_checkpoint(family, tmp_path)
+    model, plain = load_model(folder, load_in_4bit=True), load_model(folder)
+    expected = {
+        name
+        for name, module in plain.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".visual." not in name and name != "lm_head"
+    }
+    assert {name for name, module in model.named_modules() if is_four_bit(module)} == expected
+    small = add_lora(model, rank=4)
+    assert all("lora_" in name for name, weight in small.named_parameters() if weight.requires_grad)
+    others = {
+        name: weight
+        for name, weight in model.named_parameters()
+        if "lora_" not in name and type(weight).__name__ != "Params4bit"
+    }
+    assert all(
+        torch.equal(weight, plain.get_parameter(name.replace(".base_layer", "")))
+        for name, weight in others.items()
+    )
+
+
+def test_gradients_are_those_of_the_numbers_that_four_bits_stand_for(checkpoint: Path) -> None:
+    """Against the same model with its layers' W̃ in float32; also after it has been used without gradients,
+    for which bitsandbytes would rearrange the codes on some CPUs.
+    """
+    model = adapted(checkpoint)
+    reference = peft.get_peft_model(
+        load_model(checkpoint, load_in_4bit=True).dequantize(), model.peft_config["default"]
+    )
+    peft.set_peft_model_state_dict(reference, peft.get_peft_model_state_dict(model))
+    before = gradients(model.train())
+    expected = gradients(reference.train())
+    assert before.keys() == expected.keys() and all("lora_" in name for name in before)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    after = gradients(model.train())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(before[name], gradient, rtol=1e-4, atol=1e-5)
+        assert torch.equal(after[name], before[name])
+    assert max(float(gradient.abs().max()) for gradient in before.values()) > 0.1
+
+
+def test_four_bits_stand_for_the_papers_numbers(checkpoint: Path) -> None:
+    """W̃ from W by hand: of 64 weights each, the nearest of 16 numbers times the largest (8 bits as well)."""
+    name = "model.language_model.layers.0.mlp.up_proj"
+    weight = load_model(checkpoint).get_parameter(f"{name}.weight").detach()
+    found = dense_weight(load_model(checkpoint, load_in_4bit=True).get_submodule(name))
+    blocks = weight.reshape(-1, 64)
+    scales = blocks.abs().amax(1, keepdim=True)
+    nearest = (blocks / scales)[..., None].sub(NF4).abs().argmin(-1)
+    torch.testing.assert_close(found.reshape(-1, 64), NF4[nearest] * scales, rtol=0.02, atol=0)
+
+
+# ---- Training
+
+
+def test_sft_learns_by_adapters_alone(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
+    args = SFTConfig(
+        **training_arguments(tmp_path, max_steps=8, learning_rate=0.02, gradient_checkpointing=True)
+    )
+    trainer: Any = SFTTrainer(load_model(checkpoint, load_in_4bit=True), args, str(manifest),
+                              peft_config=config)  # fmt: skip
+    before = weights(trainer)
+    trainer.train()
+    assert changed_weights(before, trainer) == {name for name in before if "lora_" in name}
+    losses = [line["loss"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert losses[-1] < 0.8 * losses[0], losses
+
+
+def test_tgrpo_moves_adapters_away_from_the_model_without_them(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = load_model(checkpoint, load_in_4bit=True)
+    trainer = make_trainer(
+        model, str(manifest), tmp_path, peft=config, learning_rate=0.02, beta=0.04, max_steps=3
+    )
+    before = weights(trainer)
+    trainer.train()
+    assert changed_weights(before, trainer) == {name for name in before if "lora_" in name}
+    assert trainer.reference is None
+    kl = [line["policy/kl"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[-1] > 1e-5
+
+
+def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of `video-r1 rl` that is continued equals an uninterrupted one bit for bit. Merged, it is a plain
+    checkpoint that computes what the 4-bit model computes with its adapters, and what vLLM would be given.
+    """
+    monkeypatch.setattr(rollout_step, "format_scores", any_format)
+    recipe = write_recipe(tmp_path, **QLORA, lora_dropout=0.1, max_steps=4, learning_rate=0.01)
+    whole, parted, merged = (tmp_path / name for name in ("whole", "parted", "merged"))
+    assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0
+    shutil.copytree(whole, parted)
+    shutil.rmtree(parted / "checkpoint-4")
+    (parted / "adapter_config.json").unlink()
+    assert main(["rl", str(recipe), "--output_dir", str(parted)]) == 0
+    assert comparable(parted) == comparable(whole)
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (whole, parted)]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())
+
+    assert main(["merge", str(whole), str(merged)]) == 0
+    base = load_model(tmp_path / "model", load_in_4bit=True)
+    small: Any = peft.PeftModel.from_pretrained(base, str(whole))
+    plain = load_model(merged)
+    assert plain.dtype == torch.float32 and not hasattr(plain.config, "quantization_config")
+    assert not any(is_four_bit(module) for module in plain.modules())
+    dense = peft.PeftModel.from_pretrained(
+        load_model(tmp_path / "model", load_in_4bit=True).dequantize(), str(whole)
+    )
+    with torch.no_grad():
+        logits = plain(IDS).logits
+        torch.testing.assert_close(logits, small(IDS).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits, dense(IDS).logits, rtol=0, atol=1e-4)
+        before = load_model(tmp_path / "model", load_in_4bit=True)(IDS).logits
+        assert (logits - before).abs().max() > 0.1
+    same_weights(dict(checkpoint_weights(small)), plain)
+
+
+def same_weights(handed_over: dict[str, Tensor], plain: Any) -> None:
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(handed_over.pop(name), value, rtol=0, atol=1e-6)
+    assert set(handed_over) <= {"lm_head.weight"}
+
+
+def test_a_package_that_is_missing_is_named(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """When weights are to be loaded, and when adapters of such weights are to be merged."""
+    adapted(checkpoint).save_pretrained(tmp_path / "adapters")
+    record_four_bits(load_model(checkpoint, load_in_4bit=True), tmp_path / "adapters")
+    monkeypatch.setattr(four_bits, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^load_in_4bit needs .* pip install 'video-r1\[qlora\]'$"):
+        load_model(checkpoint, load_in_4bit=True)
+    assert main(["merge", str(tmp_path / "adapters"), str(tmp_path / "out")]) == 2
+    assert "merging them needs the package bitsandbytes: pip install" in capsys.readouterr().err
+
+
+def test_vllm_is_given_layers_without_adapters_in_full(checkpoint: Path) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+    model = peft.get_peft_model(load_model(checkpoint, load_in_4bit=True), config)
+    same_weights(dict(checkpoint_weights(model)), load_model(checkpoint, load_in_4bit=True).dequantize())
