@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import gc
+import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 Work = Callable[[], object]
+T = TypeVar("T")
 
 
 def seconds(work: Work, device: torch.device) -> float:
@@ -25,6 +27,25 @@ def seconds(work: Work, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def in_turns(ours: Callable[[], T], other: Callable[[], T], rounds: int) -> list[tuple[T, T]]:
+    """What both measure, round by round; who begins changes."""
+    pairs = []
+    for number in range(rounds):
+        if number % 2:
+            late = other()
+            pairs.append((ours(), late))
+        else:
+            pairs.append((ours(), other()))
+    return pairs
+
+
+def spread(ratios: Iterable[float]) -> dict[str, float]:
+    """`ratio` (their median), `ratio_min` and `ratio_max`."""
+    values = list(ratios)
+    figures = {"ratio": statistics.median(values), "ratio_min": min(values), "ratio_max": max(values)}
+    return {name: round(value, 3) for name, value in figures.items()}
+
+
 def compare(ours: Work, other: Work, rounds: int, device: torch.device) -> dict[str, Any]:
     """Both in turns, after one warm-up of each; a ratio above 1 means that ours is faster.
 
@@ -32,18 +53,9 @@ def compare(ours: Work, other: Work, rounds: int, device: torch.device) -> dict[
     seconds of both, `rounds`, and `peak_memory_ratio` (ours / other) with both peaks in MiB.
     """
     ours_peak, other_peak = peak_bytes(ours, device), peak_bytes(other, device)
-    times: list[tuple[float, float]] = []
-    for number in range(rounds):
-        if number % 2:
-            late = seconds(other, device)
-            times.append((seconds(ours, device), late))
-        else:
-            times.append((seconds(ours, device), seconds(other, device)))
-    ratios = [b / a for a, b in times]
+    times = in_turns(lambda: seconds(ours, device), lambda: seconds(other, device), rounds)
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **spread(b / a for a, b in times),
         "seconds": round(statistics.median(a for a, _ in times), 4),
         "seconds_other": round(statistics.median(b for _, b in times), 4),
         "rounds": rounds,
@@ -75,6 +87,7 @@ def peak_bytes(work: Work, device: torch.device) -> int:
 
 def flops(work: Work) -> int:
     """Counted floating-point operations of one call: matrix products, convolutions and attention."""
+    linear = torch.ops.mkldnn._linear_pointwise
     attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -84,8 +97,12 @@ def flops(work: Work) -> int:
     def count_backward(grad: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return sdpa_backward_flop_count(grad, query, key, value)
 
+    def count_linear(inputs: Any, weight: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(inputs) * weight[0]
+
     with FlopCounterMode(
-        display=False, custom_mapping={attention: count, backward: count_backward}
+        display=False,
+        custom_mapping={attention: count, backward: count_backward, linear: count_linear},
     ) as counter:
         work()
     return counter.get_total_flops()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model, question, text
-from benchmarks._timing import machine, seconds
+from benchmarks._timing import machine, seconds, spread
 from benchmarks.update import expanded_logprobs
 from video_r1.models.group_forward import group_logprobs
 
@@ -100,9 +100,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.picture:
         draw(points, unit, arguments.picture)
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **spread(ratios),
         "unit": unit,
         "points": points,
         "sizes": {"model": "lab", **AT},
@@ -110,10 +108,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--picture", help="file to draw, such as docs/complexity.png")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks._timing import machine
+from benchmarks._command import benchmark_parser
+from benchmarks._timing import in_turns, machine, spread
 from video_r1.data.media import FrameBudget, decode_media, fitted_size, frame_indices, resize
 from video_r1.data.records import Sample
 
@@ -120,20 +121,13 @@ def compared(clips: list[Path], rounds: int, threads: int, everything_rounds: in
         float((with_ours(clip, threads).float() - with_decord(clip, threads).float()).abs().mean())
         for clip in clips[:4]
     ]
-    times: list[tuple[tuple[float, float], tuple[float, float]]] = []
-    for number in range(rounds):
-        if number % 2:
-            other = timed(with_decord, clips, threads)
-            times.append((timed(with_ours, clips, threads), other))
-        else:
-            times.append((timed(with_ours, clips, threads), timed(with_decord, clips, threads)))
-    ratios = [other[0] / ours[0] for ours, other in times]
+    times = in_turns(
+        lambda: timed(with_ours, clips, threads), lambda: timed(with_decord, clips, threads), rounds
+    )
     everything = [timed(with_everything, clips, threads) for _ in range(everything_rounds)]
     seconds, cpu = (statistics.median(ours[part] for ours, _ in times) for part in (0, 1))
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **spread(other[0] / ours[0] for ours, other in times),
         "cpu_ratio": round(statistics.median(other[1] / ours[1] for ours, other in times), 3),
         "ratio_everything": round(statistics.median(wall for wall, _ in everything) / seconds, 3),
         "milliseconds": round(1000 * seconds / len(clips), 2),
@@ -166,10 +160,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="of each decoder")
     print(json.dumps(run(parser.parse_args())))

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from torch import Generator
 
-from benchmarks._timing import compare, machine, seconds
+from benchmarks._command import benchmark_parser
+from benchmarks._timing import compare, in_turns, machine, seconds, spread
 from video_r1.data.frame_cache import FrameCache
 from video_r1.data.lab import write_clip
 from video_r1.data.media import FrameBudget, read_media, shuffled_order
@@ -131,8 +132,8 @@ def overlapped(work: Work, cache: FrameCache | None = None) -> Answers:
 def ratio(ours: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
     """Median of other ÷ ours over rounds in turns."""
     device = torch.device("cpu")
-    pairs = [(seconds(ours, device), seconds(other, device)) for _ in range(rounds)]
-    return round(float(np.median([b / a for a, b in pairs])), 3)
+    pairs = in_turns(lambda: seconds(ours, device), lambda: seconds(other, device), rounds)
+    return spread(b / a for a, b in pairs)["ratio"]
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
@@ -197,10 +198,7 @@ def decoding_share(work: Work, device: torch.device) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--frames", default="8,16", help="frame counts")
     parser.add_argument("--order", default="ordered,shuffled")

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks._command import benchmark_parser
+
 ROWS = 263_071
 VIDEO_SHARE = 116 / 262
 TYPE_SHARES = {"multiple choice": 0.6, "numerical": 0.15, "OCR": 0.05, "free-form": 0.15, "regression": 0.05}
@@ -66,9 +68,8 @@ def measure(path: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
@@ -84,14 +85,7 @@ def main() -> None:
             capture_output=True,
             text=True,
         )
-    result = json.loads(run.stdout) | {"manifest_mb": round(size / 1e6, 1)}
-    if arguments.json:
-        print(json.dumps(result))
-    else:
-        print(
-            f"{result['rows']} rows ({result['manifest_mb']} MB) checked in {result['seconds']} s, "
-            f"peak memory {result['peak_rss_gb']} GB"
-        )
+    print(json.dumps(json.loads(run.stdout) | {"manifest_mb": round(size / 1e6, 1)}))
 
 
 if __name__ == "__main__":

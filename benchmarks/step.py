@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model
 from benchmarks._timing import compare, flops, machine
 from benchmarks.decode import write_clip
@@ -222,10 +223,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIDES, default="small")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)

@@ -19,6 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module, metadata
 from pathlib import Path
@@ -35,8 +36,9 @@ from transformers import (
     TrainerCallback,
 )
 
+from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model
-from benchmarks._timing import machine
+from benchmarks._timing import in_turns, machine, spread
 from video_r1.data.media import decode_media
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
@@ -173,23 +175,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = Path(name)
         checkpoint = write_checkpoint(folder / "model")
         images = write_images(folder, 4 * arguments.questions)
-        ours: list[list[float]] = []
-        other: list[list[float]] = []
         lengths: dict[str, float] = {}
         prompts: dict[str, int] = {}
-        for number in range(arguments.rounds):
-            turns = [("ours", train_ours, ours), ("trl", train_trl, other)]
-            for side, train, times in turns if number % 2 == 0 else turns[::-1]:
-                with contextlib.redirect_stdout(sys.stderr):  # the trainers print their series
-                    seconds, lengths[side], prompts[side] = train(arguments, checkpoint, images)
-                times.append(seconds)
-                gc.collect()
-    pairs = [(statistics.median(a), statistics.median(b)) for a, b in zip(ours, other, strict=True)]
-    ratios = [b / a for a, b in pairs]
+
+        def trained(side: str, train: Callable[..., tuple[list[float], float, int]]) -> float:
+            with contextlib.redirect_stdout(sys.stderr):  # the trainers print their series
+                seconds, lengths[side], prompts[side] = train(arguments, checkpoint, images)
+            gc.collect()
+            return statistics.median(seconds)
+
+        pairs = in_turns(
+            lambda: trained("ours", train_ours), lambda: trained("trl", train_trl), arguments.rounds
+        )
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **spread(b / a for a, b in pairs),
         "seconds": round(statistics.median(a for a, _ in pairs), 3),
         "seconds_other": round(statistics.median(b for _, b in pairs), 3),
         "rounds": arguments.rounds,
@@ -211,10 +210,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=2, help="in one step")

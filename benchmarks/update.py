@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model, question, text
 from benchmarks._timing import compare, flops, machine, matrix_rate
 from video_r1.data.prompts import Prompt
@@ -126,10 +127,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--completion", type=int, default=64, help="tokens of the longest completion")
     parser.add_argument("--ragged", type=int, default=0, help="tokens by which neighbours differ in length")

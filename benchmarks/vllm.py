@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._timing import machine, seconds
+from benchmarks._command import benchmark_parser
+from benchmarks._timing import in_turns, machine, seconds, spread
 from video_r1.data.lab import write_lab
 from video_r1.data.media import FrameBudget, read_media
 from video_r1.data.prompts import Prompt, PromptBuilder
@@ -77,13 +78,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
     tokens = ours()
     equal = tokens == bare()
-    pairs = []
-    for number in range(arguments.rounds):
-        if number % 2:
-            late = timed(bare)
-            pairs.append((timed(ours), late))
-        else:
-            pairs.append((timed(ours), timed(bare)))
+    pairs = in_turns(lambda: timed(ours), lambda: timed(bare), arguments.rounds)
     count = sum(len(row) for row in tokens)
     hand_over = statistics.median(
         seconds(lambda: engine.update_weights(model), device) for _ in range(arguments.rounds)
@@ -95,11 +90,8 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     transformers = statistics.median(
         seconds(lambda: in_process.generate(prompts, sampling), device) for _ in range(arguments.rounds)
     )
-    ratios = [b / a for a, b in pairs]
     return {
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_min": round(min(ratios), 3),
-        "ratio_max": round(max(ratios), 3),
+        **spread(b / a for a, b in pairs),
         "rounds": arguments.rounds,
         "equal": equal,
         "tokens_per_second": round(count / statistics.median(a for a, _ in pairs)),
@@ -118,10 +110,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--model", default=str(base_folder()), help="checkpoint folder")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--questions", type=int, default=16)

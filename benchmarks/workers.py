@@ -9,17 +9,18 @@ slower), and the seconds of both. `equal`: both gave the same frames, times and 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks._timing import machine
+from benchmarks._command import benchmark_parser
+from benchmarks._timing import in_turns, machine, spread
 from benchmarks.decode import write_clip
 from video_r1.data.media import FrameBudget, Media, decode_media, read_media
 from video_r1.data.records import Sample
@@ -53,15 +54,15 @@ def run(rounds: int) -> dict[str, object]:
             there, here = read_media(sample, budget, 1), decode_media(sample, budget, 1)
             equal &= torch.equal(there.frames, here.frames) and torch.equal(there.timestamps, here.timestamps)
             equal &= there.duration == here.duration
-            times = []
-            for number in range(rounds):
-                order = (decode_media, read_media) if number % 2 else (read_media, decode_media)
-                taken = {read: timed(read, sample, budget, reads) for read in order}
-                times.append((taken[decode_media], taken[read_media]))
+            times = in_turns(
+                partial(timed, read_media, sample, budget, reads),
+                partial(timed, decode_media, sample, budget, reads),
+                rounds,
+            )
             results[name] = {
-                "ratio": round(statistics.median(a / b for a, b in times), 3),
-                "seconds": round(statistics.median(b for _, b in times), 5),
-                "seconds_other": round(statistics.median(a for a, _ in times), 5),
+                **spread(b / a for a, b in times),
+                "seconds": round(statistics.median(a for a, _ in times), 5),
+                "seconds_other": round(statistics.median(b for _, b in times), 5),
             }
     return {
         "benchmark": "workers",
@@ -73,9 +74,6 @@ def run(rounds: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=10)
     print(json.dumps(run(parser.parse_args().rounds)))
