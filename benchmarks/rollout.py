@@ -3,6 +3,7 @@
     python -m benchmarks.rollout --json [--size lab|small|3b|7b] [--completion 64] [--group 8] [--questions 1]
 
 `generate` repeats pixels and prompt for every completion. Both sample at temperature 1 and never stop early.
+On a CPU, `ratio_onednn` is what the engine gains by multiplying through oneDNN (models/onednn.py).
 `equal`: the log-probabilities kept while sampling are those of a plain forward over the expanded batch.
 """
 
@@ -10,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from benchmarks._command import benchmark_parser
 from benchmarks._sizes import IMAGE, SIZES, VIDEO, build_model, question
 from benchmarks._timing import compare, flops, machine
 from benchmarks.update import TOLERANCES, expanded_logprobs
+from video_r1.rollout import transformers
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 
@@ -71,8 +76,14 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             pad_token_id=0,
         )
 
+    def without_onednn() -> object:
+        with patch.object(transformers, "onednn_linears", lambda model, rows: nullcontext()):
+            return engine.generate(prompts, sampling)
+
     difference = largest_difference(model, engine, prompts, sampling)
     result = compare(ours, generate, arguments.rounds, device)
+    if device.type == "cpu":
+        result["ratio_onednn"] = compare(ours, without_onednn, arguments.rounds, device)["ratio"]
     tokens = arguments.questions * arguments.group * arguments.completion
     return (
         result
@@ -96,10 +107,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object (the default)")
+    parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)

@@ -5,6 +5,7 @@ prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─
                                                                     finished ones leave the batch
 ```
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from transformers import DynamicCache
 from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import prompt_positions, vision_language_model
+from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
@@ -104,10 +106,11 @@ class TransformersEngine:
         results: list[list[Rollout]] = [[] for _ in prompts]
         with _eval_mode(self.model):
             for wave in _waves(order, counts, self.max_sequences):
-                prefilled = self._prefill([prompts[index] for index in wave])
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
-                rollouts = self._decode(prefilled, numbers, drawn, sampling, on_token)
+                with onednn_linears(self.model, len(numbers)):
+                    prefilled = self._prefill([prompts[index] for index in wave])
+                    rollouts = self._decode(prefilled, numbers, drawn, sampling, on_token)
                 for (index, _), rollout in zip(numbers, rollouts, strict=True):
                     results[index].append(rollout)
         return results

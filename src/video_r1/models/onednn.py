@@ -1,0 +1,76 @@
+"""Linear layers on a CPU through oneDNN, without gradients.
+
+torch multiplies float32 matrices on a CPU through MKL, which rearranges a weight at every call. Decoding,
+where a few rows meet all weights again and again, spends most of its time on that. Within `onednn_linears`
+the layers of a model call oneDNN instead, with weights that are arranged once.
+`python -m benchmarks.rollout` measures what it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN takes 10 µs longer than the product of few
+MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies: a larger model's are used as they lie
+
+
+@contextmanager
+def onednn_linears(model: Any, rows: int) -> Iterator[None]:
+    """Within it, the float32 linear layers of a Qwen-VL model on a CPU, and the convolution that embeds its
+    patches, go through oneDNN.
+
+    rows: tokens of most forwards, that is completions decoded at once; layers too small for it stay as they
+    are. For forwards under `torch.no_grad`, with weights that do not change. Results differ from torch's in
+    the last bits. Does nothing on other devices, under autocast and where torch has no oneDNN; a layer with a
+    forward of its own (adapters, quantised, hooked) or with sharded weights stays as it is.
+    """
+    decoding: list[Any] = []
+    once: list[Any] = []
+    if torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
+        text = [*model.model.language_model.modules(), model.get_output_embeddings()]
+        plain = [layer for layer in text if _plain(layer)]
+        decoding = [layer for layer in plain if rows * layer.weight.numel() >= LEAST_PRODUCTS]
+        tower = model.model.visual.modules() if decoding else ()
+        once = [layer for layer in tower if _plain(layer)]
+    copied = sum(layer.weight.nbytes for layer in decoding) <= MOST_ARRANGED_BYTES
+    for layer in decoding:
+        weight = layer.weight.detach()
+        arranged = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if copied else weight
+        layer.forward = partial(_linear, weight, arranged, layer.bias)
+    for layer in once:
+        weight = layer.weight.detach().flatten(1)
+        function = {nn.Linear: _linear, nn.Conv3d: _patches}[type(layer)]
+        layer.forward = partial(function, weight, weight, layer.bias)
+    try:
+        yield
+    finally:
+        for layer in decoding + once:
+            del layer.forward
+
+
+def _plain(module: Any) -> bool:
+    """A linear layer, or the vision tower's one convolution, which is applied to each patch as a whole."""
+    if type(module) not in (nn.Linear, nn.Conv3d) or "forward" in vars(module):
+        return False
+    weight = module.weight
+    return type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _linear(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    """weight: [N, K]; inputs: [..., K]; result [..., N]."""
+    if inputs.numel() * len(weight) < LEAST_PRODUCTS:
+        return functional.linear(inputs, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise.default(inputs, arranged, bias, "none", [], None)
+
+
+def _patches(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
+    """A convolution whose kernel covers a whole patch. weight: [N, K]; inputs: [patches, C, T, H, W] with
+    C*T*H*W = K; result [patches, N, 1, 1, 1]."""
+    return _linear(weight, arranged, bias, inputs.flatten(1))[..., None, None, None]
