@@ -16,9 +16,9 @@ from tiny_models import FAMILIES, tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 
+from video_r1 import packages
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models import four_bits
 from video_r1.models.four_bits import dense_weight, is_four_bit, record_four_bits
 from video_r1.models.loading import add_lora, load_model
 from video_r1.rollout.vllm_weights import checkpoint_weights
@@ -208,17 +208,58 @@ def same_weights(handed_over: dict[str, Tensor], plain: Any) -> None:
 def test_a_package_that_is_missing_is_named(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """When weights are to be loaded, and when adapters of such weights are to be merged."""
+    """When weights are to be loaded, when adapters of such weights are to be merged, and for an optimizer: on
+    the command line before anything is loaded, and in a trainer.
+    """
     adapted(checkpoint).save_pretrained(tmp_path / "adapters")
     record_four_bits(load_model(checkpoint, load_in_4bit=True), tmp_path / "adapters")
-    monkeypatch.setattr(four_bits, "find_spec", lambda name: None)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^load_in_4bit needs .* pip install 'video-r1\[qlora\]'$"):
         load_model(checkpoint, load_in_4bit=True)
     assert main(["merge", str(tmp_path / "adapters"), str(tmp_path / "out")]) == 2
     assert "merging them needs the package bitsandbytes: pip install" in capsys.readouterr().err
+    words = ["sft", "video-r1-3b-sft", "--train_manifest", "x.json", "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "run")]
+    assert main([*words]) == 2
+    said = capsys.readouterr().err
+    assert "optim: adamw_8bit needs the package bitsandbytes: pip install 'video-r1[qlora]'" in said
+    assert main([*words, "--optim", "adamw_torch"]) == 2
+    assert "bitsandbytes" not in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="optim: paged_adamw_8bit needs"):
+        make_trainer(checkpoint, [], tmp_path, optim="paged_adamw_8bit")
 
 
 def test_vllm_is_given_layers_without_adapters_in_full(checkpoint: Path) -> None:
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     model = peft.get_peft_model(load_model(checkpoint, load_in_4bit=True), config)
     same_weights(dict(checkpoint_weights(model)), load_model(checkpoint, load_in_4bit=True).dequantize())
+
+
+# ---- 8-bit AdamW
+
+
+def test_names_of_optimizers() -> None:
+    from transformers.training_args import OptimizerNames
+
+    theirs = {name.value for name in OptimizerNames if packages.is_bitsandbytes_optimizer(name.value)}
+    assert {"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "rmsprop_bnb"} <= theirs
+    assert theirs.isdisjoint({"adamw_torch", "adamw_torch_8bit", "rmsprop", "galore_adamw_8bit", "sgd"})
+
+
+def test_eight_bit_adamw_trains_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, its states in 8 bits included."""
+    monkeypatch.setattr(rollout_step, "format_scores", any_format)
+    recipe = write_recipe(tmp_path, optim="adamw_8bit", max_steps=4, learning_rate=1e-3)
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0
+    shutil.copytree(whole, parted)
+    shutil.rmtree(parted / "checkpoint-4")
+    (parted / "config.json").unlink()
+    assert main(["rl", str(recipe), "--output_dir", str(parted)]) == 0
+    assert comparable(parted) == comparable(whole)
+    assert comparable(whole)[-1]["policy/kl"] > 1e-4
+    for name in ("model.safetensors", "checkpoint-4/optimizer.pt"):
+        assert (parted / name).read_bytes() == (whole / name).read_bytes(), name
+    states = torch.load(whole / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    kept = [state for part in states.values() for state in part["__bnb_optimizer_quant_state__"].values()]
+    assert any(tensor.dtype == torch.uint8 and tensor.numel() > 4096 for tensor in kept)

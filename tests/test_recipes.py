@@ -128,6 +128,7 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_nothing_behind(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("video_r1.training.sft.run_sft", notice)
+    monkeypatch.setattr("video_r1.packages.has_bitsandbytes", lambda: False)
     assert main(["sft", "video-r1-3b-sft", "--smoke", "--learning_rate", "2e-6"]) == 0
     out = capsys.readouterr().out
     assert "smoke: 2 steps of video-r1-3b-sft with the small packaged model; replaced are\n" in out

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from video_r1 import packages
 from video_r1.recipe import Recipe, load_recipe
 
 STEPS = 2
@@ -54,10 +55,14 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "vllm_mode": "colocate",
             "async_rollouts": 0,
         }
-    if "8bit" in str(values.get("optim", "")):
-        changes["optim"] = "adamw_torch"  # 8-bit optimizers run on GPUs only
-    if values.get("load_in_4bit"):
-        changes["load_in_4bit"] = False  # so do 4-bit weights
+    optimizer = str(values.get("optim", ""))
+    if optimizer.startswith("paged_"):  # into main memory, where all is without a GPU
+        changes["optim"] = "adamw_torch"
+    if not packages.has_bitsandbytes():
+        if packages.is_bitsandbytes_optimizer(optimizer):
+            changes["optim"] = "adamw_torch"
+        if values.get("load_in_4bit"):
+            changes["load_in_4bit"] = False
     changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
     replaced = {name: (values.get(name), new) for name, new in changes.items() if values.get(name) != new}
     values |= changes

@@ -9,19 +9,17 @@ a checkpoint with adapters how W became W̃, and `recorded_four_bits` reads it b
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from video_r1.errors import ConfigError
+from video_r1.packages import check_bitsandbytes
 
 RECORD = "base_quantization.json"
 IN_FULL = ("model.visual", "lm_head")
 """Modules whose linear layers keep their number format. The embeddings do too: they are no linear layers."""
-TO_INSTALL = "pip install 'video-r1[qlora]'"
 
 
 def four_bits() -> Any:
@@ -42,12 +40,6 @@ def four_bits() -> Any:
         bnb_4bit_quant_storage=torch.bfloat16,  # so that FSDP can share them out
         llm_int8_skip_modules=list(IN_FULL),
     )
-
-
-def check_bitsandbytes(setting: str) -> None:
-    """Raises ConfigError, naming the setting that needs it, when bitsandbytes is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{setting} needs the package bitsandbytes: {TO_INSTALL}")
 
 
 def keep_codes_as_they_are(model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.four_bits import record_four_bits
 from video_r1.models.loading import load_model, size_multiple
+from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
@@ -65,6 +66,7 @@ class QuestionTrainer(Trainer, ABC):
         recipe: Recipe | None,
     ) -> None:
         check_trackers(args.report_to)
+        check_optimizer(args.optim.value)
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
         self.folder = Path(args.output_dir)

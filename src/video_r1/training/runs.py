@@ -13,6 +13,7 @@ import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import ConfigError
+from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe, plain
 from video_r1.training.checkpoints import LAST_FILES, UNFINISHED, check_writable, publish_copy
 
@@ -63,6 +64,7 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Questi
             logger.warning("%s: this run is finished; remove the folder to run it again", folder)
             return folder
         logger.warning("%s: continuing from %s", folder, checkpoint.name)
+    check_optimizer(str(recipe.values().get("optim", "")))  # before weights are loaded
     check_writable(folder)
     trainer = build()
     state = {} if checkpoint is None else read_state(checkpoint)
