@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,15 @@ def run_processes(
 
     Raises AssertionError with what they printed when one fails or is not done in `limit` seconds (a hang).
     """
+    processes, logs = start_processes(count, work, *args, environment=environment)
+    codes = exit_codes(processes, limit)
+    assert codes == [0] * count, f"exit codes {codes} (None: it hung)\n{last_words(logs)}"
+
+
+def start_processes(
+    count: int, work: str, *args: Any, environment: Mapping[str, str] | None = None
+) -> tuple[list[Any], list[Path]]:
+    """The processes, at work, and what each prints into; the first of `args` is the folder of these files."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,13 +46,22 @@ def run_processes(
         process = SERVER.Process(target=one_process, args=(work, args, {**own, **(environment or {})}, log))
         process.start()
         processes.append(process)
+    return processes, logs
+
+
+def exit_codes(processes: list[Any], limit: float) -> list[int | None]:
+    """Waits for the processes; None stands for one that was not done in `limit` seconds and was killed."""
+    end = time.monotonic() + limit
     for process in processes:
-        process.join(limit)
+        process.join(max(0.0, end - time.monotonic()))
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()
-    said = "\n".join(log.read_text(errors="replace")[-3000:] for log in logs if log.exists())
-    assert codes == [0] * count, f"exit codes {codes} (None: it hung)\n{said}"
+    return codes
+
+
+def last_words(logs: list[Path]) -> str:
+    return "\n".join(log.read_text(errors="replace")[-3000:] for log in logs if log.exists())
 
 
 def one_process(work: str, args: tuple[Any, ...], environment: Mapping[str, str], log: Path) -> None:

@@ -14,6 +14,8 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from transformers import TrainerCallback
 
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.loading import load_model
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 
@@ -51,8 +53,9 @@ def let_accelerate_shard_on_cpu() -> None:
     PartialState.__init__ = init
 
 
-def common(folder: Path, processes: int, steps: int = 2) -> dict[str, Any]:
-    settings = {
+def common(processes: int, steps: int = 2, bf16: bool = False) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "bf16": bf16,
         "optim": "sgd",
         "max_steps": steps,
         "learning_rate": 0.01,
@@ -64,7 +67,7 @@ def common(folder: Path, processes: int, steps: int = 2) -> dict[str, Any]:
     return settings
 
 
-def rl(folder: Path, processes: int, name: str) -> None:
+def rl(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
     """T-GRPO: four questions a step, images and videos mixed, with a reference model and validation."""
     let_accelerate_shard_on_cpu()
     watch = Watch()
@@ -72,21 +75,21 @@ def rl(folder: Path, processes: int, name: str) -> None:
         folder / "model", str(folder / "manifest.json"), folder / name, callbacks=[watch],
         per_device_train_batch_size=4 // processes, scale_rewards="batch", beta=0.1,
         evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
-        **common(folder, processes),
+        **common(processes, bf16=bf16),
     )  # fmt: skip
     trainer.train()
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
 
 
-def sft(folder: Path, processes: int, name: str) -> None:
+def sft(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
     """SFT on the same questions, with validation."""
     let_accelerate_shard_on_cpu()
     watch = Watch()
     args = SFTConfig(
         **training_arguments(
             folder / name,
-            **{**common(folder, processes), "per_device_train_batch_size": 4 // processes},
+            **{**common(processes, bf16=bf16), "per_device_train_batch_size": 4 // processes},
             eval_strategy="steps",
             eval_steps=2,
         )
@@ -95,6 +98,57 @@ def sft(folder: Path, processes: int, name: str) -> None:
     trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[watch])
     trainer.train()
     save(trainer, watch, folder / name, [])
+
+
+def mixed(folder: Path, processes: int, name: str) -> None:
+    """One T-GRPO step under bf16 mixed precision; its log-probs against a plain float32 model's."""
+    let_accelerate_shard_on_cpu()
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, beta=0.1,
+        per_device_train_batch_size=4 // processes, **common(processes, steps=1, bf16=True),
+    )  # fmt: skip
+    trainer.train()
+    os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # transformers would leave weights out here
+    plain = load_model(folder / "model", "float32")
+    (batch,) = trainer.step_batches
+    completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
+    with torch.no_grad():
+        exact = group_logprobs(plain, [group.prompt for group in batch.trained], completions).logprobs
+    assert batch.old_logprobs is not None and batch.ref_logprobs is not None
+    found = {"exact": exact, "policy": batch.old_logprobs, "reference": batch.ref_logprobs}
+    torch.save(found, folder / name / f"logprobs-{os.environ.get('RANK', '0')}.pt")
+
+
+class Seen(TrainerCallback):
+    """Which questions this process has trained on, step by step."""
+
+    def __init__(self) -> None:
+        self.guard: Any = None
+        self.steps: list[list[Any]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.steps.append(list(self.guard.step_ids))
+
+
+def uneven(folder: Path, processes: int, name: str, kind: str) -> None:
+    """One epoch of the questions, two of them a process and step, after a validation on all of them."""
+    let_accelerate_shard_on_cpu()
+    manifest = str(folder / "manifest.json")
+    seen = Seen()
+    settings = {
+        **common(processes, steps=-1),
+        **{"num_train_epochs": 1, "save_strategy": "no", "per_device_train_batch_size": 2},
+        **{"eval_strategy": "epoch", "eval_on_start": True},
+    }
+    if kind == "rl":
+        trainer: Any = make_trainer(folder / "model", manifest, folder / name, evaluated=manifest, **settings)
+    else:
+        args = SFTConfig(**training_arguments(folder / name, **settings))
+        trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest)
+    seen.guard = trainer.guard
+    trainer.callback_handler.callbacks.insert(0, seen)  # before the guard, which forgets them
+    trainer.train()
+    (folder / name / f"seen-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen.steps))
 
 
 def save(trainer: Any, watch: Watch, run: Path, kinds: list[str]) -> None:

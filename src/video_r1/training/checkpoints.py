@@ -17,6 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from video_r1.errors import VideoR1Error
+from video_r1.training.processes import is_lost_process
 
 UNFINISHED = "unfinished"
 LAST_FILES = ("adapter_config.json", "config.json")
@@ -90,6 +91,8 @@ def writing(what: str, folder: Path, last_whole: Callable[[], Path | None]) -> I
         yield
     # safetensors and torch.save report a full disk by errors of their own
     except (OSError, SafetensorError, RuntimeError) as error:
+        if is_lost_process(error):
+            raise
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         try:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from video_r1.errors import VideoR1Error
 
 T = TypeVar("T")
 
@@ -38,6 +43,31 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
     parts = gather(rows)
     start = sum(len(part) for part in parts[: process_index()])
     return torch.cat(parts), slice(start, start + len(rows))
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether a collective call failed because another process, its machine or the network is gone, or did
+    not answer within `ddp_timeout`. (gloo has no error of its own: its messages name its source file.)
+    """
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/" in str(error)
+    )
+
+
+@contextmanager
+def naming_lost_processes(folder: Path) -> Iterator[None]:
+    """Turns the error that a lost process leaves in the others into a VideoR1Error that says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_process(error):
+            raise
+        reason = str(error).strip().splitlines()[0].partition(". This is typically")[0]
+        raise VideoR1Error(
+            f"process {process_index()} has lost another process of this run, whose own output says why "
+            f"({reason}). Start the same command again, on every machine of the run: it goes on from the "
+            f"last checkpoint in {folder}"
+        ) from error
 
 
 def _running() -> bool:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,11 +38,11 @@ from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
-from video_r1.training.processes import wait_for_everyone
+from video_r1.training.processes import naming_lost_processes, wait_for_everyone
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import last_whole_checkpoint
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model
-from video_r1.training.whole_weights import whole_weights
+from video_r1.training.whole_weights import keep_results_exact, whole_weights
 
 
 class QuestionTrainer(Trainer, ABC):
@@ -87,6 +88,7 @@ class QuestionTrainer(Trainer, ABC):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
+        keep_results_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
         self.model_accepts_loss_kwargs = True
         if args.early_stopping_patience:
@@ -222,7 +224,8 @@ class QuestionTrainer(Trainer, ABC):
     def publish_model(self) -> None:
         """Saves model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
         unfinished = self.folder / UNFINISHED / "model"
-        with writing("the model", self.folder, lambda: last_whole_checkpoint(self.folder)):
+        whole = partial(last_whole_checkpoint, self.folder)
+        with naming_lost_processes(self.folder), writing("the model", self.folder, whole):
             self.save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
                 publish_files(unfinished, self.folder)
@@ -257,10 +260,11 @@ class QuestionTrainer(Trainer, ABC):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole, the loss
-        stays not finite or the run folder cannot be written.
+        stays not finite, the run folder cannot be written or another process is lost.
         """
         try:
-            return super().train(*args, **kwargs)
+            with naming_lost_processes(self.folder):
+                return super().train(*args, **kwargs)
         except OSError as error:
             raise VideoR1Error(
                 f"training stopped: {error}. When its cause is mended, start the same command again: it goes "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from accelerate import Accelerator
@@ -67,6 +68,17 @@ def _whole_zero3(model: Any) -> Iterator[None]:
             yield
         finally:
             hooks.setup_zero_stage3_hooks()
+
+
+def keep_results_exact(accelerator: Accelerator) -> None:
+    """Has FSDP2 return what a model computes in float32 as float32, also under bf16 mixed precision.
+
+    accelerate asks it to round every module's results to bf16, and log-probabilities are such a result: near
+    -5 they would move in steps of 0.03. Call it before a model is prepared.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
 
 
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
