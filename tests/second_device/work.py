@@ -1,0 +1,88 @@
+"""Rollouts, updates and short runs on one device: `python -m second_device.work (cpu|second) FOLDER`.
+
+In a process of its own: a device once registered stays, and torch takes it for the machine's accelerator.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from test_rollout_transformers import PROCESSORS, build_model, build_prompts
+from tgrpo_trainers import make_trainer
+from tiny_models import FAMILIES, tiny_checkpoint
+from tiny_questions import read_lines, training_arguments, write_manifest
+
+from video_r1.models.group_forward import group_logprobs
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.sft import SFTConfig, SFTTrainer
+
+
+def rollouts_and_update(family: str, device: torch.device) -> dict[str, Any]:
+    """Tokens and log-probs of three prompts' groups, then those of the update with all gradients."""
+    model, prompts = build_model(family).eval().to(device), build_prompts(family)
+    groups = TransformersEngine(model, PROCESSORS[family]).generate(
+        prompts, SamplingSettings(n=3, max_tokens=12, top_p=0.9, top_k=50, seed=3)
+    )
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    update = group_logprobs(model, prompts, completions, with_entropy=True)
+    assert update.logprobs.device.type == device.type and update.entropy is not None
+    (update.logprobs.sum() + update.entropy.sum()).backward()
+    named = model.named_parameters()
+    return {
+        "tokens": torch.cat([tokens for group in completions for tokens in group]),
+        "sampled": torch.cat([rollout.logprobs for group in groups for rollout in group]),
+        "update": update.logprobs.detach().cpu(),
+        "gradients": {name: weight.grad.cpu() for name, weight in named if weight.grad is not None},
+    }
+
+
+def runs(device: torch.device, folder: Path) -> dict[str, Any]:
+    """Metrics of T-GRPO (in full with several updates on the same rollouts; with adapters) and of SFT."""
+    checkpoint, manifest = tiny_checkpoint("qwen2_5_vl", folder / "model"), write_manifest(folder)
+    own: dict[str, Any] = {"use_cpu": device.type == "cpu"}
+    full = {
+        "num_iterations": 2,
+        "beta": 0.04,
+        "max_steps": 4,
+        "save_steps": 2,
+        "gradient_checkpointing": True,
+    }
+    make_trainer(checkpoint, str(manifest), folder / "full", **full, **own).train()
+    continued: Any = make_trainer(
+        checkpoint, str(manifest), folder / "full", **{**full, "max_steps": 6}, **own
+    )
+    continued.train(resume_from_checkpoint=True)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+    make_trainer(checkpoint, str(manifest), folder / "lora", peft=lora, beta=0.04, **own).train()
+    settings = training_arguments(folder / "sft", eval_strategy="steps", eval_steps=2, **own)
+    SFTTrainer(str(checkpoint), SFTConfig(**settings), str(manifest), str(manifest)).train()
+    assert all(parameter.device.type == device.type for parameter in continued.model.parameters())
+    return {name: read_lines(folder / name / "metrics.jsonl") for name in ("full", "lora", "sft")}
+
+
+def main() -> None:
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    mixed = ""
+    if name != "cpu":
+        import second_device
+
+        device = second_device.register(folder.parent)
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
+        try:
+            torch.stack([torch.ones(2, device=device), torch.ones(2)])
+        except RuntimeError as error:
+            mixed = str(error)
+    families = {family: rollouts_and_update(family, device) for family in FAMILIES}
+    torch.save({"families": families, "runs": runs(device, folder), "mixed": mixed}, folder / "results.pt")
+
+
+if __name__ == "__main__":
+    main()

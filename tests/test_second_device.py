@@ -1,0 +1,73 @@
+"""Training on a device that is not the CPU: the CPU's results, everything where it should be."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import FAMILIES
+
+BIN = Path(sys.executable).parent
+
+pytestmark = [
+    pytest.mark.xdist_group("second_device"),
+    pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the second device"),
+    pytest.mark.skipif(
+        shutil.which("ninja", path=f"{BIN}:{os.environ['PATH']}") is None, reason="ninja is not installed"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What second_device/work.py found on the CPU and on the second device."""
+    folder = tmp_path_factory.mktemp("devices")
+    found = {}
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(tests)}
+    for device in ("cpu", "second"):
+        own = folder / device
+        own.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-m", "second_device.work", device, own],
+            capture_output=True, text=True, env=environment, cwd=own, timeout=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-6000:]
+        found[device] = torch.load(own / "results.pt")
+    return found
+
+
+def test_mixed_devices_are_refused(results: dict[str, Any]) -> None:
+    """Otherwise the other tests would show nothing."""
+    assert "is on cpu, others are on the device" in results["second"]["mixed"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rollouts_and_update(family: str, results: dict[str, Any]) -> None:
+    ours, expected = (results[device]["families"][family] for device in ("second", "cpu"))
+    assert torch.equal(ours["tokens"], expected["tokens"])
+    for name in ("sampled", "update"):
+        torch.testing.assert_close(ours[name], expected[name], atol=1e-5, rtol=0)
+    assert ours["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in ours["gradients"].items():
+        scale = expected["gradients"][name].abs().max().clamp(min=1e-3)
+        assert (gradient - expected["gradients"][name]).abs().max() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("run", ["full", "lora", "sft"])
+def test_runs(run: str, results: dict[str, Any]) -> None:
+    ours, expected = (results[device]["runs"][run] for device in ("second", "cpu"))
+    assert len(ours) == len(expected) > 2
+    for line, other in zip(ours, expected, strict=True):
+        assert _without_cost(line) == pytest.approx(_without_cost(other), rel=1e-3, abs=1e-5)
+
+
+def _without_cost(line: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in line.items() if not re.search("time|second|memory", name)}
