@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+import shutil
 from typing import Any
 
 import pytest
@@ -88,3 +91,26 @@ def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: 
     with torch.compiler.set_stance("force_eager"):
         flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)
     torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@torch.no_grad()
+def test_rows_of_any_length_share_a_compiled_kernel() -> None:
+    """FlexAttention is compiled for the first row and once more for all lengths, not for every row."""
+    torch.compiler.reset()
+    frames = torch._dynamo.utils.counters["frames"]
+    compiled = frames["ok"]
+    numbers = random.Random(0)
+    training = itertools.cycle([True, False])
+    for _ in range(10):
+        prompts = [numbers.randint(100, 400) for _ in range(numbers.choice([1, 2]))]
+        completions = [[numbers.randint(5, 150) for _ in range(4)] for _ in prompts]
+        layout = row_layout(prompts, completions, torch.device("cpu"))
+        q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+        module: Any = torch.nn.Module().train(next(training))
+        mask = block_mask(prompts, completions, torch.device("cpu"))
+        flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)
+        pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
+        torch.testing.assert_close(flex, pieces, atol=1e-5, rtol=0)
+    assert frames["ok"] - compiled == 2
