@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import (
@@ -67,11 +68,13 @@ class UpdateGuard(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)  # its backward pass ends with its step
         # float16's loss scaling makes infinite gradients as a matter of course and skips these updates itself
-        finite = args.fp16 or gradients_are_finite(model)
+        finite = args.fp16 or (not optimizer.step_was_skipped if deepspeed else gradients_are_finite(model))
         parts = gather((self.culprits, finite, self.step_ids))
         culprits = [question for part, _, _ in parts for question in part]
         questions = culprits or [question for *_, part in parts for question in part]
@@ -89,6 +92,12 @@ class UpdateGuard(TrainerCallback):
             with tolerated(self.record.name):
                 line = {"step": step, "not_finite": what, "problem_ids": questions}
                 append_line(self.record, line)
+        if deepspeed and not optimizer.step_was_skipped:
+            raise VideoR1Error(
+                f"the {what} of step {step} was not finite, and DeepSpeed has taken the step all the same: "
+                "the weights are spoiled. Start again from the last checkpoint, with ZeRO-2 or ZeRO-3 of "
+                "DeepSpeed 0.19.8 or later, which leave out such steps"
+            )
         if self.in_a_row >= self.limit:
             raise VideoR1Error(
                 f"the {what} was not finite in {self.in_a_row} updates in a row, last with problem_id "

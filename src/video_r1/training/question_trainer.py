@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
@@ -36,12 +36,14 @@ from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
+from video_r1.training.deepspeed_zero import loss_that_skips
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
 from video_r1.training.processes import naming_lost_processes, wait_for_everyone
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import last_whole_checkpoint
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model
+from video_r1.training.trackers import describe_run
 from video_r1.training.whole_weights import keep_results_exact, whole_weights
 
 
@@ -68,6 +70,7 @@ class QuestionTrainer(Trainer, ABC):
     ) -> None:
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
+        describe_run(args, Path(args.output_dir), recipe)
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
         self.folder = Path(args.output_dir)
@@ -147,6 +150,11 @@ class QuestionTrainer(Trainer, ABC):
             ready = [question.result() for question in pending]
         self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
         return ready
+
+    def watched(self, loss: Tensor, problem_ids: Sequence[str | int]) -> Tensor:
+        """A micro-batch's loss (scalar), noted by the guard; without an update where it is not finite."""
+        self.guard.watch(loss.detach(), problem_ids)
+        return loss_that_skips(loss) if self.is_deepspeed_enabled else loss
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

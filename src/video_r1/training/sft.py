@@ -140,7 +140,7 @@ class SFTTrainer(QuestionTrainer):
             loss = loss * self.accelerator.num_processes
         self.meter.add("accuracy/token", float(hits), tokens)
         self.meter.add("completion/length", tokens, len(inputs["labels"]))
-        self.guard.watch(loss.detach(), inputs["problem_ids"])
+        loss = self.watched(loss, inputs["problem_ids"])
         return (loss, {}) if return_outputs else loss
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:

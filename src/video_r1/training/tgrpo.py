@@ -29,7 +29,6 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,6 +57,7 @@ from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.ahead import RolloutsAhead, Sampled, sample_step
+from video_r1.training.deepspeed_zero import parameter_count
 from video_r1.training.guards import tolerated
 from video_r1.training.metrics_log import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
@@ -77,7 +77,7 @@ from video_r1.training.runs import run_in_folder
 from video_r1.training.sampler_mismatch import SamplerCheck, sampler_weights
 from video_r1.training.setup import Questions, manifests_of, model_of
 from video_r1.training.validation import temporal_accuracy
-from video_r1.training.whole_weights import prepare_reference
+from video_r1.training.whole_weights import frozen_copy, prepare_reference
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
@@ -273,8 +273,8 @@ class TGRPOTrainer(QuestionTrainer):
         self.meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
         self.meter.add("policy/kl", float(result.kl) * tokens, tokens)
         self.meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
-        self.guard.watch(result.loss.detach(), batch.problem_ids)
-        return (result.loss, {"policy": policy}) if return_outputs else result.loss
+        loss = self.watched(result.loss, batch.problem_ids)
+        return (loss, {"policy": policy}) if return_outputs else loss
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
         """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled
@@ -366,14 +366,7 @@ class TGRPOTrainer(QuestionTrainer):
         completions = [rollout for group in batch.trained for rollout in group.ordered]
         tokens = sum(len(group.prompt.input_ids) for group in batch.trained)
         tokens += sum(len(rollout.token_ids) for rollout in completions)
-        return 6 * tokens * sum(p.numel() for p in cast(nn.Module, self.model).parameters())
-
-
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the model that does not train."""
-    reference = copy.deepcopy(model).eval()
-    reference.requires_grad_(False)
-    return reference
+        return 6 * tokens * parameter_count(cast(nn.Module, self.model))
 
 
 def run_rl(recipe: Recipe) -> Path:

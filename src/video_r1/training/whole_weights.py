@@ -6,6 +6,7 @@ While they sample, each runs the model a number of times of its own: they would 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,9 +16,15 @@ from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
 
-from video_r1.errors import ConfigError
 from video_r1.models.group_forward import through_wrapper
+from video_r1.training.deepspeed_zero import (
+    prepare_zero_reference,
+    whole_parameters,
+    whole_zero3,
+    zero_stage,
+)
 
 
 @contextmanager
@@ -32,7 +39,7 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         with _whole_fsdp(model, plugin is not None and bool(plugin.reshard_after_forward)):
             yield
     elif zero_stage(accelerator) == 3:
-        with _whole_zero3(model):
+        with whole_zero3(model):
             yield
     else:
         yield
@@ -56,18 +63,11 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
                 module.set_reshard_after_forward(True, recurse=False)
 
 
-@contextmanager
-def _whole_zero3(model: Any) -> Iterator[None]:
-    import deepspeed  # pyright: ignore[reportMissingImports]  # installed where ZeRO-3 is in use
-
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        # The hooks of ZeRO-3 would give each layer's weights back after it has run.
-        hooks = model.optimizer.parameter_offload
-        hooks._remove_module_hooks()
-        try:
-            yield
-        finally:
-            hooks.setup_zero_stage3_hooks()
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole copy of the model that does not train. Every process has to call it."""
+    reference = copy.deepcopy(model, whole_parameters(model)).eval()
+    reference.requires_grad_(False)
+    return reference
 
 
 def keep_results_exact(accelerator: Accelerator) -> None:
@@ -82,21 +82,9 @@ def keep_results_exact(accelerator: Accelerator) -> None:
 
 
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The frozen copy that KL is taken to, sharded where the policy is sharded by FSDP2.
-
-    Raises ConfigError for ZeRO-3, which has no copy of weights that it has sharded.
-    """
-    if zero_stage(accelerator) == 3:
-        raise ConfigError(
-            "beta: a reference model and DeepSpeed's ZeRO-3 do not go together; use FSDP2 or ZeRO-2, or "
-            "use_peft (whose reference is the model without adapters), or beta 0"
-        )
+    """The frozen copy that KL is taken to, sharded where the policy is sharded."""
+    if zero_stage(accelerator) is not None:
+        return prepare_zero_reference(reference, accelerator)
     if accelerator.is_fsdp2:
         return fsdp2_prepare_model(accelerator, reference)
     return accelerator.prepare_model(reference, evaluation_mode=True)
-
-
-def zero_stage(accelerator: Accelerator) -> int:
-    """DeepSpeed's ZeRO stage; 0 without DeepSpeed."""
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    return 0 if plugin is None else int(plugin.zero_stage)
