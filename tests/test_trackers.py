@@ -1,0 +1,210 @@
+"""Runs with real trackers, read back with the trackers' own readers: the same series everywhere, the run's
+name and its settings; and trackers that are lost on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from resume_runs import SERVER, write_recipe
+from tiny_questions import read_lines
+from transformers import TrainerCallback
+
+from video_r1.cli import main
+from video_r1.training import guards
+from video_r1.training.tgrpo import TGRPOTrainer
+
+STEPS = 2
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Two steps of T-GRPO with adapters and a validation after the second."""
+    return write_recipe(
+        tmp_path, max_steps=STEPS, use_peft=True, lora_r=3, eval_strategy="steps", eval_steps=2,
+        eval_manifest=str(tmp_path / "manifest.json"),
+    )  # fmt: skip
+
+
+def expected_series(run: Path) -> dict[int, dict[str, float]]:
+    """Step to the series that a tracker has to have, from metrics.jsonl."""
+    found: dict[int, dict[str, float]] = {}
+    for line in read_lines(run / "metrics.jsonl"):
+        for name, value in line.items():
+            if name not in ("step", "epoch", "time"):
+                tracked = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+                found.setdefault(line["step"], {})[tracked] = value
+    assert {"train/loss", "train/reward/accuracy", "train/temporal/gap"} <= found[1].keys()
+    assert {"eval/accuracy", "eval/temporal_gap", "train/policy/kl"} <= found[STEPS].keys()
+    return found
+
+
+def same_series(tracked: dict[int, dict[str, float]], run: Path) -> None:
+    for step, series in expected_series(run).items():
+        assert series == pytest.approx({name: tracked[step].get(name) for name in series}, rel=1e-6), step
+
+
+SETTINGS = {"lora_r": 3, "num_generations": 4, "use_peft": True, "learning_rate": 1e-3, "run_name": "run"}
+"""Some of a run's settings: of this package's training, of the model, and of TrainingArguments."""
+
+
+# ---- TensorBoard
+
+
+def test_tensorboard(recipe: Path, tmp_path: Path) -> None:
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    assert main(["rl", str(recipe), "--report_to", "tensorboard"]) == 0
+    (folder,) = (run / "runs").iterdir()  # where TensorBoard looks for it: tensorboard --logdir runs
+    events = reading.EventAccumulator(str(folder)).Reload()
+    tracked: dict[int, dict[str, float]] = {}
+    for name in events.Tags()["scalars"]:
+        for scalar in events.Scalars(name):
+            tracked.setdefault(scalar.step, {})[name] = scalar.value
+    same_series(tracked, run)
+    told = json.loads(events.Tensors("args/text_summary")[0].tensor_proto.string_val[0])
+    assert SETTINGS.items() <= told.items()
+
+
+# ---- wandb
+
+
+@pytest.fixture
+def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """wandb without a network, all of its files in one folder."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    guards.warn_once.cache_clear()
+    yield tmp_path / "wandb"
+    wandb.teardown()
+
+
+def wandb_records(folder: Path) -> list[dict[str, Any]]:
+    """Every record of the one run below `folder`, as `wandb leet inspect` prints them."""
+    (file,) = folder.rglob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_wandb(recipe: Path, tmp_path: Path, wandb_folder: Path) -> None:
+    import wandb
+
+    assert main(["rl", str(recipe), "--report_to", "wandb"]) == 0
+    wandb.finish()
+    records = wandb_records(wandb_folder)
+    tracked: dict[int, dict[str, float]] = {}
+    for record in records:
+        if record["type"] == "history":
+            series = history_of(record)
+            tracked.setdefault(int(series["train/global_step"]), {}).update(series)
+    same_series(tracked, tmp_path / "run")
+    (name,) = {record["run"]["display_name"] for record in records if record["type"] == "run"}
+    assert name == "run"
+    told = {k: v for record in records if record["type"] == "config" for k, v in config_of(record).items()}
+    assert SETTINGS.items() <= told.items()
+
+
+def history_of(record: dict[str, Any]) -> dict[str, float]:
+    return record["history"]["item"]
+
+
+def config_of(record: dict[str, Any]) -> dict[str, Any]:
+    return record["config"]["update"]
+
+
+class Kill(TrainerCallback):
+    """Kills this process's wandb service after the first step, as if machine and network had gone."""
+
+    killed = 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        children = Path(f"/proc/self/task/{os.getpid()}/children")
+        for child in children.read_text().split():
+            if "wandb" in Path(f"/proc/{child}/comm").read_text() and state.global_step == 1:
+                os.kill(int(child), signal.SIGKILL)
+                Kill.killed += 1
+
+
+def run_that_loses_wandb(words: list[str], environment: dict[str, str], output: str) -> None:
+    """A process's work: the command line, with wandb's service killed on the way. Ends by itself."""
+    handle = os.open(output, os.O_WRONLY | os.O_CREAT)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.environ.update(environment)
+    build = TGRPOTrainer.__init__
+    TGRPOTrainer.__init__ = lambda self, *args, **options: build(self, *args, callbacks=[Kill()], **options)
+    code = main(words)
+    print("killed", Kill.killed, flush=True)
+    sys.exit(code)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds wandb's service in /proc")
+def test_lost_wandb_does_not_end_the_run(recipe: Path, tmp_path: Path, wandb_folder: Path) -> None:
+    """The process goes on, says so once, and ends by itself: at exit wandb waits for its service."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
+    words, output = ["rl", str(recipe), "--report_to", "wandb"], tmp_path / "output"
+    process: Any = SERVER.Process(target=run_that_loses_wandb, args=(words, environment, str(output)))
+    process.start()
+    process.join(240)
+    said = output.read_text()
+    assert process.exitcode == 0 and "killed 1" in said, said[-3000:]
+    assert said.count("training goes on without it") == 1
+    steps = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
+    assert steps == [1, 2]
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_wandb_that_cannot_start_is_named(
+    recipe: Path, wandb_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody has logged in: said before the first step, with what to do."""
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert main(["rl", str(recipe), "--report_to", "wandb"]) == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "report_to: WandbCallback: UsageError" in said and "set up the tracker or set it to none" in said
+
+
+# ---- trackio
+
+
+def test_trackio(recipe: Path, tmp_path: Path) -> None:
+    """In a process of its own, because trackio looks for its folder when it is imported."""
+    pytest.importorskip("trackio")
+    script = f"""
+import json, sys
+sys.path[:0] = {sys.path!r}
+from video_r1.cli import main
+
+assert main(["rl", {str(recipe)!r}, "--report_to", "trackio", "--project", "clips"]) == 0
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+
+(run,) = trackio.Api().runs("clips")
+print(json.dumps([run.name, run.config, SQLiteStorage.get_logs("clips", run.name)]))
+"""
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    name, told, logs = json.loads(done.stdout.splitlines()[-1])
+    tracked: dict[int, dict[str, float]] = {}
+    for line in logs:
+        tracked.setdefault(line["train/global_step"], {}).update(line)
+    same_series(tracked, tmp_path / "run")
+    assert name == "run" and SETTINGS.items() <= told.items()
