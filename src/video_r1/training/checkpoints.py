@@ -22,7 +22,10 @@ from video_r1.training.processes import is_lost_process
 UNFINISHED = "unfinished"
 LAST_FILES = ("adapter_config.json", "config.json")
 """Without them a folder is no model. They are put in place last."""
-TRAINING_FILES = ("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "pytorch_model_fsdp")
+TRAINING_FILES = (
+    *("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "pytorch_model_fsdp"),
+    *("latest", "zero_to_"),  # DeepSpeed's, beside a folder
+)
 """How the files begin that only a run that is continued needs."""
 
 

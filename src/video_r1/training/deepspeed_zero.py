@@ -1,14 +1,31 @@
-"""What ZeRO asks for besides accelerate: all weights while sampling, and a reference of its own."""
+"""What ZeRO asks for besides accelerate: all weights while sampling, a reference of its own, pickles that are
+looked at before DeepSpeed opens them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
-import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+from torch.serialization import get_unsafe_globals_in_checkpoint
+
+from video_r1.errors import VideoR1Error
+
+IN_CHECKPOINTS = frozenset(
+    f"deepspeed.{name}"
+    for name in (
+        "runtime.fp16.loss_scaler.LossScaler",
+        "runtime.fp16.loss_scaler.DynamicLossScaler",
+        "runtime.zero.config.ZeroStageEnum",
+        "utils.tensor_fragment.fragment_address",
+    )
+)
+"""The classes that DeepSpeed's own training state has, beside those that torch calls safe."""
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
@@ -81,10 +98,34 @@ def parameter_count(model: nn.Module) -> int:
     return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
 
 
-def loss_that_skips(loss: torch.Tensor) -> torch.Tensor:
+def loss_that_skips(loss: Tensor) -> Tensor:
     """The loss; where it is not finite, one whose gradients are nan in every weight.
 
     DeepSpeed leaves out an update whose gradient norm is not finite, in all processes. A loss that overflowed
     in one term may leave finite gradients.
     """
     return loss if bool(loss.detach().isfinite()) else loss * float("nan")
+
+
+def check_training_state(checkpoint: Path) -> None:
+    """Raises VideoR1Error where unpickling a checkpoint of DeepSpeed would run code that is not its own.
+
+    DeepSpeed reads its files as pickles that may call anything. This reads the names of what they call, no
+    tensors. A checkpoint without such files is none of DeepSpeed's and left to it to refuse.
+    """
+    latest = checkpoint / "latest"
+    if not latest.is_file():
+        return
+    tag = latest.read_text(encoding="utf-8").strip()
+    if Path(tag).name != tag:
+        raise VideoR1Error(f"{latest} names {tag!r}, which is no folder of this checkpoint; take another one")
+    for path in sorted((checkpoint / tag).rglob("*.pt")):
+        try:
+            called = set(get_unsafe_globals_in_checkpoint(str(path)))
+        except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
+            raise VideoR1Error(f"{path} cannot be read as a training state: {error}") from error
+        if called - IN_CHECKPOINTS:
+            raise VideoR1Error(
+                f"{path} is no training state that DeepSpeed writes: it would run "
+                f"{', '.join(sorted(called - IN_CHECKPOINTS))}. Take another checkpoint"
+            )

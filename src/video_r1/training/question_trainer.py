@@ -36,7 +36,7 @@ from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
-from video_r1.training.deepspeed_zero import loss_that_skips
+from video_r1.training.deepspeed_zero import check_training_state, loss_that_skips
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
 from video_r1.training.processes import naming_lost_processes, wait_for_everyone
@@ -266,13 +266,16 @@ class QuestionTrainer(Trainer, ABC):
         model.load_state_dict(load_model(folder).state_dict())
         return True
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole, the loss
         stays not finite, the run folder cannot be written or another process is lost.
         """
+        if self.is_deepspeed_enabled and resume_from_checkpoint:
+            found = last_whole_checkpoint(self.folder) if resume_from_checkpoint is True else None
+            check_training_state(found or Path(str(resume_from_checkpoint)))
         try:
             with naming_lost_processes(self.folder):
-                return super().train(*args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except OSError as error:
             raise VideoR1Error(
                 f"training stopped: {error}. When its cause is mended, start the same command again: it goes "

@@ -1,0 +1,115 @@
+"""What the processes of test_deepspeed.py do: short runs under DeepSpeed's ZeRO on CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # pyright: ignore[reportMissingImports]  # an extra; the tests are skipped without it
+import torch
+from accelerate.state import PartialState
+from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
+from distributed_work import Watch, save
+from tgrpo_trainers import make_trainer
+from tiny_questions import training_arguments
+from transformers import training_args
+
+from video_r1.training.deepspeed_zero import parameter_count
+from video_r1.training.sft import SFTConfig, SFTTrainer
+
+
+def on_cpu(zero: str | None) -> dict[str, Any]:
+    """What DeepSpeed needs to run on CPUs, and the settings of such a run.
+
+    zero: the file of the setting `deepspeed`; None where the environment is that of `accelerate launch`.
+    """
+    # A kernel for inference on CPUs, which DeepSpeed would compile first (a minute), under a lock that a
+    # killed process leaves behind: the next ones wait for it for ever. Training communicates by gloo.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # transformers has bf16 without `use_cpu` on GPUs only, and accelerate no DeepSpeed with it.
+    training_args.is_torch_bf16_gpu_available = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
+    settings = {"use_cpu": False, "bf16": False, "ddp_backend": "gloo"}
+    if zero is None:
+        return settings
+    start = PartialState.__init__
+
+    def init(self: PartialState, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **{**kwargs, "backend": "gloo"})  # with `deepspeed`, the Trainer names none
+
+    PartialState.__init__ = init
+    return {**settings, "deepspeed": zero}
+
+
+def common(zero: str | None, **changes: Any) -> dict[str, Any]:
+    return {
+        **on_cpu(zero),
+        "optim": "sgd",
+        "max_steps": 2,
+        "learning_rate": 0.01,
+        "save_steps": 1,
+        "max_grad_norm": 1.0,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        **changes,
+    }
+
+
+class WatchBeforeStep(Watch):
+    """As Watch, where the backward pass ends with the step: gradients as they are after clipping."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        engine_class, watch = deepspeed.DeepSpeedEngine, self
+        step = engine_class.step
+
+        def watched_step(engine: Any, *arguments: Any, **options: Any) -> None:
+            whole = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
+            found = {name: torch.zeros(()) if g is None else g.float().clone() for name, g in whole.items()}
+            norm = torch.stack([g.norm() for g in found.values()]).norm()
+            scale = torch.clamp(args.max_grad_norm / (norm + 1e-6), max=1.0)
+            watch.gradients.append({name: gradient * scale for name, gradient in found.items()})
+            step(engine, *arguments, **options)
+
+        engine_class.step = watched_step
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Too late: the gradients are gone."""
+
+
+def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """T-GRPO as `distributed_work.rl` has it, here with two micro-batches of a question a process."""
+    watch, manifest = WatchBeforeStep(), str(folder / "manifest.json")
+    settings: dict[str, Any] = {
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        **{"scale_rewards": "batch", "beta": 0.1},
+        **changes,
+    }
+    trainer: Any = make_trainer(
+        folder / "model", manifest, folder / name, callbacks=[watch], evaluated=manifest,
+        **common(zero, **settings),
+    )  # fmt: skip
+    trainer.train()
+    check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
+    kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
+    save(trainer, watch, folder / name, kinds)
+
+
+def check_sharding(trainer: Any, stage: int) -> None:
+    """Under ZeRO-3 alone, most weights of policy and reference are shares of half their size."""
+    for model in (trainer.model, trainer.reference):
+        if model is None:
+            continue
+        partial = [p for p in model.parameters() if hasattr(p, "ds_id") and p.numel() == 0]
+        assert bool(partial) == (stage == 3)
+        assert all(p.ds_tensor.numel() == -(-p.ds_numel // 2) for p in partial)
+        if partial:
+            assert sum(p.ds_numel for p in partial) > 0.9 * parameter_count(model)
+
+
+def sft(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    watch, manifest = WatchBeforeStep(), str(folder / "manifest.json")
+    args = SFTConfig(
+        **training_arguments(folder / name, **common(zero, per_device_train_batch_size=2, **changes)),
+    )
+    trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[watch])
+    trainer.train()
+    save(trainer, watch, folder / name, [])
