@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import os
@@ -141,6 +142,8 @@ def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("words", "said"), [
     (["trian"], "trian is not a command"),
     (["rll"], "did you mean rl?"),
+    (["dta", "check"], "did you mean data?"),
+    (["ask", "run", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
     (["data"], "say data check or data lab or data base"),
     (["data", "lag"], "data lag is not a command"),
     (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
@@ -166,6 +169,16 @@ def test_a_wrong_request_is_one_line_and_exit_code_2(
     assert said in captured.err
 
 
+def test_a_file_stands_where_figures_are_to_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"problem_id": 1, "problem": "Why?", "data_type": "video", "problem_type": "free-form"}
+    manifest = tmp_path / "one.json"
+    manifest.write_text(json.dumps([{**row, "solution": "<answer>So</answer>", "path": "a.mp4"}]))
+    before = manifest.read_bytes()
+    assert main(["eval", "run", str(manifest), "--out", str(manifest)]) == 2
+    assert "one.json is a file; name a folder" in capsys.readouterr().err
+    assert manifest.read_bytes() == before
+
+
 def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
     done = in_a_process("rl", "lab-tgrpo", "--temporal_rule", "never")
     assert done.returncode == 2
@@ -180,6 +193,11 @@ def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
         (MediaError("clip.mp4", "no video stream"), 1, "video-r1: clip.mp4: no video stream\n"),
         (RequestError("two\nlines"), 2, "video-r1: two lines\n"),
         (KeyboardInterrupt(), 1, "video-r1: interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/e/a"),
+            1,
+            "video-r1: runs/e/a: No space left on device; mend that, then start the same command again\n",
+        ),
     ],
 )
 def test_errors_become_exit_codes(
@@ -197,9 +215,15 @@ def test_errors_become_exit_codes(
     assert capsys.readouterr().err == said
 
 
-def test_an_error_that_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(COMMANDS, "demo", cli.Command("", (), (), lambda recipe: [][1]))
-    with pytest.raises(IndexError):
+@pytest.mark.parametrize("error", [IndexError(), OSError(errno.ENOENT, "No such file", "lost")])
+def test_an_error_that_nobody_expected_keeps_its_traceback(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(recipe: Recipe) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "demo", cli.Command("", (), (), fail))
+    with pytest.raises(type(error)):
         main(["demo"])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from video_r1.errors import ConfigError
+from video_r1.models.lab import base_folder
 from video_r1.rollout import vllm_serve
 from video_r1.rollout.vllm_serve import run_serve, runnable, server_command
 from video_r1.settings.vllm import ServeSettings
@@ -51,22 +52,29 @@ def test_the_process_becomes_the_server(
     monkeypatch.setattr(os, "execve", lambda *given: became.append(given))
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")  # what the user has set stays
     options = "--max-num-seqs 64 --seed 3"
-    run_serve(ServeSettings(model="runs/sft", dtype="float32", max_model_len=900, vllm_options=options))
+    model = str(base_folder())
+    run_serve(ServeSettings(model=model, dtype="float32", max_model_len=900, vllm_options=options))
     ((path, words, variables),) = became
     assert path == words[0] == sys.executable
-    expected = ["vllm.entrypoints.cli.main", "serve", "runs/sft"]
+    expected = ["vllm.entrypoints.cli.main", "serve", model]
     if not named:  # its own command looks for a package of the name vllm
-        expected = ["vllm.entrypoints.openai.api_server", "--model", "runs/sft"]
+        expected = ["vllm.entrypoints.openai.api_server", "--model", model]
     assert words[1:5] == ["-m", *expected]
     assert after(words, "--max-model-len") == "900" and after(words, "--dtype") == "float32"
     assert after(words, "--seed") == "3" and variables["VLLM_CPU_KVCACHE_SPACE"] == "7"
     assert variables["VIDEO_R1_POSITIONS"] == "transformers"
-    assert (
-        "VLLM_SERVER_DEV_MODE=1 " in (shown := capsys.readouterr().err) and " vllm serve runs/sft " in shown
-    )
+    shown = capsys.readouterr().err
+    assert "VLLM_SERVER_DEV_MODE=1 " in shown and f" vllm serve {model} " in shown
 
 
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         runnable(["vllm", "serve", "x"])
+
+
+def test_a_checkpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before vLLM is started."""
+    monkeypatch.setattr(os, "execve", lambda *given: pytest.fail("the server was started"))
+    with pytest.raises(ConfigError, match=r"^runs/none: no such folder"):
+        run_serve(ServeSettings(model="runs/none"))

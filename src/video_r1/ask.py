@@ -1,4 +1,5 @@
 """`video-r1 ask`: one question about one video or image, the reasoning shown as it is written."""
+
 from __future__ import annotations
 
 import inspect
@@ -30,10 +31,6 @@ def run_ask(settings: AskSettings) -> str:
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
-    from video_r1.data.frame_cache import open_frame_cache
-    from video_r1.rollout.choice import open_engine, open_prompts
-    from video_r1.rollout.engine import SamplingSettings
-
     assert settings.model is not None and settings.path is not None and settings.question is not None
     sample = question_sample(
         settings.path,
@@ -43,6 +40,11 @@ def run_ask(settings: AskSettings) -> str:
         start=settings.start,
         end=settings.end,
     )
+    # After the file has been looked for: importing torch takes seconds.
+    from video_r1.data.frame_cache import open_frame_cache
+    from video_r1.rollout.choice import open_engine, open_prompts
+    from video_r1.rollout.engine import SamplingSettings
+
     processor, builder, budget = open_prompts(settings)
     sampling = SamplingSettings(
         temperature=settings.temperature,

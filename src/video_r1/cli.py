@@ -5,9 +5,12 @@ runs them. Whatever needs torch is imported inside a command, so that help and r
 
 Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr).
 """
+
 from __future__ import annotations
 
 import difflib
+import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +37,7 @@ class Command:
     run: Callable[[Recipe], int]
 
 
+# fmt: off
 COMMANDS: dict[str, Command] = {
     "data check": Command(
         "check a manifest and open its media", ("manifest",),
@@ -85,11 +89,25 @@ COMMANDS: dict[str, Command] = {
     "report": Command("one HTML page from a run folder", ("run",), ("report runs/rl",), commands.report),
     "demo": Command("the whole pipeline on made-up clips", (), ("demo", "demo --seed 1"), commands.demo),
 }
+# fmt: on
+# The machine's fault, not the program's: a full disk, a folder without permission, a file in a folder's place.
+NOT_WRITTEN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)
 RECIPE_FIRST = RECIPES_OF_TRAINING  # their first word can be nothing but a recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    # Where it is installed, it tells everyone without a GPU that it would like one more package.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         return run(list(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
@@ -101,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader (`| head`) has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return failed(f"{where}{error.strerror}; mend that, then start the same command again", 1)
 
 
 def failed(message: object, code: int) -> int:
@@ -144,7 +167,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     if below:
         said = f"{words[0]} {words[1]}" if len(words) > 1 else words[0]
         raise RequestError(f"{said} is not a command; say {' or '.join(below)}")
-    close = difflib.get_close_matches(words[0], COMMANDS, n=1)
+    close = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     raise RequestError(f"{words[0]} is not a command; {hint}see video-r1 --help")
 

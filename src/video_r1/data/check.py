@@ -154,7 +154,7 @@ def run_check(
     if result is not None:
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
-    bad_rows = len({problem.row for problem in problems})
+    bad_rows = len({problem.row for problem in problems if problem.row})
     summary = f"usable questions: {counts.by_type.total():,}; rows with problems: {bad_rows:,}"
     print(summary + (f"; questions with unusable media: {bad_media:,}" if media else ""))
     return 1 if problems or bad_media else 0

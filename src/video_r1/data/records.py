@@ -79,13 +79,16 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with one row of a manifest. `row` counts from 1 (JSON lines: the line)."""
+    """One thing that is wrong with one row of a manifest. `row` counts from 1 (JSON lines: the line); 0 is
+    the manifest as a whole."""
 
     row: int
     problem_id: str | int | None
     text: str
 
     def __str__(self) -> str:
+        if not self.row:
+            return self.text
         name = "" if self.problem_id is None else f" (id {self.problem_id})"
         return f"row {self.row}{name}: {self.text}"
 
@@ -173,7 +176,7 @@ def check_manifest(
             samples.append(sample)
             rows.append(number)
     if number == 0:
-        problems.append(Problem(1, None, "the manifest has no rows"))
+        problems.append(Problem(0, None, "the manifest has no rows"))
     return CheckedManifest(samples, rows, problems)
 
 

@@ -27,6 +27,8 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     assert settings.model is not None  # settings without it are refused
     name = settings.manifest or "benchmarks"
     folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, name)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"out: {folder} is a file; name a folder that is new or has this evaluation")
     suite = load_suite(settings, bench, folder) if bench.bench else []
     samples = load_manifest_of(settings) if settings.manifest else []
     processor, builder, budget = open_prompts(settings)

@@ -61,10 +61,16 @@ def runnable(command: Sequence[str]) -> list[str]:
 
 
 def run_serve(settings: ServeSettings) -> None:
-    """Becomes the server's process; prints its command first. Raises ConfigError where vLLM is missing."""
+    """Becomes the server's process; prints its command first.
+
+    Raises ConfigError where vLLM or the checkpoint is missing.
+    """
     import torch
 
+    from video_r1.models.loading import checked_source
+
     assert settings.model is not None  # settings without it are refused
+    checked_source(settings.model)  # vLLM says so on hundreds of lines, after a minute
     options = shlex.split(settings.vllm_options)
     if settings.dtype != "auto":
         options += ["--dtype", settings.dtype]
