@@ -90,7 +90,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("the whole pipeline on made-up clips", (), ("demo", "demo --seed 1"), commands.demo),
 }
 # fmt: on
-# The machine's fault, not the program's: a full disk, a folder without permission, a file in a folder's place.
+# Not the program's fault: a full disk, a folder without permission, a file in a folder's place.
 NOT_WRITTEN = (
     errno.ENOSPC,
     errno.EDQUOT,
