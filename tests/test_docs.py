@@ -1,0 +1,173 @@
+"""Every command, link, file and make target that the documents name is there and would be accepted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from video_r1.cli import COMMANDS, find_command, read_request, split_words
+from video_r1.errors import RequestError
+from video_r1.recipe import SECTIONS, TRAINS, training_argument_types
+from video_r1.settings.base import own_field_types
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+STAND_INS = {"RECIPE": "video-r1-7b-tgrpo", "SFT_RECIPE": "video-r1-7b-sft", "N": "1", "M": "1", "S": "1"}
+ENDS = ("&", "|", ";", "&&", ">")  # of a command, in a shell's line
+FILE_NAME = re.compile(r"[\w./-]+\.(?:py|yaml)")
+ELSEWHERE = {"my.yaml"}  # the reader's own
+
+
+def command_lines(text: str) -> Iterator[list[str]]:
+    """The words of every line of a code block that is a shell's, continued lines joined, comments gone."""
+    for block in [*(block for _, block in FENCED.findall(text)), *INDENTED.findall(text)]:
+        for line in block.replace("\\\n", " ").splitlines():
+            if "video-r1 " in line or "-m " in line:
+                yield shlex.split(line, comments=True)
+
+
+def request(words: list[str]) -> list[str] | None:
+    """The words after `video-r1` or `-m video_r1`; None where the line runs something else."""
+    at = next((i for i, word in enumerate(words) if word in ("video-r1", "video_r1")), None)
+    if at is None or (words[at] == "video_r1" and words[at - 1] != "-m"):
+        return None
+    rest = [STAND_INS.get(word, word) for word in words[at + 1 :]]
+    end = next((i for i, word in enumerate(rest) if word in ENDS), len(rest))
+    return [word for word in rest[:end] if word != "--smoke"]
+
+
+def complaints(path: Path, text: str) -> Iterator[str]:
+    """What is wrong in a document."""
+    for words in command_lines(text):
+        if (found := request(words)) is None:
+            continue
+        try:
+            name, rest = find_command(found)
+            read_request(name, rest)
+        except RequestError as error:
+            yield f"{shlex.join(words)}: {error}"
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", FENCED.sub("", text))
+    for span in spans:
+        yield from complaints_of_span(span)
+    for words in [*command_lines(text), *(span.split() for span in spans)]:
+        yield from complaints_of_module(words)
+    for target in LINK.findall(text):
+        yield from complaints_of_link(path, text, target)
+
+
+def complaints_of_span(span: str) -> Iterator[str]:
+    """A command in a sentence may lack settings that it needs; those that it has must be known."""
+    words = span.split()
+    if words[0] == "video-r1" and len(words) > 1 and words[1].islower():
+        try:
+            name, rest = find_command(words[1:])
+        except RequestError as error:
+            yield f"{span}: {error}"
+            return
+        types = {setting: kind for part in SECTIONS[name] for setting, kind in own_field_types(part).items()}
+        known = {*types, "smoke"} | (set(training_argument_types()) if name in TRAINS else set())
+        try:
+            yield from (
+                f"{span}: no setting {key}" for key in split_words(rest, types)[1] if key not in known
+            )
+        except RequestError:
+            pass  # an option whose value the sentence leaves to the reader
+    elif words[0] == "make" and len(words) == 2:
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        if words[1] not in targets:
+            yield f"{span}: no such target"
+    elif FILE_NAME.fullmatch(span) and span not in ELSEWHERE:
+        files = (
+            path
+            for folder in ("src", "tests", "benchmarks", "setup")
+            for path in (ROOT / folder).rglob("*.*")
+        )
+        if not any(str(path).endswith(f"/{span}") for path in files):
+            yield f"{span}: no such file"
+
+
+def complaints_of_module(words: list[str]) -> Iterator[str]:
+    """Benchmarks that are there, with options that they have."""
+    for module in words:
+        if not module.startswith("benchmarks.") or module == "benchmarks.…":
+            continue
+        path = ROOT / f"{module.replace('.', '/')}.py"
+        source = path.read_text() + (ROOT / "benchmarks" / "_command.py").read_text() if path.exists() else ""
+        if not source:
+            yield f"{module}: no such module"
+        for word in words[words.index(module) :] if source else ():
+            if word.startswith("--") and f'"{word}"' not in source:
+                yield f"{module}: no option {word}"
+
+
+def complaints_of_link(path: Path, text: str, target: str) -> Iterator[str]:
+    if "://" in target:
+        return
+    file, _, anchor = target.partition("#")
+    page = path.parent / file if file else path
+    if file and not page.exists():
+        yield f"link to {target}: no such file"
+    elif anchor:
+        headings = re.findall(r"^#+ (.+)$", text if page == path else page.read_text(), re.MULTILINE)
+        if anchor not in {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}:
+            yield f"link to {target}: no such heading"
+
+
+@pytest.fixture(autouse=True)
+def my_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("model_name_or_path: m\ntrain_manifest: t\noutput_dir: o\n")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(path: Path) -> None:
+    assert list(complaints(path, path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("```bash\nvideo-r1 rl video-r1-7b-tgrpo --learning_rat 1\n```\n", "did you mean learning_rate"),
+        ("```\nvideo-r1 eval RUN my.json \\\n  --order sideways\n```\n", "it must be ordered | shuffled"),
+        ("```\naccelerate launch -m video_r1 rl no-such\n```\n", "no-such: no such recipe"),
+        ("As in:\n\n    X=1 video-r1 evil CHECKPOINT\n", "did you mean eval"),
+        ("`video-r1 plan RECIPE --gpu 1`", "no setting gpu"),
+        ("`video-r1 evaluate`", "evaluate is not a command"),
+        ("`python -m benchmarks.updates`", "benchmarks.updates: no such module"),
+        ("`python -m benchmarks.update --sise lab`", "no option --sise"),
+        ("`make tests`", "no such target"),
+        ("`tests/test_nothing.py`", "no such file"),
+        ("[a](nowhere.md)", "link to nowhere.md: no such file"),
+        ("[a](README.md#no-such-part)", "no such heading"),
+        ("# One\n[a](#two)", "no such heading"),
+    ],
+)
+def test_what_is_not_there_is_noticed(text: str, said: str) -> None:
+    found = list(complaints(ROOT / "x.md", text))
+    assert len(found) == 1 and said in found[0]
+
+
+def test_documents_have_commands() -> None:
+    """The search finds what there is: a lost pattern would find nothing, and complain of nothing."""
+    texts = [path.read_text(encoding="utf-8") for path in DOCUMENTS]
+    found = [words for text in texts for line in command_lines(text) if (words := request(line))]
+    assert len(found) > 25 and {find_command(words)[0] for words in found} > {
+        "rl",
+        "sft",
+        "eval",
+        "ask",
+        "serve",
+    }
+    assert set(COMMANDS) >= {find_command(words)[0] for words in found}
