@@ -7,21 +7,27 @@ lived at once; and the bytes of weights, gradients and AdamW's states. The plan 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from distributed_process import run_processes
+from measured_memory import (
+    COMPLETIONS,
+    NO_END,
+    TEXT,
+    model_of,
+    most_at_once,
+    question,
+    tensor_bytes,
+)
+from test_distributed import FSDP2
 from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
-from torch.profiler import ProfilerActivity, profile
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from video_r1.cli import main
-from video_r1.data.media import Media
-from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
@@ -35,35 +41,8 @@ from video_r1.training.sharding import sharding_of
 from video_r1.training.tgrpo import frozen_copy
 
 TOLERANCE = 0.05  # 15 % is what the plan promises
-VIDEO = 2
-TEXT = 40
 
 
-def model_of(hidden: int, layers: int, vocabulary: int) -> Any:
-    head = 32
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": vocabulary, "hidden_size": hidden, "intermediate_size": 3 * hidden,
-            "num_hidden_layers": layers, "num_attention_heads": hidden // head,
-            "num_key_value_heads": hidden // head // 2, "max_position_embeddings": 2048,
-            "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
-        },
-        vision_config={
-            "depth": 3, "hidden_size": hidden // 2, "num_heads": 2, "intermediate_size": hidden,
-            "out_hidden_size": hidden, "fullatt_block_indexes": [2], "window_size": 112,
-            "tokens_per_second": 2,
-        },
-        tie_word_embeddings=True, vision_start_token_id=0, vision_end_token_id=1, video_token_id=VIDEO,
-        image_token_id=3,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration(config).eval()
-
-
-NO_END = SimpleNamespace(
-    get_vocab=dict, eos_token_id=None, batch_decode=lambda rows, skip_special_tokens: [""] * len(rows)
-)
 OF_ANY_STAGE: dict[str, Any] = {
     "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32", "bf16": False,
     "max_frames": 8, "frame_pixels": (4 * 28) ** 2, "image_pixels": 28**2,
@@ -74,38 +53,6 @@ def recipe_of(**overrides: Any) -> Recipe:
     """8 frames of 4 × 4 visual tokens, 8 completions of 48 tokens, 4 of them more with shuffled frames."""
     lengths = {"max_completion_length": 48, "length_reward": 0.0}
     return load_recipe("rl", None, {**OF_ANY_STAGE, **lengths, **overrides})
-
-
-def question() -> Prompt:
-    times, down, across = 4, 8, 8
-    generator = torch.Generator().manual_seed(1)
-    text = torch.randint(4, 200, (TEXT,), generator=generator)
-    visual = torch.full((times * down * across // 4,), VIDEO)
-    ids = torch.cat([text[:20], torch.tensor([0]), visual, torch.tensor([1]), text[22:]])
-    features = {
-        "pixel_values_videos": torch.randn(times * down * across, 3 * 2 * 14 * 14, generator=generator),
-        "video_grid_thw": torch.tensor([[times, down, across]]),
-        "second_per_grid_ts": torch.tensor([1.0]),
-        "mm_token_type_ids": torch.where(ids == VIDEO, 2, 0)[None],
-    }
-    media = Media(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.arange(8).double() / 2, 4.0, "video")
-    return Prompt(ids, features, media, None, [])
-
-
-def most_at_once(work: Callable[[], object]) -> int:
-    """Bytes of tensor memory beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        work()
-    results: Any = recorded.profiler and recorded.profiler.kineto_results
-    live = peak = 0
-    for _, change in sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"):
-        live += change
-        peak = max(peak, live)
-    return peak
-
-
-def tensor_bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def planned(model: Any, recipe: Recipe) -> MemoryPlan:
@@ -161,7 +108,7 @@ def test_sizes_of_gpus(text: str, size: int | None) -> None:
         ({}, {"num_processes": 4, "distributed_type": "MULTI_GPU"}, (4, False, False, False)),
         ({}, {"num_processes": 4, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
          (4, True, True, True)),
-        ({"fsdp": "shard_grad_op"}, {"num_processes": 2}, (2, False, True, True)),
+        ({"fsdp": "shard_grad_op"}, {"num_processes": 2}, (2, True, True, True)),
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {"num_processes": 8}, (8, True, True, True)),
         ({}, {"num_processes": 8, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
          (8, False, True, True)),
@@ -234,16 +181,15 @@ def test_the_plan_agrees_with_a_measured_update(
     policy.train()
     prompt = question()
     assert len(prompt.input_ids) == plan.prompt_tokens
-    completions = [[torch.arange(100, 148) + g for g in range(8)]]
 
     def update() -> None:
-        result = group_logprobs(policy, [prompt], completions, with_entropy=True)
+        result = group_logprobs(policy, [prompt], COMPLETIONS, with_entropy=True)
         with torch.no_grad():
             if reference is None:
                 with policy.disable_adapter():
-                    judged = group_logprobs(policy, [prompt], completions).logprobs
+                    judged = group_logprobs(policy, [prompt], COMPLETIONS).logprobs
             else:
-                judged = group_logprobs(reference, [prompt], completions).logprobs
+                judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
         loss = policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
             normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
@@ -267,3 +213,25 @@ def test_the_plan_agrees_with_a_measured_update(
     beyond = plan.phases["update"] - plan.parts["weights"] - plan.parts["optimizer"] - plan.parts["reference"]
     assert beyond == pytest.approx(passes, rel=TOLERANCE)
     assert plan.phases["update"] == pytest.approx(weights + states + copied + passes, rel=TOLERANCE)
+
+
+@pytest.mark.dist
+def test_the_plan_agrees_with_a_measured_fsdp2(tmp_path: Path) -> None:
+    """Two processes under bf16 mixed precision: shares, the update, and all weights gathered for rollouts."""
+    run_processes(
+        2, "distributed_memory:measure", tmp_path, 256, 6,
+        environment={**FSDP2, "ACCELERATE_MIXED_PRECISION": "bf16"},
+    )  # fmt: skip
+    sharding = sharding_of({"fsdp": "full_shard"}, 2)
+    recipe = recipe_of(bf16=True, gradient_checkpointing=True)
+    config = model_of(256, 6, 2048).config
+    plan = memory_plan(config, recipe, text_tokens=TEXT, device_type="cpu", sharding=sharding)
+    shares = plan.parts["weights"] + plan.parts["reference"]
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"measured-{rank}.json").read_text())
+        for part in ("weights", "reference", "gradients"):
+            assert plan.parts[part] == pytest.approx(found[part], rel=0.05), part
+        for phase in ("rollout", "update"):
+            planned = plan.phases[phase] - plan.parts["optimizer"]
+            assert planned == pytest.approx(found[phase], rel=0.1), phase
+            assert planned - shares == pytest.approx(found[phase] - shares, rel=0.2), phase

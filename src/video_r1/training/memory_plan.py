@@ -1,8 +1,9 @@
 """What a recipe needs of a GPU's memory, before any weights are loaded: `video-r1 plan RECIPE`.
 
 The update and the prefill are traced without storage (memory_trace.py); weights, gradients, optimizer and the
-keys and values of the completions are counted. Not counted: the CUDA context and the allocator's unused
-blocks (1 to 2 GB on common GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
+keys and values of the completions are counted, and so is what FSDP2 and ZeRO-3 gather: all weights while
+processes sample, layers in an update. Not counted: the CUDA context and the allocator's unused blocks (1 to 2
+GB on common GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from video_r1.errors import ConfigError
 from video_r1.models.loading import checked_source
+from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
 from video_r1.settings.base import own_field_types
@@ -28,6 +30,7 @@ from video_r1.training.sharding import Sharding, sharding_of
 
 ADAM_STATES = 2
 TIMESTAMP_TOKENS = 10  # Qwen3-VL writes a time and two marks before every temporal patch
+FSDP_LAYERS = 3  # one at work, the next one as it arrives and in its place
 SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
 
 
@@ -35,9 +38,10 @@ SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, pro
 class MemoryPlan:
     """Tokens of a question, and bytes on one GPU.
 
-    `parts`: weights, gradients, optimizer, reference, activations (kept for the backward pass), logits, KV
-    cache, vLLM; not all of them are there at once. `phases`: the most that is there while sampling (rollout),
-    in the passes forward and back (update) and in the optimizer step.
+    `parts`: weights, gradients, optimizer, reference, gathered (weights of other processes), activations
+    (kept for the backward pass), logits, KV cache, vLLM; not all of them are there at once. `phases`: the
+    most that is there while sampling (rollout), in the passes forward and back (update) and in the optimizer
+    step.
     """
 
     stage: str
@@ -85,14 +89,16 @@ def memory_plan(
     training = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
     row = _row(config, recipe, training, text_tokens)
     dtype, autocast = _number_formats(config, settings, training, sharding, device_type)
+    passes = training.gradient_accumulation_steps
     policy = Policy(
-        dtype=dtype,
+        dtype=autocast if sharding.fsdp and autocast else dtype,
         autocast=autocast,
         device_type=device_type,
         freeze_vision=settings.freeze_vision_tower,
         checkpointing=training.gradient_checkpointing,
         reference=isinstance(training, TGRPOSettings) and training.beta != 0,
         lora=(settings.lora_r, lora_config(settings)) if settings.use_peft else None,
+        gradients_kept=_gradients_kept(sharding, passes, autocast is not None),
     )
     prefill, sequences = None, 0
     if isinstance(training, TGRPOSettings):
@@ -102,17 +108,25 @@ def memory_plan(
         if not recipe.values().get("use_vllm"):
             rows = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
             prefill = Row(rows, row.grid, row.prompt, 1, 1, packed=False)
-    traced = trace(config, policy, row, prefill, training.gradient_accumulation_steps)
+    traced = trace(config, policy, row, prefill, passes)
+    if device_type == "cpu" and dtype == torch.float32 and autocast is None:
+        arranged = 4 * sum(size for size in traced.text_linear if sequences * size >= LEAST_PRODUCTS)
+        arranged = arranged if arranged <= MOST_ARRANGED_BYTES else 0  # oneDNN's copies, while sampling
+        traced.prefill_copies += arranged
+        traced.prefill_peak += arranged
     values = recipe.values()
     in_this_process = values.get("use_vllm") and values.get("vllm_mode", "colocate") == "colocate"
     vllm = int((gpu_memory or 0) * values.get("vllm_gpu_memory_utilization", 0.3)) if in_this_process else 0
-    weights = int(traced.weights * sharding.share(sharding.weights))
+    stored = dtype.itemsize // policy.dtype.itemsize  # bytes of a share for each byte that is traced
+    weights = int(traced.weights * stored * sharding.share(sharding.weights))
     optimizer = traced.trainable * _optimizer_bytes(str(values.get("optim", "")), dtype, sharding)
+    gathered = _gathered(traced, sharding, policy)
     parts = {
         "weights": weights,
-        "gradients": int(traced.gradients * sharding.share(sharding.gradients)),
+        "gradients": int(traced.gradients * stored * sharding.share(sharding.gradients)),
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
         "reference": weights if policy.reference and policy.lora is None else 0,
+        "gathered": max(gathered.values()),
         "activations": traced.activations,
         "logits": traced.logits,
         "KV cache": 0 if prefill is None else _kv_cache(traced, prefill, row, prompts, sequences),
@@ -132,7 +146,7 @@ def memory_plan(
         completions=row.completions,
         row_tokens=math.prod(row.shape),
         parts=parts,
-        phases=_phases(parts, traced, sharding, prefill is not None, decoding, sleeps),
+        phases=_phases(parts, gathered, traced, sharding, prefill is not None, decoding, sleeps),
         gpu_memory=gpu_memory,
     )
 
@@ -192,28 +206,59 @@ def _kv_cache(traced: Traced, prefill: Row, row: Row, prompts: int, sequences: i
     return int((prompts * row.prompt + sequences * row.completion) / waves * of_a_token)
 
 
+def _gradients_kept(sharding: Sharding, passes: int, mixed: bool) -> float:
+    """The share of a gradient that this process keeps when its layer is done.
+
+    FSDP2 sums the gradients of several passes whole, in the number format that computes, before it shares
+    them out; a share is then float32.
+    """
+    if sharding.fsdp:
+        return 1.0 if passes > 1 else (2 if mixed else 1) * sharding.share(True)
+    return sharding.share(sharding.gradients)
+
+
+def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> dict[str, int]:
+    """Weights of other processes that are here too, by phase.
+
+    While processes sample, all weights of the policy. In an update, of FSDP2: layers at work and on their way
+    with their gradients, and what belongs to no layer (head, norms); of the reference, which has no backward
+    pass that would give it back, the latter stays.
+    """
+    if not sharding.weights:
+        return {"update": 0, "optimizer step": 0, "rollout": 0}
+    layers, left = 2 * traced.largest_layer, 0
+    if sharding.fsdp:
+        left = traced.outside_layers if policy.reference and policy.lora is None else 0
+        layers = FSDP_LAYERS * traced.largest_layer + traced.outside_layers
+        trained = traced.outside_layers if policy.lora is None else 0
+        layers += int(trained * (1 - policy.gradients_kept))
+    update = traced.weights if sharding.whole_in_step else layers
+    return {"update": update + left, "optimizer step": left, "rollout": traced.weights + left}
+
+
 def _phases(
-    parts: dict[str, int], traced: Traced, sharding: Sharding, samples_here: bool, decoding: int, sleeps: bool
+    parts: dict[str, int],
+    gathered: dict[str, int],
+    traced: Traced,
+    sharding: Sharding,
+    samples_here: bool,
+    decoding: int,
+    sleeps: bool,
 ) -> dict[str, int]:
     """The peak of each phase of a step after the first one, when the optimizer has its states."""
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
-    gathered = 0
-    if sharding.weights:  # two layers whole at a time, one in use and one on its way
-        gathered = 2 * traced.largest_layer
     buckets = traced.gradients if sharding.buckets else 0
-    share = sharding.share(sharding.gradients)
-    passing = traced.update_peak - traced.update_peak_gradients + int(traced.update_peak_gradients * share)
     vllm = 0 if sleeps else parts["vLLM"]
     phases = {
-        "update": always + passing + gathered + buckets + vllm,
-        "optimizer step": always + parts["gradients"] + buckets + vllm,
+        "update": always + traced.update_peak + gathered["update"] + buckets + vllm,
+        "optimizer step": always + parts["gradients"] + gathered["optimizer step"] + buckets + vllm,
     }
     if samples_here:
         prefill = parts["KV cache"] + traced.prefill_peak - traced.prompt_cache
         decode = parts["KV cache"] + traced.prefill_copies + decoding
-        phases["rollout"] = always + buckets + gathered + max(prefill, decode)
+        phases["rollout"] = always + buckets + gathered["rollout"] + max(prefill, decode)
     elif parts["vLLM"]:
-        phases["rollout"] = always + buckets + parts["vLLM"]
+        phases["rollout"] = always + buckets + gathered["rollout"] + parts["vLLM"]
     return phases
 
 

@@ -75,6 +75,7 @@ class Policy:
     checkpointing: bool
     reference: bool  # KL against the policy that training started from
     lora: tuple[int, Any] | None  # rank and peft configuration (or None for the default one)
+    gradients_kept: float = 1.0  # share of a gradient's bytes that stays here once it is whole
 
 
 @dataclass(slots=True)
@@ -86,22 +87,26 @@ class Traced:
     weights: int = 0
     gradients: int = 0
     largest_layer: int = 0  # weights of one decoder layer
+    outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
+    text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
     activations: int = 0  # what the backward pass needs, when it begins
     logits: int = 0  # most that the head needs at once
     update_peak: int = 0  # beyond weights, optimizer and reference
-    update_peak_gradients: int = 0  # the gradients' share of it
     prefill_peak: int = 0  # of one chunk of prompts, their keys and values included
     prompt_cache: int = 0  # keys and values of that chunk
     prefill_copies: int = 0  # weights in autocast's number format, which last as long as sampling does
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, until they die. `peak` is the most that lived at once."""
+    """Adds up the storages that operators make, until they die. `peak` is the most that lived at once.
 
-    def __init__(self) -> None:
+    Of `gradients`, bytes that are among the live ones, only the share `gradients_kept` counts.
+    """
+
+    def __init__(self, gradients_kept: float = 1.0) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self.gradients = self.gradients_at_peak = 0
+        self.live = self.peak = self.gradients = 0
+        self.gradients_kept = gradients_kept
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -125,8 +130,11 @@ class LiveBytes(TorchDispatchMode):
         self.known.add(key)
         self.live += size
         weakref.finalize(storage, self.remove, key, size)
-        if self.live > self.peak:
-            self.peak, self.gradients_at_peak = self.live, self.gradients
+        self.peak = max(self.peak, self.here)
+
+    @property
+    def here(self) -> int:
+        return self.live - int(self.gradients * (1 - self.gradients_kept))
 
     def remove(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -135,13 +143,12 @@ class LiveBytes(TorchDispatchMode):
     @contextmanager
     def peak_within(self) -> Iterator[Callable[[], int]]:
         """Measures the most that is added inside; the whole's peak goes on."""
-        start, whole = self.live, (self.peak, self.gradients_at_peak)
+        start, whole = self.here, self.peak
         self.peak = start
         found = [0]
         yield lambda: found[0]
         found[0] = self.peak - start
-        if self.peak < whole[0]:
-            self.peak, self.gradients_at_peak = whole
+        self.peak = max(self.peak, whole)
 
 
 def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | None, passes: int = 1) -> Traced:
@@ -160,7 +167,7 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | Non
             if module is not None:
                 _without_storage(mode, module)
         _count_weights(traced, model)
-        live = LiveBytes()
+        live = LiveBytes(policy.gradients_kept)
         for module in (model, reference):
             if module is not None:
                 live.ignore(module)
@@ -176,7 +183,7 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | Non
         for _ in range(min(2, passes)):
             with live:
                 _update(traced, live, autocast, model, reference, policy, row, _fake(mode, indices[0]))
-        traced.update_peak, traced.update_peak_gradients = live.peak, live.gradients_at_peak
+        traced.update_peak = live.peak
     return traced
 
 
@@ -226,8 +233,18 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
     trainable = [weight for weight in model.parameters() if weight.requires_grad]
     traced.trainable = sum(weight.numel() for weight in trainable)
     traced.gradients = sum(weight.numel() * weight.element_size() for weight in trainable)
-    layer = vision_language_model(model).model.language_model.layers[0]
-    traced.largest_layer = sum(weight.numel() * weight.element_size() for weight in layer.parameters())
+    inner = vision_language_model(model)
+    layers = [*inner.model.language_model.layers, *inner.model.visual.blocks]
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    apart = [*layers, *([embedding] if embedding.weight is not head.weight else [])]
+    traced.largest_layer = _bytes(layers[0])
+    text = [*inner.model.language_model.modules(), head]
+    traced.text_linear = tuple(module.weight.numel() for module in text if type(module) is nn.Linear)
+    traced.outside_layers = _bytes(model) - sum(_bytes(module) for module in apart)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
 
 
 def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
@@ -243,15 +260,9 @@ def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
 
 
 def _update(
-    traced: Traced,
-    live: LiveBytes,
-    autocast: Any,
-    model: Any,
-    reference: Any,
-    policy: Policy,
-    row: Row,
+    traced: Traced, live: LiveBytes, autocast: Any, model: Any, reference: Any, policy: Policy, row: Row,
     indices: dict[str, Any],
-) -> None:
+) -> None:  # fmt: skip
     inner = vision_language_model(model)
     features = None
     if policy.freeze_vision:

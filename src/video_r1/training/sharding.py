@@ -15,8 +15,9 @@ from video_r1.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """Which parts each process has a share of only. `master`: the optimizer keeps float32 weights of its own
-    beside bf16 ones (DeepSpeed); `offload`: the optimizer is in main memory.
+    """Which parts each process has a share of only. `whole_in_step`: weights that are shared out are gathered
+    once for forward and backward; `master`: the optimizer keeps float32 weights of its own beside bf16 ones
+    (DeepSpeed); `offload`: the optimizer is in main memory.
     """
 
     name: str = "one process"
@@ -24,6 +25,7 @@ class Sharding:
     weights: bool = False
     gradients: bool = False
     optimizer: bool = False
+    whole_in_step: bool = False
     master: bool = False
     offload: bool = False
 
@@ -31,6 +33,11 @@ class Sharding:
     def buckets(self) -> bool:
         """Whether DistributedDataParallel keeps a second copy of the gradients to send them in."""
         return self.processes > 1 and not (self.weights or self.gradients or self.optimizer)
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights are shared out by FSDP, which gathers them in the number format that computes."""
+        return self.weights and not self.master
 
     def share(self, shared: bool) -> float:
         return 1 / self.processes if shared else 1.0
@@ -66,7 +73,7 @@ def sharding_of(
         keeps = keeps or "shard_grad_op" in asked
         offload = "offload" in asked or bool(options.get("offload_params", False))
         name = f"{count} processes, FSDP" + (" (weights whole in a step)" if keeps else "")
-        return Sharding(name, count, not keeps, True, True, offload=offload)
+        return Sharding(name, count, True, True, True, whole_in_step=keeps, offload=offload)
     return Sharding(f"{count} processes, each with all weights" if count > 1 else "one process", count)
 
 
