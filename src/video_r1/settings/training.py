@@ -128,6 +128,12 @@ class TGRPOSettings(TrainingSettings):
             yield "save_steps", (
                 f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
                 "two updates on the same rollouts could not be continued exactly")
+        validated = getattr(self, "eval_steps", None) or 0
+        saves_best = getattr(self, "load_best_model_at_end", False)
+        if saves_best and validated >= 1 and validated % self.num_iterations:
+            yield "eval_steps", (
+                f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
+                "load_best_model_at_end makes a checkpoint of every best step; see save_steps")
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         yield from within(self, "correct_threshold", 0, 1)

@@ -168,8 +168,10 @@ class RunFolder(TrainerCallback):
         if not state.is_world_process_zero:
             return
         save_resolved(self.settings, self.folder)
-        metrics = keep_until(self.folder / "metrics.jsonl", state.global_step)
-        keep_until(self.folder / "rollouts.jsonl", state.global_step)
+        # A run that begins anew validates before its first step again (eval_on_start).
+        last = state.global_step or -1
+        metrics = keep_until(self.folder / "metrics.jsonl", last)
+        keep_until(self.folder / "rollouts.jsonl", last)
         self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
 
     def on_log(

@@ -22,6 +22,7 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -44,6 +45,7 @@ from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot,
 from video_r1.training.runs import last_whole_checkpoint
 from video_r1.training.setup import Questions, as_samples, as_validation, given_model
 from video_r1.training.trackers import describe_run
+from video_r1.training.validation import BestCheckpoint
 from video_r1.training.whole_weights import keep_results_exact, whole_weights
 
 
@@ -71,6 +73,7 @@ class QuestionTrainer(Trainer, ABC):
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
         describe_run(args, Path(args.output_dir), recipe)
+        set_seed(args.seed)  # new adapters are drawn at random
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
         self.folder = Path(args.output_dir)
@@ -97,6 +100,7 @@ class QuestionTrainer(Trainer, ABC):
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
             args.restore_callback_states_from_checkpoint = True  # how often it has waited already
+        self.add_callback(BestCheckpoint(self.folder))
         let_trackers_fail(self.callback_handler.callbacks, args.report_to)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -185,6 +189,13 @@ class QuestionTrainer(Trainer, ABC):
             logs["updates/skipped"] = self.guard.skipped
             self.logged_step = self.state.global_step
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """As in Trainer, and the best model so far becomes a checkpoint, also between those of save_steps."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return is_best
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.checkpoints_go_to)

@@ -16,6 +16,7 @@ from video_r1.errors import ConfigError
 from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe, plain
 from video_r1.training.checkpoints import LAST_FILES, UNFINISHED, check_writable, publish_copy
+from video_r1.training.validation import best_checkpoint, stopped_early
 
 if TYPE_CHECKING:
     from video_r1.training.question_trainer import QuestionTrainer
@@ -68,11 +69,13 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Questi
     check_writable(folder)
     trainer = build()
     state = {} if checkpoint is None else read_state(checkpoint)
-    if checkpoint is not None and state["global_step"] >= trainer.whole_steps():
+    if checkpoint is not None and (state["global_step"] >= trainer.whole_steps() or stopped_early(state)):
         # All steps are done; what is missing is the model of a run that was killed while it was saved.
-        best = state["best_model_checkpoint"] if trainer.args.load_best_model_at_end else None
+        best = None
+        if trainer.args.load_best_model_at_end:
+            best = best_checkpoint(folder, state["best_global_step"])
         if trainer.is_world_process_zero():
-            publish_copy(checkpoint if best is None else Path(best), folder)
+            publish_copy(checkpoint if best is None else best, folder)
         return folder
     if trainer.is_world_process_zero():
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what a killed run did not end to write

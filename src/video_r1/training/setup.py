@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
@@ -67,6 +67,7 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     if settings.freeze_vision_tower:
         freeze_vision(model)
     if settings.use_peft:
+        set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
         model = add_lora(
             model,
             settings.lora_r,

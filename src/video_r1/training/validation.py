@@ -1,10 +1,23 @@
-"""Validation while training: greedy accuracy on held-out questions with ordered and with shuffled frames."""
+"""Validation while training: greedy accuracy on held-out questions with ordered and with shuffled frames; and
+what a continued run has to know of earlier validations.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    EarlyStoppingCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.data.frame_cache import FrameCache, read_cached
 from video_r1.data.media import FrameBudget
@@ -18,6 +31,39 @@ from video_r1.training.rollout_step import Question, answer_scores, build_questi
 
 Answered = tuple[str, float, float, float | None]
 """data_type, accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
+
+
+class BestCheckpoint(TrainerCallback):
+    """Takes up a continued run's validation: its best checkpoint, wherever the run folder lies now, and no
+    second validation before the first step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            return
+        args.eval_on_start = False
+        best = best_checkpoint(self.folder, state.best_global_step)
+        if best is not None:
+            state.best_model_checkpoint = str(best)
+
+
+def best_checkpoint(folder: Path, step: int | None) -> Path | None:
+    """The checkpoint of the best validation's step; None where there was no validation, or no checkpoint."""
+    best = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    return best if step and best.is_dir() else None
+
+
+def stopped_early(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint (its trainer_state.json) is the last one of a run that early stopping ended."""
+    saved = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
+    return saved is not None and (
+        saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
+    )
 
 
 def temporal_accuracy(
