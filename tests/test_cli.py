@@ -215,6 +215,16 @@ def test_errors_become_exit_codes(
     assert capsys.readouterr().err == said
 
 
+def test_a_full_disk_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full has the errors of a full disk: they name no file."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    assert main(["report", str(tmp_path), "--out", "/dev/full"]) == 1
+    assert capsys.readouterr().err.startswith("video-r1: /dev/full: No space left on device; mend that")
+    assert main(["report", str(tmp_path)]) == 0
+
+
 @pytest.mark.parametrize("error", [IndexError(), OSError(errno.ENOENT, "No such file", "lost")])
 def test_an_error_that_nobody_expected_keeps_its_traceback(
     error: Exception, monkeypatch: pytest.MonkeyPatch

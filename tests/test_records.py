@@ -206,6 +206,13 @@ def test_all_problems_of_all_rows_are_reported_together(tmp_path):
     assert all(text in message for text in expected)
 
 
+def test_a_missing_file_of_the_lab_says_what_makes_it(tmp_path):
+    with pytest.raises(ManifestError, match=r"no such manifest file; video-r1 data lab .*lab makes it$"):
+        load_manifest(tmp_path / "lab" / "rl.json")
+    with pytest.raises(ManifestError, match=r"other.json: no such manifest file$"):
+        load_manifest(tmp_path / "other.json")
+
+
 def test_ids_that_differ_in_type_only_are_duplicates(tmp_path):
     found = problems_of(tmp_path, CHOICE, CHOICE | {"problem_id": "7"})
     assert found == ["row 2 (id 7): problem_id is used before, in row 1; each row needs its own"]

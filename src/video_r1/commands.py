@@ -1,9 +1,10 @@
 """What each command does with its resolved settings. Heavy imports stand inside the functions."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, writing_to
 from video_r1.recipe import Recipe
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
@@ -116,7 +117,8 @@ def report(recipe: Recipe) -> int:
     run = folder(settings.run)
     if not run.is_dir():
         raise RequestError(f"{run}: no such run folder")
-    print(build_report(run, Path(settings.out) if settings.out else None))
+    with writing_to(settings.out or run):
+        print(build_report(run, Path(settings.out) if settings.out else None))
     return 0
 
 

@@ -1,5 +1,21 @@
 """The errors of this package. Each message says what was found, where, and what to do."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def writing_to(place: object) -> Iterator[None]:
+    """An OSError inside that names no file, as that of a full disk, names `place`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(place)
+        raise
+
 
 class VideoR1Error(Exception):
     """Base of every error that a person can act on. The command line prints it as one line."""

@@ -15,7 +15,7 @@ from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
-from video_r1.errors import VideoR1Error
+from video_r1.errors import VideoR1Error, writing_to
 from video_r1.rollout.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.annotation import AnnotateSettings
@@ -52,9 +52,10 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
             return local_teacher(settings)
         return endpoint_teacher(settings, endpoint, drawn_with["teacher"], drawn_with["frames_as"])
 
-    counts = annotate(
-        samples[: settings.limit], open_teacher, out, media_root=root, rules=rules, settings=drawn_with
-    )
+    with writing_to(out):
+        counts = annotate(
+            samples[: settings.limit], open_teacher, out, media_root=root, rules=rules, settings=drawn_with
+        )
     print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
     rejected = out.with_name(f"{out.stem}.rejected.jsonl")
     print(f"rejected, with the reason: {rejected}")

@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, writing_to
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
 
@@ -32,7 +32,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     suite = load_suite(settings, bench, folder) if bench.bench else []
     samples = load_manifest_of(settings) if settings.manifest else []
     processor, builder, budget = open_prompts(settings)
-    with closing(open_engine(settings, processor)) as engine:
+    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
         asked = asked_by(settings, bench, engine, builder, budget)
         if bench.bench:
             summary = run_suite(suite, settings, bench, folder, asked)
