@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import deepspeed  # pyright: ignore[reportMissingImports]  # an extra; the tests are skipped without it
+import distributed_runs
 import torch
 from accelerate.state import PartialState
 from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
@@ -16,6 +20,7 @@ from transformers import training_args
 
 from video_r1.training.deepspeed_zero import parameter_count
 from video_r1.training.sft import SFTConfig, SFTTrainer
+from video_r1.training.tgrpo import TGRPOTrainer
 
 
 def on_cpu(zero: str | None) -> dict[str, Any]:
@@ -27,7 +32,8 @@ def on_cpu(zero: str | None) -> dict[str, Any]:
     # killed process leaves behind: the next ones wait for it for ever. Training communicates by gloo.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # transformers has bf16 without `use_cpu` on GPUs only, and accelerate no DeepSpeed with it.
-    training_args.is_torch_bf16_gpu_available = lambda: True  # pyright: ignore[reportAttributeAccessIssue]
+    transformers_settings: Any = training_args
+    transformers_settings.is_torch_bf16_gpu_available = lambda: True
     settings = {"use_cpu": False, "bf16": False, "ddp_backend": "gloo"}
     if zero is None:
         return settings
@@ -58,7 +64,8 @@ class WatchBeforeStep(Watch):
     """As Watch, where the backward pass ends with the step: gradients as they are after clipping."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        engine_class, watch = deepspeed.DeepSpeedEngine, self
+        engine_class: Any = deepspeed.DeepSpeedEngine
+        watch = self
         step = engine_class.step
 
         def watched_step(engine: Any, *arguments: Any, **options: Any) -> None:
@@ -113,3 +120,61 @@ def sft(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> N
     trainer = SFTTrainer(str(folder / "model"), args, manifest, manifest, callbacks=[watch])
     trainer.train()
     save(trainer, watch, folder / name, [])
+
+
+def bad_numbers(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """Four steps: in the second one process has a loss of nan, in the third one has infinite gradients."""
+    trainer: Any = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, per_device_train_batch_size=2,
+        **common(zero, **{"max_steps": 4, "optim": "adamw_torch", "eval_strategy": "no", **changes}),
+    )  # fmt: skip
+    logprobs, rank = trainer.logprobs, int(os.environ["RANK"])
+
+    def spoiled(model: Any, batch: Any, **options: Any) -> Any:
+        result = logprobs(model, batch, **options)
+        if (trainer.state.global_step, rank) == (1, 1):
+            result.logprobs = result.logprobs * torch.nan
+            (folder / name / "culprits.json").write_text(json.dumps(batch.problem_ids))
+        if (trainer.state.global_step, rank) == (2, 0):
+            total = result.logprobs.sum()
+            result.logprobs = result.logprobs + (total - total.detach()).sqrt()  # 0, of an infinite slope
+        return result
+
+    trainer.logprobs = spoiled
+    trainer.train()
+
+
+def lora(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """T-GRPO of adapters, whose reference is the model without them; also in one process, without ZeRO."""
+    import peft
+
+    from video_r1.models.loading import TEXT_LAYERS
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settings: dict[str, Any] = common(zero, beta=0.1, per_device_train_batch_size=4 // processes, **changes)
+    if processes == 1:
+        settings |= {"use_cpu": True, "ddp_backend": None}
+    torch.manual_seed(0)  # of the adapters
+    adapters = peft.LoraConfig(r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM")
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, peft=adapters,
+        evaluated=str(folder / "manifest.json"), **{**settings, "learning_rate": 1.0},
+    )  # fmt: skip
+    trainer.train()
+    trainer.publish_model()
+
+
+def command_line(folder: Path, words: list[str], phases: Any) -> None:
+    """As in distributed_runs.py. LAST_STEP: the second process kills itself in the update of that step."""
+    on_cpu(None)
+    last = int(os.environ.get("LAST_STEP", "0"))
+    trainer_class: Any = TGRPOTrainer
+    training_step = trainer_class.training_step
+
+    def deadly(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        if trainer.state.global_step + 1 == last and trainer.args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return training_step(trainer, *args, **kwargs)
+
+    trainer_class.training_step = deadly
+    distributed_runs.command_line(folder, words, phases)

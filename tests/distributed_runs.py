@@ -21,12 +21,19 @@ def command_line(folder: Path, words: list[str], phases: Any) -> None:
 class Run:
     """`video-r1 rl RECIPE --output_dir RUN` in `count` processes."""
 
-    def __init__(self, recipe: Path, run: Path, environment: dict[str, str], count: int = 2) -> None:
+    def __init__(
+        self,
+        recipe: Path,
+        run: Path,
+        environment: dict[str, str],
+        count: int = 2,
+        work: str = "distributed_runs:command_line",
+    ) -> None:
         self.phases = [SERVER.Value("i", 0) for _ in range(count)]
         words = ["rl", str(recipe), "--output_dir", str(run)]
         run.mkdir(exist_ok=True)
         self.processes, self.logs = start_processes(
-            count, "distributed_runs:command_line", run, words, self.phases, environment=environment
+            count, work, run, words, self.phases, environment=environment
         )
         for process, phase in zip(self.processes, self.phases, strict=True):
             process.phase = phase

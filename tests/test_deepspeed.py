@@ -5,16 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate.commands import launch
-from distributed_process import run_processes
+from distributed_process import exit_codes, run_processes
+from distributed_runs import Run
+from resume_runs import comparable, write_recipe
+from safetensors.torch import load_file
 from test_distributed import same_run
 from tiny_models import tiny_checkpoint
-from tiny_questions import write_manifest
+from tiny_questions import read_lines, write_manifest
 
 pytestmark = [
     pytest.mark.dist,
@@ -79,6 +84,101 @@ def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
 
 
-@pytest.mark.parametrize(("stage", "by"), [(2, "launch"), (3, "setting")])
+STAGES = [pytest.param(2, marks=pytest.mark.slow), 3]
+
+
+@pytest.mark.parametrize(("stage", "by"), [pytest.param(2, "launch", marks=pytest.mark.slow), (3, "setting")])
 def test_sft_equals_one_process(folder: Path, sft_alone: Path, stage: int, by: str) -> None:
     same_run(sft_alone, two_processes("sft", folder, f"sft-zero{stage}", stage, by))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_updates_that_are_not_finite_are_left_out(folder: Path, stage: int) -> None:
+    """A nan loss in one process, then infinite gradients in the other: weights and moments stay."""
+    run = two_processes("bad_numbers", folder, f"bad-zero{stage}", stage, "launch")
+    first, second = read_lines(run / "skipped_updates.jsonl")
+    culprits = json.loads((run / "culprits.json").read_text())
+    assert first == {"step": 2, "not_finite": "loss", "problem_ids": culprits} and len(culprits) == 2
+    assert (second["step"], second["not_finite"]) == (3, "gradient") and len(second["problem_ids"]) == 4
+    assert [line["updates/skipped"] for line in read_lines(run / "metrics.jsonl")] == [0, 1, 2, 2]
+    weights = [(run / f"checkpoint-{step}" / "model.safetensors").read_bytes() for step in range(1, 5)]
+    assert weights[0] == weights[1] == weights[2] != weights[3]
+    states = [training_state(run, step) for step in (1, 3, 4)]
+    assert same_tensors(states[0], states[1]) and not same_tensors(states[1], states[2])
+
+
+def training_state(run: Path, step: int) -> list[Any]:
+    """The optimizer's part of a checkpoint, of every process."""
+    files = sorted((run / f"checkpoint-{step}" / f"global_step{step}").glob("*optim_states.pt"))
+    assert len(files) == 2
+    return [torch.load(path, weights_only=False)["optimizer_state_dict"] for path in files]
+
+
+def same_tensors(one: Any, other: Any) -> bool:
+    pairs = list(zip(tensors_of(one), tensors_of(other), strict=True))
+    assert len(pairs) > 4
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of nested lists and dictionaries, in their order; DeepSpeed's counters are not compared."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors_of(part)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_of(part)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, stage: int) -> None:
+    """kill -9 of one process in its third step; the other one ends; the same command goes on from step 2."""
+    recipe = write_recipe(
+        tmp_path, use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=1, max_steps=3
+    )
+    environment, work = launched(stage), "deepspeed_work:command_line"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    Run(recipe, whole, environment, work=work).finish()
+    run = Run(recipe, killed, {**environment, "LAST_STEP": "3"}, work=work)
+    assert exit_codes(run.processes, 60) == [1, -9], run.logs[0].read_text()[-2000:]
+    assert "video-r1: process 0 has lost another process of this run" in run.logs[0].read_text()
+    assert [path.name for path in killed.glob("checkpoint-*")] == ["checkpoint-2"]
+    Run(recipe, killed, environment, work=work).finish()
+    assert comparable(whole) == comparable(killed)
+    assert [line["step"] for line in read_lines(killed / "metrics.jsonl")] == [1, 2, 3]
+    assert read_lines(whole / "rollouts.jsonl") == read_lines(killed / "rollouts.jsonl")
+    assert (whole / "model.safetensors").read_bytes() == (killed / "model.safetensors").read_bytes()
+    assert same_tensors(training_state(whole, 3), training_state(killed, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_lora_equals_one_process(folder: Path, stage: int) -> None:
+    if not (folder / "lora-1").exists():
+        run_processes(1, "deepspeed_work:lora", folder, "lora-1", None, {})
+    run = two_processes("lora", folder, f"lora-zero{stage}", stage, "launch")
+    logs = [read_lines(path / "metrics.jsonl") for path in (folder / "lora-1", run)]
+    assert logs[0][-2]["policy/kl"] > 1e-3
+    for alone, together in zip(*logs, strict=True):
+        for name in alone.keys() & {"loss", "policy/kl", "grad_norm", "eval_accuracy"}:
+            assert together[name] == pytest.approx(alone[name], abs=1e-5), name
+    alone, together = (load_file(path / "adapter_model.safetensors") for path in (folder / "lora-1", run))
+    assert alone.keys() == together.keys()
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_bf16(folder: Path, stage: int) -> None:
+    """Policy and reference compute in bf16 alike; the optimizer's own weights are float32, the saved ones
+    bf16.
+    """
+    run = two_processes("rl", folder, f"bf16-zero{stage}", stage, "launch", bf16=True)
+    steps = [line for line in read_lines(run / "metrics.jsonl") if "policy/kl" in line]
+    assert steps[0]["policy/kl"] == 0.0 and 0.0 < steps[1]["policy/kl"] < 0.01
+    assert {value.dtype for value in load_file(run / "model.safetensors").values()} == {torch.bfloat16}
+    for state in training_state(run, 2):
+        assert {value.dtype for value in tensors_of(state) if value.numel() > 1000} == {torch.float32}

@@ -116,7 +116,7 @@ def check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"x")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process of the run may have been here
     except OSError as error:
         raise VideoR1Error(
             f"output_dir {folder} cannot be written: {error.strerror or error}; choose another one"
