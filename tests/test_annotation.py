@@ -251,11 +251,18 @@ def test_an_endpoint_that_goes_away(tmp_path: Path) -> None:
     ({"model": "other"}, "serves teacher, not other"),
     ({"teacher": "http://127.0.0.1:9", "wait": 0.1}, "no endpoint answered within 0.1 s"),
 ])  # fmt: skip
-def test_no_such_endpoint(endpoint: ChatEndpoint, tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+def test_no_such_endpoint(
+    endpoint: ChatEndpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
     with pytest.raises(ConfigError, match=said):
         annotate(
             changes.pop("teacher", endpoint.url), write_questions(tmp_path, 1), tmp_path / "c.json", **changes
         )
+    assert caplog.text.count("waiting up to 0.1 s for it") == ("wait" in changes)  # said at once, and once
 
 
 def test_a_service_without_a_list_of_models_has_to_be_told_the_name(

@@ -267,9 +267,10 @@ def test_weights_that_the_server_has_are_not_sent_again(loopback: Server, tmp_pa
     assert loopback.calls.count("/pause") == sent  # what others have under way is not aborted
 
 
-def test_no_server(tmp_path: Path) -> None:
+def test_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ConfigError, match="video-r1 serve models/tiny"):
         engine("http://127.0.0.1:9", tmp_path, wait=0.2)
+    assert caplog.text.count("for it") == 1  # said at once, and once
 
 
 def test_too_long_for_the_server(loopback: Server, tmp_path: Path) -> None:

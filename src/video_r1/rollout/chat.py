@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import random
 import time
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from video_r1.data.media import Media
 from video_r1.errors import ConfigError
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
+
+logger = logging.getLogger(__name__)
 
 JPEG_QUALITY = 90
 ATTEMPTS = 8  # of one request whose failures pass
@@ -148,7 +151,7 @@ def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
     Raises ConfigError: nothing answers within `endpoint.wait`, the key is refused, it serves several models
     and none is named, or not the one that is named. A service without a list of models has to be told one.
     """
-    deadline = time.monotonic() + endpoint.wait
+    deadline, told = time.monotonic() + endpoint.wait, False
     while True:
         try:
             listed = get(f"{endpoint.url}/models", endpoint.key, timeout=10.0)
@@ -165,6 +168,9 @@ def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
                 raise ConfigError(
                     f"{endpoint.url}: no endpoint answered within {endpoint.wait:g} s ({failure})"
                 ) from failure
+            if not told:
+                logger.warning("%s: %s; waiting up to %g s for it", endpoint.url, failure, endpoint.wait)
+                told = True
             time.sleep(min(1.0, endpoint.wait / 10))
     try:
         entries = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}

@@ -83,8 +83,13 @@ class ServerEngine:
         self._watch: threading.Thread | None = None
         self._closed = threading.Event()
         self._lost: VideoR1Error | None = None
+        deadline = time.monotonic() + wait
         try:
-            self.max_model_len = self._await_server(time.monotonic() + wait)
+            try:
+                self.max_model_len = self._await_server(time.monotonic())
+            except ServerFailure as failure:
+                self._warn(failure)
+                self.max_model_len = self._await_server(deadline)
         except ServerFailure as failure:
             raise ConfigError(
                 f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with "
