@@ -6,6 +6,7 @@ exist". This hook defines the two operators' schemas just before torchvision is 
 stay absent: the package uses torchvision's resizing alone. `setup/install.sh` puts this file into the virtual
 environment, with a `.pth` line that loads it, only where the import fails without it.
 """
+
 import importlib.abc
 import sys
 

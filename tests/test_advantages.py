@@ -1,4 +1,5 @@
 """Advantages against figures worked out by hand."""
+
 import math
 
 import pytest

@@ -1,4 +1,5 @@
 """Answers as training reads them (strictly) and as evaluation reads them (tolerantly)."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st

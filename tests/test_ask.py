@@ -1,4 +1,5 @@
 """Asking one question: the sample made of it, streaming, and the command on a real checkpoint and clip."""
+
 from __future__ import annotations
 
 from pathlib import Path

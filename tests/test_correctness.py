@@ -1,4 +1,5 @@
 """Correctness scores, each figure worked out by hand."""
+
 import pytest
 
 from video_r1.rewards.answers import extract_answer

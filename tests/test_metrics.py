@@ -1,4 +1,5 @@
 """Evaluation figures against values worked out by hand."""
+
 import numpy as np
 import pytest
 from hypothesis import given

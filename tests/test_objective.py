@@ -1,4 +1,5 @@
 """The policy objective: figures worked out by hand, a plain reference, and accumulation."""
+
 import math
 
 import pytest

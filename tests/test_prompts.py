@@ -1,4 +1,5 @@
 """Prompts: the text, the tensors that reach the model, and every refusal."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """Format, temporal and length rewards, and reward functions that users bring."""
+
 import math
 
 import pytest
@@ -40,7 +41,7 @@ def test_format(completion: str, reward: float) -> None:
 
 
 def flags(text: str) -> torch.Tensor:
-    """"1101" → [True, True, False, True]"""
+    """ "1101" → [True, True, False, True]"""
     return torch.tensor([mark == "1" for mark in text], dtype=torch.bool)
 
 

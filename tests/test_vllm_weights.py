@@ -1,4 +1,5 @@
 """What is handed to vLLM, checked without vLLM: weights by name, positions, errors."""
+
 from __future__ import annotations
 
 import sys
@@ -69,9 +70,7 @@ def test_modules_that_peft_saves_whole() -> None:
 @pytest.mark.parametrize("grid", [(1, 4, 6), (4, 4, 4), (8, 4, 6), (2, 12, 4)])
 @pytest.mark.parametrize("seconds", [1.0, 0.7, 2.8, 30.0])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_positions_are_those_of_transformers(
-    family: str, grid: tuple[int, int, int], seconds: float
-) -> None:
+def test_positions_are_those_of_transformers(family: str, grid: tuple[int, int, int], seconds: float) -> None:
     processor = tiny_processor(family)
     model: Any = tiny_model(family, processor.tokenizer)
     times, rows, columns = grid[0], grid[1] // 2, grid[2] // 2

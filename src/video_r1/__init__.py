@@ -2,6 +2,7 @@
 
 Public names are imported when they are first used, so that `import video_r1` does not import torch.
 """
+
 from __future__ import annotations
 
 import importlib

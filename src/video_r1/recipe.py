@@ -5,6 +5,7 @@ another recipe's settings, which the file's own lines override; a base that is a
 folder. All other paths in a recipe are relative to the folder that the command runs in. Everything is checked
 here, before any model is loaded.
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Reading answers out of model outputs: strictly (training) and tolerantly (evaluation)."""
+
 from __future__ import annotations
 
 import re
@@ -9,9 +10,7 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPEN_ANSWER = re.compile(r"<answer>(.*)\Z", re.DOTALL)
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
-_NUMBER = re.compile(
-    r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
-)
+_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])", re.IGNORECASE)

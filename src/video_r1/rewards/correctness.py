@@ -4,6 +4,7 @@ The scores are those of Video-R1 (arXiv 2503.21776) with one deviation: its code
 answer 0 when only one of the two strings has a `.` or a `,`, so that "3" is wrong where "3.0" is the truth
 and "1,200" where "1200" is. Here two equal numbers are equal however they are written.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable

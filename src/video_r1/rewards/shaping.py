@@ -3,6 +3,7 @@
 G is the number of ordered responses to the question, H that of its shuffled ones.
 Source of the temporal and the length reward: T-GRPO, arXiv 2503.21776.
 """
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """The protocol between the trainer and whatever samples for it."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -51,6 +52,7 @@ class RolloutGroup:
     """
 
     sample: Sample
+    # fmt: off
     prompt: Prompt                      # the ordered prompt
     ordered: list[Rollout]              # G
     shuffled_prompt: Prompt | None      # None: an image, or no temporal reward
@@ -61,3 +63,4 @@ class RolloutGroup:
     shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
+    # fmt: on

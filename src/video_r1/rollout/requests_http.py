@@ -1,4 +1,5 @@
 """JSON over HTTP with two kinds of errors: those that pass, and those that do not."""
+
 from __future__ import annotations
 
 import http.client

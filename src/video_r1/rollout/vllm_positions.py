@@ -9,6 +9,7 @@ Qwen2.5-VL; later models have text between frames, where both agree).
 point group `vllm.general_plugins`), which a server started with VIDEO_R1_POSITIONS=transformers loads in each
 of its processes.
 """
+
 from __future__ import annotations
 
 import os

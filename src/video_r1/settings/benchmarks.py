@@ -14,13 +14,16 @@ class BenchmarkSettings(Settings):
     """Benchmarks"""
 
     bench: list[str] | None = setting(
-        None, "benchmarks by name (vsibench, mvbench, ...) or manifest files, in place of one manifest")
+        None, "benchmarks by name (vsibench, mvbench, ...) or manifest files, in place of one manifest"
+    )
     annotation: Literal["published", "reference"] | None = setting(
-        None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: what is there)")
+        None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: what is there)"
+    )
     allow_missing: bool = setting(False, "evaluate what is there when media or questions are missing")
     compare: Literal["paper"] | None = setting(None, "print the paper's figures for the same frames beside")
     temporal_gap: bool = setting(
-        False, "ask in both frame orders, and draw which questions need the order (temporal-gap.html)")
+        False, "ask in both frame orders, and draw which questions need the order (temporal-gap.html)"
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -1,4 +1,5 @@
 """Settings of the commands that neither train nor generate: data, merge, report and demo."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -75,7 +76,8 @@ class MergeSettings(Settings):
     adapter: str | None = setting(None, "run folder of a training with use_peft, or one of its checkpoints")
     out: str | None = setting(None, "checkpoint folder to write")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "number format of the merged weights (default: that of the model that was adapted)")
+        "auto", "number format of the merged weights (default: that of the model that was adapted)"
+    )
 
 
 @dataclass(kw_only=True)

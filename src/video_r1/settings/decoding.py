@@ -16,10 +16,13 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
     model: str | None = setting(
-        None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint")
+        None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint"
+    )
     engine: str = setting(
-        "transformers", "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
-        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)")
+        "transformers",
+        "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
+        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)",
+    )
     concurrency: int = setting(16, "requests to an endpoint at once")
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     timeout: float = setting(600.0, "seconds for one request to an endpoint")
@@ -35,7 +38,9 @@ class DecodingSettings(PromptSettings, LoadingSettings):
         yield from at_least(self, 0, "temperature")
         if not 0 < self.top_p <= 1:
             yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
-        if self.engine not in ("transformers", "vllm") and not self.engine.startswith(("http://", "https://")):
+        if self.engine not in ("transformers", "vllm") and not self.engine.startswith(
+            ("http://", "https://")
+        ):
             yield "engine", f"is {self.engine!r}; it must be transformers, vllm or an address with http://"
 
 
@@ -47,7 +52,8 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
     order: list[Literal["ordered", "shuffled"]] = setting(
-        ["ordered"], "frame orders to evaluate; both together give the temporal gap")
+        ["ordered"], "frame orders to evaluate; both together give the temporal gap"
+    )
     batch_size: int = setting(8, "questions generated together")
     limit: int | None = setting(None, "evaluate the first N questions only")
 
@@ -72,7 +78,8 @@ class AskSettings(DecodingSettings):
     question: str | None = setting(None, "the question")
     options: list[str] = setting([], "options of a multiple-choice question")
     problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
-        None, "kind of answer wanted (default: multiple choice when there are options, else free-form)")
+        None, "kind of answer wanted (default: multiple choice when there are options, else free-form)"
+    )
     start: float | None = setting(None, "start of the window of the clip, in seconds")
     end: float | None = setting(None, "end of the window of the clip, in seconds")
 

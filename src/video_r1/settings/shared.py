@@ -24,7 +24,8 @@ class PromptSettings(Settings):
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped")
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     media_seconds: float = setting(
-        120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes")
+        120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes"
+    )
     media_memory_mb: int = setting(4096, "memory that decoding one file may take, in MB, else it is unusable")
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
     frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used frames go")
@@ -74,7 +75,8 @@ class ModelSettings(LoadingSettings):
     lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r")
     lora_dropout: float = setting(0.0, "dropout before the adapters")
     lora_target_modules: list[str] | None = setting(
-        None, "modules to adapt (default: all linear layers of the language model)")
+        None, "modules to adapt (default: all linear layers of the language model)"
+    )
     lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
     load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
 

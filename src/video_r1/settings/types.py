@@ -1,4 +1,5 @@
 """Types of settings: what a value must be, and how text from an option or a recipe becomes one."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -54,7 +55,8 @@ def matches(value: Any, hint: Any) -> bool:
     if origin is dict or hint is dict:
         key, item = arguments or (Any, Any)
         return isinstance(value, Mapping) and all(
-            matches(k, key) and matches(v, item) for k, v in value.items())
+            matches(k, key) and matches(v, item) for k, v in value.items()
+        )
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, int | float) if hint is float else isinstance(value, hint)

@@ -1,4 +1,5 @@
 """Settings of training with vLLM. Names that TRL's `GRPOConfig` has are its names."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -20,18 +21,22 @@ class VLLMSettings(Settings):
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
     vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
     vllm_importance_sampling_correction: bool = setting(
-        True, "weight each token by the trainer's over vLLM's probability of it")
+        True, "weight each token by the trainer's over vLLM's probability of it"
+    )
     vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
     async_rollouts: int = setting(
-        0, "1: a server samples the next step's questions during the update, with weights one step old")
+        0, "1: a server samples the next step's questions during the update, with weights one step old"
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
         yield from positive(self, "vllm_tensor_parallel_size")
         if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            yield "vllm_gpu_memory_utilization", (
-                f"is {self.vllm_gpu_memory_utilization}; it must be above 0 and at most 1")
+            yield (
+                "vllm_gpu_memory_utilization",
+                (f"is {self.vllm_gpu_memory_utilization}; it must be above 0 and at most 1"),
+            )
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
@@ -42,9 +47,13 @@ class VLLMSettings(Settings):
         elif self.async_rollouts and not (self.use_vllm and self.vllm_mode == "server"):
             yield "async_rollouts", "is 1 without a server that could sample meanwhile; set vllm_mode server"
         elif self.async_rollouts and not self.vllm_importance_sampling_correction:
-            yield "async_rollouts", (
-                "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one "
-                "step old, which the correction has to make up for")
+            yield (
+                "async_rollouts",
+                (
+                    "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one "
+                    "step old, which the correction has to make up for"
+                ),
+            )
 
 
 @dataclass(kw_only=True)
@@ -55,7 +64,8 @@ class ServeSettings(Settings):
     host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
     port: int = setting(8000, "port to listen at")
     hand_over: Literal["tcp", "nccl", "folder"] = setting(
-        "tcp", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see")
+        "tcp", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     max_model_len: int | None = setting(None, "most tokens of prompt and completion (default: the model's)")
     vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")
