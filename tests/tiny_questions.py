@@ -1,4 +1,4 @@
-"""A small manifest on real files for the trainers' tests: all five problem types, clips and pictures mixed."""
+"""A small manifest on real files for the trainers' tests: all five problem types, clips and pictures."""
 
 from __future__ import annotations
 
