@@ -70,7 +70,7 @@ def test_sft_equals_one_process(folder: Path, kind: str, environment: dict[str, 
     same_run(folder / "sft-1", run)
 
 
-KINDS = [pytest.param({}, id="ddp"), pytest.param(FSDP2, id="fsdp2")]
+KINDS = [pytest.param({}, id="ddp", marks=pytest.mark.slow), pytest.param(FSDP2, id="fsdp2")]
 
 
 @pytest.mark.parametrize("environment", KINDS)
@@ -107,7 +107,10 @@ def test_bf16_gradients_stay_near_float32(folder: Path, environment: dict[str, s
         assert 1e-4 < float((two - one).norm() / one.norm()) < 0.1
 
 
-@pytest.mark.parametrize(("kind", "environment"), [("rl", FSDP2), ("sft", {})])
+@pytest.mark.parametrize(
+    ("kind", "environment"),
+    [pytest.param("rl", FSDP2, id="rl-fsdp2"), pytest.param("sft", {}, id="sft-ddp", marks=pytest.mark.slow)],
+)
 def test_questions_that_do_not_divide(
     tmp_path: Path, folder: Path, kind: str, environment: dict[str, str]
 ) -> None:
