@@ -49,8 +49,8 @@ class VLLMSettings(Settings):
         elif self.async_rollouts and not self.vllm_importance_sampling_correction:
             yield (
                 "async_rollouts",
-                "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one step "
-                "old, which the correction has to make up for",
+                "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one "
+                "step old, which the correction has to make up for",
             )
 
 
