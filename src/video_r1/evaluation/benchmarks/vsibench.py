@@ -4,14 +4,6 @@ from __future__ import annotations
 
 from video_r1.evaluation.benchmarks.spec import Benchmark, Place, Row
 
-CHOICES = (
-    "object_rel_direction_easy",
-    "object_rel_direction_medium",
-    "object_rel_direction_hard",
-    "object_rel_distance",
-    "route_planning",
-    "obj_appearance_order",
-)
 NUMBERS = ("object_abs_distance", "object_counting", "object_size_estimation", "room_size_estimation")
 
 
