@@ -25,12 +25,15 @@ from measured_memory import (
     tensor_bytes,
 )
 from test_distributed import FSDP2
-from tiny_models import FAMILIES, tiny_model, tiny_tokenizer
+from tgrpo_trainers import make_trainer, policy_of
+from tiny_models import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
+from tiny_questions import write_manifest
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
+from video_r1.models.four_bits import is_four_bit
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.loading import add_lora
+from video_r1.models.loading import add_lora, load_model
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -163,16 +166,32 @@ def test_shared_parts_shrink_with_the_processes() -> None:
     assert four.peak < alone.peak
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters and buffers; and for 4-bit weights their scales, one byte for 64 weights and one float32 for
+    256 of these, whether or not they are buffers.
+    """
+    quantised: list[Any] = [layer.weight for layer in model.modules() if is_four_bit(layer)]
+    states = [weight.quant_state for weight in quantised]
+    scales = [tensor for state in states for tensor in (state.absmax, state.state2.absmax)]
+    return list({t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *scales]}.values())
+
+
+@pytest.mark.parametrize("trained", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("hidden", "layers"), [(128, 4), (256, 6)])
 def test_the_plan_agrees_with_a_measured_update(
-    hidden: int, layers: int, checkpointing: bool, lora: bool
+    hidden: int, layers: int, checkpointing: bool, trained: str, tmp_path: Path
 ) -> None:
-    model = model_of(hidden, layers, 2048)
-    recipe = recipe_of(gradient_checkpointing=checkpointing, use_peft=lora, lora_r=16)
+    lora, model = trained != "full", model_of(hidden, layers, 2048)
+    recipe = recipe_of(
+        gradient_checkpointing=checkpointing, use_peft=lora, lora_r=16, load_in_4bit=trained == "qlora"
+    )
     plan = planned(model, recipe)
-    policy = add_lora(model, 16) if lora else model
+    if trained == "qlora":
+        pytest.importorskip("bitsandbytes")
+        model.save_pretrained(tmp_path)
+        model = load_model(tmp_path, load_in_4bit=True)
+    policy: Any = add_lora(model, 16) if lora else model
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
@@ -199,20 +218,42 @@ def test_the_plan_agrees_with_a_measured_update(
     update()  # what is made once only, such as tables of rotary angles
     policy.zero_grad(set_to_none=True)
     passes = most_at_once(update)
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
+    learning = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learning)
     optimizer.step()
-    weights = tensor_bytes([*policy.parameters(), *policy.buffers()])
+    weights = tensor_bytes(weights_of(policy))
     states = sum(tensor_bytes(state.values()) for state in optimizer.state.values())
     copied = 0 if reference is None else tensor_bytes([*reference.parameters(), *reference.buffers()])
 
     assert plan.parts["weights"] == weights
-    assert plan.parts["gradients"] == tensor_bytes([weight.grad for weight in trained])
+    assert plan.parts["gradients"] == tensor_bytes([weight.grad for weight in learning])
     assert plan.parts["optimizer"] == pytest.approx(states, rel=1e-3)  # a step number a weight
     assert plan.parts["reference"] == copied
     beyond = plan.phases["update"] - plan.parts["weights"] - plan.parts["optimizer"] - plan.parts["reference"]
     assert beyond == pytest.approx(passes, rel=TOLERANCE)
     assert plan.phases["update"] == pytest.approx(weights + states + copied + passes, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_torch"])
+def test_the_plan_agrees_with_the_trainers_optimizer(name: str, tmp_path: Path) -> None:
+    """8 bits for most tensors; small ones and, by the Trainer's choice, the embeddings stay in float32."""
+    pytest.importorskip("bitsandbytes")
+    manifest = write_manifest(tmp_path)
+    trainer = make_trainer(
+        tiny_checkpoint("qwen2_5_vl", tmp_path / "model"), str(manifest), tmp_path / "run", optim=name,
+        max_steps=1, save_strategy="no", per_device_train_batch_size=8,
+    )  # fmt: skip
+    trainer.train()
+    optimizer: Any = trainer.optimizer
+    states = {
+        tensor.data_ptr(): tensor.nbytes  # tables of what the codes mean are shared
+        for state in optimizer.state.values()
+        for part, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and not part.startswith(("qmap", "step"))
+    }
+    assert len(optimizer.state) == len(list(policy_of(trainer).parameters()))
+    plan = planned(trainer.model, recipe_of(optim=name))
+    assert plan.parts["optimizer"] == sum(states.values())
 
 
 @pytest.mark.dist

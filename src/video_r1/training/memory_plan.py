@@ -98,6 +98,7 @@ def memory_plan(
         checkpointing=training.gradient_checkpointing,
         reference=isinstance(training, TGRPOSettings) and training.beta != 0,
         lora=(settings.lora_r, lora_config(settings)) if settings.use_peft else None,
+        four_bits=_product_format(device_type) if settings.load_in_4bit else None,
         gradients_kept=_gradients_kept(sharding, passes, autocast is not None),
     )
     prefill, sequences = None, 0
@@ -119,7 +120,7 @@ def memory_plan(
     vllm = int((gpu_memory or 0) * values.get("vllm_gpu_memory_utilization", 0.3)) if in_this_process else 0
     stored = dtype.itemsize // policy.dtype.itemsize  # bytes of a share for each byte that is traced
     weights = int(traced.weights * stored * sharding.share(sharding.weights))
-    optimizer = traced.trainable * _optimizer_bytes(str(values.get("optim", "")), dtype, sharding)
+    optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, stored, sharding)
     gathered = _gathered(traced, sharding, policy)
     parts = {
         "weights": weights,
@@ -190,13 +191,20 @@ def _number_formats(
     return dtype, torch.bfloat16 if mixed and dtype == torch.float32 else None
 
 
-def _optimizer_bytes(name: str, dtype: torch.dtype, sharding: Sharding) -> int:
-    """Bytes of the optimizer's states for each trained weight."""
+def _product_format(device_type: str) -> torch.dtype:
+    """In which 4-bit weights are multiplied; as in `four_bits`."""
+    return torch.bfloat16 if device_type == "cuda" else torch.float32
+
+
+def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding) -> int:
+    """Bytes of the optimizer's states. AdamW has those of 32 bits in the number format of what it trains."""
     if "8bit" in name:
-        return ADAM_STATES
+        return traced.states_8bit // (2 if "lion" in name else 1)  # Lion has one moment
     if name.startswith(("sgd", "adafactor")):
         return 0
-    return 4 * (ADAM_STATES + 1) if sharding.master else ADAM_STATES * dtype.itemsize
+    if sharding.master:
+        return 4 * (ADAM_STATES + 1) * traced.trainable
+    return ADAM_STATES * traced.gradients * stored
 
 
 def _kv_cache(traced: Traced, prefill: Row, row: Row, prompts: int, sequences: int) -> int:

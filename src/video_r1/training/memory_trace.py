@@ -32,6 +32,7 @@ from transformers.vision_utils import (
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
 from video_r1.models.loading import add_lora, freeze_vision
+from video_r1.training.low_bits import eight_bit_states, in_four_bits, number_of_weights
 
 # "flash": transformers then hands vision attention whole sequences, without reading their lengths.
 ATTENTION_NAME = "video_r1_flash_without_storage"
@@ -75,6 +76,7 @@ class Policy:
     checkpointing: bool
     reference: bool  # KL against the policy that training started from
     lora: tuple[int, Any] | None  # rank and peft configuration (or None for the default one)
+    four_bits: torch.dtype | None = None  # of products with 4-bit weights, where there are some
     gradients_kept: float = 1.0  # share of a gradient's bytes that stays here once it is whole
 
 
@@ -86,6 +88,7 @@ class Traced:
     trainable: int = 0
     weights: int = 0
     gradients: int = 0
+    states_8bit: int = 0  # of an 8-bit AdamW
     largest_layer: int = 0  # weights of one decoder layer
     outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
     text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
@@ -196,6 +199,8 @@ def _build(config: PreTrainedConfig, policy: Policy) -> Any:
         if policy.lora is not None:
             rank, adapters = policy.lora
             model = add_lora(model, rank, config=adapters)
+        if policy.four_bits is not None:
+            in_four_bits(model, policy.four_bits)
     if policy.checkpointing:
         inner = vision_language_model(model)
         inner.gradient_checkpointing_enable({"use_reentrant": False})
@@ -228,11 +233,11 @@ def _without_storage(mode: FakeTensorMode, model: nn.Module) -> None:
 
 def _count_weights(traced: Traced, model: nn.Module) -> None:
     every = [*model.parameters(), *model.buffers()]
-    traced.weights = sum(weight.numel() * weight.element_size() for weight in every)
-    traced.parameters = sum(weight.numel() for weight in model.parameters())
-    trainable = [weight for weight in model.parameters() if weight.requires_grad]
-    traced.trainable = sum(weight.numel() for weight in trainable)
-    traced.gradients = sum(weight.numel() * weight.element_size() for weight in trainable)
+    traced.weights = sum(weight.nbytes for weight in every)
+    traced.parameters = sum(number_of_weights(weight) for weight in model.parameters())
+    traced.states_8bit = eight_bit_states(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    traced.trainable, traced.gradients = sum(w.numel() for w in trained), sum(w.nbytes for w in trained)
     inner = vision_language_model(model)
     layers = [*inner.model.language_model.layers, *inner.model.visual.blocks]
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
