@@ -5,7 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands import launch
+from accelerate.utils import DeepSpeedOptimizerWrapper
 from distributed_process import exit_codes, run_processes
 from distributed_runs import Run
 from resume_runs import comparable, write_recipe
@@ -20,6 +25,12 @@ from safetensors.torch import load_file
 from test_distributed import same_run
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, write_manifest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from video_r1.errors import VideoR1Error
+from video_r1.models.loading import load_model
+from video_r1.training.deepspeed_zero import check_training_state, loss_that_skips
+from video_r1.training.guards import UpdateGuard
 
 pytestmark = [
     pytest.mark.dist,
@@ -182,3 +193,91 @@ def test_bf16(folder: Path, stage: int) -> None:
     assert {value.dtype for value in load_file(run / "model.safetensors").values()} == {torch.bfloat16}
     for state in training_state(run, 2):
         assert {value.dtype for value in tensors_of(state) if value.numel() > 1000} == {torch.float32}
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (self.proof,))
+
+
+@pytest.mark.parametrize(
+    ("content", "tag", "message"),
+    [
+        ({"step": 1}, "global_step1", None),
+        ("bomb", "global_step1", "would run .*pathlib"),
+        ("text", "global_step1", "cannot be read as a training state"),
+        ({"step": 1}, "../elsewhere", "no folder of this checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_would_run_code_is_refused(
+    tmp_path: Path, content: Any, tag: str, message: str | None
+) -> None:
+    """DeepSpeed itself would unpickle it (the states of real runs pass: see the run that is continued)."""
+    state, proof = tmp_path / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", tmp_path / "proof"
+    state.parent.mkdir()
+    (tmp_path / "latest").write_text(tag)
+    if content == "text":
+        state.write_text("no training state")
+    else:
+        torch.save({"state": Bomb(proof)} if content == "bomb" else content, state)
+    with nullcontext() if message is None else pytest.raises(VideoR1Error, match=message):
+        check_training_state(tmp_path)
+    assert not proof.exists()
+
+
+class Stepped(DeepSpeedOptimizerWrapper):
+    """What is left of DeepSpeed's optimizer when a callback looks at it."""
+
+    def __init__(self, skipped: bool) -> None:
+        self.skipped = skipped
+
+    @property
+    def step_was_skipped(self) -> bool:
+        return self.skipped
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_a_step_that_deepspeed_has_taken_ends_the_run(tmp_path: Path, skipped: bool) -> None:
+    """Weights that a nan has spoiled are not trained any further."""
+    guard = UpdateGuard(tmp_path, limit=3)
+    guard.watch(torch.tensor(torch.nan), [7])
+    args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(is_world_process_zero=True)
+    with nullcontext() if skipped else pytest.raises(VideoR1Error, match="weights are spoiled"):
+        guard.on_pre_optimizer_step(
+            args, state, TrainerControl(), model=torch.nn.Linear(1, 1), optimizer=Stepped(skipped)
+        )
+    assert read_lines(tmp_path / "skipped_updates.jsonl")[0]["problem_ids"] == [7]
+
+
+@pytest.mark.parametrize(("value", "expected"), [(3.0, 1.0), (float("inf"), float("nan"))])
+def test_a_loss_that_is_not_finite_has_no_finite_gradient(value: float, expected: float) -> None:
+    weight = torch.zeros(2, requires_grad=True)
+    loss_that_skips(weight.sum() + value).backward()
+    torch.testing.assert_close(weight.grad, torch.full((2,), expected), equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed compiles a kernel: no g++")
+def test_the_command_as_it_is_given(tmp_path: Path) -> None:
+    """`accelerate launch … -m video_r1 rl`, with nothing in place of anything else."""
+    recipe = write_recipe(
+        tmp_path, use_cpu=False, bf16=False, ddp_backend="gloo", per_device_train_batch_size=1, max_steps=2
+    )
+    words = ["--config_file", str(RECIPES / "accelerate" / "zero3.yaml"), "--num_processes", "2"]
+    words += ["--deepspeed_config_file", settings_file(3), "-m", "video_r1", "rl", str(recipe)]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *words, "--output_dir", str(tmp_path / "run")],
+        env={**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "kernels"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert load_model(tmp_path / "run").dtype == torch.float32
