@@ -78,7 +78,7 @@ class ModelSettings(LoadingSettings):
         None, "modules to adapt (default: all linear layers of the language model)"
     )
     lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
-    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs bitsandbytes)")
+    load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs the extra 'qlora')")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
