@@ -19,6 +19,7 @@ from video_r1.errors import ConfigError
 from video_r1.models.loading import checked_source
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
 from video_r1.recipe import Recipe, read_recipe
+from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
 from video_r1.settings.base import own_field_types
 from video_r1.settings.plan import PlanSettings, parse_bytes
@@ -122,6 +123,7 @@ def memory_plan(
     weights = int(traced.weights * stored * sharding.share(sharding.weights))
     optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, stored, sharding)
     gathered = _gathered(traced, sharding, policy)
+    cache = (0, 0) if prefill is None else _kv_cache(traced, prefill, row, prompts, sequences)
     parts = {
         "weights": weights,
         "gradients": int(traced.gradients * stored * sharding.share(sharding.gradients)),
@@ -130,10 +132,10 @@ def memory_plan(
         "gathered": max(gathered.values()),
         "activations": traced.activations,
         "logits": traced.logits,
-        "KV cache": 0 if prefill is None else _kv_cache(traced, prefill, row, prompts, sequences),
+        "KV cache": sum(cache),
         "vLLM": vllm,
     }
-    decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * config.get_text_config().vocab_size
+    sampled = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * config.get_text_config().vocab_size
     sleeps = bool(values.get("vllm_enable_sleep_mode"))
     return MemoryPlan(
         stage=recipe.command,
@@ -147,7 +149,14 @@ def memory_plan(
         completions=row.completions,
         row_tokens=math.prod(row.shape),
         parts=parts,
-        phases=_phases(parts, gathered, traced, sharding, prefill is not None, decoding, sleeps),
+        phases=_phases(
+            parts,
+            gathered,
+            traced,
+            sharding,
+            None if prefill is None else _rollout(traced, cache, sampled),
+            sleeps,
+        ),
         gpu_memory=gpu_memory,
     )
 
@@ -207,11 +216,25 @@ def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding)
     return ADAM_STATES * traced.gradients * stored
 
 
-def _kv_cache(traced: Traced, prefill: Row, row: Row, prompts: int, sequences: int) -> int:
-    """Keys and values of the prompts and completions that are decoded at once."""
+def _kv_cache(traced: Traced, prefill: Row, row: Row, prompts: int, sequences: int) -> tuple[int, int]:
+    """Keys and values of the prompts and of the completions that are decoded at once.
+
+    The room for completions is doubled whenever it is used up.
+    """
     waves = math.ceil(sequences / MAX_SEQUENCES)
     of_a_token = traced.prompt_cache / (prefill.questions * prefill.prompt)
-    return int((prompts * row.prompt + sequences * row.completion) / waves * of_a_token)
+    room = FIRST_CAPACITY * 2 ** max(0, math.ceil(math.log2(row.completion / FIRST_CAPACITY)))
+    return int(prompts * row.prompt * of_a_token / waves), int(sequences * room * of_a_token / waves)
+
+
+def _rollout(traced: Traced, cache: tuple[int, int], decoding: int) -> int:
+    """The most that sampling needs beyond weights: in the prefill, when the caches of its parts are joined,
+    or with the completions' keys and values beside those of the prompts.
+    """
+    prompts, completions = cache
+    prefill = prompts + traced.prefill_peak - traced.prompt_cache
+    joined = 2 * prompts if prompts > traced.prompt_cache else 0
+    return max(prefill, traced.prefill_copies + max(joined, prompts + completions + decoding))
 
 
 def _gradients_kept(sharding: Sharding, passes: int, mixed: bool) -> float:
@@ -249,11 +272,13 @@ def _phases(
     gathered: dict[str, int],
     traced: Traced,
     sharding: Sharding,
-    samples_here: bool,
-    decoding: int,
+    sampling: int | None,
     sleeps: bool,
 ) -> dict[str, int]:
-    """The peak of each phase of a step after the first one, when the optimizer has its states."""
+    """The peak of each phase of a step after the first one, when the optimizer has its states.
+
+    sampling: bytes beyond weights, or None where another engine samples.
+    """
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
     buckets = traced.gradients if sharding.buckets else 0
     vllm = 0 if sleeps else parts["vLLM"]
@@ -261,10 +286,8 @@ def _phases(
         "update": always + traced.update_peak + gathered["update"] + buckets + vllm,
         "optimizer step": always + parts["gradients"] + gathered["optimizer step"] + buckets + vllm,
     }
-    if samples_here:
-        prefill = parts["KV cache"] + traced.prefill_peak - traced.prompt_cache
-        decode = parts["KV cache"] + traced.prefill_copies + decoding
-        phases["rollout"] = always + buckets + gathered["rollout"] + max(prefill, decode)
+    if sampling is not None:
+        phases["rollout"] = always + buckets + gathered["rollout"] + sampling
     elif parts["vLLM"]:
         phases["rollout"] = always + buckets + gathered["rollout"] + parts["vLLM"]
     return phases
