@@ -10,6 +10,7 @@ from typing import Any
 
 import deepspeed  # pyright: ignore[reportMissingImports]  # an extra; the tests are skipped without it
 import distributed_runs
+import peft
 import torch
 from accelerate.state import PartialState
 from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
@@ -18,9 +19,11 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from transformers import training_args
 
+from video_r1.models.loading import TEXT_LAYERS, freeze_vision, load_model
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.training.deepspeed_zero import parameter_count
 from video_r1.training.sft import SFTConfig, SFTTrainer
-from video_r1.training.tgrpo import TGRPOTrainer
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 
 def on_cpu(zero: str | None) -> dict[str, Any]:
@@ -95,9 +98,20 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
         **common(zero, **settings),
     )  # fmt: skip
     trainer.train()
+    sample_at_its_own_pace(trainer)
     check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
+
+
+def sample_at_its_own_pace(trainer: Any) -> None:
+    """The second process samples more tokens, for which the first one does not gather weights any more."""
+    rank = int(os.environ["RANK"])
+    prompts = [group.prompt for batch in trainer.step_batches for group in batch.groups]
+    with trainer.whole_weights():
+        trainer.engine.update_weights(trainer.accelerator.unwrap_model(trainer.model))
+        (one, *_), *_ = trainer.engine.generate(prompts, SamplingSettings(max_tokens=2 + 4 * rank, seed=3))
+    assert len(one.token_ids) == 2 + 4 * rank
 
 
 def check_sharding(trainer: Any, stage: int) -> None:
@@ -144,22 +158,26 @@ def bad_numbers(folder: Path, name: str, zero: str | None, changes: dict[str, An
     trainer.train()
 
 
-def lora(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
-    """T-GRPO of adapters, whose reference is the model without them; also in one process, without ZeRO."""
-    import peft
-
-    from video_r1.models.loading import TEXT_LAYERS
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+def variant(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """T-GRPO of adapters (`kind` "lora"), whose reference is the model without them, or beside a frozen
+    vision tower ("frozen"); also in one process, without ZeRO.
+    """
+    processes, kind = int(os.environ.get("WORLD_SIZE", "1")), changes.pop("kind")
     settings: dict[str, Any] = common(zero, beta=0.1, per_device_train_batch_size=4 // processes, **changes)
     if processes == 1:
         settings |= {"use_cpu": True, "ddp_backend": None}
-    torch.manual_seed(0)  # of the adapters
-    adapters = peft.LoraConfig(r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM")
-    trainer = make_trainer(
-        folder / "model", str(folder / "manifest.json"), folder / name, peft=adapters,
-        evaluated=str(folder / "manifest.json"), **{**settings, "learning_rate": 1.0},
-    )  # fmt: skip
+    # The settings come first, as in a recipe's run: under ZeRO-3 the model is loaded in shares.
+    TGRPOConfig(**training_arguments(folder / name, **settings))
+    model, adapters = load_model(folder / "model"), None
+    if kind == "lora":
+        torch.manual_seed(0)  # of the adapters
+        adapters = peft.LoraConfig(r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM")
+        settings["learning_rate"] = 1.0
+    else:
+        freeze_vision(model)
+    manifest = str(folder / "manifest.json")
+    trainer = make_trainer(model, manifest, folder / name, peft=adapters, evaluated=manifest, **settings)
+    assert trainer.vision_is_frozen
     trainer.train()
     trainer.publish_model()
 

@@ -22,7 +22,7 @@ from distributed_process import exit_codes, run_processes
 from distributed_runs import Run
 from resume_runs import comparable, write_recipe
 from safetensors.torch import load_file
-from test_distributed import same_run
+from test_distributed import same_figures, same_run
 from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, write_manifest
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -88,8 +88,10 @@ def two_processes(work: str, folder: Path, name: str, stage: int, by: str, **cha
 
 @pytest.mark.parametrize(("stage", "by"), [(2, "setting"), (3, "launch")])
 def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str) -> None:
-    """With a reference model, validation, and two micro-batches a step."""
-    run = two_processes("rl", folder, f"rl-zero{stage}", stage, by)
+    """With a reference model, validation, and two micro-batches a step; as in the recipes, activations are
+    computed again.
+    """
+    run = two_processes("rl", folder, f"rl-zero{stage}", stage, by, gradient_checkpointing=True)
     same_run(rl_alone, run)
     kinds = [set(json.loads((run / f"kinds-{rank}.json").read_text())) for rank in (0, 1)]
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
@@ -166,19 +168,33 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, stage: int)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_lora_equals_one_process(folder: Path, stage: int) -> None:
-    if not (folder / "lora-1").exists():
-        run_processes(1, "deepspeed_work:lora", folder, "lora-1", None, {})
-    run = two_processes("lora", folder, f"lora-zero{stage}", stage, "launch")
-    logs = [read_lines(path / "metrics.jsonl") for path in (folder / "lora-1", run)]
-    assert logs[0][-2]["policy/kl"] > 1e-3
-    for alone, together in zip(*logs, strict=True):
-        for name in alone.keys() & {"loss", "policy/kl", "grad_norm", "eval_accuracy"}:
-            assert together[name] == pytest.approx(alone[name], abs=1e-5), name
-    alone, together = (load_file(path / "adapter_model.safetensors") for path in (folder / "lora-1", run))
-    assert alone.keys() == together.keys()
-    for name, value in alone.items():
-        torch.testing.assert_close(together[name], value, rtol=0, atol=1e-5, msg=name)
+@pytest.mark.parametrize("kind", ["lora", "frozen"])
+def test_adapters_and_a_frozen_vision_tower(folder: Path, kind: str, stage: int) -> None:
+    alone = folder / f"{kind}-1"
+    if not alone.exists():
+        run_processes(1, "deepspeed_work:variant", folder, alone.name, None, {"kind": kind})
+    run = two_processes("variant", folder, f"{kind}-zero{stage}", stage, "launch", kind=kind)
+    same_figures(alone, run)
+    assert read_lines(run / "metrics.jsonl")[1]["policy/kl"] > 1e-5
+    file = "adapter_model.safetensors" if kind == "lora" else "model.safetensors"
+    expected, found = (load_file(path / file) for path in (alone, run))
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_best_model_is_the_one_that_is_saved(folder: Path, stage: int) -> None:
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "eval_steps": 1}
+    run = two_processes("rl", folder, f"best-zero{stage}", stage, "launch", preflight_questions=2, **changes)
+    best = json.loads((run / "checkpoint-2" / "trainer_state.json").read_text())["best_global_step"]
+    assert best == 1  # no answer of the tiny model is right, so that none is better than the first
+    first, second, model = (
+        (path / "model.safetensors").read_bytes()
+        for path in (run / "checkpoint-1", run / "checkpoint-2", run)
+    )
+    assert model == first != second
 
 
 @pytest.mark.slow

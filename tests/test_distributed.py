@@ -36,14 +36,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def same_run(one: Path, two: Path) -> None:
-    """Loss and every logged figure, every gradient and every weight, within 1e-5."""
+def same_figures(one: Path, two: Path) -> None:
+    """Loss and every logged figure within 1e-5."""
     logs = [read_lines(run / "metrics.jsonl") for run in (one, two)]
     for alone, together in zip(*logs, strict=True):
         assert alone.keys() == together.keys()
         for name, value in alone.items():
             if not name.startswith(("time", "seconds/", "speed/", "memory/")):
                 assert together[name] == pytest.approx(value, abs=1e-5), name
+
+
+def same_run(one: Path, two: Path) -> None:
+    """Loss and every logged figure, every gradient and every weight, within 1e-5."""
+    same_figures(one, two)
     gradients = [torch.load(run / "gradients.pt", weights_only=True) for run in (one, two)]
     for alone, together in zip(*gradients, strict=True):
         assert alone.keys() == together.keys() and len(alone) > 20
