@@ -155,6 +155,14 @@ def test_the_plan_agrees_with_a_measured_rollout() -> None:
     assert beyond == pytest.approx(most_at_once(sample), rel=0.15)
 
 
+@pytest.mark.parametrize(("completion", "room"), [(48, 64), (64, 64), (65, 128), (200, 256)])
+def test_room_for_completions_is_doubled_when_it_is_used_up(completion: int, room: int) -> None:
+    """A token has 4 layers × 2 (key, value) × 2 heads × 32 × 4 bytes; 2 prompts of 104, 12 completions."""
+    plan = planned(model_of(128, 4, 2048), recipe_of(max_completion_length=completion))
+    assert plan.prompt_tokens == 104
+    assert plan.parts["KV cache"] == 2048 * (2 * 104 + 12 * room)
+
+
 def test_shared_parts_shrink_with_the_processes() -> None:
     model = tiny_model("qwen2_5_vl", tiny_tokenizer())
     alone = planned(model, recipe_of())
