@@ -123,8 +123,7 @@ class QuestionTrainer(Trainer, ABC):
         return whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Yields batches of questions that are being read in the background; one batch is always read ahead.
-        """
+        """Yields batches of questions that are being read in the background; one is always read ahead."""
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
