@@ -101,6 +101,7 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
     sample_at_its_own_pace(trainer)
     check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
+    torch.save(dict(trainer.model.named_buffers()), folder / name / f"buffers-{os.environ['RANK']}.pt")
     save(trainer, watch, folder / name, kinds)
 
 

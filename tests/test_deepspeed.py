@@ -200,13 +200,18 @@ def test_the_best_model_is_the_one_that_is_saved(folder: Path, stage: int) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bf16(folder: Path, stage: int) -> None:
-    """Policy and reference compute in bf16 alike; the optimizer's own weights are float32, the saved ones
-    bf16.
+    """Policy and reference compute in bf16 alike; the optimizer's own weights and the angles of the positions
+    are float32, the saved weights bf16.
     """
     run = two_processes("rl", folder, f"bf16-zero{stage}", stage, "launch", bf16=True)
     steps = [line for line in read_lines(run / "metrics.jsonl") if "policy/kl" in line]
     assert steps[0]["policy/kl"] == 0.0 and 0.0 < steps[1]["policy/kl"] < 0.01
     assert {value.dtype for value in load_file(run / "model.safetensors").values()} == {torch.bfloat16}
+    buffers = torch.load(run / "buffers-1.pt", weights_only=True)
+    expected = dict(load_model(folder / "model").named_buffers())
+    assert buffers.keys() == expected.keys() and any("inv_freq" in name for name in buffers)
+    for name, value in expected.items():
+        assert buffers[name].dtype == value.dtype and torch.equal(buffers[name], value), name
     for state in training_state(run, 2):
         assert {value.dtype for value in tensors_of(state) if value.numel() > 1000} == {torch.float32}
 

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from video_r1.errors import ConfigError
@@ -75,7 +76,21 @@ def load_model(
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
     if quantization is not None:
         keep_codes_as_they_are(model)
+    if is_deepspeed_zero3_enabled():
+        keep_angles_exact(model)
     return model if device is None else model.to(device)
+
+
+def keep_angles_exact(model: Any) -> None:
+    """Rotary frequencies in float32, as in a model that is not loaded in ZeRO-3's shares: while these are
+    loaded, DeepSpeed makes every new tensor in the weights' number format.
+    """
+    for module in model.modules():
+        rounded = [name for name in module._non_persistent_buffers_set if "inv_freq" in name]
+        for name in rounded:
+            module._buffers[name] = module._buffers[name].float()
+        if rounded:
+            model._init_weights(module)  # transformers computes them once more
 
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:
