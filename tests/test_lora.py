@@ -79,6 +79,8 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
         load_model(whole)
     with pytest.raises(ConfigError, match=r"no adapter_config\.json"):
         merge_adapter(merged, tmp_path / "again")
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        merge_adapter(tmp_path / "nothing", tmp_path / "again")
 
 
 def test_contradictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

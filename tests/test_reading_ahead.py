@@ -59,11 +59,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("stage", ["sft", "rl"])
-def test_the_next_steps_media_are_read_during_the_step(checkpoint: Path, tmp_path: Path, stage: str) -> None:
+def test_the_next_steps_media_are_read_during_the_step(
+    checkpoint: Path, tmp_path: Path, stage: str, micro_batches: int
+) -> None:
     manifest = write_manifest(tmp_path, videos=6, images=3)
     watch, folder = Watch(), tmp_path / "run"
-    changes = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "logging_steps": 1}
+    changes = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "logging_steps": 1,
+    }
     if stage == "rl":
         trainer: Any = make_trainer(
             checkpoint, str(manifest), folder, watch.reward, callbacks=[watch], **changes

@@ -148,6 +148,10 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
                 "sft", None, {name: str(v) for name, v in (settings | {"learning_rate": 0.5}).items()}
             )
         )
+    # A run finds its checkpoint itself; one that is named would not be heard.
+    settings |= {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(folder)}
+    with pytest.raises(ConfigError, match="goes on from the last whole checkpoint"):
+        run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
 
 
 def test_question_without_rationale_is_set_aside(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

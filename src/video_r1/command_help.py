@@ -37,7 +37,7 @@ def command_help(name: str, summary: str, positionals: tuple[str, ...], examples
         )
         lines += wrapped(
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
-            "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp, resume_from_checkpoint."
+            "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp."
         )
         lines += wrapped(
             "--smoke tries the recipe for two steps with the small packaged model and made-up clips instead, "

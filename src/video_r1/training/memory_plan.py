@@ -313,9 +313,10 @@ def plan_of(recipe: Recipe) -> MemoryPlan:
 
 def model_config(source: str | None) -> PreTrainedConfig:
     """The config of a checkpoint folder or hub id. Raises ConfigError and says what to do instead."""
-    if source is None:
+    if not source:
         raise ConfigError(
-            "model_config: is missing; name a folder or hub id that has the model's config.json"
+            "a plan needs the model's config.json: name a folder or hub id that has it in model_name_or_path "
+            "or with --model_config"
         )
     try:
         config = AutoConfig.from_pretrained(checked_source(source, with_weights=False))

@@ -123,10 +123,11 @@ class QuestionTrainer(Trainer, ABC):
         return whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Yields batches of questions that are being read in the background; one is always read ahead."""
+        """Yields batches of questions that are being read in the background."""
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
+        self.next_batches: list[Any] = []
         self.source = QuestionSource(
             samples,
             self.load,
@@ -141,6 +142,13 @@ class QuestionTrainer(Trainer, ABC):
         batches = StepBatches(len(samples), self._train_batch_size, step_batches, iterations)
         loader = DataLoader(EpochSlots(len(samples)), batch_sampler=batches, collate_fn=self.begin_reading)
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
+        """As in Trainer, without a normaliser; all micro-batches of the next step begin to be read."""
+        batches = self.next_batches or super().get_batch_samples(epoch_iterator, num_batches, device)[0]
+        following = self.args.gradient_accumulation_steps  # or fewer, where the epoch ends
+        self.next_batches = super().get_batch_samples(epoch_iterator, following, device)[0]
+        return batches, None
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """A batch of questions that are being read: `pending` futures."""

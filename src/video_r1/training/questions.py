@@ -149,6 +149,7 @@ class QuestionSource(Generic[Loaded, Content]):
 
         Raises VideoR1Error when MAX_DRAWS questions in a row cannot be used.
         """
+        reason = ""
         for attempt in range(MAX_DRAWS):
             index = self.draw(slot, attempt)
             if index in self.unusable:
@@ -160,9 +161,10 @@ class QuestionSource(Generic[Loaded, Content]):
                 return Ready(sample, self.build(sample, loaded, generator), skipped=attempt)
             except (MediaError, PromptError) as error:
                 self.set_aside(index, error)
+                reason = f"; the last one: {error}"
         raise VideoR1Error(
-            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest"
-            + (f"; the reasons are in {self.quarantine}" if self.quarantine else "")
+            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest{reason}"
+            + (f" (all reasons are in {self.quarantine})" if self.quarantine else "")
             + ". Check media_root and the files with: video-r1 data check MANIFEST"
         )
 

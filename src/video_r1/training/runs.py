@@ -50,6 +50,11 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Questi
     and what training raises.
     """
     folder = Path(folder)
+    if recipe.values().get("resume_from_checkpoint"):
+        raise ConfigError(
+            "resume_from_checkpoint: a run goes on from the last whole checkpoint in output_dir by itself; "
+            "to start another one from a checkpoint's weights, name it in model_name_or_path"
+        )
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is not None:
         changed = changed_settings(recipe, folder)
