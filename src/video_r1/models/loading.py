@@ -130,7 +130,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
     """
     source = Path(adapter)
     if not (source / "adapter_config.json").is_file():
-        raise ConfigError(f"{source}: no adapter_config.json; name the run folder of a use_peft training")
+        found = "it has no adapter_config.json" if source.is_dir() else "there is no such folder"
+        raise ConfigError(f"{source}: {found}; name the run folder of a use_peft training")
     import peft  # an extra of this package, and in use where adapters are
 
     name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
