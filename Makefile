@@ -27,6 +27,7 @@ test-slow: install-test ## all tests, the long ones too
 
 check: install-test ## ruff and pyright
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 
 bench: install-test ## every benchmark, each prints one JSON object

@@ -1,4 +1,5 @@
 """The in-process engine against `model.generate` and a plain forward, for the three families."""
+
 from __future__ import annotations
 
 import copy

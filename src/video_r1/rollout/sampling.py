@@ -1,4 +1,5 @@
 """Choosing tokens: the sampling distribution and a draw from it. Pure tensors."""
+
 from __future__ import annotations
 
 import hashlib

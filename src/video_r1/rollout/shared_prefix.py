@@ -8,6 +8,7 @@ registered with transformers' AttentionInterface and is in force within `shared_
 Letters: R prompts (rows), P prompt tokens, B completions, t tokens of a completion so far, K key-value heads,
 g query heads per key-value head, D head size, w slots a row.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -44,7 +44,8 @@ class TrainingSettings(Settings):
     media_threads: int = setting(2, "threads that decode the next questions' media during a step")
     media_cache_mb: int = setting(512, "memory for decoded media that are kept for later epochs, in MB")
     early_stopping_patience: int | None = setting(
-        None, "validations without a better metric_for_best_model before training stops (default: never)")
+        None, "validations without a better metric_for_best_model before training stops (default: never)"
+    )
     max_skipped_updates: int = setting(5, "updates in a row with a loss that is not finite before it stops")
 
     def problems(self) -> Iterator[Problem]:
@@ -53,12 +54,16 @@ class TrainingSettings(Settings):
         yield from positive(self, "media_threads", "max_skipped_updates", "early_stopping_patience")
         metric = getattr(self, "metric_for_best_model", "not known yet")  # of TrainingArguments
         if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
-            yield "early_stopping_patience", (
-                "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch")
+            yield (
+                "early_stopping_patience",
+                ("needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch"),
+            )
         yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            yield "num_train_epochs", (
-                f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0")
+            yield (
+                "num_train_epochs",
+                (f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0"),
+            )
         if self.remove_unused_columns:
             yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
 
@@ -90,10 +95,12 @@ class TGRPOSettings(TrainingSettings):
     epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
     scale_rewards: Literal["group", "batch", "none"] = setting(
-        "group", "whose standard deviation advantages are divided by")
+        "group", "whose standard deviation advantages are divided by"
+    )
     num_iterations: int = setting(1, "updates on each batch of rollouts")
     temporal_rule: Literal["margin", "threshold", "off"] = setting(
-        "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none")
+        "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none"
+    )
     temporal_alpha: float = setting(0.3, "size of the temporal reward")
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'")
     correct_threshold: float = setting(0.5, "a response counts as correct above this accuracy reward")
@@ -101,9 +108,11 @@ class TGRPOSettings(TrainingSettings):
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
-        "weight of each reward by name; one that is not named has 1")
+        "weight of each reward by name; one that is not named has 1",
+    )
     self_reflection_phrases: list[str] = setting(
-        list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged")
+        list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged"
+    )
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
     preflight_questions: int = setting(4, "questions tried first, to stop when no reward is in reach")
 
@@ -112,37 +121,57 @@ class TGRPOSettings(TrainingSettings):
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
         if self.temporal_rule != "off" and self.shuffled_generations < 1:
-            yield "num_shuffled_generations", (
-                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
-                "use at least 1, or temporal_rule off")
+            yield (
+                "num_shuffled_generations",
+                (
+                    f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
+                    "use at least 1, or temporal_rule off"
+                ),
+            )
         yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
         yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
         yield from at_least(self, 0, "length_reward", "log_rollouts", "preflight_questions")
         for name, off in (("top_p", 1), ("top_k", 0)):
             if getattr(self, name) != off:
-                yield name, (
-                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
-                    f"no cut-off: leave it at {off} and change temperature instead")
+                yield (
+                    name,
+                    (
+                        f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
+                        f"no cut-off: leave it at {off} and change temperature instead"
+                    ),
+                )
         every = self.save_steps
         if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
-            yield "save_steps", (
-                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
-                "two updates on the same rollouts could not be continued exactly")
+            yield (
+                "save_steps",
+                (
+                    f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
+                    "two updates on the same rollouts could not be continued exactly"
+                ),
+            )
         validated = getattr(self, "eval_steps", None) or 0
         saves_best = getattr(self, "load_best_model_at_end", False)
         if saves_best and validated >= 1 and validated % self.num_iterations:
-            yield "eval_steps", (
-                f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
-                "load_best_model_at_end makes a checkpoint of every best step; see save_steps")
+            yield (
+                "eval_steps",
+                (
+                    f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
+                    "load_best_model_at_end makes a checkpoint of every best step; see save_steps"
+                ),
+            )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         yield from within(self, "correct_threshold", 0, 1)
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
-            yield "length_range", (
-                f"starts at {self.length_range[0]} tokens, above max_completion_length "
-                f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0")
+            yield (
+                "length_range",
+                (
+                    f"starts at {self.length_range[0]} tokens, above max_completion_length "
+                    f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0"
+                ),
+            )
 
     @property
     def shuffled_generations(self) -> int:

@@ -1,4 +1,5 @@
 """Advantages: how much better each response is than its group. Q questions, G responses each."""
+
 from __future__ import annotations
 
 from typing import Literal

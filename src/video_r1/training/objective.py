@@ -8,6 +8,7 @@ N completion tokens of R responses lie one response after another; `lengths` [R]
 that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts add up to
 the loss of the whole.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -130,9 +131,7 @@ def importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: 
     difference = (trainer_logprobs - sampler_logprobs).detach()
     weights = torch.exp(difference)
     largest = difference.abs().max() if len(difference) else difference.new_zeros(())
-    return ImportanceWeights(
-        weights.clamp(max=cap), _mean(difference.abs()), largest, _mean(weights > cap)
-    )
+    return ImportanceWeights(weights.clamp(max=cap), _mean(difference.abs()), largest, _mean(weights > cap))
 
 
 def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:
