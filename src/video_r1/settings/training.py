@@ -56,13 +56,13 @@ class TrainingSettings(Settings):
         if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
             yield (
                 "early_stopping_patience",
-                ("needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch"),
+                "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch",
             )
         yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield (
                 "num_train_epochs",
-                (f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0"),
+                f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0",
             )
         if self.remove_unused_columns:
             yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
@@ -123,10 +123,8 @@ class TGRPOSettings(TrainingSettings):
         if self.temporal_rule != "off" and self.shuffled_generations < 1:
             yield (
                 "num_shuffled_generations",
-                (
-                    f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
-                    "use at least 1, or temporal_rule off"
-                ),
+                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
+                "use at least 1, or temporal_rule off",
             )
         yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
         yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
@@ -135,29 +133,23 @@ class TGRPOSettings(TrainingSettings):
             if getattr(self, name) != off:
                 yield (
                     name,
-                    (
-                        f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
-                        f"no cut-off: leave it at {off} and change temperature instead"
-                    ),
+                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
+                    f"no cut-off: leave it at {off} and change temperature instead",
                 )
         every = self.save_steps
         if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
             yield (
                 "save_steps",
-                (
-                    f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
-                    "two updates on the same rollouts could not be continued exactly"
-                ),
+                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
+                "two updates on the same rollouts could not be continued exactly",
             )
         validated = getattr(self, "eval_steps", None) or 0
         saves_best = getattr(self, "load_best_model_at_end", False)
         if saves_best and validated >= 1 and validated % self.num_iterations:
             yield (
                 "eval_steps",
-                (
-                    f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
-                    "load_best_model_at_end makes a checkpoint of every best step; see save_steps"
-                ),
+                f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
+                "load_best_model_at_end makes a checkpoint of every best step; see save_steps",
             )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
@@ -167,10 +159,8 @@ class TGRPOSettings(TrainingSettings):
         elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
             yield (
                 "length_range",
-                (
-                    f"starts at {self.length_range[0]} tokens, above max_completion_length "
-                    f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0"
-                ),
+                f"starts at {self.length_range[0]} tokens, above max_completion_length "
+                f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0",
             )
 
     @property

@@ -19,7 +19,7 @@ Questions = str | Path | Sequence[Sample] | datasets.Dataset
 
 
 def as_samples(questions: Questions | None) -> list[Sample]:
-    """Samples of a manifest's path, a data set, or a list of them. Raises ManifestError with every problem."""
+    """Samples of a manifest's path, a data set or a list. Raises ManifestError with every problem."""
     if questions is None:
         return []
     if isinstance(questions, (str, Path, datasets.Dataset)):
@@ -52,7 +52,7 @@ def given_model(
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """The model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError."""
+    """Model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError."""
     settings = recipe.section(ModelSettings)
     assert settings.model_name_or_path is not None  # a recipe without it is refused
     model = load_model(

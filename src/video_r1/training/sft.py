@@ -115,7 +115,7 @@ class SFTTrainer(QuestionTrainer):
         return loaded
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step and the number of their response tokens over all processes."""
+        """The micro-batches of one optimizer step and their number of response tokens over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         padded = []
         for batch in batches:
