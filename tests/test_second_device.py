@@ -69,5 +69,10 @@ def test_runs(run: str, results: dict[str, Any]) -> None:
         assert _without_cost(line) == pytest.approx(_without_cost(other), rel=1e-3, abs=1e-5)
 
 
+def test_predictions(results: dict[str, Any]) -> None:
+    ours, expected = (results[device]["runs"]["eval"] for device in ("second", "cpu"))
+    assert len(ours) > 8 and ours == expected
+
+
 def _without_cost(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not re.search("time|second|memory", name)}

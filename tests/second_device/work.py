@@ -17,6 +17,7 @@ from tgrpo_trainers import make_trainer
 from tiny_models import FAMILIES, tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 
+from video_r1.cli import main
 from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -43,7 +44,8 @@ def rollouts_and_update(family: str, device: torch.device) -> dict[str, Any]:
 
 
 def runs(device: torch.device, folder: Path) -> dict[str, Any]:
-    """Metrics of T-GRPO (in full with several updates on the same rollouts; with adapters) and of SFT."""
+    """Metrics of T-GRPO (in full with several updates on the same rollouts; with adapters) and of SFT, and
+    predictions of the model that they start from."""
     checkpoint, manifest = tiny_checkpoint("qwen2_5_vl", folder / "model"), write_manifest(folder)
     own: dict[str, Any] = {"use_cpu": device.type == "cpu"}
     full = {
@@ -63,10 +65,13 @@ def runs(device: torch.device, folder: Path) -> dict[str, Any]:
     settings = training_arguments(folder / "sft", eval_strategy="steps", eval_steps=2, **own)
     SFTTrainer(str(checkpoint), SFTConfig(**settings), str(manifest), str(manifest)).train()
     assert all(parameter.device.type == device.type for parameter in continued.model.parameters())
-    return {name: read_lines(folder / name / "metrics.jsonl") for name in ("full", "lora", "sft")}
+    command = f"eval --model {checkpoint} --manifest {manifest} --order ordered,shuffled --max_new_tokens 12"
+    assert main([*command.split(), "--out", str(folder / "eval"), "--device", str(device)]) == 0
+    metrics = {name: read_lines(folder / name / "metrics.jsonl") for name in ("full", "lora", "sft")}
+    return {**metrics, "eval": read_lines(next((folder / "eval").glob("predictions-*.jsonl")))}
 
 
-def main() -> None:
+def work() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
     device = torch.device("cpu")
@@ -85,4 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    work()
