@@ -4,6 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const GROUP_TITLES = {
   reward: "Rewards", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
   "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
+  memory: "Memory", sampler: "Sampler against trainer",
 };
 const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
@@ -11,6 +12,7 @@ const SERIES_TITLES = {
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
   "temporal/p": "share right, p and p\u0303", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
+  "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
 };
 const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
