@@ -7,6 +7,7 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +160,22 @@ def test_the_least_recently_used_entries_go(tmp_path: Path) -> None:
     assert int((tmp_path / ".size").read_text()) == sum(path.stat().st_size for path in entries(cache))
     FrameCache(tmp_path, 1000).put(keys[2], media)  # larger than the whole cache may be
     assert not list(tmp_path.glob("*/*.partial"))
+
+
+def test_an_entry_that_goes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """safetensors reads the header, then torch opens the file again for the tensors."""
+    cache, key = FrameCache(tmp_path, 10**6), "ab" * 20
+    frames = torch.zeros(4, 3, 56, 56, dtype=torch.uint8)
+    cache.put(key, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video"))
+    opened = torch.UntypedStorage.from_file
+
+    def evicted(path: str, **arguments: Any) -> Any:
+        Path(path).unlink()
+        return opened(path, **arguments)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", evicted)
+    assert cache.get(key) is None
+    assert (cache.misses, cache.damaged) == (1, 0)
 
 
 def size_of(cache: FrameCache) -> int:

@@ -68,7 +68,7 @@ class FrameCache:
                     facts["kind"],  # type: ignore[arg-type]
                 )
             os.utime(path)  # used just now
-        except FileNotFoundError:
+        except (FileNotFoundError, RuntimeError):  # RuntimeError: torch opens the file again, and it has gone
             self.misses += 1
             return None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
