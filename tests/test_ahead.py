@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from tgrpo_trainers import make_trainer, policy_of
-from tiny_models import tiny_checkpoint
-from tiny_questions import read_lines, write_manifest
+from tiny_questions import read_lines
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -21,16 +20,6 @@ from video_r1.training.tgrpo import TGRPOTrainer
 
 SERVER = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:9"}
 QUESTIONS, BATCH = 8, 2  # four steps an epoch
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"), videos=5, images=3)
 
 
 class Copying:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_models import moving_square, tiny_checkpoint, tiny_processor, write_clip
+from tiny_models import moving_square, tiny_processor, write_clip
 
 from video_r1.ask import TextStream, ask, named_answer, question_sample, run_ask
 from video_r1.data.media import FrameBudget
@@ -18,11 +18,6 @@ from video_r1.models.loading import load_model
 from video_r1.rollout.engine import Rollout, SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import AskSettings
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

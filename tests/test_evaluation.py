@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny_models import moving_square, tiny_checkpoint, write_clip
+from tiny_models import moving_square, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from video_r1.data import frame_cache
@@ -27,11 +27,6 @@ from video_r1.rollout.transformers import TransformersEngine
 
 BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
 QUICK = SamplingSettings(temperature=0.01, top_p=0.001, max_tokens=4)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

@@ -20,22 +20,11 @@ import torch
 from resume_runs import SERVER, write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
-from tiny_models import tiny_checkpoint
-from tiny_questions import read_lines, write_manifest
+from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.training import guards
 from video_r1.training.runs import last_whole_checkpoint
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(autouse=True)

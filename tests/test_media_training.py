@@ -9,17 +9,11 @@ import numpy as np
 import pytest
 from damaged_media import bomb, good_files, many_streams, truncated
 from tgrpo_trainers import make_trainer
-from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 VIDEOS, IMAGES, STEPS, BATCH = 20, 10, 10, 3
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

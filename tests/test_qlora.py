@@ -13,7 +13,7 @@ from resume_runs import any_format, comparable, write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
 from tiny_models import FAMILIES, tiny_checkpoint
-from tiny_questions import read_lines, training_arguments, write_manifest
+from tiny_questions import read_lines, training_arguments
 from torch import Tensor
 
 from video_r1 import packages
@@ -32,16 +32,6 @@ NF4 = torch.tensor(  # arXiv 2305.14314, appendix E
      0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0]
 )  # fmt: skip
 QLORA: dict[str, Any] = {"use_peft": True, "load_in_4bit": True, "lora_r": 4, "lora_alpha": 8}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"))
 
 
 def adapted(checkpoint: Path, seed: int = 0, **options: Any) -> Any:

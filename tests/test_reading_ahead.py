@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from tgrpo_trainers import make_trainer
-from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from transformers import TrainerCallback
 
@@ -52,11 +51,6 @@ class Watch(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.wait_for_next_step()
         self.steps += 1
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -17,16 +16,6 @@ from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.training.sft import IGNORED, SFTConfig, SFTTrainer, pad_examples, response_loss, run_sft
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"))
 
 
 def make_trainer(

@@ -12,7 +12,6 @@ import pytest
 import torch
 from tgrpo_trainers import first_step, make_trainer, policy_of, weights
 from tiny_models import tiny_checkpoint
-from tiny_questions import write_manifest
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -22,16 +21,6 @@ from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.engine import RolloutGroup
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.tgrpo import TGRPOConfig
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"))
 
 
 def plain_logprobs(model: Any, group: RolloutGroup, token_ids: Tensor, temperature: float) -> Tensor:

@@ -12,23 +12,12 @@ import pytest
 import torch
 from peft import LoraConfig
 from tgrpo_trainers import make_trainer, many_tokens, policy_of, weights
-from tiny_models import tiny_checkpoint
 from tiny_questions import KINDS, read_lines, write_manifest
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, TrainerCallback
 
 from video_r1.errors import VideoR1Error
 from video_r1.training.tgrpo import TGRPOTrainer
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_manifest(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
