@@ -25,10 +25,11 @@ test: install-test ## the fast tests
 test-slow: install-test ## all tests, the long ones too
 	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
 
-check: install-test ## ruff and pyright
+check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
+	$(VENV)/bin/lint-imports --no-logo
 
 bench: install-test ## every benchmark, each prints one JSON object
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'

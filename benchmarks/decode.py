@@ -27,8 +27,9 @@ from torch import Tensor
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, spread
-from video_r1.data.media import FrameBudget, decode_media, fitted_size, frame_indices, resize
+from video_r1.data.media import decode_media, fitted_size, frame_indices, resize
 from video_r1.data.records import Sample
+from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(max_frames=16)
 FPS = 25

@@ -28,17 +28,19 @@ from torch import Generator
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import compare, in_turns, machine, seconds, spread
+from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import FrameCache
-from video_r1.data.lab import write_clip
-from video_r1.data.media import FrameBudget, read_media, shuffled_order
+from video_r1.data.media import shuffled_order
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.evaluation.reading import Order, derived_seed
 from video_r1.evaluation.runner import evaluate
-from video_r1.models.lab import SIDE, base_folder
+from video_r1.lab.clips import write_clip
+from video_r1.lab.model import SIDE, base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.frames import FrameBudget
 
 SEED = 0
 Answers = dict[tuple[str | int, str, int], str]  # problem_id, order, frame count: the output

@@ -25,10 +25,10 @@ from benchmarks._sizes import MERGE, PATCH, SIZES, build_model, question, text
 from benchmarks._timing import machine, peak_bytes
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
+from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.memory_plan import MemoryPlan, memory_plan
 from video_r1.training.objective import policy_loss
 from video_r1.training.tgrpo import frozen_copy
 

@@ -26,25 +26,21 @@ from benchmarks._sizes import SIZES, build_model
 from benchmarks._timing import compare, flops, machine
 from benchmarks.decode import write_clip
 from benchmarks.update import TOLERANCES, expanded_logprobs
-from video_r1.data.media import FrameBudget, decode_media
+from video_r1.data.media import decode_media
 from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.lab import base_folder
 from video_r1.models.loading import load_processor
-from video_r1.rollout.engine import Rollout, RolloutGroup, SamplingSettings
+from video_r1.rewards.group import RewardTerms, reward_terms, score_groups
+from video_r1.rollout.engine import SamplingSettings, sample_rollouts
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.frames import FrameBudget
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.objective import policy_loss
-from video_r1.training.rollout_step import (
-    Question,
-    RewardTerms,
-    build_question,
-    reward_terms,
-    sample_rollouts,
-    score_groups,
-)
 from video_r1.training.tgrpo import frozen_copy
 
 SIDES = {"lab": 56, "small": 224}  # pixels of a frame as the model sees it

@@ -42,7 +42,7 @@ from benchmarks._timing import in_turns, machine, spread
 from video_r1.data.media import decode_media
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
-from video_r1.models.lab import CHAT_TEMPLATE, base_folder
+from video_r1.lab.model import CHAT_TEMPLATE, base_folder
 from video_r1.models.loading import load_processor
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 

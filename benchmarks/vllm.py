@@ -23,17 +23,18 @@ import torch
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, seconds, spread
-from video_r1.data.lab import write_lab
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.decoders import read_media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import load_manifest
-from video_r1.models.lab import base_folder
+from video_r1.lab.clips import write_lab
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm import VLLMEngine
-from video_r1.rollout.vllm_requests import sampling_parameters, vllm_prompt
+from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.rollout.vllm.requests import sampling_parameters, vllm_prompt
+from video_r1.settings.frames import FrameBudget
 
 
 def lab_prompts(processor: Any, count: int, frame_pixels: int) -> list[Prompt]:

@@ -22,8 +22,10 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, spread
 from benchmarks.decode import write_clip
-from video_r1.data.media import FrameBudget, Media, decode_media, read_media
+from video_r1.data.decoders import read_media
+from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
+from video_r1.settings.frames import FrameBudget
 
 Read = Callable[[Sample, FrameBudget, int], Media]
 CLIPS = {

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from video_r1.data.lab import write_lab
+from video_r1.lab.clips import write_lab
 
 CLIPS = 3
 

@@ -62,9 +62,9 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vllm_engine() -> Iterator[Any]:
     """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Each user hands over weights first."""
-    from video_r1.models.lab import base_folder
+    from video_r1.lab.model import base_folder
     from video_r1.models.loading import load_model, load_processor
-    from video_r1.rollout.vllm import VLLMEngine
+    from video_r1.rollout.vllm.engine import VLLMEngine
 
     model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
     engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=64)

@@ -21,8 +21,8 @@ from transformers import training_args
 
 from video_r1.models.loading import TEXT_LAYERS, freeze_vision, load_model
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.training.deepspeed_zero import parameter_count
 from video_r1.training.sft import SFTConfig, SFTTrainer
+from video_r1.training.sharded import parameter_count
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 

@@ -10,10 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from video_r1.data.media import (
-    FrameBudget,
-)
 from video_r1.data.records import Sample
+from video_r1.settings.frames import FrameBudget
 
 SIDE = 56
 SMALL = FrameBudget(frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)

@@ -14,9 +14,9 @@ from torch import Tensor
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.evaluation.summary import summarise
-from video_r1.report.recording import save_strip
-from video_r1.rollout.engine import Rollout, RolloutGroup
+from video_r1.training.recording import save_strip
 
 # Text from outside that must stay text.
 HOSTILE = (

@@ -23,7 +23,7 @@ from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 
-from video_r1.rollout.engine import Rollout
+from video_r1.data.rollouts import Rollout
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "transformers", "video_r1.cli", "video_r1.training.tgrpo"])
@@ -63,12 +63,12 @@ def command(words: list[str], output: str, phase: Any) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     from video_r1.cli import main
+    from video_r1.rewards import group
     from video_r1.rollout.transformers import TransformersEngine
-    from video_r1.training import rollout_step
     from video_r1.training.tgrpo import TGRPOTrainer
 
     torch.set_num_threads(1)
-    rollout_step.format_scores = any_format
+    group.format_scores = any_format
     watch(TransformersEngine, "generate", phase)
     watch(TGRPOTrainer, "training_step", phase)
     watch(TGRPOTrainer, "_save_checkpoint", phase)

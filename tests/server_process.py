@@ -12,8 +12,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from video_r1.models.lab import base_folder
-from video_r1.rollout.vllm_serve import runnable, server_command
+from video_r1.lab.model import base_folder
+from video_r1.rollout.vllm.serve import runnable, server_command
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64")
 

@@ -19,14 +19,15 @@ from video_r1.annotation import teachers
 from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
 from video_r1.cli import main
+from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import read_cached
-from video_r1.data.media import FrameBudget, read_media
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import load_manifest
-from video_r1.models.lab import base_folder
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.frames import FrameBudget
 
 SIZES: dict[str, Any] = {
     "frame_pixels": 3136,

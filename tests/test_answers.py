@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from video_r1.rewards.answers import extract_answer, parse_number, read_answer
+from video_r1.data.answers import extract_answer, parse_number, read_answer
 
 OPTIONS = ("A. left", "B. right", "C. dark red", "D. red")
 

@@ -10,14 +10,15 @@ import torch
 from PIL import Image
 from tiny_models import moving_square, tiny_processor, write_clip
 
-from video_r1.ask import TextStream, ask, named_answer, question_sample, run_ask
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import PromptError, RequestError
+from video_r1.evaluation.ask import TextStream, ask, named_answer, question_sample, run_ask
 from video_r1.models.loading import load_model
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import AskSettings
+from video_r1.settings.frames import FrameBudget
 
 
 @pytest.fixture(scope="module")

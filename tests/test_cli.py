@@ -269,7 +269,7 @@ def test_the_lab_and_the_check_run_from_the_command_line(
 def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a command is told reaches the function that does the work, by the same name."""
     import video_r1.data.check
-    import video_r1.data.lab
+    import video_r1.lab.clips
 
     seen: dict[str, Any] = {}
     monkeypatch.setattr(
@@ -280,7 +280,7 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None
     }  # fmt: skip
     monkeypatch.setattr(
-        video_r1.data.lab, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
+        video_r1.lab.clips, "write_lab", lambda *words, **rest: seen.update(words=words, **rest)
     )
     assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     assert seen["words"] == (Path("out"), 4000, 500, 5)
@@ -288,8 +288,8 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_labs_defaults_are_those_of_the_library() -> None:
-    from video_r1.data.lab import write_lab
-    from video_r1.models.lab_pretraining import pretrain_base
+    from video_r1.lab.clips import write_lab
+    from video_r1.lab.pretraining import pretrain_base
 
     for function, settings in ((write_lab, LabSettings()), (pretrain_base, BaseSettings())):
         for name, parameter in inspect.signature(function).parameters.items():

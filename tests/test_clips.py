@@ -12,12 +12,8 @@ from media_files import SIDE, SMALL, decoded_frames, picture, sample, write_vide
 from PIL import Image
 
 from video_r1.data import clips
-from video_r1.data.media import (
-    FrameBudget,
-    decode_media,
-    frame_indices,
-    resize,
-)
+from video_r1.data.media import decode_media, frame_indices, resize
+from video_r1.settings.frames import FrameBudget
 
 FORMATS = {
     "H.264, B-frames": ("clip.mp4", "libx264", {}),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from video_r1.rewards.answers import extract_answer
+from video_r1.data.answers import extract_answer
 from video_r1.rewards.correctness import correctness, is_correct
 
 

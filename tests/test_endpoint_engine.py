@@ -10,8 +10,8 @@ import torch
 from chat_endpoint import chat_endpoint, images_of, write_questions
 from tiny_questions import read_lines
 
-from video_r1 import ask
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
 from video_r1.rollout import chat, endpoint
 from video_r1.rollout.choice import is_endpoint, open_engine

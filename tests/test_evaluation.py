@@ -16,14 +16,15 @@ from tiny_models import moving_square, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from video_r1.data import frame_cache
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
 from video_r1.evaluation.runner import evaluate, score_output
 from video_r1.evaluation.summary import summary_table
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
 QUICK = SamplingSettings(temperature=0.01, top_p=0.001, max_tokens=4)

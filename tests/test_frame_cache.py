@@ -16,10 +16,12 @@ from tiny_models import moving_square, write_clip
 from tiny_questions import training_arguments, write_manifest
 
 from video_r1.data import frame_cache
+from video_r1.data.decoders import read_media_at
 from video_r1.data.frame_cache import FrameCache, cache_key, open_frame_cache, read_cached, read_cached_at
-from video_r1.data.media import FrameBudget, Media, decode_media, read_media_at
+from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError
+from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(fps=8.0, max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56, seconds=0)
 LARGE = 10**9

@@ -11,8 +11,10 @@ from damaged_media import KINDS, damaged_files
 from media_files import SIDE, SMALL, sample, write_video
 
 from video_r1.data import decoders
-from video_r1.data.media import FrameBudget, Media, read_media
+from video_r1.data.decoders import read_media
+from video_r1.data.media import Media
 from video_r1.errors import MediaError
+from video_r1.settings.frames import FrameBudget
 
 SECONDS, MEMORY = 30.0, 1 << 30
 BUDGET = FrameBudget(frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE, seconds=SECONDS, memory=MEMORY)

@@ -24,7 +24,7 @@ from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.training import guards
-from video_r1.training.runs import last_whole_checkpoint
+from video_r1.training.checkpoints import last_whole_checkpoint
 
 
 @pytest.fixture(autouse=True)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from video_r1.data.lab import write_lab
-from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
-from video_r1.data.lab_scenes import FPS, MOMENTS, SECONDS, SIDE, Cue, Look, render
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.answers import extract_answer
+from video_r1.data.decoders import read_media
 from video_r1.data.records import load_manifest
 from video_r1.errors import RequestError
-from video_r1.rewards.answers import extract_answer
+from video_r1.lab.clips import write_lab
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
+from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, SIDE, Cue, Look, render
 from video_r1.rewards.correctness import correctness
+from video_r1.settings.frames import FrameBudget
 
 LAB_BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56)
 

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from video_r1.data.lab import write_clip
-from video_r1.data.lab_questions import first_colour
-from video_r1.data.lab_scenes import FPS, SECONDS, Look, listing, render
-from video_r1.data.media import FrameBudget, Media, read_media
+from video_r1.data.decoders import read_media
+from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
+from video_r1.lab.clips import write_clip
+from video_r1.lab.model import base_folder
+from video_r1.lab.pretraining import FRAME_TIMES, patches
+from video_r1.lab.questions import first_colour
+from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.lab import base_folder
-from video_r1.models.lab_pretraining import FRAME_TIMES, patches
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56)
 

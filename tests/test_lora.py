@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, tiny_checkpoint
 from video_r1.cli import main
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
-from video_r1.training import rollout_step
+from video_r1.rewards import group
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +49,7 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A LoRA run that is continued equals an uninterrupted one bit for bit, with dropout and a reference; its
     merged checkpoint computes what the adapted model computes.
     """
-    monkeypatch.setattr(rollout_step, "format_scores", any_format)
+    monkeypatch.setattr(group, "format_scores", any_format)
     recipe = write_recipe(
         tmp_path, use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_vision_tower=True,
         max_steps=4, learning_rate=0.01,

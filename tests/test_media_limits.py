@@ -20,9 +20,10 @@ from media_files import SMALL, sample, saved, write_video
 from PIL import Image
 
 from video_r1.data import decoders
-from video_r1.data.decoders import Decoders
-from video_r1.data.media import FrameBudget, decode_media, read_media
+from video_r1.data.decoders import Decoders, read_media
+from video_r1.data.media import decode_media
 from video_r1.errors import ConfigError, MediaError
+from video_r1.settings.frames import FrameBudget
 
 LARGE = FrameBudget(frame_pixels=640 * 360, image_pixels=2000 * 2000)
 

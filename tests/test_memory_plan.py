@@ -34,13 +34,13 @@ from video_r1.errors import ConfigError
 from video_r1.models.four_bits import is_four_bit
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model
+from video_r1.plan.memory import MemoryPlan, memory_plan
+from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.plan import parse_bytes
-from video_r1.training.memory_plan import MemoryPlan, memory_plan
 from video_r1.training.objective import policy_loss
-from video_r1.training.sharding import sharding_of
 from video_r1.training.tgrpo import frozen_copy
 
 TOLERANCE = 0.05  # 15 % is what the plan promises

@@ -21,8 +21,8 @@ from video_r1.cli import main
 from video_r1.errors import ConfigError
 from video_r1.models.four_bits import dense_weight, is_four_bit, record_four_bits
 from video_r1.models.loading import add_lora, load_model
-from video_r1.rollout.vllm_weights import checkpoint_weights
-from video_r1.training import rollout_step
+from video_r1.rewards import group
+from video_r1.rollout.vllm.weights import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -158,7 +158,7 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A run of `video-r1 rl` that is continued equals an uninterrupted one bit for bit. Merged, it is a plain
     checkpoint that computes what the 4-bit model computes with its adapters, and what vLLM would be given.
     """
-    monkeypatch.setattr(rollout_step, "format_scores", any_format)
+    monkeypatch.setattr(group, "format_scores", any_format)
     recipe = write_recipe(tmp_path, **QLORA, lora_dropout=0.1, max_steps=4, learning_rate=0.01)
     whole, parted, merged = (tmp_path / name for name in ("whole", "parted", "merged"))
     assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0
@@ -238,7 +238,7 @@ def test_names_of_optimizers() -> None:
 
 def test_eight_bit_adamw_trains_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, its states in 8 bits included."""
-    monkeypatch.setattr(rollout_step, "format_scores", any_format)
+    monkeypatch.setattr(group, "format_scores", any_format)
     recipe = write_recipe(tmp_path, optim="adamw_8bit", max_steps=4, learning_rate=1e-3)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0

@@ -12,12 +12,12 @@ from tiny_questions import read_lines
 
 from video_r1 import commands
 from video_r1.cli import main
-from video_r1.data.lab import write_lab
 from video_r1.errors import RequestError
+from video_r1.lab.clips import write_lab
+from video_r1.lab.smoke import smoke_recipe
+from video_r1.plan.memory import memory_plan
+from video_r1.plan.sharding import Sharding
 from video_r1.recipe import load_recipe, packaged_recipes, read_one_recipe, read_recipe
-from video_r1.smoke import smoke_recipe
-from video_r1.training.memory_plan import memory_plan
-from video_r1.training.sharding import Sharding
 
 GB = 10**9
 ONE, SMALL, FOUR, EIGHT = (1, 80), (1, 24), (4, 96), (8, 80)

@@ -24,8 +24,8 @@ from report_runs import (
 from video_r1.errors import RequestError
 from video_r1.report.groups import choose_evenly, read_groups
 from video_r1.report.page import build_report, duration, embed, ends, page_data
-from video_r1.report.recording import save_strip
 from video_r1.report.run_data import Series, read_run, read_series, thin
+from video_r1.training.recording import save_strip
 
 
 def data_of(page: Path) -> dict[str, Any]:

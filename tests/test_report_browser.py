@@ -21,7 +21,7 @@ from report_runs import (
 )
 
 from video_r1.report.page import build_report
-from video_r1.report.recording import record_group
+from video_r1.training.recording import record_group
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from report_runs import (
     plain_frames,
 )
 
+from video_r1.files import append_line
 from video_r1.report.groups import read_groups
-from video_r1.report.recording import append_line, record_group, save_strip
 from video_r1.report.run_data import read_run
+from video_r1.training.recording import record_group, save_strip
 
 
 def test_strip_has_the_frames_in_order(tmp_path: Path) -> None:

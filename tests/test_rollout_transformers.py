@@ -15,9 +15,10 @@ from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
 from video_r1.rollout.transformers import TransformersEngine
 

@@ -14,12 +14,12 @@ from tgrpo_trainers import many_tokens
 from tiny_models import tiny_model, tiny_processor
 from tiny_questions import read_lines, training_arguments, write_manifest
 
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
-from video_r1.rollout.engine import Rollout
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.metrics_log import Meter
-from video_r1.training.sampler_mismatch import sampler_weights
+from video_r1.training.checks import sampler_weights
+from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 SAMPLED = [[-1.5, -1.0], [-2.0]]

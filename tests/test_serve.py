@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from video_r1.errors import ConfigError
-from video_r1.models.lab import base_folder
-from video_r1.rollout import vllm_serve
-from video_r1.rollout.vllm_serve import run_serve, runnable, server_command
+from video_r1.lab.model import base_folder
+from video_r1.rollout.vllm import serve as vllm_serve
+from video_r1.rollout.vllm.serve import run_serve, runnable, server_command
 from video_r1.settings.vllm import ServeSettings
 
 

@@ -21,10 +21,10 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
-from video_r1.rollout import server
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.server import ServerEngine
-from video_r1.rollout.vllm_serve import WANTED, shape
+from video_r1.rollout.vllm import server
+from video_r1.rollout.vllm.serve import WANTED, shape
+from video_r1.rollout.vllm.server import ServerEngine
 
 PROCESSOR = tiny_processor("qwen2_5_vl")
 GENERATION = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 5]))

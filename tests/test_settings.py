@@ -290,7 +290,7 @@ def test_there_are_recipes_for_the_lab_and_the_papers_runs() -> None:
 
 def test_the_packaged_model_has_a_name() -> None:
     model = load_recipe("sft", None, {**RL, "model_name_or_path": "lab-base"}).section(ModelSettings)
-    assert Path(model.model_name_or_path or "").parts[-2:] == ("models", "lab_base")
+    assert Path(model.model_name_or_path or "").parts[-2:] == ("lab", "base")
 
 
 @pytest.mark.parametrize("command", TRAINS)

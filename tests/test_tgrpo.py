@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from video_r1.data.records import load_manifest
+from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, RewardError
 from video_r1.models.loading import freeze_vision, load_model
-from video_r1.rollout.engine import RolloutGroup
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.tgrpo import TGRPOConfig
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from video_r1.errors import ConfigError
-from video_r1.rollout.vllm_parallel import tensor_parallel
+from video_r1.rollout.vllm.parallel import tensor_parallel
 
 
 @pytest.mark.vllm

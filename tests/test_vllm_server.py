@@ -30,15 +30,16 @@ from vllm_prompts import (
     lab_prompts,
 )
 
-from video_r1.data.lab import write_lab
 from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.models.lab import base_folder
+from video_r1.lab.clips import write_lab
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rollout.engine import Rollout, SamplingSettings
-from video_r1.rollout.server import ServerEngine
-from video_r1.rollout.server_weights import FolderHandOver
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm.hand_over import FolderHandOver
+from video_r1.rollout.vllm.server import ServerEngine
 
 pytestmark = pytest.mark.vllm
 SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
@@ -153,7 +154,7 @@ def test_seeds_and_counts(engine: ServerEngine, prompts: list[Prompt]) -> None:
 def test_another_model(
     server: ServerProcess, engine: ServerEngine, processor: Any, model: Any, prompts: list[Prompt]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"serves .*lab_base, not models/other"):
+    with pytest.raises(ConfigError, match=r"serves .*lab/base, not models/other"):
         ServerEngine(server.url, processor, model, model="models/other")
     before = ids(engine.generate(prompts, SETTINGS))
     other: Any = tiny_model("qwen2_5_vl", tiny_processor("qwen2_5_vl").tokenizer)

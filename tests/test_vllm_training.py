@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_questions import read_lines
 
-from video_r1 import ask
-from video_r1.data.lab import write_lab
+from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
-from video_r1.models.lab import base_folder
+from video_r1.lab.clips import write_lab
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout import choice
-from video_r1.rollout.vllm import VLLMEngine
+from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 

@@ -14,12 +14,12 @@ from tiny_models import FAMILIES, tiny_model, tiny_processor
 from torch import nn
 
 from video_r1.errors import ConfigError
-from video_r1.models.lab import base_folder
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
 from video_r1.rollout.sampling import prompt_seed
-from video_r1.rollout.vllm import VLLMEngine
-from video_r1.rollout.vllm_positions import prompt_positions
-from video_r1.rollout.vllm_weights import checkpoint_weights
+from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.rollout.vllm.positions import prompt_positions
+from video_r1.rollout.vllm.weights import checkpoint_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

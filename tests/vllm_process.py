@@ -9,10 +9,10 @@ import torch
 from torch import distributed
 from vllm_prompts import change, clip_prompts, differences
 
-from video_r1.models.lab import base_folder
+from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.vllm import VLLMEngine
+from video_r1.rollout.vllm.engine import VLLMEngine
 
 torch.set_num_threads(1)
 

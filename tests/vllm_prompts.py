@@ -10,13 +10,16 @@ import torch
 from tiny_models import moving_square
 from torch import Tensor
 
-from video_r1.data.lab import write_lab
-from video_r1.data.media import FrameBudget, Media, read_media, shuffled_order
+from video_r1.data.decoders import read_media
+from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample, load_manifest
+from video_r1.data.rollouts import Rollout
+from video_r1.lab.clips import write_lab
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
-from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.frames import FrameBudget
 
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
 COUNT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")

@@ -9,12 +9,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from video_r1.data.media import FrameBudget, Media, read_media
+    from video_r1.data.decoders import read_media
+    from video_r1.data.media import Media
     from video_r1.data.prompts import PromptBuilder
     from video_r1.data.records import Sample, load_manifest
     from video_r1.errors import VideoR1Error
     from video_r1.models.loading import load_model, load_processor
     from video_r1.recipe import load_recipe
+    from video_r1.settings.frames import FrameBudget
     from video_r1.training.sft import SFTConfig, SFTTrainer
     from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 

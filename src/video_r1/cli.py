@@ -148,7 +148,7 @@ def run(words: list[str]) -> int:
     smoke = name in TRAINS and "--smoke" in rest
     recipe = read_request(name, [word for word in rest if not smoke or word != "--smoke"])
     if smoke:
-        from video_r1.smoke import run_smoke
+        from video_r1.lab.smoke import run_smoke
 
         return run_smoke(recipe, command.run)
     return command.run(recipe)

@@ -35,7 +35,7 @@ def data_check(recipe: Recipe) -> int:
 
 
 def data_lab(recipe: Recipe) -> int:
-    from video_r1.data.lab import write_lab
+    from video_r1.lab.clips import write_lab
 
     settings = recipe.section(LabSettings)
     write_lab(
@@ -55,7 +55,7 @@ def data_lab(recipe: Recipe) -> int:
 
 
 def data_base(recipe: Recipe) -> int:
-    from video_r1.models.lab_pretraining import pretrain_base
+    from video_r1.lab.pretraining import pretrain_base
 
     settings = recipe.section(BaseSettings)
     pretrain_base(folder(settings.folder), settings.steps, settings.seed, threads=settings.threads)
@@ -84,7 +84,7 @@ def rl(recipe: Recipe) -> int:
 
 
 def plan(recipe: Recipe) -> int:
-    from video_r1.training.memory_plan import run_plan
+    from video_r1.plan.memory import run_plan
 
     return run_plan(recipe)
 
@@ -97,14 +97,14 @@ def evaluate(recipe: Recipe) -> int:
 
 
 def ask(recipe: Recipe) -> int:
-    from video_r1.ask import run_ask
+    from video_r1.evaluation.ask import run_ask
 
     run_ask(recipe.section(AskSettings))
     return 0
 
 
 def serve(recipe: Recipe) -> int:
-    from video_r1.rollout.vllm_serve import run_serve
+    from video_r1.rollout.vllm.serve import run_serve
 
     run_serve(recipe.section(ServeSettings))
     return 0
@@ -131,7 +131,7 @@ def merge(recipe: Recipe) -> int:
 
 
 def demo(recipe: Recipe) -> int:
-    from video_r1.demo import run_demo
+    from video_r1.lab.demo import run_demo
 
     settings = recipe.section(DemoSettings)
     run_demo(Path(settings.out), settings.seed)

@@ -131,7 +131,7 @@ def load_recipe(
     settings, found = parse_values(command, values, {**imported, **types})
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
-            settings[name] = str(resources.files("video_r1") / "models" / "lab_base")
+            settings[name] = str(resources.files("video_r1") / "lab" / "base")
     sections = []
     for kind in SECTIONS[command]:
         names = own_field_types(kind)

@@ -12,7 +12,6 @@ from video_r1.annotation.judging import Rules
 from video_r1.annotation.runner import Counts, annotate, digest
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error, writing_to
@@ -20,6 +19,7 @@ from video_r1.rollout.chat import Endpoint, FramesAs, endpoint_url, form_of_fram
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.frames import FrameBudget
 
 BUDGET_FIELDS = ("fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
 SAMPLING_FIELDS = ("samples", "temperature", "top_p", "max_new_tokens", "seed", "frames_as", "request_fields")

@@ -21,7 +21,6 @@ from typing import Any
 
 from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
 from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Template
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError, VideoR1Error
@@ -36,6 +35,7 @@ from video_r1.rollout.chat import (
 )
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post_once
+from video_r1.settings.frames import FrameBudget
 
 OTHER_FILES = 256  # that a process may have open beside one for each request
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault

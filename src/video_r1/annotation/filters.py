@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from video_r1.rewards.answers import extract_answer, parse_number, read_answer
+from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.rewards.shaping import format_reward
 
 FILTERS = (

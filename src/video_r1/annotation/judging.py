@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, rationale_of
+from video_r1.data.answers import extract_answer, read_answer
 from video_r1.data.records import Sample
-from video_r1.rewards.answers import extract_answer, read_answer
 from video_r1.rewards.correctness import correctness
 from video_r1.rollout.chat import Completion
 

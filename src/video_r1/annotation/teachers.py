@@ -17,12 +17,12 @@ from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
 from video_r1.rollout.chat import Completion
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.frames import FrameBudget
 
 
 class Question(NamedTuple):

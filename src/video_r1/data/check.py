@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 
-from video_r1.data.media import FrameBudget, read_media
+from video_r1.data.decoders import read_media
 from video_r1.data.records import Problem, Sample, check_manifest
 from video_r1.errors import MediaError
 from video_r1.progress import progress
+from video_r1.settings.frames import FrameBudget
 
 _SOURCES_SHOWN = 40
 

@@ -126,9 +126,10 @@ def _work(channel: socket.socket) -> None:
 
 
 def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
-    from video_r1.data.media import FrameBudget, decode_media
+    from video_r1.data.media import decode_media
     from video_r1.data.records import Sample
     from video_r1.errors import MediaError
+    from video_r1.settings.frames import FrameBudget
 
     question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
     sample = Sample(**question, **request["sample"])

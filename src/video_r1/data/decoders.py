@@ -19,14 +19,18 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
+from video_r1.data.media import Media, decode_media
+from video_r1.data.records import Sample
 from video_r1.errors import MediaError, VideoR1Error
+from video_r1.settings.frames import FrameBudget
 
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
 _PROGRAM = """
@@ -199,3 +203,45 @@ def _forget_parents_decoders() -> None:
 
 os.register_at_fork(after_in_child=_forget_parents_decoders)
 atexit.register(lambda: _decoders.close())
+
+
+def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
+    """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
+
+    It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
+    may be made from many threads at once.
+
+    Args:
+        decoder_threads: threads to decode one large clip with; 0: one per core. Clips of small pictures take
+            one in any case. Give 1 where many clips are decoded at once.
+
+    Raises:
+        MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
+        file.
+        VideoR1Error: no worker can be started.
+    """
+    if budget.seconds == 0:
+        return decode_media(sample, budget, decoder_threads)
+    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
+    request = {"sample": place, "budget": asdict(budget), "threads": decoder_threads}
+    area = max(budget.image_pixels, budget.frame_pixels * budget.max_frames)
+    frames, times, duration = read_in_worker(sample.path, request, budget.seconds, 3 * area)
+    return Media(frames, torch.tensor(times, dtype=torch.float64), duration, sample.data_type)
+
+
+def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
+    """What `read_media` gives with each of `counts` as max_frames, from one decoding of the clip.
+
+    Raises MediaError.
+    """
+    if len(counts) == 1 or sample.data_type == "image":
+        media = read_media(sample, replace(budget, max_frames=counts[0]))
+        return [media] * len(counts)
+    together = read_media(sample, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
+    # Times ascend within the frames of one count and start again with those of the next.
+    ends = (together.timestamps.diff() <= 0).nonzero().flatten() + 1
+    parts = (tensor.tensor_split(ends) for tensor in (together.frames, together.timestamps))
+    return [
+        Media(frames.clone(), times.clone(), together.duration, together.kind)
+        for frames, times in zip(*parts, strict=True)
+    ]

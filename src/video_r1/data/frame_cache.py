@@ -29,9 +29,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from video_r1.data.media import FrameBudget, Media, read_media, read_media_at
+from video_r1.data.decoders import read_media, read_media_at
+from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
+from video_r1.settings.frames import FrameBudget
 
 VERSION = 1  # raise it when the same file and budget give other pixels
 _SUFFIX = ".safetensors"

@@ -11,8 +11,7 @@ import math
 import os
 import urllib.request
 import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from typing import Any, Literal
@@ -24,59 +23,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from video_r1.data.clips import MAX_PIXELS, URL_SECONDS, decode_clip
-from video_r1.data.decoders import read_in_worker
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError, MediaError
+from video_r1.errors import MediaError
+from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
-# Two consecutive frames make one temporal patch in every Qwen vision model.
-TEMPORAL_PATCH = 2
 # Qwen's processors refuse longer shapes.
 MAX_ASPECT_RATIO = 200
 _MAX_IMAGE_BYTES = 1 << 28
 # Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-_LEAST_MEMORY = 64 << 20
 _LONGEST_REASON = 300  # characters; decoders quote what they find in a file
-
-
-@dataclass(frozen=True, slots=True)
-class FrameBudget:
-    """How many frames of a video are kept, how large frames and images become, and what reading may cost.
-
-    Areas are in pixels; a model's visual tokens are area ÷ size_multiple² (for video per two frames).
-    """
-
-    fps: float = 2.0  # frames per second of clip to aim for
-    min_frames: int = 4  # as long as the clip has that many
-    max_frames: int = 16
-    frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
-    image_pixels: int = 512 * 28 * 28  # the same for an image
-    size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
-    # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
-    frame_counts: tuple[int, ...] = ()
-    # The limits of one file, after which it counts as unusable. They do not change what is read.
-    seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
-    memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.fps) and self.fps > 0):
-            raise ConfigError(f"fps is {self.fps}; it must be above 0")
-        if self.max_frames < TEMPORAL_PATCH or self.min_frames < 1:
-            raise ConfigError(
-                f"max_frames is {self.max_frames} and min_frames {self.min_frames}; a video needs at "
-                f"least {TEMPORAL_PATCH} frames"
-            )
-        if not 0 <= self.seconds < math.inf or self.memory < _LEAST_MEMORY:
-            raise ConfigError(
-                f"a file may take {self.seconds} seconds and {self.memory:,} bytes; give 0 seconds (no "
-                f"limits) or more, and at least {_LEAST_MEMORY:,} bytes"
-            )
-        for name in ("frame_pixels", "image_pixels"):
-            if getattr(self, name) < self.size_multiple**2:
-                raise ConfigError(
-                    f"{name} is {getattr(self, name)}, below one square of size_multiple "
-                    f"({self.size_multiple}² = {self.size_multiple**2})"
-                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,30 +105,6 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
-    """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
-
-    It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
-    may be made from many threads at once.
-
-    Args:
-        decoder_threads: threads to decode one large clip with; 0: one per core. Clips of small pictures take
-            one in any case. Give 1 where many clips are decoded at once.
-
-    Raises:
-        MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
-        file.
-        VideoR1Error: no worker can be started.
-    """
-    if budget.seconds == 0:
-        return decode_media(sample, budget, decoder_threads)
-    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    request = {"sample": place, "budget": asdict(budget), "threads": decoder_threads}
-    area = max(budget.image_pixels, budget.frame_pixels * budget.max_frames)
-    frames, times, duration = read_in_worker(sample.path, request, budget.seconds, 3 * area)
-    return Media(frames, torch.tensor(times, dtype=torch.float64), duration, sample.data_type)
-
-
 def decode_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
     """`read_media` in this process, without its limits. Raises MediaError."""
     try:
@@ -187,24 +119,6 @@ def decode_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) 
             raise MediaError(sample.path, "takes more memory to decode than is allowed") from error
         detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
         raise MediaError(sample.path, _one_line(f"cannot be decoded ({detail})")) from error
-
-
-def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
-    """What `read_media` gives with each of `counts` as max_frames, from one decoding of the clip.
-
-    Raises MediaError.
-    """
-    if len(counts) == 1 or sample.data_type == "image":
-        media = read_media(sample, replace(budget, max_frames=counts[0]))
-        return [media] * len(counts)
-    together = read_media(sample, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
-    # Times ascend within the frames of one count and start again with those of the next.
-    ends = (together.timestamps.diff() <= 0).nonzero().flatten() + 1
-    parts = (tensor.tensor_split(ends) for tensor in (together.frames, together.timestamps))
-    return [
-        Media(frames.clone(), times.clone(), together.duration, together.kind)
-        for frames, times in zip(*parts, strict=True)
-    ]
 
 
 def _one_line(reason: str) -> str:

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
+from video_r1.data.answers import parse_number
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
-from video_r1.rewards.answers import parse_number
 
 if TYPE_CHECKING:
     import datasets

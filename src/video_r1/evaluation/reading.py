@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from video_r1.data.frame_cache import FrameCache, read_cached_at
-from video_r1.data.media import FrameBudget, Media, shuffled_order
+from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
+from video_r1.settings.frames import FrameBudget
 
 Order = Literal["ordered", "shuffled"]
 Clip = list[Media] | MediaError  # one for each frame count

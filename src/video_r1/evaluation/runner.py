@@ -18,20 +18,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.frame_cache import FrameCache
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
 from video_r1.evaluation.reading import Batch, Order, Reader, Unit, derived_seed
 from video_r1.evaluation.summary import summarise
 from video_r1.progress import Progress, progress
-from video_r1.rewards.answers import extract_answer, parse_number, read_answer
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
-from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.frames import FrameBudget
 
 # The paper's decoding: all but greedy.
 EVALUATION_SAMPLING = SamplingSettings(n=1, temperature=0.01, top_p=0.001, max_tokens=1024)

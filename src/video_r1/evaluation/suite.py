@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import RequestError
@@ -26,6 +25,7 @@ from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.frames import FrameBudget
 
 # Evaluates samples (samples, *, output_dir) and gives the summary: `evaluate` with all else decided.
 Asked = Callable[..., dict[str, Any]]

@@ -22,6 +22,7 @@ from video_r1.errors import ConfigError
 from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
+from video_r1.settings.shared import ModelSettings
 
 TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 # Qwen2-VL has fc1 and fc2, Qwen2.5-VL gate, up and down, Qwen3-VL linear_fc1 and linear_fc2.
@@ -204,3 +205,18 @@ def _check_weight_files(source: str) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def lora_config(settings: ModelSettings) -> Any:
+    """A peft configuration for the modules that are named; None where the default ones are wanted."""
+    if not settings.lora_target_modules:
+        return None
+    import peft  # an extra of this package
+
+    return peft.LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=list(settings.lora_target_modules),
+        task_type="CAUSAL_LM",
+    )

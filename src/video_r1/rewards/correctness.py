@@ -13,7 +13,7 @@ from functools import cache
 import jiwer
 from rouge_score.rouge_scorer import RougeScorer
 
-from video_r1.rewards.answers import parse_number
+from video_r1.data.answers import parse_number
 
 _CONTINUOUS = ("OCR", "free-form", "regression")
 

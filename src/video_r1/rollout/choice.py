@@ -8,17 +8,17 @@ from urllib.parse import urlsplit
 
 import torch
 
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.chat import Endpoint, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.endpoint import EndpointEngine, TextPrompts
 from video_r1.rollout.engine import RolloutEngine
-from video_r1.rollout.server import ServerEngine
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm import VLLMEngine, described
+from video_r1.rollout.vllm.engine import VLLMEngine, described
+from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
 
 PIXELS_OF_ANY_MODEL = 28  # frame sides for an endpoint, which resizes as its model wants

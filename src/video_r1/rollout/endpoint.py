@@ -18,9 +18,10 @@ from torch import Tensor
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder, load_template
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import VideoR1Error
 from video_r1.rollout.chat import ATTEMPTS, Endpoint, FramesAs, chat_request, completions_of, pause_before
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, post
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-from torch import Tensor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 from video_r1.data.prompts import Prompt
-from video_r1.data.records import Sample
+from video_r1.data.reading import Question
+from video_r1.data.rollouts import Rollout
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +19,6 @@ class SamplingSettings:
     top_k: int = 0
     max_tokens: int = 768
     seed: int | tuple[int, ...] | None = None  # of the call, or one of each prompt
-
-
-@dataclass(frozen=True, slots=True)
-class Rollout:
-    token_ids: Tensor
-    logprobs: Tensor
-    text: str
-    finish_reason: Literal["stop", "length"]
 
 
 class RolloutEngine(Protocol):
@@ -41,26 +32,19 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None: ...
 
-
-@dataclass(slots=True)
-class RolloutGroup:
-    """One question's rollouts, their rewards and advantages. G ordered completions, G_s shuffled ones.
-
-    Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
-    their weighted sum and the only thing that advantages are made of. Only the ordered completions are
-    trained on: the shuffled ones exist to give the share of correct answers without the frame order.
-    """
-
-    sample: Sample
-    # fmt: off
-    prompt: Prompt                      # the ordered prompt
-    ordered: list[Rollout]              # G
-    shuffled_prompt: Prompt | None      # None: an image, or no temporal reward
-    shuffled: list[Rollout]             # G_s, empty where shuffled_prompt is None
-    rewards: dict[str, Tensor]          # each term [G] float32, of the ordered completions
-    total_reward: Tensor                # [G] float32
-    advantages: Tensor                  # [G] float32
-    shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
-    p: float = float("nan")             # share of correct ordered completions
-    p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
     # fmt: on
+
+
+def sample_rollouts(
+    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
+) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it
+    has no shuffled prompt): two lists in the questions' order, sampled together and in the same way.
+    """
+    shuffled = [question.shuffled for question in questions if question.shuffled is not None]
+    prompts = [*(question.ordered for question in questions), *shuffled]
+    counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
+    seeds = [q.seed for q in questions] + [q.seed + 1 for q in questions if q.shuffled is not None]
+    rollouts = engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts)
+    remaining = iter(rollouts[len(questions) :])
+    return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from video_r1.data.prompts import Prompt, end_token_id
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import prompt_positions, vision_language_model
 from video_r1.models.onednn import onednn_linears
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 

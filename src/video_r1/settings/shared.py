@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from video_r1.settings.base import Problem, Settings, at_least, positive, setting, within
 
 if TYPE_CHECKING:
-    from video_r1.data.media import FrameBudget
+    from video_r1.settings.frames import FrameBudget
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,7 @@ class PromptSettings(Settings):
 
     def frame_budget(self, size_multiple: int) -> FrameBudget:
         """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
-        from video_r1.data.media import FrameBudget  # imports torch
+        from video_r1.settings.frames import FrameBudget
 
         return FrameBudget(
             fps=self.fps,

@@ -9,15 +9,18 @@ A process that is killed, or a disk that fills up, leaves an `unfinished` folder
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error
-from video_r1.training.processes import is_lost_process
+from video_r1.processes import is_lost_process
 
 UNFINISHED = "unfinished"
 LAST_FILES = ("adapter_config.json", "config.json")
@@ -121,3 +124,21 @@ def check_writable(folder: Path) -> None:
         raise VideoR1Error(
             f"output_dir {folder} cannot be written: {error.strerror or error}; choose another one"
         ) from error
+
+
+def last_whole_checkpoint(folder: str | Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; None when there is none.
+
+    trainer_state.json is the last file of a checkpoint, so one that can be read marks the others as whole.
+    """
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            steps[read_state(path)["global_step"]] = path
+        except (OSError, ValueError, KeyError, TypeError):  # half-written: killed while it was saved
+            continue
+    return steps[max(steps)] if steps else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))

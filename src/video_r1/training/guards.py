@@ -22,10 +22,10 @@ from transformers.integrations.integration_utils import (
 )
 
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.files import append_line
+from video_r1.processes import gather
 from video_r1.progress import Progress, progress
-from video_r1.report.recording import append_line
-from video_r1.training.metrics_log import keep_until
-from video_r1.training.processes import gather
+from video_r1.training.metrics import keep_until
 
 logger = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
-from video_r1.report.recording import append_line
+from video_r1.files import append_line
 
 Loaded = TypeVar("Loaded")
 Content = TypeVar("Content")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -10,16 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
+from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
+from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_config
 from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe, plain
-from video_r1.training.checkpoints import LAST_FILES, UNFINISHED, check_writable, publish_copy
+from video_r1.settings.shared import DataSettings, ModelSettings
+from video_r1.training.checkpoints import (
+    LAST_FILES,
+    UNFINISHED,
+    check_writable,
+    last_whole_checkpoint,
+    publish_copy,
+    read_state,
+)
 from video_r1.training.validation import best_checkpoint, stopped_early
 
 if TYPE_CHECKING:
-    from video_r1.training.question_trainer import QuestionTrainer
+    from video_r1.training.trainer import QuestionTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -89,20 +98,6 @@ def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], Questi
     return folder
 
 
-def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; None when there is none.
-
-    trainer_state.json is the last file of a checkpoint, so one that can be read marks the others as whole.
-    """
-    steps = {}
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:
-            steps[read_state(path)["global_step"]] = path
-        except (OSError, ValueError, KeyError, TypeError):  # half-written: killed while it was saved
-            continue
-    return steps[max(steps)] if steps else None
-
-
 def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]:
     """Settings of the recipe that differ from those in the folder's config.yaml: name to (there, here)."""
     try:
@@ -126,5 +121,38 @@ def is_finished(folder: Path) -> bool:
     return any(path.stat().st_mtime_ns >= settings.stat().st_mtime_ns for path in model)
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError."""
+    settings = recipe.section(ModelSettings)
+    assert settings.model_name_or_path is not None  # a recipe without it is refused
+    model = load_model(
+        settings.model_name_or_path,
+        settings.dtype,
+        settings.attn_implementation,
+        settings.trust_remote_code,
+        load_in_4bit=settings.load_in_4bit,
+    )
+    if settings.freeze_vision_tower:
+        freeze_vision(model)
+    if settings.use_peft:
+        set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
+        model = add_lora(
+            model,
+            settings.lora_r,
+            settings.lora_alpha,
+            settings.lora_dropout,
+            lora_config(settings),
+            settings.lora_vision_tower,
+        )
+    return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
+
+
+def manifests_of(recipe: Recipe) -> tuple[list[Sample], list[Sample] | None]:
+    """Training and validation questions of a recipe. Raises ManifestError with every problem."""
+    data = recipe.section(DataSettings)
+    assert data.train_manifest is not None  # a recipe without it is refused
+    training, validation = (
+        None if path is None else load_manifest(path, data.media_root, data.allow_urls)
+        for path in (data.train_manifest, data.eval_manifest)
+    )
+    return training or [], validation

@@ -20,13 +20,12 @@ from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, MediaError, PromptError
 from video_r1.models.group_forward import KINDS, encode_together, through_wrapper, vision_language_model
+from video_r1.processes import gather, process_count, process_index
 from video_r1.recipe import Recipe
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import SFTSettings
-from video_r1.training.processes import gather, process_count, process_index
-from video_r1.training.question_trainer import QuestionTrainer
-from video_r1.training.runs import run_in_folder
-from video_r1.training.setup import Questions, manifests_of, model_of
+from video_r1.training.runs import manifests_of, model_of, run_in_folder
+from video_r1.training.trainer import Questions, QuestionTrainer
 
 PIXELS = tuple(pixels for pixels, _ in KINDS.values())
 IGNORED = -100  # the label of tokens without a loss

@@ -41,43 +41,41 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 
 from video_r1.data.frame_cache import read_cached
 from video_r1.data.media import Media
+from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import RolloutGroup
 from video_r1.models.group_forward import (
     GroupLogprobs,
     encode_vision,
     group_logprobs,
     vision_language_model,
 )
+from video_r1.processes import gather, gather_rows, process_count
 from video_r1.recipe import Recipe
-from video_r1.report.recording import record_group
+from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
-from video_r1.rollout.engine import RolloutEngine, RolloutGroup, SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.advantages import group_advantages
-from video_r1.training.ahead import RolloutsAhead, Sampled, sample_step
-from video_r1.training.deepspeed_zero import parameter_count
-from video_r1.training.guards import tolerated
-from video_r1.training.metrics_log import describe_groups
-from video_r1.training.objective import loss_normaliser, policy_loss
-from video_r1.training.preflight import Preflight
-from video_r1.training.processes import gather, gather_rows, process_count
-from video_r1.training.question_trainer import QuestionTrainer
-from video_r1.training.questions import Slot
-from video_r1.training.rollout_step import (
-    PolicyBatch,
-    Question,
-    build_question,
-    policy_batch,
-    reward_terms,
-    score_groups,
+from video_r1.training.checks import (
+    CHECKED_QUESTIONS,
+    Preflight,
+    SamplerCheck,
+    sampler_difference,
+    sampler_weights,
 )
-from video_r1.training.runs import run_in_folder
-from video_r1.training.sampler_mismatch import SamplerCheck, sampler_weights
-from video_r1.training.setup import Questions, manifests_of, model_of
+from video_r1.training.guards import tolerated
+from video_r1.training.metrics import describe_groups
+from video_r1.training.objective import loss_normaliser, policy_loss
+from video_r1.training.questions import Slot
+from video_r1.training.recording import record_group
+from video_r1.training.rollouts import PolicyBatch, RolloutsAhead, Sampled, policy_batch, sample_step
+from video_r1.training.runs import manifests_of, model_of, run_in_folder
+from video_r1.training.sharded import frozen_copy, parameter_count, prepare_reference
+from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
-from video_r1.training.whole_weights import frozen_copy, prepare_reference
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
@@ -133,9 +131,10 @@ class TGRPOTrainer(QuestionTrainer):
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
-        self.add_callback(Preflight(self))
+        if args.preflight_questions > 0:
+            self.add_callback(Preflight(lambda: self.preflight_groups(args.preflight_questions)))
         if args.use_vllm:
-            self.add_callback(SamplerCheck(self))
+            self.add_callback(SamplerCheck(self.sampler_difference, not args.async_rollouts))
         policy = cast(PreTrainedModel, self.model)
         self.is_peft = hasattr(policy, "disable_adapter")
         self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
@@ -325,14 +324,25 @@ class TGRPOTrainer(QuestionTrainer):
             "iteration": iteration,
         }
 
-    def preflight_groups(self, count: int) -> list[RolloutGroup]:
-        """`count` questions of the first epoch, sampled and scored as a step's questions are."""
+    def first_questions(self, count: int) -> list[Question]:
+        """The first `count` questions of the first epoch."""
         assert self.source is not None
         slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
-        futures = [self.source.submit(slot) for slot in slots]
-        questions = [future.result().content for future in futures]
+        return [future.result().content for future in [self.source.submit(slot) for slot in slots]]
+
+    def preflight_groups(self, count: int) -> list[RolloutGroup]:
+        """The first questions, sampled and scored as a step's questions are."""
+        questions = self.first_questions(count)
         ordered, shuffled, *_ = self.sample(questions)
         return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
+
+    def sampler_difference(self) -> tuple[float, int]:
+        """How far the engine's log-probs are from the trainer's on the first questions, in both orders."""
+        questions = self.first_questions(CHECKED_QUESTIONS)
+        prompts = [p for q in questions for p in (q.ordered, q.shuffled) if p is not None]
+        model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+        with self.whole_weights(), self.accelerator.autocast():
+            return sampler_difference(self.engine, model, prompts, self.settings.temperature)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""

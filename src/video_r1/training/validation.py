@@ -20,14 +20,15 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.media import FrameBudget
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
+from video_r1.processes import gather, process_count, process_index
+from video_r1.rewards.group import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.training.processes import gather, process_count, process_index
+from video_r1.settings.frames import FrameBudget
 from video_r1.training.questions import derived_generator
-from video_r1.training.rollout_step import Question, answer_scores, build_question, format_scores
 
 Answered = tuple[str, float, float, float | None]
 """data_type, accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""

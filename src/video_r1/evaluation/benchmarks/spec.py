@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from video_r1.data.answers import parse_number
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
-from video_r1.rewards.answers import parse_number
 
 Row = dict[str, Any]
 ProblemTypeOf = Callable[[Row], str | None]

@@ -27,7 +27,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
 
     recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written. Raises ConfigError as `load_recipe`.
     """
-    from video_r1.models.lab import base_folder
+    from video_r1.lab.model import base_folder
 
     values = recipe.values()
     changes: dict[str, Any] = {
@@ -76,7 +76,7 @@ def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
 
     run: what the command does with a recipe. Returns its exit code; raises what it raises.
     """
-    from video_r1.data.lab import write_lab
+    from video_r1.lab.clips import write_lab
 
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
         lab, output = Path(folder) / "lab", Path(folder) / "run"

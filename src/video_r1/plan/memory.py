@@ -16,8 +16,10 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from video_r1.errors import ConfigError
-from video_r1.models.loading import checked_source
+from video_r1.models.loading import checked_source, lora_config
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
+from video_r1.plan.sharding import Sharding, sharding_of
+from video_r1.plan.trace import Policy, Row, Traced, trace
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
@@ -25,9 +27,6 @@ from video_r1.settings.base import own_field_types
 from video_r1.settings.plan import PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-from video_r1.training.memory_trace import Policy, Row, Traced, trace
-from video_r1.training.setup import lora_config
-from video_r1.training.sharding import Sharding, sharding_of
 
 ADAM_STATES = 2
 TIMESTAMP_TOKENS = 10  # Qwen3-VL writes a time and two marks before every temporal patch

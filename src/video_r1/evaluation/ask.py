@@ -17,10 +17,11 @@ from video_r1.settings.decoding import AskSettings
 
 if TYPE_CHECKING:
     from video_r1.data.frame_cache import FrameCache
-    from video_r1.data.media import FrameBudget
     from video_r1.data.prompts import PromptBuilder
     from video_r1.data.records import ProblemType, Sample
-    from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+    from video_r1.data.rollouts import Rollout
+    from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+    from video_r1.settings.frames import FrameBudget
 
 _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
 
@@ -147,7 +148,7 @@ class TextStream:
 
 def named_answer(sample: Sample, output: str) -> str:
     """The answer in an output, tolerantly read; for multiple choice the whole option, "B. right"."""
-    from video_r1.rewards.answers import read_answer
+    from video_r1.data.answers import read_answer
 
     answer = read_answer(output, sample.problem_type, sample.options)
     named = [option for option in sample.options if option.lstrip("(")[:1].upper() == answer]

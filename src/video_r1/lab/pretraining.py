@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Tokenizer
 
-from video_r1.data.lab_questions import FAMILIES
-from video_r1.data.lab_scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
-from video_r1.models.lab import SIDE, build_model, build_processor, build_tokenizer
+from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
+from video_r1.lab.questions import FAMILIES
+from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
 
 IGNORE = -100
 LETTERS = "ABCDEF"

@@ -10,8 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from video_r1.data.prompts import Prompt, video_metadata
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
 # The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.

@@ -40,7 +40,7 @@ def plugin() -> None:
     """What vLLM calls in each process of its own: acts only where the environment asks for it."""
     if os.environ.get(VARIABLE) == "transformers":
         use_transformers_positions()
-        from video_r1.rollout.weight_transfer import register
+        from video_r1.rollout.vllm.weight_transfer import register
 
         register()
 

@@ -21,15 +21,16 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm_parallel import is_distributed
-from video_r1.rollout.vllm_parallel import tensor_parallel as tensor_parallel_group
-from video_r1.rollout.vllm_positions import use_transformers_positions
-from video_r1.rollout.vllm_requests import asks_of, vllm_prompt
-from video_r1.rollout.vllm_weights import checkpoint_weights
+from video_r1.rollout.vllm.parallel import is_distributed
+from video_r1.rollout.vllm.parallel import tensor_parallel as tensor_parallel_group
+from video_r1.rollout.vllm.positions import use_transformers_positions
+from video_r1.rollout.vllm.requests import asks_of, vllm_prompt
+from video_r1.rollout.vllm.weights import checkpoint_weights
 
 # vLLM reads these when it is imported; what the user has set stays.
 ENVIRONMENT = {

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.files import append_line
+from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe, save_resolved
-from video_r1.report.recording import append_line
 from video_r1.rewards.shaping import has_self_reflection
-from video_r1.rollout.engine import Rollout, RolloutGroup
 from video_r1.settings.base import Settings
 from video_r1.training.advantages import without_variance
-from video_r1.training.processes import gather, process_count
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from video_r1.data.lab_scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
+from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
 
 
 @dataclass(frozen=True, slots=True)

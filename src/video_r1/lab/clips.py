@@ -21,9 +21,9 @@ import av
 import numpy as np
 from PIL import Image
 
-from video_r1.data.lab_questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Family, Question
-from video_r1.data.lab_scenes import FPS, SECONDS, Cue, render
 from video_r1.errors import RequestError
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Family, Question
+from video_r1.lab.scenes import FPS, SECONDS, Cue, render
 from video_r1.progress import progress
 
 LETTERS = "ABCDEF"

@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from video_r1 import commands
-from video_r1.recipe import load_recipe
+from video_r1.recipe import Recipe, load_recipe
+from video_r1.settings.benchmarks import BenchmarkSettings
+from video_r1.settings.decoding import EvalSettings
 
 TRAIN, TEST = 3200, 560
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
+RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("base", "sft", "rl")
 FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
@@ -32,9 +34,12 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     """
     import torch
 
-    from video_r1.data.lab import write_lab
-    from video_r1.models.lab import base_folder
+    from video_r1.evaluation.command import run_eval
+    from video_r1.lab.clips import write_lab
+    from video_r1.lab.model import base_folder
     from video_r1.report.page import build_report
+    from video_r1.training.sft import run_sft
+    from video_r1.training.tgrpo import run_rl
 
     torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
     out.mkdir(parents=True, exist_ok=True)
@@ -47,18 +52,16 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     with _timed(seconds, "lab"):
         write_lab(lab, TRAIN, TEST, seed, hasty=HASTY)
     with _timed(seconds, "sft"):
-        _run(commands.sft, "lab-sft", seed, train_manifest=lab / "sft.json", output_dir=checkpoints["sft"])
+        run_sft(_recipe("sft", seed, train_manifest=lab / "sft.json", output_dir=checkpoints["sft"]))
     with _timed(seconds, "rl"):
-        _run(
-            commands.rl, "lab-tgrpo", seed, model_name_or_path=checkpoints["sft"],
-            train_manifest=lab / "rl.json", output_dir=checkpoints["rl"],
-        )  # fmt: skip
+        overrides = {"model_name_or_path": checkpoints["sft"], "train_manifest": lab / "rl.json"}
+        run_rl(_recipe("rl", seed, **overrides, output_dir=checkpoints["rl"]))
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            overrides = {"model": checkpoint, "manifest": lab / "test.json", "out": folder}
-            _run(commands.evaluate, "lab-eval", seed, **overrides)
+            recipe = _recipe("eval", seed, model=checkpoint, manifest=lab / "test.json", out=folder)
+            run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         (figures[stage],) = summary["frames"].values()
     videos = {stage: figures[stage]["by_modality"]["video"] for stage in STAGES}
@@ -87,9 +90,9 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _run(command: Callable[[Any], Any], recipe: str, seed: int, **overrides: Any) -> Any:
+def _recipe(command: str, seed: int, **overrides: Any) -> Recipe:
     settings = {name: str(value) for name, value in overrides.items()} | {"seed": seed}
-    return command(load_recipe(command.__name__.replace("evaluate", "eval"), recipe, settings))
+    return load_recipe(command, RECIPES[command], settings)
 
 
 def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

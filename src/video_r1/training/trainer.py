@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,24 +30,27 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import Sample
+from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.four_bits import record_four_bits
-from video_r1.models.loading import load_model, size_multiple
+from video_r1.models.loading import add_lora, load_model, load_processor, size_multiple
 from video_r1.packages import check_optimizer
+from video_r1.processes import naming_lost_processes, wait_for_everyone
 from video_r1.recipe import Recipe
 from video_r1.settings.base import Settings
-from video_r1.training.checkpoints import UNFINISHED, publish_files, publish_folder, writing
-from video_r1.training.deepspeed_zero import check_training_state, loss_that_skips
+from video_r1.training.checkpoints import (
+    UNFINISHED,
+    last_whole_checkpoint,
+    publish_files,
+    publish_folder,
+    writing,
+)
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
-from video_r1.training.metrics_log import Meter, RunFolder, StepSeconds
-from video_r1.training.processes import naming_lost_processes, wait_for_everyone
+from video_r1.training.metrics import Meter, RunFolder, StepSeconds
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
-from video_r1.training.runs import last_whole_checkpoint
-from video_r1.training.setup import Questions, as_samples, as_validation, given_model
+from video_r1.training.sharded import check_training_state, keep_results_exact, loss_that_skips, whole_weights
 from video_r1.training.trackers import describe_run
 from video_r1.training.validation import BestCheckpoint
-from video_r1.training.whole_weights import keep_results_exact, whole_weights
 
 
 class QuestionTrainer(Trainer, ABC):
@@ -302,3 +306,39 @@ class QuestionTrainer(Trainer, ABC):
         finally:
             if self.source is not None:
                 self.source.close()
+
+
+Questions = str | Path | Sequence[Sample] | datasets.Dataset
+
+
+def as_samples(questions: Questions | None) -> list[Sample]:
+    """Samples of a manifest's path, a data set or a list. Raises ManifestError with every problem."""
+    if questions is None:
+        return []
+    if isinstance(questions, (str, Path, datasets.Dataset)):
+        return load_manifest(questions)
+    return list(questions)
+
+
+def as_validation(
+    questions: Questions | dict[str, Questions] | None,
+) -> list[Sample] | dict[str, list[Sample]] | None:
+    """Held-out questions as samples, by name where there are several sets."""
+    if isinstance(questions, dict):
+        return {name: as_samples(part) for name, part in questions.items()}
+    return None if questions is None else as_samples(questions)
+
+
+def given_model(
+    model: str | Path | PreTrainedModel, processor: ProcessorMixin | None, peft_config: Any = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
+    if processor is None:
+        source = model if isinstance(model, (str, Path)) else model.config.name_or_path
+        if not source:
+            raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
+        processor = load_processor(source)
+    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    return (
+        loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
+    ), processor

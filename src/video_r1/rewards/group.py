@@ -1,70 +1,25 @@
-"""One step's questions: sampled in both frame orders, then scored.
-
-Question ─► G ordered + G/2 shuffled completions ─► reward terms, p, p̃ ─► RolloutGroup
-"""
+"""One question's completions become a RolloutGroup: every reward term, and their weighted sum."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from video_r1.data.media import Media, shuffled_order
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.answers import extract_answer
+from video_r1.data.reading import Question
 from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
-from video_r1.models.group_forward import VisionFeatures
-from video_r1.rewards.answers import extract_answer
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
 from video_r1.rewards.shaping import format_reward, length_reward, temporal_reward
-from video_r1.rollout.engine import Rollout, RolloutEngine, RolloutGroup, SamplingSettings
 from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A sample with its prompts. `shuffled` is None where nothing is sampled with shuffled frames.
-
-    `seed` fixes its completions, whichever questions it is sampled with.
-    """
-
-    sample: Sample
-    ordered: Prompt
-    shuffled: Prompt | None
-    seed: int
-
-
-@dataclass(slots=True)
-class PolicyBatch:
-    """A micro-batch of groups, and what later updates on the same rollouts share.
-
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
-    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
-    or its gradient.
-    """
-
-    groups: list[RolloutGroup]
-    trained: list[RolloutGroup]
-    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
-    ref_logprobs: Tensor | None = None  # [N]
-    sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
-    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
-
-    @property
-    def problem_ids(self) -> list[str | int]:
-        return [group.sample.problem_id for group in self.trained]
-
-
-def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
-    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
-    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
-    return PolicyBatch(groups, taught or groups[:1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,32 +77,6 @@ def reward_terms(
             f"reward_weights names {missing[0]!r}, which is none of the rewards: {', '.join(terms.names)}"
         )
     return terms
-
-
-def build_question(
-    sample: Sample, media: Media, builder: PromptBuilder, generator: torch.Generator, with_shuffled: bool
-) -> Question:
-    """Both prompts of a sample. Only videos of two frames or more have a shuffled one. Raises PromptError."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    shuffled = None
-    if with_shuffled and media.kind == "video" and len(media.frames) > 1:
-        shuffled = builder.build(sample, media, shuffled_order(len(media.frames), generator))
-    return Question(sample, builder.build(sample, media), shuffled, seed)
-
-
-def sample_rollouts(
-    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
-) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it
-    has no shuffled prompt): two lists in the questions' order, sampled together and in the same way.
-    """
-    shuffled = [question.shuffled for question in questions if question.shuffled is not None]
-    prompts = [*(question.ordered for question in questions), *shuffled]
-    counts = [sampling.n] * len(questions) + [shuffled_n] * len(shuffled)
-    seeds = [q.seed for q in questions] + [q.seed + 1 for q in questions if q.shuffled is not None]
-    rollouts = engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts)
-    remaining = iter(rollouts[len(questions) :])
-    return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 
 
 def score_groups(

@@ -32,7 +32,7 @@ from transformers.vision_utils import (
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
 from video_r1.models.loading import add_lora, freeze_vision
-from video_r1.training.low_bits import eight_bit_states, in_four_bits, number_of_weights
+from video_r1.plan.low_bits import eight_bit_states, in_four_bits, number_of_weights
 
 # "flash": transformers then hands vision attention whole sequences, without reading their lengths.
 ATTENTION_NAME = "video_r1_flash_without_storage"

@@ -14,9 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from video_r1.rollout.engine import Rollout, RolloutEngine, SamplingSettings
+from torch import Tensor
+
+from video_r1.data.reading import Question
+from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.models.group_forward import VisionFeatures
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.training.questions import Ready
-from video_r1.training.rollout_step import Question, sample_rollouts
 
 
 class Sampled(NamedTuple):
@@ -78,3 +82,30 @@ class RolloutsAhead:
         """Returns when nothing is being sampled; its errors are raised by `collect`."""
         if self._future is not None:
             self._future.exception()
+
+
+@dataclass(slots=True)
+class PolicyBatch:
+    """A micro-batch of groups, and what later updates on the same rollouts share.
+
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
+    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
+    or its gradient.
+    """
+
+    groups: list[RolloutGroup]
+    trained: list[RolloutGroup]
+    old_logprobs: Tensor | None = None  # [N], of the policy that sampled
+    ref_logprobs: Tensor | None = None  # [N]
+    sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
+    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
+
+    @property
+    def problem_ids(self) -> list[str | int]:
+        return [group.sample.problem_id for group in self.trained]
+
+
+def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
+    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
+    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
+    return PolicyBatch(groups, taught or groups[:1])

@@ -75,7 +75,7 @@ class TransferHandOver:
         self.weights = {} if weights is None else weights
 
     def send(self, call: Call) -> None:
-        from video_r1.rollout.weight_transfer import Snapshot
+        from video_r1.rollout.vllm.weight_transfer import Snapshot
 
         try:
             if self.engine is None:
@@ -97,7 +97,7 @@ class TransferHandOver:
             WeightTransferTrainerFactory,
         )
 
-        from video_r1.rollout.weight_transfer import Snapshot, TCPTrainerInitInfo, register
+        from video_r1.rollout.vllm.weight_transfer import Snapshot, TCPTrainerInitInfo, register
 
         register()
         if self.backend == "tcp":

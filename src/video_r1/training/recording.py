@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from video_r1.rollout.engine import Rollout, RolloutGroup
+from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.files import append_line
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
 
@@ -77,17 +77,6 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
         "p_shuffled": p_shuffled,
     }
     append_line(run_dir / "rollouts.jsonl", line)
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line. A half-written last line, left by a killed run, stays a line of its own."""
-    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, 2)
-            if file.read(1) != b"\n":
-                data = b"\n" + data
-        file.write(data)
 
 
 def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> list[dict[str, Any]]:

@@ -55,7 +55,7 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 
 def base_folder() -> Path:
     """The pretrained base that ships with the package."""
-    return Path(str(resources.files("video_r1.models") / "lab_base"))
+    return Path(str(resources.files("video_r1.lab") / "base"))
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokenizer:

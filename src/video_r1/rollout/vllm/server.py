@@ -24,16 +24,17 @@ from typing import Any
 import torch
 
 from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
-from video_r1.rollout.engine import Rollout, SamplingSettings
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
-from video_r1.rollout.server_weights import FolderHandOver, HandOver, TransferHandOver
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm_parallel import is_distributed
-from video_r1.rollout.vllm_requests import Ask, asks_of, server_request
-from video_r1.rollout.vllm_serve import WANTED, shape
-from video_r1.rollout.vllm_weights import checkpoint_weights
+from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, TransferHandOver
+from video_r1.rollout.vllm.parallel import is_distributed
+from video_r1.rollout.vllm.requests import Ask, asks_of, server_request
+from video_r1.rollout.vllm.serve import WANTED, shape
+from video_r1.rollout.vllm.weights import checkpoint_weights
 
 logger = logging.getLogger(__name__)
 

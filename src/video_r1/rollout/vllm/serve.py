@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import ConfigError
-from video_r1.rollout.vllm_positions import VARIABLE, prompt_positions
+from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions
 from video_r1.settings.vllm import ServeSettings
 
-EXTENSION = "video_r1.rollout.vllm_serve.WorkerExtension"
+EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
 
 
 def server_command(

@@ -1,0 +1,42 @@
+"""What is sampled for a question: records, without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from video_r1.data.prompts import Prompt
+from video_r1.data.records import Sample
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    token_ids: Tensor
+    logprobs: Tensor
+    text: str
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(slots=True)
+class RolloutGroup:
+    """One question's rollouts, their rewards and advantages. G ordered completions, G_s shuffled ones.
+
+    Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
+    their weighted sum and the only thing that advantages are made of. Only the ordered completions are
+    trained on: the shuffled ones exist to give the share of correct answers without the frame order.
+    """
+
+    sample: Sample
+    # fmt: off
+    prompt: Prompt                      # the ordered prompt
+    ordered: list[Rollout]              # G
+    shuffled_prompt: Prompt | None      # None: an image, or no temporal reward
+    shuffled: list[Rollout]             # G_s, empty where shuffled_prompt is None
+    rewards: dict[str, Tensor]          # each term [G] float32, of the ordered completions
+    total_reward: Tensor                # [G] float32
+    advantages: Tensor                  # [G] float32
+    shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
+    p: float = float("nan")             # share of correct ordered completions
+    p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled

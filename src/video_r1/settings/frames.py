@@ -1,0 +1,54 @@
+"""How much of a video or an image the model sees, and what reading it may cost. Torch-free."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from video_r1.errors import ConfigError
+
+# Two consecutive frames make one temporal patch in every Qwen vision model.
+TEMPORAL_PATCH = 2
+
+
+_LEAST_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FrameBudget:
+    """How many frames of a video are kept, how large frames and images become, and what reading may cost.
+
+    Areas are in pixels; a model's visual tokens are area ÷ size_multiple² (for video per two frames).
+    """
+
+    fps: float = 2.0  # frames per second of clip to aim for
+    min_frames: int = 4  # as long as the clip has that many
+    max_frames: int = 16
+    frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
+    image_pixels: int = 512 * 28 * 28  # the same for an image
+    size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
+    # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
+    frame_counts: tuple[int, ...] = ()
+    # The limits of one file, after which it counts as unusable. They do not change what is read.
+    seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
+    memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.fps) and self.fps > 0):
+            raise ConfigError(f"fps is {self.fps}; it must be above 0")
+        if self.max_frames < TEMPORAL_PATCH or self.min_frames < 1:
+            raise ConfigError(
+                f"max_frames is {self.max_frames} and min_frames {self.min_frames}; a video needs at "
+                f"least {TEMPORAL_PATCH} frames"
+            )
+        if not 0 <= self.seconds < math.inf or self.memory < _LEAST_MEMORY:
+            raise ConfigError(
+                f"a file may take {self.seconds} seconds and {self.memory:,} bytes; give 0 seconds (no "
+                f"limits) or more, and at least {_LEAST_MEMORY:,} bytes"
+            )
+        for name in ("frame_pixels", "image_pixels"):
+            if getattr(self, name) < self.size_multiple**2:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)}, below one square of size_multiple "
+                    f"({self.size_multiple}² = {self.size_multiple**2})"
+                )

@@ -1,0 +1,165 @@
+"""Checks before the first step: is a reward in reach, and do sampler and trainer agree."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import RolloutGroup
+from video_r1.errors import VideoR1Error
+from video_r1.models.group_forward import group_logprobs
+from video_r1.processes import gather
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.vllm import VLLMSettings
+from video_r1.training.metrics import Meter
+from video_r1.training.objective import importance_weights
+
+logger = logging.getLogger(__name__)
+
+# Mean absolute difference of log-probs. With the same weights it is about 0.01 in bfloat16, 1e-5 in float32.
+SUSPICIOUS = 0.05
+CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
+
+
+class Preflight(TrainerCallback):
+    """Looks at the first questions of the run before its first step. Raises VideoR1Error when all earn
+    nothing.
+
+    groups: samples and scores them.
+    """
+
+    def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
+        self.groups = groups
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            check_rewards(self.groups())
+
+
+def check_rewards(groups: list[RolloutGroup]) -> None:
+    """Raises VideoR1Error when no completion of any group, in any process, earns a reward, and says what to
+    do.
+
+    A reward that is the same everywhere but not 0 is only warned of.
+    """
+    mine = [
+        (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
+        for group in groups
+        for rollout, total in zip(group.ordered, group.total_reward, strict=True)
+    ]
+    completions = [entry for part in gather(mine) for entry in part]
+    if not completions:
+        return
+    truncated = sum(cut for _, cut, _, _ in completions) / len(completions)
+    example = completions[0][3][:160]
+    if all(total == 0 for total, _, _, _ in completions):
+        remedy = (
+            "Run SFT first so that the model learns the format, or name the prompt that it was trained with "
+            "in prompt_template"
+        )
+        if truncated > 0.9:
+            longest = max(length for _, _, length, _ in completions)
+            remedy = (
+                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it "
+                "or run SFT first"
+            )
+        raise VideoR1Error(
+            f"none of {len(completions)} completions earns any reward, so there is nothing to learn from: no "
+            f"right answer in <think>…</think><answer>…</answer> among them. {remedy}. One of them: "
+            f"{example!r}. (preflight_questions 0 skips this check.)"
+        )
+    if len({total for total, _, _, _ in completions}) == 1:
+        logger.warning(
+            "preflight: all %d completions earn the same reward; groups without variance teach nothing",
+            len(completions),
+        )
+
+
+def sampler_weights(
+    trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
+) -> Tensor | None:
+    """Importance weights [N] of the groups' ordered completion tokens, min(π_trainer ÷ π_sampler, cap); None
+    where the settings want no correction.
+
+    trainer_logprobs: [N] of the model before the update. Adds to the series `sampler/logprob_difference`
+    (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
+    """
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
+    result = importance_weights(
+        trainer_logprobs, sampled.to(trainer_logprobs), settings.vllm_importance_sampling_cap
+    )
+    tokens = len(sampled)
+    meter.add("sampler/logprob_difference", float(result.mean_difference) * tokens, tokens)
+    meter.peak("sampler/logprob_difference_max", float(result.max_difference))
+    meter.add("sampler/share_capped", float(result.share_capped) * tokens, tokens)
+    return result.weights if settings.vllm_importance_sampling_correction else None
+
+
+class SamplerCheck(TrainerCallback):
+    """Says so when sampler and trainer are further apart than rounding explains: on a few tokens before the
+    first step, and once when a logged mean shows it later (weights that did not arrive).
+
+    difference: what `sampler_difference` gives for some of the run's questions. while_training: off where the
+    weights that sample are old ones on purpose.
+    """
+
+    def __init__(self, difference: Callable[[], tuple[float, int]], while_training: bool = True) -> None:
+        self.difference = difference
+        self.while_training = while_training
+        self.said = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        parts = gather(self.difference())
+        self.compare(sum(total for total, _ in parts) / max(1, sum(count for _, count in parts)))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.while_training:
+            self.compare((logs or {}).get("sampler/logprob_difference", 0.0))
+
+    def compare(self, difference: float) -> None:
+        if difference > SUSPICIOUS and not self.said:
+            logger.warning(
+                "vLLM's log-probs differ from the trainer's by %.3f on average (rounding: up to about 0.01); "
+                "check that both have the same weights, number format and processor files",
+                difference,
+            )
+            self.said = True
+
+
+@torch.no_grad()
+def sampler_difference(
+    engine: RolloutEngine, model: PreTrainedModel, prompts: Sequence[Prompt], temperature: float
+) -> tuple[float, int]:
+    """Sum of |log π_trainer − log π_sampler| over some tokens after each prompt, after a hand-over; and how
+    many tokens they are.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        engine.update_weights(model)
+        groups = engine.generate(
+            prompts, SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
+        )
+        completions = [[rollout.token_ids for rollout in group] for group in groups]
+        scored = group_logprobs(model, prompts, completions, temperature=temperature).logprobs
+    finally:
+        model.train(was_training)
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    return float((scored - sampled.to(scored)).abs().sum()), len(sampled)
