@@ -33,5 +33,5 @@ check: install-test ## ruff, pyright and the layers of docs/design.md
 
 bench: install-test ## every benchmark, each prints one JSON object
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'
-	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -v '^_'); do \
+	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -vE '^(_|compare_)'); do \
 		$(PY) -m benchmarks.$$name --json || exit 1; done
