@@ -116,12 +116,58 @@ def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.Ca
         )
         answer = run_ask(settings)
         output = capsys.readouterr()
-        assert output.out.endswith(f"Answer: {answer}\n" if answer else "No answer was given.\n")
+        if not answer:
+            assert output.out.endswith("No answer was given.\n")
+        elif output.out.count("Answer: ") == 0:
+            assert output.out.endswith(f"{answer}\n")
+        else:
+            assert output.out.endswith(f"Answer: {answer}\n")
         assert "cut off at 12 tokens" in output.err
 
 
+class Says:
+    """An engine that gives one text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+        return [[Rollout(torch.tensor([1]), torch.zeros(1), self.text, "stop")]]
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "printed"),
+    [
+        ("A dog runs.", [], "A dog runs.\n"),  # without tags the output is the answer: once is enough
+        ("<think>t</think> A dog runs.\n", [], "<think>t</think> A dog runs.\n\n"),
+        ("<answer>A dog</answer>", [], "<answer>A dog</answer>\n\nAnswer: A dog\n"),
+        ("It is B. right", ["left", "right"], "It is B. right\n"),
+        ("B", ["left", "right"], "B\n\nAnswer: B. right\n"),
+        ("", [], "\n\nNo answer was given.\n"),
+    ],
+)
+def test_an_answer_is_printed_once(
+    output: str,
+    options: list[str],
+    printed: str,
+    checkpoint: Path,
+    clip: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("video_r1.rollout.choice.open_engine", lambda *_: Says(output))
+    run_ask(
+        AskSettings(
+            model=str(checkpoint), path=str(clip), question="What?", options=options, frame_pixels=56 * 56
+        )
+    )
+    assert capsys.readouterr().out == printed
+
+
 def test_errors_reach_the_caller(checkpoint: Path, clip: Path) -> None:
-    with pytest.raises(PromptError, match="max_prompt_length"):
+    with pytest.raises(PromptError, match=r"^question 'Where\?': its prompt .*max_prompt_length"):
         run_ask(AskSettings(model=str(checkpoint), path=str(clip), question="Where?", max_prompt_length=20))
     with pytest.raises(RequestError, match="no such file"):
         run_ask(AskSettings(model=str(checkpoint), path="gone.mp4", question="Where?"))

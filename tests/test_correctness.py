@@ -1,9 +1,13 @@
 """Correctness scores, each figure worked out by hand."""
 
 import pytest
+import torch
 
 from video_r1.data.answers import extract_answer
+from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
 from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.group import answer_scores, correct_mask
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,17 @@ def test_an_unknown_type_is_named() -> None:
 )
 def test_what_counts_as_correct(problem_type: str, score: float, threshold: float, correct: bool) -> None:
     assert is_correct(problem_type, score, threshold) is correct
+
+
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_a_score_at_the_threshold_is_not_above_it(tenths: int) -> None:
+    """A group's scores are float32: 0.1 is 0.10000000149 there."""
+    words = [f"word{number}" for number in range(10)]
+    answer = " ".join(words[:tenths])
+    sample = Sample(1, "?", "image", "OCR", f"<answer>{' '.join(words)}</answer>", "a.png")
+    rollouts = [Rollout(torch.ones(1).long(), torch.zeros(1), f"<answer>{answer}</answer>", "stop")]
+    scores = answer_scores(sample, rollouts)
+    assert scores.tolist() == pytest.approx([tenths / 10])
+    assert not correct_mask(sample, scores, tenths / 10).any()
+    assert correct_mask(sample, scores, tenths / 10 - 0.01).all()
+    assert not is_correct("OCR", correctness("OCR", answer, sample.answer), tenths / 10)

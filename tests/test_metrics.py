@@ -1,5 +1,7 @@
 """Evaluation figures against values worked out by hand."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,6 +28,9 @@ from video_r1.evaluation.summary import summarise, summary_table
         (8.5, 10.0, 0.7),  # 15 %: the tolerances 20, 25, …, 50 % hold
         (13.0, 10.0, 0.4),  # 30 %: 35, 40, 45, 50 %
         (5.1, 10.0, 0.1),  # 49 %
+        (0.9, 1.0, 0.8),  # exactly 10, 10 and 40 %, though 1 − 0.9 < 0.1 in binary
+        (7.2, 8.0, 0.8),
+        (2.8, 2.0, 0.2),
         (5.0, 10.0, 0.0),  # 50 %
         (95.0, 100.0, 0.9),
         (-10.0, 10.0, 0.0),
@@ -41,6 +46,14 @@ def test_mean_relative_accuracy(predicted: float, truth: float, score: float) ->
 
 def test_mean_relative_accuracy_of_many_is_that_of_each() -> None:
     assert mean_relative_accuracy([9.6, 8.5, 0.0], [10.0, 10.0, 0.0]) == pytest.approx([1.0, 0.7, 1.0])
+
+
+def test_mean_relative_accuracy_is_that_of_exact_fractions() -> None:
+    """Errors of exactly 1 − θ too, which floating point puts on either side: 0.9 against 1, 7.2 against 8."""
+    pairs = [(Fraction(p, 10), Fraction(t, 10)) for p in range(0, 121) for t in range(1, 81)]
+    expected = [sum(abs(p - t) / t < Fraction(k, 20) for k in range(1, 11)) / 10 for p, t in pairs]
+    ours = mean_relative_accuracy([float(p) for p, _ in pairs], [float(t) for _, t in pairs])
+    assert [pair for pair, a, b in zip(pairs, ours, expected, strict=True) if abs(a - b) > 1e-12] == []
 
 
 @given(st.floats(-1e6, 1e6), st.floats(-1e6, 1e6))

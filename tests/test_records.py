@@ -125,6 +125,11 @@ PROBLEMS = [
     ({"problem_type": ["OCR"]}, "problem_type is ['OCR']; known are"),
     ({"solution": "B"}, "solution is 'B'; it must be <answer>…</answer> with a text inside"),
     ({"solution": "<answer> </answer>"}, "it must be <answer>…</answer> with a text inside"),
+    (
+        {"solution": "<answer>A</answer><answer>B</answer>"},
+        "it must be <answer>…</answer> with a text inside",
+    ),
+    ({"solution": "<answer>A<answer>B</answer>"}, "it must be <answer>…</answer> with a text inside"),
     ({"solution": "<answer>C</answer>"}, "the solution C is not among the options A, B"),
     ({"solution": "<answer>right</answer>"}, "must be an option's letter, not 'right'"),
     ({"solution": "<answer>B. left</answer>"}, "the solution 'B. left' is not the text of option B"),

@@ -10,7 +10,7 @@ from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.data.answers import extract_answer, read_answer
 from video_r1.data.records import Sample
-from video_r1.rewards.correctness import correctness
+from video_r1.rewards.correctness import above, correctness
 from video_r1.rollout.chat import Completion
 
 
@@ -82,7 +82,9 @@ def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
         "language": lambda: filters.language(rationale, references),
         "repetition": lambda: filters.repetition(rationale),
         "prompt leak": lambda: filters.prompt_leak(rationale, sample.problem, kind, truth, options),
-        "score": lambda: None if score > rules.threshold else f"its answer {answer!r} scores {score:.2f}",
+        "score": lambda: (
+            None if above(score, rules.threshold) else f"its answer {answer!r} scores {score:.2f}"
+        ),
         "contradiction": lambda: filters.contradiction(rationale, answer, kind, options),
     }
     for name, check in checks.items():
@@ -97,5 +99,6 @@ def _votes(sample: Sample, one: Judged, judged: Sequence[Judged], threshold: flo
         return 0
     kind = sample.problem_type
     return sum(
-        bool(other.answer) and correctness(kind, other.answer, one.answer) > threshold for other in judged
+        bool(other.answer) and above(correctness(kind, other.answer, one.answer), threshold)
+        for other in judged
     )

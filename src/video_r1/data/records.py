@@ -42,7 +42,7 @@ FIELDS = (
     "end",
 )
 _PROBLEMS_IN_MESSAGE = 20
-_SOLUTION = re.compile(r"\s*<answer>(.*?)</answer>\s*", re.DOTALL)
+_SOLUTION = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)  # one pair of tags
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 from video_r1.errors import RequestError
@@ -28,6 +29,8 @@ _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
 
 def run_ask(settings: AskSettings) -> str:
     """Answers the settings' question on standard output and returns the answer.
+
+    The answer is named again below the output unless the output ends with it.
 
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
@@ -57,7 +60,12 @@ def run_ask(settings: AskSettings) -> str:
         cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         rollout = ask(engine, builder, budget, sample, sampling, write=_write, frame_cache=cache)
     answer = named_answer(sample, rollout.text)
-    print(f"\n\nAnswer: {answer}" if answer else "\n\nNo answer was given.")
+    if not answer:
+        print("\n\nNo answer was given.")
+    elif rollout.text.rstrip().endswith(answer):  # it stands there already, as in an output without tags
+        print()
+    else:
+        print(f"\n\nAnswer: {answer}")
     if rollout.finish_reason == "length":
         print(f"The output was cut off at {len(rollout.token_ids)} tokens (max_new_tokens).", file=sys.stderr)
     return answer
@@ -85,7 +93,7 @@ def question_sample(
     is_image = guessed.startswith("image/") and guessed != "image/gif"
     kind: Literal["image", "video"] = "image" if is_image else "video"
     return Sample(
-        problem_id="question",
+        problem_id=shorten(question, 60, placeholder=" …"),  # what its errors call it
         problem=question,
         data_type=kind,
         problem_type=problem_type or ("multiple choice" if options else "free-form"),

@@ -41,8 +41,8 @@ def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np
     size = np.abs(truth)
     with np.errstate(over="ignore"):  # an error of infinitely many times the truth is as wrong as it looks
         relative = np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0)
-    # 1 − θ as twentieths: 1 − 0.95 in binary is above 0.05, and would let an error of exactly 5 % pass.
-    tolerances = np.arange(1, 11) / 20
+    # An error of exactly 1 − θ is not below it; 1 − 0.9 in binary is below 0.1, hence the margin.
+    tolerances = np.arange(1, 11) / 20 - 1e-9
     return (relative[..., None] < tolerances).mean(axis=-1)
 
 

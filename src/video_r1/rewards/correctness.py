@@ -35,7 +35,13 @@ def is_correct(problem_type: str, score: float, threshold: float = 0.5) -> bool:
 
     The paper's threshold is 0.5; its code has 0.1.
     """
-    return score > threshold if problem_type in _CONTINUOUS else score == 1.0
+    return above(score, threshold) if problem_type in _CONTINUOUS else score == 1.0
+
+
+def above(score: float, threshold: float) -> bool:
+    """Whether a score is above a threshold by more than rounding: one word of ten is 0.1, and as a float32
+    0.10000000149."""
+    return score > threshold + 1e-6
 
 
 def multiple_choice(answer: str, truth: str) -> float:

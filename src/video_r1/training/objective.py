@@ -101,9 +101,10 @@ def policy_loss(
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Estimate of KL(π ‖ π_ref) by token: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
 
-    [N], [N] → [N], never negative.
+    d is clamped to [−10, 10], as in the code of arXiv 2503.21776: e^90 is infinite in float32. Beyond the
+    bounds the term has no gradient. [N], [N] → [N], never negative.
     """
-    difference = ref_logprobs - logprobs
+    difference = (ref_logprobs - logprobs).clamp(-10.0, 10.0)
     return torch.expm1(difference) - difference
 
 
