@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from video_r1.cli import COMMANDS, find_command, read_request, split_words
+from video_r1.cli import find_command, read_request, split_words
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import RequestError
-from video_r1.recipe import SECTIONS, TRAINS, training_argument_types
-from video_r1.settings.base import own_field_types
+from video_r1.recipe import training_argument_types
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -76,7 +76,7 @@ def complaints_of_span(span: str) -> Iterator[str]:
         except RequestError as error:
             yield f"{span}: {error}"
             return
-        types = {setting: kind for part in SECTIONS[name] for setting, kind in own_field_types(part).items()}
+        types = COMMANDS[name].types()
         known = {*types, "smoke"} | (set(training_argument_types()) if name in TRAINS else set())
         try:
             yield from (

@@ -10,8 +10,7 @@ import pytest
 from model_shapes import SHAPES
 from tiny_questions import read_lines
 
-from video_r1 import commands
-from video_r1.cli import main
+from video_r1.cli import carry_out, main
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
@@ -110,7 +109,7 @@ def test_a_recipe_runs_with_the_small_model(name: str, form: str, lab: Path, tmp
     changed = {setting for setting in after if before.get(setting) != after[setting]}
     assert changed <= {*replaced, "use_cpu"}
     assert {"learning_rate", "beta", "use_peft", "dtype", "lora_r"}.isdisjoint(replaced)
-    assert (commands.sft if command == "sft" else commands.rl)(smoked) == 0
+    assert carry_out(smoked) == 0
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == [1, 2]
     assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()

@@ -13,10 +13,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError
 from video_r1.recipe import (
-    SECTIONS,
-    TRAINS,
     load_recipe,
     packaged_recipes,
     save_resolved,
@@ -170,11 +169,11 @@ def test_mutable_defaults_are_not_shared() -> None:
     assert second.length_range == [320, 512]
 
 
-@pytest.mark.parametrize("command", SECTIONS)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_setting_stands_in_one_section_of_a_command_and_has_a_help_text(command: str) -> None:
-    names = [name for kind in SECTIONS[command] for name in own_field_types(kind)]
+    names = [name for kind in COMMANDS[command].sections for name in own_field_types(kind)]
     assert len(names) == len(set(names))
-    for kind in SECTIONS[command]:
+    for kind in COMMANDS[command].sections:
         for field in dataclasses.fields(kind):
             assert field.metadata["help"], field.name
 
@@ -332,7 +331,9 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_own_settings_do_not_hide_a_field_of_training_arguments_by_accident() -> None:
     """What both have is meant to be this project's own default; a new clash has to be looked at."""
-    own = {name for command in TRAINS for kind in SECTIONS[command] for name in own_field_types(kind)}
+    own = {
+        name for command in TRAINS for kind in COMMANDS[command].sections for name in own_field_types(kind)
+    }
     defaults = {f.name for f in dataclasses.fields(TrainingSettings)}
     assert own & set(training_argument_types()) == defaults & set(training_argument_types())
 

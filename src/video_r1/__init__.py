@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 _HOMES = {
-    "FrameBudget": "data.media",
+    "FrameBudget": "settings.frames",
     "Media": "data.media",
-    "read_media": "data.media",
+    "read_media": "data.decoders",
     "PromptBuilder": "data.prompts",
     "Sample": "data.records",
     "load_manifest": "data.records",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from video_r1.recipe import RECIPES_OF_TRAINING, REQUIRED, SECTIONS, packaged_recipes
+from video_r1.commands import COMMANDS
+from video_r1.recipe import packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.types import describe_type
 
@@ -15,22 +16,22 @@ WIDTH = 110
 COLUMN = 44
 
 
-def overview(commands: Mapping[str, str]) -> str:
-    """All commands with a line each."""
+def overview(names: Iterable[str]) -> str:
+    """These commands with a line each."""
     lines = ["usage: video-r1 COMMAND [RECIPE] [--key value ...]", ""]
-    lines += [f"  {name:<12} {summary}" for name, summary in commands.items()]
+    lines += [f"  {name:<12} {COMMANDS[name].summary}" for name in names]
     lines += ["", "video-r1 COMMAND --help lists a command's settings."]
     lines += ["Exit codes: 0 done, 1 the work failed, 2 the request was wrong."]
     return "\n".join(lines)
 
 
-def command_help(name: str, summary: str, positionals: tuple[str, ...], examples: tuple[str, ...]) -> str:
+def command_help(name: str) -> str:
     """Usage, examples and every setting of one command, grouped by section."""
-    words = " ".join(f"[{word.upper()}]" for word in ("recipe", *positionals))
-    lines = [f"usage: video-r1 {name} {words} [--key value ...]", "", summary, ""]
-    if examples:
-        lines += ["examples:", *(f"  video-r1 {example}" for example in examples), ""]
-    if name in RECIPES_OF_TRAINING:
+    command = COMMANDS[name]
+    words = " ".join(f"[{word.upper()}]" for word in ("recipe", *command.positionals))
+    lines = [f"usage: video-r1 {name} {words} [--key value ...]", "", command.summary, ""]
+    lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
+    if command.plans_training:
         lines += wrapped(
             "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
             f"{', '.join(packaged_recipes())}."
@@ -44,8 +45,8 @@ def command_help(name: str, summary: str, positionals: tuple[str, ...], examples
             "in a temporary folder, and prints what it replaced."
         )
         lines.append("")
-    for kind in SECTIONS[name]:
-        lines += [f"{kind.__doc__}:", *section_help(kind, REQUIRED.get(name, ())), ""]
+    for kind in command.sections:
+        lines += [f"{kind.__doc__}:", *section_help(kind, command.required), ""]
     return "\n".join(lines).rstrip()
 
 

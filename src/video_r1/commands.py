@@ -1,12 +1,17 @@
-"""What each command does with its resolved settings. Heavy imports stand inside the functions."""
+"""The commands: what each is for, the settings that it takes, examples, and the function that does its work.
+
+The functions are named, not imported, so that the help and refusals come without torch.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
-from video_r1.errors import RequestError, writing_to
-from video_r1.recipe import Recipe
 from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.commands import (
     BaseSettings,
@@ -17,128 +22,104 @@ from video_r1.settings.commands import (
     ReportSettings,
 )
 from video_r1.settings.decoding import AskSettings, EvalSettings
-from video_r1.settings.vllm import ServeSettings
+from video_r1.settings.plan import PlanSettings
+from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
+from video_r1.settings.training import SFTSettings, TGRPOSettings
+from video_r1.settings.vllm import ServeSettings, VLLMSettings
 
 
-def data_check(recipe: Recipe) -> int:
-    from video_r1.data.check import run_check
+@dataclass(frozen=True)
+class Command:
+    """One command.
 
-    settings = recipe.section(CheckSettings)
-    assert settings.manifest is not None  # settings without it are refused
-    return run_check(
-        settings.manifest,
-        media_root=settings.media_root,
-        allow_urls=settings.allow_urls,
-        media=settings.media,
-        workers=settings.workers,
-    )
+    work: module and function below `video_r1`. It is given all settings by name ("values"), one object a
+    section ("sections") or the whole Recipe ("recipe"). positionals: settings that may stand without `--`.
+    """
 
+    summary: str
+    work: str
+    given: Literal["values", "sections", "recipe"]
+    sections: tuple[type[Settings], ...]
+    positionals: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
+    examples: tuple[str, ...] = ()
 
-def data_lab(recipe: Recipe) -> int:
-    from video_r1.lab.clips import write_lab
+    @property
+    def plans_training(self) -> bool:
+        """Whether it takes a training recipe: every field of TrainingArguments is a setting of it too."""
+        return self.given == "recipe"
 
-    settings = recipe.section(LabSettings)
-    write_lab(
-        folder(settings.folder),
-        settings.train,
-        settings.test,
-        settings.seed,
-        shortcut=settings.shortcut,
-        image_share=settings.image_share,
-        hasty=settings.hasty,
-        families=settings.families,
-        shuffle_options=settings.shuffle_options,
-        workers=settings.workers,
-    )
-    print(f"{settings.folder}: {settings.train} training and {settings.test} test questions")
-    return 0
+    def types(self) -> dict[str, Any]:
+        """Name and type of the command's own settings."""
+        return {name: hint for kind in self.sections for name, hint in own_field_types(kind).items()}
+
+    def function(self) -> Callable[..., Any]:
+        """What does the work, imported now."""
+        module, _, name = self.work.partition(":")
+        return getattr(importlib.import_module(f"video_r1.{module}"), name)
 
 
-def data_base(recipe: Recipe) -> int:
-    from video_r1.lab.pretraining import pretrain_base
-
-    settings = recipe.section(BaseSettings)
-    pretrain_base(folder(settings.folder), settings.steps, settings.seed, threads=settings.threads)
-    return 0
-
-
-def annotate(recipe: Recipe) -> int:
-    from video_r1.annotation.command import run_annotate
-
-    run_annotate(recipe.section(AnnotateSettings))
-    return 0
-
-
-def sft(recipe: Recipe) -> int:
-    from video_r1.training.sft import run_sft
-
-    run_sft(recipe)
-    return 0
-
-
-def rl(recipe: Recipe) -> int:
-    from video_r1.training.tgrpo import run_rl
-
-    run_rl(recipe)
-    return 0
-
-
-def plan(recipe: Recipe) -> int:
-    from video_r1.plan.memory import run_plan
-
-    return run_plan(recipe)
-
-
-def evaluate(recipe: Recipe) -> int:
-    from video_r1.evaluation.command import run_eval
-
-    run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
-    return 0
-
-
-def ask(recipe: Recipe) -> int:
-    from video_r1.evaluation.ask import run_ask
-
-    run_ask(recipe.section(AskSettings))
-    return 0
-
-
-def serve(recipe: Recipe) -> int:
-    from video_r1.rollout.vllm.serve import run_serve
-
-    run_serve(recipe.section(ServeSettings))
-    return 0
-
-
-def report(recipe: Recipe) -> int:
-    from video_r1.report.page import build_report
-
-    settings = recipe.section(ReportSettings)
-    run = folder(settings.run)
-    if not run.is_dir():
-        raise RequestError(f"{run}: no such run folder")
-    with writing_to(settings.out or run):
-        print(build_report(run, Path(settings.out) if settings.out else None))
-    return 0
-
-
-def merge(recipe: Recipe) -> int:
-    from video_r1.models.loading import merge_adapter
-
-    settings = recipe.section(MergeSettings)
-    print(merge_adapter(folder(settings.adapter), folder(settings.out), settings.dtype))
-    return 0
-
-
-def demo(recipe: Recipe) -> int:
-    from video_r1.lab.demo import run_demo
-
-    settings = recipe.section(DemoSettings)
-    run_demo(Path(settings.out), settings.seed)
-    return 0
-
-
-def folder(name: str | None) -> Path:
-    """The path of a required setting."""
-    assert name is not None  # settings without it are refused
-    return Path(name)
+_TRAINING = ("model_name_or_path", "train_manifest", "output_dir")
+# fmt: off
+COMMANDS: dict[str, Command] = {
+    "data check": Command(
+        "check a manifest and open its media", "data.check:run_check", "values", (CheckSettings,),
+        ("manifest",), ("manifest",),
+        ("data check train.json --media_root /data", "data check train.json --media false")),
+    "data lab": Command(
+        "write made-up clips with questions that need frame order", "lab.clips:write_lab", "values",
+        (LabSettings,), ("folder",), ("folder",), ("data lab lab --train 4000 --test 500 --seed 1",)),
+    "data base": Command(
+        "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "values", (BaseSettings,),
+        ("folder",), ("folder",), ("data base base --steps 4500 --seed 0",)),
+    "annotate": Command(
+        "write rationales with a teacher and filter them into a manifest for SFT",
+        "annotation.command:run_annotate", "sections", (AnnotateSettings,),
+        ("manifest",), ("manifest", "teacher", "out"),
+        ("annotate train.json --teacher Qwen/Qwen2.5-VL-7B-Instruct --engine vllm --out cot.json",
+         "annotate train.json --teacher http://host:8000/v1 --out cot.json --concurrency 2000",
+         "annotate train.json --teacher http://host:8000/v1 --out cot.json --samples 4 --choose majority")),
+    "sft": Command(
+        "supervised cold start on rationales", "training.sft:run_sft", "recipe",
+        (ModelSettings, DataSettings, SFTSettings, PromptSettings), (), _TRAINING,
+        ("sft lab-sft", "sft video-r1-7b-sft --train_manifest cot.json --media_root /data")),
+    "rl": Command(
+        "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",
+        (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), _TRAINING,
+        ("rl lab-tgrpo --learning_rate 1e-5",
+         "rl video-r1-7b-tgrpo --model_name_or_path runs/sft --max_steps 1000",
+         "rl my.yaml --temporal_rule off --num_generations 16")),
+    "plan": Command(
+        "tokens and GPU memory that a recipe of sft or rl needs", "plan.memory:run_plan", "recipe",
+        (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), (),
+        ("plan video-r1-7b-tgrpo --model_config Qwen/Qwen2.5-VL-7B-Instruct --gpu_memory 80GB",
+         "plan my.yaml --gpu_memory 24GB --processes 4 --use_peft")),
+    "eval": Command(
+        "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
+        "evaluation.command:run_eval", "sections", (EvalSettings, BenchmarkSettings),
+        ("model", "manifest"), ("model",),
+        ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",
+         "eval runs/rl --bench vsibench,mvbench --frames 16,32,64 --compare paper",
+         "eval runs/rl --bench tempcompass --allow_missing --temporal_gap")),
+    "ask": Command(
+        "ask a checkpoint about one video or image", "evaluation.ask:run_ask", "sections", (AskSettings,),
+        ("model", "path", "question"), ("model", "path", "question"),
+        ('ask runs/rl clip.mp4 "Which way does the ball roll?" --options "A. left" "B. right"',)),
+    "serve": Command(
+        "a vLLM server for training, evaluation and questions", "rollout.vllm.serve:run_serve", "sections",
+        (ServeSettings,), ("model",), ("model",),
+        ("serve runs/sft --port 8000", "serve runs/sft --hand_over nccl --vllm_options='-tp 2'")),
+    "merge": Command(
+        "a plain checkpoint from a LoRA run", "models.loading:merge_adapter", "values", (MergeSettings,),
+        ("adapter", "out"), ("adapter", "out"),
+        ("merge runs/lora runs/merged", "merge runs/lora/checkpoint-500 out --dtype bfloat16")),
+    "report": Command(
+        "one HTML page from a run folder", "report.page:build_report", "values", (ReportSettings,),
+        ("run",), ("run",), ("report runs/rl",)),
+    "demo": Command(
+        "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
+        examples=("demo", "demo --seed 1")),
+}
+# fmt: on
+TRAINS = ("sft", "rl")
+"""The commands that have `--smoke`."""

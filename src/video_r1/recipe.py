@@ -22,57 +22,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from video_r1.commands import COMMANDS
 from video_r1.errors import ConfigError, RequestError
-from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
-from video_r1.settings.benchmarks import BenchmarkSettings
-from video_r1.settings.commands import (
-    BaseSettings,
-    CheckSettings,
-    DemoSettings,
-    LabSettings,
-    MergeSettings,
-    ReportSettings,
-)
-from video_r1.settings.decoding import AskSettings, EvalSettings
-from video_r1.settings.plan import PlanSettings
-from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
-from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.types import alternatives, is_enum, parse
-from video_r1.settings.vllm import ServeSettings, VLLMSettings
 
-SECTIONS: dict[str, tuple[type[Settings], ...]] = {
-    "sft": (ModelSettings, DataSettings, SFTSettings, PromptSettings),
-    "rl": (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
-    "plan": (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings),
-    "eval": (EvalSettings, BenchmarkSettings),
-    "ask": (AskSettings,),
-    "data check": (CheckSettings,),
-    "data lab": (LabSettings,),
-    "data base": (BaseSettings,),
-    "annotate": (AnnotateSettings,),
-    "serve": (ServeSettings,),
-    "merge": (MergeSettings,),
-    "report": (ReportSettings,),
-    "demo": (DemoSettings,),
-}
-"""The settings of each command. Those of RECIPES_OF_TRAINING take all fields of TrainingArguments too."""
-
-REQUIRED = {
-    "sft": ("model_name_or_path", "train_manifest", "output_dir"),
-    "rl": ("model_name_or_path", "train_manifest", "output_dir"),
-    "eval": ("model",),
-    "ask": ("model", "path", "question"),
-    "annotate": ("manifest", "teacher", "out"),
-    "data check": ("manifest",),
-    "data lab": ("folder",),
-    "data base": ("folder",),
-    "serve": ("model",),
-    "merge": ("adapter", "out"),
-    "report": ("run",),
-}
-TRAINS = ("sft", "rl")
-RECIPES_OF_TRAINING = (*TRAINS, "plan")
 PACKAGED_MODEL = "lab-base"
 """The name by which the small pretrained base that comes with the package may be called."""
 
@@ -114,7 +68,7 @@ def load_recipe(
     """Read a recipe, apply the overrides and check everything.
 
     Args:
-        command: one of SECTIONS.
+        command: one of COMMANDS.
         source: path or name of a recipe; None starts from the defaults.
         overrides: setting name to value, as text from an option or already of the right type.
 
@@ -125,21 +79,21 @@ def load_recipe(
     for name, value in (overrides or {}).items():
         values[name.replace("-", "_")] = value
         origins[name.replace("-", "_")] = f"option --{name}"
-    types = {name: hint for kind in SECTIONS[command] for name, hint in own_field_types(kind).items()}
-    trains = command in RECIPES_OF_TRAINING
+    types = COMMANDS[command].types()
+    trains = COMMANDS[command].plans_training
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
             settings[name] = str(resources.files("video_r1") / "lab" / "base")
     sections = []
-    for kind in SECTIONS[command]:
+    for kind in COMMANDS[command].sections:
         names = own_field_types(kind)
         try:
             sections.append(kind(**{name: value for name, value in settings.items() if name in names}))
         except ConfigError as error:
             found += error.problems
-    for name in REQUIRED.get(command, ()):
+    for name in COMMANDS[command].required:
         if settings.get(name) is None and name not in dict(found):
             found.append((name, f"is missing; set it in the recipe or with --{name}"))
     raise_problems(found, origins)
@@ -166,10 +120,10 @@ def parse_values(
 
 def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
     """The message for a setting that the command does not have."""
-    others = [other for other, kinds in SECTIONS.items() for kind in kinds if name in own_field_types(kind)]
+    others = [other for other, each in COMMANDS.items() if name in each.types()]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
-    belongs = f"it is a setting of {', '.join(dict.fromkeys(others))}; " if others else ""
+    belongs = f"it is a setting of {', '.join(others)}; " if others else ""
     return f"is not a setting of {command}; {hint}{belongs}see video-r1 {command} --help"
 
 

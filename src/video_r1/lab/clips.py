@@ -93,6 +93,7 @@ def write_lab(
     _dump(folder / "test.json", rows[train : train + test])
     if shortcut:
         _dump(folder / "test-cued.json", rows[train + test :])
+    print(f"{folder}: {train} training and {test} test questions")
 
 
 def _dump(path: Path, rows: list[dict[str, Any]]) -> None:

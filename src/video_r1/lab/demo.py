@@ -27,7 +27,7 @@ STAGES = ("base", "sft", "rl")
 FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
-def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
+def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
     """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
@@ -41,6 +41,7 @@ def run_demo(out: Path, seed: int = 0) -> dict[str, Any]:
     from video_r1.training.sft import run_sft
     from video_r1.training.tgrpo import run_rl
 
+    out = Path(out)
     torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
     out.mkdir(parents=True, exist_ok=True)
     for name in FOLDERS:  # a demo is one run from the start: what an earlier one left would be continued

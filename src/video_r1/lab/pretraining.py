@@ -197,7 +197,7 @@ class Conversations(IterableDataset):
 
 
 def pretrain_base(
-    folder: Path,
+    folder: str | Path,
     steps: int = 4500,
     seed: int = 0,
     batch: int = 32,

@@ -19,7 +19,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, writing_to
 from video_r1.report.groups import read_groups
 from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_run
 from video_r1.report.scores import read_scores, read_summary, with_summary
@@ -53,20 +53,21 @@ KEY_SERIES = {
 }
 
 
-def build_report(run_dir: Path, out: Path | None = None) -> Path:
-    """Writes the report of a run folder and returns its path (`run_dir`/report.html unless `out` is given).
+def build_report(run: str | Path, out: str | Path | None = None) -> Path:
+    """Writes the report of a run folder and returns its path (`run`/report.html unless `out` is given).
 
-    `run_dir` can be a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's.
+    `run` can be a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's.
     What is missing is left out. Raises RequestError when the folder does not exist or holds nothing to show,
     OSError when the page cannot be written.
     """
-    run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise RequestError(f"{run_dir} is not a folder: give the folder of a run")
-    page = render(page_data(run_dir))
-    out = Path(out) if out is not None else run_dir / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, "utf-8")
+    run = Path(run)
+    if not run.is_dir():
+        raise RequestError(f"{run}: no such run folder")
+    page = render(page_data(run))
+    out = Path(out) if out is not None else run / "report.html"
+    with writing_to(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, "utf-8")
     return out
 
 
