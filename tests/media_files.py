@@ -42,14 +42,18 @@ def write_video(
     pts: list[int] | None = None,
     size: tuple[int, int] = (SIDE, SIDE),
     matrix: list[int] | None = None,
+    metadata: dict[str, str] | None = None,
+    first: int = 0,
 ) -> Path:
+    """A clip of the pictures from number `first` on."""
     with av.open(str(path), "w", options=container_options or {}) as container:
+        container.metadata.update(metadata or {})
         stream: Any = container.add_stream(codec, rate=fps, options=codec_options or {})
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         if matrix:
             stream.set_display_matrix(matrix)
         for number in range(frames):
-            frame = av.VideoFrame.from_ndarray(picture(number, *size), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(picture(first + number, *size), format="rgb24")
             frame.pts = pts[number] if pts else number
             frame.time_base = Fraction(1, fps)
             container.mux(stream.encode(frame))

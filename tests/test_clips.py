@@ -2,16 +2,19 @@
 
 import functools
 import itertools
+from fractions import Fraction
+from io import BytesIO
 from pathlib import Path
 
 import av
 import av.logging
+import numpy as np
 import pytest
 import torch
 from media_files import SIDE, SMALL, decoded_frames, picture, sample, write_video
 from PIL import Image
 
-from video_r1.data import clips
+from video_r1.data import clips, containers
 from video_r1.data.media import decode_media, frame_indices, resize
 from video_r1.settings.frames import FrameBudget
 
@@ -40,7 +43,11 @@ FORMATS = {
     "VP8": ("clip.webm", "libvpx", {"g": "20", "deadline": "realtime"}),
     "GIF": ("clip.gif", "gif", {}),
 }
-MODES = {"in memory": {}, "seeking": {"_BYTES_IN_MEMORY": 0}, "threads": {"_THREADS_FROM_PIXELS": 0}}
+MODES = {
+    "in memory": {},
+    "seeking": {(clips, "_BYTES_IN_MEMORY"): 0},
+    "threads": {(containers, "_THREADS_FROM_PIXELS"): 0},
+}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +73,8 @@ def formats(tmp_path_factory):
 def test_chosen_frames_equal_those_of_decoding_everything(formats, monkeypatch, name, mode):
     path, everything = formats(name)
     assert len(everything) == 90
-    for setting, value in MODES[mode].items():
-        monkeypatch.setattr(clips, setting, value)
+    for (module, setting), value in MODES[mode].items():
+        monkeypatch.setattr(module, setting, value)
     if name not in ("GIF", "H.264, AVI"):  # the others must do without decoding everything
         monkeypatch.setattr(clips, "_decode_from_beginning", None)
     budgets = [
@@ -158,6 +165,56 @@ def test_a_raw_stream_without_times_is_decoded_from_its_beginning(tmp_path):
     assert media.timestamps.tolist() == [0.0, 0.64, 1.32, 1.96]
 
 
+@pytest.mark.parametrize("suffix", ["avi", "mp4", "mkv", "flv"])
+def test_a_title_that_is_not_utf_8_does_not_matter(tmp_path, suffix):
+    codec = "flv1" if suffix == "flv" else "mpeg4"
+    path = write_video(tmp_path / f"clip.{suffix}", 20, codec, metadata={"title": "caf(e)s"})
+    whole = decoded_frames(path)
+    data = path.read_bytes()
+    assert b"caf(e)s" in data
+    path.write_bytes(data.replace(b"caf(e)s", "café ès".encode("latin-1")))
+    assert torch.equal(decode_media(sample(path), SMALL).frames[0], whole[0])
+
+
+def test_joined_transport_streams_follow_each_other(tmp_path):
+    """The second recording's clock starts again, so by their times the two are interleaved."""
+    parts = [
+        write_video(tmp_path / f"{part}.ts", 75, fps=50, pts=list(range(part, 150, 2)), first=100 * part)
+        for part in (0, 1)
+    ]
+    path = tmp_path / "joined.ts"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    everything = [frame for part in parts for frame in decoded_frames(part)]
+    media = decode_media(sample(path), SMALL)
+    indices = frame_indices(150, 25.0, SMALL)
+    assert len(indices) == 12
+    assert torch.equal(media.frames, torch.stack([everything[index] for index in indices]))
+    assert media.timestamps.tolist() == pytest.approx([index / 25 for index in indices])
+    assert media.duration == pytest.approx(6.0)
+    window = decode_media(sample(path, start=2.0, end=4.0), SMALL)
+    assert torch.equal(window.frames[0], everything[50])
+
+
+def test_a_header_may_say_twice_the_rate(tmp_path):
+    """An AVI file of H.264 with B-frames, written with two places for each frame, one of them empty."""
+    path = write_video(
+        tmp_path / "clip.avi",
+        80,
+        fps=16,
+        pts=list(range(0, 160, 2)),
+        codec_options={"x264-params": "bframes=3"},
+    )
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 16
+    media = decode_media(sample(path), FrameBudget(frame_pixels=SIDE * SIDE))
+    indices = frame_indices(80, 8.0, FrameBudget())
+    assert len(indices) == 16
+    everything = decoded_frames(path)
+    assert torch.equal(media.frames, torch.stack([everything[index] for index in indices]))
+    assert media.duration == pytest.approx(10.0)
+    assert media.timestamps.tolist() == pytest.approx([index / 8 for index in indices], abs=0.07)
+
+
 TURNS = {
     # display matrix (a, b, u, c, d, v, x, y, w): a point (x, y) goes to (a·x + c·y, b·x + d·y)
     "quarter clockwise": ([0, 1, 0, -1, 0, 0, 0, 0, 1], lambda frame: frame.rot90(-1, (1, 2))),
@@ -180,6 +237,30 @@ def test_the_display_matrix_is_respected(tmp_path, turn):
         rotation = next(container.decode(video=0)).rotation
     if turn.startswith(("quarter", "half")):
         assert torch.equal(expected(media.frames[0]), media.frames[0].rot90(rotation // 90, (1, 2)))
+
+
+@pytest.mark.parametrize(("orientation", "flipped"), [(1, []), (2, [2]), (3, [1, 2]), (4, [1])])
+def test_side_data_that_pyav_does_not_know_is_no_obstacle(tmp_path, orientation, flipped):
+    """EXIF in MJPEG, as cameras write it: its orientation is the frame's display matrix."""
+    path = tmp_path / "clip.avi"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pictures = []
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = SIDE, SIDE, "yuvj420p"
+        for number in range(4):
+            jpeg = BytesIO()
+            Image.fromarray(picture(number)).save(jpeg, "JPEG", quality=95, exif=exif)
+            packet = av.Packet(jpeg.getvalue())
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, number, number, Fraction(1, 25)
+            packet.is_keyframe = True
+            container.mux(packet)
+            pictures.append(torch.from_numpy(np.asarray(Image.open(jpeg)).copy()).permute(2, 0, 1))
+    media = decode_media(sample(path), SMALL)
+    expected = torch.stack(pictures).flip([dim + 1 for dim in flipped]) if flipped else torch.stack(pictures)
+    difference = (media.frames.float() - expected.float()).abs()
+    assert difference.mean() < 4
 
 
 def test_frames_are_resized_to_the_budget(tmp_path):

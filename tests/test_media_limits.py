@@ -162,9 +162,9 @@ def test_the_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "a.mp4", 8)
     program = (
         "import sys, os\n"
-        "from video_r1.data.media import FrameBudget, read_media\n"
-        "from video_r1.data.records import Sample\n"
         "from video_r1.data import decoders\n"
+        "from video_r1.data.decoders import FrameBudget, read_media\n"
+        "from video_r1.data.records import Sample\n"
         f"read_media(Sample(1, '', 'video', 'OCR', '', {str(clip)!r}), FrameBudget())\n"
         "print(decoders._decoders.idle[0].number, decoders._decoders.server[0].pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

@@ -7,15 +7,15 @@
 3. Each chosen frame is decoded from the keyframe before it. Pictures that no other picture needs are
    skipped (H.264), and only chosen frames are converted to RGB. The packets of small files stay in
    memory; in large files the decoder seeks.
-4. Where the list cannot be trusted (no timestamps, packets without a picture, a frame that does not
-   appear), the clip is decoded from its beginning instead, so the frames are right in any case.
+4. Where the list cannot be trusted (no timestamps, timestamps that start again, packets without a picture,
+   a frame that does not appear), the clip is decoded from its beginning instead, so the frames are right in
+   any case.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -26,19 +26,12 @@ import av.error
 import numpy as np
 import torch
 from av.sidedata.sidedata import Type as SideDataType
-from av.stream import Discard, Disposition
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from video_r1.data.containers import missing_bytes
+from video_r1.data.containers import MAX_PIXELS, open_video
 
-MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
-MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
-URL_SECONDS = 30
-# Containers of recorded video. Play lists, which name other files, are not among them.
-_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
 _BYTES_IN_MEMORY = 32 << 20  # packets of one clip
-_THREADS_FROM_PIXELS = 480 * 270  # below this a picture decodes faster than threads hand it over
 _TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits
 # Codecs whose packets need not show a picture each.
 _HIDDEN_PICTURES = ("vp8", "mpeg4", "msmpeg4v3", "msmpeg4v2")
@@ -57,6 +50,17 @@ class _Unlisted(Exception):
     """The packet list does not lead to the frames: decode from the beginning."""
 
 
+def _unknown_side_data(cls: type[SideDataType], value: int) -> SideDataType:
+    kind = object.__new__(cls)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
+
+
+# FFmpeg has more kinds of side data than PyAV names (a view of spatial video, EXIF of MJPEG). A frame with
+# one of them would otherwise have no side data at all, and its display matrix is among these.
+setattr(SideDataType, "_missing_", classmethod(_unknown_side_data))  # noqa: B010
+
+
 @dataclass(slots=True)
 class _Packets:
     """The packets of a video stream in decoding order."""
@@ -64,7 +68,9 @@ class _Packets:
     pts: list[int]
     dts: list[int | None]
     keys: list[int]  # positions of keyframes
-    shown: list[int]  # positions in presentation order, without those that are decoded but not shown
+    # positions in presentation order, without those that are decoded but not shown; empty when the times do
+    # not tell the frames apart
+    shown: list[int]
     time_base: Fraction
     last_duration: int  # of the last frame, in time_base
     kept: list[Any] | None  # the packets themselves, when they are few bytes
@@ -73,6 +79,14 @@ class _Packets:
         """Presentation times in seconds from the first frame."""
         unit, per, first = self.time_base.numerator, self.time_base.denominator, self.pts[self.shown[0]]
         return [(self.pts[position] - first) * unit / per for position in self.shown]
+
+    def sent(self) -> list[int]:
+        """Decoding times."""
+        return [time for time in self.dts if time is not None]
+
+    def restarts(self) -> bool:
+        """Whether decoding times go back, as where recordings were joined: the clock is not that of one."""
+        return any(a > b for a, b in pairwise(self.sent()))
 
     def key_before(self, position: int) -> int:
         """The keyframe to start from: the last one that is neither decoded nor shown after `position`."""
@@ -103,9 +117,9 @@ def decode_clip(
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
         av.error.FFmpegError: FFmpeg's own error where no better reason is known.
     """
-    with _open(path, threads) as (container, stream):
-        packets = _list_packets(path, container, stream)
-        if packets is not None:
+    with open_video(path, threads) as (container, stream):
+        packets = _list_packets(container, stream)
+        if packets.shown:
             times = packets.times()
             first, last, duration = _window(
                 times, packets.last_duration * float(packets.time_base), start, end
@@ -118,60 +132,11 @@ def decode_clip(
                 pass
             else:
                 return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
-    return _decode_from_beginning(
-        path, choose, finish, start, end, threads, 0 if packets is None else len(packets.shown)
-    )
+    return _decode_from_beginning(path, choose, finish, start, end, threads, packets)
 
 
-@contextmanager
-def _open(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
-    is_url = path.startswith(("http://", "https://"))
-    options = {
-        "format_whitelist": _CONTAINERS,
-        "protocol_whitelist": "http,https,tcp,tls" if is_url else "file",
-        "max_streams": str(MAX_STREAMS + 1),
-    }
-    if not is_url and (missing := missing_bytes(path)):
-        raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
-    try:
-        container = av.open(path, options=options, timeout=URL_SECONDS if is_url else None)
-    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
-        raise ValueError("is not a kind of file that holds videos") from error
-    except av.error.MemoryError as error:  # and some demuxers of too many streams
-        raise ValueError(
-            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
-        ) from error
-    except av.error.FFmpegError as error:
-        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
-    with container:
-        if len(container.streams) > MAX_STREAMS:
-            raise ValueError(f"has more than {MAX_STREAMS} streams")
-        stream = container.streams.best("video")
-        if stream is None or stream.disposition & Disposition.attached_pic:
-            kinds = {other.type for other in container.streams}
-            others = ["a cover picture" if kind == "video" else kind for kind in sorted(kinds)]
-            raise ValueError(f"has no video in it, only {' and '.join(others) or 'nothing'}")
-        context: Any = stream.codec_context
-        if context is None:
-            raise ValueError("its video has a codec that this FFmpeg cannot decode")
-        if context.width * context.height > MAX_PIXELS:
-            raise ValueError(
-                f"declares frames of {context.width}×{context.height} pixels; at most {MAX_PIXELS:,} "
-                "are decoded"
-            )
-        for other in container.streams:
-            if other.index != stream.index:
-                other.discard = Discard.all
-        if context.width * context.height < _THREADS_FROM_PIXELS:
-            context.thread_count = 1
-        else:
-            context.thread_type, context.thread_count = "AUTO", threads
-        context.options = {"max_pixels": str(MAX_PIXELS)}
-        yield container, stream
-
-
-def _list_packets(path: str, container: Any, stream: Any) -> _Packets | None:
-    """All packets; None when their times do not tell the frames apart. ValueError for a cut-off file."""
+def _list_packets(container: Any, stream: Any) -> _Packets:
+    """All packets. Raises ValueError for a cut-off file."""
     declared = len(stream.index_entries) if container.format.name.startswith("mov") else 0
     pts: list[int | None] = []
     dts: list[int | None] = []
@@ -199,19 +164,24 @@ def _list_packets(path: str, container: Any, stream: Any) -> _Packets | None:
         raise ValueError(f"the video is cut short: {len(pts)} of {declared} frames are there")
     if not pts:
         raise ValueError("the video has no frames")
+    packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept)  # type: ignore[arg-type]
     # AVI has no presentation times: FFmpeg numbers the packets as they come
     if None in pts or (container.format.name == "avi" and stream.codec_context.has_b_frames):
-        return None
-    listed: list[int] = pts  # type: ignore[assignment]
+        return packets
     shown = sorted(
-        (position for position in range(len(pts)) if position not in hidden), key=listed.__getitem__
+        (position for position in range(len(pts)) if position not in hidden), key=packets.pts.__getitem__
     )
-    if not shown or any(listed[a] == listed[b] for a, b in pairwise(shown)):
-        return None
-    last = durations[shown[-1]]
-    if not last:
-        last = (listed[shown[-1]] - listed[shown[0]]) // max(len(shown) - 1, 1)
-    return _Packets(listed, dts, keys, shown, stream.time_base, last, kept)
+    if not shown or any(packets.pts[a] == packets.pts[b] for a, b in pairwise(shown)):
+        return packets
+    if packets.restarts():
+        return packets
+    packets.shown, last = shown, durations[shown[-1]]
+    packets.last_duration = last or (packets.pts[shown[-1]] - packets.pts[shown[0]]) // max(len(shown) - 1, 1)
+    return packets
+
+
+def _ascend(times: list[int]) -> bool:
+    return all(a < b for a, b in pairwise(times))
 
 
 def _window(
@@ -312,13 +282,13 @@ def _decode_from_beginning(
     start: float | None,
     end: float | None,
     threads: int,
-    listed: int,
+    packets: _Packets,
 ) -> Clip:
     """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
     pts: list[int | None] = []
     try:
-        with _open(path, threads) as (container, stream):
-            time_base, rate = stream.time_base, stream.average_rate or stream.guessed_rate or Fraction(25)
+        with open_video(path, threads) as (container, stream):
+            rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
             for frame in container.decode(stream):
                 pts.append(frame.pts)
@@ -328,20 +298,16 @@ def _decode_from_beginning(
         ) from error
     if not pts:
         raise ValueError("no frame of the video can be decoded")
-    if len(pts) < 0.9 * listed and not hidden_pictures:
-        raise ValueError(f"the video is damaged: {len(pts)} of {listed} frames can be decoded")
-    timed = [time for time in pts if time is not None]
-    if len(timed) == len(pts) and all(a < b for a, b in pairwise(timed)):
-        times = [float((time - timed[0]) * time_base) for time in timed]
-    else:
-        times = [float(number / rate) for number in range(len(pts))]
+    if len(pts) < 0.9 * len(packets.shown) and not hidden_pictures:
+        raise ValueError(f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded")
+    times = _times_as_decoded(pts, packets, rate)
     last_seconds = times[-1] - times[-2] if len(times) > 1 else float(1 / rate)
     first, last, duration = _window(times, last_seconds, start, end)
     chosen = choose(last - first, (last - first) / duration)
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)
     reformatter = VideoReformatter()
-    with _open(path, threads) as (container, stream):
+    with open_video(path, threads) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 if frame.is_corrupt:
@@ -350,6 +316,23 @@ def _decode_from_beginning(
                     )
                 frames[wanted[number]] = finish(_upright_rgb(frame, reformatter))
     return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
+
+
+def _times_as_decoded(pts: list[int | None], packets: _Packets, rate: Fraction) -> list[float]:
+    """Seconds from the first frame, of frames in the order in which the decoder gives them."""
+    shown, sent = [time for time in pts if time is not None], packets.sent()
+    if len(shown) == len(pts) and _ascend(shown):
+        ticks = shown
+    elif len(sent) == len(pts) and _ascend(sent):
+        ticks = sent  # frames are shown as they are sent, one after the other and a constant delay later
+    elif len(shown) == len(pts) and packets.restarts():  # each recording goes on where the last one ended
+        ticks, step = [0], 1
+        for before, time in pairwise(shown):
+            step = time - before if time > before else step
+            ticks.append(ticks[-1] + step)
+    else:
+        return [float(number / rate) for number in range(len(pts))]
+    return [float((time - ticks[0]) * packets.time_base) for time in ticks]
 
 
 def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:

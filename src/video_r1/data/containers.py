@@ -1,18 +1,92 @@
-"""How long a video file says it is: FFmpeg reads a file that was cut off up to the cut without a word."""
+"""Opening a video file: which containers and streams are read, and whether all of the file is there."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import av
+import av.error
+from av.stream import Discard, Disposition
+
+MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
+MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
+URL_SECONDS = 30
+# Containers of recorded video. Play lists, which name other files, are not among them.
+_CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
+_THREADS_FROM_PIXELS = 480 * 270  # below this a picture decodes faster than threads hand it over
 _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
+
+
+def is_url(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+@contextmanager
+def open_video(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its video stream, set up to decode with `threads` threads (0: one per core).
+
+    Raises ValueError, with the reason in words, for a file that holds no video or not all of it.
+    """
+    remote = is_url(path)
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "protocol_whitelist": "http,https,tcp,tls" if remote else "file",
+        "max_streams": str(MAX_STREAMS + 1),
+    }
+    if not remote and (missing := missing_bytes(path)):
+        raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
+    try:
+        container = av.open(
+            path,
+            options=options,
+            timeout=URL_SECONDS if remote else None,
+            metadata_errors="ignore",  # titles in another encoding than UTF-8 are of no concern here
+        )
+    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
+        raise ValueError("is not a kind of file that holds videos") from error
+    except av.error.MemoryError as error:  # and some demuxers of too many streams
+        raise ValueError(
+            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
+        ) from error
+    except av.error.FFmpegError as error:
+        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
+    with container:
+        if len(container.streams) > MAX_STREAMS:
+            raise ValueError(f"has more than {MAX_STREAMS} streams")
+        stream = container.streams.best("video")
+        if stream is None or stream.disposition & Disposition.attached_pic:
+            kinds = {other.type for other in container.streams}
+            others = ["a cover picture" if kind == "video" else kind for kind in sorted(kinds)]
+            raise ValueError(f"has no video in it, only {' and '.join(others) or 'nothing'}")
+        context: Any = stream.codec_context
+        if context is None:
+            raise ValueError("its video has a codec that this FFmpeg cannot decode")
+        if context.width * context.height > MAX_PIXELS:
+            raise ValueError(
+                f"declares frames of {context.width}×{context.height} pixels; at most {MAX_PIXELS:,} "
+                "are decoded"
+            )
+        for other in container.streams:
+            if other.index != stream.index:
+                other.discard = Discard.all
+        if context.width * context.height < _THREADS_FROM_PIXELS:
+            context.thread_count = 1
+        else:
+            context.thread_type, context.thread_count = "AUTO", threads
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        yield container, stream
 
 
 def missing_bytes(path: str | Path) -> int:
     """Bytes by which a Matroska, WebM or AVI file is shorter than it declares; 0 when it declares nothing.
 
-    MP4 needs no such check: its index lists every frame, which is compared with the frames that are read.
+    FFmpeg reads a file that was cut off up to the cut without a word. MP4 needs no such check: its index
+    lists every frame, which is compared with the frames that are read.
     """
     with open(path, "rb") as file:
         head = file.read(4096)

@@ -22,7 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from video_r1.data.clips import MAX_PIXELS, URL_SECONDS, decode_clip
+from video_r1.data.clips import decode_clip
+from video_r1.data.containers import MAX_PIXELS, URL_SECONDS, is_url
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
@@ -127,12 +128,8 @@ def _one_line(reason: str) -> str:
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
 
 
-def _is_url(path: str) -> bool:
-    return path.startswith(("http://", "https://"))
-
-
 def _require_file(path: str) -> None:
-    if _is_url(path):
+    if is_url(path):
         return
     if os.path.isdir(path):
         raise MediaError(path, "is a folder, not a media file")
@@ -191,7 +188,7 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(_download(path) if _is_url(path) else path, formats=_image_formats()) as image:
+            with Image.open(_download(path) if is_url(path) else path, formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise MediaError(
                         path,
