@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import isfinite
+from typing import NamedTuple
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPEN_ANSWER = re.compile(r"<answer>(.*)\Z", re.DOTALL)
@@ -14,11 +15,60 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])", re.IGNORECASE)
-_CHOICE_CUE = re.compile(
-    r"(?:answer\W{0,4}(?:\s+is\b|\s*[:=])|\b(?:option|choice)\b)[\s*:\"'(\[]*(?:option\s+)?([A-Za-z])(?![A-Za-z0-9'])",
+_LETTERS_WITHOUT_OPTIONS = "ABCDEFGHIJ"
+# Where a choice is stated, the letter in group 1. Firmly: "the answer is (B)", "best option: B", "\boxed{B}",
+# "B is the right one". Loosely: "option B", "I choose B", "so B".
+_LETTER = (
+    r"[\s*_:\"'(\[{$\\]*(?:(?:the\s+)?(?:option|choice|letter|text)\b[\s{]*)?([A-Za-z])(?![A-Za-z0-9'’])"
+)
+_STATED = (
+    re.compile(
+        rf"(?:(?:answer|option|choice)\W{{0,4}}(?:\s+is\b|\s*[:=])|\\boxed\b){_LETTER}", re.IGNORECASE
+    ),
+    re.compile(
+        r"(?<![A-Za-z0-9'’])([A-Za-z])[*_)\]\"']*\s+(?:is|seems|must be|should be)(?:\s+\w+ly)?\s+(?:the\s+)?"
+        r"(?:(?:only\s+)?(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?|answer)"
+        r"\s*(?:[.,;:!)]|$|\b(?:because|since|as)\b)",
+        re.IGNORECASE,
+    ),
+)
+_NAMED = re.compile(
+    rf"\b(?:option|choice|choose|pick|select|go with|going with|so|thus|hence|therefore),?{_LETTER}",
     re.IGNORECASE,
 )
-_LETTERS_WITHOUT_OPTIONS = "ABCDEFGHIJ"
+_LEADING = re.compile(r"[\s*_`(\[{\"']*([A-Z])[*_`\])}\"']*\s*(?:[.:)\],]|\n|\b(?:because|since|as|due)\b)")
+_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?![A-Za-z0-9'’])")
+# What follows the letter A and hardly ever the word "a".
+_AFTER_A_LETTER = re.compile(
+    r"\s+(?:is|was|are|were|and|or|nor|but|because|since|as|for|from|with|in|on|at|by|of|to|due|based|if|when|"
+    r"where|which|that|than|it|this|the|there|here|we|has|had|does|would|could|should|seems|appears|looks|"
+    r"fits|matches|makes|describes|shows|states|says|applies|remains|not|isn|instead|rather than|then|also|"
+    r"only|too|however|therefore|although|though|while|whereas)\b"
+)
+_JOINED = re.compile(r"(?:[\W_]|\b(?:or|and|maybe|perhaps|possibly|also|even|either|both|option|choice)\b)*")
+_NEW_CLAUSE = re.compile(r"[^,]*[.:(\n,][^,]*")  # "B. A is wrong", "B (A is wrong)" name one answer
+_VERB = re.compile(r"\s+(?:is|isn|was|does|doesn|shows|would|can|cannot|has|seems|looks)\b")
+_CLAUSE_END = re.compile(r"[.!?;:,\n]|\b(?:but|so|thus|hence|therefore|then|because|since|and|while)\b")
+_DENIAL = re.compile(
+    r"\b(?:not|never|no(?! doubt| question)|neither|nor|cannot|rather than|instead of|except|unlike|"
+    r"exclud\w*|eliminat\w*|rul\w+ out)\b|n['’]t\b",
+    re.IGNORECASE,
+)
+_DENIED = re.compile(
+    r"[*_)\]\"']*\s+(?:(?:is|are|was|were|seems?|looks?|(?:can|must|would) be)\s+(?:\w+ly\s+)?"
+    r"(?:not|never|no|wrong|incorrect|false|out|excluded|eliminated|ruled|impossible|unlikely)\b"
+    r"|(?:is|are|was|were|does|do|did|would|could|ca|wo)n['’]t\b"
+    r"|(?:does|do|did|can|could|would|should|will)\s+not\b|cannot\b)",
+    re.IGNORECASE,
+)
+
+
+class _Chain(NamedTuple):
+    """Options that are named in one breath, "A" or "(A) or (B)", from `start` to `end` of the text."""
+
+    letters: frozenset[str]
+    start: int
+    end: int
 
 
 def extract_answer(text: str) -> str:
@@ -44,8 +94,8 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
 
     Looks inside the first answer tags (an unclosed one counts), or without tags at everything but the
     reasoning (which a cut-off output never leaves). Multiple choice gives the option's letter ("(B)", "B.",
-    "Answer: B" and the option's text are understood; two different letters are no answer), numerical and
-    regression the number's digits, the other types the text itself.
+    "Answer: B", "B is correct" and the option's text are understood; two options in one breath are no answer,
+    nor is one that is denied), numerical and regression the number's digits, the other types the text itself.
     """
     tagged = _ANSWER.search(output) or _OPEN_ANSWER.search(output)
     if tagged:
@@ -97,39 +147,84 @@ def _read_choice(text: str, options: Sequence[str]) -> str:
     bare = re.sub(r"\\boxed|\\text|[\s*_`$(){}\[\]\"'.:,;!]", "", text)
     if len(bare) == 1 and bare.upper() in letters:
         return bare.upper()
-    leading = re.match(r"[\s*_`(\[{\"']*([A-Z])[*_`\])}\"']*\s*(?:[.:)\],]|\n)", text)
-    if leading and leading.group(1) in letters:
-        return leading.group(1)
-    cued = [match.upper() for match in _CHOICE_CUE.findall(text) if match.upper() in letters]
-    if cued and not _is_article(text, cued[-1]):
-        return cued[-1]
-    by_text = _option_in_text(_plain(text), named)
-    if by_text:
-        return by_text
-    return _only_letter(text, letters)
-
-
-def _is_article(text: str, letter: str) -> bool:
-    """Whether the last cue's letter is the word "a" in front of another word ("the answer is a dog")."""
-    if letter != "A":
-        return False
-    last = list(_CHOICE_CUE.finditer(text))[-1]
-    return bool(re.match(r"\s+[a-z]", text[last.end() :]))
-
-
-def _option_in_text(plain: str, named: dict[str, str]) -> str:
-    """The one option whose words occur in the text; a longer option hides those that it contains."""
-    found = {letter: words for letter, words in named.items() if words and f" {words} " in f" {plain} "}
-    longest = [
-        letter
-        for letter, words in found.items()
-        if not any(words != other and f" {words} " in f" {other} " for other in found.values())
+    said = _plain(text)
+    whole = [
+        letter for letter, words in named.items() if words and said in (words, f"{letter.lower()} {words}")
     ]
-    return longest[0] if len(longest) == 1 else ""
+    if len(whole) == 1:
+        return whole[0]
+
+    leading = {match.start(1) for match in [_LEADING.match(text)] if match}
+    stated = {match.start(1) for cue in _STATED for match in cue.finditer(text)}
+    loosely = {match.start(1) for match in _NAMED.finditer(text)}
+    chains = _chains(text, letters, named, stated | loosely)
+    chains = [chain for chain in chains if not _is_denied(text, chain)]
+    # The first way of stating it that names one option; where a firm statement names two, there is no answer.
+    everywhere = {chain.start for chain in chains}
+    for places, last in ((leading, False), (stated, True), (loosely, False), (everywhere, False)):
+        here = [chain for chain in chains if any(chain.start <= place < chain.end for place in places)]
+        found = frozenset[str]().union(*(chain.letters for chain in (here[-1:] if last else here)))
+        if len(found) == 1 or (found and last):
+            return "".join(found) if len(found) == 1 else ""
+    return ""
 
 
-def _only_letter(text: str, letters: str) -> str:
-    """The one option letter that stands alone in the text; "A" before a word in lower case is an article."""
-    standing = set(re.findall(r"(?<![A-Za-z0-9'])([A-Z])(?![A-Za-z0-9']|(?<=A)\s+(?!or\b|and\b)[a-z])", text))
-    standing &= set(letters)
-    return standing.pop() if len(standing) == 1 else ""
+def _chains(text: str, letters: str, named: Mapping[str, str], stated: Collection[int]) -> list[_Chain]:
+    """The places in the text that name options, by letter or by text, joined where only "or", "and", commas
+    and the like stand between. stated: where small letters count too."""
+    spoken = _texts_in(text, named)
+    found = [(letter, start, end, True) for letter, start, end in spoken]
+    for match in _STANDING.finditer(text):
+        letter, (place, end) = match.group().upper(), match.span()
+        inside = any(start <= place < stop for _, start, stop in spoken)
+        if letter in letters and not inside and not _is_word(text, place):
+            found.append((letter, place, end, match.group().isupper() or place in stated))
+    chains: list[tuple[_Chain, bool]] = []
+    for letter, start, end, counts in sorted(found, key=lambda each: each[1:]):
+        if chains:
+            (before, before_counts), gap = chains[-1], text[chains[-1][0].end : start]
+            clause = letter not in before.letters and _NEW_CLAUSE.fullmatch(gap) and _VERB.match(text, end)
+            if _JOINED.fullmatch(gap) and not clause:
+                joined = _Chain(before.letters | {letter}, before.start, end)
+                chains[-1] = (joined, counts or before_counts)
+                continue
+        chains.append((_Chain(frozenset(letter), start, end), counts))
+    return [chain for chain, counts in chains if counts]
+
+
+def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]:
+    """Where the text has an option's words: (letter, start, end). A longer option hides those it contains."""
+    found: dict[str, list[tuple[str, int, int]]] = {}
+    for letter, words in named.items():
+        if words and words.upper() not in named:
+            spelled = r"(?<!\w)" + r"\W+".join(map(re.escape, words.split())) + r"(?!\w)"
+            matches = list(re.finditer(spelled, text, re.IGNORECASE))
+            if matches:  # "A. dog" is a letter and a text, not the words "a dog"
+                found[letter] = [
+                    (letter, match.start(), match.end())
+                    for match in matches
+                    if not re.match(r"[A-Z][.:)]", match.group())
+                ]
+    hidden = {
+        letter
+        for letter in found
+        for other in found
+        if named[letter] != named[other] and f" {named[letter]} " in f" {named[other]} "
+    }
+    return [place for letter, places in found.items() if letter not in hidden for place in places]
+
+
+def _is_word(text: str, place: int) -> bool:
+    """Whether the letter there is the word "a" or "I" ("the answer is a dog", "I think")."""
+    after = text[place + 1 : place + 40]
+    if text[place] in "Aa" and re.match(r"\s+[a-z]", after):
+        before = text[max(0, place - 20) : place]
+        named = text[place] == "A" and re.search(r"\b(?:option|choice|letter)\W*$", before, re.IGNORECASE)
+        return not named and not _AFTER_A_LETTER.match(after)
+    return text[place] in "Ii" and bool(re.match(r"\s+(?!is\b)[a-z]|['’]", after))
+
+
+def _is_denied(text: str, chain: _Chain) -> bool:
+    """Whether the text says that the options are not the answer: "not B", "B is wrong"."""
+    clause = _CLAUSE_END.split(text[max(0, chain.start - 200) : chain.start])[-1]
+    return bool(_DENIAL.search(clause) or _DENIED.match(text, chain.end))
