@@ -67,6 +67,6 @@ def vllm_engine() -> Iterator[Any]:
     from video_r1.rollout.vllm.engine import VLLMEngine
 
     model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-    engine = VLLMEngine(model, processor, max_model_len=1024, max_sequences=64)
+    engine = VLLMEngine(model, processor, max_model_len=1024)
     yield engine
     engine.close()

@@ -33,6 +33,7 @@ def test_words_and_variables() -> None:
     assert variables == {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
     words, variables = server_command("runs/sft", hand_over="folder", on_cpu=True)
     assert "--weight-transfer-config" not in words and "--enforce-eager" in words
+    assert "--no-enable-chunked-prefill" in words and after(words, "--block-size") == "32"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 

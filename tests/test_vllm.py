@@ -13,6 +13,7 @@ from vllm_prompts import (
     check_hand_over,
     check_hand_over_of_vision,
     clip_prompts,
+    differences,
     ids,
     lab_prompts,
 )
@@ -143,6 +144,22 @@ def test_seeds_and_counts(engine: VLLMEngine, prompts: list[Prompt]) -> None:
     assert drawn != ids(engine.generate(twins, replace(settings, seed=None)))
     torch.manual_seed(0)
     assert drawn == ids(engine.generate(twins, replace(settings, seed=None)))
+
+
+def test_more_prompts_than_one_step_takes(
+    engine: VLLMEngine, model: Any, processor: Any, tmp_path: Any
+) -> None:
+    """Sixteen questions in both orders, as a step of the lab's recipe has them: no prompt may be split."""
+    prompts = lab_prompts(tmp_path, processor, 32)
+    counts = [8] * 16 + [4] * 16
+    config = engine.llm.llm_engine.vllm_config
+    sizes, block = [len(prompt.input_ids) for prompt in prompts], config.cache_config.block_size
+    # Every completion but a prompt's first repeats what fills no whole block.
+    tokens = sum(size + (n - 1) * (size % block) for size, n in zip(sizes, counts, strict=True))
+    assert tokens > config.scheduler_config.max_num_batched_tokens
+    groups = engine.generate(prompts, SamplingSettings(max_tokens=4, seed=1), counts)
+    assert [len(group) for group in groups] == counts
+    assert differences(model, prompts, groups).max() < 1e-3
 
 
 def test_ends_of_completions(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:

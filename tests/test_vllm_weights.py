@@ -12,13 +12,17 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, tiny_model, tiny_processor
 from torch import nn
+from vllm_prompts import clip_prompts
 
-from video_r1.errors import ConfigError
+from video_r1.data.rollouts import Rollout
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seed
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.positions import prompt_positions
+from video_r1.rollout.vllm.requests import asks_of
 from video_r1.rollout.vllm.weights import checkpoint_weights
 
 
@@ -95,6 +99,21 @@ def test_prompts_of_a_call_have_seeds_of_their_own() -> None:
     seeds = {prompt_seed(seed, prompt) for seed in range(20) for prompt in range(20)}
     assert len(seeds) == 400 and all(0 <= seed < 2**62 for seed in seeds)
     assert prompt_seed(3, 1) == prompt_seed(3, 1)
+
+
+def test_completions_that_are_missing_are_not_made_up() -> None:
+    """Two where four were asked for are an error; only the greedy one stands for all."""
+    prompt = clip_prompts(tiny_processor("qwen2_5_vl"))[0]
+    rollouts = [Rollout(torch.tensor([token]), torch.zeros(1), "", "stop") for token in range(4)]
+    (ask,) = asks_of([prompt], SamplingSettings(n=4, max_tokens=8), None, 1024, [])
+    assert ask.answered(rollouts) == rollouts
+    for given in (rollouts[:2], rollouts[:1], []):
+        with pytest.raises(VideoR1Error, match=f"gave {len(given)} completions of 4"):
+            ask.answered(given)
+    (greedy,) = asks_of([prompt], SamplingSettings(n=4, temperature=0, max_tokens=8), None, 1024, [])
+    assert greedy.answered(rollouts[:1]) == rollouts[:1] * 4
+    with pytest.raises(VideoR1Error, match="gave 4 completions of 1"):
+        greedy.answered(rollouts)
 
 
 def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

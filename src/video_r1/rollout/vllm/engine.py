@@ -24,21 +24,21 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
+from video_r1.processes import process_count
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.parallel import is_distributed
 from video_r1.rollout.vllm.parallel import tensor_parallel as tensor_parallel_group
 from video_r1.rollout.vllm.positions import use_transformers_positions
-from video_r1.rollout.vllm.requests import asks_of, vllm_prompt
+from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
+from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
 from video_r1.rollout.vllm.weights import checkpoint_weights
 
 # vLLM reads these when it is imported; what the user has set stays.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights pass from model to model within this process
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would bind the trainer too
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB, without a GPU
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    **CPU_VARIABLES,
 }
 
 
@@ -87,20 +87,16 @@ class VLLMEngine:
             "max_num_seqs": max_sequences,
             "limit_mm_per_prompt": {"image": 1, "video": 1},
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
-            "mm_device_do_normalize": False,  # pixels arrive as in Prompt.features
-            "enable_prefix_caching": True,
-            "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
-            "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
             "seed": seed,
             "max_model_len": _longest(source, max_model_len),
             "tensor_parallel_size": tensor_parallel,
             # One worker in each process that the launcher has started.
-            **({"distributed_executor_backend": "external_launcher"} if is_distributed() else {}),
+            **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
+            **OPTIONS,
             **(
                 {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
                 if torch.cuda.is_available()
-                # On CPU: no minutes of compiling, and blocks as short as prompts that are to be shared.
-                else {"enforce_eager": True, "block_size": 32}
+                else CPU_OPTIONS
             ),
         }
         self.llm = _start(arguments)
@@ -180,12 +176,7 @@ class VLLMEngine:
     def _rollout(self, completion: Any) -> Rollout:
         ids = list(completion.token_ids)
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
-        return Rollout(
-            torch.tensor(ids, dtype=torch.long),
-            torch.tensor(logprobs, dtype=torch.float32),
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            "stop" if completion.finish_reason == "stop" else "length",
-        )
+        return rollout_of(ids, logprobs, completion.finish_reason, self.tokenizer)
 
     def _wake(self, tags: list[str] | None = None) -> None:
         if self._sleep and self.llm.llm_engine.is_sleeping():

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from torch import distributed
 
 from video_r1.errors import ConfigError
+from video_r1.processes import process_count, process_index
 
 T = TypeVar("T")
 
@@ -40,19 +41,13 @@ def tensor_parallel(size: int) -> TensorParallel:
 
     Raises ConfigError when `size` does not divide the number of processes.
     """
-    several = is_distributed()
-    processes = distributed.get_world_size() if several else 1
+    processes = process_count()
     if processes % size:
         raise ConfigError(
             f"vllm_tensor_parallel_size is {size}; it must divide the number of processes ({processes})"
         )
     if size == 1:
         return TensorParallel()
-    rank = distributed.get_rank()
+    rank = process_index()
     groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, processes, size)]
     return TensorParallel(size, rank % size, groups[rank // size])
-
-
-def is_distributed() -> bool:
-    """Whether this run has several processes."""
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -6,12 +6,13 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from video_r1.data.prompts import Prompt, video_metadata
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import ConfigError, RequestError
+from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
@@ -50,8 +51,14 @@ class Ask(NamedTuple):
     parameters: dict[str, Any]
 
     def answered(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """`count` rollouts: the greedy one is sampled once and stands for all."""
-        return rollouts if len(rollouts) == self.count else rollouts * self.count
+        """`count` rollouts: the greedy one is sampled once and stands for all.
+
+        Raises VideoR1Error when vLLM gave another number than it was asked for.
+        """
+        sampled = self.parameters["n"]
+        if len(rollouts) != sampled:
+            raise VideoR1Error(f"prompt {self.place}: vLLM gave {len(rollouts)} completions of {sampled}")
+        return rollouts if sampled == self.count else rollouts * self.count
 
 
 def asks_of(
@@ -82,6 +89,16 @@ def asks_of(
             )
         asks.append(Ask(place, count, sampling_parameters(sampling, count, seed, stop_ids)))
     return asks
+
+
+def rollout_of(ids: list[int], logprobs: list[float], finish_reason: str, tokenizer: Any) -> Rollout:
+    """A completion as vLLM gives it, its end token among its tokens."""
+    return Rollout(
+        torch.tensor(ids, dtype=torch.long),
+        torch.tensor(logprobs, dtype=torch.float32),
+        tokenizer.decode(ids, skip_special_tokens=True),
+        "stop" if finish_reason == "stop" else "length",
+    )
 
 
 def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:

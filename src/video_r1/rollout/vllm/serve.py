@@ -1,11 +1,13 @@
-"""A vLLM server as `ServerEngine` wants it: `video-r1 serve`, and what of it runs in vLLM's own processes."""
+"""How vLLM is started, in this process or as a server (`video-r1 serve`), and what runs in the server's own
+processes.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,24 @@ from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions
 from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
+
+OPTIONS: Mapping[str, Any] = {
+    "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
+    "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
+    "mm_device_do_normalize": False,  # pixels arrive as in Prompt.features
+}
+CPU_OPTIONS: Mapping[str, Any] = {
+    "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
+    "enforce_eager": True,  # no minutes of compiling
+    "block_size": 32,  # as short as prompts that are to be shared
+    # Whole prompts in every step. After a part of one, vLLM turns the request's random generator back, which
+    # that of a CPU does not allow.
+    "enable_chunked_prefill": False,
+}
+CPU_VARIABLES = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would bind the trainer too
+}
 
 
 def server_command(
@@ -28,20 +48,30 @@ def server_command(
 ) -> tuple[list[str], dict[str, str]]:
     """The command that serves `model`, and the environment variables that it needs.
 
-    The log-probs are those of the sampled distribution, the pixels arrive normalised, and the routes that
-    take token ids and weights are open. hand_over: a backend of vLLM's weight transfer ("tcp" is this
-    project's, for any device), or "folder" for checkpoint folders. options: more words for `vllm serve`.
+    The routes that take token ids and weights are open. hand_over: as in `ServeSettings`. options: more words
+    for `vllm serve`.
     """
-    command = ["vllm", "serve", str(model), "--host", host, "--port", str(port)]
-    command += ["--enable-scale-out", "--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    command += ["--no-mm-device-do-normalize", "--worker-extension-cls", EXTENSION]
-    if hand_over != "folder":
-        command += ["--weight-transfer-config", f'{{"backend": "{hand_over}"}}']
-    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers"}
-    if on_cpu:  # no minutes of compiling, and blocks as short as prompts that are to be shared
-        command += ["--enforce-eager", "--block-size", "32"]
-        environment |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    return [*command, *options], environment
+    started = {
+        "host": host,
+        "port": port,
+        "enable_scale_out": True,
+        "worker_extension_cls": EXTENSION,
+        **OPTIONS,
+        **(CPU_OPTIONS if on_cpu else {}),
+        **({} if hand_over == "folder" else {"weight_transfer_config": f'{{"backend": "{hand_over}"}}'}),
+    }
+    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **(CPU_VARIABLES if on_cpu else {})}
+    return ["vllm", "serve", str(model), *_words(started), *options], environment
+
+
+def _words(options: Mapping[str, Any]) -> Iterator[str]:
+    """Options of vLLM's `LLM` as those of its command."""
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            yield f"--{option}" if value else f"--no-{option}"
+        else:
+            yield from (f"--{option}", str(value))
 
 
 def runnable(command: Sequence[str]) -> list[str]:
@@ -101,7 +131,7 @@ class WorkerExtension:
     """Methods that vLLM adds to its workers; a client calls them by name over `/collective_rpc`."""
 
     def served_model(self: Any) -> dict[str, Any]:
-        """What a trainer has to agree with, and how it may send weights (None: as a folder)."""
+        """What a trainer has to agree with, and how it may send weights (in a folder it always may)."""
         kind, settings = type(self.get_model()), self.vllm_config.model_config
         ours = getattr(kind, "get_mrope_input_positions", None) is prompt_positions
         transfer = self.vllm_config.weight_transfer_config

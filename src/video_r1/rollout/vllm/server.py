@@ -27,12 +27,12 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
+from video_r1.processes import gather, process_count, process_index, wait_for_everyone
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, TransferHandOver
-from video_r1.rollout.vllm.parallel import is_distributed
-from video_r1.rollout.vllm.requests import Ask, asks_of, server_request
+from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weights import checkpoint_weights
 
@@ -120,27 +120,27 @@ class ServerEngine:
         Every process calls it; the first one sends. Raises ConfigError when the server has another model, and
         VideoR1Error when it does not take the weights.
         """
-        _barrier()  # nobody is sampling any more
+        wait_for_everyone()  # nobody is sampling any more
         inner = vision_language_model(model)
         self._stop_ids = stop_token_ids(inner, self.tokenizer)
         if self._hand_over is None:
             self._check_model(inner)
             self._hand_over = self._way_of_weights()
-        version = _agreed(uuid.uuid4().hex)
+        version = gather(uuid.uuid4().hex)[0]
         dtype = getattr(torch, self.served["dtype"])
         weights = {}
         for name, tensor in checkpoint_weights(model):  # sharded ones are gathered by all processes together
-            if _is_first():
+            if process_index() == 0:
                 weights[name] = tensor.to("cpu", dtype, copy=True).contiguous()
         with self._recovery:
-            self._hand_over.keep(weights if _is_first() else None, version)
+            self._hand_over.keep(None if process_index() else weights, version)
             self._version, self._lost = version, None
-        if _is_first():
+        if process_index() == 0:
             self._recover(self._recoveries, None)
-            if self._watch is None and is_distributed() and isinstance(self._hand_over, TransferHandOver):
+            if self._watch is None and process_count() > 1 and isinstance(self._hand_over, TransferHandOver):
                 self._watch = threading.Thread(target=self._keep_supplied, daemon=True)
                 self._watch.start()
-        _barrier()
+        wait_for_everyone()
 
     def _keep_supplied(self) -> None:
         """Hands its weights to a server that comes back while only other processes are waiting for it, which
@@ -167,13 +167,13 @@ class ServerEngine:
         if backend in ("tcp", "nccl"):
             workers = int(self._get("/get_world_size")["world_size"])
             return TransferHandOver(backend, self.url, workers)
-        return FolderHandOver(self._folder / f"server-weights-{_agreed(uuid.uuid4().hex)}")
+        return FolderHandOver(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _give_weights(self) -> None:
         """Gives the server the present weights unless it has them, and drops what it has cached of others."""
         if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
             return
-        if not _is_first() and isinstance(self._hand_over, TransferHandOver):
+        if process_index() and isinstance(self._hand_over, TransferHandOver):
             raise ServerFailure("it waits for the first process's weights")
         try:
             self._post("/pause?mode=abort")
@@ -238,14 +238,8 @@ class ServerEngine:
                 raise ServerFailure("it sampled with other weights than those handed over")
 
     def _rollout(self, choice: dict[str, Any]) -> Rollout:
-        ids = choice["token_ids"]
         logprobs = [entry["logprob"] for entry in choice["logprobs"]["content"]]
-        return Rollout(
-            torch.tensor(ids, dtype=torch.long),
-            torch.tensor(logprobs, dtype=torch.float32),
-            self.tokenizer.decode(ids, skip_special_tokens=True),
-            choice["finish_reason"],
-        )
+        return rollout_of(choice["token_ids"], logprobs, choice["finish_reason"], self.tokenizer)
 
     # ---- A server that is away
 
@@ -324,21 +318,3 @@ class ServerEngine:
 
 def _same_model(served: str, wanted: str) -> bool:
     return served == wanted or (Path(wanted).exists() and Path(served).resolve() == Path(wanted).resolve())
-
-
-def _agreed(value: Any) -> Any:
-    """The first process's value, in every process."""
-    if not is_distributed():
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _is_first() -> bool:
-    return not is_distributed() or torch.distributed.get_rank() == 0
-
-
-def _barrier() -> None:
-    if is_distributed():
-        torch.distributed.barrier()
