@@ -30,7 +30,7 @@ from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.objective import policy_loss
-from video_r1.training.tgrpo import frozen_copy
+from video_r1.training.reference import frozen_adapters, frozen_copy, starting_adapters
 
 CASES = ("full", "full-checkpointing", "lora", "lora-checkpointing")
 ALWAYS = ("weights", "reference", "optimizer")
@@ -65,7 +65,8 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
-    reference = None if lora else frozen_copy(model)
+    reference = policy if lora else frozen_copy(model)
+    adapters = frozen_adapters(policy, torch.device("cpu")) if lora else {}
     generator = torch.Generator().manual_seed(1)
     prompt = question(size, generator)
     completions = [[text(size, arguments.completion, generator) for _ in range(group)]]
@@ -76,12 +77,8 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
 
     def update() -> None:
         result = group_logprobs(policy, [prompt], completions, with_entropy=True)
-        with torch.no_grad():
-            if reference is None:
-                with policy.disable_adapter():
-                    judged = group_logprobs(policy, [prompt], completions).logprobs
-            else:
-                judged = group_logprobs(reference, [prompt], completions).logprobs
+        with torch.no_grad(), starting_adapters(policy, adapters):
+            judged = group_logprobs(reference, [prompt], completions).logprobs
         policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, group), result.lengths,
             normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
@@ -99,8 +96,9 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         "weights": tensor_bytes([*policy.parameters(), *policy.buffers()]),
         "gradients": tensor_bytes(weight.grad for weight in trained if weight.grad is not None),
         "optimizer": tensor_bytes(value for state in optimizer.state.values() for value in state.values()),
-        "reference": 0 if reference is None else tensor_bytes(
-            [*reference.parameters(), *reference.buffers()]
+        "reference": sum(
+            tensor_bytes([*module.parameters(), *module.buffers()])
+            for module in (adapters.values() if lora else [reference])
         ),
     }  # fmt: skip
     beyond["optimizer step"] = parts["gradients"] + peak_bytes(optimizer.step, device)

@@ -41,7 +41,7 @@ from video_r1.settings.frames import FrameBudget
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.objective import policy_loss
-from video_r1.training.tgrpo import frozen_copy
+from video_r1.training.reference import frozen_copy
 
 SIDES = {"lab": 56, "small": 224}  # pixels of a frame as the model sees it
 

@@ -117,7 +117,7 @@ def sample_at_its_own_pace(trainer: Any) -> None:
 
 def check_sharding(trainer: Any, stage: int) -> None:
     """Under ZeRO-3 alone, most weights of policy and reference are shares of half their size."""
-    for model in (trainer.model, trainer.reference):
+    for model in (trainer.model, getattr(trainer.reference, "model", None)):
         if model is None:
             continue
         partial = [p for p in model.parameters() if hasattr(p, "ds_id") and p.numel() == 0]
@@ -160,7 +160,7 @@ def bad_numbers(folder: Path, name: str, zero: str | None, changes: dict[str, An
 
 
 def variant(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
-    """T-GRPO of adapters (`kind` "lora"), whose reference is the model without them, or beside a frozen
+    """T-GRPO of adapters (`kind` "lora"), whose reference has them as they were at first, or beside a frozen
     vision tower ("frozen"); also in one process, without ZeRO.
     """
     processes, kind = int(os.environ.get("WORLD_SIZE", "1")), changes.pop("kind")
@@ -172,7 +172,9 @@ def variant(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) 
     model, adapters = load_model(folder / "model"), None
     if kind == "lora":
         torch.manual_seed(0)  # of the adapters
-        adapters = peft.LoraConfig(r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM")
+        adapters = peft.LoraConfig(  # that add something from the start
+            r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM", init_lora_weights=False
+        )
         settings["learning_rate"] = 1.0
     else:
         freeze_vision(model)

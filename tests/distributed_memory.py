@@ -25,8 +25,8 @@ from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.objective import policy_loss
-from video_r1.training.sharded import keep_results_exact, prepare_reference, whole_weights
-from video_r1.training.tgrpo import frozen_copy
+from video_r1.training.reference import frozen_copy, prepare_reference
+from video_r1.training.sharded import keep_results_exact, whole_weights
 
 
 def measure(folder: Path, hidden: int, layers: int) -> None:

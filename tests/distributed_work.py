@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -80,6 +81,17 @@ def rl(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
     trainer.train()
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
+
+
+def adapters(folder: Path, processes: int, name: str) -> None:
+    """T-GRPO of adapters that add something from the start, so that the reference has adapters too."""
+    let_accelerate_shard_on_cpu()
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    trainer = make_trainer(
+        folder / "model", str(folder / "manifest.json"), folder / name, peft=lora, beta=0.1,
+        per_device_train_batch_size=4 // processes, **(common(processes, steps=3) | {"save_strategy": "no"}),
+    )  # fmt: skip
+    trainer.train()
 
 
 def sft(folder: Path, processes: int, name: str, bf16: bool = False) -> None:

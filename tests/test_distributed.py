@@ -75,6 +75,15 @@ def test_sft_equals_one_process(folder: Path, kind: str, environment: dict[str, 
     same_run(folder / "sft-1", run)
 
 
+def test_adapters_and_their_reference_equal_one_process(folder: Path) -> None:
+    """FSDP2 shards the adapters that train; those that the KL term is taken to are whole in each process."""
+    run_processes(1, "distributed_work:adapters", folder, 1, "lora-1")
+    run_processes(2, "distributed_work:adapters", folder, 2, "lora-fsdp2", environment=FSDP2)
+    same_figures(folder / "lora-1", folder / "lora-fsdp2")
+    kl = [line["policy/kl"] for line in read_lines(folder / "lora-fsdp2" / "metrics.jsonl") if "loss" in line]
+    assert abs(kl[0]) < 1e-6 < 1e-5 < kl[-1]
+
+
 KINDS = [pytest.param({}, id="ddp", marks=pytest.mark.slow), pytest.param(FSDP2, id="fsdp2")]
 
 

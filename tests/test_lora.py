@@ -11,10 +11,12 @@ import pytest
 import torch
 from resume_runs import any_format, comparable, write_recipe
 from safetensors.torch import load_file
+from tgrpo_trainers import make_trainer, policy_of, weights
 from tiny_models import FAMILIES, tiny_checkpoint
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
+from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
 from video_r1.rewards import group
 
@@ -81,6 +83,51 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
         merge_adapter(merged, tmp_path / "again")
     with pytest.raises(ConfigError, match="there is no such folder"):
         merge_adapter(tmp_path / "nothing", tmp_path / "again")
+
+
+def with_trained_adapters(checkpoint: Path) -> Any:
+    model = add_lora(load_model(checkpoint), rank=4, alpha=8, dropout=0.2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_" in name:
+                weight.copy_(0.1 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def test_the_reference_has_the_adapters_that_training_starts_from(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    """Adapters that have learnt before are part of it, without dropout, also when the run is continued; the
+    policy's own come back.
+    """
+    start = with_trained_adapters(checkpoint).eval()
+    settings = {"learning_rate": 0.02, "beta": 0.04, "max_steps": 4, "save_steps": 2}
+    trainer = make_trainer(with_trained_adapters(checkpoint), str(manifest), tmp_path / "whole", **settings)
+    trainer.train()
+    assert trainer.reference is not None
+    policy: Any = policy_of(trainer).train()
+    (batch,) = trainer.step_batches
+    completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
+    with torch.no_grad(), start.disable_adapter():
+        base = group_logprobs(start, [group.prompt for group in batch.trained], completions).logprobs
+    with torch.no_grad():
+        expected = group_logprobs(start, [group.prompt for group in batch.trained], completions).logprobs
+    before = weights(trainer)
+    with trainer.reference.in_place_of(policy, trainer.accelerator) as reference:
+        found = trainer.logprobs(reference, batch).logprobs
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert float((base - expected).abs().mean()) > 0.1
+    after = weights(trainer)
+    assert policy.training and all(torch.equal(after[name], value) for name, value in before.items())
+    adapters = sum(weight.nbytes for weight in policy.parameters() if weight.requires_grad)
+    copies = trainer.reference.adapters.values()
+    assert sum(weight.nbytes for module in copies for weight in module.parameters()) == adapters
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "parted")
+    parted = make_trainer(with_trained_adapters(checkpoint), str(manifest), tmp_path / "parted", **settings)
+    parted.train(resume_from_checkpoint=str(tmp_path / "parted" / "checkpoint-2"))
+    assert comparable(tmp_path / "parted") == comparable(tmp_path / "whole")
 
 
 def test_contradictions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

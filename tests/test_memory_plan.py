@@ -41,7 +41,7 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.plan import parse_bytes
 from video_r1.training.objective import policy_loss
-from video_r1.training.tgrpo import frozen_copy
+from video_r1.training.reference import frozen_adapters, frozen_copy, starting_adapters
 
 TOLERANCE = 0.05  # 15 % is what the plan promises
 
@@ -204,19 +204,16 @@ def test_the_plan_agrees_with_a_measured_update(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
-    reference = None if lora else frozen_copy(model)
+    reference = policy if lora else frozen_copy(model)
+    adapters = frozen_adapters(policy, torch.device("cpu")) if lora else {}
     policy.train()
     prompt = question()
     assert len(prompt.input_ids) == plan.prompt_tokens
 
     def update() -> None:
         result = group_logprobs(policy, [prompt], COMPLETIONS, with_entropy=True)
-        with torch.no_grad():
-            if reference is None:
-                with policy.disable_adapter():
-                    judged = group_logprobs(policy, [prompt], COMPLETIONS).logprobs
-            else:
-                judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
+        with torch.no_grad(), starting_adapters(policy, adapters):
+            judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
         loss = policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
             normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
@@ -231,7 +228,8 @@ def test_the_plan_agrees_with_a_measured_update(
     optimizer.step()
     weights = tensor_bytes(weights_of(policy))
     states = sum(tensor_bytes(state.values()) for state in optimizer.state.values())
-    copied = 0 if reference is None else tensor_bytes([*reference.parameters(), *reference.buffers()])
+    frozen = adapters.values() if lora else [reference]
+    copied = sum(tensor_bytes([*module.parameters(), *module.buffers()]) for module in frozen)
 
     assert plan.parts["weights"] == weights
     assert plan.parts["gradients"] == tensor_bytes([weight.grad for weight in learning])

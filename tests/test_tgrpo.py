@@ -90,7 +90,7 @@ def test_loss_equals_plain_reference(
 
     policy, reference = (
         copy.deepcopy(policy_of(trainer)).double(),
-        copy.deepcopy(cast(Any, trainer.reference)).double(),
+        copy.deepcopy(cast(Any, trainer.reference).model).double(),
     )
     expected = plain_loss(policy, reference, groups, trainer.settings)
     expected.backward()
@@ -296,6 +296,14 @@ def test_failing_reward_function_is_named(
         ({"top_p": 0.9}, "top_p"),
         ({"top_k": 5}, "top_k"),
         ({"reward_weights": {"acuracy": 1.0}}, "acuracy"),
+        # a weight of a reward that the settings turn off would be ignored
+        (
+            {"rewards": None, "reward_weights": {"length": 0.5}},
+            "'length'.*temporal; set length_reward",
+        ),
+        ({"reward_weights": {"temporal": 2}, "temporal_rule": "off"}, "'temporal'.*set a temporal_rule"),
+        ({"rewards": "accuracy", "reward_weights": {"format": 2.0}}, "names 'format'.*: accuracy, temporal$"),
+        ({"rewards": []}, "reward_funcs is empty"),
         ({"rewards": ["accurate"]}, "accurate"),
         ({"rewards": ["temporal"], "temporal_rule": "off"}, "temporal_rule"),
         ({"num_iterations": 3, "save_steps": 4}, "save_steps"),
@@ -340,7 +348,7 @@ def test_frozen_vision_tower_is_encoded_once(checkpoint: Path, manifest: Path, t
         assert trainer.vision_is_frozen
         trainer.vision_is_frozen = shared
         runs: list[int] = []
-        for model in (policy_of(trainer), cast(Any, trainer.reference)):
+        for model in (policy_of(trainer), cast(Any, trainer.reference).model):
             model.model.visual.register_forward_pre_hook(lambda module, args, seen=runs: seen.append(1))
         trainer.train()
         results.append((weights(trainer), len(runs)))

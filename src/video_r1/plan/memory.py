@@ -127,7 +127,8 @@ def memory_plan(
         "weights": weights,
         "gradients": int(traced.gradients * stored * sharding.share(sharding.gradients)),
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
-        "reference": weights if policy.reference and policy.lora is None else 0,
+        # of adapters, a whole copy in every process
+        "reference": policy.reference * (weights if policy.lora is None else traced.gradients * stored),
         "gathered": max(gathered.values()),
         "activations": traced.activations,
         "logits": traced.logits,

@@ -42,8 +42,8 @@ def reward_terms(
     ask for.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    unless `temporal_rule` is off. Raises ConfigError for an unknown name or a weight of a term that is not
-    there.
+    unless `temporal_rule` is off. Raises ConfigError for an empty list, an unknown name or a weight of a term
+    that is not there (1, which a term has without being named, may stand for a built-in one).
     """
     shaping = (("length",) if settings.length_reward > 0 else ()) + (
         ("temporal",) if settings.temporal_rule != "off" else ()
@@ -54,6 +54,11 @@ def reward_terms(
         given = (
             [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
         )
+        if not given:
+            raise ConfigError(
+                "reward_funcs is empty, so nothing can be earned: name rewards, pass functions, or leave it "
+                "out for accuracy and format"
+            )
         names = [entry for entry in given if isinstance(entry, str)]
         unknown = [name for name in names if name not in BUILT_IN_TERMS]
         if unknown:
@@ -71,10 +76,13 @@ def reward_terms(
                 raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
             custom[name] = function
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
-    missing = [name for name in terms.weights if name not in (*terms.names, *BUILT_IN_TERMS)]
-    if missing:
+    for name, weight in terms.weights.items():
+        if name in terms.names or (name in BUILT_IN_TERMS and weight == 1):
+            continue
+        remedy = {"length": "; set length_reward above 0", "temporal": "; set a temporal_rule"}.get(name, "")
         raise ConfigError(
-            f"reward_weights names {missing[0]!r}, which is none of the rewards: {', '.join(terms.names)}"
+            f"reward_weights names {name!r}, which is none of the rewards of this run: "
+            f"{', '.join(terms.names)}{remedy}"
         )
     return terms
 

@@ -6,7 +6,6 @@ While they sample, each runs the model a number of times of its own: they would 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,11 +14,9 @@ from pickle import UnpicklingError
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
-from transformers import PreTrainedModel
 
 from video_r1.errors import VideoR1Error
 from video_r1.models.group_forward import through_wrapper
@@ -61,13 +58,6 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
                 module.set_reshard_after_forward(True, recurse=False)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A whole copy of the model that does not train. Every process has to call it."""
-    reference = copy.deepcopy(model, whole_parameters(model)).eval()
-    reference.requires_grad_(False)
-    return reference
-
-
 def keep_results_exact(accelerator: Accelerator) -> None:
     """Has FSDP2 return what a model computes in float32 as float32, also under bf16 mixed precision.
 
@@ -77,15 +67,6 @@ def keep_results_exact(accelerator: Accelerator) -> None:
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
-
-
-def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The frozen copy that KL is taken to, sharded where the policy is sharded."""
-    if zero_stage(accelerator) is not None:
-        return prepare_zero_reference(reference, accelerator)
-    if accelerator.is_fsdp2:
-        return fsdp2_prepare_model(accelerator, reference)
-    return accelerator.prepare_model(reference, evaluation_mode=True)
 
 
 IN_CHECKPOINTS = frozenset(
@@ -119,50 +100,6 @@ def whole_zero3(engine: Any) -> Iterator[None]:
             yield
         finally:
             hooks.setup_zero_stage3_hooks()
-
-
-def whole_parameters(model: nn.Module) -> dict[int, Any]:
-    """A whole copy in main memory of each parameter that ZeRO-3 has sharded already, by the parameter's id.
-
-    This is the memo with which `copy.deepcopy` copies such a model, whose own tensors are empty. Every
-    process has to call it. transformers loads a model in shards as soon as its settings name ZeRO-3.
-    """
-    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    copies: dict[int, Any] = {}
-    for parameter in sharded:
-        import deepspeed  # pyright: ignore[reportMissingImports]  # it has sharded the parameter
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            whole = parameter.detach().to("cpu", copy=True)
-        copies[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
-    return copies
-
-
-def prepare_zero_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A frozen model as an engine of its own, in the policy's number format; sharded where ZeRO-3 shards.
-
-    reference: whole, on any device. ZeRO-2 has whole weights in every process, hence stage 0.
-    """
-    import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where it is in use
-
-    plugin: Any = accelerator.state.deepspeed_plugin
-    policy: dict[str, Any] = plugin.deepspeed_config
-    config: dict[str, Any] = {name: policy[name] for name in ("bf16", "fp16") if name in policy}
-    config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
-    if zero_stage(accelerator) == 3:
-        hidden: int = reference.config.get_text_config().hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
-        config["zero_optimization"] = {
-            # as the Trainer fills in "auto": norms and biases stay whole
-            "stage3_param_persistence_threshold": 10 * hidden,
-            **{
-                name: value
-                for name, value in policy["zero_optimization"].items()
-                if value != "auto" and name != "offload_optimizer"
-            },
-        }
-    engine: Any = deepspeed.initialize(model=reference, config=config)[0]
-    engine.eval()  # which returns nothing, unlike that of a module
-    return engine
 
 
 def parameter_count(model: nn.Module) -> int:

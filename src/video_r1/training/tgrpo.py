@@ -30,7 +30,6 @@ Where this differs from the paper and its code:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -71,9 +70,10 @@ from video_r1.training.metrics import describe_groups
 from video_r1.training.objective import loss_normaliser, policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
+from video_r1.training.reference import Reference
 from video_r1.training.rollouts import PolicyBatch, RolloutsAhead, Sampled, policy_batch, sample_step
 from video_r1.training.runs import manifests_of, model_of, run_in_folder
-from video_r1.training.sharded import frozen_copy, parameter_count, prepare_reference
+from video_r1.training.sharded import parameter_count
 from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
 
@@ -136,10 +136,7 @@ class TGRPOTrainer(QuestionTrainer):
         if args.use_vllm:
             self.add_callback(SamplerCheck(self.sampler_difference, not args.async_rollouts))
         policy = cast(PreTrainedModel, self.model)
-        self.is_peft = hasattr(policy, "disable_adapter")
-        self.reference = frozen_copy(policy) if args.beta != 0 and not self.is_peft else None
-        if self.reference is not None:
-            self.reference = prepare_reference(self.reference, self.accelerator)
+        self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.vision_is_frozen = not any(
             p.requires_grad for p in vision_language_model(policy).model.visual.parameters()
         )
@@ -249,8 +246,9 @@ class TGRPOTrainer(QuestionTrainer):
             batch.old_logprobs = policy.logprobs.detach()
             if args.use_vllm:  # w = min(π_old ÷ π_vLLM, cap)
                 batch.sampler_weights = sampler_weights(batch.old_logprobs, batch.trained, args, self.meter)
-        if args.beta != 0 and batch.ref_logprobs is None:
-            batch.ref_logprobs = self.reference_logprobs(model, batch)
+        if self.reference is not None and batch.ref_logprobs is None:
+            with self.reference.in_place_of(model, self.accelerator) as reference:
+                batch.ref_logprobs = self.logprobs(reference, batch).logprobs
 
         # −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL
         advantages = torch.cat([group.advantages for group in batch.trained]).to(policy.logprobs.device)
@@ -290,19 +288,6 @@ class TGRPOTrainer(QuestionTrainer):
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
             )
-
-    @torch.no_grad()
-    def reference_logprobs(self, model: nn.Module, batch: PolicyBatch) -> Tensor:
-        """[N] log-probs of the policy that training started from: the frozen copy, or the model without
-        adapters.
-        """
-        without_adapter = (
-            cast(Any, self.accelerator.unwrap_model(model)).disable_adapter()
-            if self.is_peft
-            else nullcontext()
-        )
-        with without_adapter:
-            return self.logprobs(model if self.reference is None else self.reference, batch).logprobs
 
     # ---- What is read, validated and recorded
 

@@ -1,0 +1,140 @@
+"""The policy that training starts from, which the KL term holds the trained one to."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from video_r1.processes import process_count
+from video_r1.training.sharded import zero_stage
+
+
+class Reference:
+    """A frozen copy of the policy or, where adapters are trained, of these alone: they may have learnt
+    something before, so the model without them is another policy.
+
+    It is taken when the trainer is built. A run that is continued builds its trainer from the same weights
+    before it reads its checkpoint, so its reference is that of the run's first step. Every process has to
+    build it.
+    """
+
+    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
+        self.model: nn.Module | None = None
+        self.adapters: dict[str, nn.Module] = {}
+        if hasattr(policy, "disable_adapter"):
+            self.adapters = frozen_adapters(policy, accelerator.device)
+        else:
+            self.model = prepare_reference(frozen_copy(policy), accelerator)
+
+    @contextmanager
+    def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
+        """Inside, the model that computes the reference's values, without gradient. policy: as it trains."""
+        with torch.no_grad():
+            if self.model is not None:
+                yield self.model
+                return
+            inner: Any = accelerator.unwrap_model(policy)
+            with starting_adapters(inner, self.adapters):
+                yield policy
+
+
+def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Module]:
+    """Copies, by name, of the modules whose own weights train; the same in every process."""
+    copies: dict[str, nn.Module] = {}
+    for name, module in policy.named_modules():
+        trains = any(weight.requires_grad for weight in module.parameters(recurse=False))
+        if trains and not any(name.startswith(f"{outer}.") for outer in copies):
+            frozen = copy.deepcopy(module, whole_parameters(module)).to(device).requires_grad_(False)
+            for weight in frozen.parameters() if process_count() > 1 else ():
+                torch.distributed.broadcast(weight.data, 0)  # FSDP may have loaded weights in process 0 alone
+            copies[name] = frozen.eval()
+    return copies
+
+
+@contextmanager
+def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[None]:
+    """Inside, the policy's adapters are these, and without dropout.
+
+    The modules are exchanged, not their values: those that train may be sharded, and the backward pass of
+    what the policy has computed still needs them.
+    """
+    trained = {name: policy.get_submodule(name) for name in adapters}
+    was_training = policy.training
+    for name, module in trained.items():
+        # DeepSpeed has rounded those that train to its number format
+        policy.set_submodule(name, adapters[name].to(next(module.parameters()).dtype))
+    policy.eval()
+    try:
+        yield
+    finally:
+        for name, module in trained.items():
+            policy.set_submodule(name, module)
+        policy.train(was_training)
+
+
+def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole copy of the model that does not train. Every process has to call it."""
+    reference = copy.deepcopy(model, whole_parameters(model)).eval()
+    reference.requires_grad_(False)
+    return reference
+
+
+def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """The frozen copy that KL is taken to, sharded where the policy is sharded."""
+    if zero_stage(accelerator) is not None:
+        return prepare_zero_reference(reference, accelerator)
+    if accelerator.is_fsdp2:
+        return fsdp2_prepare_model(accelerator, reference)
+    return accelerator.prepare_model(reference, evaluation_mode=True)
+
+
+def prepare_zero_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A frozen model as an engine of its own, in the policy's number format; sharded where ZeRO-3 shards.
+
+    reference: whole, on any device. ZeRO-2 has whole weights in every process, hence stage 0.
+    """
+    import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where it is in use
+
+    plugin: Any = accelerator.state.deepspeed_plugin
+    policy: dict[str, Any] = plugin.deepspeed_config
+    config: dict[str, Any] = {name: policy[name] for name in ("bf16", "fp16") if name in policy}
+    config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
+    if zero_stage(accelerator) == 3:
+        hidden: int = reference.config.get_text_config().hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
+        config["zero_optimization"] = {
+            # as the Trainer fills in "auto": norms and biases stay whole
+            "stage3_param_persistence_threshold": 10 * hidden,
+            **{
+                name: value
+                for name, value in policy["zero_optimization"].items()
+                if value != "auto" and name != "offload_optimizer"
+            },
+        }
+    engine: Any = deepspeed.initialize(model=reference, config=config)[0]
+    engine.eval()  # which returns nothing, unlike that of a module
+    return engine
+
+
+def whole_parameters(model: nn.Module) -> dict[int, Any]:
+    """A whole copy in main memory of each parameter that ZeRO-3 has sharded already, by the parameter's id.
+
+    This is the memo with which `copy.deepcopy` copies such a model, whose own tensors are empty. Every
+    process has to call it. transformers loads a model in shards as soon as its settings name ZeRO-3.
+    """
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+    copies: dict[int, Any] = {}
+    for parameter in sharded:
+        import deepspeed  # pyright: ignore[reportMissingImports]  # it has sharded the parameter
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            whole = parameter.detach().to("cpu", copy=True)
+        copies[id(parameter)] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+    return copies
