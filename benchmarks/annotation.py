@@ -5,9 +5,10 @@
 A local endpoint answers the oldest request only when `concurrency` are under way, as a slow teacher would,
 so that there are always as many. Each run is a process of its own, over clips of 360p that it decodes once
 (frame cache) and sends as `frames` images a question. `peak_mb`: most resident memory of the run (Linux);
-`growth`: that of the longest run ÷ that of the shortest; `frames_mb`, `bodies_mb`: what the frames and the
-request bodies of all that are under way would take if they were kept. `bounded`: `growth` is below 1.2, and
-the longest run's peak is less above that of a single request than half of `frames_mb`.
+`threads`: most threads of the run's process; `growth`: the peak of the longest run ÷ that of the shortest;
+`frames_mb`, `bodies_mb`: what the frames and the request bodies of all that are under way would take if they
+were kept. `bounded`: `growth` is below 1.2, and the longest run's peak is less above that of a single request
+than half of `frames_mb`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from pathlib import Path
@@ -29,7 +31,7 @@ from benchmarks._command import benchmark_parser
 from benchmarks._timing import machine
 from benchmarks.decode import write_clip
 from video_r1.annotation.command import run_annotate
-from video_r1.annotation.endpoint import allow_open_files
+from video_r1.rollout.endpoint import allow_open_files
 from video_r1.settings.annotation import AnnotateSettings
 
 FRAMES, SIDE, CLIPS = 8, 112, 8
@@ -127,17 +129,29 @@ def annotate(url: str, manifest: Path, concurrency: int) -> dict[str, Any]:
         frame_pixels=SIDE * SIDE,
         frame_cache=str(manifest.parent / "cache"),
     )
+    threads, done = [0], threading.Event()
+
+    def count_threads() -> None:
+        while not done.wait(0.2):
+            threads.append(int(own_status()["Threads"]) - 1)  # without this one
+
+    threading.Thread(target=count_threads).start()
     start = time.perf_counter()
-    counts = run_annotate(settings)
-    seconds = time.perf_counter() - start
-    return {"kept": counts.questions["kept"], "seconds": round(seconds, 1), "peak_mb": peak_megabytes()}
+    try:
+        counts = run_annotate(settings)
+    finally:
+        done.set()
+    return {
+        "kept": counts.questions["kept"],
+        "seconds": round(time.perf_counter() - start, 1),
+        # Of this program alone: getrusage counts what the process that started it had, too.
+        "peak_mb": round(int(own_status()["VmHWM"].split()[0]) * 1024 / 1e6),
+        "threads": max(threads),
+    }
 
 
-def peak_megabytes() -> int:
-    """Of this program alone: getrusage counts what the process that started it had, too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    return round(int(fields["VmHWM"].split()[0]) * 1024 / 1e6)
+def own_status() -> dict[str, str]:
+    return dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
 
 
 async def measured(folder: Path, requests: int, concurrency: int) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from video_r1.annotation.teachers import sample_seed
 from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rollout import chat
+from video_r1.rollout import endpoint as client
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def endpoint() -> Iterator[ChatEndpoint]:
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
 
 
 # ---- What is written
@@ -187,7 +188,7 @@ def test_an_answer_that_never_ends_is_given_up(endpoint: ChatEndpoint, tmp_path:
 
 
 def test_a_pause_that_the_endpoint_asks_for_costs_no_attempt(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    endpoint.script[0] = ["busy"] * (chat.ATTEMPTS + 4)
+    endpoint.script[0] = ["busy"] * (client.ATTEMPTS + 4)
     assert annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json").questions == {
         "kept": 1
     }
@@ -199,7 +200,7 @@ def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(
     manifest, out = write_questions(tmp_path, 4), tmp_path / "cot.json"
     endpoint.script[2] = [500] * 100
     assert annotate(endpoint.url, manifest, out).questions == {"kept": 3, "endpoint": 1}
-    assert len(endpoint.requests) == 3 + chat.ATTEMPTS
+    assert len(endpoint.requests) == 3 + client.ATTEMPTS
     assert "1 questions were not answered; the same command asks them again" in capsys.readouterr().out
     endpoint.script.clear()
     endpoint.requests.clear()
@@ -297,9 +298,8 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
 
     monkeypatch.setattr(endpoint_module, "read_cached", counted)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(
-        endpoint_module, "OTHER_FILES", at_once + 150
-    )  # the endpoint's ends are open here too
+    # The endpoint's ends are open here too.
+    monkeypatch.setattr(client, "OTHER_FILES", at_once + 150)
     resource.setrlimit(resource.RLIMIT_NOFILE, (at_once, before[1]))
     endpoint.gate = at_once  # the first answer is given when so many wait for theirs
     manifest = write_questions(tmp_path, 2 * at_once, clips=20)

@@ -13,7 +13,7 @@ from tiny_questions import read_lines
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
-from video_r1.rollout import chat, endpoint
+from video_r1.rollout import endpoint
 from video_r1.rollout.choice import is_endpoint, open_engine
 from video_r1.settings.decoding import AskSettings, EvalSettings
 
@@ -57,7 +57,7 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str)
 def test_failures_that_pass_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any
 ) -> None:
-    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
     with chat_endpoint() as server:
         server.script[0], server.script[2] = [event, event], [event]
         records = evaluated(tmp_path, server.url)
@@ -76,7 +76,7 @@ def test_at_most_so_many_at_once(tmp_path: Path) -> None:
 def test_failures_that_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: int, message: str
 ) -> None:
-    monkeypatch.setattr(chat, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(endpoint, "ATTEMPTS", 3)
     with chat_endpoint() as server:
         server.always = event

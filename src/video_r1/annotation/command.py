@@ -15,7 +15,8 @@ from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error, writing_to
-from video_r1.rollout.chat import Endpoint, FramesAs, endpoint_url, form_of_frames, served_model
+from video_r1.rollout.chat import FramesAs
+from video_r1.rollout.endpoint import Endpoint, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.decoding import DecodingSettings

@@ -1,16 +1,33 @@
-"""Completions from any OpenAI-compatible endpoint (`/chat/completions`), for evaluation and questions.
+"""Completions from any OpenAI-compatible endpoint (`/chat/completions`): vLLM, another server, or a service.
+
+    asked ─► decode, encode, send ─► wait for the answer ─► completions
+             at most `held` at once   up to `concurrency` at once
 
 Such an endpoint has its own processor: it gets the question's text and the frames, and gives text. What it
 sampled and how likely it was stays its own, so nothing can be trained on it.
+
+A request is a task on one event loop, not a thread. Its frames and its body are let go when it is sent; one
+that has to be sent again is made again. So thousands can wait with the frames of a few in memory.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import logging
+import queue
+import random
+import resource
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -19,14 +36,270 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder, load_template
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import VideoR1Error
-from video_r1.rollout.chat import ATTEMPTS, Endpoint, FramesAs, chat_request, completions_of, pause_before
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.rollout.chat import FramesAs, chat_request, completions_of
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, post
+from video_r1.rollout.http_client import ServerFailure, ServerRefusal, ask, event_loop, post, wait_for
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 8  # of one request whose failures pass
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+OTHER_FILES = 256  # that a process may have open beside one for each request
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Address (…/v1), key, and limits in seconds: of one request, and of waiting for one that is away."""
+
+    url: str
+    key: str | None = None
+    timeout: float = 600.0
+    wait: float = 240.0
+
+
+# ---- Many requests at once
+
+
+class ChatClient:
+    """Draws completions at an endpoint, up to `concurrency` requests at once; `held` are being made at once.
+
+    Failures that pass (no connection, 5xx, 429, 408, time-outs, unusable answers) are tried again with
+    growing pauses, or after the pause that the endpoint asks for, which holds for all requests. An endpoint
+    that is away is waited for.
+    """
+
+    def __init__(self, endpoint: Endpoint, concurrency: int, held: int = 8) -> None:
+        self.endpoint, self.concurrency = endpoint, concurrency
+        self._held = asyncio.Semaphore(held)
+        # Decoders leave scratch memory in every thread that they have run in: they get a few of their own.
+        # Python waits for these at its end; a thread that is left behind in native code could crash it.
+        self._makers = ThreadPoolExecutor(held, thread_name_prefix="endpoint")
+        self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
+        self._reaching: asyncio.Task[tuple[Any, bool]] | None = None
+
+    def each(self, asked: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]) -> Generator[list[R]]:
+        """What `answer` gives for each of `asked`, as they are finished: all that are at a time.
+
+        The next are begun when the caller has dealt with those: a run that is killed has no more to do again
+        than what is under way. Raises what `answer` raises, after all that was finished well.
+        """
+        allow_open_files(self.concurrency)
+        source = iter(asked)
+        under_way: set[Future[R]] = set()
+        finished: queue.SimpleQueue[Future[R]] = queue.SimpleQueue()
+        try:
+            while True:
+                for one in islice(source, self.concurrency - len(under_way)):
+                    future = asyncio.run_coroutine_threadsafe(answer(one), event_loop())
+                    under_way.add(future)
+                    future.add_done_callback(finished.put)
+                if not under_way:
+                    return
+                found = [finished.get()]
+                while not finished.empty():
+                    found.append(finished.get())
+                under_way.difference_update(found)
+                if well := [future.result() for future in found if future.exception() is None]:
+                    yield well
+                for future in found:
+                    future.result()
+        finally:
+            for future in under_way:
+                future.cancel()
+            if self._reaching is not None:
+                event_loop().call_soon_threadsafe(self._reaching.cancel)
+
+    def close(self) -> None:
+        """Waits for what is being decoded; requests under way are left to themselves."""
+        self._makers.shutdown(cancel_futures=True)
+
+    async def draw(
+        self, count: int, request: Callable[[int, int], dict[str, Any]], read: Callable[[Any], list[T]]
+    ) -> list[T]:
+        """`count` completions, with as many requests as it takes: some endpoints give one at a time.
+
+        request(n, drawn): the body of a request for n more when so many are drawn; called in another thread.
+        read: makes an answer into completions, at least one, or raises ServerFailure. Raises ServerRefusal,
+        ServerFailure after eight attempts, VideoR1Error for an endpoint that stays away, and what `request`
+        raises.
+        """
+        drawn: list[T] = []
+        while (missing := count - len(drawn)) > 0:
+            more = await self._ask(partial(request, missing, len(drawn)), read)
+            drawn += more[:missing]
+        return drawn
+
+    async def _ask(self, request: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]]) -> list[T]:
+        """One request, tried again while its failures pass."""
+        attempt, began = 0, time.monotonic()
+        while True:
+            try:
+                return read(await self._post(request))
+            except ServerFailure as failure:
+                # An endpoint that names a pause is well; it has not all the time of the world either.
+                asked_to_wait = failure.retry_after is not None
+                attempt += not asked_to_wait or time.monotonic() - began > self.endpoint.wait
+                if attempt >= ATTEMPTS:
+                    if not await self._was_away():
+                        raise
+                    attempt = 1
+                if failure.retry_after is not None:
+                    self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
+                await asyncio.sleep(pause_before(max(1, attempt)))
+
+    async def _post(self, request: Callable[[], dict[str, Any]]) -> Any:
+        """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
+        with ExitStack() as holding:
+            await self._held.acquire()
+            holding.callback(self._held.release)
+            body = [await asyncio.wrap_future(self._makers.submit(_encoded, request))]
+            while (pause := self._open_again - time.monotonic()) > 0:
+                await asyncio.sleep(pause)
+
+            async def sent_once() -> AsyncIterator[bytes]:
+                yield body.pop()
+                holding.close()  # more is asked for, so that all of it is sent
+
+            endpoint, size = self.endpoint, len(body[0])
+            url = f"{endpoint.url}/chat/completions"
+            return await ask("POST", url, endpoint.key, endpoint.timeout, sent_once(), size)
+
+    async def _was_away(self) -> bool:
+        """Whether the endpoint answered nothing at all, which all requests wait for together."""
+        if self._reaching is None or self._reaching.done():
+            self._reaching = asyncio.create_task(models_of(self.endpoint))
+        try:
+            return (await asyncio.shield(self._reaching))[1]
+        except ServerFailure as failure:
+            raise VideoR1Error(
+                f"{self.endpoint.url} has not answered for {self.endpoint.wait:g} s ({failure}); "
+                "started again, an annotation or evaluation continues"
+            ) from failure
+
+
+def _encoded(request: Callable[[], dict[str, Any]]) -> bytes:
+    return json.dumps({name: value for name, value in request().items() if value is not None}).encode()
+
+
+def pause_before(attempt: int) -> float:
+    """Seconds to wait before attempt 1, 2, …: doubled each time, and not the same for all who wait."""
+    return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
+
+
+def allow_open_files(requests: int) -> None:
+    """Raises this process's limit of open files to what so many requests need: many systems begin with 1,024.
+
+    Raises ConfigError when the system does not allow it.
+    """
+    wanted = requests + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except ValueError as error:
+        raise ConfigError(
+            f"{requests} requests at once need {wanted} open files, and this system allows {hard}; lower "
+            "concurrency, or raise the limit (ulimit -Hn)"
+        ) from error
+
+
+# ---- What it serves
+
+
+async def models_of(endpoint: Endpoint) -> tuple[Any, bool]:
+    """Its list of models, or its refusal to give one; and whether it was away and had to be waited for.
+
+    Raises ServerFailure when it stays away for `endpoint.wait` seconds.
+    """
+    deadline, away = time.monotonic() + endpoint.wait, False
+    while True:
+        try:
+            return await ask("GET", f"{endpoint.url}/models", endpoint.key, 10.0), away
+        except ServerRefusal as refusal:
+            return refusal, away
+        except ServerFailure as failure:
+            if time.monotonic() > deadline:
+                raise
+            if not away:
+                logger.warning("%s: %s; waiting up to %g s for it", endpoint.url, failure, endpoint.wait)
+            away = True
+        await asyncio.sleep(min(1.0, endpoint.wait / 10))
+
+
+def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
+    """The name of the model to ask for, and whether the endpoint is vLLM. Waits for an endpoint that starts.
+
+    Raises ConfigError: nothing answers within `endpoint.wait`, the key is refused, it serves several models
+    and none is named, or not the one that is named. A service without a list of models has to be told one.
+    """
+    try:
+        listed, _ = wait_for(models_of(endpoint))
+    except ServerFailure as failure:
+        raise ConfigError(
+            f"{endpoint.url}: no endpoint answered within {endpoint.wait:g} s ({failure})"
+        ) from failure
+    if isinstance(listed, ServerRefusal):
+        if wanted is not None and listed.status == 404:
+            return wanted, False
+        raise ConfigError(
+            f"{endpoint.url}: {listed}; give the address of an OpenAI-compatible endpoint, which mostly "
+            "ends in /v1, the model's name with --model, and the key in the environment (--key_variable)"
+        ) from listed
+    try:
+        entries = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"{endpoint.url}/models is no list of models: {json.dumps(listed)[:200]}"
+        ) from error
+    if wanted is None and len(entries) != 1:
+        shown = ", ".join(sorted(entries)[:10])
+        raise ConfigError(f"{endpoint.url} serves {len(entries)} models; name one with --model: {shown}")
+    model = next(iter(entries)) if wanted is None else wanted
+    if entries and model not in entries:
+        raise ConfigError(f"{endpoint.url} serves {', '.join(sorted(entries)[:10])}, not {model}")
+    return model, entries.get(model) == "vllm"
+
+
+def form_of_frames(
+    endpoint: Endpoint, model: str, is_vllm: bool, wanted: Literal["auto", "images", "video"]
+) -> FramesAs:
+    """How a clip is sent. "auto": as a video where a vLLM server takes the frames' times, else as images.
+
+    Raises ConfigError when "video" is wanted of an endpoint that does not take them.
+    """
+    if wanted == "images" or (wanted == "auto" and not is_vllm):
+        return "images"
+    request = {"model": model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
+    fields = {"media_io_kwargs": {"video": {"num_frames": -1}}}
+    try:
+        post(f"{endpoint.url}/chat/completions", endpoint.key, {**request, **fields}, endpoint.timeout)
+        return "video"
+    except ServerRefusal as refusal:
+        if wanted == "auto":
+            return "images"
+        raise ConfigError(
+            f"{endpoint.url} does not take a video's frames with their times ({refusal}); start vLLM with "
+            "--trust-request-mm-kwargs, or set frames_as images"
+        ) from refusal
+    except ServerFailure as failure:
+        raise ConfigError(f"{endpoint.url}: {failure}") from failure
+
+
+def endpoint_url(address: str) -> str:
+    """The address without a slash at its end; a host alone gets the usual `/v1`."""
+    address = address.rstrip("/")
+    return address if urlsplit(address).path else f"{address}/v1"
+
+
+# ---- As an engine
 
 
 class TextPrompts(PromptBuilder):
@@ -48,23 +321,20 @@ class TextPrompts(PromptBuilder):
 
 
 class EndpointEngine:
-    """Asks `model` at the endpoint, with up to `concurrency` requests at once.
-
-    frames_as: see `chat_request`. Failures that pass (no connection, 5xx, 429, time-outs, unusable answers)
-    are tried again, with growing pauses or after the pause that the endpoint asks for.
-    """
+    """Asks `model` at the endpoint, up to `concurrency` requests at once. frames_as: see `chat_request`."""
 
     def __init__(
         self, endpoint: Endpoint, model: str, frames_as: FramesAs = "images", concurrency: int = 16
     ) -> None:
-        self.endpoint, self.model, self.concurrency = endpoint, model, concurrency
+        self.endpoint, self.model = endpoint, model
         self.frames_as: FramesAs = frames_as
+        self._client = ChatClient(endpoint, concurrency)
 
     def update_weights(self, model: Any) -> None:
         raise VideoR1Error(f"{self.endpoint.url} serves weights of its own; it cannot sample for training")
 
     def close(self) -> None:
-        """Nothing is held."""
+        self._client.close()
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
@@ -72,60 +342,43 @@ class EndpointEngine:
         """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
 
         A completion has as many tokens as the endpoint says, none of them named, and no log-probs (nan).
-        Raises VideoR1Error when a request is refused or has failed eight times.
+        Raises VideoR1Error when a request is refused or has failed eight times, or the endpoint stays away.
         """
         counts = [sampling.n] * len(prompts) if counts is None else list(counts)
         seeds = prompt_seeds(sampling.seed, len(prompts))
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint") as pool:
-            asked = zip(prompts, counts, seeds, strict=True)
-            futures = [pool.submit(self._completions, prompt, sampling, *rest) for prompt, *rest in asked]
+
+        async def answer(place: int) -> tuple[int, list[Rollout]]:
+            def request(n: int, drawn: int) -> dict[str, Any]:
+                parts, media = prompts[place].messages[0]["content"], prompts[place].media
+                text = "".join(part["text"] for part in parts if part["type"] == "text")
+                seed = prompt_seed(seeds[place], drawn) % SEEDS
+                return chat_request(self.model, text, media, self.frames_as, sampling, n, seed)
+
             try:
-                return [future.result() for future in futures]
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-
-    def _completions(
-        self, prompt: Prompt, sampling: SamplingSettings, count: int, seed: int
-    ) -> list[Rollout]:
-        """With as many requests as it takes: some endpoints give one completion at a time."""
-        rollouts: list[Rollout] = []
-        while len(rollouts) < count:
-            missing = count - len(rollouts)
-            fields = {"n": missing, "seed": prompt_seed(seed, len(rollouts)) % SEEDS}
-            rollouts += self._ask(self._request(prompt, sampling) | fields)[:missing]
-        return rollouts
-
-    def _request(self, prompt: Prompt, sampling: SamplingSettings) -> dict[str, Any]:
-        parts = prompt.messages[0]["content"]
-        text = "".join(part["text"] for part in parts if part["type"] == "text")
-        return chat_request(self.model, text, prompt.media, self.frames_as, sampling)
-
-    def _ask(self, request: dict[str, Any]) -> list[Rollout]:
-        """One request, tried again while its failures pass."""
-        endpoint = self.endpoint
-        for attempt in range(ATTEMPTS):
-            try:
-                reply = post(f"{endpoint.url}/chat/completions", endpoint.key, request, endpoint.timeout)
-                completions = completions_of(reply)
-                break
+                return place, await self._client.draw(counts[place], request, rollouts_of)
             except ServerRefusal as refusal:
-                raise VideoR1Error(f"{endpoint.url} refused a request: {refusal}") from refusal
+                raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
-                if attempt == ATTEMPTS - 1:
-                    raise VideoR1Error(
-                        f"{endpoint.url} failed {ATTEMPTS} times at one request: {failure}; started again, "
-                        "an evaluation continues"
-                    ) from failure
-                asked = failure.retry_after
-                time.sleep(pause_before(attempt + 1) if asked is None else asked)
-        said = reply.get("usage") or {}
-        tokens = round((said.get("completion_tokens") or 0) / len(completions))
-        return [
-            Rollout(
-                torch.full((tokens,), UNNAMED_TOKEN),
-                torch.full((tokens,), torch.nan),
-                completion.text,
-                "length" if completion.finish_reason == "length" else "stop",
-            )
-            for completion in completions
-        ]
+                raise VideoR1Error(
+                    f"{self.endpoint.url} failed {ATTEMPTS} times at one request: {failure}; started again, "
+                    "an evaluation continues"
+                ) from failure
+
+        answered = [pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs]
+        return [rollouts for _, rollouts in sorted(answered, key=lambda pair: pair[0])]
+
+
+def rollouts_of(reply: Any) -> list[Rollout]:
+    """The completions in an answer, each with their mean number of tokens. Raises ServerFailure."""
+    completions = completions_of(reply)
+    said = reply.get("usage") or {}
+    tokens = round((said.get("completion_tokens") or 0) / len(completions))
+    return [
+        Rollout(
+            torch.full((tokens,), UNNAMED_TOKEN),
+            torch.full((tokens,), torch.nan),
+            completion.text,
+            "length" if completion.finish_reason == "length" else "stop",
+        )
+        for completion in completions
+    ]

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from video_r1.rollout.requests_http import ServerFailure
+from video_r1.rollout.http_client import ServerFailure
 
 Call = Callable[..., Any]
 """Posts to the server: `call(path, body=None)` returns its answer."""

@@ -29,7 +29,7 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.requests_http import ServerFailure, ServerRefusal, get, post
+from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, TransferHandOver
 from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
