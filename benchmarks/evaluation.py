@@ -24,7 +24,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from torch import Generator
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import compare, in_turns, machine, seconds, spread
@@ -32,9 +31,9 @@ from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import FrameCache
 from video_r1.data.media import shuffled_order
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.reading import derived_generator
 from video_r1.data.records import Sample
-from video_r1.evaluation.reading import Order, derived_seed
-from video_r1.evaluation.runner import evaluate
+from video_r1.evaluation.runner import Order, evaluate, sampling_seed
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import SIDE, base_folder
 from video_r1.models.loading import load_model, load_processor
@@ -91,19 +90,19 @@ def plain_loop(work: Work, decoding: list[float]) -> Answers:
     answers: Answers = {}
     for count in work.counts:
         budget = replace(work.budget, max_frames=count)
-        for number, start in enumerate(range(0, len(work.samples), work.batch_size)):
-            asked, prompts = [], []
+        for start in range(0, len(work.samples), work.batch_size):
+            asked, prompts, seeds = [], [], []
             for sample in work.samples[start : start + work.batch_size]:
                 began = time.perf_counter()
                 media = read_media(sample, budget)
                 decoding.append(time.perf_counter() - began)
                 for order in work.orders:
-                    generator = Generator().manual_seed(derived_seed(SEED, sample.problem_id))
+                    generator = derived_generator(SEED, sample.problem_id)
                     shuffled = shuffled_order(len(media.frames), generator) if order == "shuffled" else None
                     prompts.append(work.builder.build(sample, media, shuffled))
                     asked.append((sample.problem_id, order, count))
-            seeded = replace(work.sampling, seed=derived_seed(SEED, count, number))
-            outputs = work.engine.generate(prompts, seeded)
+                    seeds.append(sampling_seed(SEED, count, sample, order))
+            outputs = work.engine.generate(prompts, replace(work.sampling, seed=tuple(seeds)))
             answers |= {key: rollouts[0].text for key, rollouts in zip(asked, outputs, strict=True)}
     return answers
 

@@ -131,7 +131,7 @@ def train_ours(
         lengths = [
             line["completion/length"] for line in trainer.state.log_history if "completion/length" in line
         ]
-        prompt = trainer.builder.build(samples[0], decode_media(samples[0], trainer.budget))
+        prompt = trainer.builder.build(samples[0], decode_media(samples[0], trainer.reader.budget))
     return ends.seconds, statistics.mean(lengths), len(prompt.input_ids)
 
 

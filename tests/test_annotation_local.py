@@ -15,12 +15,12 @@ import torch
 from chat_endpoint import write_questions
 from server_process import ServerProcess
 
-from video_r1.annotation import teachers
 from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
 from video_r1.cli import main
+from video_r1.data import reading
 from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import read_cached
+from video_r1.data.frame_cache import read_cached_at
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import load_manifest
 from video_r1.lab.model import base_folder
@@ -111,7 +111,7 @@ def test_interrupted_between_and_within_batches(
     read: list[str] = []
     generate, calls = TransformersEngine.generate, []
     monkeypatch.setattr(
-        teachers, "read_cached", lambda sample, *how: read.append("") or read_cached(sample, *how)
+        reading, "read_cached_at", lambda sample, *how: read.append("") or read_cached_at(sample, *how)
     )
 
     def interrupted(self: Any, prompts: Any, *arguments: Any) -> Any:

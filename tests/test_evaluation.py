@@ -146,7 +146,7 @@ def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_que
     evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8), batch_size=3)
     assert [number for number, _, _ in sorted(read)] == [0, 2, 4]
     assert {tuple(counts) for _, counts, _ in read} == {(4, 8)}
-    assert all(name.startswith("evaluation-media") for _, _, name in read)
+    assert all(name.startswith("media") for _, _, name in read)
     assert len(engine.prompts) == 6 * 2 * 2
 
 
@@ -220,16 +220,19 @@ def test_an_interrupted_run_continues_to_the_same_files(
     assert evaluate(samples, engine, builder, BUDGET, output_dir=folder, **settings) == whole
 
 
-def test_a_continued_batch_has_its_old_seed(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+def test_continued_questions_have_their_seeds(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    """Each answer has its own, whatever it is asked with: also in batches of another size."""
     samples = [sample(number, media) for number in range(6)]
-    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "orders": ("ordered",)}
+    settings: dict[str, Any] = {"frames": (8,), "orders": ("ordered",)}
     whole, rest = ScriptedEngine(), ScriptedEngine()
-    evaluate(samples, whole, builder, BUDGET, output_dir=tmp_path / "whole", **settings)
+    evaluate(samples, whole, builder, BUDGET, output_dir=tmp_path / "whole", batch_size=2, **settings)
+    cut = {"output_dir": tmp_path / "cut", **settings}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(samples, ScriptedEngine(calls=1), builder, BUDGET, output_dir=tmp_path / "cut", **settings)
-    evaluate(samples, rest, builder, BUDGET, output_dir=tmp_path / "cut", **settings)
-    assert len(set(whole.seeds)) == 3
-    assert rest.seeds == whole.seeds[1:]
+        evaluate(samples, ScriptedEngine(calls=1), builder, BUDGET, batch_size=2, **cut)
+    evaluate(samples, rest, builder, BUDGET, batch_size=1, **cut)
+    seeds = [seed for batch in whole.seeds for seed in batch]  # type: ignore[union-attr]
+    assert len(set(seeds)) == 6
+    assert rest.seeds == [(seed,) for seed in seeds[2:]]
 
 
 def test_one_bad_clip_costs_one_question(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +240,42 @@ def test_bad_template_files(tmp_path: Path, content: str | bytes | None, message
     with pytest.raises(ConfigError, match=message) as caught:
         load_template(path)
     assert str(path) in str(caught.value)
+
+
+class Watched:
+    """A real processor or tokenizer; `most` says how many threads have been in any of them at once."""
+
+    lock = threading.Lock()
+    inside = most = 0
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.inner, name)
+        return Watched(found) if name == "tokenizer" else found
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        with Watched.lock:
+            Watched.inside += 1
+            Watched.most = max(Watched.most, Watched.inside)
+        time.sleep(0.01)
+        called = self.inner(*arguments, **settings)
+        with Watched.lock:
+            Watched.inside -= 1
+        return called
+
+
+def test_one_thread_at_a_time_uses_a_tokenizer() -> None:
+    """Whoever builds: also two builders of one processor, and responses besides prompts."""
+    builders = [PromptBuilder(Watched(PROCESSORS["qwen2_5_vl"])) for _ in range(2)]
+    sample, clip = make_sample(), make_clip("qwen2_5_vl")
+    with ThreadPoolExecutor(4) as threads:
+        built = [
+            threads.submit(builders[n % 2].build_with_response, sample, clip, "It goes left.")
+            for n in range(8)
+        ]
+    expected = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build_with_response(sample, clip, "It goes left.")
+    for prompt, response in (future.result() for future in built):
+        assert torch.equal(prompt.input_ids, expected[0].input_ids) and torch.equal(response, expected[1])
+    assert Watched.most == 1

@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from video_r1.data.reading import Reader
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, VideoR1Error
-from video_r1.training.questions import MemoryCache, QuestionSource, Slot, StepBatches, derived_seed
+from video_r1.rollout.sampling import prompt_seed
+from video_r1.seeds import derived_seed
+from video_r1.settings.frames import FrameBudget
+from video_r1.training.questions import MemoryCache, QuestionSource, Slot, StepBatches
 
 SAMPLES = [
     Sample(n, f"question {n}?", "video", "numerical", "<answer>1</answer>", f"/{n}.mp4") for n in range(10)
@@ -27,7 +31,14 @@ def source(
     def build(sample: Sample, loaded: int, generator: torch.Generator) -> tuple[int, int]:
         return loaded, int(torch.randint(10**9, (), generator=generator))
 
-    return QuestionSource(SAMPLES, load, build, seed=seed, quarantine=folder and folder / "quarantine.jsonl")
+    return QuestionSource(
+        SAMPLES,
+        load,
+        build,
+        seed=seed,
+        reader=Reader(FrameBudget()),
+        quarantine=folder and folder / "quarantine.jsonl",
+    )
 
 
 @pytest.mark.parametrize(
@@ -100,4 +111,7 @@ def test_memory_keeps_what_was_used_last() -> None:
 def test_derived_seeds() -> None:
     seeds = {derived_seed(*parts) for parts in ((1, "a"), (1, "b"), (2, "a"), ("1", "a"), (1, "a", 0))}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+    # The numbers of runs that are there already: one that is continued has to draw them again.
     assert derived_seed(42, "epoch", 3) == 7348345438539461324
+    assert derived_seed(42, "epoch", 3, bits=31) == 7348345438539461324 >> 32
+    assert prompt_seed(42, 3) == 172245907461375283

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,6 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
 
 def test_question_without_rationale_is_set_aside(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """Such rows, and responses over the limit, are no examples; the others are trained on."""
-    from dataclasses import replace
-
     samples = load_manifest(manifest)
     mixed = [
         replace(samples[0], process=None),
@@ -157,3 +156,16 @@ def test_question_without_rationale_is_set_aside(checkpoint: Path, manifest: Pat
     reasons = {line["problem_id"]: line["reason"] for line in read_lines(tmp_path / "quarantine.jsonl")}
     assert set(reasons) == {0, 1}
     assert "process" in reasons[0] and "max_response_length" in reasons[1]
+
+
+def test_validation_counts_what_it_leaves_out(checkpoint: Path, tmp_path: Path) -> None:
+    """A damaged clip and a row without a rationale; the figures are those of the other questions."""
+    samples = load_manifest(write_manifest(tmp_path, bad=(1,)))
+    mixed = [replace(samples[0], process=None), *samples[1:]]
+    trainer = make_trainer(checkpoint, samples, tmp_path / "run", mixed, per_device_eval_batch_size=3)
+    figures = trainer.evaluate()
+    assert (figures["eval_questions"], figures["eval_skipped"]) == (len(samples) - 2, 2)
+    good = trainer.evaluate(samples[2:])
+    assert good["eval_skipped"] == 0
+    for name in ("eval_loss", "eval_token_accuracy"):
+        assert figures[name] == pytest.approx(good[name], rel=1e-5)

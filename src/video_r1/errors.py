@@ -47,6 +47,8 @@ class MediaError(VideoR1Error):
     Attributes: `path` (str), the file; `reason` (str), what is wrong with it.
     """
 
+    kind = "media"
+
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
         self.path = str(path)
@@ -55,6 +57,12 @@ class MediaError(VideoR1Error):
 
 class PromptError(VideoR1Error):
     """A question does not make a usable prompt, for example because it is over the token limit."""
+
+    kind = "prompt"
+
+    @property
+    def reason(self) -> str:
+        return str(self)
 
 
 class RewardError(VideoR1Error):

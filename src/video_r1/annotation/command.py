@@ -13,6 +13,7 @@ from video_r1.annotation.runner import Counts, annotate, digest
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder, load_template
+from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.rollout.chat import FramesAs
@@ -104,12 +105,14 @@ def local_teacher(settings: AnnotateSettings) -> Teacher:
     return EngineTeacher(
         open_engine(decoding, processor),
         PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length),
-        settings.frame_budget(size_multiple(processor)),
+        Reader(
+            settings.frame_budget(size_multiple(processor)),
+            open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
+            settings.workers,
+        ),
         sampling_of(settings),
         settings.seed,
         settings.batch_size,
-        settings.workers,
-        open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
     )
 
 

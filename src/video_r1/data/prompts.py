@@ -16,6 +16,7 @@ Types without such a line keep the hint of `ANSWER_HINTS`.
 from __future__ import annotations
 
 import string
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,9 @@ ANSWER_HINTS: dict[ProblemType, str] = {
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
 PLACEHOLDERS = ("question", "options", "hint")
+# Held while a tokenizer is used: fast ones keep settings (padding, cutting) that a call may have to change.
+# A call in another thread that meets this is refused ("Already borrowed"), or gets the other's settings.
+_TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ def video_metadata(media: Media) -> dict[str, Any]:
 
 class PromptBuilder:
     """Turns samples and their frames into model inputs, with the model's own processor and chat template.
+    Thread-safe: prompts are made one at a time.
 
     processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor with a chat template.
     template: path of a template file; None for the built-in template.
@@ -212,7 +217,8 @@ class PromptBuilder:
         if not response.strip():
             raise PromptError(f"question {sample.problem_id!r}: its response is empty")
         self._refuse_special_tokens(response, sample)
-        ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
+        with _TOKENIZING:
+            ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
 
     def visual_tokens(self, input_ids: Tensor) -> int:
@@ -222,11 +228,15 @@ class PromptBuilder:
 
     def _encode(self, text: str, sample: Sample, media: Media) -> Mapping[str, Any]:
         self._check_frames(sample, media)
-        if media.kind == "image":
-            return self.processor(text=[text], images=[media.frames[0]], **self._image_settings)
-        encoded = self.processor(
-            text=[text], videos=[media.frames], video_metadata=[video_metadata(media)], **self._video_settings
-        )
+        with _TOKENIZING:
+            if media.kind == "image":
+                return self.processor(text=[text], images=[media.frames[0]], **self._image_settings)
+            encoded = self.processor(
+                text=[text],
+                videos=[media.frames],
+                video_metadata=[video_metadata(media)],
+                **self._video_settings,
+            )
         encoded.pop("video_metadata", None)
         return encoded
 

@@ -1,14 +1,160 @@
-"""A question with its prompts, ready to be sampled."""
+"""The reader: what samples are about, decoded ahead of whoever needs it.
+
+    batches ─► reading threads ─► media of every frame count ─► one thread ─► what the caller builds of them
+               (a clip once)       (`ahead` batches, as bytes)   (one batch ahead)
+
+A thread waits for a worker process, which is killed over a file that takes too long (decoders.py), or finds
+the frames in the frame cache. What is built has pixels as float32 and in every order, media are bytes and
+there once: so media may be held for some batches, and what is built only for the present one and the next.
+Training, which draws its questions one by one, has its own work done in the same threads (`submit`).
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from video_r1.data.frame_cache import FrameCache, read_cached, read_cached_at
 from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
+from video_r1.errors import MediaError, PromptError
+from video_r1.seeds import derived_seed
+from video_r1.settings.frames import FrameBudget
+
+Item = TypeVar("Item")
+Built = TypeVar("Built")
+Clip = list[Media] | MediaError  # one for each frame count
+Reading = list[tuple[Sample, Future[Clip]]]  # of one batch
+Unusable = MediaError | PromptError
+"""Why nothing can be made of a question: an answer like any other where questions are counted."""
+
+
+class Batch(NamedTuple):
+    """Samples that are read together. counts: read once with each of them as max_frames; empty: the
+    budget's."""
+
+    samples: Sequence[Sample]
+    counts: tuple[int, ...] = ()
+
+
+class Reader:
+    """Reads media under one budget, in `threads` threads. Thread-safe; used `with`, or closed at the end."""
+
+    def __init__(self, budget: FrameBudget, frame_cache: FrameCache | None = None, threads: int = 2) -> None:
+        self.budget = budget
+        self.frame_cache = frame_cache
+        self.threads = threads
+        self._open()
+
+    def _open(self) -> None:
+        """Threads are started when there is something to do."""
+        self._reading = ThreadPoolExecutor(self.threads, thread_name_prefix="media")
+        self._building = ThreadPoolExecutor(1, thread_name_prefix="prompts")
+
+    def media(self, sample: Sample) -> Media:
+        """What a sample is about, read while the caller waits. Raises MediaError."""
+        return read_cached(sample, self.budget, self.frame_cache)
+
+    def submit(self, work: Callable[..., Item], *arguments: Any) -> Future[Item]:
+        """`work(*arguments)` in a reading thread, after what was asked for before."""
+        return self._reading.submit(work, *arguments)
+
+    def batches(
+        self, batches: Iterable[Batch], build: Callable[[Sample, Media], Built], ahead: int = 1
+    ) -> Iterator[list[Built | Unusable]]:
+        """For each batch and frame count, in order: what `build` makes of every sample, or why it cannot.
+
+        build: called in one thread; what it raises beside MediaError and PromptError is raised here. ahead:
+        batches whose media are read meanwhile, from 1. Neighbouring samples about one clip are decoded once,
+        and so is a clip for all frame counts of its batch.
+        """
+        building = (
+            [self._building.submit(_built, build, sample, clip, place) for sample, clip in clips]
+            for batch, clips in _held_back(self._decoding(batches), ahead - 1)
+            for place in range(max(1, len(batch.counts)))
+        )
+        for futures in _held_back(building, 1):
+            yield [future.result() for future in futures]
+
+    def _decoding(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Reading]]:
+        """Batches whose clips begin to be read."""
+        clips: OrderedDict[tuple[Any, ...], Future[Clip]] = OrderedDict()
+        for batch in batches:
+            counts = batch.counts or (self.budget.max_frames,)
+            pairs = []
+            for sample in batch.samples:
+                key = (sample.path, sample.data_type, sample.start, sample.end, counts)
+                if key not in clips:
+                    clips[key] = self.submit(self._clip, sample, counts)
+                clips.move_to_end(key)
+                pairs.append((sample, clips[key]))
+            while len(clips) > len(batch.samples):  # neighbouring questions may be about one clip
+                clips.popitem(last=False)
+            yield batch, pairs
+
+    def _clip(self, sample: Sample, counts: tuple[int, ...]) -> Clip:
+        try:
+            return read_cached_at(sample, self.budget, counts, self.frame_cache)
+        except MediaError as error:
+            return error
+
+    def close(self) -> None:
+        """Forgets what has not begun, and waits for what has. The reader may be used again."""
+        for pool in (self._building, self._reading):
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._reading, self._building):
+            pool.shutdown(wait=True)
+        self._open()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *ended_by: object) -> None:
+        self.close()
+
+
+def _held_back(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """The items, each when the next `count` of them are there as well."""
+    waiting: deque[Item] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
+
+
+def _built(
+    build: Callable[[Sample, Media], Built], sample: Sample, clip: Future[Clip], place: int
+) -> Built | Unusable:
+    found = clip.result()
+    if isinstance(found, MediaError):
+        return found
+    try:
+        return build(sample, found[place])
+    except (MediaError, PromptError) as error:
+        return error
+
+
+def quarantined(sample: Sample, error: Unusable) -> dict[str, Any]:
+    """A line of quarantine.jsonl: which question cannot be used, and why."""
+    return {
+        "problem_id": sample.problem_id,
+        "path": sample.path,
+        "kind": error.kind,
+        "reason": error.reason,
+    }
+
+
+def derived_generator(*parts: object) -> torch.Generator:
+    """A CPU generator seeded by `derived_seed(*parts)`."""
+    return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 @dataclass(frozen=True, slots=True)

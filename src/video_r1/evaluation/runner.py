@@ -1,12 +1,12 @@
 """Evaluation: every question with every frame count in every frame order, restartable.
 
     samples ─► batches ─► media, prompts ─► engine ─► score ─► predictions-<frames>.jsonl ─► summary.json
-                          (reading.py)      (one call a batch
+                          (data/reading.py) (one call a batch
                                              and frame count)
 
-The unit of work is a batch of consecutive questions with one frame count. Its shuffled orders and its
-sampling seed follow from the evaluation's seed alone, so that a batch which is done again gives what it gave
-before.
+The unit of work is a batch of consecutive questions with one frame count. The shuffled order of a question
+and its sampling seeds follow from the evaluation's seed and the question alone, so that a question which is
+asked again, in whatever batch, is asked as it was before.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.frame_cache import FrameCache
+from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
-from video_r1.evaluation.reading import Batch, Order, Reader, Unit, derived_seed
 from video_r1.evaluation.summary import summarise
 from video_r1.progress import Progress, progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.seeds import derived_seed
 from video_r1.settings.frames import FrameBudget
 
 # The paper's decoding: all but greedy.
@@ -40,6 +42,9 @@ EVALUATION_SAMPLING = SamplingSettings(n=1, temperature=0.01, top_p=0.001, max_t
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
 
 
+_BATCHES_AHEAD = 3  # whose media are read while the engine is busy
+
+Order = Literal["ordered", "shuffled"]
 _Key = tuple[str | int, str]  # problem_id and order
 
 
@@ -115,11 +120,13 @@ def evaluate(
         **(description or {}),
     }
     _claim_folder(folder, settings)
-    reader = Reader(prompt_builder, budget, tuple(orders), seed, frame_cache)
-    run = _Run(engine, reader, sampling, batch_size, folder)
+    run = _Run(engine, prompt_builder, tuple(orders), seed, sampling, batch_size, folder)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
-    with progress(len(samples) * len(frames), "evaluating", "questions") as bar:
-        _ask_all(run, samples, frames, workers, bar)
+    with (
+        progress(len(samples) * len(frames), "evaluating", "questions") as bar,
+        Reader(budget, frame_cache, workers) as reader,
+    ):
+        _ask_all(run, samples, frames, reader, bar)
     figures = {str(count): _figures(run, samples, count) for count in frames}
     summary = {"questions": len(samples), "settings": settings, "frames": figures}
     write_json(folder / "summary.json", summary)
@@ -129,7 +136,9 @@ def evaluate(
 @dataclass(frozen=True, slots=True)
 class _Run:
     engine: RolloutEngine
-    reader: Reader
+    prompt_builder: PromptBuilder
+    orders: tuple[Order, ...]
+    seed: int
     sampling: SamplingSettings
     batch_size: int
     folder: Path
@@ -139,11 +148,28 @@ class _Run:
 
     def keys(self, samples: Sequence[Sample]) -> list[_Key]:
         """What has to be answered about the samples with one frame count."""
-        return [(sample.problem_id, order) for sample in samples for order in self.reader.orders_of(sample)]
+        return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
+
+    def orders_of(self, sample: Sample) -> tuple[Order, ...]:
+        """An image has no frame order and is asked once."""
+        return tuple(order for order in self.orders if order == "ordered" or sample.data_type == "video")
+
+    def prompts(self, sample: Sample, media: Media) -> list[Prompt]:
+        """The sample's prompt in each order. Raises MediaError and PromptError."""
+        prompts = []
+        for order in self.orders_of(sample):
+            permutation = None
+            if order == "shuffled":
+                if len(media.frames) < 2:
+                    raise MediaError(sample.path, "has one frame, which cannot be shuffled")
+                generator = derived_generator(self.seed, sample.problem_id)
+                permutation = shuffled_order(len(media.frames), generator)
+            prompts.append(self.prompt_builder.build(sample, media, permutation))
+        return prompts
 
 
 def _ask_all(
-    run: _Run, samples: Sequence[Sample], frames: Sequence[int], workers: int, bar: Progress[Any]
+    run: _Run, samples: Sequence[Sample], frames: Sequence[int], reader: Reader, bar: Progress[Any]
 ) -> None:
     """Asks what is not yet in the predictions files, and appends it there."""
     done = {
@@ -151,38 +177,48 @@ def _ask_all(
         for count in frames
     }
     pending = []
-    for number, start in enumerate(range(0, len(samples), run.batch_size)):
+    for start in range(0, len(samples), run.batch_size):
         chosen = samples[start : start + run.batch_size]
         keys = set(run.keys(chosen))
         counts = tuple(count for count in frames if not keys <= done[count])
         bar.update(len(chosen) * (len(frames) - len(counts)))
         if counts:
-            pending.append(Batch(number, chosen, counts))
-    for unit in run.reader.units(pending, workers):
-        _ask(run, unit, done[unit.count])
-        bar.update(len(unit.questions))
+            pending.append(Batch(chosen, counts))
+    units = ((batch.samples, count) for batch in pending for count in batch.counts)
+    read = reader.batches(pending, run.prompts, _BATCHES_AHEAD)
+    for (chosen, count), questions in zip(units, read, strict=True):
+        _ask(run, list(zip(chosen, questions, strict=True)), count, done[count])
+        bar.update(len(chosen))
 
 
-def _ask(run: _Run, unit: Unit, done: set[_Key]) -> None:
+def _ask(
+    run: _Run, questions: Sequence[tuple[Sample, list[Prompt] | Unusable]], count: int, done: set[_Key]
+) -> None:
     """Asks a batch with one frame count.
 
-    It is done again as a whole or not at all: padding and seeds then are what they were. A batch whose only
-    open questions still cannot be read has nothing to add.
+    It is done again as a whole or not at all: padding then is what it was. A batch whose only open questions
+    still cannot be read has nothing to add.
     """
-    pairs = list(zip(unit.batch.samples, unit.questions, strict=True))
     failed = [
-        _quarantined(sample, error, unit.count) for sample, error in pairs if not isinstance(error, list)
+        {**quarantined(sample, found), "frames": count}
+        for sample, found in questions
+        if isinstance(found, Unusable)
     ]
-    asked = [(sample, prompt) for sample, loaded in pairs if isinstance(loaded, list) for prompt in loaded]
+    asked = [(sample, prompt) for sample, found in questions if isinstance(found, list) for prompt in found]
     records = []
     if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
-        seed = derived_seed(run.reader.seed, unit.count, unit.batch.number)
-        outputs = run.engine.generate([prompt for _, prompt in asked], replace(run.sampling, seed=seed))
+        seeds = tuple(sampling_seed(run.seed, count, sample, prompt.order) for sample, prompt in asked)
+        outputs = run.engine.generate([prompt for _, prompt in asked], replace(run.sampling, seed=seeds))
         for (sample, prompt), rollouts in zip(asked, outputs, strict=True):
             if (sample.problem_id, prompt.order) not in done:
-                records.append(_record(sample, prompt, rollouts[0], unit.count))
-    append_records(run.predictions_path(unit.count), records)
+                records.append(_record(sample, prompt, rollouts[0], count))
+    append_records(run.predictions_path(count), records)
     append_records(run.folder / "quarantine.jsonl", failed)
+
+
+def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:
+    """The seed of one answer: of the evaluation's seed and what is asked, whatever it is asked with."""
+    return derived_seed(seed, frames, sample.problem_id, order, bits=62)
 
 
 def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> dict[str, Any]:
@@ -206,23 +242,12 @@ def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> di
     }
 
 
-def _quarantined(sample: Sample, error: MediaError | PromptError, frames: int) -> dict[str, Any]:
-    media = isinstance(error, MediaError)
-    return {
-        "problem_id": sample.problem_id,
-        "path": sample.path,
-        "kind": "media" if media else "prompt",
-        "reason": error.reason if isinstance(error, MediaError) else str(error),
-        "frames": frames,
-    }
-
-
 def _figures(run: _Run, samples: Sequence[Sample], frames: int) -> dict[str, Any]:
     """Figures over all of `samples` and the orders of this run, whichever run answered them."""
     by_key = {(r["problem_id"], r["order"]): r for r in read_predictions(run.predictions_path(frames))}
     records = [by_key[key] for key in run.keys(samples) if key in by_key]
     answered = {record["problem_id"] for record in records}
-    asked = sum(bool(run.reader.orders_of(sample)) for sample in samples)
+    asked = sum(bool(run.orders_of(sample)) for sample in samples)
     return summarise(records) | {"skipped": asked - len(answered)}
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from video_r1.seeds import hashed_seed
 
 
 def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
@@ -65,5 +66,4 @@ def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
 
 def prompt_seed(seed: int, prompt: int) -> int:
     """A seed in [0, 2**62) for one prompt of a call; an engine may add the completion's number to it."""
-    digest = hashlib.blake2b(f"{seed}/{prompt}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2
+    return hashed_seed(f"{seed}/{prompt}", bits=62)

@@ -7,11 +7,10 @@ that is resumed therefore sees exactly what an uninterrupted one sees.
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -22,6 +21,7 @@ from torch.utils.data import Dataset, Sampler
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
+from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line
@@ -31,17 +31,6 @@ Content = TypeVar("Content")
 
 MAX_DRAWS = 100
 """Unusable questions in a row after which training stops: the media are then missing as a whole."""
-
-
-def derived_seed(*parts: object) -> int:
-    """A seed in [0, 2**63) that depends on all of `parts` and nothing else, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
-
-
-def derived_generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `derived_seed(*parts)`."""
-    return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 class Slot(NamedTuple):
@@ -108,7 +97,7 @@ class Ready(Generic[Content]):
 
 
 class QuestionSource(Generic[Loaded, Content]):
-    """Draws the question of a slot and makes it ready, in background threads.
+    """Draws the question of a slot and makes it ready, in the reader's threads.
 
     `load(sample)` reads the media (its results are kept in memory up to `cache_bytes`); `build(sample,
     loaded, generator)` makes what training needs. A question for which either raises MediaError or
@@ -123,26 +112,24 @@ class QuestionSource(Generic[Loaded, Content]):
         build: Callable[[Sample, Loaded, torch.Generator], Content],
         *,
         seed: int,
+        reader: Reader,
         quarantine: Path | None = None,
-        shuffle: bool = True,
-        threads: int = 2,
         cache_bytes: int = 0,
     ) -> None:
         self.samples = samples
         self.load = load
         self.build = build
         self.seed = seed
+        self.reader = reader
         self.quarantine = quarantine
-        self.shuffle = shuffle
         self.cache = MemoryCache[Loaded](cache_bytes)
         self.unusable: set[int] = set()
         self.lock = threading.Lock()
-        self.threads = ThreadPoolExecutor(max_workers=threads, thread_name_prefix="questions")
         self.orders: dict[int, Tensor] = {}
 
     def submit(self, slot: Slot) -> Future[Ready[Content]]:
         """Start making the slot's question ready; `result()` raises what `ready` raises."""
-        return self.threads.submit(self.ready, slot)
+        return self.reader.submit(self.ready, slot)
 
     def ready(self, slot: Slot) -> Ready[Content]:
         """The slot's question, or the next usable one drawn in its place.
@@ -173,29 +160,20 @@ class QuestionSource(Generic[Loaded, Content]):
         if attempt:
             generator = derived_generator(self.seed, "replacement", slot.epoch, slot.index, attempt)
             return int(torch.randint(len(self.samples), (1,), generator=generator))
-        if not self.shuffle:
-            return slot.index
         with self.lock:
             if slot.epoch not in self.orders:
                 generator = derived_generator(self.seed, "epoch", slot.epoch)
                 self.orders = {slot.epoch: torch.randperm(len(self.samples), generator=generator)}
             return int(self.orders[slot.epoch][slot.index])
 
-    def set_aside(self, index: int, error: MediaError | PromptError) -> None:
+    def set_aside(self, index: int, error: Unusable) -> None:
         """Remember an unusable question and write it to the quarantine file."""
         with self.lock:
             if index in self.unusable:
                 return
             self.unusable.add(index)
             if self.quarantine is not None:
-                sample = self.samples[index]
-                reason = error.reason if isinstance(error, MediaError) else str(error)
-                kind = "media" if isinstance(error, MediaError) else "prompt"
-                line = {"problem_id": sample.problem_id, "path": sample.path, "kind": kind, "reason": reason}
-                append_line(self.quarantine, line)
-
-    def close(self) -> None:
-        self.threads.shutdown(wait=True, cancel_futures=True)
+                append_line(self.quarantine, quarantined(self.samples[index], error))
 
 
 class MemoryCache(Generic[Loaded]):

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
-from video_r1.data.frame_cache import read_cached
+from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError, MediaError, PromptError
+from video_r1.errors import ConfigError, PromptError
 from video_r1.models.group_forward import KINDS, encode_together, through_wrapper, vision_language_model
-from video_r1.processes import gather, process_count, process_index
+from video_r1.processes import gather
 from video_r1.recipe import Recipe
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import SFTSettings
 from video_r1.training.runs import manifests_of, model_of, run_in_folder
 from video_r1.training.trainer import Questions, QuestionTrainer
+from video_r1.training.validation import held_out
 
 PIXELS = tuple(pixels for pixels, _ in KINDS.values())
 IGNORED = -100  # the label of tokens without a loss
@@ -100,8 +101,10 @@ class SFTTrainer(QuestionTrainer):
         self.pad_token_id: int = self.builder.tokenizer.pad_token_id or 0
 
     def load(self, sample: Sample) -> Example:
-        """A sample's prompt and response. Raises MediaError or PromptError."""
-        media = read_cached(sample, self.budget, self.frame_cache)
+        return self.example(sample, self.reader.media(sample))
+
+    def example(self, sample: Sample, media: Media) -> Example:
+        """A sample's prompt and response. Raises PromptError."""
         prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:
             raise PromptError(
@@ -142,31 +145,26 @@ class SFTTrainer(QuestionTrainer):
         return (loss, {}) if return_outputs else loss
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """`loss` (nats a response token) and `token_accuracy` on held-out questions with usable media."""
-        mine, size = samples[process_index() :: process_count()], self.args.eval_batch_size
+        """`loss` (nats a response token) and `token_accuracy` on held-out questions; `questions` counts those
+        that were used, `skipped` those whose media or text cannot be.
+        """
         model = cast(nn.Module, self.model).eval()
-        sums = torch.zeros(3, dtype=torch.float64)  # loss, right tokens, tokens
+        sums = torch.zeros(4, dtype=torch.float64)  # loss, right tokens, tokens, questions
         with torch.no_grad(), self.accelerator.autocast(), self.whole_weights():
-            for start in range(0, len(mine), size):
-                examples = self.usable(mine[start : start + size])
+            for examples in held_out(samples, self.reader, self.example, self.args.eval_batch_size):
                 if examples:
                     batch = self._prepare_inputs(pad_examples(examples, self.pad_token_id))
-                    parts = response_loss(model, batch)
-                    sums += torch.tensor([float(part) for part in parts], dtype=torch.float64)
-        loss, hits, tokens = torch.stack(gather(sums)).sum(0).tolist()
+                    figures = (*response_loss(model, batch), len(examples))
+                    sums += torch.tensor([float(figure) for figure in figures], dtype=torch.float64)
+        loss, hits, tokens, questions = torch.stack(gather(sums)).sum(0).tolist()
         if not tokens:
             raise ConfigError("evaluation needs an eval_dataset with at least one usable question")
-        return {"loss": loss / tokens, "token_accuracy": hits / tokens}
-
-    def usable(self, samples: Sequence[Sample]) -> list[Example]:
-        """The examples of these samples, without those whose media or text cannot be used."""
-        examples = []
-        for sample in samples:
-            try:
-                examples.append(self.load(sample))
-            except (MediaError, PromptError):
-                continue
-        return examples
+        return {
+            "loss": loss / tokens,
+            "token_accuracy": hits / tokens,
+            "questions": questions,
+            "skipped": len(samples) - questions,
+        }
 
 
 def response_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:

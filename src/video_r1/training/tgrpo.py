@@ -38,7 +38,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
 
-from video_r1.data.frame_cache import read_cached
 from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
@@ -292,7 +291,7 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- What is read, validated and recorded
 
     def load(self, sample: Sample) -> Media:
-        return read_cached(sample, self.budget, self.frame_cache)
+        return self.reader.media(sample)
 
     def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
         """A sample with both its prompts; without a temporal reward there is no shuffled one."""
@@ -338,12 +337,11 @@ class TGRPOTrainer(QuestionTrainer):
             return temporal_accuracy(
                 self.engine,
                 samples,
-                self.budget,
+                self.reader,
                 self.builder,
                 seed=self.settings.seed,
                 batch_size=self.settings.eval_batch_size,
                 max_tokens=self.settings.max_completion_length,
-                frame_cache=self.frame_cache,
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.four_bits import record_four_bits
@@ -82,8 +83,11 @@ class QuestionTrainer(Trainer, ABC):
         self.settings = args
         self.folder = Path(args.output_dir)
         self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
-        self.budget = args.frame_budget(size_multiple(processing_class))
-        self.frame_cache = open_frame_cache(args.frame_cache, args.frame_cache_gb)
+        self.reader = Reader(
+            args.frame_budget(size_multiple(processing_class)),
+            open_frame_cache(args.frame_cache, args.frame_cache_gb),
+            args.media_threads,
+        )
         self.meter = Meter()
         self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
         self.source: QuestionSource[Any, Any] | None = None
@@ -137,8 +141,8 @@ class QuestionTrainer(Trainer, ABC):
             self.load,
             self.build,
             seed=args.seed if args.data_seed is None else args.data_seed,
+            reader=self.reader,
             quarantine=self.folder / "quarantine.jsonl",
-            threads=args.media_threads,
             cache_bytes=args.media_cache_mb * 2**20,
         )
         step_batches = args.gradient_accumulation_steps * args.world_size
@@ -304,8 +308,7 @@ class QuestionTrainer(Trainer, ABC):
                 f"on from the last checkpoint in {self.folder}"
             ) from error
         finally:
-            if self.source is not None:
-                self.source.close()
+            self.reader.close()
 
 
 Questions = str | Path | Sequence[Sample] | datasets.Dataset

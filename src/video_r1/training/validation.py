@@ -5,10 +5,9 @@ what a continued run has to know of earlier validations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import (
     EarlyStoppingCallback,
@@ -19,17 +18,15 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from video_r1.data.frame_cache import FrameCache, read_cached
+from video_r1.data.media import Media
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.reading import Question, build_question
+from video_r1.data.reading import Batch, Question, Reader, Unusable, build_question, derived_generator
 from video_r1.data.records import Sample
-from video_r1.errors import MediaError, PromptError
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.group import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.settings.frames import FrameBudget
-from video_r1.training.questions import derived_generator
 
+Built = TypeVar("Built")
 Answered = tuple[str, float, float, float | None]
 """data_type, accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
 
@@ -70,24 +67,26 @@ def stopped_early(state: Mapping[str, Any]) -> bool:
 def temporal_accuracy(
     engine: RolloutEngine,
     samples: Sequence[Sample],
-    budget: FrameBudget,
+    reader: Reader,
     builder: PromptBuilder,
     *,
     seed: int,
     batch_size: int,
     max_tokens: int,
-    frame_cache: FrameCache | None = None,
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
     were answered, `skipped` those without usable media. The shuffled order of a question is the same every
     time.
     """
-    mine = samples[process_index() :: process_count()]
-    rounds = math.ceil(math.ceil(len(samples) / process_count()) / batch_size)
+
+    def build(sample: Sample, media: Media) -> Question:
+        generator = derived_generator(seed, "validation", sample.problem_id)
+        return build_question(sample, media, builder, generator, with_shuffled=True)
+
     answered = [
         entry
-        for questions in ready_batches(mine, budget, builder, seed, batch_size, rounds, frame_cache)
+        for questions in held_out(samples, reader, build, batch_size)
         for entry in answer(engine, questions, max_tokens)
     ]
     everyone = [entry for part in gather(answered) for entry in part]
@@ -116,36 +115,19 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int
         yield question.sample.data_type, accuracy.item(), formatted.item(), shuffled
 
 
-def ready_batches(
-    samples: Sequence[Sample],
-    budget: FrameBudget,
-    builder: PromptBuilder,
-    seed: int,
-    batch_size: int,
-    rounds: int,
-    frame_cache: FrameCache | None,
-) -> Iterator[list[Question]]:
-    """Batches of questions with both prompts, the next one read while the present one is answered.
+def held_out(
+    samples: Sequence[Sample], reader: Reader, build: Callable[[Sample, Media], Built], batch_size: int
+) -> Iterator[list[Built]]:
+    """This process's share of held-out questions in batches, the next one read while the present one is used;
+    without those that cannot be used.
 
-    They are `rounds` in every process, some perhaps empty: processes that share an engine call it together.
+    Every process gets as many batches, some perhaps empty: processes that share an engine call it together.
     """
-
-    def ready(sample: Sample) -> Question | None:
-        try:
-            generator = derived_generator(seed, "validation", sample.problem_id)
-            media = read_cached(sample, budget, frame_cache)
-            return build_question(sample, media, builder, generator, with_shuffled=True)
-        except (MediaError, PromptError):  # counted as skipped
-            return None
-
-    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="validation") as threads:
-        batches = [samples[i * batch_size : (i + 1) * batch_size] for i in range(rounds)]
-        ahead = [threads.submit(ready, sample) for sample in (batches[0] if batches else [])]
-        for number in range(len(batches)):
-            present = ahead
-            following = batches[number + 1] if number + 1 < len(batches) else []
-            ahead = [threads.submit(ready, sample) for sample in following]
-            yield [question for future in present if (question := future.result()) is not None]
+    mine = samples[process_index() :: process_count()]
+    rounds = math.ceil(math.ceil(len(samples) / process_count()) / batch_size)
+    batches = [Batch(mine[i * batch_size : (i + 1) * batch_size]) for i in range(rounds)]
+    for read in reader.batches(batches, build):
+        yield [built for built in read if not isinstance(built, Unusable)]
 
 
 def mean(values: Sequence[float]) -> float:
