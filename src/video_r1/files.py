@@ -1,18 +1,136 @@
-"""Files that are written while others read them."""
+"""Files that others read while they are written, and folders that one command at a time writes."""
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import logging
+import os
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from video_r1.errors import RequestError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+_claimed: set[Path] = set()
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
+def append_line(path: Path, record: Any) -> None:
     """Appends one JSON line. A half-written last line, left by a killed run, stays a line of its own."""
-    data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     with path.open("ab+") as file:
         if file.tell() > 0:
-            file.seek(-1, 2)
+            file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                data = b"\n" + data
-        file.write(data)
+                file.write(b"\n")
+        file.write(json_lines([record]))
+
+
+def json_lines(records: Iterable[Any]) -> bytes:
+    """A line of UTF-8 for each record. Half a character pair, which a model may write, becomes an escape."""
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """A text file (UTF-8) that takes the place of `path` in one step when the block ends well.
+
+    Nobody sees half of it: it is written beside `path`, and is on the disk before it is renamed.
+    """
+    draft = path.with_name(f".{path.name}.partial")
+    try:
+        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        if str(error.filename) == str(draft):
+            error.filename = str(path)
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes `text` as the whole file, in one step."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+def replace_json(path: Path, value: Any) -> None:
+    """Writes `value` as the whole file, in one step."""
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flush_folder(folder: Path) -> None:
+    """Waits until the folder's files are on the disk, so that a rename does not overtake them."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            flush(Path(parent, name))
+        flush(Path(parent))
+
+
+def follow_umask(folder: Path) -> None:
+    """Gives the folder's weights the mode of its other files: safetensors makes them for the owner alone."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.glob("*.safetensors"):
+        path.chmod(mode)
+
+
+def digest(value: Any, size: int = 8) -> str:
+    """A fingerprint of a JSON value, `size` bytes in hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Inside, no other process may claim the folder, which is made where it is missing.
+
+    The system releases the claim when the process ends, however it ends. Claims of one process may be nested.
+    Raises RequestError, which names the process, when the folder is taken.
+    """
+    folder = folder.resolve()
+    if folder in _claimed:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    # lockf, not flock: processes that this one forks do not hold the lock on after its death.
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise RequestError(
+                f"{folder} is being written by another command ({file.read().strip() or 'of unknown name'}); "
+                "wait for its end, stop it, or name another folder"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): start no second command on it", folder, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        _claimed.add(folder)
+        try:
+            yield
+        finally:
+            _claimed.discard(folder)
+            file.truncate(0)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
-import os
-import tempfile
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +22,7 @@ import yaml
 
 from video_r1.commands import COMMANDS
 from video_r1.errors import ConfigError, RequestError
+from video_r1.files import replace_text
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
 from video_r1.settings.types import alternatives, is_enum, parse
 
@@ -211,8 +210,8 @@ def read_one_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]
 def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
     """Write `config.yaml`, the resolved settings as a recipe that can be run again. Returns its path.
 
-    Takes a Recipe or one settings object (a TGRPOConfig, for example). The file is replaced in one step, so
-    that several processes may write it. Raises RequestError when the folder cannot be written.
+    Takes a Recipe or one settings object (a TGRPOConfig, for example). The file is replaced in one step.
+    Raises RequestError when the folder cannot be written.
     """
     if isinstance(settings, Recipe):
         values, title = settings.values(), f"video-r1 {settings.command}"
@@ -226,11 +225,7 @@ def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
     text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True, default_flow_style=None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".config-")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}")
-        os.chmod(temporary, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(temporary, path)
+        replace_text(path, f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}")
     except OSError as error:
         reason = error.strerror or error
         raise RequestError(f"{path}: cannot be written: {reason}; choose another output_dir") from error

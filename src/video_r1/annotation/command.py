@@ -9,13 +9,14 @@ from typing import Any
 
 from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.judging import Rules
-from video_r1.annotation.runner import Counts, annotate, digest
+from video_r1.annotation.runner import Counts, annotate
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder, load_template
 from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error, writing_to
+from video_r1.files import digest
 from video_r1.rollout.chat import FramesAs
 from video_r1.rollout.endpoint import Endpoint, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import SamplingSettings

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from video_r1.errors import RequestError
+from video_r1.files import replacing
 
 
 class Journal:
@@ -105,22 +106,12 @@ class Journal:
 
 @contextmanager
 def replaced(path: Path) -> Iterator[TextIO]:
-    """A file for writing that takes the place of `path` when the block ends well, in one step.
-
-    Raises RequestError when the folder cannot be written.
-    """
-    draft = path.with_name(path.name + ".partial")
+    """As `replacing`. Raises RequestError when the folder cannot be written."""
     try:
-        # A teacher may write half a character pair; as an escape it is JSON, and the file stays UTF-8.
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        with replacing(path) as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
     except OSError as error:
         raise RequestError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _opened(path: Path) -> BinaryIO:

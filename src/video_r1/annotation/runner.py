@@ -11,7 +11,6 @@ not matter where a run was interrupted.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -252,8 +251,3 @@ class _Rows:
 
 def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
     file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def digest(value: Any) -> str:
-    """A short fingerprint of a JSON value."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()

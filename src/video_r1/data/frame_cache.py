@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import json
 import os
 import threading
 import time
@@ -33,6 +32,7 @@ from video_r1.data.decoders import read_media, read_media_at
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
+from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 
 VERSION = 1  # raise it when the same file and budget give other pixels
@@ -196,7 +196,7 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
     parts = (VERSION, *file, budget.size_multiple, *rule)
-    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
+    return digest(parts, size=20)
 
 
 def _checksum(media: Media) -> str:

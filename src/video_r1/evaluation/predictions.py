@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
+from video_r1.files import json_lines
 
 _NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
 
@@ -39,10 +40,10 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
-    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    lines = json_lines(records)
     if not lines:
         return
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("ab") as file:
         file.write(lines)
         file.flush()
         os.fsync(file.fileno())

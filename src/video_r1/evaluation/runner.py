@@ -11,7 +11,6 @@ asked again, in whatever batch, is asked as it was before.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
 from video_r1.evaluation.summary import summarise
+from video_r1.files import digest, replace_json
 from video_r1.progress import Progress, progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
@@ -115,8 +115,8 @@ def evaluate(
         "seed": seed,
         "sampling": asdict(sampling),
         "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
-        "questions": _digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
-        "prompts": _digest([_question_text(prompt_builder, sample) for sample in samples]),
+        "questions": digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
+        "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
         **(description or {}),
     }
     _claim_folder(folder, settings)
@@ -129,7 +129,7 @@ def evaluate(
         _ask_all(run, samples, frames, reader, bar)
     figures = {str(count): _figures(run, samples, count) for count in frames}
     summary = {"questions": len(samples), "settings": settings, "frames": figures}
-    write_json(folder / "summary.json", summary)
+    replace_json(folder / "summary.json", summary)
     return summary
 
 
@@ -279,7 +279,7 @@ def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
                 "choose another output folder, or delete this one"
             )
     else:
-        write_json(path, settings)
+        replace_json(path, settings)
 
 
 def _question_text(prompt_builder: PromptBuilder, sample: Sample) -> str:
@@ -287,14 +287,3 @@ def _question_text(prompt_builder: PromptBuilder, sample: Sample) -> str:
         return prompt_builder.question(sample)
     except PromptError as error:  # met again, and listed, when its prompt is made
         return str(error)
-
-
-def _digest(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes through a neighbouring file, so that a reader never sees half of it."""
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    draft.replace(path)

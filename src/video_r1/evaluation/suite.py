@@ -20,8 +20,9 @@ from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.gap_figure import gap_page
 from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
-from video_r1.evaluation.runner import evaluate, write_json
+from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import summary_table
+from video_r1.files import replace_json, replace_text
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
@@ -110,7 +111,7 @@ def run_suite(
         outcome["setup_differences"] = differences
         say(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
         say("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
-    write_json(folder / "summary.json", outcome)
+    replace_json(folder / "summary.json", outcome)
     if bench.temporal_gap:
         _write_gap_page(folder, results, settings, say)
     return outcome
@@ -146,7 +147,7 @@ def _write_gap_page(
     say: Callable[[str], object],
 ) -> None:
     page = folder / "temporal-gap.html"
-    page.write_text(gap_page(results, str(settings.model)), encoding="utf-8")
+    replace_text(page, gap_page(results, str(settings.model)))
     say(f"\ntemporal gap by task type: {page}")
 
 

@@ -8,7 +8,6 @@ DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with 
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from video_r1.errors import RequestError
+from video_r1.files import replace_json
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Family, Question
 from video_r1.lab.scenes import FPS, SECONDS, Cue, render
 from video_r1.progress import progress
@@ -88,16 +88,13 @@ def write_lab(
             rows += written
             bar.update(len(written))
     taught = [row.pop("taught") for row in rows]
-    _dump(folder / "sft.json", [row | lesson for row, lesson in zip(rows, taught, strict=True)][:train])
-    _dump(folder / "rl.json", rows[:train])
-    _dump(folder / "test.json", rows[train : train + test])
+    lessons = [row | lesson for row, lesson in zip(rows, taught, strict=True)]
+    replace_json(folder / "sft.json", lessons[:train])
+    replace_json(folder / "rl.json", rows[:train])
+    replace_json(folder / "test.json", rows[train : train + test])
     if shortcut:
-        _dump(folder / "test-cued.json", rows[train + test :])
+        replace_json(folder / "test-cued.json", rows[train + test :])
     print(f"{folder}: {train} training and {test} test questions")
-
-
-def _dump(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _write_chunk(design: _Design, jobs: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from video_r1.files import replace_json
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
@@ -76,7 +77,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
         "format_rate": _of_stages(figures, "format_rate"),
         "temporal_gap": {stage: videos[stage]["temporal_gap"] for stage in STAGES},
     }
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    replace_json(out / "summary.json", summary)
     page = build_report(out)
     print(json.dumps(summary, indent=1))
     print(f"report: {page}")

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from video_r1.files import replace_json
 from video_r1.packages import check_bitsandbytes
 
 RECORD = "base_quantization.json"
@@ -72,7 +73,7 @@ def record_four_bits(model: Any, folder: Path) -> None:
     config = model.config
     if getattr(config, "quantization_config", None) is not None:
         record = {"dtype": str(config.dtype).removeprefix("torch."), **config.quantization_config.to_dict()}
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        replace_json(folder / RECORD, record)
 
 
 def recorded_four_bits(folder: Path) -> tuple[str, Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error
+from video_r1.files import flush, flush_folder
 from video_r1.processes import is_lost_process
 
 UNFINISHED = "unfinished"
@@ -69,22 +69,6 @@ def publish_copy(checkpoint: Path, target: Path) -> None:
         if path.is_file() and not path.name.startswith(TRAINING_FILES):
             shutil.copyfile(path, copy / path.name)
     publish_files(copy, target)
-
-
-def flush_folder(folder: Path) -> None:
-    """Waits until the folder's files are on the disk, so that a rename does not overtake them."""
-    for parent, _, files in os.walk(folder):
-        for name in files:
-            flush(Path(parent, name))
-        flush(Path(parent))
-
-
-def flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.files import append_line
+from video_r1.files import append_line, json_lines, replace_text
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe, save_resolved
 from video_r1.rewards.shaping import has_self_reflection
@@ -208,7 +208,5 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
             continue
         if isinstance(line, dict) and line.get("step", 0) <= step:
             kept.append(line)
-    whole = path.with_name(path.name + ".part")
-    whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
-    whole.replace(path)
+    replace_text(path, json_lines(kept).decode())
     return kept

@@ -8,7 +8,6 @@ media root/
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from video_r1.evaluation.benchmarks.spec import (
     manifest_rows,
     reference_rows,
 )
+from video_r1.files import replace_json
 
 Annotation = Literal["published", "reference"]
 BENCHMARK_ROOT = "data/benchmarks"
@@ -154,9 +154,7 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
 def _write_manifest(rows: Iterable[Row], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
-    draft = path.with_suffix(".partial")
-    draft.write_text(json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    draft.replace(path)
+    replace_json(path, list(rows))
     return path
 
 
