@@ -178,6 +178,35 @@ def test_a_setting_stands_in_one_section_of_a_command_and_has_a_help_text(comman
             assert field.metadata["help"], field.name
 
 
+def all_kinds(kind: type[Settings] = Settings) -> list[type[Settings]]:
+    return [kind] + [found for below in kind.__subclasses__() for found in all_kinds(below)]
+
+
+def bounds_of(kind: type[Settings]) -> dict[str, dict[str, float]]:
+    own = own_field_types(kind)
+    return {f.name: f.metadata["bounds"] for f in dataclasses.fields(kind) if f.name in own}
+
+
+@pytest.mark.parametrize("kind", all_kinds(), ids=lambda kind: kind.__name__)
+def test_another_default_keeps_the_bounds(kind: type[Settings]) -> None:
+    """A class that gives a setting of its base another default has to say the bounds again."""
+    own = bounds_of(kind)
+    for base in kind.__bases__:
+        for name, bounds in bounds_of(base).items() if issubclass(base, Settings) else ():
+            assert own[name] == bounds, name
+
+
+@pytest.mark.parametrize(("value", "said"), [
+    (-0.1, "is -0.1; it must be at least 0 and below 1"),
+    (1.0, "is 1.0; it must be at least 0 and below 1"),
+    (float("nan"), "is nan; it must be at least 0 and below 1"),
+])  # fmt: skip
+def test_a_value_out_of_its_bounds_is_told_all_of_them(value: float, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelSettings(lora_dropout=value)
+    assert caught.value.problems == (("lora_dropout", said),)
+
+
 def test_importing_the_settings_does_not_import_torch() -> None:
     code = "import sys, video_r1, video_r1.recipe, video_r1.cli; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_r1.settings.base import Problem, at_least, positive, setting, within
+from video_r1.settings.base import Problem, setting
 from video_r1.settings.decoding import DecodingSettings
 from video_r1.settings.shared import ManifestSettings
 
@@ -24,36 +24,39 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     out: str | None = setting(
         None, "manifest for SFT to write, .json or .jsonl; journal and rejected stand beside"
     )
-    limit: int | None = setting(None, "annotate the first N questions only; it may grow when continued")
-    samples: int = setting(1, "K: rationales drawn for each question")
+    limit: int | None = setting(
+        None, "annotate the first N questions only; it may grow when continued", above=0
+    )
+    samples: int = setting(1, "K: rationales drawn for each question", above=0)
     choose: Literal["best", "majority"] = setting(
         "best", "keep the rationale that scores best, or the best one that most of the K answers agree with"
     )
-    threshold: float = setting(0.6, "a rationale is kept when its answer scores above this")
+    threshold: float = setting(
+        0.6, "a rationale is kept when its answer scores above this", at_least=0, below=1
+    )
     length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
-    temperature: float = setting(0.7, "sampling temperature; 0 is greedy")
-    top_p: float = setting(0.95, "nucleus sampling; 1 is off")
-    batch_size: int = setting(8, "questions given together to a teacher that runs here")
-    workers: int = setting(4, "threads that decode; twice as many clips are in memory at most")
+    temperature: float = setting(0.7, "sampling temperature; 0 is greedy", at_least=0)
+    top_p: float = setting(0.95, "nucleus sampling; 1 is off", above=0, at_most=1)
+    batch_size: int = setting(8, "questions given together to a teacher that runs here", above=0)
+    workers: int = setting(4, "threads that decode; twice as many clips are in memory at most", above=0)
     model: str | None = setting(None, "name of the model at an endpoint (default: the only one it serves)")
-    concurrency: int = setting(64, "requests to an endpoint at once; thousands are fine")
+    concurrency: int = setting(64, "requests to an endpoint at once; thousands are fine", above=0)
     frames_as: Literal["auto", "images", "video"] = setting(
         "auto",
         "how an endpoint gets a clip: as images with their times, or as one video (vLLM with "
         "--trust-request-mm-kwargs); auto: as a video where it can",
     )
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    timeout: float = setting(600.0, "seconds for one request to an endpoint")
-    wait: float = setting(240.0, "seconds to wait for an endpoint that does not answer, before stopping")
+    timeout: float = setting(600.0, "seconds for one request to an endpoint", above=0)
+    wait: float = setting(
+        240.0, "seconds to wait for an endpoint that does not answer, before stopping", at_least=0
+    )
     request_fields: dict[str, Any] = setting(
         {}, "more fields of a request to an endpoint, as JSON; null leaves a field out"
     )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "limit", "samples", "batch_size", "workers", "concurrency", "timeout")
-        yield from at_least(self, 0, "wait")
-        yield from within(self, "threshold", 0, 1)
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two word counts, smaller one first"
         if self.samples > 1 and self.temperature == 0:

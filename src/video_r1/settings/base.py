@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import operator
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from video_r1.errors import ConfigError
-from video_r1.settings.types import describe_type, field_types, matches
+from video_r1.settings.types import describe_type, matches
 
 Problem = tuple[str, str]
 """The name of a setting, and what is wrong with its value and what to do."""
 
+BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with its help text. Lists and dictionaries are copied for each object."""
+
+def setting(default: Any, help: str, **bounds: float) -> Any:
+    """A dataclass field with its help text. Lists and dictionaries are copied for each object.
+
+    bounds: what the value has to keep, unless it is None, by a word of BOUNDS: `setting(0.5, "…", below=1)`.
+    """
+    assert bounds.keys() <= BOUNDS.keys(), bounds
+    metadata = {"help": help, "bounds": bounds}
     if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata={"help": help})
-    return dataclasses.field(default=default, metadata={"help": help})
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(kw_only=True)
@@ -32,58 +42,36 @@ class Settings:
                 parent()
             except ValueError as error:
                 raise ConfigError(f"transformers refuses these settings: {error}") from error
-        check_settings(self)
+        found = [
+            (name, f"is {getattr(self, name)!r}; it must be {describe_type(hint)}")
+            for name, hint in own_field_types(type(self)).items()
+            if not matches(getattr(self, name), hint)
+        ]
+        raise_problems(found or list(self.problems()))
 
     def problems(self) -> Iterator[Problem]:
         """What is wrong with the values, given that their types are right. Overrides call super() first."""
-        yield from ()
-
-
-def positive(settings: Settings, *names: str) -> Iterator[Problem]:
-    """A problem for each named setting that is neither None nor above 0."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value <= 0:
-            yield name, f"is {value}; it must be above 0"
-
-
-def at_least(settings: Settings, least: float, *names: str) -> Iterator[Problem]:
-    """A problem for each named setting that is below `least`."""
-    for name in names:
-        if getattr(settings, name) < least:
-            yield name, f"is {getattr(settings, name)}; it must be at least {least}"
-
-
-def within(settings: Settings, name: str, low: float, high: float) -> Iterator[Problem]:
-    """A problem when the setting is not in [low, high)."""
-    if not low <= getattr(settings, name) < high:
-        yield name, f"is {getattr(settings, name)}; it must be at least {low} and below {high}"
-
-
-def check_settings(settings: Settings) -> None:
-    """Check types, then values. Raises ConfigError with all problems."""
-    types = own_field_types(type(settings))
-    found = [
-        (name, f"is {getattr(settings, name)!r}; it must be {describe_type(hint)}")
-        for name, hint in types.items()
-        if not matches(getattr(settings, name), hint)
-    ]
-    raise_problems(found or list(settings.problems()))
+        for field in dataclasses.fields(self):
+            value, bounds = getattr(self, field.name), field.metadata.get("bounds", {})
+            if value is not None and not all(BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
+                wanted = (f"{kind.replace('_', ' ')} {bound}" for kind, bound in bounds.items())
+                yield field.name, f"is {value}; it must be {' and '.join(wanted)}"
 
 
 def raise_problems(found: list[Problem], origins: Mapping[str, str] | None = None) -> None:
     """Raise one ConfigError that lists the problems, if any, each with where its setting came from."""
     if found:
         origins = origins or {}
-        lines = (f"{name} ({origins[name]})" if name in origins else name for name, _ in found)
-        text = "; ".join(f"{line} {problem}" for line, (_, problem) in zip(lines, found, strict=True))
+        places = (f"{name} ({origins[name]})" if name in origins else name for name, _ in found)
+        text = "; ".join(f"{place} {problem}" for place, (_, problem) in zip(places, found, strict=True))
         raise ConfigError(text, tuple(found))
 
 
-def own_field_types(kind: type) -> Mapping[str, Any]:
+def own_field_types(kind: type) -> dict[str, Any]:
     """Name and type of the fields that Settings classes declare, without those of classes mixed in."""
-    types: dict[str, Any] = {}
+    declared: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        if issubclass(base, Settings):
-            types.update(field_types(base))
-    return types
+        if issubclass(base, Settings) and (own := inspect.get_annotations(base)):
+            hints = typing.get_type_hints(base)
+            declared |= {name: hints[name] for name in own}
+    return declared

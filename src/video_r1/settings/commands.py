@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.settings.base import Problem, Settings, at_least, positive, setting
+from video_r1.settings.base import Settings, setting
 from video_r1.settings.shared import ManifestSettings
 
 
@@ -16,11 +15,7 @@ class CheckSettings(ManifestSettings):
 
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
     media: bool = setting(True, "open every media file too")
-    workers: int | None = setting(None, "processes that open media (default: one a core)")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from positive(self, "workers")
+    workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
 
 
 @dataclass(kw_only=True)
@@ -28,23 +23,19 @@ class LabSettings(Settings):
     """Lab data"""
 
     folder: str | None = setting(None, "folder to write: media, sft.json, rl.json, test.json")
-    train: int = setting(4000, "training questions")
-    test: int = setting(500, "test questions")
+    train: int = setting(4000, "training questions", at_least=0)
+    test: int = setting(500, "test questions", at_least=0)
     seed: int = setting(0, "seed of every question and pixel")
-    shortcut: float = setting(0.0, "share of training samples with a static cue that gives the answer away")
-    image_share: float = setting(0.2, "share of questions about one image")
-    hasty: float = setting(0.0, "share of the video rationales for SFT that guess after one look")
+    shortcut: float = setting(
+        0.0, "share of training samples with a static cue that gives the answer away", at_least=0, at_most=1
+    )
+    image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
+    hasty: float = setting(
+        0.0, "share of the video rationales for SFT that guess after one look", at_least=0, at_most=1
+    )
     families: list[str] = setting([], "question families to choose from (default: all)")
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
-    workers: int | None = setting(None, "processes that render (default: one a core)")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from at_least(self, 0, "train", "test")
-        yield from positive(self, "workers")
-        for name in ("shortcut", "image_share", "hasty"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield name, f"is {getattr(self, name)}; a share is between 0 and 1"
+    workers: int | None = setting(None, "processes that render (default: one a core)", above=0)
 
 
 @dataclass(kw_only=True)
@@ -52,13 +43,9 @@ class BaseSettings(Settings):
     """Pretraining of the lab's small base model"""
 
     folder: str | None = setting(None, "checkpoint folder to write")
-    steps: int = setting(4500, "optimizer steps")
+    steps: int = setting(4500, "optimizer steps", above=0)
     seed: int = setting(0, "seed of weights and data")
-    threads: int = setting(1, "CPU threads; the result depends on them")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from positive(self, "steps", "threads")
+    threads: int = setting(1, "CPU threads; the result depends on them", above=0)
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.settings.base import Problem, at_least, positive, setting
+from video_r1.settings.base import Problem, setting
 from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings
 
 
@@ -14,7 +14,7 @@ from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSe
 class DecodingSettings(PromptSettings, LoadingSettings):
     """Decoding"""
 
-    frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels")
+    frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
     model: str | None = setting(
         None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint"
     )
@@ -23,21 +23,17 @@ class DecodingSettings(PromptSettings, LoadingSettings):
         "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
         "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)",
     )
-    concurrency: int = setting(16, "requests to an endpoint at once")
+    concurrency: int = setting(16, "requests to an endpoint at once", above=0)
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    timeout: float = setting(600.0, "seconds for one request to an endpoint")
+    timeout: float = setting(600.0, "seconds for one request to an endpoint", above=0)
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
-    max_new_tokens: int = setting(1024, "longest output in tokens")
-    temperature: float = setting(0.01, "sampling temperature; 0 is greedy")
-    top_p: float = setting(0.001, "nucleus sampling; 1 is off")
+    max_new_tokens: int = setting(1024, "longest output in tokens", above=0)
+    temperature: float = setting(0.01, "sampling temperature; 0 is greedy", at_least=0)
+    top_p: float = setting(0.001, "nucleus sampling; 1 is off", above=0, at_most=1)
     seed: int = setting(42, "seed of sampling and of the shuffled orders")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "max_new_tokens", "concurrency", "timeout")
-        yield from at_least(self, 0, "temperature")
-        if not 0 < self.top_p <= 1:
-            yield "top_p", f"is {self.top_p}; it must be above 0 and at most 1"
         if self.engine not in ("transformers", "vllm") and not self.engine.startswith(
             ("http://", "https://")
         ):
@@ -54,12 +50,11 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     order: list[Literal["ordered", "shuffled"]] = setting(
         ["ordered"], "frame orders to evaluate; both together give the temporal gap"
     )
-    batch_size: int = setting(8, "questions generated together")
-    limit: int | None = setting(None, "evaluate the first N questions only")
+    batch_size: int = setting(8, "questions generated together", above=0)
+    limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "batch_size", "limit")
         if self.frames is not None and (not self.frames or min(self.frames) < 1):
             yield "frames", f"is {self.frames}; it must be one or more frame counts above 0"
         if not self.order or len(set(self.order)) < len(self.order):

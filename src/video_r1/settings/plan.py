@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.settings.base import Problem, Settings, positive, setting
+from video_r1.settings.base import Problem, Settings, setting
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -23,15 +23,16 @@ class PlanSettings(Settings):
         None, "folder or hub id whose config.json says the model's shape (default: model_name_or_path)"
     )
     stage: Literal["rl", "sft"] | None = setting(None, "what the recipe is for (default: by its settings)")
-    processes: int | None = setting(None, "GPUs that train (default: the accelerate file's, or 1)")
+    processes: int | None = setting(None, "GPUs that train (default: the accelerate file's, or 1)", above=0)
     accelerate_config: str | None = setting(None, "the file that accelerate launch is given")
-    text_tokens: int = setting(300, "tokens of a prompt without its frames: question, options, instruction")
+    text_tokens: int = setting(
+        300, "tokens of a prompt without its frames: question, options, instruction", above=0
+    )
 
-    max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft")
+    max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "processes", "text_tokens", "max_response_length")
         if self.gpu_memory is not None and parse_bytes(self.gpu_memory) is None:
             yield "gpu_memory", f"is {self.gpu_memory!r}; write a number and a unit, such as 80GB or 24GiB"
 

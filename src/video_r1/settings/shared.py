@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from video_r1.settings.base import Problem, Settings, at_least, positive, setting, within
+from video_r1.settings.base import Problem, Settings, setting
 
 if TYPE_CHECKING:
     from video_r1.settings.frames import FrameBudget
@@ -16,26 +16,28 @@ if TYPE_CHECKING:
 class PromptSettings(Settings):
     """Frames and prompts"""
 
-    fps: float = setting(2.0, "frames per second of clip to aim for")
-    min_frames: int = setting(4, "fewest frames of a video (a shorter clip gives what it has)")
-    max_frames: int = setting(16, "most frames of a video")
-    frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels")
-    image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels")
-    max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped")
+    fps: float = setting(2.0, "frames per second of clip to aim for", above=0)
+    min_frames: int = setting(4, "fewest frames of a video (a shorter clip gives what it has)", above=0)
+    max_frames: int = setting(16, "most frames of a video", above=0)
+    frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
+    image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels", above=0)
+    max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped", above=0)
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     media_seconds: float = setting(
-        120.0, "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes"
+        120.0,
+        "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes",
+        at_least=0,
     )
-    media_memory_mb: int = setting(4096, "memory that decoding one file may take, in MB, else it is unusable")
+    media_memory_mb: int = setting(
+        4096, "memory that decoding one file may take, in MB, else it is unusable", at_least=64
+    )
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
-    frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used frames go")
+    frame_cache_gb: float = setting(
+        100.0, "size limit of that folder; the least recently used frames go", above=0
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
-        yield from positive(self, "max_prompt_length", "frame_cache_gb")
-        yield from at_least(self, 0, "media_seconds")
-        yield from at_least(self, 64, "media_memory_mb")
         if self.max_frames < self.min_frames:
             yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it"
 
@@ -71,9 +73,9 @@ class ModelSettings(LoadingSettings):
     model_name_or_path: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     freeze_vision_tower: bool = setting(False, "leave the vision tower's weights as they are")
     use_peft: bool = setting(False, "train LoRA adapters instead of all weights (needs the extra 'lora')")
-    lora_r: int = setting(64, "rank of the adapters")
-    lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r")
-    lora_dropout: float = setting(0.0, "dropout before the adapters")
+    lora_r: int = setting(64, "rank of the adapters", above=0)
+    lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r", above=0)
+    lora_dropout: float = setting(0.0, "dropout before the adapters", at_least=0, below=1)
     lora_target_modules: list[str] | None = setting(
         None, "modules to adapt (default: all linear layers of the language model)"
     )
@@ -82,8 +84,6 @@ class ModelSettings(LoadingSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "lora_r", "lora_alpha")
-        yield from within(self, "lora_dropout", 0, 1)
         if self.lora_target_modules and not self.use_peft:
             yield "lora_target_modules", "is set while use_peft is false; set use_peft to true or remove it"
         for name in ("lora_vision_tower", "load_in_4bit"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.settings.base import Problem, Settings, at_least, positive, setting, within
+from video_r1.settings.base import Problem, Settings, setting
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -27,12 +27,12 @@ class TrainingSettings(Settings):
 
     output_dir: str | None = setting(None, "run folder: checkpoints, metrics, recorded rollouts")
     seed: int = setting(42, "seed of everything random")
-    learning_rate: float = setting(1e-6, "peak learning rate of AdamW")
+    learning_rate: float = setting(1e-6, "peak learning rate of AdamW", at_least=0)
     lr_scheduler_type: Schedule = setting("cosine", "learning-rate schedule")
-    weight_decay: float = setting(0.01, "AdamW's weight decay")
-    max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm")
-    per_device_train_batch_size: int = setting(1, "questions per device and forward pass")
-    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step")
+    weight_decay: float = setting(0.01, "AdamW's weight decay", at_least=0)
+    max_grad_norm: float = setting(5.0, "gradients are scaled down to this norm", at_least=0)
+    per_device_train_batch_size: int = setting(1, "questions per device and forward pass", above=0)
+    gradient_accumulation_steps: int = setting(1, "forward passes per optimizer step", above=0)
     num_train_epochs: float = setting(1.0, "passes over the training manifest")
     max_steps: int = setting(-1, "optimizer steps; overrides num_train_epochs when above 0")
     bf16: bool | None = setting(None, "bfloat16 mixed precision (default: where the device has it)")
@@ -41,24 +41,27 @@ class TrainingSettings(Settings):
     save_steps: float = setting(100, "optimizer steps between two checkpoints")
     report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
-    media_threads: int = setting(2, "threads that decode the next questions' media during a step")
-    media_cache_mb: int = setting(512, "memory for decoded media that are kept for later epochs, in MB")
-    early_stopping_patience: int | None = setting(
-        None, "validations without a better metric_for_best_model before training stops (default: never)"
+    media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
+    media_cache_mb: int = setting(
+        512, "memory for decoded media that are kept for later epochs, in MB", at_least=0
     )
-    max_skipped_updates: int = setting(5, "updates in a row with a loss that is not finite before it stops")
+    early_stopping_patience: int | None = setting(
+        None,
+        "validations without a better metric_for_best_model before training stops (default: never)",
+        above=0,
+    )
+    max_skipped_updates: int = setting(
+        5, "updates in a row with a loss that is not finite before it stops", above=0
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "per_device_train_batch_size", "gradient_accumulation_steps")
-        yield from positive(self, "media_threads", "max_skipped_updates", "early_stopping_patience")
         metric = getattr(self, "metric_for_best_model", "not known yet")  # of TrainingArguments
         if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
             yield (
                 "early_stopping_patience",
                 "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch",
             )
-        yield from at_least(self, 0, "learning_rate", "weight_decay", "max_grad_norm", "media_cache_mb")
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
             yield (
                 "num_train_epochs",
@@ -72,12 +75,8 @@ class TrainingSettings(Settings):
 class SFTSettings(TrainingSettings):
     """SFT"""
 
-    gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step")
-    max_response_length: int = setting(2048, "longest response in tokens; longer ones are skipped")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from positive(self, "max_response_length")
+    gradient_accumulation_steps: int = setting(2, "forward passes per optimizer step", above=0)
+    max_response_length: int = setting(2048, "longest response in tokens; longer ones are skipped", above=0)
 
 
 @dataclass(kw_only=True)
@@ -86,25 +85,29 @@ class TGRPOSettings(TrainingSettings):
 
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
-    max_completion_length: int = setting(768, "longest completion in tokens")
-    temperature: float = setting(1.0, "sampling temperature; the same one scales the trained log-probs")
+    max_completion_length: int = setting(768, "longest completion in tokens", above=0)
+    temperature: float = setting(
+        1.0, "sampling temperature; the same one scales the trained log-probs", above=0
+    )
     top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
-    top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained")
-    beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model")
-    epsilon: float = setting(0.2, "clip range of the policy ratio")
+    top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained", at_least=0)
+    beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
+    epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
     scale_rewards: Literal["group", "batch", "none"] = setting(
         "group", "whose standard deviation advantages are divided by"
     )
-    num_iterations: int = setting(1, "updates on each batch of rollouts")
+    num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: Literal["margin", "threshold", "off"] = setting(
         "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none"
     )
-    temporal_alpha: float = setting(0.3, "size of the temporal reward")
-    temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'")
-    correct_threshold: float = setting(0.5, "a response counts as correct above this accuracy reward")
-    length_reward: float = setting(0.2, "added to a correct response of a length in length_range")
+    temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
+    temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
+    correct_threshold: float = setting(
+        0.5, "a response counts as correct above this accuracy reward", at_least=0, below=1
+    )
+    length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
@@ -113,8 +116,10 @@ class TGRPOSettings(TrainingSettings):
     self_reflection_phrases: list[str] = setting(
         list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged"
     )
-    log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step")
-    preflight_questions: int = setting(4, "questions tried first, to stop when no reward is in reach")
+    log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
+    preflight_questions: int = setting(
+        4, "questions tried first, to stop when no reward is in reach", at_least=0
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -126,9 +131,6 @@ class TGRPOSettings(TrainingSettings):
                 f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
                 "use at least 1, or temporal_rule off",
             )
-        yield from positive(self, "max_completion_length", "temperature", "epsilon", "num_iterations")
-        yield from at_least(self, 0, "top_k", "beta", "temporal_alpha", "temporal_threshold_mu")
-        yield from at_least(self, 0, "length_reward", "log_rollouts", "preflight_questions")
         for name, off in (("top_p", 1), ("top_k", 0)):
             if getattr(self, name) != off:
                 yield (
@@ -153,7 +155,6 @@ class TGRPOSettings(TrainingSettings):
             )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
-        yield from within(self, "correct_threshold", 0, 1)
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:

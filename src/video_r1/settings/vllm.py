@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from video_r1.settings.base import Problem, Settings, positive, setting
+from video_r1.settings.base import Problem, Settings, setting
 
 
 @dataclass(kw_only=True)
@@ -16,27 +16,22 @@ class VLLMSettings(Settings):
     use_vllm: bool = setting(False, "sample with vLLM instead of transformers (needs the extra 'vllm')")
     vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in this process or as a server")
     vllm_server_base_url: str | None = setting(None, "address of the server, such as http://host:8000")
-    vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer")
-    vllm_gpu_memory_utilization: float = setting(0.3, "share of the GPU's memory for vLLM in this process")
+    vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer", above=0)
+    vllm_gpu_memory_utilization: float = setting(
+        0.3, "share of the GPU's memory for vLLM in this process", above=0, at_most=1
+    )
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
-    vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode")
+    vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode", above=0)
     vllm_importance_sampling_correction: bool = setting(
         True, "weight each token by the trainer's over vLLM's probability of it"
     )
-    vllm_importance_sampling_cap: float = setting(2.0, "largest such weight")
+    vllm_importance_sampling_cap: float = setting(2.0, "largest such weight", above=0)
     async_rollouts: int = setting(
         0, "1: a server samples the next step's questions during the update, with weights one step old"
     )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        yield from positive(self, "vllm_server_timeout", "vllm_importance_sampling_cap")
-        yield from positive(self, "vllm_tensor_parallel_size")
-        if not 0 < self.vllm_gpu_memory_utilization <= 1:
-            yield (
-                "vllm_gpu_memory_utilization",
-                (f"is {self.vllm_gpu_memory_utilization}; it must be above 0 and at most 1"),
-            )
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
@@ -60,14 +55,12 @@ class ServeSettings(Settings):
 
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
-    port: int = setting(8000, "port to listen at")
+    port: int = setting(8000, "port to listen at", above=0)
     hand_over: Literal["tcp", "nccl", "folder"] = setting(
         "tcp", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
-    max_model_len: int | None = setting(None, "most tokens of prompt and completion (default: the model's)")
+    max_model_len: int | None = setting(
+        None, "most tokens of prompt and completion (default: the model's)", above=0
+    )
     vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")
-
-    def problems(self) -> Iterator[Problem]:
-        yield from super().problems()
-        yield from positive(self, "port", "max_model_len")
