@@ -26,7 +26,7 @@ if [ "$accelerator" = cuda ]; then
     # The pinned pair may be a CPU build: let pip choose torch, and the torchvision that goes with it.
     grep -vE '^(torch|torchvision)==' constraints.txt >"$limits"
     say "installing torch for CUDA (several GB)"
-    pip install -c "$limits" 'torch>=2.9' torchvision
+    pip install -c "$limits" "$(grep -oE '"torch>=[^"]+' pyproject.toml | tr -d '"')" torchvision
 else
     cp constraints.txt "$limits"
     say "installing torch"

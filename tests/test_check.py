@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -201,7 +202,9 @@ def test_a_terminal_gets_a_bar():
     stream = Terminal()
     with progress(4, "reading", "files", stream=stream) as bar:
         bar.update(4, bad=1)
-    assert "reading: 100%" in stream.getvalue() and "bad 1" in stream.getvalue()
+    shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", stream.getvalue())
+    assert "reading: 100%" in shown and "4/4 files" in shown and "bad 1" in shown
+    assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is back
 
 
 def test_a_count_cannot_be_iterated():

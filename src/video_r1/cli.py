@@ -18,11 +18,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from video_r1.command_help import command_help, overview
+from video_r1.command_help import HELP_STYLES, command_help, overview
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.recipe import Recipe, find_recipe, load_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
+from video_r1.tables import show
 
 # Not the program's fault: a full disk, a folder without permission, a file in a folder's place.
 NOT_WRITTEN = (
@@ -61,21 +62,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def failed(message: object, code: int) -> int:
     """Print the message as one line on stderr and return the exit code."""
-    print(f"video-r1: {' '.join(str(message).split())}", file=sys.stderr)
+    show(f"video-r1: {' '.join(str(message).split())}", {"^video-r1:": "bold red"}, sys.stderr)
     return code
 
 
 def run(words: list[str]) -> int:
     """Find the command, and run it or print its help. Raises RequestError when there is no such command."""
     if not words or words[0] in ("-h", "--help"):
-        print(overview(COMMANDS))
+        show(overview(COMMANDS), HELP_STYLES, sys.stdout)
         return 0
     if words[0] == "--version":
         print(f"video-r1 {metadata.version('video-r1')}")
         return 0
     name, rest = find_command(words)
     if any(word in ("-h", "--help") for word in rest):
-        print(command_help(name))
+        show(command_help(name), HELP_STYLES, sys.stdout)
         return 0
     smoke = name in TRAINS and "--smoke" in rest
     recipe = read_request(name, [word for word in rest if not smoke or word != "--smoke"])
@@ -110,7 +111,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     if below and len(words) > 1 and f"{words[0]} {words[1]}" in COMMANDS:
         return f"{words[0]} {words[1]}", words[2:]
     if below and len(words) > 1 and words[1] in ("-h", "--help"):
-        print(overview(below))
+        show(overview(below), HELP_STYLES, sys.stdout)
         raise SystemExit(0)
     if below:
         said = f"{words[0]} {words[1]}" if len(words) > 1 else words[0]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
 from types import TracebackType
 from typing import Any, Generic, TextIO, TypeVar
-
-from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -27,11 +26,9 @@ class Progress(Generic[T]):
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._closed = False
-        self._bar = (
-            tqdm(total=total, desc=description, unit=unit, file=stream, dynamic_ncols=True)
-            if stream.isatty()
-            else None
-        )
+        self._bar = _terminal_bar(stream) if stream.isatty() else None
+        if self._bar is not None:
+            self._task = self._bar.add_task(f"{description}:", total=total, line=self._line())
 
     def update(self, count: int = 1, **figures: Any) -> None:
         """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
@@ -39,9 +36,7 @@ class Progress(Generic[T]):
         if figures:
             self._note = ", ".join(f"{name} {value}" for name, value in figures.items())
         if self._bar is not None:
-            if figures:
-                self._bar.set_postfix_str(self._note, refresh=False)
-            self._bar.update(count)
+            self._bar.update(self._task, completed=self.done, line=self._line())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -51,13 +46,16 @@ class Progress(Generic[T]):
             return
         self._closed = True
         if self._bar is not None:
-            self._bar.close()
+            self._bar.stop()
         else:
             self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        elapsed = max(self._last_line - self._started, 1e-9)
+        print(f"{self.description}: {self._line()}", file=self._stream, flush=True)
+
+    def _line(self) -> str:
+        elapsed = max(time.monotonic() - self._started, 1e-9)
         rate = self.done / elapsed
         of_total = f"/{self.total}" if self.total is not None else ""
         left = self.total - self.done if self.total is not None else 0
@@ -67,11 +65,7 @@ class Progress(Generic[T]):
             when = f"{_clock(elapsed)} taken"
         speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s each"
         note = f", {self._note}" if self._note else ""
-        print(
-            f"{self.description}: {self.done}{of_total} {self.unit}, {speed}, {when}{note}",
-            file=self._stream,
-            flush=True,
-        )
+        return f"{self.done}{of_total} {self.unit}, {speed}, {when}{note}"
 
     def __iter__(self) -> Iterator[T]:
         if self.items is None:
@@ -116,6 +110,26 @@ def progress(
     if total is None and isinstance(items, Sized):
         total = len(items)
     return Progress(items, total, description, unit, stream or sys.stderr)
+
+
+def _terminal_bar(stream: TextIO) -> Any:
+    """rich's display of a task, with a field `line`; it has been started."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        TaskProgressColumn(),
+        BarColumn(),
+        TextColumn("{task.fields[line]}", markup=False),
+        console=Console(file=stream),
+        refresh_per_second=4,
+        redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
+        redirect_stderr=sys.stderr.isatty(),
+    )
+    bar.start()
+    atexit.register(bar.stop)  # the cursor comes back after an error too
+    return bar
 
 
 def _clock(seconds: float) -> str:

@@ -28,6 +28,7 @@ from video_r1.data.records import Sample
 from video_r1.errors import RequestError
 from video_r1.progress import progress
 from video_r1.rollout.chat import Completion
+from video_r1.tables import table
 
 FAILURES = ("media", "prompt", "endpoint")
 """Kinds of questions without rationales; see `teachers.Failed`."""
@@ -130,21 +131,16 @@ class Counts:
         """The closing table: every filter with its counts. A rejected question counts under the filter that
         stopped the rationale that came furthest; of a question's rationales all that pass are counted."""
         total = max(1, self.questions.total())
-        lines = [("", "questions", "share", "rationales")]
+        rows = []
         failures = [name for name in FAILURES if self.questions[name]]
         for name in ("kept", *FILTERS, *failures):
             label = f"not asked: {name}" if name in ("media", "prompt") else name
             label = "not answered" if name == "endpoint" else label
             count = self.questions[name]
             drawn = "" if name in FAILURES else f"{self.rationales[name]:,}"
-            lines.append((label, f"{count:,}", f"{count / total:.1%}", drawn))
-        lines.append(("all", f"{self.questions.total():,}", "", f"{self.rationales.total():,}"))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        rows = []
-        for label, *cells in lines:
-            numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-            rows.append("  ".join([label.ljust(widths[0]), *numbers]).rstrip())
-        return "\n".join(rows)
+            rows.append((label, f"{count:,}", f"{count / total:.1%}", drawn))
+        rows.append(("all", f"{self.questions.total():,}", "", f"{self.rationales.total():,}"))
+        return table(("", "questions", "share", "rationales"), rows)
 
 
 def write(

@@ -16,6 +16,7 @@ from video_r1.data.records import Problem, Sample, check_manifest
 from video_r1.errors import MediaError
 from video_r1.progress import progress
 from video_r1.settings.frames import FrameBudget
+from video_r1.tables import table
 
 _SOURCES_SHOWN = 40
 
@@ -101,30 +102,24 @@ def format_counts(counts: Counts) -> str:
     """Tables of the counts by problem type and by source, each with a column per modality."""
     modalities = sorted(counts.by_modality) or ["video"]
     return "\n\n".join(
-        _table(title, table, modalities)
-        for title, table in (("problem type", counts.by_type), ("source", counts.by_source))
+        _counted(title, counted, modalities)
+        for title, counted in (("problem type", counts.by_type), ("source", counts.by_source))
     )
 
 
-def _table(title: str, table: Counter[tuple[str, str]], modalities: list[str]) -> str:
+def _counted(title: str, counted: Counter[tuple[str, str]], modalities: list[str]) -> str:
     totals: Counter[str] = Counter()
-    for (name, _), count in table.items():
+    for (name, _), count in counted.items():
         totals[name] += count
-    shown = totals.most_common(_SOURCES_SHOWN)
-    lines = [(title, *modalities, "all")]
-    lines += [(name, *(f"{table[name, m]:,}" for m in modalities), f"{count:,}") for name, count in shown]
-    if len(totals) > len(shown):
-        rest = [name for name, _ in totals.most_common()[_SOURCES_SHOWN:]]
-        by_modality = [sum(table[name, m] for name in rest) for m in modalities]
-        lines.append((f"({len(rest)} more)", *(f"{n:,}" for n in by_modality), f"{sum(by_modality):,}"))
-    by_modality = [sum(count for (_, m), count in table.items() if m == modality) for modality in modalities]
-    lines.append(("all", *(f"{n:,}" for n in by_modality), f"{sum(by_modality):,}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    aligned = []
-    for name, *numbers in lines:
-        cells = [number.rjust(width) for number, width in zip(numbers, widths[1:], strict=True)]
-        aligned.append("  ".join([name.ljust(widths[0]), *cells]))
-    return "\n".join(aligned)
+    names = [name for name, _ in totals.most_common()]
+    rest = names[_SOURCES_SHOWN:]
+    groups = [(name, [name]) for name in names[:_SOURCES_SHOWN]]
+    groups += [(f"({len(rest)} more)", rest)] if rest else []
+    rows = []
+    for label, members in (*groups, ("all", names)):
+        numbers = [sum(counted[name, modality] for name in members) for modality in modalities]
+        rows.append((label, *(f"{number:,}" for number in (*numbers, sum(numbers)))))
+    return table((title, *modalities, "all"), rows)
 
 
 def run_check(

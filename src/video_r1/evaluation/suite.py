@@ -27,6 +27,7 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
+from video_r1.tables import table
 
 # Evaluates samples (samples, *, output_dir) and gives the summary: `evaluate` with all else decided.
 Asked = Callable[..., dict[str, Any]]
@@ -180,16 +181,11 @@ def _first(questions: Questions, limit: int) -> Questions:
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each benchmark and frame count: headline figures in percent."""
-    rows = [("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap")]
+    rows: list[tuple[str, ...]] = []
     for result in results.values():
         for frames, figures in result["frames"].items():
             rows += _overview_rows(result, frames, figures)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    return table(("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap"), rows)
 
 
 def _overview_rows(

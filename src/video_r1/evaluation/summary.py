@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
+from video_r1.tables import table
 
 ORDERS = ("ordered", "shuffled")
 _GROUPINGS = {
@@ -91,14 +92,11 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     """An evaluation's summary as text: a block for each frame count, 95 % intervals in brackets."""
     blocks = []
     for frames, figures in summary["frames"].items():
-        rows = [("", "questions", "ordered", "shuffled", "temporal gap"), _row("all", figures)]
+        rows = [_row("all", figures)]
         for grouping in _GROUPINGS:
             rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = [f"{frames} frames"]
-        for row in rows:
-            cells = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-            lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+        head = ("", "questions", "ordered", "shuffled", "temporal gap")
+        lines = [f"{frames} frames", table(head, rows)]
         lines += [_order_line(order, figures[order]) for order in ORDERS if order in figures]
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
