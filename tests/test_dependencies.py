@@ -1,4 +1,4 @@
-"""The versions that pyproject.toml admits are those that the tests run with, and none that is untested above."""
+"""pyproject.toml admits the versions that the tests run with, and none above that is untested."""
 
 from __future__ import annotations
 
