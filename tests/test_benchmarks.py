@@ -293,7 +293,7 @@ def test_the_references_json(
     [(1, "action_antonym"), (200, "action_antonym"), (201, "action_count"), (4000, "unexpected_action")],
 )
 def test_the_reference_numbers_mvbench_task_after_task(number: int, task: str) -> None:
-    assert BENCHMARKS["mvbench"].reference_task({"problem_id": number}) == task
+    assert BENCHMARKS["mvbench"].task_in_reference({"problem_id": number}) == task
 
 
 def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
 """What a benchmark is, as data, and how its published rows become rows of our manifest.
 
-A spec says where the annotations and the media come from, which published field is which of ours, which
-window of the clip a question is about, how the question is put, and how the headline figure is made. It does
-nothing itself: `manifest_rows` and `reference_rows` are the same for every benchmark.
+A declaration (`<name>.toml`) says where the annotations and the media come from, which published field is
+which of ours, which window of the clip a question is about, how the question is put, and how the headline
+figure is made. `manifest_rows` and `reference_rows` are the same for every benchmark.
 
-What a spec assumes without a published file or program that shows it stands in its `unverified`.
+Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of the published annotation also
+has `file` and `folder`, the names of its file without ending and of the folder that it is in.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,7 +21,7 @@ from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
 Row = dict[str, Any]
-ProblemTypeOf = Callable[[Row], str | None]
+Tables = Mapping[str, Mapping[str, str]]
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")
@@ -42,34 +42,62 @@ def json_or_parquet(path: Path) -> Iterator[Row]:
         yield row
 
 
-def multiple_choice(row: Row) -> str | None:
-    return "multiple choice"
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One benchmark, declared.
-
-    `fields` maps ours to theirs: `problem_id`, `problem`, `options`, `answer`, `task_type`.
-    """
+    """One benchmark, declared. `problem`, `choices` and `answer` are names of published fields."""
 
     name: str  # as `--bench` names it; also its folder below the media root
     title: str
     dataset: str  # the data set on the Hugging Face hub that the folder is a copy of
-    files: tuple[str, ...]  # annotation files in the folder: the first pattern that finds any counts
+    files: Sequence[str]  # annotation files in the folder: the first pattern that finds any counts
     unpack: str  # what has to be done to the downloaded media
     questions: int  # published number
-    options: tuple[int, int]  # fewest and most options of its multiple-choice questions
-    fields: Mapping[str, str]
-    places: Callable[[Row], Sequence[Place]]
-    problem_type: ProblemTypeOf = multiple_choice  # None: the question is no part of the figure
-    read: Callable[[Path], Iterator[Row]] = json_or_parquet
+    options: Sequence[int]  # fewest and most options of its multiple-choice questions
+    problem_id: str = ""  # template; where it gives nothing, questions are numbered
+    problem: str = "question"
+    choices: str = "options"
+    answer: str = "answer"
+    task_type: str  # template
+    only: Mapping[str, str] = field(
+        default_factory=dict
+    )  # questions with other values in these fields are left out
+    regression: Sequence[str] = ()  # task types whose answer is a measured number
+    open_ended: bool = False  # whether there are questions without options
+    places: Sequence[str] = ()  # templates of where a clip may lie
     window: tuple[str, str] | None = None  # fields with the start and the end in seconds
     prompts: Mapping[str, str] = field(default_factory=dict)  # task type, or "" for all: text with {question}
     metric: str = "accuracy"
     headline: Literal["questions", "tasks"] = "questions"  # what the mean is over
-    reference_task: Callable[[Row], str] = lambda row: ""  # the task type of a row of the reference's JSON
-    unverified: tuple[str, ...] = ()
+    reference_task: str = ""  # template: the task type of a row of the reference's JSON
+    unverified: Sequence[str] = ()  # what is assumed without a published file or program that shows it
+    tables: Tables = field(default_factory=dict)  # for the functions below, which are given a row and these
+    read: Callable[[Path], Iterator[Row]] = json_or_parquet
+    find_places: Callable[[Row, Tables], Iterable[Place]] | None = None  # in place of `places`
+    find_task: Callable[[Row, Tables], str] | None = None  # in place of `reference_task`
+
+    def problem_type(self, row: Row, task: str) -> str:
+        if task in self.regression:
+            return "regression"
+        if not self.open_ended or len(row.get(self.choices) or ()) > 0:
+            return "multiple choice"
+        return "free-form" if parse_number(str(row[self.answer])) is None else "numerical"
+
+    def places_of(self, row: Row) -> list[Place]:
+        if self.find_places is not None:
+            return list(self.find_places(row, self.tables))
+        return [Place(template.format_map(row)) for template in self.places]
+
+    def task_in_reference(self, row: Row) -> str:
+        return self.find_task(row, self.tables) if self.find_task else filled(self.reference_task, row)
+
+
+def filled(template: str, row: Row) -> str:
+    """The template with the row's fields; "" where one of them is missing or null."""
+    try:
+        text = template.format_map(row)
+    except (KeyError, TypeError):
+        return ""
+    return "" if text == "None" else text
 
 
 def annotation_files(benchmark: Benchmark, folder: Path) -> list[Path]:
@@ -82,24 +110,27 @@ def annotation_files(benchmark: Benchmark, folder: Path) -> list[Path]:
 
 def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
     """Rows of our manifest from the published annotation in `root`/`name`; paths are relative to `root`."""
-    folder, names, number = root / benchmark.name, benchmark.fields, 0
+    folder, number = root / benchmark.name, 0
     for file in annotation_files(benchmark, folder):
+        if file.stem not in benchmark.tables.get("folders", {file.stem: ""}):
+            continue  # where a file is a task, other files beside them are no questions
         for row in benchmark.read(file):
-            problem_type = benchmark.problem_type(row)
-            if problem_type is None:
+            if any(row[name] != value for name, value in benchmark.only.items()):
                 continue
             number += 1
-            task = str(row.get(names.get("task_type", ""), "") or "")
-            options = lettered(row.get(names.get("options", "options")) or [], problem_type)
-            place = first_existing(folder, benchmark.places(row))
+            row = {**row, "file": file.stem, "folder": file.parent.name}
+            task = filled(benchmark.task_type, row)
+            problem_type = benchmark.problem_type(row, task)
+            options = lettered(row.get(benchmark.choices) or [], problem_type)
+            place = first_existing(folder, benchmark.places_of(row))
             form = benchmark.prompts.get(task) or benchmark.prompts.get("", "{question}")
             yield {
-                "problem_id": f"{benchmark.name}-{row.get(names.get('problem_id', ''), number)}",
-                "problem": form.replace("{question}", str(row[names["problem"]]).strip()),
+                "problem_id": f"{benchmark.name}-{filled(benchmark.problem_id, row) or number}",
+                "problem": form.replace("{question}", str(row[benchmark.problem]).strip()),
                 "data_type": "video",
                 "problem_type": problem_type,
                 "options": options,
-                "solution": f"<answer>{answer_of(row[names['answer']], options)}</answer>",
+                "solution": f"<answer>{answer_of(row[benchmark.answer], options)}</answer>",
                 "path": f"{benchmark.name}/{place.path}",
                 "data_source": row.get("data_source", benchmark.title),
                 "task_type": task,
@@ -128,7 +159,7 @@ def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
             "solution": row["solution"],
             "path": place.path,
             "data_source": benchmark.title,
-            "task_type": benchmark.reference_task(row),
+            "task_type": benchmark.task_in_reference(row),
             **window_of(row, benchmark.window),
         }
 
@@ -154,9 +185,7 @@ def lettered(options: Any, problem_type: str = "multiple choice") -> list[str]:
     texts = [str(option) for option in options]
     letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
     if letters == list(LETTERS[: len(texts)]):
-        return [
-            f"{letter}. {text[len(_prefix(text)) :]}" for letter, text in zip(LETTERS, texts, strict=False)
-        ]
+        texts = [text[len(_prefix(text)) :] for text in texts]
     return [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
 
 
@@ -179,18 +208,3 @@ def answer_of(answer: Any, options: Sequence[str]) -> str:
         return letters[texts.index(text)]
     prefix = _prefix(text)
     return prefix.strip("(.): ") if prefix and text[len(prefix) :].strip() in texts else text
-
-
-def number_or_choice(row: Row, options_field: str = "options") -> str:
-    """Multiple choice where there are options, numerical where the answer is a number, else free-form."""
-    if len(row.get(options_field) or ()) > 0:
-        return "multiple choice"
-    return "free-form" if parse_number(str(row["answer"])) is None else "numerical"
-
-
-def load_json(path: Path) -> Any:
-    """The content of a JSON file. Raises ManifestError where it is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error

@@ -7,21 +7,13 @@ the pieces of information that the caption would have to be made from, of which 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from video_r1.errors import ManifestError
-from video_r1.evaluation.benchmarks.spec import (
-    LETTERS,
-    Benchmark,
-    Place,
-    Row,
-    answer_of,
-    json_or_parquet,
-    lettered,
-    load_json,
-)
+from video_r1.evaluation.benchmarks.spec import LETTERS, Row, answer_of, json_or_parquet, lettered
 
 FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
 _NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)
@@ -29,7 +21,7 @@ _INFORMATION = re.compile(r"Information [A-Z]: (.*)", re.DOTALL)
 _INFORMATION_QUESTION = "Which piece of information is consistent with the video?"
 
 
-def _questions(path: Path) -> Iterator[Row]:
+def read_tempcompass(path: Path) -> Iterator[Row]:
     """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder a form."""
     form = path.stem if path.stem in FORMS else path.parent.name
     if form not in FORMS:
@@ -40,7 +32,11 @@ def _questions(path: Path) -> Iterator[Row]:
 
 
 def _nested(path: Path) -> Iterator[Row]:
-    for clip, aspects in load_json(path).items():
+    try:
+        clips = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    for clip, aspects in clips.items():
         for aspect, questions in aspects.items():
             for question in questions:
                 yield {**question, "video_id": clip, "dim": aspect}
@@ -66,22 +62,3 @@ def as_choice(form: str, row: Row) -> Row:
     if letter not in LETTERS:
         raise ManifestError(f"TempCompass, {form}: the answer {answer!r} is none of {choices}")
     return {"problem": question, "options": choices, "letter": letter}
-
-
-TEMPCOMPASS = Benchmark(
-    name="tempcompass",
-    title="TempCompass",
-    dataset="lmms-lab/TempCompass",
-    files=("questions/*.json", "*/*.parquet", "*/*.jsonl"),
-    unpack="unzip tempcompass_videos.zip into videos/; questions/ is in github.com/llyx97/TempCompass",
-    questions=sum(FORMS.values()),
-    options=(2, 4),
-    fields={"problem": "problem", "options": "options", "answer": "letter", "task_type": "dim"},
-    places=lambda row: [Place(f"videos/{row['video_id']}.mp4")],
-    read=_questions,
-    reference_task=lambda row: str(row.get("original_question_type") or ""),
-    unverified=(
-        "how the reference asks the captioning questions: its table is over multiple choice only",
-        "the task types in the reference's JSON",
-    ),
-)

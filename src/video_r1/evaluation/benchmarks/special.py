@@ -1,0 +1,63 @@
+"""What single benchmarks need beyond their declaration: where clips lie, tasks in the reference's JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from video_r1.evaluation.benchmarks.spec import Place, Row, Tables
+from video_r1.evaluation.benchmarks.tempcompass import read_tempcompass
+
+QUESTIONS_PER_TASK = 200  # of MVBench
+
+
+def discipline(question_id: str, tables: Tables) -> str:
+    """`validation_Art_Theory_12` → `Art`."""
+    return tables["disciplines"].get("_".join(question_id.split("_")[1:-1]), "")
+
+
+def videommmu_places(row: Row, tables: Tables) -> list[Place]:
+    return [Place(f"{discipline(row['id'], tables)}/{row['id']}.mp4"), Place(f"{row['id']}.mp4")]
+
+
+def videommmu_task(row: Row, tables: Tables) -> str:
+    """The reference does not name the track."""
+    return discipline(PurePosixPath(row["path"]).stem, tables)
+
+
+def mmvu_places(row: Row, tables: Tables) -> list[Place]:
+    """The address of the clip ends in `…/resolve/main/videos/<Subject>/<n>.mp4`."""
+    return [Place(row.get("video_path") or "videos/" + str(row["video"]).partition("/videos/")[2])]
+
+
+def mmvu_task(row: Row, tables: Tables) -> str:
+    return PurePosixPath(row["path"]).parent.name.replace("_", " ")
+
+
+def mvbench_places(row: Row, tables: Tables) -> Iterator[Place]:
+    """The archives keep their folder when they are unpacked side by side, or are in `video` or `data0613`."""
+    folder, name = tables["folders"][row["file"]], str(row["video"])
+    stem = str(PurePosixPath(name).with_suffix("")) if "." in name else name
+    names = dict.fromkeys([name, f"{stem}.mp4"] if "." in name else [f"{stem}.mp4"])
+    places = [Place(f"{folder}/{each}") for each in names]
+    if converted := tables["converted"].get(folder):
+        places += [Place(f"{converted}/{each}") for each in names]
+    if cut := tables["cut"].get(folder):
+        window = f"{row.get('start')}_{row.get('end')}"
+        places += [Place(f"{cut}/{stem}_{window}.mp4", True), Place(f"{cut}/{stem}.mp4", True)]
+    for place in places:
+        yield from (place._replace(path=above + place.path) for above in ("", "video/", "data0613/"))
+
+
+def mvbench_task(row: Row, tables: Tables) -> str:
+    """The reference numbers all 4,000 questions from 1, task after task."""
+    return list(tables["folders"])[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TASK]
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
+    "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
+    "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
+    "tempcompass": {"read": read_tempcompass},
+}
