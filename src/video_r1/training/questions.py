@@ -11,7 +11,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -19,8 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from video_r1.data.media import Media
-from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
@@ -125,7 +124,6 @@ class QuestionSource(Generic[Loaded, Content]):
         self.cache = MemoryCache[Loaded](cache_bytes)
         self.unusable: set[int] = set()
         self.lock = threading.Lock()
-        self.orders: dict[int, Tensor] = {}
 
     def submit(self, slot: Slot) -> Future[Ready[Content]]:
         """Start making the slot's question ready; `result()` raises what `ready` raises."""
@@ -160,11 +158,7 @@ class QuestionSource(Generic[Loaded, Content]):
         if attempt:
             generator = derived_generator(self.seed, "replacement", slot.epoch, slot.index, attempt)
             return int(torch.randint(len(self.samples), (1,), generator=generator))
-        with self.lock:
-            if slot.epoch not in self.orders:
-                generator = derived_generator(self.seed, "epoch", slot.epoch)
-                self.orders = {slot.epoch: torch.randperm(len(self.samples), generator=generator)}
-            return int(self.orders[slot.epoch][slot.index])
+        return int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
 
     def set_aside(self, index: int, error: Unusable) -> None:
         """Remember an unusable question and write it to the quarantine file."""
@@ -174,6 +168,12 @@ class QuestionSource(Generic[Loaded, Content]):
             self.unusable.add(index)
             if self.quarantine is not None:
                 append_line(self.quarantine, quarantined(self.samples[index], error))
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, questions: int) -> Tensor:
+    """[questions] int64: the order of an epoch."""
+    return torch.randperm(questions, generator=derived_generator(seed, "epoch", epoch))
 
 
 class MemoryCache(Generic[Loaded]):
@@ -206,13 +206,11 @@ class MemoryCache(Generic[Loaded]):
 def tensor_bytes(value: Any) -> int:
     """Bytes of all tensors in a tensor, Media, Prompt, or a dict or tuple of these."""
     if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, Media):
-        return tensor_bytes((value.frames, value.timestamps))
-    if isinstance(value, Prompt):
-        return tensor_bytes((value.input_ids, value.features, value.media))
+        return value.nbytes
+    if is_dataclass(value):
+        return sum(tensor_bytes(getattr(value, field.name)) for field in fields(value))
     if isinstance(value, dict):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, (tuple, list)):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
+        value = value.values()
+    elif not isinstance(value, (tuple, list)):
+        return 0
+    return sum(map(tensor_bytes, value))
