@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -160,8 +161,43 @@ def test_the_least_recently_used_entries_go(tmp_path: Path) -> None:
     cache.put(keys[1], media)
     assert not stale.exists()
     assert int((tmp_path / ".size").read_text()) == sum(path.stat().st_size for path in entries(cache))
-    FrameCache(tmp_path, 1000).put(keys[2], media)  # larger than the whole cache may be
     assert not list(tmp_path.glob("*/*.partial"))
+
+
+def one_entry(number: int) -> tuple[str, Media]:
+    frames = torch.full((4, 3, 56, 56), number, dtype=torch.uint8)
+    return f"{number:02x}" * 20, Media(frames, torch.arange(4, dtype=torch.float64), 1.0, "video")
+
+
+def test_media_larger_than_the_cache_leave_it_as_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = FrameCache(tmp_path, 60_000)
+    cache.put(*one_entry(1))
+    before = entries(cache)
+    for number in (2, 3):
+        key, media = one_entry(number)
+        cache.put(key, replace(media, frames=media.frames.repeat(2, 1, 1, 1)))
+    assert len(before) == 1 and entries(cache) == before
+    assert not list(tmp_path.glob("*/*.partial"))
+    assert len(caplog.messages) == 1 and "are larger than frame_cache_gb" in caplog.messages[0]
+
+
+def test_a_disk_that_takes_no_more_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cache = FrameCache(tmp_path, LARGE)
+    cache.put(*one_entry(1))
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+    try:
+        cache.put(*one_entry(2))
+        cache.put(*one_entry(3))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    assert len(entries(cache)) == 1
+    assert not list(tmp_path.glob("*/*.partial"))
+    assert len(caplog.messages) == 1 and "cannot be written" in caplog.messages[0]
+    cache.put(*one_entry(2))
+    assert len(entries(cache)) == 2
 
 
 def test_an_entry_that_goes_while_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,6 +132,18 @@ def palette_with_transparency() -> Image.Image:
     return image
 
 
+def grey_32_bit(most: int) -> Image.Image:
+    return Image.fromarray(
+        np.full((SIDE, SIDE), most // 2, np.int32) + np.eye(SIDE, dtype=np.int32) * most // 2
+    )
+
+
+def floats(most: float) -> Image.Image:
+    return Image.fromarray(
+        np.full((SIDE, SIDE), most / 2, np.float32) + np.eye(SIDE, dtype=np.float32) * most / 2
+    )
+
+
 MODES_OF_IMAGES = [
     (grey_16_bit, (0x80, 0x80, 0x80)),
     (half_transparent, (255, 204, 204)),  # a fifth of red on white
@@ -139,6 +151,49 @@ MODES_OF_IMAGES = [
     (lambda: Image.new("L", (SIDE, SIDE), 77), (77, 77, 77)),
     (lambda: Image.new("1", (SIDE, SIDE), 1), (255, 255, 255)),
 ]
+
+
+DEEP_GREYS = {
+    # suffix, image, grey of a pixel that is half as bright as the brightest
+    "16-bit PNG": ("png", lambda: grey_16_bit(), 0x80),
+    "16-bit PGM": ("pgm", lambda: grey_16_bit(), 0x80),
+    "16-bit TIFF": ("tif", lambda: grey_16_bit(), 0x80),
+    "dark 16-bit PGM": ("pgm", lambda: Image.fromarray(np.full((SIDE, SIDE), 0xFF, np.uint16)), 0),
+    "int32 TIFF of 8 bits": ("tif", lambda: grey_32_bit(0xFE), 0x7F),
+    "int32 TIFF of 16 bits": ("tif", lambda: grey_32_bit(0xFFFE), 0x7F),
+    "int32 TIFF": ("tif", lambda: grey_32_bit(2**30), 0x7F),
+    "float TIFF, 0 to 1": ("tif", lambda: floats(1.0), 0x7F),
+    "float TIFF, 0 to 255": ("tif", lambda: floats(254.0), 0x7F),
+    "float TIFF, 0 to 65535": ("tif", lambda: floats(65534.0), 0x7F),
+    "float TIFF, large": ("tif", lambda: floats(1e9), 0x7F),
+}
+
+
+@pytest.mark.parametrize("name", DEEP_GREYS)
+def test_greys_of_many_bits_are_scaled(tmp_path, name):
+    suffix, make, grey = DEEP_GREYS[name]
+    make().save(tmp_path / f"image.{suffix}")
+    media = read_media(sample(tmp_path / f"image.{suffix}", "image"), SMALL)
+    assert media.frames[0, :, 5, 6].tolist() == [grey] * 3
+
+
+# width, height, image_pixels -> width, height
+IMAGE_SIZES = [
+    ((56, 56), 100 * 784, (56, 56)),
+    ((100, 60), 100 * 784, (84, 56)),
+    ((20, 20), 100 * 784, (28, 28)),  # one multiple is the least
+    ((500, 10), 100 * 784, (476, 28)),
+    ((560, 560), 100 * 784, (280, 280)),
+    ((1000, 500), FrameBudget().image_pixels, (616, 308)),
+]
+
+
+@pytest.mark.parametrize(("size", "most", "expected"), IMAGE_SIZES)
+def test_images_are_never_scaled_up(tmp_path, size, most, expected):
+    Image.new("RGB", size).save(tmp_path / "image.png")
+    media = read_media(sample(tmp_path / "image.png", "image"), FrameBudget(image_pixels=most))
+    assert tuple(media.frames.shape[:-3:-1]) == expected
+    assert FrameBudget().image_pixels == 256 * 28 * 28
 
 
 @pytest.mark.parametrize(("make", "colour"), MODES_OF_IMAGES)

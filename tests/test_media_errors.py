@@ -81,6 +81,7 @@ def huge_png(path: Path) -> Path:
 
 
 PLAY_LIST = b"ffconcat version 1.0\nfile b.mp4\n"
+HEIC = (24).to_bytes(4) + b"ftypheic" + bytes(4) + b"mif1heic"
 BAD_VIDEOS = {
     "missing": (lambda d: d / "no.mp4", "there is no such file"),
     "folder": (lambda d: d, "is a folder, not a media file"),
@@ -111,6 +112,10 @@ BAD_IMAGES = {
     "PNG cut short": (lambda d: cut(saved(noise(), d / "a.png"), 0.5), "the image is damaged or cut short"),
     "bomb": (lambda d: huge_png(d / "a.png"), "declares"),
     "video": (lambda d: write_video(d / "a.mp4", 8), "is not an image"),
+    "HEIC": (
+        lambda d: written(d / "a.heic", HEIC),
+        "a HEIC picture, a format that Pillow does not read; convert",
+    ),
 }
 
 

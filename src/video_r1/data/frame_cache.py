@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import threading
 import time
@@ -35,7 +36,8 @@ from video_r1.errors import ConfigError
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 
-VERSION = 1  # raise it when the same file and budget give other pixels
+logger = logging.getLogger(__name__)
+VERSION = 2  # raise it when the same file and budget give other pixels
 _SUFFIX = ".safetensors"
 _KEEP = 0.9  # of the limit, once room has to be made
 _STALE_SECONDS = 3600  # a half-written entry this old has no writer any more
@@ -51,6 +53,7 @@ class FrameCache:
         self.folder = Path(folder)
         self.limit = limit
         self.hits = self.misses = self.damaged = 0
+        self.warned: set[str] = set()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / ".size").touch()
@@ -81,7 +84,7 @@ class FrameCache:
         return media
 
     def put(self, key: str, media: Media) -> None:
-        """Keeps the media of an entry. A full disk is no error: the frames are at hand without it."""
+        """Keeps the media of an entry. What does not fit is no error: the frames are at hand without it."""
         path = self._path(key)
         draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
         facts = {
@@ -93,6 +96,9 @@ class FrameCache:
             path.parent.mkdir(exist_ok=True)
             save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
             size = draft.stat().st_size
+            if size > self.limit:
+                self._warn_once("media of %d bytes are larger than frame_cache_gb, and are not kept", size)
+                return
             with self._size() as file:
                 text = file.read()
                 total = size + (int(text) if text.isdigit() else self.limit)
@@ -103,10 +109,15 @@ class FrameCache:
                     file.seek(0)
                     file.truncate()
                     file.write(str(total))
-        except (OSError, SafetensorError):
-            pass
+        except (OSError, SafetensorError) as error:
+            self._warn_once("an entry cannot be written (%s); such clips are decoded again", error)
         finally:
             draft.unlink(missing_ok=True)
+
+    def _warn_once(self, message: str, *values: object) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(f"frame_cache {self.folder}: {message}", *values)
 
     @contextmanager
     def _size(self) -> Iterator[IO[str]]:

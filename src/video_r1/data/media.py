@@ -33,6 +33,8 @@ MAX_ASPECT_RATIO = 200
 _MAX_IMAGE_BYTES = 1 << 28
 # Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+# Brands of HEIF files that hold HEVC pictures, as phones take them.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _LONGEST_REASON = 300  # characters; decoders quote what they find in a file
 
 
@@ -72,8 +74,9 @@ def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> li
 def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
     """(height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
 
-    Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks; small frames are scaled
-    up by the same rule. Exact integer arithmetic: a frame that has the budget's size keeps it.
+    Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
+    small frames are scaled up by the same rule. Exact integer arithmetic: a frame that has the budget's size
+    keeps it.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -185,32 +188,38 @@ def _window(sample: Sample) -> str:
 
 
 def _read_image(path: str, budget: FrameBudget) -> Media:
+    file: str | BytesIO = path
     try:
+        if is_url(path):
+            file = _download(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(_download(path) if is_url(path) else path, formats=_image_formats()) as image:
+            with Image.open(file, formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise MediaError(
                         path,
                         f"declares {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are decoded",
                     )
-                pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+                pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image), image.format))
     except Image.DecompressionBombError as error:
         raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
-        raise MediaError(path, "is not an image in a format that Pillow reads") from error
+        reason = "is not an image in a format that Pillow reads"
+        if _is_heic(file):
+            reason = "is a HEIC picture, a format that Pillow does not read; convert it to JPEG or PNG"
+        raise MediaError(path, reason) from error
     except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
         raise MediaError(path, f"the image is damaged or unpacks to too much ({error})") from error
     except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
         raise MediaError(path, f"the image is damaged or cut short ({error})") from error
     frame = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    (height, width), least = frame.shape[-2:], budget.size_multiple
+    own_pixels = max(height, least) * max(width, least)  # images are not scaled up
     try:
-        height, width = fitted_size(
-            pixels.shape[0], pixels.shape[1], budget.image_pixels, budget.size_multiple
-        )
+        size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)
     except ValueError as error:
         raise MediaError(path, str(error)) from error
-    return Media(resize(frame, height, width).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
+    return Media(resize(frame, *size).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
 
 
 @cache
@@ -219,15 +228,40 @@ def _image_formats() -> tuple[str, ...]:
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _as_rgb(image: Any) -> Any:
-    """RGB without surprises: transparency on white, and 16-bit grey scaled to 8 bits, not clipped."""
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+def _is_heic(file: str | BytesIO) -> bool:
+    with open(file, "rb") if isinstance(file, str) else BytesIO(file.getvalue()) as opened:
+        head = opened.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in _HEIC
+
+
+def _as_rgb(image: Any, file_format: str | None) -> Any:
+    """RGB without surprises: transparency on white, and greys of more bits scaled to 8, not clipped."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return Image.fromarray(_eight_bits(image, file_format)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(image: Any, file_format: str | None) -> np.ndarray:
+    """[H, W] uint8 of greys with more bits: 16 bits lose their lower eight.
+
+    No file tells the range of 32-bit numbers. It is taken to be that of a share (floats only: 0 to 1), of 8
+    or of 16 bits, the first that holds all of them, or else 0 to the largest.
+    """
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    most = values.max()
+    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PPM", "PNG")):
+        scale = 1 / 256
+    elif image.mode == "F" and most <= 1:
+        scale = 255.0
+    elif most <= 0xFF:
+        scale = 1.0
+    else:
+        scale = 1 / 256 if most <= 0xFFFF else 255 / most
+    return (values * scale).clip(0, 255).astype(np.uint8)
 
 
 def _download(url: str) -> BytesIO:

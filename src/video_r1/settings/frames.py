@@ -10,7 +10,6 @@ from video_r1.errors import ConfigError
 # Two consecutive frames make one temporal patch in every Qwen vision model.
 TEMPORAL_PATCH = 2
 
-
 _LEAST_MEMORY = 64 << 20
 
 
@@ -25,7 +24,7 @@ class FrameBudget:
     min_frames: int = 4  # as long as the clip has that many
     max_frames: int = 16
     frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
-    image_pixels: int = 512 * 28 * 28  # the same for an image
+    image_pixels: int = 256 * 28 * 28  # largest area of an image; smaller images are not scaled up
     size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
     # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
     frame_counts: tuple[int, ...] = ()

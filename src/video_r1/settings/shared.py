@@ -20,7 +20,7 @@ class PromptSettings(Settings):
     min_frames: int = setting(4, "fewest frames of a video (a shorter clip gives what it has)", above=0)
     max_frames: int = setting(16, "most frames of a video", above=0)
     frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
-    image_pixels: int = setting(512 * 28 * 28, "area of an image after resizing, in pixels", above=0)
+    image_pixels: int = setting(256 * 28 * 28, "largest area of an image after resizing, in pixels", above=0)
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped", above=0)
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     media_seconds: float = setting(
