@@ -7,12 +7,14 @@ most families cannot be had from the set of frames without their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
+
+EVERY_MOMENT = tuple(range(MOMENTS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class Question:
     answer: str
     chain: str
     choices: tuple[str, ...] = ()
-    key_moments: tuple[int, ...] = tuple(range(MOMENTS))
+    key_moments: tuple[int, ...] = EVERY_MOMENT
 
 
 Family = Callable[[np.random.Generator], Question]
@@ -39,93 +41,94 @@ def _pick(rng: np.random.Generator, values: Sequence[str], count: int | None = N
     return [str(v) for v in rng.choice(list(values), size=count or len(values), replace=False)]
 
 
-def _wording(rng: np.random.Generator, *texts: str) -> str:
-    return texts[int(rng.integers(len(texts)))]
+def _one(rng: np.random.Generator, values: Sequence[str]) -> str:
+    return _pick(rng, values, 1)[0]
+
+
+def _question(
+    rng: np.random.Generator,
+    timeline: Sequence[Look],
+    aspect: str,
+    wordings: tuple[str, ...],
+    answer: str,
+    conclusion: str = "",
+    choices: Iterable[str] = (),
+    key_moments: tuple[int, ...] = EVERY_MOMENT,
+    problem_type: str = "multiple choice",
+) -> Question:
+    """A question in one of its wordings. The chain lists the aspect of every moment, then concludes."""
+    problem = wordings[int(rng.integers(len(wordings)))] if len(wordings) > 1 else wordings[0]
+    chain = f"{listing(timeline, aspect)}." + (f" {conclusion}." if conclusion else "")
+    return Question(tuple(timeline), problem, problem_type, answer, chain, tuple(choices), key_moments)
 
 
 def _still(rng: np.random.Generator) -> Look:
     """A look to vary one attribute of: any colour, shape and corner, not small."""
-    look = Look(
-        _pick(rng, list(COLOURS), 1)[0], _pick(rng, SHAPES, 1)[0], _pick(rng, ["medium", "large"], 1)[0]
-    )
-    return look.at(_pick(rng, PLACES, 1)[0])
+    look = Look(_one(rng, list(COLOURS)), _one(rng, SHAPES), _one(rng, ["medium", "large"]))
+    return look.at(_one(rng, PLACES))
 
 
-def _coloured(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
+def _coloured(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
     """A timeline of four different colours."""
     look = _still(rng)
     colours = _pick(rng, list(COLOURS), MOMENTS)
-    return tuple(replace(look, colour=colour) for colour in colours), colours
+    return [replace(look, colour=colour) for colour in colours], colours
 
 
 def direction(rng: np.random.Generator) -> Question:
-    look, word = _still(rng), _pick(rng, ["left", "right", "up", "down"], 1)[0]
+    words = ("left", "right", "up", "down")
+    look, word = _still(rng), _one(rng, words)
     path = (0.15, 0.35, 0.65, 0.85)
     along = path if word in ("right", "down") else path[::-1]
     across = float(rng.choice([0.27, 0.73]))
     vertical = word in ("up", "down")
-    timeline = tuple(
-        replace(look, x=across, y=v) if vertical else replace(look, x=v, y=across) for v in along
-    )
-    problem = _wording(
-        rng, f"Which way does the {look.shape} move?", "In which direction does the object move?"
-    )
-    chain = f"{listing(timeline, 'places')}. it moves {word}."
-    return Question(timeline, problem, "multiple choice", word, chain, ("left", "right", "up", "down"))
+    timeline = [replace(look, x=across, y=v) if vertical else replace(look, x=v, y=across) for v in along]
+    wordings = f"Which way does the {look.shape} move?", "In which direction does the object move?"
+    return _question(rng, timeline, "places", wordings, word, f"it moves {word}", words)
 
 
 def first_colour(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
-    problem = _wording(rng, "Which colour came first?", "What colour was shown first?")
-    chain = f"{listing(timeline, 'colours')}. the first is {colours[0]}."
-    return Question(timeline, problem, "multiple choice", colours[0], chain, tuple(COLOURS), (0,))
+    first, wordings = colours[0], ("Which colour came first?", "What colour was shown first?")
+    return _question(rng, timeline, "colours", wordings, first, f"the first is {first}", COLOURS, (0,))
 
 
 def last_colour(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
-    problem = _wording(rng, "Which colour came last?", "What colour was shown at the end?")
-    chain = f"{listing(timeline, 'colours')}. the last is {colours[-1]}."
-    return Question(timeline, problem, "multiple choice", colours[-1], chain, tuple(COLOURS), (MOMENTS - 1,))
+    last, wordings = colours[-1], ("Which colour came last?", "What colour was shown at the end?")
+    return _question(rng, timeline, "colours", wordings, last, f"the last is {last}", COLOURS, (MOMENTS - 1,))
 
 
 def after(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(0, MOMENTS - 1))
-    problem = _wording(
-        rng, f"Which colour came right after {colours[at]}?", f"What colour followed {colours[at]}?"
-    )
-    chain = f"{listing(timeline, 'colours')}. after {colours[at]} comes {colours[at + 1]}."
-    return Question(
-        timeline, problem, "multiple choice", colours[at + 1], chain, tuple(COLOURS), (at, at + 1)
-    )
+    named, answer = colours[at], colours[at + 1]
+    wordings = f"Which colour came right after {named}?", f"What colour followed {named}?"
+    conclusion = f"after {named} comes {answer}"
+    return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at, at + 1))
 
 
 def before(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(1, MOMENTS))
-    problem = _wording(
-        rng, f"Which colour came right before {colours[at]}?", f"What colour preceded {colours[at]}?"
-    )
-    chain = f"{listing(timeline, 'colours')}. before {colours[at]} comes {colours[at - 1]}."
-    return Question(
-        timeline, problem, "multiple choice", colours[at - 1], chain, tuple(COLOURS), (at - 1, at)
-    )
+    named, answer = colours[at], colours[at - 1]
+    wordings = f"Which colour came right before {named}?", f"What colour preceded {named}?"
+    conclusion = f"before {named} comes {answer}"
+    return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at - 1, at))
 
 
 def first_shape(rng: np.random.Generator) -> Question:
     look, shapes = _still(rng), _pick(rng, SHAPES)
-    timeline = tuple(replace(look, shape=shape) for shape in shapes)
-    problem = _wording(rng, "Which shape came first?", "What shape was shown first?")
-    chain = f"{listing(timeline, 'shapes')}. the first is {shapes[0]}."
-    return Question(timeline, problem, "multiple choice", shapes[0], chain, SHAPES, (0,))
+    timeline = [replace(look, shape=shape) for shape in shapes]
+    first, wordings = shapes[0], ("Which shape came first?", "What shape was shown first?")
+    return _question(rng, timeline, "shapes", wordings, first, f"the first is {first}", SHAPES, (0,))
 
 
 def end_place(rng: np.random.Generator) -> Question:
     look, places = _still(rng), _pick(rng, PLACES)
-    timeline = tuple(look.at(place) for place in places)
-    problem = _wording(rng, f"Where is the {look.shape} at the end?", "Where does the object stop?")
-    chain = f"{listing(timeline, 'places')}. the last is {places[-1]}."
-    return Question(timeline, problem, "multiple choice", places[-1], chain, PLACES, (MOMENTS - 1,))
+    timeline, last = [look.at(place) for place in places], places[-1]
+    wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
+    return _question(rng, timeline, "places", wordings, last, f"the last is {last}", PLACES, (MOMENTS - 1,))
 
 
 def growth(rng: np.random.Generator) -> Question:
@@ -136,63 +139,55 @@ def growth(rng: np.random.Generator) -> Question:
         "growing then shrinking": ("small", "large", "large", "small"),
         "shrinking then growing": ("large", "small", "small", "large"),
     }
-    word = _pick(rng, list(ways), 1)[0]
-    timeline = tuple(replace(look, size=size) for size in ways[word])
-    problem = _wording(
-        rng, f"How does the size of the {look.shape} change?", "Is the object growing or shrinking?"
-    )
-    chain = f"{listing(timeline, 'sizes')}. it is {word}."
-    return Question(timeline, problem, "multiple choice", word, chain, tuple(ways))
+    word = _one(rng, list(ways))
+    timeline = [replace(look, size=size) for size in ways[word]]
+    wordings = f"How does the size of the {look.shape} change?", "Is the object growing or shrinking?"
+    return _question(rng, timeline, "sizes", wordings, word, f"it is {word}", ways)
 
 
 def rotation(rng: np.random.Generator) -> Question:
-    look, word = _still(rng), _pick(rng, ["clockwise", "counterclockwise"], 1)[0]
+    words = ("clockwise", "counterclockwise")
+    look, word = _still(rng), _one(rng, words)
     ring = ["top left", "top right", "bottom right", "bottom left"]
     start = int(rng.integers(4))
     ring = ring[start:] + ring[:start]
     if word == "counterclockwise":
         ring = ring[::-1]
-    timeline = tuple(look.at(place) for place in ring)
-    problem = _wording(
-        rng, f"Does the {look.shape} go round clockwise or counterclockwise?", "Which way round does it go?"
-    )
-    chain = f"{listing(timeline, 'places')}. it goes {word}."
-    return Question(timeline, problem, "multiple choice", word, chain, ("clockwise", "counterclockwise"))
+    timeline = [look.at(place) for place in ring]
+    wordings = f"Does the {look.shape} go round clockwise or counterclockwise?", "Which way round does it go?"
+    return _question(rng, timeline, "places", wordings, word, f"it goes {word}", words)
 
 
 def count_before(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(MOMENTS))
-    problem = _wording(
-        rng,
-        f"How many colours came before {colours[at]}?",
-        f"How many colours were shown before {colours[at]}?",
+    named, moments = colours[at], tuple(range(at + 1))
+    wordings = f"How many colours came before {named}?", f"How many colours were shown before {named}?"
+    conclusion = f"{at} before {named}"
+    return _question(
+        rng, timeline, "colours", wordings, str(at), conclusion, (), moments, problem_type="numerical"
     )
-    chain = f"{listing(timeline, 'colours')}. {at} before {colours[at]}."
-    return Question(timeline, problem, "numerical", str(at), chain, key_moments=tuple(range(at + 1)))
 
 
 def blinks(rng: np.random.Generator) -> Question:
     look = _still(rng)
-    patterns = ("0110", "1100", "0011", "0101", "1010", "1001", "1101", "1011")
-    pattern = _pick(rng, patterns, 1)[0]
-    timeline = tuple(look if bit == "1" else replace(look, shape="") for bit in pattern)
+    pattern = _one(rng, ("0110", "1100", "0011", "0101", "1010", "1001", "1101", "1011"))
+    timeline = [look if bit == "1" else replace(look, shape="") for bit in pattern]
     count = sum(bit == "1" and (i == 0 or pattern[i - 1] == "0") for i, bit in enumerate(pattern))
-    problem = _wording(
-        rng, f"How many times does the {look.shape} appear?", "How many times does the object light up?"
-    )
-    chain = f"{listing(timeline, 'shapes')}. it appears {count} times."
-    return Question(timeline, problem, "numerical", str(count), chain)
+    wordings = f"How many times does the {look.shape} appear?", "How many times does the object light up?"
+    conclusion = f"it appears {count} times"
+    return _question(rng, timeline, "shapes", wordings, str(count), conclusion, problem_type="numerical")
 
 
 def digits(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), size="large")
     shown = [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
-    timeline = tuple(replace(look, shape=digit) for digit in shown)
-    problem = _wording(
-        rng, "Which digits are shown, in order?", "Write down the digits in the order in which they appear."
+    timeline = [replace(look, shape=digit) for digit in shown]
+    wordings = (
+        "Which digits are shown, in order?",
+        "Write down the digits in the order in which they appear.",
     )
-    return Question(timeline, problem, "OCR", " ".join(shown), f"{listing(timeline, 'digits')}.")
+    return _question(rng, timeline, "digits", wordings, " ".join(shown), problem_type="OCR")
 
 
 def speed(rng: np.random.Generator) -> Question:
@@ -201,53 +196,45 @@ def speed(rng: np.random.Generator) -> Question:
     columns = [start + step * k for k in range(MOMENTS)]
     if rng.random() < 0.5:
         columns = columns[::-1]
-    timeline = tuple(replace(look, x=0.05 + 0.1 * column) for column in columns)
-    problem = _wording(
-        rng,
+    timeline = [replace(look, x=0.05 + 0.1 * column) for column in columns]
+    wordings = (
         f"How fast does the {look.shape} move, in columns per second?",
         "What is the speed in columns per second?",
     )
-    chain = f"{listing(timeline, 'columns')}. the speed is {step}."
-    return Question(timeline, problem, "regression", str(step), chain)
+    conclusion = f"the speed is {step}"
+    return _question(rng, timeline, "columns", wordings, str(step), conclusion, problem_type="regression")
 
 
 def story(rng: np.random.Generator) -> Question:
     timeline, colours = _coloured(rng)
-    problem = _wording(rng, "What happened in the clip?", f"Tell what happened to the {timeline[0].shape}.")
-    answer = (
-        f"the {timeline[0].shape} was {colours[0]}, then {colours[1]}, then {colours[2]}, then {colours[3]}"
-    )
-    return Question(timeline, problem, "free-form", answer, f"{listing(timeline, 'colours')}.")
+    shape = timeline[0].shape
+    answer = f"the {shape} was {', then '.join(colours)}"
+    wordings = "What happened in the clip?", f"Tell what happened to the {shape}."
+    return _question(rng, timeline, "colours", wordings, answer, problem_type="free-form")
 
 
 def image_colour(rng: np.random.Generator) -> Question:
     look = _still(rng)
-    chain = f"{listing([look], 'colours')}. it is {look.colour}."
-    problem = f"What colour is the {look.shape}?"
-    return Question((look,), problem, "multiple choice", look.colour, chain, tuple(COLOURS), (0,))
+    wordings = (f"What colour is the {look.shape}?",)
+    return _question(rng, [look], "colours", wordings, look.colour, f"it is {look.colour}", COLOURS, (0,))
 
 
 def image_place(rng: np.random.Generator) -> Question:
     look = _still(rng)
-    chain = f"{listing([look], 'places')}. it is {look.place}."
-    return Question(
-        (look,), f"Where is the {look.shape}?", "multiple choice", look.place, chain, PLACES, (0,)
-    )
+    wordings = (f"Where is the {look.shape}?",)
+    return _question(rng, [look], "places", wordings, look.place, f"it is {look.place}", PLACES, (0,))
 
 
 def image_digit(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), shape=str(rng.integers(0, 10)), size="large")
-    return Question(
-        (look,), "Which digit is shown?", "OCR", look.shape, f"{listing([look], 'digits')}.", key_moments=(0,)
-    )
+    wordings = ("Which digit is shown?",)
+    return _question(rng, [look], "digits", wordings, look.shape, key_moments=(0,), problem_type="OCR")
 
 
 def image_size(rng: np.random.Generator) -> Question:
-    look = replace(_still(rng), size=_pick(rng, list(SIZES), 1)[0])
-    chain = f"{listing([look], 'sizes')}. it is {look.size}."
-    return Question(
-        (look,), f"How big is the {look.shape}?", "multiple choice", look.size, chain, tuple(SIZES), (0,)
-    )
+    look = replace(_still(rng), size=_one(rng, list(SIZES)))
+    wordings = (f"How big is the {look.shape}?",)
+    return _question(rng, [look], "sizes", wordings, look.size, f"it is {look.size}", SIZES, (0,))
 
 
 VIDEO_FAMILIES: dict[str, Family] = {
