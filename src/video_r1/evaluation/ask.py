@@ -41,8 +41,8 @@ def run_ask(settings: AskSettings) -> str:
         settings.question,
         settings.options,
         settings.problem_type,
-        start=settings.start,
-        end=settings.end,
+        settings.start,
+        settings.end,
     )
     # After the file has been looked for: importing torch takes seconds.
     from video_r1.data.frame_cache import open_frame_cache

@@ -10,32 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
+from string import Template
 from typing import Any, NamedTuple
 
 _LEFT, _PLOT, _RIGHT, _TOP = 270, 520, 250, 64  # pixels
 _LINE = 17  # height of one mark's line
 _GAP_BEFORE_BENCHMARK = 14
-_COLOURS = (
-    "#0072b2",
-    "#d55e00",
-    "#009e73",
-    "#cc79a7",
-    "#e69f00",
-    "#56b4e9",
-)  # told apart without red or green
-
-_STYLE = """
-:root { color-scheme: light dark; --text: #1b1f24; --faint: #6b7280; --grid: #e3e6ea; --page: #ffffff; }
-@media (prefers-color-scheme: dark) {
-  :root { --text: #e6e8eb; --faint: #9aa2ad; --grid: #333a43; --page: #15181c; }
-}
-body { margin: 24px; background: var(--page); color: var(--text); font: 14px/1.45 system-ui, sans-serif; }
-h1 { font-size: 18px; margin: 0 0 4px; } p { margin: 0 0 6px; max-width: 78em; color: var(--faint); }
-svg { display: block; max-width: 100%; height: auto; margin-top: 12px; }
-svg text { font: 13px system-ui, sans-serif; fill: var(--text); }
-svg .faint { fill: var(--faint); font-size: 12px; } svg .title { font-weight: 650; }
-svg .grid { stroke: var(--grid); } svg .zero { stroke: var(--faint); stroke-width: 1.5; }
-"""
+# told apart without red or green
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 class Mark(NamedTuple):
@@ -99,12 +82,11 @@ def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
         for result in results.values()
         if result.get("coverage") and not result.get("complete", True)
     ]
-    paragraphs = "".join(f"<p>{escape(note)}</p>" for note in [_CAPTION, *notes])
-    heading = f"Which questions need the order of the frames: {model}"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{escape(heading)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{escape(heading)}</h1>{paragraphs}\n{gap_svg(rows)}\n</body></html>\n"
+    page = Template(Path(__file__).with_name("temporal_gap.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        heading=escape(f"Which questions need the order of the frames: {model}"),
+        paragraphs="".join(f"<p>{escape(note)}</p>" for note in [_CAPTION, *notes]),
+        figure=gap_svg(rows),
     )
 
 

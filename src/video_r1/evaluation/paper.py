@@ -7,42 +7,20 @@ rarely explain it. What else may explain it is listed by `setup_differences`.
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.evaluation.benchmarks.loading import Questions
 from video_r1.settings.decoding import EvalSettings
 
-COLUMNS = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme")
-PUBLISHED: dict[str, dict[int, tuple[float, ...]]] = {
-    "Qwen2.5-VL-7B, CoT prompt": {
-        16: (27.7, 47.8, 59.2, 57.4, 72.2, 53.1),
-        32: (30.1, 48.1, 60.0, 59.0, 72.6, 56.6),
-        64: (31.4, 50.4, 60.0, 59.2, 72.9, 59.6),
-    },
-    "after SFT": {
-        16: (31.8, 47.4, 61.3, 59.4, 69.2, 52.8),
-        32: (33.3, 49.4, 63.5, 60.5, 69.9, 55.4),
-        64: (34.8, 49.4, 61.6, 60.6, 70.0, 58.8),
-    },
-    "Video-R1-7B": {
-        16: (34.6, 49.8, 64.2, 62.7, 72.6, 57.4),
-        32: (35.8, 52.3, 63.8, 63.9, 73.2, 59.3),
-        64: (37.1, 52.4, 63.8, 64.8, 73.2, 61.4),
-    },
-    "RL without image data": {16: (32.3, 45.8, 60.6, 60.9, 69.8, 53.8)},
-    "GRPO, no temporal reward": {16: (32.7, 48.3, 62.1, 61.1, 71.3, 54.5)},
-    "RL without SFT": {16: (31.8, 49.5, 63.8, 60.4, 70.9, 53.8)},
+_PAPER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+COLUMNS: list[str] = _PAPER["columns"]
+PUBLISHED: dict[str, dict[int, list[float]]] = {
+    model: {int(frames): row for frames, row in rows.items()} for model, rows in _PAPER["published"].items()
 }
-# How the paper's figures were made, where its text or its code says so.
-SETUP = {
-    "fps": 2.0,
-    "min_frames": 4,
-    "frame_pixels": 256 * 28 * 28,
-    "temperature": 0.01,
-    "top_p": 0.001,
-    "max_new_tokens": 1024,
-}
+SETUP: dict[str, float] = _PAPER["setup"]
 _OF_BENCHMARK = {
     "vsibench": "the paper does not say whether its figure is the mean over questions or over task types: "
     "both are compared",

@@ -8,29 +8,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import Sample, load_manifest
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.gap_figure import gap_page
 from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import summary_table
 from video_r1.files import replace_json, replace_text
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.choice import open_engine, open_prompts
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.decoding import EvalSettings
-from video_r1.settings.frames import FrameBudget
 from video_r1.tables import table
-
-# Evaluates samples (samples, *, output_dir) and gives the summary: `evaluate` with all else decided.
-Asked = Callable[..., dict[str, Any]]
 
 
 def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
@@ -56,100 +51,81 @@ def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -
     return loaded
 
 
-def asked_by(
-    settings: EvalSettings,
-    bench: BenchmarkSettings,
-    engine: RolloutEngine,
-    builder: PromptBuilder,
-    budget: FrameBudget,
-) -> Asked:
-    """`evaluate` as the settings have it; it is left the samples and the output_dir."""
-    return partial(
-        evaluate,
-        engine=engine,
-        prompt_builder=builder,
-        budget=budget,
-        orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
-        frames=settings.frame_counts,
-        sampling=SamplingSettings(
-            temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
-        ),
-        batch_size=settings.batch_size,
-        seed=settings.seed,
-        description={"model": settings.model},
-        frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
-    )
-
-
-def run_suite(
-    suite: Sequence[Questions],
+def run_questions(
+    asked: Sequence[Any],
     settings: EvalSettings,
     bench: BenchmarkSettings,
     folder: Path,
-    asked: Asked,
-    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Evaluates all benchmarks, prints their tables and returns what goes into `folder`/summary.json.
-
-    asked: see `asked_by`. Started again with the same settings it continues, as `evaluate` does.
+    """Evaluates a manifest's samples or all benchmarks, prints the tables and returns the summary that is in
+    `folder`/summary.json. asked: `Sample`s, or `Questions` where there are benchmarks. Started again with the
+    same settings it continues, as `evaluate` does.
     """
-    results: dict[str, dict[str, Any]] = {}
-    for number, questions in enumerate(suite):
-        if settings.limit is not None:
-            questions = _first(questions, settings.limit)
-        summary = asked(questions.samples, output_dir=folder / questions.name)
-        results[questions.name] = described(questions, summary)
-        say(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
-        say(summary_table(summary))
-    outcome: dict[str, Any] = {"model": settings.model, "benchmarks": results}
-    say(f"\n{overview(results)}")
-    if bench.compare == "paper":
-        comparisons = compare_with_paper(results)
-        differences = setup_differences(settings, suite)
-        outcome["comparison"] = [
-            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
-        ]
-        outcome["setup_differences"] = differences
-        say(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
-        say("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
-    replace_json(folder / "summary.json", outcome)
-    if bench.temporal_gap:
-        _write_gap_page(folder, results, settings, say)
-    return outcome
-
-
-def load_manifest_of(settings: EvalSettings) -> list[Sample]:
-    """The questions of the settings' one manifest. Raises ManifestError."""
-    assert settings.manifest is not None  # the caller's choice
-    return load_manifest(settings.manifest, settings.media_root, settings.allow_urls)[: settings.limit]
-
-
-def evaluate_manifest(
-    samples: Sequence[Sample],
-    settings: EvalSettings,
-    bench: BenchmarkSettings,
-    folder: Path,
-    asked: Asked,
-    say: Callable[[str], object] = print,
-) -> dict[str, Any]:
-    """Evaluates one manifest, prints its table and returns the summary that `evaluate` writes."""
-    summary = asked(samples, output_dir=folder)
-    say(summary_table(summary))
-    if bench.temporal_gap:
-        title = Path(str(settings.manifest)).stem
-        _write_gap_page(folder, {title: {"title": title, "frames": summary["frames"]}}, settings, say)
+    processor, builder, budget = open_prompts(settings)
+    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
+        ask = partial(
+            evaluate,
+            engine=engine,
+            prompt_builder=builder,
+            budget=budget,
+            orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
+            frames=settings.frame_counts,
+            sampling=SamplingSettings(
+                temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
+            ),
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            description={"model": settings.model},
+            frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
+        )
+        if bench.bench:
+            results = _results(asked, settings, folder, ask)
+            summary = _summary_of(results, asked, settings, bench)
+            replace_json(folder / "summary.json", summary)
+        else:
+            title = Path(str(settings.manifest)).stem
+            summary = ask(asked, output_dir=folder)
+            results = {title: {"title": title, "frames": summary["frames"]}}
+            print(summary_table(summary))
+        if bench.temporal_gap:
+            page = folder / "temporal-gap.html"
+            replace_text(page, gap_page(results, str(settings.model)))
+            print(f"\ntemporal gap by task type: {page}")
     return summary
 
 
-def _write_gap_page(
-    folder: Path,
-    results: Mapping[str, Mapping[str, Any]],
-    settings: EvalSettings,
-    say: Callable[[str], object],
-) -> None:
-    page = folder / "temporal-gap.html"
-    replace_text(page, gap_page(results, str(settings.model)))
-    say(f"\ntemporal gap by task type: {page}")
+def _results(
+    suite: Sequence[Questions], settings: EvalSettings, folder: Path, ask: Callable[..., dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each benchmark's figures by its name, printed as they come."""
+    results: dict[str, dict[str, Any]] = {}
+    for number, questions in enumerate(suite):
+        samples = questions.samples[: settings.limit]
+        coverage = questions.coverage._replace(questions=len(samples))
+        questions = questions._replace(samples=samples, coverage=coverage)
+        summary = ask(samples, output_dir=folder / questions.name)
+        results[questions.name] = described(questions, summary)
+        print(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
+        print(summary_table(summary))
+    return results
+
+
+def _summary_of(
+    results: Mapping[str, Any], suite: Sequence[Questions], settings: EvalSettings, bench: BenchmarkSettings
+) -> dict[str, Any]:
+    """The figures of all benchmarks, printed side by side, and beside the paper's where that is asked for."""
+    summary: dict[str, Any] = {"model": settings.model, "benchmarks": results}
+    print(f"\n{overview(results)}")
+    if bench.compare == "paper":
+        comparisons = compare_with_paper(results)
+        differences = setup_differences(settings, suite)
+        summary["comparison"] = [
+            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
+        ]
+        summary["setup_differences"] = differences
+        print(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
+        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
+    return summary
 
 
 def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,11 +148,6 @@ def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any
             "unverified": list(benchmark.unverified),
         }
     return facts
-
-
-def _first(questions: Questions, limit: int) -> Questions:
-    samples = questions.samples[:limit]
-    return replace(questions, samples=samples, coverage=questions.coverage._replace(questions=len(samples)))
 
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
