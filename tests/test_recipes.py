@@ -16,7 +16,7 @@ from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
 from video_r1.plan.memory import memory_plan
 from video_r1.plan.sharding import Sharding
-from video_r1.recipe import load_recipe, packaged_recipes, read_one_recipe, read_recipe
+from video_r1.recipe import find_recipe, load_recipe, packaged_recipes, read_one_recipe, read_recipe
 
 GB = 10**9
 ONE, SMALL, FOUR, EIGHT = (1, 80), (1, 24), (4, 96), (8, 80)
@@ -75,7 +75,9 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
 
 @pytest.mark.parametrize(("name", "form"), RECIPES)
 def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
-    own, _ = read_one_recipe(name)
+    path = find_recipe(name)
+    assert path is not None
+    own, _ = read_one_recipe(path)
     if "base" in own:
         below, _ = read_recipe(own["base"])
         assert not [setting for setting in own if setting in below and own[setting] == below[setting]]

@@ -14,7 +14,11 @@ from video_r1.settings.types import describe_type
 
 WIDTH = 110
 COLUMN = 44
-HELP_STYLES = {r"(?m)^  (--)?[a-z]\w*": "cyan", r"(?m)^\S.*:$": "bold", r"\[[^\]]+\]$": "dim"}
+HELP_STYLES = {
+    r"(?m)^  (--\w+|[a-z]+( [a-z]+)?(?=  ))": "cyan",
+    r"(?m)^\S.*:$": "bold",
+    r"\[[^\]]+\]$": "dim",
+}
 
 
 def overview(names: Iterable[str]) -> str:

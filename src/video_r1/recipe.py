@@ -159,9 +159,13 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a recipe and what it is based on. Returns its settings and where each one stands (`recipe a.yaml,
     line 3`).
     """
-    values, origins = read_one_recipe(source)
     path = find_recipe(source)
-    assert path is not None  # it was read
+    if path is None:
+        close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        names = ", ".join(packaged_recipes())
+        raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
+    values, origins = read_one_recipe(path)
     seen = [path.resolve()]
     while (base := values.pop("base", None)) is not None:
         origin = origins.pop("base")
@@ -179,14 +183,8 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
     return values, origins
 
 
-def read_one_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `read_recipe`, without what it is based on."""
-    path = find_recipe(source)
-    if path is None:
-        close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        names = ", ".join(packaged_recipes())
-        raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
+def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `read_recipe`, of a file without what it is based on."""
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,17 +77,13 @@ def write_lab(
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     design = _Design(folder, seed, shortcut, image_share, hasty, chosen, shuffle_options)
-    jobs = [("train", index, False) for index in range(train)] + [
-        ("test", index, False) for index in range(test)
-    ]
-    if shortcut:
-        jobs += [("test", index, True) for index in range(test)]
-    chunks = [jobs[at : at + CHUNK] for at in range(0, len(jobs), CHUNK)]
+    counts = [("train", train, False), ("test", test, False)] + [("test", test, True)] * bool(shortcut)
+    jobs = [(split, index, cued) for split, count, cued in counts for index in range(count)]
     rows: list[dict[str, Any]] = []
     with ProcessPoolExecutor(workers or os.cpu_count()) as pool, progress(len(jobs), "lab", "samples") as bar:
-        for written in pool.map(_write_chunk, [design] * len(chunks), chunks):
-            rows += written
-            bar.update(len(written))
+        for row in pool.map(partial(_write_sample, design), jobs, chunksize=CHUNK):
+            rows.append(row)
+            bar.update()
     taught = [row.pop("taught") for row in rows]
     lessons = [row | lesson for row, lesson in zip(rows, taught, strict=True)]
     replace_json(folder / "sft.json", lessons[:train])
@@ -97,12 +94,12 @@ def write_lab(
     print(f"{folder}: {train} training and {test} test questions")
 
 
-def _write_chunk(design: _Design, jobs: list[tuple[str, int, bool]]) -> list[dict[str, Any]]:
-    return [_write_sample(design, *job) for job in jobs]
+def _write_sample(design: _Design, job: tuple[str, int, bool]) -> dict[str, Any]:
+    """The row of one question, its media written; `taught` holds the fields that differ in sft.json.
 
-
-def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[str, Any]:
-    """The row of one question, its media written; `taught` holds the fields that differ in sft.json."""
+    job: the split, the question's number in it, and whether the static cue is drawn in at any rate.
+    """
+    split, index, cued = job
     rng = np.random.default_rng((design.seed, SPLITS[split], index))
     images = [name for name in design.families if name in IMAGE_FAMILIES]
     videos = [name for name in design.families if name in VIDEO_FAMILIES]
@@ -114,11 +111,9 @@ def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[s
         choices = [choices[at] for at in rng.permutation(len(choices))]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
     has_cue = cued or (split == "train" and rng.random() < design.shortcut)
-    cue = None
-    if has_cue:
-        cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
+    cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
-    frames = render(question.timeline, times, rng, cue)
+    frames = render(question.timeline, times, rng, cue if has_cue else None)
     name = f"{split}{'-cued' if cued else ''}-{index:06d}"
     path = f"./images/{name}.png" if is_image else f"./videos/{name}.mp4"
     if is_image:
@@ -145,10 +140,7 @@ def _write_sample(design: _Design, split: str, index: int, cued: bool) -> dict[s
         if not is_image
         else [[0, 0]],
         "shortcut": has_cue,
-        "taught": {
-            "process": f"<think>{chain}</think>",
-            "solution": f"<answer>{taught}</answer>",
-        },
+        "taught": {"process": f"<think>{chain}</think>", "solution": f"<answer>{taught}</answer>"},
     }
 
 

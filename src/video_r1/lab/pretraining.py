@@ -183,16 +183,13 @@ class Conversations(IterableDataset):
         image, video = (vocabulary[f"<|{name}_pad|>"] for name in ("image", "video"))
         ids = batch["input_ids"]
         batch["mm_token_type_ids"] = ids.eq(image).int() + 2 * ids.eq(video).int()
-        for prefix, picked in (
-            ("", [r for r in rows if r.is_image]),
-            ("_videos", [r for r in rows if not r.is_image]),
-        ):
+        images, videos = ([row for row in rows if row.is_image is wanted] for wanted in (True, False))
+        for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
             if picked:
-                batch[f"pixel_values{prefix}"] = torch.cat([row.pixels for row in picked])
-                name = "video_grid_thw" if prefix else "image_grid_thw"
-                batch[name] = torch.tensor([row.grid for row in picked])
-                if prefix:
-                    batch["second_per_grid_ts"] = torch.ones(len(picked))
+                batch[f"pixel_values{suffix}"] = torch.cat([row.pixels for row in picked])
+                batch[f"{kind}_grid_thw"] = torch.tensor([row.grid for row in picked])
+        if videos:
+            batch["second_per_grid_ts"] = torch.ones(len(videos))
         return batch
 
 
