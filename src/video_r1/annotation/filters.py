@@ -34,46 +34,40 @@ _THINK = re.compile(r"<think>(.*?)</think>", re.DOTALL)
 _WORD = re.compile(r"[一-鿿぀-ヿ가-힣]|[^\W_一-鿿぀-ヿ가-힣]+(?:['’.,]\w+)*")
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+|(?<=[。！？])")
 _REFUSAL_OPENING = re.compile(
-    r"(?:<think>|<answer>)?\W*(?:"
+    r"(?i)(?:<think>|<answer>)?\W*(?:"
     r"(?:i['’]?m (?:really |very |so )?sorry|i am (?:really |very |so )?sorry|sorry|i apologi[sz]e|"
     r"my apologies|unfortunately)\b[^.!?]{0,80}"
     r"\b(?:cannot|can['’]?t|can not|unable|not able|won['’]?t|do not|don['’]?t)\b"
     r"|as an ai\b|i (?:cannot|can['’]?t|can not|won['’]?t|must decline to|am unable to|am not able to) "
     r"(?:help|assist|comply|answer|provide|fulfil|do that|continue)"
-    r"|(?:很?抱歉|对不起)[，,]?.{0,20}(?:无法|不能)|我(?:无法|不能)(?:回答|提供|查看|观看|访问))",
-    re.IGNORECASE,
+    r"|(?:很?抱歉|对不起)[，,]?.{0,20}(?:无法|不能)|我(?:无法|不能)(?:回答|提供|查看|观看|访问))"
 )
 _REFUSAL_ANYWHERE = re.compile(
-    r"\bi(?:['’]m| am)? (?:cannot|can['’]?t|can not|do not|don['’]?t|unable to|not able to) "
+    r"(?i)\bi(?:['’]m| am)? (?:cannot|can['’]?t|can not|do not|don['’]?t|unable to|not able to) "
     r"(?:actually |directly |really )?(?:have access to|have the ability to \w+|see|view|watch|access|play|"
     r"open|process|analy[sz]e) (?:any |the |this |your |actual )*(?:videos?|images?|clips?|pictures?|"
     r"media|files?|visual content)\b(?! (?:in|at|during|well|clearly|beyond))"
     r"|\bas an ai (?:language )?(?:model|assistant)\b"
-    r"|\bno (?:video|image|clip|picture) (?:was|is|has been) (?:provided|attached|given|included|uploaded)\b",
-    re.IGNORECASE,
+    r"|\bno (?:video|image|clip|picture) (?:was|is|has been) (?:provided|attached|given|included|uploaded)\b"
 )
 _GIVEN_ANSWER = re.compile(
-    r"\b(?:ground[- ]truth|answer key|(?:the )?(?:given|provided|reference|supplied|official|annotated) "
+    r"(?i)\b(?:ground[- ]truth|answer key|(?:the )?(?:given|provided|reference|supplied|official|annotated) "
     r"(?:correct )?(?:answer|solution)|(?:answer|solution) (?:that )?(?:was |is |has been )?(?:already )?"
     r"(?:given|provided|stated|supplied|revealed) (?:to (?:me|us)|in the (?:prompt|question|instructions?))"
     r"|(?:prompt|question|instructions?|system message) (?:already )?(?:tells?|says?|states?|gives?|reveals?|"
-    r"mentions?)(?: (?:me|us))?(?: that)? the (?:correct |right )?(?:answer|solution))\b",
-    re.IGNORECASE,
+    r"mentions?)(?: (?:me|us))?(?: that)? the (?:correct |right )?(?:answer|solution))\b"
 )
 _QUESTION_TELLS = re.compile(
-    r"\b(?:answer|solution|ans)\W{0,3}(?:\s+is\b|\s*[:=])\W*(?P<said>(?:[^.;?!\n)\]]|\.(?=\d))+)",
-    re.IGNORECASE,
+    r"(?i)\b(?:answer|solution|ans)\W{0,3}(?:\s+is\b|\s*[:=])\W*(?P<said>(?:[^.;?!\n)\]]|\.(?=\d))+)"
 )
 _ALTERNATIVES = re.compile(r"\bor\b|\b[A-Z]\b\W+\b[A-Z]\b")
 _CONCLUDES = re.compile(
-    r"\b(?:answer|option|choice)\b|^\W*(?:so|thus|therefore|hence|consequently|in conclusion|in total|"
-    r"overall|finally|this means)\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:answer|option|choice)\b|^\W*(?:so|thus|therefore|hence|consequently|in conclusion|in total|"
+    r"overall|finally|this means)\b"
 )
 _HEDGED = re.compile(
-    r"\b(?:not|no|never|neither|nor|cannot|rather|instead|unlike|except|wrong|incorrect|false|however|although|"
-    r"but|if|either|or|eliminat\w*|exclud\w*|ruled?|versus|before|after|while|than)\b|n['’]t\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:not|no|never|neither|nor|cannot|rather|instead|unlike|except|wrong|incorrect|false|however|although|"
+    r"but|if|either|or|eliminat\w*|exclud\w*|ruled?|versus|before|after|while|than)\b|n['’]t\b"
 )
 
 

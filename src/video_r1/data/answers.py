@@ -14,7 +14,7 @@ _TAG = re.compile(r"</?(?:think|answer)>")
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
-_CUE = re.compile(r"answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])", re.IGNORECASE)
+_CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
 _LETTERS_WITHOUT_OPTIONS = "ABCDEFGHIJ"
 # Where a choice is stated, the letter in group 1. Firmly: "the answer is (B)", "best option: B", "\boxed{B}",
 # "B is the right one". Loosely: "option B", "I choose B", "so B".
@@ -22,44 +22,38 @@ _LETTER = (
     r"[\s*_:\"'(\[{$\\]*(?:(?:the\s+)?(?:option|choice|letter|text)\b[\s{]*)?([A-Za-z])(?![A-Za-z0-9'’])"
 )
 _STATED = (
+    re.compile(rf"(?i)(?:(?:answer|option|choice)\W{{0,4}}(?:\s+is\b|\s*[:=])|\\boxed\b){_LETTER}"),
     re.compile(
-        rf"(?:(?:answer|option|choice)\W{{0,4}}(?:\s+is\b|\s*[:=])|\\boxed\b){_LETTER}", re.IGNORECASE
-    ),
-    re.compile(
-        r"(?<![A-Za-z0-9'’])([A-Za-z])[*_)\]\"']*\s+(?:is|seems|must be|should be)(?:\s+\w+ly)?\s+(?:the\s+)?"
-        r"(?:(?:only\s+)?(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?|answer)"
-        r"\s*(?:[.,;:!)]|$|\b(?:because|since|as)\b)",
-        re.IGNORECASE,
+        r"(?i)(?<![A-Za-z0-9'’])([A-Za-z])[*_)\]\"']*\s+(?:is|seems|must be|should be)(?:\s+\w+ly)?"
+        r"\s+(?:the\s+)?(?:(?:only\s+)?(?:correct|right|best|true)(?:\s+(?:answer|option|choice|one))?|answer)"
+        r"\s*(?:[.,;:!)]|$|\b(?:because|since|as)\b)"
     ),
 )
 _NAMED = re.compile(
-    rf"\b(?:option|choice|choose|pick|select|go with|going with|so|thus|hence|therefore),?{_LETTER}",
-    re.IGNORECASE,
+    rf"(?i)\b(?:option|choice|choose|pick|select|go with|going with|so|thus|hence|therefore),?{_LETTER}"
 )
 _LEADING = re.compile(r"[\s*_`(\[{\"']*([A-Z])[*_`\])}\"']*\s*(?:[.:)\],]|\n|\b(?:because|since|as|due)\b)")
-_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?![A-Za-z0-9'’])")
 # What follows the letter A and hardly ever the word "a".
-_AFTER_A_LETTER = re.compile(
-    r"\s+(?:is|was|are|were|and|or|nor|but|because|since|as|for|from|with|in|on|at|by|of|to|due|based|if|when|"
-    r"where|which|that|than|it|this|the|there|here|we|has|had|does|would|could|should|seems|appears|looks|"
-    r"fits|matches|makes|describes|shows|states|says|applies|remains|not|isn|instead|rather than|then|also|"
-    r"only|too|however|therefore|although|though|while|whereas)\b"
+_AFTER_A_LETTER = (
+    " is was are were and or nor but because since as for from with in on at by of to due based if when where"
+    " which that than it this the there here we has had does would could should seems appears looks fits"
+    " matches makes describes shows states says applies remains not isn instead then also only too however"
+    " therefore although though while whereas "
 )
 _JOINED = re.compile(r"(?:[\W_]|\b(?:or|and|maybe|perhaps|possibly|also|even|either|both|option|choice)\b)*")
-_NEW_CLAUSE = re.compile(r"[^,]*[.:(\n,][^,]*")  # "B. A is wrong", "B (A is wrong)" name one answer
 _VERB = re.compile(r"\s+(?:is|isn|was|does|doesn|shows|would|can|cannot|has|seems|looks)\b")
+_NEW_CLAUSE = re.compile(r"[^,]*[.:(\n,][^,]*")  # "B. A is wrong", "B (A is wrong)" name one answer
 _CLAUSE_END = re.compile(r"[.!?;:,\n]|\b(?:but|so|thus|hence|therefore|then|because|since|and|while)\b")
 _DENIAL = re.compile(
-    r"\b(?:not|never|no(?! doubt| question)|neither|nor|cannot|rather than|instead of|except|unlike|"
-    r"exclud\w*|eliminat\w*|rul\w+ out)\b|n['’]t\b",
-    re.IGNORECASE,
+    r"(?i)\b(?:not|never|no(?! doubt| question)|neither|nor|cannot|rather than|instead of|except|unlike|"
+    r"exclud\w*|eliminat\w*|rul\w+ out)\b|n['’]t\b"
 )
+_STANDING = re.compile(r"(?<![A-Za-z0-9'’])([A-Za-z])(?![A-Za-z0-9'’])")
 _DENIED = re.compile(
-    r"[*_)\]\"']*\s+(?:(?:is|are|was|were|seems?|looks?|(?:can|must|would) be)\s+(?:\w+ly\s+)?"
+    r"(?i)[*_)\]\"']*\s+(?:(?:is|are|was|were|seems?|looks?|(?:can|must|would) be)\s+(?:\w+ly\s+)?"
     r"(?:not|never|no|wrong|incorrect|false|out|excluded|eliminated|ruled|impossible|unlikely)\b"
     r"|(?:is|are|was|were|does|do|did|would|could|ca|wo)n['’]t\b"
-    r"|(?:does|do|did|can|could|would|should|will)\s+not\b|cannot\b)",
-    re.IGNORECASE,
+    r"|(?:does|do|did|can|could|would|should|will)\s+not\b|cannot\b)"
 )
 
 
@@ -217,10 +211,11 @@ def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]
 def _is_word(text: str, place: int) -> bool:
     """Whether the letter there is the word "a" or "I" ("the answer is a dog", "I think")."""
     after = text[place + 1 : place + 40]
-    if text[place] in "Aa" and re.match(r"\s+[a-z]", after):
+    if text[place] in "Aa" and (word := re.match(r"\s+([a-z]+)", after)):
         before = text[max(0, place - 20) : place]
         named = text[place] == "A" and re.search(r"\b(?:option|choice|letter)\W*$", before, re.IGNORECASE)
-        return not named and not _AFTER_A_LETTER.match(after)
+        follows = f" {word.group(1)} " in _AFTER_A_LETTER or after.lstrip().startswith("rather than ")
+        return not named and not follows
     return text[place] in "Ii" and bool(re.match(r"\s+(?!is\b)[a-z]|['’]", after))
 
 

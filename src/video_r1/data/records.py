@@ -100,13 +100,22 @@ class CheckedManifest(NamedTuple):
     rows: list[int]
     problems: list[Problem]
 
+    def without_problems(self, name: object) -> list[Sample]:
+        """The samples. Raises ManifestError with all problems of the manifest that is called `name`."""
+        if problems := self.problems:
+            shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
+            more = len(problems) - _PROBLEMS_IN_MESSAGE
+            rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
+            count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+            raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
+        return self.samples
+
 
 def load_manifest(
     source: str | Path | datasets.Dataset,
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
-    min_options: int = 2,
 ) -> list[Sample]:
     """Reads and checks a manifest.
 
@@ -117,20 +126,12 @@ def load_manifest(
             the manifest file, or the current folder when there is no file.
         allow_urls: accept http and https URLs as `path`; they are kept as they are.
         split: the split to read of a data set that has several.
-        min_options: fewest options of a multiple-choice question.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
     """
-    checked = check_manifest(source, media_root, allow_urls, split, min_options)
-    if problems := checked.problems:
-        name = source if isinstance(source, (str, Path)) else type(source).__name__
-        shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
-        more = len(problems) - _PROBLEMS_IN_MESSAGE
-        rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ManifestError(f"{name}: {count}: {shown}{rest}", tuple(problems))
-    return checked.samples
+    name = source if isinstance(source, (str, Path)) else type(source).__name__
+    return check_manifest(source, media_root, allow_urls, split).without_problems(name)
 
 
 def check_manifest(
@@ -141,6 +142,8 @@ def check_manifest(
     min_options: int = 2,
 ) -> CheckedManifest:
     """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
+
+    min_options: fewest options of a multiple-choice question.
 
     Raises:
         ManifestError: there is nothing to check: no such source, or the media root is not a folder.

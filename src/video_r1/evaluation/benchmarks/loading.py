@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from video_r1.data.records import Sample, load_manifest
+from video_r1.data.records import Sample, check_manifest, load_manifest
 from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.spec import (
@@ -89,7 +89,8 @@ def load_questions(
     root = Path(media_root or BENCHMARK_ROOT)
     kind, rows = _rows(benchmark, root, annotation)
     manifest = _write_manifest(rows, manifest_folder)
-    samples = load_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
+    checked = check_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
+    samples = checked.without_problems(manifest)
     present, missing = _split_by_media(samples)
     if not present:
         raise RequestError(f"{benchmark.title}: {'; '.join(_media_problems(missing, benchmark))}")
