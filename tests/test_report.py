@@ -207,7 +207,7 @@ def test_requests_that_cannot_be_met(tmp_path: Path, content: str) -> None:
         path.mkdir()
     elif content == "a file":
         path.touch()
-    with pytest.raises(RequestError, match=r"is not a folder|nothing to report"):
+    with pytest.raises(RequestError, match=r"no such run folder|nothing to report"):
         build_report(path)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,34 @@ def test_frames_of_both_orders_stand_beside_the_completions(browser: Browser, tm
         "B"
     ]
     assert texts(browser, ".shuffled .advantage") == []
+
+
+def test_a_frame_can_be_shown_large(browser: Browser, tmp_path: Path) -> None:
+    group = group_of()
+    wide = group.prompt.media.frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
+    media = replace(group.prompt.media, frames=wide)
+    record_group(
+        tmp_path, 10, replace(group, prompt=replace(group.prompt, media=media)), p=0.5, p_shuffled=0.0
+    )
+    browser.open(build_report(tmp_path), width=1280)
+    width = "document.querySelector('{}').getBoundingClientRect().width"
+    assert browser.run(width.format(".ordered .tile canvas")) > 125
+    before = texts(browser, ".position")
+    browser.run("document.querySelectorAll('.shuffled button.frame')[1].click()")
+    browser.settle()
+    assert browser.run(width.format("dialog canvas")) > 600
+    assert texts(browser, "dialog output") == ["frame 1 of 3 · 0.5 s"]
+    level = "document.querySelector('dialog canvas').getContext('2d').getImageData(90, 60, 1, 1).data[0]"
+    assert browser.run(level) == 10
+    browser.press("ArrowRight")  # the next frame of this order, not the next question
+    assert (
+        texts(browser, "dialog output") == ["frame 2 of 3 · 1.0 s"] and texts(browser, ".position") == before
+    )
+    assert browser.run(level) == 120
+    browser.run("document.querySelector('dialog .close').click()")
+    browser.settle()
+    assert texts(browser, "dialog") == []
+    check_healthy(browser)
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])

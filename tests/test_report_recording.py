@@ -29,19 +29,22 @@ def test_strip_has_the_frames_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("frames", "height", "width", "max_tile", "tile"),
+    ("frames", "height", "width", "max_side", "tile"),
     [
         (2, 56, 56, 112, (56, 56)),  # small ones stay as they are
-        (2, 168, 224, 112, (112, 84)),  # the longer side becomes max_tile
+        (2, 168, 224, 112, (112, 84)),  # the longer side becomes max_side
+        (16, 224, 420, None, (224, 119)),  # a clip at the training budget
+        (1, 448, 448, None, (448, 448)),  # a single image as it is
+        (1, 1000, 500, None, (336, 672)),
         (1, 2, 2000, 112, (112, 1)),  # no side vanishes
         (1000, 112, 112, 112, (65, 65)),  # a JPEG is at most 65,535 wide
     ],
 )
 def test_strip_sizes(
-    tmp_path: Path, frames: int, height: int, width: int, max_tile: int, tile: tuple[int, int]
+    tmp_path: Path, frames: int, height: int, width: int, max_side: int | None, tile: tuple[int, int]
 ) -> None:
     clip = torch.zeros(1, 3, height, width, dtype=torch.uint8).expand(frames, -1, -1, -1)
-    made = save_strip(clip, tmp_path / "s.jpg", max_tile)
+    made = save_strip(clip, tmp_path / "s.jpg", max_side)
     assert (made["width"], made["height"]) == tile
     assert Image.open(tmp_path / "s.jpg").size == (frames * tile[0], tile[1])
 

@@ -29,6 +29,15 @@ function show(value, digits) {
   return text.replaceAll("-", "−");
 }
 
+/** Content shown over the page until it is closed. */
+function showLarge(label, ...content) {
+  const dialog = make("dialog", { "aria-label": label, close: () => dialog.remove() }, ...content,
+    make("button", { type: "button", class: "close", click: () => dialog.close() }, "Close"));
+  document.body.append(dialog);
+  dialog.showModal();
+  return dialog;
+}
+
 const signed = (value) => (value > 0 ? "+" : "") + show(value, 2);
 const plural = (count, noun) => `${show(count)} ${noun}${count === 1 ? "" : "s"}`;
 

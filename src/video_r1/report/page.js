@@ -101,10 +101,7 @@ function curves(run) {
 /** A small chart, shown large over the page. */
 function enlarge(spec, radius) {
   const big = chart(spec, seriesTitle(spec.base), { large: true, height: 360, onPoint: (step) => big.point(step) });
-  const dialog = make("dialog", { "aria-label": seriesTitle(spec.base), close: () => dialog.remove() },
-    big.node, make("button", { type: "button", class: "close", click: () => dialog.close() }, "Close"));
-  document.body.append(dialog);
-  dialog.showModal();
+  showLarge(seriesTitle(spec.base), big.node);
   big.redraw(radius);
 }
 

@@ -17,21 +17,24 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
+FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a picture that is kept: one of a clip, or an image
 
 
-def save_strip(frames: Tensor, path: Path, max_tile: int = 112) -> dict[str, Any]:
+def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[str, Any]:
     """Writes frames side by side, first to last, as one JPEG; makes the folder where it is missing.
 
-    frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_tile` pixels; small frames are not scaled
-    up. Returns the `frames` object of rollouts.jsonl without its timestamps: `strip` (folder and file name,
-    relative to the run), `count` (T), `width` and `height` (of one tile, pixels). Raises ValueError when
-    `frames` has another shape or dtype, OSError when the file cannot be written.
+    frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a
+    single image); small frames are not scaled up. Returns the `frames` object of rollouts.jsonl without its
+    timestamps: `strip` (folder and file name, relative to the run), `count` (T), `width` and `height` (of one
+    tile, pixels). Raises ValueError when `frames` has another shape or dtype, OSError when the file cannot be
+    written.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0 or str(frames.dtype) != "torch.uint8":
         found = f"{list(frames.shape)} {frames.dtype}"
         raise ValueError(f"frames have to be [T, 3, H, W] uint8 with T > 0, found {found}")
     count, _, height, width = frames.shape
-    scale = min(1.0, max_tile / max(height, width), JPEG_SIDE_LIMIT / (count * width))
+    max_side = max_side or (IMAGE_SIDE if count == 1 else FRAME_SIDE)
+    scale = min(1.0, max_side / max(height, width), JPEG_SIDE_LIMIT / (count * width))
     tile = (max(1, int(width * scale)), max(1, int(height * scale)))
     strip = np.empty((tile[1], count * tile[0], 3), dtype=np.uint8)
     for i, frame in enumerate(frames.permute(0, 2, 3, 1).cpu().numpy()):
