@@ -6,7 +6,6 @@ import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
-from types import TracebackType
 from typing import Any, Generic, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -78,9 +77,7 @@ class Progress(Generic[T]):
     def __enter__(self) -> Progress[T]:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -124,8 +121,8 @@ def _terminal_bar(stream: TextIO) -> Any:
         TextColumn("{task.fields[line]}", markup=False),
         console=Console(file=stream),
         refresh_per_second=4,
-        redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
-        redirect_stderr=sys.stderr.isatty(),
+        redirect_stdout=False,  # what goes to a file stays there, and no process that is forked meanwhile
+        redirect_stderr=False,  # writes through a lock that the bar's thread may hold
     )
     bar.start()
     atexit.register(bar.stop)  # the cursor comes back after an error too
