@@ -94,6 +94,7 @@ def test_lists_of_numbers_survive_being_written_as_text(numbers: list[float]) ->
     (TGRPOSettings, {"temporal_rule": "sometimes"}, ["temporal_rule"]),
     (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),
     (TGRPOSettings, {"epsilon_high": 0.28}, []),
+    (TGRPOSettings, {"num_iterations": 0}, ["num_iterations"]),
     (TGRPOSettings, {"length_range": [512, 320]}, ["length_range"]),
     (TGRPOSettings, {"length_range": [320]}, ["length_range"]),
     (TGRPOSettings, {"max_completion_length": 256}, ["length_range"]),

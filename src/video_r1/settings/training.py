@@ -138,8 +138,8 @@ class TGRPOSettings(TrainingSettings):
                     f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
                     f"no cut-off: leave it at {off} and change temperature instead",
                 )
-        every = self.save_steps
-        if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % self.num_iterations:
+        every, iterations = self.save_steps, max(1, self.num_iterations)
+        if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % iterations:
             yield (
                 "save_steps",
                 f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
@@ -147,7 +147,7 @@ class TGRPOSettings(TrainingSettings):
             )
         validated = getattr(self, "eval_steps", None) or 0
         saves_best = getattr(self, "load_best_model_at_end", False)
-        if saves_best and validated >= 1 and validated % self.num_iterations:
+        if saves_best and validated >= 1 and validated % iterations:
             yield (
                 "eval_steps",
                 f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
