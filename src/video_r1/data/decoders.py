@@ -21,10 +21,8 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
 from video_r1.data.media import Media, decode_media
@@ -41,14 +39,6 @@ serve(int(sys.argv[2]))
 """
 
 
-class Decoded(NamedTuple):
-    """What a worker made of a file: frames [T, 3, H, W] uint8, their times and the duration in seconds."""
-
-    frames: Tensor
-    times: list[float]
-    duration: float
-
-
 @dataclass(frozen=True, slots=True)
 class _Worker:
     number: int  # process id
@@ -56,31 +46,23 @@ class _Worker:
 
 
 class Decoders:
-    """Workers that decode, and the server that forks them. Thread-safe; nothing is started before it is
-    needed.
-    """
+    """Workers that decode, and the server that forks them. Thread-safe; started when they are needed."""
 
     def __init__(self) -> None:
         self.idle: list[_Worker] = []
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
-    def read(self, path: str, request: dict[str, Any], seconds: float, most_bytes: int) -> Decoded:
-        """One file, read by a worker.
-
-        request: what `decoder_process` is sent. seconds: after them the worker is killed. most_bytes: of the
-        frames.
-
-        Raises MediaError for what is wrong with the file, and VideoR1Error when no worker can be started.
-        """
+    def read(self, sample: Sample, budget: FrameBudget, threads: int) -> Media:
+        """`read_media` with these workers."""
         ended = ""
         for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
             worker = self._take()
             try:
-                answer, last = _exchange(worker.channel, request, seconds, most_bytes)
+                answer, last = _exchange(worker.channel, sample, budget, threads)
             except TimeoutError:
                 self._stop(worker)
-                raise MediaError(path, f"takes longer than {seconds:g} s to decode") from None
+                raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
             except (EOFError, ConnectionError):
                 ended = self._stop(worker)
                 continue
@@ -93,9 +75,9 @@ class Decoders:
                 with self.lock:
                     self.idle.append(worker)
             if isinstance(answer, str):
-                raise MediaError(path, answer)
+                raise MediaError(sample.path, answer)
             return answer
-        raise MediaError(path, f"makes the decoder crash ({ended})")
+        raise MediaError(sample.path, f"makes the decoder crash ({ended})")
 
     def close(self) -> None:
         """Ends the server and the idle workers."""
@@ -172,28 +154,25 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def _exchange(
-    channel: socket.socket, request: dict[str, Any], seconds: float, most_bytes: int
-) -> tuple[Decoded | str, bool]:
-    """What the worker answers, frames or a reason, and whether it ends with that. Raises as `receive`."""
-    deadline = time.monotonic() + seconds
-    channel.settimeout(seconds)
-    send(channel, request)
+    channel: socket.socket, sample: Sample, budget: FrameBudget, threads: int
+) -> tuple[Media | str, bool]:
+    """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`."""
+    deadline = time.monotonic() + budget.seconds
+    channel.settimeout(budget.seconds)
+    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
+    send(channel, {"sample": place, "budget": asdict(budget), "threads": threads})
     reply = receive(channel, deadline)
     if "reason" in reply:
         return reply["reason"], reply["last"]
-    if math.prod(reply["shape"]) > most_bytes:
+    if math.prod(reply["shape"]) > 3 * max(budget.image_pixels, budget.frame_pixels * budget.max_frames):
         raise EOFError("more frames than were asked for")
     frames = torch.empty(reply["shape"], dtype=torch.uint8)
     receive_into(channel, frames.numpy().data.cast("B"), deadline)
-    return Decoded(frames, reply["times"], reply["duration"]), reply["last"]
+    times = torch.tensor(reply["times"], dtype=torch.float64)
+    return Media(frames, times, reply["duration"], sample.data_type), reply["last"]
 
 
 _decoders = Decoders()
-
-
-def read_in_worker(path: str, request: dict[str, Any], seconds: float, most_bytes: int) -> Decoded:
-    """`Decoders.read` with the workers of this process."""
-    return _decoders.read(path, request, seconds, most_bytes)
 
 
 def _forget_parents_decoders() -> None:
@@ -222,11 +201,7 @@ def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) ->
     """
     if budget.seconds == 0:
         return decode_media(sample, budget, decoder_threads)
-    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    request = {"sample": place, "budget": asdict(budget), "threads": decoder_threads}
-    area = max(budget.image_pixels, budget.frame_pixels * budget.max_frames)
-    frames, times, duration = read_in_worker(sample.path, request, budget.seconds, 3 * area)
-    return Media(frames, torch.tensor(times, dtype=torch.float64), duration, sample.data_type)
+    return _decoders.read(sample, budget, decoder_threads)
 
 
 def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:

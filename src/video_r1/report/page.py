@@ -21,8 +21,8 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.report.groups import read_groups
-from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_run
-from video_r1.report.scores import read_scores, read_summary, with_summary
+from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_object, read_run
+from video_r1.report.scores import read_scores, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
 SCRIPTS = ("charts.js", "rollouts.js", "page.js")
@@ -74,7 +74,7 @@ def build_report(run: str | Path, out: str | Path | None = None) -> Path:
 def page_data(run_dir: Path) -> dict[str, Any]:
     """Everything that the page shows, as JSON values. Raises RequestError when there is nothing."""
     notes: list[str] = []
-    summary = read_summary(run_dir, notes)
+    summary = read_object(run_dir / "summary.json", notes)
     runs = [read_run(folder, run_dir) for folder in find_run_folders(run_dir)]
     scores = with_summary([row for run in runs for row in read_scores(run)], summary)
     if not runs and not scores:

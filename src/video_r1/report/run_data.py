@@ -83,11 +83,12 @@ def read_run(folder: Path, root: Path) -> Run:
     """Raises OSError when a file that is there cannot be opened."""
     notes: list[str] = []
     series, seconds = read_series(folder / "metrics.jsonl", notes)
+    settings = read_object(folder / "config.yaml", notes) or read_object(folder / "evaluation.json", notes)
     notes += [f"metrics.jsonl: {name} was never finite" for name, curve in series.items() if not curve.steps]
     return Run(
         name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
         folder=folder,
-        config=read_config(folder / "config.yaml", notes) or read_config(folder / "evaluation.json", notes),
+        config=dict(_flat(settings)),
         series=series,
         seconds=seconds,
         quarantine=read_rows(folder / "quarantine.jsonl", notes),
@@ -160,19 +161,20 @@ def read_rows(path: Path, notes: list[str]) -> Rows:
     return rows
 
 
-def read_config(path: Path, notes: list[str]) -> dict[str, str]:
-    """The resolved settings, nested names joined by dots. What looks like a credential is left out."""
+def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
+    """What a YAML or JSON file holds where it is one object, else nothing."""
     if not path.is_file():
         return {}
+    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        tree = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        return as_table(read(path.read_bytes()))
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
         return {}
-    return dict(_flat(tree, "")) if isinstance(tree, dict) else {}
 
 
-def _flat(tree: dict[Any, Any], prefix: str) -> Iterator[tuple[str, str]]:
+def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings, nested names joined by dots. What looks like a credential is left out."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from video_r1.evaluation.summary import summarise
-from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, prediction_files, text
+from video_r1.report.run_data import (
+    Run,
+    as_list,
+    as_table,
+    finite,
+    json_lines,
+    prediction_files,
+    read_object,
+    text,
+)
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
 ORDERS = ("ordered", "shuffled")
@@ -26,7 +33,7 @@ def read_scores(run: Run) -> list[dict[str, Any]]:
     where there are videos beside them, the row is over the videos.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
-    tables = as_table(read_summary(run.folder, run.notes).get("frames")) or _unfinished(run)
+    tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
     rows = []
     for frames, value in tables.items():
         figures = as_table(value)
@@ -71,18 +78,6 @@ def _score(figure: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 def _parts(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name} | _figures(as_table(value)) for name, value in list(groups.items())[:MAX_PARTS]]
-
-
-def read_summary(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """`summary.json` of a folder where it is one object, else nothing."""
-    path = folder / "summary.json"
-    if not path.is_file():
-        return {}
-    try:
-        return as_table(json.loads(path.read_bytes()))
-    except ValueError as error:
-        notes.append(f"summary.json cannot be read: {error}")
-        return {}
 
 
 def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
