@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -99,6 +99,13 @@ def follow_umask(folder: Path) -> None:
 def digest(value: Any, size: int = 8) -> str:
     """A fingerprint of a JSON value, `size` bytes in hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()
+
+
+def differences(before: Any, after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings whose JSON values are not those that were read from a file: name to (there, here)."""
+    there, here = before if isinstance(before, dict) else {}, json.loads(json.dumps(after))
+    names = sorted(there.keys() | here.keys())
+    return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from video_r1.errors import RequestError
-from video_r1.files import replacing
+from video_r1.files import differences, replacing
 
 
 class Journal:
@@ -131,12 +131,9 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _refuse_other_settings(path: Path, before: Any, settings: Mapping[str, Any]) -> None:
-    after = json.loads(json.dumps(settings))
-    if not isinstance(before, dict):
-        before = {}
-    changed = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    changed = differences(before, settings)
     if changed:
-        said = ", ".join(f"{name} {before.get(name)!r} and now {after.get(name)!r}" for name in changed)
+        said = ", ".join(f"{name} {there!r} and now {here!r}" for name, (there, here) in changed.items())
         raise RequestError(
             f"{path} holds an annotation with other settings ({said}); continue with the same ones, choose "
             "another --out, or move the file away"

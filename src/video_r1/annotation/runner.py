@@ -15,8 +15,8 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -48,10 +48,14 @@ def annotate(
     out: the manifest for SFT (.json or .jsonl); OUT.journal.jsonl and OUT.rejected.jsonl, without its ending,
     stand beside it. media_root: what the rows' paths are relative to. settings: what the teacher's answers
     depend on, JSON values by name; one that was begun with others is refused. open_teacher is called
-    when there is a question without an answer. Returns the counts. Raises RequestError and what the teacher
-    raises; the journal then has all answers that were there.
+    when there is a question without an answer. Returns the counts. Raises RequestError, also when the journal
+    cannot be continued or `out` is another file, and what the teacher raises; the journal then has all
+    answers that were there.
     """
-    with opened_journal(out, settings) as journal:
+    path = out.with_name(f"{out.stem}.journal.jsonl")
+    if out.exists() and not path.exists():
+        raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
+    with closing(Journal(path, settings)) as journal:
         if open_questions(samples, journal, batch_size=1):
             teacher = open_teacher()
             try:
@@ -64,19 +68,6 @@ def annotate(
             finally:
                 teacher.close()
         return write(samples, journal, out, media_root, rules)
-
-
-@contextmanager
-def opened_journal(out: Path, settings: Mapping[str, Any]) -> Iterator[Journal]:
-    """The journal beside `out`. Raises RequestError when it cannot be continued, or `out` is another file."""
-    path = out.with_name(f"{out.stem}.journal.jsonl")
-    if out.exists() and not path.exists():
-        raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
-    journal = Journal(path, settings)
-    try:
-        yield journal
-    finally:
-        journal.close()
 
 
 def open_questions(samples: Sequence[Sample], journal: Journal, batch_size: int) -> list[Question]:

@@ -28,7 +28,7 @@ from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
 from video_r1.evaluation.summary import summarise
-from video_r1.files import digest, replace_json
+from video_r1.files import differences, digest, replace_json
 from video_r1.progress import Progress, progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
@@ -270,9 +270,7 @@ def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
     """Refuses to add to the predictions of another evaluation, whose figures would be mixed with these."""
     path = folder / "evaluation.json"
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        after = json.loads(json.dumps(settings))
-        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), settings)
         if changed:
             raise RequestError(
                 f"{folder} holds an evaluation with other settings ({', '.join(changed)}); "
