@@ -34,11 +34,11 @@ def rationale(number: int, seed: int, index: int) -> str:
 class ChatEndpoint:
     """Answers "B" with a rationale to every question, unless the next event in `script[number]` is another.
 
-    Events: an HTTP status; "busy": 429 with Retry-After; "garbage", "empty": no chat completion; "half": the
-    answer is cut off; "drop": no answer; "slow", "trickle": an answer that comes late, or byte by byte;
-    "one": one completion instead of all; "abort": a completion that broke off; "wrong": the wrong answer;
-    "length": the token limit; "bare": no tags. `gate`: requests that have to be under way before any is
-    answered.
+    Events: an HTTP status; "busy", "later": 429 with Retry-After of no or one second; "garbage", "empty": no
+    chat completion; "half": the answer is cut off; "drop": no answer; "slow", "trickle": an answer that comes
+    late, or byte by byte; "one": one completion instead of all; "abort": a completion that broke off;
+    "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`: requests that have to be
+    under way before any is answered.
     """
 
     def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
@@ -48,6 +48,7 @@ class ChatEndpoint:
         self.pause, self.gate = 0.0, 0
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.times: list[float] = []
         self.under_way = self.most_under_way = self.answered = 0
         self.changed = threading.Condition()
         self.listed = self.takes_video = True
@@ -84,6 +85,7 @@ class ChatEndpoint:
         number = int(asked[1])
         with self.changed:
             self.requests.append(body)
+            self.times.append(time.monotonic())
             self.under_way += 1
             self.most_under_way = max(self.most_under_way, self.under_way)
             self.changed.notify_all()
@@ -99,8 +101,9 @@ class ChatEndpoint:
     def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
         if event == "drop":
             return
-        if event == "busy":
-            return self.reply(handler, 429, {"error": {"message": "slow down"}}, {"Retry-After": "0"})
+        if event in ("busy", "later"):
+            seconds = {"Retry-After": "0" if event == "busy" else "1"}
+            return self.reply(handler, 429, {"error": {"message": "slow down"}}, seconds)
         if isinstance(event, int):
             return self.reply(handler, event, {"error": {"message": f"this is a {event}"}})
         if event == "garbage":

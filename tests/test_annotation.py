@@ -194,6 +194,15 @@ def test_a_pause_that_the_endpoint_asks_for_costs_no_attempt(endpoint: ChatEndpo
     }
 
 
+def test_nothing_is_sent_before_the_pause_is_over(endpoint: ChatEndpoint, tmp_path: Path) -> None:
+    endpoint.script[0], endpoint.pause = ["later"], 0.02
+    manifest = write_questions(tmp_path, 40)
+    assert annotate(endpoint.url, manifest, tmp_path / "cot.json", concurrency=4).questions == {"kept": 40}
+    since = [seconds - endpoint.times[0] for seconds in sorted(endpoint.times)]
+    before = sum(seconds < 0.5 for seconds in since)  # under way, or sent when the answer had not come yet
+    assert before < 20 and since[before] >= 1.0
+
+
 def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(
     endpoint: ChatEndpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,9 +292,9 @@ def test_a_service_without_a_list_of_models_has_to_be_told_the_name(
 def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     endpoint: ChatEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    at_once, held = 150, 4
+    at_once, held, others = 150, 4, set(threading.enumerate())
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
-    most, decoders = 0, set()
+    most, decoders, threads = 0, set(), set()
     read = endpoint_module.read_cached
 
     def counted(*arguments: Any) -> Any:
@@ -293,6 +302,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
         media = read(*arguments)
         alive.add(media.frames)
         decoders.add(threading.get_ident())
+        threads.update(one for one in threading.enumerate() if "process_request" not in one.name)
         most = max(most, len(alive))
         return media
 
@@ -313,6 +323,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     assert endpoint.most_under_way == at_once
     assert 1 <= most <= held
     assert len(decoders) <= held
+    assert len(threads - others) <= held + 1  # the event loop: no thread waits for an answer
 
 
 def test_more_requests_than_the_system_has_files_for(endpoint: ChatEndpoint, tmp_path: Path) -> None:

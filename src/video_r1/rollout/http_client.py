@@ -78,7 +78,7 @@ async def ask(
         raise ServerFailure(f"no answer within {timeout:g} s at {path}") from error
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         # No connection, one that broke, half an answer, or none in JSON.
-        raise ServerFailure(f"{type(error).__name__}: {_first_cause(error)}") from error
+        raise ServerFailure(f"{type(error).__name__}: {_said(error)}") from error
     message = f"HTTP {reply.status_code} at {path}: {_reason(reply)}"
     # 408, 429: too slow, too many. 5xx: an engine that dies answers so before its process ends.
     if reply.status_code in (408, 429) or reply.is_server_error:
@@ -119,11 +119,12 @@ def _certificates() -> ssl.SSLContext:
     return ssl.create_default_context()  # the system's; reading them takes a while
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What the system said: what the library makes of it is more general."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
+def _said(error: BaseException) -> str:
+    """What the system said, where the library has only that no attempt succeeded; else the error's text."""
+    cause: BaseException | None = error
+    while cause is not None and getattr(cause, "errno", None) is None:
+        cause = cause.__cause__ or cause.__context__
+    return str(cause or error)
 
 
 def _reason(reply: httpx.Response) -> str:
