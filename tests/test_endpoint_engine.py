@@ -10,6 +10,9 @@ import torch
 from chat_endpoint import chat_endpoint, images_of, write_questions
 from tiny_questions import read_lines
 
+from video_r1.data.media import Media
+from video_r1.data.prompts import TextPrompts
+from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
@@ -95,6 +98,21 @@ def test_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )  # fmt: skip
         assert ask.run_ask(settings) == "B. right"
     assert "In question 1" in capsys.readouterr().out
+
+
+def test_prompts_promise_what_they_can_do() -> None:
+    prompts = TextPrompts()
+    assert {name for name in dir(prompts) if name[0] != "_"} == {"template", "tokenizer", "question", "build"}
+    sample = Sample("q", "Where?", "video", "free-form", "<answer>left</answer>", "clip.mp4")
+    media = Media(
+        torch.tensor([0, 255], dtype=torch.uint8).expand(3, 28, 28, 2).permute(3, 0, 1, 2),
+        torch.tensor([0.0, 0.5]),
+        1.0,
+        "video",
+    )
+    prompt = prompts.build(sample, media, torch.tensor([1, 0]))
+    assert prompt.media.frames.equal(media.frames.flip(0)) and len(prompt.input_ids) == 0
+    assert prompt.messages[0]["content"][1]["text"] == prompts.question(sample)
 
 
 def test_it_cannot_be_trained_with() -> None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import string
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -151,7 +151,31 @@ def video_metadata(media: Media) -> dict[str, Any]:
     }
 
 
-class PromptBuilder:
+class TextPrompts:
+    """Prompts of a model whose processor is elsewhere: the question's text and its frames, no tokens.
+
+    template: path of a template file; None for the built-in template.
+    """
+
+    tokenizer: Any = None
+
+    def __init__(self, template: str | Path | None = None) -> None:
+        self.template = load_template(template)
+
+    def question(self, sample: Sample) -> str:
+        """The user's text: question, options, instruction and answer hint."""
+        return self.template.render(sample)
+
+    def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
+        """The prompt of a question; `permutation` [T] shuffles its frames and leaves all else as it is."""
+        if permutation is not None:
+            media = media.reordered(permutation)
+        content = [{"type": media.kind}, {"type": "text", "text": self.question(sample)}]
+        nothing = torch.empty(0, dtype=torch.long)
+        return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}])
+
+
+class PromptBuilder(TextPrompts):
     """Turns samples and their frames into model inputs, with the model's own processor and chat template.
     Thread-safe: prompts are made one at a time.
 
@@ -163,9 +187,9 @@ class PromptBuilder:
     def __init__(
         self, processor: Any, template: str | Path | None = None, max_prompt_length: int = 16384
     ) -> None:
+        super().__init__(template)
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        self.template = load_template(template)
         self.max_prompt_length = max_prompt_length
         self.end_token_id = end_token_id(self.tokenizer)
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
@@ -177,26 +201,18 @@ class PromptBuilder:
         self._image_settings = {"do_resize": False, "return_tensors": "pt"}
 
     def question(self, sample: Sample) -> str:
-        """The user's text: question, options, instruction and answer hint.
-
-        Raises PromptError when the record's text holds one of the tokenizer's special tokens.
-        """
-        text = self.template.render(sample)
+        """Raises PromptError when the record's text holds one of the tokenizer's special tokens."""
+        text = super().question(sample)
         self._refuse_special_tokens(text, sample)
         return text
 
     def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
-        """The prompt of a question; `permutation` [T] shuffles its frames and leaves all else as it is.
-
-        Raises PromptError: over `max_prompt_length`, frames that do not fit the model's patches, a video
+        """Raises PromptError: over `max_prompt_length`, frames that do not fit the model's patches, a video
         without duration, special tokens in the question's text.
         """
-        if permutation is not None:
-            media = media.reordered(permutation)
-        content = [{"type": media.kind}, {"type": "text", "text": self.question(sample)}]
-        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        features = dict(self._encode(text, sample, media))
+        plain = super().build(sample, media, permutation)
+        text = self.processor.apply_chat_template(plain.messages, tokenize=False, add_generation_prompt=True)
+        features = dict(self._encode(text, sample, plain.media))
         input_ids = features.pop("input_ids")[0]
         features.pop("attention_mask", None)
         if "mm_token_type_ids" in features:
@@ -207,7 +223,7 @@ class PromptBuilder:
                 f"{self.visual_tokens(input_ids)} of them visual; the limit (max_prompt_length) is "
                 f"{self.max_prompt_length}. Take fewer or smaller frames, or raise the limit"
             )
-        return Prompt(input_ids, features, media, permutation, messages)
+        return replace(plain, input_ids=input_ids, features=features)
 
     def build_with_response(self, sample: Sample, media: Media, response: str) -> tuple[Prompt, Tensor]:
         """The ordered prompt and the response's token ids [L] int64, the end-of-turn token included.

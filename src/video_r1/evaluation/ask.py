@@ -18,7 +18,7 @@ from video_r1.settings.decoding import AskSettings
 
 if TYPE_CHECKING:
     from video_r1.data.frame_cache import FrameCache
-    from video_r1.data.prompts import PromptBuilder
+    from video_r1.data.prompts import TextPrompts
     from video_r1.data.records import ProblemType, Sample
     from video_r1.data.rollouts import Rollout
     from video_r1.rollout.engine import RolloutEngine, SamplingSettings
@@ -107,7 +107,7 @@ def question_sample(
 
 def ask(
     engine: RolloutEngine,
-    builder: PromptBuilder,
+    builder: TextPrompts,
     budget: FrameBudget,
     sample: Sample,
     sampling: SamplingSettings,

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.frame_cache import FrameCache
 from video_r1.data.media import Media, shuffled_order
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
@@ -80,7 +80,7 @@ def _score(problem_type: str, prediction: str, truth: str) -> float:
 def evaluate(
     samples: Sequence[Sample],
     engine: RolloutEngine,
-    prompt_builder: PromptBuilder,
+    prompt_builder: TextPrompts,
     budget: FrameBudget,
     *,
     output_dir: str | Path,
@@ -136,7 +136,7 @@ def evaluate(
 @dataclass(frozen=True, slots=True)
 class _Run:
     engine: RolloutEngine
-    prompt_builder: PromptBuilder
+    prompt_builder: TextPrompts
     orders: tuple[Order, ...]
     seed: int
     sampling: SamplingSettings
@@ -280,7 +280,7 @@ def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         replace_json(path, settings)
 
 
-def _question_text(prompt_builder: PromptBuilder, sample: Sample) -> str:
+def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:
     try:
         return prompt_builder.question(sample)
     except PromptError as error:  # met again, and listed, when its prompt is made

@@ -8,13 +8,12 @@ from urllib.parse import urlsplit
 
 import torch
 
-from video_r1.data.prompts import PromptBuilder
+from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.endpoint import (
     Endpoint,
     EndpointEngine,
-    TextPrompts,
     endpoint_url,
     form_of_frames,
     served_model,
@@ -30,7 +29,7 @@ from video_r1.settings.vllm import VLLMSettings
 PIXELS_OF_ANY_MODEL = 28  # frame sides for an endpoint, which resizes as its model wants
 
 
-def open_prompts(settings: DecodingSettings) -> tuple[Any, PromptBuilder, FrameBudget]:
+def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
     """The model's processor (None at an endpoint), its prompts and its frame budget. Raises ConfigError."""
     if is_endpoint(settings.engine):
         return None, TextPrompts(settings.prompt_template), settings.frame_budget(PIXELS_OF_ANY_MODEL)

@@ -25,16 +25,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
-from torch import Tensor
 
-from video_r1.data.media import Media
-from video_r1.data.prompts import Prompt, PromptBuilder, load_template
-from video_r1.data.records import Sample
+from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rollout.chat import FramesAs, chat_request, completions_of
@@ -300,24 +296,6 @@ def endpoint_url(address: str) -> str:
 
 
 # ---- As an engine
-
-
-class TextPrompts(PromptBuilder):
-    """Prompts of a model whose processor is elsewhere: the question's text and its frames, no tokens."""
-
-    def __init__(self, template: str | Path | None = None) -> None:
-        self.template = load_template(template)
-        self.tokenizer = None
-
-    def question(self, sample: Sample) -> str:
-        return self.template.render(sample)
-
-    def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
-        if permutation is not None:
-            media = media.reordered(permutation)
-        content = [{"type": media.kind}, {"type": "text", "text": self.question(sample)}]
-        nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}])
 
 
 class EndpointEngine:
