@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable
 from contextlib import closing
+from dataclasses import dataclass, field
 from typing import Any
 
 from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
@@ -22,6 +23,7 @@ FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the q
 REFUSED_QUESTION = (400, 413, 415, 422)
 
 
+@dataclass
 class EndpointTeacher:
     """Asks `model` at the endpoint for `sampling.n` rationales of each question, as ChatClient does.
 
@@ -33,28 +35,21 @@ class EndpointTeacher:
     fails at 50 questions in a row. One object serves one run.
     """
 
-    batch_size = 1
+    endpoint: Endpoint
+    model: str
+    template: Template
+    budget: FrameBudget
+    sampling: SamplingSettings
+    seed: int = 0
+    concurrency: int = 64
+    held: int = 8
+    frames_as: FramesAs = "images"
+    request_fields: dict[str, Any] = field(default_factory=dict)
+    frame_cache: FrameCache | None = None
+    batch_size: int = field(default=1, init=False)
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        model: str,
-        template: Template,
-        budget: FrameBudget,
-        sampling: SamplingSettings,
-        *,
-        seed: int = 0,
-        concurrency: int = 64,
-        held: int = 8,
-        frames_as: FramesAs = "images",
-        request_fields: Mapping[str, Any] | None = None,
-        frame_cache: FrameCache | None = None,
-    ) -> None:
-        self.endpoint, self.model, self.template, self.budget = endpoint, model, template, budget
-        self.sampling, self.seed = sampling, seed
-        self.frames_as: FramesAs = frames_as
-        self.request_fields, self.frame_cache = dict(request_fields or {}), frame_cache
-        self._client = ChatClient(endpoint, concurrency, held)
+    def __post_init__(self) -> None:
+        self._client = ChatClient(self.endpoint, self.concurrency, self.held)
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
         in_a_row = 0

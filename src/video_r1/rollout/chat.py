@@ -63,12 +63,8 @@ def chat_content(question: str, media: Media, frames_as: FramesAs) -> list[dict[
     if frames_as == "video":
         url = f"data:video/jpeg;base64,{','.join(frames)}"
         return [{"type": "video_url", "video_url": {"url": url}}, text]
-    parts: list[dict[str, Any]] = [
-        {
-            "type": "text",
-            "text": f"{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:",
-        }
-    ]
+    said = f"{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
+    parts: list[dict[str, Any]] = [{"type": "text", "text": said}]
     for time_, frame in zip(media.timestamps.tolist(), frames, strict=True):
         parts += [{"type": "text", "text": f"{time_:.1f} s"}, _image(frame)]
     return [*parts, text]

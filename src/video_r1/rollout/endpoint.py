@@ -41,7 +41,7 @@ from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 8  # of one request whose failures pass
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts, doubled each time
 OTHER_FILES = 256  # that a process may have open beside one for each request
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
@@ -148,7 +148,8 @@ class ChatClient:
                     attempt = 1
                 if failure.retry_after is not None:
                     self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
-                await asyncio.sleep(pause_before(max(1, attempt)))
+                pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
+                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not the same for all who wait
 
     async def _post(self, request: Callable[[], dict[str, Any]]) -> Any:
         """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
@@ -182,11 +183,6 @@ class ChatClient:
 
 def _encoded(request: Callable[[], dict[str, Any]]) -> bytes:
     return json.dumps({name: value for name, value in request().items() if value is not None}).encode()
-
-
-def pause_before(attempt: int) -> float:
-    """Seconds to wait before attempt 1, 2, …: doubled each time, and not the same for all who wait."""
-    return min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE) * random.uniform(0.5, 1.0)
 
 
 def allow_open_files(requests: int) -> None:
