@@ -17,7 +17,8 @@ from video_r1.rollout.vllm.serve import runnable, server_command
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64")
 
-RECORDER = '''"""A vLLM plugin: writes down what the model is called with."""
+FAILURE = "fails for the test"
+RECORDER = '''"""A vLLM plugin: writes down what the model is called with, and fails where a file says so."""
 import os
 import uuid
 
@@ -30,13 +31,15 @@ def plugin():
     embed = kind.embed_multimodal
 
     def recorded(self, **given):
+        if os.path.exists(os.environ["RECORDED"] + "/fail"):
+            raise MemoryError("FAILURE")
         name = os.path.join(os.environ["RECORDED"], uuid.uuid4().hex)
         torch.save({name: value.clone() for name, value in given.items()}, name + ".part")
         os.rename(name + ".part", name + ".pt")
         return embed(self, **given)
 
     kind.embed_multimodal = recorded
-'''
+'''.replace("FAILURE", FAILURE)
 
 
 class ServerProcess:
@@ -62,9 +65,7 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command, variables = server_command(
-            base_folder(), self.port, hand_over="tcp", on_cpu=True, options=OPTIONS
-        )
+        command, variables = server_command(base_folder(), self.port, on_cpu=True, options=OPTIONS)
         self.command = runnable(command)
         paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {

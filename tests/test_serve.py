@@ -68,6 +68,11 @@ def test_the_process_becomes_the_server(
     assert "VLLM_SERVER_DEV_MODE=1 " in shown and f" vllm serve {model} " in shown
 
 
+def test_a_way_of_weights_that_is_gone() -> None:
+    with pytest.raises(ConfigError, match=r"hand_over.*is 'tcp'; it must be .*folder.*nccl"):
+        ServeSettings(model="runs/sft", hand_over="tcp")  # pyright: ignore[reportArgumentType]
+
+
 def test_without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="vLLM is not installed"):

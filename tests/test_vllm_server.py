@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from server_process import ServerProcess
+from server_process import FAILURE, ServerProcess
 from test_vllm_training import trained
 from tiny_models import tiny_model, tiny_processor
 from tiny_questions import read_lines
@@ -38,7 +38,6 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm.hand_over import FolderHandOver
 from video_r1.rollout.vllm.server import ServerEngine
 
 pytestmark = pytest.mark.vllm
@@ -120,17 +119,18 @@ def test_the_vision_tower_is_handed_over(engine: ServerEngine, model: Any, promp
     check_hand_over_of_vision(engine, model, prompts)
 
 
-def test_weights_from_a_folder(
-    engine: ServerEngine, model: Any, prompts: list[Prompt], tmp_path: Path
+def test_only_the_present_weights_are_kept(
+    server: ServerProcess, processor: Any, model: Any, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    engine._hand_over = FolderHandOver(tmp_path / "weights")
+    engine = ServerEngine(server.url, processor, model, model=base_folder(), folder=tmp_path)
     for _ in range(2):
         change(model)
         engine.update_weights(model)
         assert differences(model, prompts, engine.generate(prompts, SETTINGS)).max() < 1e-2
-    assert len(list((tmp_path / "weights").iterdir())) == 1
+    (folder,) = tmp_path.iterdir()
+    assert len(list(folder.iterdir())) == 1
     engine.close()
-    assert not (tmp_path / "weights").exists()
+    assert not folder.exists()
 
 
 def test_greedy_tokens_on_lab_questions(
@@ -191,6 +191,23 @@ def test_rollouts_ahead_of_the_update(server: ServerProcess, lab: Path, tmp_path
     assert [line["sampler/staleness"] for line in lines] == [0, 1, 1, 1, 0, 1, 1, 1]
     fresh = [line["sampler/logprob_difference"] < 1e-3 for line in lines]
     assert fresh == [True, False, False, False, True, False, False, False]
+
+
+def test_a_server_that_dies_says_why(
+    server: ServerProcess, engine: ServerEngine, prompts: list[Prompt], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The model fails in the engine's own process; the trainer says so, at once and when it gives up."""
+    engine.wait = 2.0
+    (server.recorded / "fail").touch()
+    try:
+        with pytest.raises(VideoR1Error, match=rf"was lost .*MemoryError: {FAILURE}.* did not return within"):
+            engine.generate(prompts, SETTINGS)
+    finally:
+        (server.recorded / "fail").unlink()
+        server.kill()
+        server.start()
+    assert f"the server's last error was MemoryError: {FAILURE}; waiting up to 2 s" in caplog.text
+    server.wait()
 
 
 def test_training_goes_on_when_the_server_is_killed(

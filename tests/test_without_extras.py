@@ -24,9 +24,8 @@ sys.meta_path[:] = [Hidden if finder is PathFinder else finder for finder in sys
 assert not any(map(importlib.util.find_spec, hidden))
 
 import video_r1
-by_others = {{"video_r1.__main__", "video_r1.rollout.vllm.weight_transfer"}}  # Python; vLLM's workers
 for module in pkgutil.walk_packages(video_r1.__path__, "video_r1."):
-    if module.name not in by_others:
+    if module.name != "video_r1.__main__":  # Python's
         importlib.import_module(module.name)
 
 from pathlib import Path

@@ -56,8 +56,8 @@ class ServeSettings(Settings):
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
     host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
     port: int = setting(8000, "port to listen at", above=0)
-    hand_over: Literal["tcp", "nccl", "folder"] = setting(
-        "tcp", "how weights arrive: over TCP, from GPU to GPU, or from a folder that both see"
+    hand_over: Literal["folder", "nccl"] = setting(
+        "folder", "how weights arrive: from a folder that trainer and server see, or from GPU to GPU"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     max_model_len: int | None = setting(

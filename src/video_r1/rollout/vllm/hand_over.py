@@ -1,4 +1,4 @@
-"""How trained weights reach a server: through vLLM's weight transfer, or through a folder that both see.
+"""How trained weights reach a server: through a folder that both see, or from GPU to GPU.
 
 Both keep the present weights, so that a server that comes back can be handed them again.
 """
@@ -9,11 +9,10 @@ import shutil
 import socket
 import urllib.parse
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,15 +58,15 @@ class FolderHandOver:
         call("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
 
 
-class TransferHandOver:
-    """Sends the weights through vLLM's weight transfer, backend `tcp` or `nccl`.
+class NCCLHandOver:
+    """Sends the weights from GPU to GPU, through vLLM's weight transfer.
 
-    The present weights stay in this process's memory. Each `send` after a failure makes a new connection.
+    url: the server's address; workers: its processes with a GPU. The present weights stay in this process's
+    memory. Each `send` after a failure makes a new connection.
     """
 
-    def __init__(self, backend: str, url: str, workers: int) -> None:
-        self.backend, self.workers = backend, workers
-        self.address = local_address(url)
+    def __init__(self, url: str, workers: int, device: str = "cuda") -> None:
+        self.url, self.workers, self.device = url, workers, device
         self.weights: Mapping[str, Tensor] = {}
         self.engine: Any = None
 
@@ -75,41 +74,42 @@ class TransferHandOver:
         self.weights = {} if weights is None else weights
 
     def send(self, call: Call) -> None:
-        from video_r1.rollout.vllm.weight_transfer import Snapshot
-
         try:
             if self.engine is None:
                 self.engine = self.connect(call)
-            self.engine.client = SyncClient(call)
-            device = torch.device("cuda" if self.backend == "nccl" else "cpu")
-            self.engine.source = Snapshot(self.weights, device)
             self.engine.send_weights()
-        except (OSError, RuntimeError) as error:  # the other side is gone (NCCL says so with the latter)
+        except BaseException as error:  # whatever it was, Ctrl-C too: half-used connections are of no use
             self.close()
-            raise ServerFailure(f"the transfer of weights broke off: {error}") from error
-        except BaseException:  # whatever it was, Ctrl-C too: a half-used connection cannot be used again
-            self.close()
+            if isinstance(error, (OSError, RuntimeError)):  # NCCL says with the latter that one side is gone
+                raise ServerFailure(f"the transfer of weights broke off: {error}") from error
             raise
 
     def connect(self, call: Call) -> Any:
         """vLLM's engine of the trainer's side, connected with all workers."""
-        from vllm.distributed.weight_transfer.factory import (  # pyright: ignore[reportMissingImports]
-            WeightTransferTrainerFactory,
+        from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
+            ParamMeta,
+            WeightSource,
+        )
+        from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
         )
 
-        from video_r1.rollout.vllm.weight_transfer import Snapshot, TCPTrainerInitInfo, register
+        hand_over = self
 
-        register()
-        if self.backend == "tcp":
-            info: Any = TCPTrainerInitInfo(self.address, self.workers, rank=0)
-        else:
-            from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
-                NCCLTrainerInitInfo,
-            )
+        class Present(WeightSource):
+            """The weights of the moment, moved to the GPU one at a time."""
 
-            info = NCCLTrainerInitInfo(self.address, free_port(), 1 + self.workers, rank=0)
-        source = Snapshot({}, torch.device("cpu"))
-        return WeightTransferTrainerFactory.trainer_init(info, client=SyncClient(call), source=source)
+            def metadata(self) -> list[Any]:
+                weights = hand_over.weights.items()
+                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+
+            def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+                for name, tensor in hand_over.weights.items():
+                    yield name, tensor.to(hand_over.device)
+
+        info = NCCLTrainerInitInfo(local_address(self.url), free_port(), 1 + self.workers, rank=0)
+        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=SyncClient(call), source=Present())
 
     def close(self) -> None:
         if self.engine is not None:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from video_r1.rollout.vllm.last_error import keep_last_error
+
 VARIABLE = "VIDEO_R1_POSITIONS"
 
 
@@ -40,9 +42,7 @@ def plugin() -> None:
     """What vLLM calls in each process of its own: acts only where the environment asks for it."""
     if os.environ.get(VARIABLE) == "transformers":
         use_transformers_positions()
-        from video_r1.rollout.vllm.weight_transfer import register
-
-        register()
+        keep_last_error()
 
 
 def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:

@@ -17,6 +17,7 @@ from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions
 from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
+MIDDLEWARE = "video_r1.rollout.vllm.last_error.say_why"
 
 OPTIONS: Mapping[str, Any] = {
     "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
@@ -56,6 +57,7 @@ def server_command(
         "port": port,
         "enable_scale_out": True,
         "worker_extension_cls": EXTENSION,
+        "middleware": MIDDLEWARE,
         **OPTIONS,
         **(CPU_OPTIONS if on_cpu else {}),
         **({} if hand_over == "folder" else {"weight_transfer_config": f'{{"backend": "{hand_over}"}}'}),

@@ -1,7 +1,7 @@
 """Rollouts on a vLLM server, on other GPUs or another machine.
 
     Prompt: tokens, processed pixels ─► POST /inference/v1/generate, one request a prompt ─► Rollouts
-    trained model ─► checkpoint_weights ─► vLLM's weight transfer, or a folder ─► the server, caches emptied
+    trained model ─► checkpoint_weights ─► a folder, or vLLM's weight transfer ─► the server, caches emptied
 
 A request that fails is sent again with the same seed, and its answer takes the place of the one that never
 came: nothing is counted twice. Every answer names the weights that sampled it. A server that comes back with
@@ -31,7 +31,7 @@ from video_r1.processes import gather, process_count, process_index, wait_for_ev
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, TransferHandOver
+from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, NCCLHandOver
 from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weights import checkpoint_weights
@@ -49,8 +49,8 @@ class ServerEngine:
     url: its address. processor: the one that prompts are built with. generation: a model or an object with a
         `generation_config`, which names the end tokens (`update_weights` replaces it).
     model: the checkpoint that the server has to serve; None accepts any.
-    folder: for a server without weight transfer, where a folder for the hand-over of weights is made; the
-        server has to see it under the same path (default: the system's folder for temporary files).
+    folder: where a folder for the hand-over of weights is made, which the server has to see under the same
+        path (default: the system's folder for temporary files).
     wait: seconds to wait for a server that does not answer; timeout: seconds for one request;
     concurrency: requests under way at once.
 
@@ -137,7 +137,7 @@ class ServerEngine:
             self._version, self._lost = version, None
         if process_index() == 0:
             self._recover(self._recoveries, None)
-            if self._watch is None and process_count() > 1 and isinstance(self._hand_over, TransferHandOver):
+            if self._watch is None and process_count() > 1 and isinstance(self._hand_over, NCCLHandOver):
                 self._watch = threading.Thread(target=self._keep_supplied, daemon=True)
                 self._watch.start()
         wait_for_everyone()
@@ -163,17 +163,15 @@ class ServerEngine:
                 )
 
     def _way_of_weights(self) -> HandOver:
-        backend = self.served["weight_transfer"]
-        if backend in ("tcp", "nccl"):
-            workers = int(self._get("/get_world_size")["world_size"])
-            return TransferHandOver(backend, self.url, workers)
+        if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
+            return NCCLHandOver(self.url, int(self._get("/get_world_size")["world_size"]))
         return FolderHandOver(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _give_weights(self) -> None:
         """Gives the server the present weights unless it has them, and drops what it has cached of others."""
         if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
             return
-        if process_index() and isinstance(self._hand_over, TransferHandOver):
+        if process_index() and isinstance(self._hand_over, NCCLHandOver):
             raise ServerFailure("it waits for the first process's weights")
         try:
             self._post("/pause?mode=abort")
@@ -267,8 +265,8 @@ class ServerEngine:
                         self._warn(error := failure)
                     if time.monotonic() > deadline:
                         self._lost = VideoR1Error(
-                            f"{self.url} was lost and did not return within {self.wait:g} s ({failure}); "
-                            "start it again and continue the run, or raise vllm_server_timeout"
+                            f"{self.url} was lost ({error}) and did not return within {self.wait:g} s "
+                            f"({failure}); start it again and continue the run, or raise vllm_server_timeout"
                         )
                         raise self._lost from failure
                     time.sleep(0.5)
