@@ -32,7 +32,15 @@ class RolloutEngine(Protocol):
 
     def close(self) -> None: ...
 
-    # fmt: on
+
+def wanted_counts(
+    prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None
+) -> list[int]:
+    """Completions wanted of each prompt. Raises ValueError when prompts and counts differ in number."""
+    wanted = [sampling.n] * len(prompts) if counts is None else list(counts)
+    if len(wanted) != len(prompts):
+        raise ValueError(f"{len(prompts)} prompts but {len(wanted)} counts")
+    return wanted
 
 
 def sample_rollouts(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,11 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import prompt_positions, vision_language_model
 from video_r1.models.onednn import onednn_linears
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 
+T = TypeVar("T")
 OnToken = Callable[[int, int, int], None]
 KEEP_RATIO = 0.875  # finished completions leave in batches: copying the others' states has its cost
 MAX_SEQUENCES = 256
@@ -96,9 +97,7 @@ class TransformersEngine:
         g, not on the other prompts or how they are batched. `on_token(q, g, token_id)` sees each token at
         once.
         """
-        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
-        if len(counts) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+        counts = wanted_counts(prompts, sampling, counts)
         uniform = _uniform_numbers(counts, sampling)
         order = sorted(
             (index for index, count in enumerate(counts) if count),
@@ -106,7 +105,8 @@ class TransformersEngine:
         )
         results: list[list[Rollout]] = [[] for _ in prompts]
         with _eval_mode(self.model):
-            for wave in _waves(order, counts, self.max_sequences):
+            # Each wave decodes up to `max_sequences` completions at once.
+            for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
                 with onednn_linears(self.model, len(numbers)):
@@ -118,14 +118,11 @@ class TransformersEngine:
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
         """One forward for each chunk of prompts of similar length."""
-        parts, chunk, longest = [], [], 0
-        for prompt in prompts:
-            longest = max(longest, len(prompt.input_ids))
-            if chunk and longest * (len(chunk) + 1) > self.max_prefill_tokens:
-                parts.append(self._prefill_chunk(chunk))
-                chunk, longest = [], len(prompt.input_ids)
-            chunk.append(prompt)
-        parts.append(self._prefill_chunk(chunk))
+
+        def tokens(chunk: Sequence[Prompt]) -> int:
+            return len(chunk) * max(len(prompt.input_ids) for prompt in chunk)
+
+        parts = [self._prefill_chunk(chunk) for chunk in _cut(prompts, tokens, self.max_prefill_tokens)]
         if len(parts) == 1:
             return parts[0]
         layers = range(len(parts[0].keys))
@@ -257,18 +254,16 @@ def _uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[
     ]
 
 
-def _waves(order: Sequence[int], counts: Sequence[int], max_sequences: int) -> Iterator[list[int]]:
-    """Prompts in `order`, cut where a wave would decode more than `max_sequences` completions at once."""
-    wave: list[int] = []
-    total = 0
-    for index in order:
-        if wave and total + counts[index] > max_sequences:
-            yield wave
-            wave, total = [], 0
-        wave.append(index)
-        total += counts[index]
-    if wave:
-        yield wave
+def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> Iterator[list[T]]:
+    """The items in their order, cut where a part would cost more than `limit`."""
+    part: list[T] = []
+    for item in items:
+        if part and cost([*part, item]) > limit:
+            yield part
+            part = []
+        part.append(item)
+    if part:
+        yield part
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:

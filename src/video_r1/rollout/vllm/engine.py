@@ -27,7 +27,7 @@ from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import process_count
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.parallel import tensor_parallel as tensor_parallel_group
+from video_r1.rollout.vllm.parallel import TensorParallel
 from video_r1.rollout.vllm.positions import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
 from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
@@ -75,7 +75,7 @@ class VLLMEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
         self._sleep = sleep
-        self._ranks = tensor_parallel_group(tensor_parallel)
+        self._ranks = TensorParallel(tensor_parallel)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":

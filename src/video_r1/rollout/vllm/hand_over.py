@@ -11,7 +11,7 @@ import urllib.parse
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,20 +20,6 @@ from video_r1.rollout.http_client import ServerFailure
 
 Call = Callable[..., Any]
 """Posts to the server: `call(path, body=None)` returns its answer."""
-
-
-class HandOver(Protocol):
-    def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
-        """These are the weights from now on, none of which shares memory with another one; None in processes
-        that only name the version.
-        """
-        ...
-
-    def send(self, call: Call) -> None:
-        """Gives them to the server, which is paused. Raises ServerFailure and ServerRefusal."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class FolderHandOver:
@@ -45,6 +31,9 @@ class FolderHandOver:
         self.current = folder
 
     def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
+        """These are the weights from now on, none of which shares memory with another one; None in processes
+        that only name the version.
+        """
         before, self.current = self.current, self.folder / version
         if weights is None:
             return
@@ -54,6 +43,7 @@ class FolderHandOver:
             shutil.rmtree(before, ignore_errors=True)
 
     def send(self, call: Call) -> None:
+        """Gives them to the server, which is paused. Raises ServerFailure and ServerRefusal."""
         kwargs = {"weights_path": str(self.current)}
         call("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
 
@@ -115,6 +105,9 @@ class NCCLHandOver:
         if self.engine is not None:
             self.engine.shutdown()
             self.engine = None
+
+
+HandOver = FolderHandOver | NCCLHandOver
 
 
 class SyncClient:

@@ -7,7 +7,6 @@ requests, generates for all, and keeps the completions of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import distributed
@@ -18,36 +17,28 @@ from video_r1.processes import process_count, process_index
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
 class TensorParallel:
-    """`size` neighbouring ranks, of which this process is number `index`. group: None for a size of 1."""
+    """`size` neighbouring processes of the run, this one among them.
 
-    size: int = 1
-    index: int = 0
-    group: Any = None
+    Every process of the run has to build it. Raises ConfigError when `size` does not divide the number of processes.
+    """
+
+    def __init__(self, size: int) -> None:
+        processes, rank = process_count(), process_index()
+        if processes % size:
+            raise ConfigError(
+                f"vllm_tensor_parallel_size is {size}; it must divide the number of processes ({processes})"
+            )
+        self.size, self.index = size, rank % size
+        if size > 1:
+            firsts = range(0, processes, size)
+            self.group = [distributed.new_group(list(range(at, at + size))) for at in firsts][rank // size]
 
     def gather(self, own: Sequence[T]) -> tuple[list[T], slice]:
-        """Everything that the ranks of the group have, in their order, and where this process's own is."""
+        """Everything that these processes have, in their order, and where this one's own is."""
         if self.size == 1:
             return list(own), slice(None)
         parts: list[Any] = [None] * self.size
         distributed.all_gather_object(parts, list(own), group=self.group)
         start = sum(len(part) for part in parts[: self.index])
         return [entry for part in parts for entry in part], slice(start, start + len(own))
-
-
-def tensor_parallel(size: int) -> TensorParallel:
-    """The group of this process. Every process of the run has to call it.
-
-    Raises ConfigError when `size` does not divide the number of processes.
-    """
-    processes = process_count()
-    if processes % size:
-        raise ConfigError(
-            f"vllm_tensor_parallel_size is {size}; it must divide the number of processes ({processes})"
-        )
-    if size == 1:
-        return TensorParallel()
-    rank = process_index()
-    groups = [distributed.new_group(list(range(first, first + size))) for first in range(0, processes, size)]
-    return TensorParallel(size, rank % size, groups[rank // size])

@@ -13,7 +13,7 @@ from torch import Tensor
 from video_r1.data.prompts import Prompt, video_metadata
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
 # The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.
@@ -73,9 +73,7 @@ def asks_of(
     Raises ValueError when prompts and counts differ in number, and RequestError for a prompt that leaves no
     room for `sampling.max_tokens` within `limit` tokens.
     """
-    counts = [sampling.n] * len(prompts) if counts is None else counts
-    if len(counts) != len(prompts):
-        raise ValueError(f"{len(prompts)} prompts but {len(counts)} counts")
+    counts = wanted_counts(prompts, sampling, counts)
     asks = []
     seeds = prompt_seeds(sampling.seed, len(prompts))
     for place, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True)):
@@ -114,8 +112,8 @@ def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
         data: dict[str, Any] = {"image": Image.fromarray(frames[0])}
     else:
         data = {"video": (frames, {**video_metadata(media), "do_sample_frames": False})}
-    visual = visual_tokens(prompt)
-    if is_one_block(visual):
+    visual, one_block = visual_tokens(prompt)
+    if one_block:
         first = int(visual.nonzero()[0])
         kept = ~visual
         kept[first] = True
@@ -141,8 +139,8 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
         MultiModalKwargsItem,
     )
 
-    visual = visual_tokens(prompt)
-    if not is_one_block(visual):
+    visual, one_block = visual_tokens(prompt)
+    if not one_block:
         raise ConfigError(
             "vllm_mode server: a server takes videos of Qwen2-VL and Qwen2.5-VL only; use vllm_mode colocate"
         )
@@ -152,11 +150,8 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
         if name in prompt.features:
             tensor = prompt.features[name].contiguous()
             digest.update(name.encode() + tensor.numpy().tobytes())
-            item[name] = (
-                MultiModalFieldElem(data=tensor, field=whole)
-                if name in PIXELS
-                else MultiModalFieldElem(data=tensor[0], field=one)
-            )
+            data, field = (tensor, whole) if name in PIXELS else (tensor[0], one)
+            item[name] = MultiModalFieldElem(data=data, field=field)
     kind = prompt.media.kind
     place = {"offset": int(visual.nonzero()[0]), "length": int(visual.sum())}
     return {
@@ -170,12 +165,8 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
     }
 
 
-def visual_tokens(prompt: Prompt) -> Tensor:
-    """[P] bool: the visual placeholders of a prompt."""
-    return prompt.features["mm_token_type_ids"].view(-1) != 0
-
-
-def is_one_block(visual: Tensor) -> bool:
-    """Whether the placeholders stand in one block."""
+def visual_tokens(prompt: Prompt) -> tuple[Tensor, bool]:
+    """[P] bool: the visual placeholders of a prompt; and whether they stand in one block."""
+    visual = prompt.features["mm_token_type_ids"].view(-1) != 0
     places = visual.nonzero().view(-1)
-    return len(places) > 0 and int(places[-1] - places[0]) + 1 == len(places)
+    return visual, len(places) > 0 and int(places[-1] - places[0]) + 1 == len(places)

@@ -16,10 +16,10 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,7 @@ from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_requ
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.weights import checkpoint_weights
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
@@ -81,16 +82,11 @@ class ServerEngine:
         self._version: str | None = None
         self._recovery = threading.Lock()
         self._recoveries = 0
-        self._watch: threading.Thread | None = None
         self._closed = threading.Event()
         self._lost: VideoR1Error | None = None
-        deadline = time.monotonic() + wait
+        self._failures: dict[str, None] = {}  # of the present loss, in their order
         try:
-            try:
-                self.max_model_len = self._await_server(time.monotonic())
-            except ServerFailure as failure:
-                self._warn(failure)
-                self.max_model_len = self._await_server(deadline)
+            self.max_model_len = self._when_there(self._longest)
         except ServerFailure as failure:
             raise ConfigError(
                 f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with "
@@ -136,10 +132,7 @@ class ServerEngine:
             self._hand_over.keep(None if process_index() else weights, version)
             self._version, self._lost = version, None
         if process_index() == 0:
-            self._recover(self._recoveries, None)
-            if self._watch is None and process_count() > 1 and isinstance(self._hand_over, NCCLHandOver):
-                self._watch = threading.Thread(target=self._keep_supplied, daemon=True)
-                self._watch.start()
+            self._recover(self._recoveries)
         wait_for_everyone()
 
     def _keep_supplied(self) -> None:
@@ -149,7 +142,7 @@ class ServerEngine:
         while not self._closed.wait(WATCH_SECONDS):
             try:
                 if self._get("/weight_info")["weight_version"] != self._version:
-                    self._recover(self._recoveries, None)
+                    self._recover(self._recoveries)
             except (ServerFailure, ServerRefusal, VideoR1Error):
                 pass  # whoever asks something of the server reports it
 
@@ -164,11 +157,14 @@ class ServerEngine:
 
     def _way_of_weights(self) -> HandOver:
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
+            if process_count() > 1 and process_index() == 0:
+                threading.Thread(target=self._keep_supplied, daemon=True).start()
             return NCCLHandOver(self.url, int(self._get("/get_world_size")["world_size"]))
         return FolderHandOver(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _give_weights(self) -> None:
         """Gives the server the present weights unless it has them, and drops what it has cached of others."""
+        self._longest()  # it is there, and still the same one
         if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
             return
         if process_index() and isinstance(self._hand_over, NCCLHandOver):
@@ -219,7 +215,9 @@ class ServerEngine:
                 return sorted(choices, key=lambda choice: choice["index"])
             except ServerFailure as error:
                 failure = error
-                self._recover(recoveries, error)
+                if recoveries == self._recoveries:
+                    self._note(error)
+                self._recover(recoveries)
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
@@ -241,7 +239,7 @@ class ServerEngine:
 
     # ---- A server that is away
 
-    def _recover(self, recoveries: int, error: ServerFailure | None) -> None:
+    def _recover(self, recoveries: int) -> None:
         """Waits for the server and hands it the weights, once for all requests that failed together.
 
         recoveries: how many there had been when the request was sent. Raises VideoR1Error when it stays away.
@@ -251,51 +249,48 @@ class ServerEngine:
                 raise self._lost
             if recoveries != self._recoveries:
                 return
-            if error is not None:
-                self._warn(error)
-            deadline = time.monotonic() + self.wait
-            while True:
-                try:
-                    # Without a known failure one is to be reported when it shows, not when the time is over.
-                    self._await_server(deadline if error is not None else time.monotonic())
-                    self._give_weights()
-                    break
-                except ServerFailure as failure:
-                    if error is None:
-                        self._warn(error := failure)
-                    if time.monotonic() > deadline:
-                        self._lost = VideoR1Error(
-                            f"{self.url} was lost ({error}) and did not return within {self.wait:g} s "
-                            f"({failure}); start it again and continue the run, or raise vllm_server_timeout"
-                        )
-                        raise self._lost from failure
-                    time.sleep(0.5)
+            try:
+                self._when_there(self._give_weights)
+            except ServerFailure as failure:
+                self._lost = VideoR1Error(
+                    f"{self.url} was lost and did not return within {self.wait:g} s ({failure}); start it "
+                    "again and continue the run, or raise vllm_server_timeout"
+                )
+                raise self._lost from failure
             self._recoveries += 1
 
-    def _warn(self, error: ServerFailure) -> None:
-        logger.warning("%s: %s; waiting up to %g s for it", self.url, error, self.wait)
-
-    def _await_server(self, deadline: float) -> int:
-        """Waits until the server answers its health check; returns its longest sequence in tokens.
-
-        Raises ServerFailure when it has not by the deadline, ConfigError when it is no such server.
-        """
-        pause = 0.1
+    def _when_there(self, work: Callable[[], T]) -> T:
+        """What `work` returns as soon as it does not fail. Raises ServerFailure after `wait` seconds."""
+        deadline, pause = time.monotonic() + self.wait, 0.1
         while True:
             try:
-                patience = min(10.0, max(5.0, deadline - time.monotonic()))
-                self._get("/health", patience)
-                served = self._get("/v1/models", patience)["data"][0]
-                break
-            except ServerRefusal as refusal:
-                raise ConfigError(
-                    f"{self.url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
-                ) from refusal
-            except ServerFailure:
+                result = work()
+                self._failures.clear()
+                return result
+            except ServerFailure as failure:
+                self._note(failure)
                 if time.monotonic() > deadline:
-                    raise
-                time.sleep(pause)
-                pause = min(2 * pause, 2.0)
+                    raise ServerFailure(", then ".join(self._failures)) from failure
+            time.sleep(pause)
+            pause = min(2 * pause, 2.0)
+
+    def _note(self, failure: ServerFailure) -> None:
+        """Warns of it, once: of requests that fail together, one may have heard what the others have not."""
+        if str(failure) not in self._failures:
+            self._failures[str(failure)] = None
+            logger.warning("%s: %s; waiting up to %g s for it", self.url, failure, self.wait)
+
+    def _longest(self) -> int:
+        """The longest sequence in tokens that the server takes. Raises ServerFailure while it is not there,
+        ConfigError when it is no such server.
+        """
+        try:
+            self._get("/health")
+            served = self._get("/v1/models")["data"][0]
+        except ServerRefusal as refusal:
+            raise ConfigError(
+                f"{self.url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
+            ) from refusal
         names = [name for name in (served.get("root"), served.get("id")) if name]
         if self._model is not None and not any(_same_model(name, self._model) for name in names):
             raise ConfigError(f"{self.url} serves {names[0]}, not {self._model}")
