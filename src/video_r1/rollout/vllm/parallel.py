@@ -20,7 +20,7 @@ T = TypeVar("T")
 class TensorParallel:
     """`size` neighbouring processes of the run, this one among them.
 
-    Every process of the run has to build it. Raises ConfigError when `size` does not divide the number of processes.
+    Every process of the run has to build it. Raises ConfigError when `size` does not divide their number.
     """
 
     def __init__(self, size: int) -> None:
