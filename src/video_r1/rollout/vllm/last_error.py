@@ -20,12 +20,16 @@ CONSEQUENCE = "EngineDeadError"  # what is logged where the engine is waited for
 
 
 class LastError(logging.Handler):
-    """Keeps the last exception that was logged in the file."""
+    """Keeps the last exception that was logged in the file, but not those that only pass it on."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info and record.exc_info[1]
-        if error and type(error).__name__ != CONSEQUENCE:
-            Path(os.environ[VARIABLE]).write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        if not error or type(error).__name__ == CONSEQUENCE:
+            return
+        file, found = Path(os.environ[VARIABLE]), f"{type(error).__name__}: {error}"
+        kept = file.read_text(encoding="utf-8")
+        if not kept or kept.partition(": ")[2] not in found:
+            file.write_text(found, encoding="utf-8")
 
 
 def keep_last_error() -> None:
