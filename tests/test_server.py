@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -147,6 +148,12 @@ def engine(url: str, tmp_path: Path, **changes: Any) -> ServerEngine:
     return ServerEngine(url, PROCESSOR, GENERATION, **settings)
 
 
+def _umask() -> int:
+    found = os.umask(0o22)
+    os.umask(found)
+    return found
+
+
 SETTINGS = SamplingSettings(n=3, max_tokens=8, seed=1)
 
 
@@ -187,6 +194,8 @@ def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: 
     model = copy.deepcopy(TINY)
     client.update_weights(model)
     first = Path(loopback.loaded)
+    mode = (first / "model.safetensors").stat().st_mode & 0o777
+    assert mode == 0o666 & ~_umask()  # a server may run as another user
     found = load_file(first / "model.safetensors")
     assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
     steps = [call for call in loopback.calls if call not in ("/health", "/v1/models", "/weight_info")]

@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from video_r1.files import follow_umask
 from video_r1.rollout.http_client import ServerFailure
 
 Call = Callable[..., Any]
@@ -39,6 +40,7 @@ class FolderHandOver:
             return
         self.current.mkdir(parents=True)
         save_file(dict(weights), self.current / "model.safetensors")
+        follow_umask(self.current)
         if before != self.folder:
             shutil.rmtree(before, ignore_errors=True)
 

@@ -296,8 +296,8 @@ class ServerEngine:
             raise ConfigError(f"{self.url} serves {names[0]}, not {self._model}")
         return int(served["max_model_len"])
 
-    def _get(self, path: str, timeout: float = 10.0) -> Any:
-        return get(self.url + path, self._key, timeout)
+    def _get(self, path: str) -> Any:
+        return get(self.url + path, self._key, 10.0)
 
     def _post(self, path: str, body: Any = None) -> Any:
         return post(self.url + path, self._key, body, self.timeout)
