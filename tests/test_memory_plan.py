@@ -240,6 +240,24 @@ def test_the_plan_agrees_with_a_measured_update(
     assert plan.phases["update"] == pytest.approx(weights + states + copied + passes, rel=TOLERANCE)
 
 
+def test_the_plan_agrees_with_a_measured_update_of_sft() -> None:
+    """Two questions with a response each, in one row."""
+    model = model_of(128, 4, 2048)
+    settings = {"max_response_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    plan = planned(model, load_recipe("sft", None, {**OF_ANY_STAGE, **settings}))
+    prompts, responses = [question(), question()], [[COMPLETIONS[0][0].repeat(2)[:64]]] * 2
+    assert len(responses[0][0]) == 64 and plan.row_tokens == 2 * (plan.prompt_tokens + 63)
+
+    def update() -> None:
+        result = group_logprobs(model.train(), prompts, responses, with_likeliest=True)
+        (-result.logprobs.sum() / len(result.logprobs)).backward()
+
+    update()
+    model.zero_grad(set_to_none=True)
+    beyond = plan.phases["update"] - plan.parts["weights"] - plan.parts["optimizer"]
+    assert beyond == pytest.approx(most_at_once(update), rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_torch"])
 def test_the_plan_agrees_with_the_trainers_optimizer(name: str, tmp_path: Path) -> None:
     """8 bits for most tensors; small ones and, by the Trainer's choice, the embeddings stay in float32."""

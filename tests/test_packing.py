@@ -23,10 +23,13 @@ def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 50, bias=False)
     hidden, targets = torch.randn(23, 8, requires_grad=True), torch.randint(0, 50, (23,))
+    targets[::3] = layer(hidden[::3]).argmax(-1)
     monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", rows * 50)
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
-    logprobs, entropy = head.token_logprobs(layer, hidden, targets, 0.5, True, 50)
+    logprobs, entropy, likeliest = head.token_logprobs(
+        layer, hidden, targets, 0.5, True, 50, with_likeliest=True
+    )
     upstream = torch.randn(23)
     ours = torch.autograd.grad(logprobs, (hidden, layer.weight), upstream)
     assert max(seen) <= rows
@@ -34,6 +37,7 @@ def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = distribution.log_prob(targets)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropy, distribution.entropy())
+    assert likeliest is not None and torch.equal(likeliest, distribution.probs.argmax(-1) == targets)
     for a, b in zip(ours, torch.autograd.grad(expected, (hidden, layer.weight), upstream), strict=True):
         torch.testing.assert_close(a, b)
 

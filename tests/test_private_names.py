@@ -191,8 +191,6 @@ def test_methods_of_the_trainer() -> None:
         "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
         "_load_best_model": [],
         "_determine_best_metric": ["metrics", "trial"],
-        "_get_num_items_in_batch": ["batch_samples", "device"],
-        "_prepare_inputs": ["inputs"],
     }
     source = inspect.getsource(Trainer)
     for name, parameters in expected.items():

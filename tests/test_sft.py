@@ -13,10 +13,12 @@ from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from video_r1.data.prompts import Prompt
 from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError
+from video_r1.models import head
 from video_r1.recipe import load_recipe
-from video_r1.training.sft import IGNORED, SFTConfig, SFTTrainer, pad_examples, response_loss, run_sft
+from video_r1.training.sft import SFTBatch, SFTConfig, SFTTrainer, run_sft
 
 
 def make_trainer(
@@ -31,53 +33,78 @@ def model_of(trainer: SFTTrainer) -> Any:
     return trainer.model
 
 
+def plain_logits(model: Any, prompt: Prompt, response: Tensor) -> Tensor:
+    """The logits [L, V] that predict a response, by the model's own forward on this one example."""
+    ids = torch.cat([prompt.input_ids, response])
+    features = {
+        name: value.to(model.dtype) if value.is_floating_point() and "pixel" in name else value
+        for name, value in prompt.features.items()
+    }
+    kinds = features.pop("mm_token_type_ids").flatten()
+    features["mm_token_type_ids"] = torch.cat([kinds, torch.zeros_like(response)])[None]
+    return model(input_ids=ids[None], **features).logits[0, len(prompt.input_ids) - 1 : -1]
+
+
 def test_loss_is_on_the_response_alone(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """A batch of clips and pictures of different length: labels, padding, and every example's own media."""
+    """A batch of clips and pictures of different length: the tokens with a loss, and every example's own
+    media.
+    """
     trainer = make_trainer(checkpoint, str(manifest), tmp_path)
     samples = [load_manifest(manifest)[index] for index in (0, 5, 3, 6)]  # video, image, video, image
     examples = [trainer.load(sample) for sample in samples]
-    batch = pad_examples(examples, trainer.pad_token_id)
+    with torch.no_grad():
+        result = trainer.logprobs(model_of(trainer).eval(), SFTBatch(examples))
     tokenizer = trainer.builder.tokenizer
-    for row, sample, (prompt, response) in zip(range(4), samples, examples, strict=True):
-        start, end = len(prompt.input_ids), len(prompt.input_ids) + len(response)
-        taught = batch["labels"][row] != IGNORED
-        assert taught.nonzero()[:, 0].tolist() == list(range(start, end))
-        assert batch["attention_mask"][row].tolist() == [1] * end + [0] * (len(taught) - end)
-        text = tokenizer.decode(batch["labels"][row][taught])
-        assert text == f"{sample.process}\n{sample.solution}<|im_end|>"
+    lengths = result.lengths.tolist()
+    assert len(result.logprobs) == sum(lengths)
+    for sample, example, found, length in zip(
+        samples, examples, result.logprobs.split(lengths), lengths, strict=True
+    ):
+        assert tokenizer.decode(example[1]) == f"{sample.process}\n{sample.solution}<|im_end|>"
+        assert length == len(example[1])
+        with torch.no_grad():
+            expected = plain_logits(model_of(trainer), *example).log_softmax(-1)
+        torch.testing.assert_close(found, expected.gather(1, example[1][:, None])[:, 0], rtol=0, atol=1e-4)
     frames = [prompt.features["pixel_values_videos"] for prompt, _ in (examples[0], examples[2])]
-    torch.testing.assert_close(batch["pixel_values_videos"], torch.cat(frames), rtol=0, atol=0)
-    assert (
-        len(batch["image_grid_thw"]) == len(batch["video_grid_thw"]) == len(batch["second_per_grid_ts"]) == 2
-    )
+    assert not torch.equal(*frames)
 
 
 def test_batch_equals_single_examples(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """Padding, neighbours and the cut of the head change nothing: the model's own loss on each example."""
+    """Neighbours in the row and the head's chunks change nothing: the model's own loss on each example."""
     trainer = make_trainer(checkpoint, str(manifest), tmp_path)
     examples = [trainer.load(sample) for sample in load_manifest(manifest)]
-    batch = pad_examples(examples, trainer.pad_token_id)
-    together, hits, tokens = response_loss(model_of(trainer).eval(), batch)
+    together = trainer.logprobs(model_of(trainer).eval(), SFTBatch(examples))
     double = copy.deepcopy(model_of(trainer)).double().eval()
     alone, right = torch.zeros((), dtype=torch.float64), 0
     for prompt, response in examples:
-        row = pad_examples([(prompt, response)], 0)
-        labels = row.pop("labels")
-        features = {
-            name: value.double() if value.is_floating_point() else value for name, value in row.items()
-        }
-        logits = double(**features).logits[0, :-1]
-        start = len(prompt.input_ids) - 1
-        assert labels[0, start + 1 :].tolist() == response.tolist()
-        alone = alone + torch.nn.functional.cross_entropy(logits[start:], response, reduction="sum")
-        right += int((logits[start:].argmax(-1) == response).sum())
-    assert tokens == sum(len(response) for _, response in examples) and int(hits) == right
-    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
-    together.backward()
+        logits = plain_logits(double, prompt, response)
+        alone = alone + torch.nn.functional.cross_entropy(logits, response, reduction="sum")
+        right += int((logits.argmax(-1) == response).sum())
+    assert len(together.logprobs) == sum(len(response) for _, response in examples)
+    assert together.likeliest is not None and int(together.likeliest.sum()) == right
+    loss = -together.logprobs.sum()
+    assert loss.item() == pytest.approx(alone.item(), rel=1e-5)
+    loss.backward()
     alone.backward()
     for parameter, reference in zip(model_of(trainer).parameters(), double.parameters(), strict=True):
         if reference.grad is not None:
             torch.testing.assert_close(parameter.grad, reference.grad.float(), rtol=2e-3, atol=2e-3)
+
+
+def test_no_logits_but_those_of_a_chunk(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head sees response positions only, a chunk at a time, also when the backward pass computes them
+    again.
+    """
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path)
+    vocabulary = model_of(trainer).config.get_text_config().vocab_size
+    monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", 8 * vocabulary)
+    seen: list[int] = []
+    model_of(trainer).lm_head.register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
+    batches, tokens = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
+    trainer.compute_loss(model_of(trainer), batches[0], num_items_in_batch=tokens).backward()
+    assert max(seen) <= 8 and sum(seen) == 2 * tokens
 
 
 def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ values and gradients equal those of the expanded batch, where pixels and prompt 
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,13 +31,15 @@ KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_vi
 class GroupLogprobs:
     """Packed results of a batch of groups; torch.split(logprobs, lengths.tolist()) gives them by completion.
 
-    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `entropy`: [N] float32, nats,
-    or None. `lengths`: [completions] int64, tokens of each completion.
+    `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `lengths`: [completions]
+    int64, tokens of each completion. Where asked for: `entropy` [N] float32, nats; `likeliest` [N] bool,
+    whether the token is the arg max.
     """
 
     logprobs: Tensor
-    entropy: Tensor | None
     lengths: Tensor
+    entropy: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +61,7 @@ def group_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
     vision_features: Sequence[VisionFeatures | None] | None = None,
+    with_likeliest: bool = False,
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
@@ -72,11 +74,22 @@ def group_logprobs(
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
 
-    def forward() -> tuple[Tensor, Tensor | None, Tensor]:
-        result = _forward(model, prompts, completions, temperature, with_entropy, vision_features)
-        return result.logprobs, result.entropy, result.lengths  # FSDP finds no tensors in a record
+    def forward() -> tuple[Tensor | None, ...]:  # FSDP finds no tensors in a record
+        inner = vision_language_model(model)
+        hidden = _predicting_states(inner, prompts, completions, vision_features)
+        targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
+        vocabulary = inner.config.get_text_config().vocab_size
+        return tuple(
+            token_logprobs(
+                inner.get_output_embeddings(), hidden, targets, temperature, with_entropy, vocabulary,
+                with_likeliest=with_likeliest,
+            )
+        )  # fmt: skip
 
-    return GroupLogprobs(*through_wrapper(model, forward))
+    logprobs, entropy, likeliest = through_wrapper(model, forward)
+    assert logprobs is not None
+    lengths = torch.tensor([len(tokens) for group in completions for tokens in group], device=logprobs.device)
+    return GroupLogprobs(logprobs, lengths, entropy, likeliest)
 
 
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
@@ -102,26 +115,6 @@ def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures 
         embeddings = _interleave(is_image, image.embeddings, video.embeddings)
         encoded.append(VisionFeatures(embeddings, tuple(_interleave(is_image, a, b) for a, b in layers)))
     return encoded
-
-
-def encode_together(core: Any, features: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The tower's outputs for a batch's images and videos from one call: `mm_encoder_outputs` of `forward`.
-
-    core: `model.model`; features: pixels and grids, as in KINDS, of one kind or both.
-    """
-    present = {kind: names for kind, names in KINDS.items() if names[0] in features}
-    grids = [features[grid] for _, grid in present.values()]
-    pixels = torch.cat([features[name] for name, _ in present.values()])
-    output = core.get_image_features(pixels, torch.cat(grids), return_dict=True)
-    outputs, start = {}, 0
-    for kind, grid in zip(present, grids, strict=True):
-        part = slice(start, start + len(grid))
-        start += len(grid)
-        outputs[kind] = copy.copy(output)
-        outputs[kind].pooler_output = output.pooler_output[part]
-        if getattr(output, "deepstack_features", None):
-            outputs[kind].deepstack_features = [layer[part] for layer in output.deepstack_features]
-    return outputs
 
 
 def vision_language_model(model: nn.Module) -> Any:
@@ -161,15 +154,13 @@ def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     return positions[:, 0], int(positions[:, 0, -1].max()) + 1
 
 
-def _forward(
-    wrapped: nn.Module,
+def _predicting_states(
+    model: Any,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Tensor]],
-    temperature: float,
-    with_entropy: bool,
     vision_features: Sequence[VisionFeatures | None] | None,
-) -> GroupLogprobs:
-    model = vision_language_model(wrapped)
+) -> Tensor:
+    """The last hidden states [N, d] at the positions that predict completion tokens."""
     text = model.model.language_model
     _use_group_attention(text)
     embedding = model.get_input_embeddings()
@@ -200,17 +191,7 @@ def _forward(
         **deepstack,
     ).last_hidden_state[0]
 
-    targets = torch.cat([tokens for group in completions for tokens in group]).to(device)
-    logprobs, entropy = token_logprobs(
-        model.get_output_embeddings(),
-        hidden[_predicting_positions(prompts, completions).to(device)],
-        targets,
-        temperature,
-        with_entropy,
-        model.config.get_text_config().vocab_size,
-    )
-    lengths = torch.tensor([len(tokens) for group in completions for tokens in group], device=device)
-    return GroupLogprobs(logprobs, entropy, lengths)
+    return hidden[_predicting_positions(prompts, completions).to(device)]
 
 
 def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Sequence[Tensor]]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,17 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; a cache's worth on the CPU
+
+
+class TokenScores(NamedTuple):
+    """Of N given tokens: `logprobs` [N] float32 in nats; where asked for, without a gradient, `entropy` [N]
+    float32 in nats of the distribution that each is taken from, and `likeliest` [N] bool, whether it is the
+    arg max.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+    likeliest: Tensor | None = None
 
 
 def token_logprobs(
@@ -20,31 +31,37 @@ def token_logprobs(
     with_entropy: bool,
     vocabulary: int,
     chunk_logits: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """log softmax(head(hidden) / temperature) at `targets`.
+    with_likeliest: bool = False,
+) -> TokenScores:
+    """log softmax(head(hidden) / temperature) at `targets`, with hidden [N, d] and targets [N] int64.
 
-    hidden [N, d], targets [N] int64 -> log-probabilities [N] float32 and, if asked for, the entropy of each
-    distribution [N] float32 in nats (without a gradient). The logits exist one chunk at a time; the backward
-    pass computes them again. chunk_logits: elements of one chunk (default: by the device).
+    The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
+    chunk (default: by the device).
     """
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
     rows = max(1, chunk_logits // vocabulary)
-    logprobs, entropy = [], []
+    chunks: list[Any] = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
-        arguments = (head, states, tokens, temperature, with_entropy)
+        arguments = (head, states, tokens, temperature, with_entropy, with_likeliest)
         if torch.is_grad_enabled():
-            chunk = checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            chunks.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
-            chunk = _chunk(*arguments)
-        logprobs.append(chunk[0])
-        entropy.append(chunk[1])
-    return torch.cat(logprobs), torch.cat(entropy) if with_entropy else None
+            chunks.append(_chunk(*arguments))
+    logprobs, *others = zip(*chunks, strict=True)
+    return TokenScores(
+        torch.cat(logprobs), *(None if part[0] is None else torch.cat(part) for part in others)
+    )
 
 
 def _chunk(
-    head: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
+    head: nn.Module,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    with_likeliest: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(head, FSDPModule):  # its hooks are for one call a step, not for one a chunk
         head.unshard()
         linear = cast(nn.Linear, head)
@@ -54,8 +71,10 @@ def _chunk(
     if temperature != 1.0:
         logits = logits / temperature
     scores = torch.log_softmax(logits, dim=-1)
-    entropy = None
+    entropy = likeliest = None
     if with_entropy:
         values = scores.detach()
         entropy = -(values.exp() * values).sum(-1)
-    return scores.gather(1, targets[:, None])[:, 0], entropy
+    if with_likeliest:
+        likeliest = scores.detach().argmax(-1) == targets
+    return scores.gather(1, targets[:, None])[:, 0], entropy, likeliest

@@ -108,7 +108,7 @@ def memory_plan(
         sequences = questions * (training.num_generations + training.shuffled_generations)
         if not recipe.values().get("use_vllm"):
             rows = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
-            prefill = Row(rows, row.grid, row.prompt, 1, 1, packed=False)
+            prefill = Row(rows, row.grid, row.prompt, 1, 1)
     traced = trace(config, policy, row, prefill, passes)
     if device_type == "cpu" and dtype == torch.float32 and autocast is None:
         arranged = 4 * sum(size for size in traced.text_linear if sequences * size >= LEAST_PRODUCTS)
@@ -184,7 +184,7 @@ def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, tex
         prompt=prompt,
         completions=training.num_generations if rl else 1,
         completion=training.max_completion_length if rl else training.max_response_length,
-        packed=rl,
+        with_entropy=rl,
     )
 
 

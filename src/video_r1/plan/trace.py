@@ -40,10 +40,9 @@ ATTENTION_NAME = "video_r1_flash_without_storage"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The tokens of one forward pass. `grid`: patches of one question's clip in time, down and across.
+    """The tokens of one forward pass: `questions` prompts and their `completions` (SFT: one response each).
 
-    RL puts `questions` prompts and their `completions` in one row; SFT pads `questions` rows of a prompt and
-    one response each.
+    `grid`: patches of one question's clip in time, down and across.
     """
 
     questions: int
@@ -51,14 +50,12 @@ class Row:
     prompt: int  # tokens, visual ones included
     completions: int
     completion: int  # tokens
-    packed: bool  # one row for all, or one a question
+    with_entropy: bool = True
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and tokens a row. The last token of a packed completion predicts nothing and is left out."""
-        if self.packed:
-            return 1, self.questions * (self.prompt + self.completions * (self.completion - 1))
-        return self.questions, self.prompt + self.completion
+        """Rows and tokens a row. The last token of a completion predicts nothing and is left out."""
+        return 1, self.questions * (self.prompt + self.completions * (self.completion - 1))
 
     @property
     def predicted(self) -> int:
@@ -320,15 +317,11 @@ def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
 def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
-    if row.packed:
-        chosen = torch.zeros(row.predicted, dtype=torch.long)
-        chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
-        scores, _ = token_logprobs(head, states[0][chosen], chosen, 1.0, True, vocabulary, chunk)
-        return scores.mean()
-    logits = head(states[:, -(row.completion + 1) :])[:, :-1].flatten(0, 1)
-    targets = torch.zeros(row.predicted, dtype=torch.long)
-    logits = logits[targets].float()
-    return nn.functional.cross_entropy(logits, targets, reduction="sum")
+    chosen = torch.zeros(row.predicted, dtype=torch.long)
+    chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
+    return token_logprobs(
+        head, states[0][chosen], chosen, 1.0, row.with_entropy, vocabulary, chunk, not row.with_entropy
+    ).logprobs.mean()
 
 
 def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import VisionFeatures
@@ -99,6 +100,14 @@ class PolicyBatch:
     ref_logprobs: Tensor | None = None  # [N]
     sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
     vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        return [group.prompt for group in self.trained]
+
+    @property
+    def completions(self) -> list[list[Tensor]]:
+        return [[rollout.token_ids for rollout in group.ordered] for group in self.trained]
 
     @property
     def problem_ids(self) -> list[str | int]:

@@ -72,7 +72,6 @@ from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
 from video_r1.training.rollouts import PolicyBatch, RolloutsAhead, Sampled, policy_batch, sample_step
 from video_r1.training.runs import manifests_of, model_of, run_in_folder
-from video_r1.training.sharded import parameter_count
 from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
 
@@ -237,7 +236,7 @@ class TGRPOTrainer(QuestionTrainer):
         assert num_items_in_batch is not None
         if self.vision_is_frozen and batch.vision is None:
             with torch.no_grad(), self.accelerator.autocast():
-                batch.vision = encode_vision(model, [group.prompt for group in batch.trained])
+                batch.vision = encode_vision(model, batch.prompts)
 
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
@@ -276,13 +275,11 @@ class TGRPOTrainer(QuestionTrainer):
         """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled
         at.
         """
-        completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
-        prompts = [group.prompt for group in batch.trained]
         with self.accelerator.autocast():
             return group_logprobs(
                 model,
-                prompts,
-                completions,
+                batch.prompts,
+                batch.completions,
                 temperature=self.settings.temperature,
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
@@ -352,14 +349,6 @@ class TGRPOTrainer(QuestionTrainer):
                 for group in groups[: self.settings.log_rollouts]:
                     record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
         super().log(logs, start_time)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 operations for each weight and token of prompt and completions (rollouts not counted)."""
-        batch = cast(PolicyBatch, inputs["batch"])
-        completions = [rollout for group in batch.trained for rollout in group.ordered]
-        tokens = sum(len(group.prompt.input_ids) for group in batch.trained)
-        tokens += sum(len(rollout.token_ids) for rollout in completions)
-        return 6 * tokens * parameter_count(cast(nn.Module, self.model))
 
 
 def run_rl(recipe: Recipe) -> Path:

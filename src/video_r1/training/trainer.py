@@ -49,7 +49,13 @@ from video_r1.training.checkpoints import (
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics import Meter, RunFolder, StepSeconds
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
-from video_r1.training.sharded import check_training_state, keep_results_exact, loss_that_skips, whole_weights
+from video_r1.training.sharded import (
+    check_training_state,
+    keep_results_exact,
+    loss_that_skips,
+    parameter_count,
+    whole_weights,
+)
 from video_r1.training.trackers import describe_run
 from video_r1.training.validation import BestCheckpoint
 
@@ -174,6 +180,13 @@ class QuestionTrainer(Trainer, ABC):
         """A micro-batch's loss (scalar), noted by the guard; without an update where it is not finite."""
         self.guard.watch(loss.detach(), problem_ids)
         return loss_that_skips(loss) if self.is_deepspeed_enabled else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """6 operations for each weight and token of prompts and completions (rollouts not counted)."""
+        batch = inputs["batch"]
+        tokens = sum(len(prompt.input_ids) for prompt in batch.prompts)
+        tokens += sum(len(completion) for group in batch.completions for completion in group)
+        return 6 * tokens * parameter_count(cast(nn.Module, self.model))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
