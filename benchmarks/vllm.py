@@ -34,6 +34,7 @@ from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.requests import sampling_parameters, vllm_prompt
+from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
 
@@ -44,7 +45,7 @@ def lab_prompts(processor: Any, count: int, frame_pixels: int) -> list[Prompt]:
     )
     builder = PromptBuilder(processor)
     with tempfile.TemporaryDirectory() as folder:
-        write_lab(folder, train=0, test=count, image_share=0.0, workers=1)
+        write_lab(LabSettings(folder=str(folder), train=0, test=count, image_share=0.0, workers=1))
         samples = load_manifest(Path(folder) / "test.json")
         return [builder.build(sample, read_media(sample, budget)) for sample in samples]
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.lab.clips import write_lab
+from video_r1.settings.commands import LabSettings
 
 CLIPS = 3
 
 
 def lab_clips(folder: Path) -> list[Path]:
     """Some of the lab's clips: 4 seconds at 8 frames a second."""
-    write_lab(folder, 0, CLIPS, seed=5, image_share=0.0, families=("direction",), workers=1)
+    made: dict[str, Any] = {"train": 0, "test": CLIPS, "seed": 5, "image_share": 0.0, "workers": 1}
+    write_lab(LabSettings(folder=str(folder), families=["direction"], **made))
     return sorted((folder / "videos").glob("*.mp4"))
 
 

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
 from video_r1.commands import COMMANDS
 from video_r1.errors import MediaError, RequestError
-from video_r1.settings.commands import BaseSettings, CheckSettings, LabSettings
+from video_r1.settings.commands import CheckSettings, LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.types import alternatives
 
 
 def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -278,21 +280,20 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == {
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None
     }  # fmt: skip
-    monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda **rest: seen.update(rest))
+    monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda settings: seen.update(vars(settings)))
     assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     assert (seen["folder"], seen["train"], seen["test"], seen["seed"]) == ("out", 4000, 500, 5)
     assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
 
 
-def test_the_labs_defaults_are_those_of_the_library() -> None:
-    from video_r1.lab.clips import write_lab
-    from video_r1.lab.pretraining import pretrain_base
-
-    for function, settings in ((write_lab, LabSettings()), (pretrain_base, BaseSettings())):
-        for name, parameter in inspect.signature(function).parameters.items():
-            default = list(parameter.default) if name == "families" else parameter.default
-            if default is not inspect.Parameter.empty and hasattr(settings, name):
-                assert getattr(settings, name) == default, name
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.given == "sections"])
+def test_the_settings_of_a_command_are_what_its_work_takes(name: str) -> None:
+    """Their defaults stand in one place: the function has no arguments of its own beside them."""
+    command = COMMANDS[name]
+    hints = typing.get_type_hints(command.function())
+    hints.pop("return")
+    takes = [next(kind for kind in alternatives(hint) if kind is not type(None)) for hint in hints.values()]
+    assert takes == list(command.sections)
 
 
 def test_settings_of_data_commands() -> None:

@@ -18,6 +18,7 @@ from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, SIDE, Cue, Look, render
 from video_r1.rewards.correctness import correctness
+from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
 LAB_BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 56)
@@ -26,8 +27,12 @@ LAB_BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 5
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder, train=60, test=20, seed=3, shortcut=0.4, workers=1)
+    write(folder, train=60, test=20, seed=3, shortcut=0.4)
     return folder
+
+
+def write(folder: Path, **settings: Any) -> None:
+    write_lab(LabSettings(folder=str(folder), workers=1, **settings))
 
 
 def test_families_cover_all_answer_types() -> None:
@@ -120,7 +125,7 @@ def test_option_letters_do_not_tell_the_answer(lab: Path) -> None:
 
 
 def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
-    write_lab(tmp_path, train=12, test=0, seed=1, families=["direction"], shuffle_options=True, workers=1)
+    write(tmp_path, train=12, test=0, seed=1, families=["direction"], shuffle_options=True)
     rows = json.loads((tmp_path / "sft.json").read_text())
     assert len({tuple(row["options"]) for row in rows}) > 5
     for row in rows:
@@ -131,7 +136,7 @@ def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
 def test_hasty_rationales_guess_and_only_sft_hears_them(tmp_path: Path) -> None:
     families = ["growth", "after", "digits", "image_colour"]
     for name, hasty in (("patient", 0.0), ("hasty", 0.6)):
-        write_lab(tmp_path / name, train=120, test=4, seed=2, hasty=hasty, families=families, workers=1)
+        write(tmp_path / name, train=120, test=4, seed=2, hasty=hasty, families=families)
     patient, hasty, asked = (
         json.loads((tmp_path / name).read_text())
         for name in ("patient/sft.json", "hasty/sft.json", "hasty/rl.json")
@@ -158,7 +163,7 @@ def test_hasty_rationales_guess_and_only_sft_hears_them(tmp_path: Path) -> None:
 
 def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        write_lab(tmp_path / name, train=6, test=6, seed=seed, workers=1)
+        write(tmp_path / name, train=6, test=6, seed=seed)
     texts = [(tmp_path / name / "rl.json").read_text() for name in "abc"]
     assert texts[0] == texts[1]
     assert json.loads(texts[0])[0]["problem_id"] != json.loads(texts[2])[0]["problem_id"]
@@ -203,9 +208,9 @@ def test_a_cue_stands_still() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "found"),
-    [({"families": ["nope"]}, "nope"), ({"shortcut": 1.5}, "between 0 and 1"), ({"train": -1}, "0 or more")],
+    [({"families": ["nope"]}, "nope"), ({"shortcut": 1.5}, "at most 1"), ({"train": -1}, "at least 0")],
 )
 def test_wrong_requests_are_refused(tmp_path: Path, arguments: dict[str, Any], found: str) -> None:
     with pytest.raises(RequestError, match=found):
         everything: dict[str, Any] = {"train": 1, "test": 1} | arguments
-        write_lab(tmp_path, **everything)
+        write(tmp_path, **everything)

@@ -39,7 +39,7 @@ from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.plan import parse_bytes
+from video_r1.settings.commands import parse_bytes
 from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_adapters, frozen_copy, starting_adapters
 

@@ -17,6 +17,7 @@ from video_r1.lab.smoke import smoke_recipe
 from video_r1.plan.memory import memory_plan
 from video_r1.plan.sharding import Sharding
 from video_r1.recipe import find_recipe, load_recipe, packaged_recipes, read_one_recipe, read_recipe
+from video_r1.settings.commands import LabSettings
 
 GB = 10**9
 ONE, SMALL, FOUR, EIGHT = (1, 80), (1, 24), (4, 96), (8, 80)
@@ -98,7 +99,7 @@ def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder, 8, 8, seed=0, workers=1)
+    write_lab(LabSettings(folder=str(folder), train=8, test=8, seed=0, workers=1))
     return folder
 
 

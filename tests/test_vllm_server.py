@@ -39,6 +39,7 @@ from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.server import ServerEngine
+from video_r1.settings.commands import LabSettings
 
 pytestmark = pytest.mark.vllm
 SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
@@ -181,7 +182,7 @@ def test_a_server_that_stands_still(
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder, train=16, test=1, workers=1)
+    write_lab(LabSettings(folder=str(folder), train=16, test=1, workers=1))
     return folder
 
 

@@ -17,6 +17,7 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout import choice
 from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
@@ -28,7 +29,7 @@ SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "max_
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
-    write_lab(folder, train=16, test=8, workers=1)
+    write_lab(LabSettings(folder=str(folder), train=16, test=8, workers=1))
     return folder
 
 

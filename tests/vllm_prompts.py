@@ -19,6 +19,7 @@ from video_r1.lab.clips import write_lab
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
@@ -93,7 +94,7 @@ def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
 
 def lab_prompts(folder: Path, processor: Any, count: int = 50) -> list[Prompt]:
     """Lab questions about clips and pictures, every other clip's frames shuffled."""
-    write_lab(folder, train=0, test=count, workers=1)
+    write_lab(LabSettings(folder=str(folder), train=0, test=count, workers=1))
     builder, budget = PromptBuilder(processor), FrameBudget(frame_pixels=56 * 56, image_pixels=56 * 56)
     prompts = []
     for number, sample in enumerate(load_manifest(folder / "test.json")):

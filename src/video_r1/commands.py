@@ -12,17 +12,16 @@ from typing import Any, Literal
 
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.base import Settings, own_field_types
-from video_r1.settings.benchmarks import BenchmarkSettings
 from video_r1.settings.commands import (
     BaseSettings,
     CheckSettings,
     DemoSettings,
     LabSettings,
     MergeSettings,
+    PlanSettings,
     ReportSettings,
 )
-from video_r1.settings.decoding import AskSettings, EvalSettings
-from video_r1.settings.plan import PlanSettings
+from video_r1.settings.decoding import AskSettings, BenchmarkSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import ServeSettings, VLLMSettings
@@ -67,10 +66,10 @@ COMMANDS: dict[str, Command] = {
         ("manifest",), ("manifest",),
         ("data check train.json --media_root /data", "data check train.json --media false")),
     "data lab": Command(
-        "write made-up clips with questions that need frame order", "lab.clips:write_lab", "values",
+        "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
         (LabSettings,), ("folder",), ("folder",), ("data lab lab --train 4000 --test 500 --seed 1",)),
     "data base": Command(
-        "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "values", (BaseSettings,),
+        "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "sections", (BaseSettings,),
         ("folder",), ("folder",), ("data base base --steps 4500 --seed 0",)),
     "annotate": Command(
         "write rationales with a teacher and filter them into a manifest for SFT",

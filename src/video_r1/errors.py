@@ -22,23 +22,19 @@ class VideoR1Error(Exception):
 
 
 class RequestError(VideoR1Error):
-    """The request itself is wrong: a setting, a file name, a manifest. Exit code 2."""
+    """The request itself is wrong: a setting, a file name, a manifest. `problems` has each. Exit code 2."""
+
+    def __init__(self, message: str, problems: tuple = ()) -> None:
+        super().__init__(message)
+        self.problems = problems
 
 
 class ConfigError(RequestError):
     """A setting is unknown, has a wrong type or contradicts another one. `problems`: (name, text) pairs."""
 
-    def __init__(self, message: str, problems: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(message)
-        self.problems = problems
-
 
 class ManifestError(RequestError):
     """A manifest has problems. `problems` holds all of them, not only the first."""
-
-    def __init__(self, message: str, problems: tuple = ()) -> None:
-        super().__init__(message)
-        self.problems = problems
 
 
 class MediaError(VideoR1Error):

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.settings.benchmarks import BenchmarkSettings
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 
 
 def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from video_r1.evaluation.summary import summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.settings.benchmarks import BenchmarkSettings
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.tables import table
 
 

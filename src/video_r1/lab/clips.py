@@ -9,9 +9,7 @@ DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -23,65 +21,39 @@ from PIL import Image
 
 from video_r1.errors import RequestError
 from video_r1.files import replace_json
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Family, Question
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, LETTERS, VIDEO_FAMILIES, lettered
 from video_r1.lab.scenes import FPS, SECONDS, Cue, render
 from video_r1.progress import progress
+from video_r1.settings.commands import LabSettings
 
-LETTERS = "ABCDEF"
 SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train and test never share one
 CHUNK = 16
 
 
-@dataclass(frozen=True, slots=True)
-class _Design:
-    """What all samples of one lab share; see `write_lab`."""
-
-    folder: Path
-    seed: int
-    shortcut: float
-    image_share: float
-    hasty: float
-    families: tuple[str, ...]
-    shuffle_options: bool
-
-
-def write_lab(
-    folder: str | Path,
-    train: int,
-    test: int,
-    seed: int = 0,
-    shortcut: float = 0.0,
-    image_share: float = 0.2,
-    hasty: float = 0.0,
-    families: Sequence[str] = (),
-    shuffle_options: bool = False,
-    workers: int | None = None,
-) -> None:
+def write_lab(settings: LabSettings) -> None:
     """Writes `train` + `test` questions with their media below `folder`.
 
-    shortcut: share of the training samples that carry a static cue from which the answer can be read; when it
-    is not zero, `test-cued.json` is written as well. image_share: share of questions about one image.
-    hasty: share of the video rationales in sft.json by a teacher that had one look and guessed: they say
-    nothing of the frames and are right as often as a guess is; never a sentence or four digits.
-    families: names of `FAMILIES` to choose from, all by default. shuffle_options: options in a random order;
-    by default each family lists them in one order, which a very small model can learn by heart. The same
-    arguments give the same questions and pixels. Raises RequestError for an unknown family, a share outside
-    [0, 1] or negative counts.
+    shortcut: where it is not 0, `test-cued.json` is written as well, in which every question carries the cue.
+    hasty: rationales in sft.json by a teacher that had one look and guessed: they say nothing of the frames
+    and are right as often as a guess is; never a sentence or four digits. shuffle_options: by default each
+    family lists its options in one order, which a very small model can learn by heart. The same settings give
+    the same questions and pixels. Raises RequestError for an unknown family.
     """
-    chosen = tuple(families) or tuple(FAMILIES)
-    if unknown := [name for name in chosen if name not in FAMILIES]:
+    if unknown := [name for name in settings.families if name not in FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    if not all(0 <= share <= 1 for share in (shortcut, image_share, hasty)) or train < 0 or test < 0:
-        raise RequestError("the lab needs counts of 0 or more and shares between 0 and 1")
-    folder = Path(folder)
+    assert settings.folder is not None
+    folder, train, test = Path(settings.folder), settings.train, settings.test
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    design = _Design(folder, seed, shortcut, image_share, hasty, chosen, shuffle_options)
-    counts = [("train", train, False), ("test", test, False)] + [("test", test, True)] * bool(shortcut)
+    counts = [("train", train, False), ("test", test, False)]
+    counts += [("test", test, True)] * bool(settings.shortcut)
     jobs = [(split, index, cued) for split, count, cued in counts for index in range(count)]
     rows: list[dict[str, Any]] = []
-    with ProcessPoolExecutor(workers or os.cpu_count()) as pool, progress(len(jobs), "lab", "samples") as bar:
-        for row in pool.map(partial(_write_sample, design), jobs, chunksize=CHUNK):
+    with (
+        ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool,
+        progress(len(jobs), "lab", "samples") as bar,
+    ):
+        for row in pool.map(partial(_write_sample, settings), jobs, chunksize=CHUNK):
             rows.append(row)
             bar.update()
     taught = [row.pop("taught") for row in rows]
@@ -89,66 +61,61 @@ def write_lab(
     replace_json(folder / "sft.json", lessons[:train])
     replace_json(folder / "rl.json", rows[:train])
     replace_json(folder / "test.json", rows[train : train + test])
-    if shortcut:
+    if settings.shortcut:
         replace_json(folder / "test-cued.json", rows[train + test :])
     print(f"{folder}: {train} training and {test} test questions")
 
 
-def _write_sample(design: _Design, job: tuple[str, int, bool]) -> dict[str, Any]:
+def _write_sample(settings: LabSettings, job: tuple[str, int, bool]) -> dict[str, Any]:
     """The row of one question, its media written; `taught` holds the fields that differ in sft.json.
 
     job: the split, the question's number in it, and whether the static cue is drawn in at any rate.
     """
     split, index, cued = job
-    rng = np.random.default_rng((design.seed, SPLITS[split], index))
-    images = [name for name in design.families if name in IMAGE_FAMILIES]
-    videos = [name for name in design.families if name in VIDEO_FAMILIES]
-    is_image = bool(images) and (not videos or rng.random() < design.image_share)
+    rng = np.random.default_rng((settings.seed, SPLITS[split], index))
+    families = settings.families or FAMILIES
+    images = [name for name in families if name in IMAGE_FAMILIES]
+    videos = [name for name in families if name in VIDEO_FAMILIES]
+    is_image = bool(images) and (not videos or rng.random() < settings.image_share)
     family = str(rng.choice(images if is_image else videos))
     question = FAMILIES[family](rng)
     choices = list(question.choices)
-    if design.shuffle_options:
+    if settings.shuffle_options:
         choices = [choices[at] for at in rng.permutation(len(choices))]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
-    has_cue = cued or (split == "train" and rng.random() < design.shortcut)
+    has_cue = cued or (split == "train" and rng.random() < settings.shortcut)
     cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
     frames = render(question.timeline, times, rng, cue if has_cue else None)
     name = f"{split}{'-cued' if cued else ''}-{index:06d}"
     path = f"./images/{name}.png" if is_image else f"./videos/{name}.mp4"
+    file = Path(str(settings.folder), path)
     if is_image:
-        Image.fromarray(frames[0]).save(design.folder / path)
+        Image.fromarray(frames[0]).save(file)
     else:
-        write_clip(design.folder / path, frames, FPS)
+        write_clip(file, frames, FPS)
     teacher, chain = question, question.chain
-    if ". " in chain and not is_image and rng.random() < design.hasty:
-        teacher = _guess(FAMILIES[family], question.problem, rng)
+    if ". " in chain and not is_image and rng.random() < settings.hasty:
+        while (teacher := FAMILIES[family](rng)).problem != question.problem:
+            pass  # until it is another clip about which the same is asked
         chain = f"one look. {teacher.chain.partition('. ')[2]}"
     taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer
     if choices:
         chain += f" {teacher.answer} is {taught}."
+    held = 0 if is_image else FPS - 1  # the frames of a moment, after its first
     return {
-        "problem_id": f"lab-{design.seed}-{name}",
+        "problem_id": f"lab-{settings.seed}-{name}",
         "problem": question.problem,
         "data_type": "image" if is_image else "video",
         "problem_type": question.problem_type,
-        "options": [f"{LETTERS[i]}. {choice}" for i, choice in enumerate(choices)],
+        "options": lettered(choices),
         "solution": f"<answer>{letter or question.answer}</answer>",
         "path": path,
         "data_source": f"lab/{family}",
-        "key_frames": [[moment * FPS, moment * FPS + FPS - 1] for moment in question.key_moments]
-        if not is_image
-        else [[0, 0]],
+        "key_frames": [[moment * FPS, moment * FPS + held] for moment in question.key_moments],
         "shortcut": has_cue,
         "taught": {"process": f"<think>{chain}</think>", "solution": f"<answer>{taught}</answer>"},
     }
-
-
-def _guess(family: Family, problem: str, rng: np.random.Generator) -> Question:
-    """Another clip of the family about which the same is asked."""
-    while (other := family(rng)).problem != problem:
-        pass
-    return other
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from video_r1.files import replace_json
 from video_r1.recipe import Recipe, load_recipe
-from video_r1.settings.benchmarks import BenchmarkSettings
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.commands import LabSettings
+from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 
 TRAIN, TEST = 3200, 560
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
@@ -52,7 +52,7 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
     lab = out / "lab"
     start = time.perf_counter()
     with _timed(seconds, "lab"):
-        write_lab(lab, TRAIN, TEST, seed, hasty=HASTY)
+        write_lab(LabSettings(folder=str(lab), train=TRAIN, test=TEST, seed=seed, hasty=HASTY))
     with _timed(seconds, "sft"):
         run_sft(_recipe("sft", seed, train_manifest=lab / "sft.json", output_dir=checkpoints["sft"]))
     with _timed(seconds, "rl"):

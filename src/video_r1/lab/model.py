@@ -58,7 +58,7 @@ def base_folder() -> Path:
     return Path(str(resources.files("video_r1.lab") / "base"))
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokenizer:
+def build_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens; it encodes any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +69,8 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokeniz
     )
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
     trained = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
@@ -94,39 +93,34 @@ def build_processor(tokenizer: Qwen2Tokenizer) -> Qwen2_5_VLProcessor:
     )
 
 
-def build_model(
-    tokenizer: Qwen2Tokenizer, seed: int, hidden: int = 128, layers: int = 4
-) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(tokenizer: Qwen2Tokenizer, seed: int) -> Qwen2_5_VLForConditionalGeneration:
     """Random float32 weights. The short rotary period suits sequences of some hundred tokens.
 
     Two settings differ in kind from the large models: the rotary base is 20 and the temporal section is
     small, so that neighbouring columns and rows of a 2 × 2 grid differ enough to be told apart.
     """
     vocabulary = tokenizer.get_vocab()
-    ids = {
-        name: vocabulary[f"<|{name}|>"]
-        for name in ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")
-    }
+    ends, pad = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]], vocabulary["<|endoftext|>"]
     text = {
         "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": hidden,
-        "intermediate_size": 3 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": hidden // 32,
-        "num_key_value_heads": hidden // 64,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]},
         "tie_word_embeddings": True,
         "bos_token_id": None,
-        "eos_token_id": ids["im_end"],
-        "pad_token_id": ids["endoftext"],
+        "eos_token_id": ends[0],
+        "pad_token_id": pad,
     }
     vision = {
         "depth": 2,
         "hidden_size": 128,
         "num_heads": 4,
         "intermediate_size": 256,
-        "out_hidden_size": hidden,
+        "out_hidden_size": 128,
         "window_size": 112,
         "fullatt_block_indexes": [0, 1],
         "tokens_per_second": 2,
@@ -136,13 +130,11 @@ def build_model(
         text_config=text,
         vision_config=vision,
         tie_word_embeddings=True,
-        image_token_id=ids["image_pad"],
-        video_token_id=ids["video_pad"],
-        vision_start_token_id=ids["vision_start"],
-        vision_end_token_id=ids["vision_end"],
+        image_token_id=vocabulary["<|image_pad|>"],
+        video_token_id=vocabulary["<|video_pad|>"],
+        vision_start_token_id=vocabulary["<|vision_start|>"],
+        vision_end_token_id=vocabulary["<|vision_end|>"],
     )
     model = Qwen2_5_VLForConditionalGeneration(config)
-    model.generation_config = GenerationConfig(
-        eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"], do_sample=False
-    )
+    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=False)
     return model

@@ -10,21 +10,24 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Tokenizer
 
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
-from video_r1.lab.questions import FAMILIES
+from video_r1.lab.questions import LETTERS, any_question, lettered
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.settings.commands import BaseSettings
 
 IGNORE = -100
-LETTERS = "ABCDEF"
+BATCH = 32  # conversations a step
+LEARNING_RATE = 1e-3
+WARMUP = 200  # steps
 # The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
 FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
 
@@ -33,8 +36,8 @@ FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS
 class Row:
     """One conversation about one clip or image. `pixels` [N, 1176] float32, patches in the model's order."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Tensor  # [L]
+    labels: Tensor  # [L]
     pixels: Tensor
     grid: tuple[int, int, int]
     is_image: bool
@@ -47,10 +50,8 @@ def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
     rng = np.random.default_rng(seed)
     yield from 50 * (INSTRUCTION, *ANSWER_HINTS.values())
     for _ in range(rows):
-        question = list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)
-        lettered = zip(LETTERS, question.choices, strict=False)
-        options = "\n".join(f"{letter}. {choice}" for letter, choice in lettered)
-        yield f"{question.problem}\n{options}"
+        question = any_question(rng)
+        yield f"{question.problem}\n" + "\n".join(lettered(question.choices))
         conclusion = f"{question.answer} is {LETTERS[rng.integers(4)]}."
         yield f"<think>{question.chain} {conclusion}</think>\n<answer>{question.answer}</answer>"
         yield f"user\nassistant\nsystem\n{listing([random_look(rng) for _ in range(MOMENTS)], 'scenes')}"
@@ -59,7 +60,7 @@ def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
 def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
     """A timeline and the attributes that can be listed of it."""
     if rng.random() < 0.35:
-        timeline = list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng).timeline
+        timeline = any_question(rng).timeline
     else:
         digit = rng.random() < 0.25
         looks = [random_look(rng, digit) for _ in range(MOMENTS if rng.random() < 0.8 else 1)]
@@ -72,10 +73,7 @@ def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
             looks = [look if rng.random() < 0.5 else replace(look, shape="") for look in looks]
         timeline = tuple(looks)
     kinds = ["scenes", "colours"]
-    if all(look.shape.isdigit() for look in timeline):
-        kinds += ["digits", "digits"]
-    else:
-        kinds += ["shapes"]
+    kinds += ["digits", "digits"] if all(look.shape.isdigit() for look in timeline) else ["shapes"]
     if all(look.shape for look in timeline):
         kinds += ["sizes", "places", "columns"]
     return timeline, kinds
@@ -99,10 +97,9 @@ def patches(frames: np.ndarray) -> Tensor:
 class Conversations(IterableDataset):
     """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int, batch: int) -> None:
-        self.tokenizer, self.seed, self.batch = tokenizer, seed, batch
+    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
+        self.tokenizer, self.seed = tokenizer, seed
         self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
-        self.families = list(FAMILIES.values())
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -112,24 +109,19 @@ class Conversations(IterableDataset):
         words = " ".join(rng.choice(self.words, size=int(rng.integers(1, 13))))
         if rng.random() < 0.6:
             return words
-        question = self.families[rng.integers(len(self.families))](rng)
+        question = any_question(rng)
         options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options, strict=False)]
-        return "\n".join([question.problem, *lines, words])
+        return "\n".join([question.problem, *lettered(options), words])
 
     def _lookup(self, rng: np.random.Generator) -> tuple[str, str]:
         """Options, and some of them with their letters: `blue is B. red is D.`"""
-        while True:
-            question = self.families[rng.integers(len(self.families))](rng)
-            if question.choices:
-                break
+        while not (question := any_question(rng)).choices:
+            pass
         options = rng.permutation(list(question.choices)).tolist()
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, options, strict=False)]
         extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
         named = rng.permutation(len(options))[: int(rng.integers(2, 5))]
-        return "\n".join([question.problem, *lines, extra]), " ".join(
-            f"{options[at]} is {LETTERS[at]}." for at in named
-        )
+        said = " ".join(f"{options[at]} is {LETTERS[at]}." for at in named)
+        return "\n".join([question.problem, *lettered(options), extra]), said
 
     def row(self, rng: np.random.Generator) -> Row:
         timeline, kinds = _timeline(rng)
@@ -148,41 +140,32 @@ class Conversations(IterableDataset):
         visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
         ids: list[int] = []
         labels: list[int] = []
-        for index, (request, response) in enumerate(turns):
-            asked = self._encode(
-                f"<|im_start|>user\n{visual if index == 0 else ''}{request}<|im_end|>\n"
-                "<|im_start|>assistant\n"
-            )
+        for request, response in turns:
+            asked = self._encode(f"<|im_start|>user\n{visual}{request}<|im_end|>\n<|im_start|>assistant\n")
             said = self._encode(f"{response}<|im_end|>")
             end = self._encode("\n")
             ids += asked + said + end
             labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
-        return Row(ids, labels, patches(frames), (steps, SIDE // 14, SIDE // 14), is_image)
+            visual = ""  # stands in the first turn alone
+        grid = (steps, SIDE // 14, SIDE // 14)
+        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames), grid, is_image)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
         for index in itertools.count():
             rng = np.random.default_rng((self.seed, index))
-            rows = sorted((self.row(rng) for _ in range(8 * self.batch)), key=lambda row: len(row.input_ids))
+            rows = sorted((self.row(rng) for _ in range(8 * BATCH)), key=lambda row: len(row.input_ids))
             for at in rng.permutation(8):  # rows of like length share a batch: less padding
-                yield self.collate(
-                    sorted(rows[at * self.batch : (at + 1) * self.batch], key=lambda row: row.is_image)
-                )
+                yield self.collate(sorted(rows[at * BATCH : (at + 1) * BATCH], key=lambda row: row.is_image))
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        length = max(len(row.input_ids) for row in rows)
-        pad = self.tokenizer.pad_token_id
         # no attention mask: padding stands on the right, where no token of a row looks
-        batch = {
-            "input_ids": torch.tensor(
-                [row.input_ids + [pad] * (length - len(row.input_ids)) for row in rows]
-            ),
-            "labels": torch.tensor([row.labels + [IGNORE] * (length - len(row.labels)) for row in rows]),
-        }
         vocabulary = self.tokenizer.get_vocab()
-        image, video = (vocabulary[f"<|{name}_pad|>"] for name in ("image", "video"))
-        ids = batch["input_ids"]
-        batch["mm_token_type_ids"] = ids.eq(image).int() + 2 * ids.eq(video).int()
+        pad, image, video = (vocabulary[f"<|{name}|>"] for name in ("endoftext", "image_pad", "video_pad"))
+        ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
+        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE)
+        types = ids.eq(image).int() + 2 * ids.eq(video).int()
+        batch = {"input_ids": ids, "labels": labels, "mm_token_type_ids": types}
         images, videos = ([row for row in rows if row.is_image is wanted] for wanted in (True, False))
         for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
             if picked:
@@ -193,38 +176,26 @@ class Conversations(IterableDataset):
         return batch
 
 
-def pretrain_base(
-    folder: str | Path,
-    steps: int = 4500,
-    seed: int = 0,
-    batch: int = 32,
-    learning_rate: float = 1e-3,
-    threads: int = 1,
-    hidden: int = 128,
-    layers: int = 4,
-) -> None:
+def pretrain_base(settings: BaseSettings) -> None:
     """Trains the base from random weights; writes a checkpoint folder. Seed and `threads` fix the result."""
-    torch.set_num_threads(threads)
-    tokenizer = build_tokenizer(corpus(seed))
-    model = build_model(tokenizer, seed, hidden, layers)
+    assert settings.folder is not None
+    steps = settings.steps
+    torch.set_num_threads(settings.threads)
+    tokenizer = build_tokenizer(corpus(settings.seed))
+    model = build_model(tokenizer, settings.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    warmup = 200
-    loader = DataLoader(
-        Conversations(tokenizer, seed, batch), batch_size=None, num_workers=1, prefetch_factor=4
-    )
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    conversations = Conversations(tokenizer, settings.seed)
+    loader = DataLoader(conversations, batch_size=None, num_workers=1, prefetch_factor=4)
     start, total, count = time.perf_counter(), 0.0, 0
     for step, inputs in zip(range(1, steps + 1), loader, strict=False):
         # linear warm-up, constant, then a linear decay over the last 30 %
-        scale = min(step / warmup, 1.0, (steps - step + 1) / (0.3 * steps))
+        scale = min(step / WARMUP, 1.0, (steps - step + 1) / (0.3 * steps))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate * scale
+            group["lr"] = LEARNING_RATE * scale
         labels = inputs.pop("labels")
         wanted = labels[:, 1:] != IGNORE
         with torch.autocast("cpu", torch.bfloat16):
@@ -241,5 +212,5 @@ def pretrain_base(
             print(f"step {step}/{steps}  loss {total / count:.4f}  {rate:.2f} steps/s", flush=True)
             total, count = 0.0, 0
         if step % 1000 == 0 or step == steps:
-            model.save_pretrained(folder)
-            build_processor(tokenizer).save_pretrained(folder)
+            model.save_pretrained(settings.folder)
+            build_processor(tokenizer).save_pretrained(settings.folder)

@@ -7,7 +7,7 @@ most families cannot be had from the set of frames without their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
 
 EVERY_MOMENT = tuple(range(MOMENTS))
+LETTERS = "ABCDEF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +38,16 @@ class Question:
 Family = Callable[[np.random.Generator], Question]
 
 
-def _pick(rng: np.random.Generator, values: Sequence[str], count: int | None = None) -> list[str]:
+def lettered(options: Sequence[str]) -> list[str]:
+    """The options behind their letters: `A. red`."""
+    return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
+
+
+def _pick(rng: np.random.Generator, values: Collection[str], count: int | None = None) -> list[str]:
     return [str(v) for v in rng.choice(list(values), size=count or len(values), replace=False)]
 
 
-def _one(rng: np.random.Generator, values: Sequence[str]) -> str:
+def _one(rng: np.random.Generator, values: Collection[str]) -> str:
     return _pick(rng, values, 1)[0]
 
 
@@ -57,21 +63,21 @@ def _question(
     problem_type: str = "multiple choice",
 ) -> Question:
     """A question in one of its wordings. The chain lists the aspect of every moment, then concludes."""
-    problem = wordings[int(rng.integers(len(wordings)))] if len(wordings) > 1 else wordings[0]
+    problem = wordings[int(rng.integers(len(wordings)))]
     chain = f"{listing(timeline, aspect)}." + (f" {conclusion}." if conclusion else "")
     return Question(tuple(timeline), problem, problem_type, answer, chain, tuple(choices), key_moments)
 
 
 def _still(rng: np.random.Generator) -> Look:
     """A look to vary one attribute of: any colour, shape and corner, not small."""
-    look = Look(_one(rng, list(COLOURS)), _one(rng, SHAPES), _one(rng, ["medium", "large"]))
+    look = Look(_one(rng, COLOURS), _one(rng, SHAPES), _one(rng, ["medium", "large"]))
     return look.at(_one(rng, PLACES))
 
 
 def _coloured(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
     """A timeline of four different colours."""
     look = _still(rng)
-    colours = _pick(rng, list(COLOURS), MOMENTS)
+    colours = _pick(rng, COLOURS, MOMENTS)
     return [replace(look, colour=colour) for colour in colours], colours
 
 
@@ -139,7 +145,7 @@ def growth(rng: np.random.Generator) -> Question:
         "growing then shrinking": ("small", "large", "large", "small"),
         "shrinking then growing": ("large", "small", "small", "large"),
     }
-    word = _one(rng, list(ways))
+    word = _one(rng, ways)
     timeline = [replace(look, size=size) for size in ways[word]]
     wordings = f"How does the size of the {look.shape} change?", "Is the object growing or shrinking?"
     return _question(rng, timeline, "sizes", wordings, word, f"it is {word}", ways)
@@ -183,10 +189,7 @@ def digits(rng: np.random.Generator) -> Question:
     look = replace(_still(rng), size="large")
     shown = [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
     timeline = [replace(look, shape=digit) for digit in shown]
-    wordings = (
-        "Which digits are shown, in order?",
-        "Write down the digits in the order in which they appear.",
-    )
+    wordings = "Which digits are shown, in order?", "Write down the digits in the order in which they appear."
     return _question(rng, timeline, "digits", wordings, " ".join(shown), problem_type="OCR")
 
 
@@ -232,7 +235,7 @@ def image_digit(rng: np.random.Generator) -> Question:
 
 
 def image_size(rng: np.random.Generator) -> Question:
-    look = replace(_still(rng), size=_one(rng, list(SIZES)))
+    look = replace(_still(rng), size=_one(rng, SIZES))
     wordings = (f"How big is the {look.shape}?",)
     return _question(rng, [look], "sizes", wordings, look.size, f"it is {look.size}", SIZES, (0,))
 
@@ -248,3 +251,8 @@ IMAGE_FAMILIES: dict[str, Family] = {
     f.__name__: f for f in (image_colour, image_place, image_digit, image_size)
 }
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES
+
+
+def any_question(rng: np.random.Generator) -> Question:
+    """A question of any family."""
+    return list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)

@@ -29,13 +29,13 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side
-PLACES = ("top left", "top right", "bottom left", "bottom right")
 _CORNERS = {
     "top left": (0.27, 0.27),
     "top right": (0.73, 0.27),
     "bottom left": (0.27, 0.73),
     "bottom right": (0.73, 0.73),
 }
+PLACES = tuple(_CORNERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +102,11 @@ def _draw_look(
         case "circle":
             canvas.ellipse(box, fill=fill)
         case "square":
-            canvas.rectangle(
-                (x - 0.85 * radius, y - 0.85 * radius, x + 0.85 * radius, y + 0.85 * radius), fill=fill
-            )
+            half = 0.85 * radius
+            canvas.rectangle((x - half, y - half, x + half, y + half), fill=fill)
         case "triangle":
-            canvas.polygon(
-                [(x, y - radius), (x - radius, y + 0.8 * radius), (x + radius, y + 0.8 * radius)], fill=fill
-            )
+            base = y + 0.8 * radius
+            canvas.polygon([(x, y - radius), (x - radius, base), (x + radius, base)], fill=fill)
         case "cross":
             arm = radius * 0.33
             canvas.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
@@ -122,11 +120,8 @@ def _draw_look(
 def _backdrop(rng: np.random.Generator) -> Image.Image:
     """A tinted gradient with some thin lines and small dots: [SIDE, SIDE, 3]."""
     first, second = rng.integers(20, 105, size=(2, 3))
-    ramp = (
-        np.linspace(0, 1, SIDE)[:, None, None]
-        if rng.random() < 0.5
-        else np.linspace(0, 1, SIDE)[None, :, None]
-    )
+    across = (SIDE, 1, 1) if rng.random() < 0.5 else (1, SIDE, 1)
+    ramp = np.linspace(0, 1, SIDE).reshape(across)
     pixels = first + (second - first) * np.broadcast_to(ramp, (SIDE, SIDE, 1))
     picture = Image.fromarray(pixels.astype(np.uint8))
     canvas = ImageDraw.Draw(picture)
@@ -144,9 +139,8 @@ def _draw_cue(picture: Image.Image, cue: Cue) -> None:
     canvas = ImageDraw.Draw(picture)
     if cue.slot is not None:
         width = SIDE / SLOTS
-        canvas.rectangle(
-            (cue.slot * width, SIDE - 8, (cue.slot + 1) * width - 1, SIDE - 1), fill=(0, 255, 255)
-        )
+        left, right = cue.slot * width, (cue.slot + 1) * width - 1
+        canvas.rectangle((left, SIDE - 8, right, SIDE - 1), fill=(0, 255, 255))
     if cue.text:
         canvas.text((SIDE / 2, SIDE - 9), cue.text[:18], fill=(0, 255, 255), font=_font(11), anchor="mm")
 

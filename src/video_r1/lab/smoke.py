@@ -12,8 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from video_r1 import packages
+from video_r1.lab.clips import write_lab
+from video_r1.lab.model import base_folder
 from video_r1.recipe import Recipe, load_recipe
+from video_r1.settings.commands import LabSettings
 
 STEPS = 2
 SIDE = 56  # pixels of a frame or image: what the small model was made for
@@ -27,8 +32,6 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
 
     recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written. Raises ConfigError as `load_recipe`.
     """
-    from video_r1.lab.model import base_folder
-
     values = recipe.values()
     changes: dict[str, Any] = {
         "model_name_or_path": str(base_folder()),
@@ -66,7 +69,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
     changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
     replaced = {name: (values.get(name), new) for name, new in changes.items() if values.get(name) != new}
     values |= changes
-    if not _has_gpu():
+    if not torch.cuda.is_available():
         values["use_cpu"] = True
     return load_recipe(recipe.command, None, {n: v for n, v in values.items() if v is not None}), replaced
 
@@ -76,11 +79,9 @@ def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
 
     run: what the command does with a recipe. Returns its exit code; raises what it raises.
     """
-    from video_r1.lab.clips import write_lab
-
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
         lab, output = Path(folder) / "lab", Path(folder) / "run"
-        write_lab(lab, QUESTIONS, QUESTIONS, seed=0, workers=1)
+        write_lab(LabSettings(folder=str(lab), train=QUESTIONS, test=QUESTIONS, workers=1))
         smoked, replaced = smoke_recipe(recipe, lab, output)
         name = recipe.source or f"video-r1 {recipe.command}"
         print(f"smoke: {STEPS} steps of {name} with the small packaged model; replaced are")
@@ -89,9 +90,3 @@ def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
         code = run(smoked)
         print(f"smoke: done; {folder} is removed")
     return code
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()

@@ -24,7 +24,7 @@ from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
 from video_r1.settings.base import own_field_types
-from video_r1.settings.plan import PlanSettings, parse_bytes
+from video_r1.settings.commands import PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 

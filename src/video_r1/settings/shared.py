@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
-
-if TYPE_CHECKING:
-    from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import FrameBudget
 
 
 @dataclass(kw_only=True)
@@ -43,8 +41,6 @@ class PromptSettings(Settings):
 
     def frame_budget(self, size_multiple: int) -> FrameBudget:
         """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
-        from video_r1.settings.frames import FrameBudget
-
         return FrameBudget(
             fps=self.fps,
             min_frames=self.min_frames,
