@@ -4,11 +4,11 @@
 
 A local endpoint answers the oldest request only when `concurrency` are under way, as a slow teacher would,
 so that there are always as many. Each run is a process of its own, over clips of 360p that it decodes once
-(frame cache) and sends as `frames` images a question. `peak_mb`: most resident memory of the run (Linux);
-`threads`: most threads of the run's process; `growth`: the peak of the longest run ÷ that of the shortest;
-`frames_mb`, `bodies_mb`: what the frames and the request bodies of all that are under way would take if they
-were kept. `bounded`: `growth` is below 1.2, and the longest run's peak is less above that of a single request
-than half of `frames_mb`.
+(frame cache) and sends as `frames` images a question. `peak_mb`, `threads`, `cpu_seconds`: most resident
+memory (Linux), most threads and the processor's time of the run's process; `growth`: the peak of the longest
+run ÷ that of the shortest; `frames_mb`, `bodies_mb`: what the frames and the request bodies of all that are
+under way would take if they were kept. `bounded`: `growth` is below 1.2, and the longest run's peak is less
+above that of a single request than half of `frames_mb`.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def annotate(url: str, manifest: Path, concurrency: int) -> dict[str, Any]:
             threads.append(int(own_status()["Threads"]) - 1)  # without this one
 
     threading.Thread(target=count_threads).start()
-    start = time.perf_counter()
+    start, used = time.perf_counter(), time.process_time()
     try:
         counts = run_annotate(settings)
     finally:
@@ -144,6 +144,7 @@ def annotate(url: str, manifest: Path, concurrency: int) -> dict[str, Any]:
     return {
         "kept": counts.questions["kept"],
         "seconds": round(time.perf_counter() - start, 1),
+        "cpu_seconds": round(time.process_time() - used, 1),
         # Of this program alone: getrusage counts what the process that started it had, too.
         "peak_mb": round(int(own_status()["VmHWM"].split()[0]) * 1024 / 1e6),
         "threads": max(threads),
