@@ -59,6 +59,7 @@ def test_on_a_server(place: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     serve = [port if word == PORT else word for word in documented("serve", "runs/lab-sft", PORT)]
+    command = [word.replace(f":{PORT}", f":{port}") for word in documented("lab-tgrpo", "runs/server")]
     with (place / "server.log").open("wb") as log:
         server = subprocess.Popen(
             serve, cwd=place, stdout=log, stderr=log, env={**os.environ, "VLLM_NO_USAGE_STATS": "1"}
@@ -69,8 +70,7 @@ def test_on_a_server(place: Path) -> None:
         while not _answers(answering):
             assert server.poll() is None and time.monotonic() < deadline, (place / "server.log").read_text()
             time.sleep(0.5)
-        command = documented("lab-tgrpo", "runs/server")
-        train([word.replace(f":{PORT}", f":{port}") for word in command], place)
+        train(command, place)
     finally:
         server.terminate()
         server.wait(60)
