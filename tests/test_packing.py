@@ -25,6 +25,7 @@ def test_chunks_of_the_head(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, targets = torch.randn(23, 8, requires_grad=True), torch.randint(0, 50, (23,))
     targets[::3] = layer(hidden[::3]).argmax(-1)
     monkeypatch.setitem(head.CHUNK_LOGITS, "cpu", rows * 50)
+    monkeypatch.setattr(head, "LEAST_ROWS", 1)
     seen = []
     layer.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
     logprobs, entropy, likeliest = head.token_logprobs(

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; a cache's worth on the CPU
+LEAST_ROWS = 64  # of a chunk: each adds a whole gradient to the head's weights, dear for a large vocabulary
 
 
 class TokenScores(NamedTuple):
@@ -36,11 +37,11 @@ def token_logprobs(
     """log softmax(head(hidden) / temperature) at `targets`, with hidden [N, d] and targets [N] int64.
 
     The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
-    chunk (default: by the device).
+    chunk (default: by the device), which has LEAST_ROWS tokens or more.
     """
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
-    rows = max(1, chunk_logits // vocabulary)
+    rows = max(LEAST_ROWS, chunk_logits // vocabulary)
     chunks: list[Any] = []
     for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
         arguments = (head, states, tokens, temperature, with_entropy, with_likeliest)
