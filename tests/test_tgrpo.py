@@ -130,7 +130,7 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
         learning_rate=0.05, max_grad_norm=0.0,
     )  # fmt: skip
     engine = CountingEngine(policy_of(trainer), trainer.processing_class)
-    trainer.engine = engine
+    trainer.engine = trainer.rollouts.engine = engine
     trainer.train()
     assert engine.calls == 2
     assert groups[0] == groups[1] and groups[2] == groups[3] and groups[1] != groups[2]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import RolloutGroup
@@ -145,7 +145,7 @@ class SamplerCheck(TrainerCallback):
 
 @torch.no_grad()
 def sampler_difference(
-    engine: RolloutEngine, model: PreTrainedModel, prompts: Sequence[Prompt], temperature: float
+    engine: RolloutEngine, model: nn.Module, prompts: Sequence[Prompt], temperature: float
 ) -> tuple[float, int]:
     """Sum of |log π_trainer − log π_sampler| over some tokens after each prompt, after a hand-over; and how
     many tokens they are.

@@ -22,11 +22,13 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line, json_lines, replace_text
+from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe, save_resolved
 from video_r1.rewards.shaping import has_self_reflection
 from video_r1.settings.base import Settings
 from video_r1.training.advantages import without_variance
+from video_r1.training.objective import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +115,15 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
         meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])), 1 if size else 0)
+
+
+def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:
+    """Adds one micro-batch's means over completion tokens to the meter: clipping, KL and entropy."""
+    tokens = len(policy.logprobs)
+    assert policy.entropy is not None
+    meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
+    meter.add("policy/kl", float(result.kl) * tokens, tokens)
+    meter.add("policy/entropy", float(policy.entropy.sum()), tokens)
 
 
 def take_peak_memory() -> float:

@@ -1,88 +1,109 @@
-"""One-step-ahead rollouts: while an update runs, a server samples the next step's questions.
+"""A step's rollouts: sampled by the present policy, or one step ahead while a server is at hand for it.
 
     step t:   collect the rollouts of t ─► hand over θ_t ─► start sampling t+1 ─► update to θ_t+1
 
-So the rollouts of step t+1 come from θ_t, one update old. The first step of an epoch or of a continued run
-has nothing to collect and is sampled by the present weights.
+Ahead, the rollouts of step t+1 come from θ_t, one update old. The first step of an epoch or of a continued
+run has nothing to collect and is sampled by the present weights.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import VisionFeatures
+from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
+from video_r1.training.metrics import Meter
+from video_r1.training.objective import LossType, loss_normaliser
 from video_r1.training.questions import Ready
 
 
 class Sampled(NamedTuple):
-    """A step's completions, ordered [Q][G] and shuffled [Q][H or 0]; seconds that the engine took; updates
-    since the weights that sampled them."""
+    """Completions of questions, ordered [Q][G] and shuffled [Q][H or 0]; seconds that the engine took."""
 
     ordered: list[list[Rollout]]
     shuffled: list[list[Rollout]]
     seconds: float
-    staleness: int = 0
 
 
-def sample_step(
-    engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
-) -> Sampled:
-    """A step's completions by what the engine has as weights."""
-    started = time.perf_counter()
-    ordered, shuffled = sample_rollouts(engine, questions, sampling, shuffled_n)
-    return Sampled(ordered, shuffled, time.perf_counter() - started)
+class StepRollouts:
+    """Has an engine sample the questions of a step: G completions each with their frames in order, H with
+    them shuffled.
 
+    settings: TGRPOSettings and VLLMSettings. policy: a context in which every process has the whole model.
+    """
 
-@dataclass(slots=True)
-class RolloutsAhead:
-    """The next step's batches and their rollouts, which are under way. At most one step at a time."""
-
-    batches: list[Any] = field(default_factory=list)
-    _future: Future[Sampled] | None = None
-    _thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "rollouts-ahead"))
-
-    def start(
+    def __init__(
         self,
-        pending: Sequence[Future[Ready[Question]]],
         engine: RolloutEngine,
-        sampling: SamplingSettings,
-        shuffled_n: int,
+        settings: Any,
+        meter: Meter,
+        policy: Callable[[], AbstractContextManager[nn.Module]],
     ) -> None:
-        """Samples questions that are being read, in the background. The engine has its weights already, and
-        nobody else uses it until `wait` has returned.
+        self.engine = engine
+        self.sampling = SamplingSettings(
+            n=settings.num_generations,
+            temperature=settings.temperature,
+            max_tokens=settings.max_completion_length,
+        )
+        self.shuffled_n: int = settings.shuffled_generations
+        self.is_another_program: bool = settings.use_vllm
+        self.meter = meter
+        self.policy = policy
+        self.thread = ThreadPoolExecutor(1, "rollouts-ahead") if settings.async_rollouts else None
+        self.under_way: Future[Sampled] | None = None
+
+    def of_step(self, questions: Sequence[Question]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+        """The step's ordered completions [Q][G] and shuffled ones [Q][H or 0]: those that were sampled ahead,
+        or else of the present policy. Raises what sampling and reading have raised.
         """
+        with self.meter.seconds("rollout"):
+            ahead, self.under_way = self.under_way, None
+            sampled = self.sample(questions) if ahead is None else ahead.result()
+        self.meter.speeds([*sampled.ordered, *sampled.shuffled], sampled.seconds)
+        if self.is_another_program:
+            self.meter.add("sampler/staleness", ahead is not None)
+        return sampled.ordered, sampled.shuffled
 
-        def work() -> Sampled:
-            questions = [question.result().content for question in pending]
-            return sample_step(engine, questions, sampling, shuffled_n)
+    def sample(self, questions: Sequence[Question]) -> Sampled:
+        """Completions of the present policy."""
+        with self.policy() as model:
+            self.engine.update_weights(model)
+            return self._sample(questions)
 
-        self._future = self._thread.submit(work)
+    def begin_next(self, pending: Sequence[Future[Ready[Question]]]) -> None:
+        """Has the present policy sample the next step's questions, which are being read, while it is updated.
 
-    def take_batches(self) -> list[Any]:
-        batches, self.batches = self.batches, []
-        return batches
-
-    def collect(self) -> Sampled | None:
-        """The rollouts that were started, when they are finished; None where none were. Raises what sampling
-        and reading have raised.
+        Nothing where rollouts are not sampled ahead or there are no such questions. Nobody else may use the
+        engine until `wait` has returned.
         """
-        future, self._future = self._future, None
-        return None if future is None else future.result()._replace(staleness=1)
+        if self.thread is not None and pending:
+            with self.policy() as model:
+                self.engine.update_weights(model)
+            self.under_way = self.thread.submit(
+                lambda: self._sample([question.result().content for question in pending])
+            )
 
     def wait(self) -> None:
-        """Returns when nothing is being sampled; its errors are raised by `collect`."""
-        if self._future is not None:
-            self._future.exception()
+        """Returns when nothing is being sampled; its errors are raised by `of_step`."""
+        if self.under_way is not None:
+            self.under_way.exception()
+
+    def _sample(self, questions: Sequence[Question]) -> Sampled:
+        started = time.perf_counter()
+        ordered, shuffled = sample_rollouts(self.engine, questions, self.sampling, self.shuffled_n)
+        return Sampled(ordered, shuffled, time.perf_counter() - started)
 
 
 @dataclass(slots=True)
@@ -110,11 +131,34 @@ class PolicyBatch:
         return [[rollout.token_ids for rollout in group.ordered] for group in self.trained]
 
     @property
+    def advantages(self) -> Tensor:
+        """[completions]"""
+        return torch.cat([group.advantages for group in self.trained])
+
+    @property
     def problem_ids(self) -> list[str | int]:
         return [group.sample.problem_id for group in self.trained]
 
 
-def policy_batch(groups: list[RolloutGroup], with_kl: bool) -> PolicyBatch:
-    """A micro-batch of scored groups. At least one meets the model, so that every process has a loss."""
-    taught = [group for group in groups if with_kl or bool(group.advantages.any())]
-    return PolicyBatch(groups, taught or groups[:1])
+def policy_batches(groups: Sequence[RolloutGroup], sizes: Sequence[int], with_kl: bool) -> list[PolicyBatch]:
+    """Scored groups in their micro-batches of these sizes.
+
+    At least one group of each meets the model, so that every process has a loss.
+    """
+    remaining, batches = iter(groups), []
+    for size in sizes:
+        part = [next(remaining) for _ in range(size)]
+        taught = [group for group in part if with_kl or bool(group.advantages.any())]
+        batches.append(PolicyBatch(part, taught or part[:1]))
+    return batches
+
+
+def step_normaliser(batches: Sequence[PolicyBatch], loss_type: LossType, longest: int) -> float:
+    """What the losses of a step are divided by (see `loss_normaliser`), over its micro-batches and processes.
+
+    longest: the limit of a completion in tokens.
+    """
+    rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
+    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts)))
+    responses, tokens = (sum(column) for column in zip(*counts, strict=True))
+    return loss_normaliser(loss_type, responses, tokens, longest)

@@ -5,8 +5,8 @@
                                                            ▼
     optimizer ◄─ policy_loss ◄─ group_logprobs ◄─ advantages ◄─ rewards, p, p̃      (RolloutGroup)
 
-An optimizer step is read in `get_batch_samples` (sample, score, compare) and then in `compute_loss` (learn):
-the two methods in which `transformers.Trainer` asks for a step's data and a micro-batch's loss. All else
+An optimizer step is read in `roll_out` (sample, score, compare) and then in `compute_loss` (learn), by which
+`transformers.Trainer` is given a step's data and a micro-batch's loss. All else
 (checkpoints, resuming, schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
@@ -29,8 +29,10 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,18 +43,18 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import (
     GroupLogprobs,
     encode_vision,
     group_logprobs,
     vision_language_model,
 )
-from video_r1.processes import gather, gather_rows, process_count
+from video_r1.processes import gather_rows, process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
-from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.engine import RolloutEngine
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
@@ -65,12 +67,12 @@ from video_r1.training.checks import (
     sampler_weights,
 )
 from video_r1.training.guards import tolerated
-from video_r1.training.metrics import describe_groups
-from video_r1.training.objective import loss_normaliser, policy_loss
+from video_r1.training.metrics import describe_groups, describe_update
+from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
-from video_r1.training.rollouts import PolicyBatch, RolloutsAhead, Sampled, policy_batch, sample_step
+from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
 from video_r1.training.runs import manifests_of, model_of, run_in_folder
 from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
@@ -146,10 +148,8 @@ class TGRPOTrainer(QuestionTrainer):
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
-        self.ahead = RolloutsAhead() if args.async_rollouts else None
-        self.sampling = SamplingSettings(
-            n=args.num_generations, temperature=args.temperature, max_tokens=args.max_completion_length
-        )
+        self.rollouts = StepRollouts(self.engine, args, self.meter, self.whole_policy)
+        self.steps_read_ahead = 2 if args.async_rollouts else 1
 
     # ---- One optimizer step: sample, score, compare
 
@@ -160,67 +160,35 @@ class TGRPOTrainer(QuestionTrainer):
         The rollouts of the whole step are sampled here, by the policy before the step, so that no question's
         loss depends on the micro-batch that it is in.
         """
-        batches = self.ahead.take_batches() if self.ahead else []
-        batches = batches or super().get_batch_samples(epoch_iterator, num_batches, device)[0]
+        args = self.settings
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return [], None
         if batches[0]["iteration"] == 0 or not self.step_batches:
             self.step_batches = self.roll_out([batch["pending"] for batch in batches])
-        if self.ahead and self.state.global_step + 1 < self.state.max_steps:
-            self.look_ahead(super().get_batch_samples(epoch_iterator, num_batches, device)[0])
-        groups = [group for batch in self.step_batches for group in batch.groups]
-        responses = sum(gather(sum(len(group.ordered) for group in groups)))
-        tokens = sum(gather(sum(len(rollout.token_ids) for group in groups for rollout in group.ordered)))
-        normaliser = loss_normaliser(
-            self.settings.loss_type, responses, tokens, self.settings.max_completion_length
-        )
+        self.rollouts.begin_next(self.pending_rollouts())
+        normaliser = step_normaliser(self.step_batches, args.loss_type, args.max_completion_length)
         # Gradients are averaged over processes, hence the division.
         return [{"batch": batch} for batch in self.step_batches], normaliser / process_count()
 
     def roll_out(self, pending: Sequence[Sequence[Any]]) -> list[PolicyBatch]:
         """One step's questions with their completions, rewards and advantages, in their micro-batches."""
         args = self.settings
-        ready = self.ready([question for batch in pending for question in batch])
-        questions = [entry.content for entry in ready]
+        questions = [entry.content for entry in self.ready(list(chain(*pending)))]
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
-        with self.meter.seconds("rollout"):
-            sampled = (self.ahead and self.ahead.collect()) or self.sample(questions)
-        ordered, shuffled, seconds, staleness = sampled
-        self.meter.speeds([*ordered, *shuffled], seconds)
-        if args.use_vllm:
-            self.meter.add("sampler/staleness", staleness)
+        ordered, shuffled = self.rollouts.of_step(questions)
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
-        with self.meter.seconds("reward"):
-            groups = score_groups(questions, ordered, shuffled, self.terms, args, self.builder.question)
+        groups = self.score(questions, ordered, shuffled)
 
         # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
-        rewards_QG = torch.stack([group.total_reward for group in groups])
-        everywhere, mine = gather_rows(rewards_QG)  # `scale_rewards="batch"` looks at every process's rewards
-        for group, advantages in zip(
-            groups, group_advantages(everywhere, args.scale_rewards)[mine], strict=True
-        ):
+        rewards_QG, mine = gather_rows(torch.stack([group.total_reward for group in groups]))
+        advantages_QG = group_advantages(rewards_QG, args.scale_rewards)[mine]  # "batch": of all processes
+        for group, advantages in zip(groups, advantages_QG, strict=True):
             group.advantages = advantages
         describe_groups(self.meter, groups, args.self_reflection_phrases)
-        remaining = iter(groups)
-        return [policy_batch([next(remaining) for _ in batch], args.beta != 0) for batch in pending]
-
-    def sample(self, questions: Sequence[Question]) -> Sampled:
-        """Completions of the present policy: [Q][G] with ordered frames, [Q][H or 0] with shuffled ones."""
-        with self.whole_weights(), self.accelerator.autocast():
-            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-            return sample_step(self.engine, questions, self.sampling, self.settings.shuffled_generations)
-
-    def look_ahead(self, batches: list[Any]) -> None:
-        """Has the present policy sample the next step's questions while it is updated."""
-        assert self.ahead is not None
-        self.ahead.batches = batches
-        if batches and batches[0]["iteration"] == 0:
-            with self.whole_weights():
-                self.engine.update_weights(self.accelerator.unwrap_model(self.model))
-            pending = [question for batch in batches for question in batch["pending"]]
-            self.ahead.start(pending, self.engine, self.sampling, self.settings.shuffled_generations)
+        return policy_batches(groups, [len(batch) for batch in pending], with_kl=args.beta != 0)
 
     # ---- One optimizer step: learn
 
@@ -234,26 +202,18 @@ class TGRPOTrainer(QuestionTrainer):
         """The clipped policy loss of one micro-batch, with its share of the step's normaliser."""
         args, batch = self.settings, cast(PolicyBatch, inputs["batch"])
         assert num_items_in_batch is not None
-        if self.vision_is_frozen and batch.vision is None:
-            with torch.no_grad(), self.accelerator.autocast():
-                batch.vision = encode_vision(model, batch.prompts)
 
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
-        if batch.old_logprobs is None:
-            batch.old_logprobs = policy.logprobs.detach()
-            if args.use_vllm:  # w = min(π_old ÷ π_vLLM, cap)
-                batch.sampler_weights = sampler_weights(batch.old_logprobs, batch.trained, args, self.meter)
-        if self.reference is not None and batch.ref_logprobs is None:
-            with self.reference.in_place_of(model, self.accelerator) as reference:
-                batch.ref_logprobs = self.logprobs(reference, batch).logprobs
 
-        # −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL
-        advantages = torch.cat([group.advantages for group in batch.trained]).to(policy.logprobs.device)
+        # log π_old, log π_ref and w = min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
+        self.complete(batch, model, policy.logprobs.detach())
+
+        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old
         result = policy_loss(
             policy.logprobs,
             batch.old_logprobs,
-            advantages,
+            batch.advantages.to(policy.logprobs.device),
             policy.lengths,
             normaliser=num_items_in_batch,
             loss_type=args.loss_type,
@@ -263,19 +223,43 @@ class TGRPOTrainer(QuestionTrainer):
             ref_logprobs=batch.ref_logprobs,
             importance_weights=batch.sampler_weights,
         )
-        tokens = len(policy.logprobs)
-        assert policy.entropy is not None
-        self.meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
-        self.meter.add("policy/kl", float(result.kl) * tokens, tokens)
-        self.meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
+        describe_update(self.meter, policy, result)
         loss = self.watched(result.loss, batch.problem_ids)
         return (loss, {"policy": policy}) if return_outputs else loss
 
+    # ---- What the two above are made of
+
+    def pending_rollouts(self) -> list[Any]:
+        """The next step's questions, which are being read; [] where it needs no rollouts or there is none."""
+        following = self.upcoming[0] if self.upcoming else []
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        if not following or following[0]["iteration"] > 0 or is_last:
+            return []
+        return list(chain(*(batch["pending"] for batch in following)))
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[Any]:
+        """Inside, every process has the whole model, to sample with it or to hand it over."""
+        with self.whole_weights(), self.accelerator.autocast():
+            yield self.accelerator.unwrap_model(self.model)
+
+    def score(
+        self, questions: Sequence[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
+    ) -> list[RolloutGroup]:
+        """The questions' groups with their rewards."""
+        with self.meter.seconds("reward"):
+            return score_groups(
+                questions, ordered, shuffled, self.terms, self.settings, self.builder.question
+            )
+
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
         """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled
-        at.
+        at. A frozen vision tower runs once.
         """
         with self.accelerator.autocast():
+            if self.vision_is_frozen and batch.vision is None:
+                with torch.no_grad():
+                    batch.vision = encode_vision(model, batch.prompts)
             return group_logprobs(
                 model,
                 batch.prompts,
@@ -284,6 +268,19 @@ class TGRPOTrainer(QuestionTrainer):
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
             )
+
+    def complete(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
+        """Before the first update on a batch's rollouts, whose policy is that of the rollouts: its log-probs
+        [N], those of the reference, and the weights of an engine with a model of its own.
+        """
+        if batch.old_logprobs is not None:
+            return
+        batch.old_logprobs = logprobs
+        if self.settings.use_vllm:
+            batch.sampler_weights = sampler_weights(logprobs, batch.trained, self.settings, self.meter)
+        if self.reference is not None:
+            with self.reference.in_place_of(model, self.accelerator) as reference:
+                batch.ref_logprobs = self.logprobs(reference, batch).logprobs
 
     # ---- What is read, validated and recorded
 
@@ -314,23 +311,21 @@ class TGRPOTrainer(QuestionTrainer):
     def preflight_groups(self, count: int) -> list[RolloutGroup]:
         """The first questions, sampled and scored as a step's questions are."""
         questions = self.first_questions(count)
-        ordered, shuffled, *_ = self.sample(questions)
-        return score_groups(questions, ordered, shuffled, self.terms, self.settings, self.builder.question)
+        sampled = self.rollouts.sample(questions)
+        return self.score(questions, sampled.ordered, sampled.shuffled)
 
     def sampler_difference(self) -> tuple[float, int]:
         """How far the engine's log-probs are from the trainer's on the first questions, in both orders."""
         questions = self.first_questions(CHECKED_QUESTIONS)
         prompts = [p for q in questions for p in (q.ordered, q.shuffled) if p is not None]
-        model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
-        with self.whole_weights(), self.accelerator.autocast():
+        with self.whole_policy() as model:
             return sampler_difference(self.engine, model, prompts, self.settings.temperature)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""
-        if self.ahead:
-            self.ahead.wait()
-        with self.whole_weights(), self.accelerator.autocast():
-            self.engine.update_weights(self.accelerator.unwrap_model(self.model))
+        self.rollouts.wait()
+        with self.whole_policy() as model:
+            self.engine.update_weights(model)
             return temporal_accuracy(
                 self.engine,
                 samples,

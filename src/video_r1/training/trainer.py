@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -97,6 +98,8 @@ class QuestionTrainer(Trainer, ABC):
         self.meter = Meter()
         self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
         self.source: QuestionSource[Any, Any] | None = None
+        self.upcoming: deque[list[Any]] = deque()  # the next steps' micro-batches, which are being read
+        self.steps_read_ahead = 1
         self.logged_step = 0
         self.checkpoints_go_to = self.folder
         run_folder = RunFolder(self.folder, cast(Settings, args) if recipe is None else recipe)
@@ -141,7 +144,7 @@ class QuestionTrainer(Trainer, ABC):
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
-        self.next_batches: list[Any] = []
+        self.upcoming.clear()
         self.source = QuestionSource(
             samples,
             self.load,
@@ -158,11 +161,14 @@ class QuestionTrainer(Trainer, ABC):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """As in Trainer, without a normaliser; all micro-batches of the next step begin to be read."""
-        batches = self.next_batches or super().get_batch_samples(epoch_iterator, num_batches, device)[0]
+        """As in Trainer, without a normaliser; all micro-batches of the next steps begin to be read."""
         following = self.args.gradient_accumulation_steps  # or fewer, where the epoch ends
-        self.next_batches = super().get_batch_samples(epoch_iterator, following, device)[0]
-        return batches, None
+        while len(self.upcoming) <= self.steps_read_ahead:
+            batches, _ = super().get_batch_samples(epoch_iterator, following, device)
+            if not batches:
+                break
+            self.upcoming.append(batches)
+        return self.upcoming.popleft() if self.upcoming else [], None
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """A batch of questions that are being read: `pending` futures."""
