@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, rationale_of, scripts, words_of
-from video_r1.annotation.judging import Rules, judge, judge_one
+from video_r1.annotation.judging import judge, judge_one
 from video_r1.data.records import Sample
 from video_r1.lab.questions import FAMILIES
 from video_r1.rollout.chat import Completion
+from video_r1.settings.annotation import AnnotateSettings
 
 OPTIONS = ("A. left", "B. right", "C. up")
 RATIONALE = (
@@ -233,7 +234,7 @@ ANYTHING = st.text(alphabet=st.characters(codec=None), max_size=400) | st.lists(
 @given(ANYTHING, st.sampled_from(["multiple choice", "numerical", "OCR", "free-form", "regression"]))
 def test_no_text_breaks_a_filter(text: str, kind: str) -> None:
     truth = {"numerical": "3", "regression": "2.5"}.get(kind, "B")
-    judged = judge_one(sample(kind, truth), Completion(text, "stop"), Rules())
+    judged = judge_one(sample(kind, truth), Completion(text, "stop"), AnnotateSettings())
     assert judged.rejected in ("", *FILTERS)
     assert bool(judged.rejected) == bool(judged.detail)
     assert 0 <= judged.score <= 1
@@ -267,7 +268,7 @@ def test_words_that_never_recur_are_no_repetition(words: list[str]) -> None:
     (Completion(output(rationale=RATIONALE + " So it moves left."), "stop"), "contradiction"),
 ])  # fmt: skip
 def test_each_filter_is_reached(completion: Completion, rejected: str) -> None:
-    assert judge_one(sample(), completion, Rules()).rejected == rejected
+    assert judge_one(sample(), completion, AnnotateSettings()).rejected == rejected
 
 
 @pytest.mark.parametrize(("kind", "truth", "answer", "score"), [
@@ -284,7 +285,7 @@ def test_the_answer_has_to_score_above_the_threshold(
     kind: str, truth: str, answer: str, score: float
 ) -> None:
     text = output(answer, " ".join(f"word{number}" for number in range(30)))
-    judged = judge_one(sample(kind, truth), Completion(text, "stop"), Rules())
+    judged = judge_one(sample(kind, truth), Completion(text, "stop"), AnnotateSettings())
     assert judged.score == pytest.approx(score, abs=1e-6)
     assert judged.rejected == ("" if score > 0.6 + 1e-6 else "score")
 
@@ -292,7 +293,7 @@ def test_the_answer_has_to_score_above_the_threshold(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_rationale_of_the_lab_passes_and_with_another_answer_none_does(family: str) -> None:
     rng = np.random.default_rng(7)
-    rules = Rules(length_range=(2, 100))
+    rules = AnnotateSettings(length_range=[2, 100])
     for _ in range(20):
         question = FAMILIES[family](rng)
         letters = [
@@ -314,7 +315,7 @@ def judged_answers(
 ) -> Any:
     neutral = " ".join(f"word{number}" for number in range(30))
     completions = [Completion(output(answer, neutral), "stop") for answer in answers]
-    return judge(sample(kind, truth), completions, Rules(choose=choose))
+    return judge(sample(kind, truth), completions, AnnotateSettings(choose=choose, samples=4))
 
 
 @pytest.mark.parametrize(("answers", "choose", "kept", "reason"), [
@@ -340,7 +341,7 @@ def test_the_best_score_is_kept_and_among_equals_the_one_that_others_agree_with(
 
 def test_a_question_counts_under_the_filter_that_was_reached_last() -> None:
     completions = [Completion("nothing", "stop"), Completion(output("A"), "stop"), Completion("", "length")]
-    verdict = judge(sample(), completions, Rules())
+    verdict = judge(sample(), completions, AnnotateSettings())
     assert (verdict.kept, verdict.reason) == (None, "score")
     assert [one.rejected for one in verdict.judged] == ["tags", "score", "cut off"]
 

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from video_r1.errors import RequestError
 
@@ -35,6 +35,23 @@ def json_lines(records: Iterable[Any]) -> bytes:
     """A line of UTF-8 for each record. Half a character pair, which a model may write, becomes an escape."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return "".join(lines).encode("utf-8", "backslashreplace")
+
+
+def whole_lines(file: BinaryIO) -> Iterator[tuple[int, int, Any]]:
+    """(line number, place in bytes, JSON object, None for what is none) of each line of a file open for
+    reading and writing. A last line that was cut off while it was written is removed from the file."""
+    file.seek(0)
+    place = 0
+    for number, line in enumerate(file, start=1):
+        if not line.endswith(b"\n"):
+            file.truncate(place)
+            return
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        yield number, place, record if isinstance(record, dict) else None
+        place += len(line)
 
 
 @contextmanager

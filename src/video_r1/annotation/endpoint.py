@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
-from video_r1.annotation.teachers import Answered, Failed, Question, failed, sample_seed
-from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.prompts import Template
+from video_r1.annotation.teachers import Answered, Failed, Question, sample_seed
+from video_r1.data.frame_cache import open_frame_cache, read_cached
+from video_r1.data.prompts import load_template
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
 from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal
+from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
@@ -23,33 +23,27 @@ FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the q
 REFUSED_QUESTION = (400, 413, 415, 422)
 
 
-@dataclass
 class EndpointTeacher:
-    """Asks `model` at the endpoint for `sampling.n` rationales of each question, as ChatClient does.
+    """Asks `model` at the endpoint for `samples` rationales of each question, as ChatClient does.
 
-    frames_as: see `chat_request`. held: questions whose frames are in memory at once. request_fields: added
-    to each request; None leaves a field out.
+    frames_as: see `chat_request`.
 
     A question whose request fails eight times, or is refused as wrong, is given up and listed. VideoR1Error
     is raised when the endpoint does not answer at all for `wait` seconds, refuses the key or the model, or
     fails at 50 questions in a row. One object serves one run.
     """
 
-    endpoint: Endpoint
-    model: str
-    template: Template
-    budget: FrameBudget
-    sampling: SamplingSettings
-    seed: int = 0
-    concurrency: int = 64
-    held: int = 8
-    frames_as: FramesAs = "images"
-    request_fields: dict[str, Any] = field(default_factory=dict)
-    frame_cache: FrameCache | None = None
-    batch_size: int = field(default=1, init=False)
+    batch_size = 1
 
-    def __post_init__(self) -> None:
-        self._client = ChatClient(self.endpoint, self.concurrency, self.held)
+    def __init__(
+        self, settings: AnnotateSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
+    ) -> None:
+        self.settings, self.endpoint, self.model = settings, endpoint, model
+        self.frames_as: FramesAs = frames_as
+        self._template = load_template(settings.prompt_template)
+        self._budget = settings.frame_budget(FrameBudget().size_multiple)
+        self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
         in_a_row = 0
@@ -74,17 +68,20 @@ class EndpointTeacher:
         return Answered(question.sample, await self._outcome(question.sample))
 
     async def _outcome(self, sample: Sample) -> list[Completion] | Failed:
+        settings = self.settings
+        sampling = SamplingSettings.of(settings)
+
         def request(n: int, drawn: int) -> dict[str, Any]:
-            media = read_cached(sample, self.budget, self.frame_cache)
-            text = self.template.render(sample)
-            seed = sample_seed(self.seed, sample.problem_id, drawn)
-            body = chat_request(self.model, text, media, self.frames_as, self.sampling, n, seed)
-            return body | self.request_fields
+            media = read_cached(sample, self._budget, self._frame_cache)
+            seed = sample_seed(settings.seed, sample.problem_id, drawn)
+            text = self._template.render(sample)
+            body = chat_request(self.model, text, media, self.frames_as, sampling, n, seed)
+            return body | settings.request_fields
 
         try:
-            return await self._client.draw(self.sampling.n, request, completions_of)
+            return await self._client.draw(settings.samples, request, completions_of)
         except (MediaError, PromptError) as error:
-            return failed(error)
+            return Failed(error.kind, str(error))
         except ServerFailure as failure:
             return Failed("endpoint", f"{failure} ({ATTEMPTS} attempts)")
         except ServerRefusal as refusal:

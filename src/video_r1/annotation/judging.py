@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, rationale_of
@@ -12,15 +11,7 @@ from video_r1.data.answers import extract_answer, read_answer
 from video_r1.data.records import Sample
 from video_r1.rewards.correctness import above, correctness
 from video_r1.rollout.chat import Completion
-
-
-@dataclass(frozen=True, slots=True)
-class Rules:
-    """The filters' settings. `length_range`: words, both ends included."""
-
-    threshold: float = 0.6
-    length_range: tuple[int, int] = (20, 1000)
-    choose: Literal["best", "majority"] = "best"
+from video_r1.settings.annotation import AnnotateSettings
 
 
 class Judged(NamedTuple):
@@ -42,7 +33,7 @@ class Verdict(NamedTuple):
     judged: list[Judged]
 
 
-def judge(sample: Sample, completions: Sequence[Completion], rules: Rules) -> Verdict:
+def judge(sample: Sample, completions: Sequence[Completion], settings: AnnotateSettings) -> Verdict:
     """Applies all filters to a question's K rationales and chooses one of those that pass.
 
     best: the highest score; among equals the one whose answer most of the K agree with, then the earliest.
@@ -50,9 +41,14 @@ def judge(sample: Sample, completions: Sequence[Completion], rules: Rules) -> Ve
     teacher mostly does not give was luck. Two answers agree when one scores above the threshold against the
     other.
     """
-    judged = [judge_one(sample, completion, rules) for completion in completions]
-    votes = [_votes(sample, one, judged, rules.threshold) for one in judged]
-    if rules.choose == "majority":
+    kind = sample.problem_type
+    judged = [judge_one(sample, completion, settings) for completion in completions]
+    answers = [one.answer for one in judged if one.answer]
+    votes = [  # how many of the answers agree with each, its own included; none with an empty one
+        sum(above(correctness(kind, other, one.answer), settings.threshold) for other in answers)
+        for one in judged
+    ]
+    if settings.choose == "majority":
         judged = [
             one._replace(rejected="majority", detail=f"{count} of {len(judged)} answers agree")
             if not one.rejected and 2 * count <= len(judged)
@@ -65,7 +61,7 @@ def judge(sample: Sample, completions: Sequence[Completion], rules: Rules) -> Ve
     return Verdict(None, max((one.rejected for one in judged), key=FILTERS.index), judged)
 
 
-def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
+def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings) -> Judged:
     """The first filter that a rationale does not pass (majority apart, which needs all of them)."""
     text, options, kind = completion.text, sample.options, sample.problem_type
     rationale = rationale_of(text)
@@ -77,13 +73,13 @@ def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
         "cut off": lambda: filters.cut_off(completion.finish_reason),
         "refusal": lambda: filters.refusal(text, completion.finish_reason),
         "tags": lambda: filters.tags(text),
-        "length": lambda: filters.length(rationale, *rules.length_range),
+        "length": lambda: filters.length(rationale, *settings.length_range),
         "characters": lambda: filters.characters(text),
         "language": lambda: filters.language(rationale, references),
         "repetition": lambda: filters.repetition(rationale),
         "prompt leak": lambda: filters.prompt_leak(rationale, sample.problem, kind, truth, options),
         "score": lambda: (
-            None if above(score, rules.threshold) else f"its answer {answer!r} scores {score:.2f}"
+            None if above(score, settings.threshold) else f"its answer {answer!r} scores {score:.2f}"
         ),
         "contradiction": lambda: filters.contradiction(rationale, answer, kind, options),
     }
@@ -91,14 +87,3 @@ def judge_one(sample: Sample, completion: Completion, rules: Rules) -> Judged:
         if detail := check():
             return Judged(answer, score, name, detail)
     return Judged(answer, score, "", "")
-
-
-def _votes(sample: Sample, one: Judged, judged: Sequence[Judged], threshold: float) -> int:
-    """How many of the answers agree with this one, its own included."""
-    if not one.answer:
-        return 0
-    kind = sample.problem_type
-    return sum(
-        bool(other.answer) and above(correctness(kind, other.answer, one.answer), threshold)
-        for other in judged
-    )

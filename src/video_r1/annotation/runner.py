@@ -18,56 +18,55 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.annotation.journal import Journal, replaced
-from video_r1.annotation.judging import Rules, Verdict, judge
+from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
-from video_r1.data.records import Sample
+from video_r1.data.records import FIELDS, Sample, media_root_of
 from video_r1.errors import RequestError
 from video_r1.progress import progress
 from video_r1.rollout.chat import Completion
+from video_r1.settings.annotation import AnnotateSettings
 from video_r1.tables import table
 
-FAILURES = ("media", "prompt", "endpoint")
-"""Kinds of questions without rationales; see `teachers.Failed`."""
+FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
+"""Kinds of questions without rationales (see `teachers.Failed`), and what the table calls them."""
+
+
+def rejected_path(out: str | Path) -> Path:
+    return Path(out).with_name(f"{Path(out).stem}.rejected.jsonl")
 
 
 def annotate(
     samples: Sequence[Sample],
     open_teacher: Callable[[], Teacher],
-    out: Path,
-    *,
-    media_root: str | Path,
-    rules: Rules,
-    settings: Mapping[str, Any],
+    settings: AnnotateSettings,
+    drawn_with: Mapping[str, Any],
 ) -> Counts:
     """Has the teacher answer what the journal has no answer to, then writes the manifest for SFT.
 
-    out: the manifest for SFT (.json or .jsonl); OUT.journal.jsonl and OUT.rejected.jsonl, without its ending,
-    stand beside it. media_root: what the rows' paths are relative to. settings: what the teacher's answers
-    depend on, JSON values by name; one that was begun with others is refused. open_teacher is called
-    when there is a question without an answer. Returns the counts. Raises RequestError, also when the journal
-    cannot be continued or `out` is another file, and what the teacher raises; the journal then has all
-    answers that were there.
+    Beside the manifest OUT stand OUT.journal.jsonl and OUT.rejected.jsonl, without its ending. drawn_with:
+    what the teacher's answers depend on, JSON values by name; one that was begun with others is refused.
+    open_teacher is called when there is a question without an answer. Returns the counts. Raises
+    RequestError, also when the journal cannot be continued or OUT is another file, and what the teacher
+    raises; the journal then has all answers that were there.
     """
+    assert settings.out is not None
+    out = Path(settings.out)
     path = out.with_name(f"{out.stem}.journal.jsonl")
     if out.exists() and not path.exists():
         raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
-    with closing(Journal(path, settings)) as journal:
-        if open_questions(samples, journal, batch_size=1):
-            teacher = open_teacher()
-            try:
-                ask(samples, teacher, journal, rules)
-            except KeyboardInterrupt:
-                print(
-                    f"\nthe answers so far are in {journal.path}; the same command continues", file=sys.stderr
-                )
-                raise
-            finally:
-                teacher.close()
-        return write(samples, journal, out, media_root, rules)
+    with closing(Journal(path, drawn_with)) as journal:
+        if not all(journal.is_answered(sample.problem_id) for sample in samples):
+            with closing(open_teacher()) as teacher:
+                try:
+                    ask(samples, teacher, journal, settings)
+                except KeyboardInterrupt:
+                    print(f"\nthe answers so far are in {path}; the same command continues", file=sys.stderr)
+                    raise
+        return write(samples, journal, settings)
 
 
 def open_questions(samples: Sequence[Sample], journal: Journal, batch_size: int) -> list[Question]:
@@ -81,7 +80,7 @@ def open_questions(samples: Sequence[Sample], journal: Journal, batch_size: int)
     return questions
 
 
-def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, rules: Rules) -> None:
+def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, settings: AnnotateSettings) -> None:
     """Has the teacher answer every open question; shows the share that passes the filters as it goes."""
     questions = open_questions(samples, journal, teacher.batch_size)
     count = sum(not question.done for question in questions)
@@ -94,7 +93,7 @@ def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, rules: Ru
             for one in finished:
                 if isinstance(one.outcome, list):
                     answered += 1
-                    kept += judge(one.sample, one.outcome, rules).kept is not None
+                    kept += judge(one.sample, one.outcome, settings).kept is not None
                 else:
                     failed += 1
             figures = {"kept": f"{kept / answered:.0%}"} if answered else {}
@@ -123,42 +122,41 @@ class Counts:
         stopped the rationale that came furthest; of a question's rationales all that pass are counted."""
         total = max(1, self.questions.total())
         rows = []
-        failures = [name for name in FAILURES if self.questions[name]]
-        for name in ("kept", *FILTERS, *failures):
-            label = f"not asked: {name}" if name in ("media", "prompt") else name
-            label = "not answered" if name == "endpoint" else label
+        for name in ("kept", *FILTERS, *FAILURES):
             count = self.questions[name]
-            drawn = "" if name in FAILURES else f"{self.rationales[name]:,}"
-            rows.append((label, f"{count:,}", f"{count / total:.1%}", drawn))
+            if count or name not in FAILURES:
+                drawn = "" if name in FAILURES else f"{self.rationales[name]:,}"
+                rows.append((FAILURES.get(name, name), f"{count:,}", f"{count / total:.1%}", drawn))
         rows.append(("all", f"{self.questions.total():,}", "", f"{self.rationales.total():,}"))
         return table(("", "questions", "share", "rationales"), rows)
 
 
-def write(
-    samples: Sequence[Sample], journal: Journal, out: Path, media_root: str | Path, rules: Rules
-) -> Counts:
+def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSettings) -> Counts:
     """Judges all answers in the journal and writes both files, each in one step, in the manifest's order."""
-    root = os.path.realpath(media_root)
+    assert settings.manifest is not None and settings.out is not None
+    out = Path(settings.out)
+    root = os.path.realpath(media_root_of(settings.manifest, settings.media_root))
+    as_list = out.suffix == ".json"
+    begin, between, end = ("[\n", ",\n", "\n]\n") if as_list else ("", "\n", "\n")
     counts = Counts()
-    with replaced(out) as kept_file, replaced(out.with_name(f"{out.stem}.rejected.jsonl")) as rejected_file:
-        rows = _Rows(kept_file, as_list=out.suffix == ".json")
+    with replaced(out) as kept_file, replaced(rejected_path(out)) as rejected_file:
         for sample in samples:
             if sample.problem_id not in journal:
                 continue
             found = journal[sample.problem_id]
-            if "failed" in found:
-                counts.questions[found["failed"]] += 1
-                _write_line(rejected_file, rejected_row(sample, found["failed"], found["reason"]))
-                continue
-            completions = [Completion(**completion) for completion in found["completions"]]
-            verdict = judge(sample, completions, rules)
+            completions = [Completion(**completion) for completion in found.get("completions", ())]
+            failed = Verdict(None, found["failed"], []) if "failed" in found else None
+            verdict = failed or judge(sample, completions, settings)
+            if verdict.kept is not None:
+                row = kept_row(sample, completions[verdict.kept], verdict, root)
+                kept_file.write(between if counts.questions["kept"] else begin)
+                kept_file.write(json.dumps(row, ensure_ascii=False))
+            else:
+                row = rejected_row(sample, completions, verdict, found.get("reason", ""))
+                rejected_file.write(json.dumps(row, ensure_ascii=False) + "\n")
             counts.questions[verdict.reason or "kept"] += 1
             counts.rationales.update(one.rejected or "kept" for one in verdict.judged)
-            if verdict.kept is None:
-                _write_line(rejected_file, rejected_row(sample, verdict.reason, "", completions, verdict))
-            else:
-                rows.write(kept_row(sample, completions[verdict.kept], verdict, root))
-        rows.end()
+        kept_file.write(end if counts.questions["kept"] else "[]\n" * as_list)
     return counts
 
 
@@ -169,72 +167,35 @@ def kept_row(sample: Sample, completion: Completion, verdict: Verdict, root: str
     rationales passed.
     """
     assert verdict.kept is not None  # the caller asks for kept ones only
+    chosen = verdict.judged[verdict.kept]
     is_url = sample.path.startswith(("http://", "https://"))
-    row: dict[str, Any] = {
-        "problem_id": sample.problem_id,
-        "problem": sample.problem,
-        "data_type": sample.data_type,
-        "problem_type": sample.problem_type,
-        "options": list(sample.options),
-        "process": f"<think>{rationale_of(completion.text)}</think>",
-        "solution": sample.solution,
-        "path": sample.path if is_url else os.path.relpath(sample.path, root),
-        "data_source": sample.data_source,
-    }
-    row |= {name: time for name, time in (("start", sample.start), ("end", sample.end)) if time is not None}
-    judged = verdict.judged
+    row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
     return {
         **row,
+        "process": f"<think>{rationale_of(completion.text)}</think>",
+        "path": sample.path if is_url else os.path.relpath(sample.path, root),
         **sample.extra,
         "annotation": {
-            "answer": judged[verdict.kept].answer,
-            "score": round(judged[verdict.kept].score, 4),
-            "passed": sum(not one.rejected for one in judged),
-            "samples": len(judged),
+            "answer": chosen.answer,
+            "score": round(chosen.score, 4),
+            "passed": sum(not one.rejected for one in verdict.judged),
+            "samples": len(verdict.judged),
         },
     }
 
 
 def rejected_row(
-    sample: Sample,
-    reason: str,
-    detail: str,
-    completions: Sequence[Completion] = (),
-    verdict: Verdict | None = None,
+    sample: Sample, completions: Sequence[Completion], verdict: Verdict, detail: str
 ) -> dict[str, Any]:
     """A line about a rejected question: why, and each of its rationales with the filter that stopped it."""
+    row = {
+        "problem_id": sample.problem_id,
+        "reason": verdict.reason,
+        "detail": detail,
+        "truth": sample.answer,
+    }
     rationales = [
-        {
-            **completion._asdict(),
-            "answer": one.answer,
-            "score": one.score,
-            "rejected": one.rejected,
-            "detail": one.detail,
-        }
-        for completion, one in zip(completions, verdict.judged if verdict else (), strict=True)
+        {**completion._asdict(), **one._asdict()}
+        for completion, one in zip(completions, verdict.judged, strict=True)
     ]
-    row = {"problem_id": sample.problem_id, "reason": reason, "detail": detail, "truth": sample.answer}
     return {name: value for name, value in row.items() if value != ""} | {"rationales": rationales}
-
-
-class _Rows:
-    """Rows one after the other, as JSON lines or as a JSON list with a row on each line."""
-
-    def __init__(self, file: TextIO, as_list: bool) -> None:
-        self.file, self.as_list, self.count = file, as_list, 0
-
-    def write(self, row: Mapping[str, Any]) -> None:
-        if self.as_list:
-            self.file.write(",\n" if self.count else "[\n")
-            self.file.write(json.dumps(row, ensure_ascii=False))
-        else:
-            _write_line(self.file, row)
-        self.count += 1
-
-    def end(self) -> None:
-        if self.as_list:
-            self.file.write("\n]\n" if self.count else "[]\n")
-
-
-def _write_line(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable
 from video_r1.data.records import Sample
 from video_r1.rollout.chat import Completion
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
+from video_r1.settings.annotation import AnnotateSettings
 
 
 class Question(NamedTuple):
@@ -43,7 +44,8 @@ class Answered(NamedTuple):
 
 
 class Teacher(Protocol):
-    batch_size: int  # questions that are asked again together
+    @property
+    def batch_size(self) -> int: ...  # questions that are asked again together
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]: ...
 
@@ -53,11 +55,6 @@ class Teacher(Protocol):
 def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
     """A seed in [0, 2^31) for one question, the same in every run and on every machine."""
     return derived_seed(seed, problem_id, draw, bits=31)
-
-
-def failed(error: Unusable) -> Failed:
-    """Why a question could not be asked."""
-    return Failed(error.kind, str(error))
 
 
 @dataclass(slots=True)
@@ -70,11 +67,13 @@ class EngineTeacher:
     """
 
     engine: RolloutEngine
-    builder: PromptBuilder
+    builder: TextPrompts
     reader: Reader
-    sampling: SamplingSettings
-    seed: int
-    batch_size: int = 8
+    settings: AnnotateSettings
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size
 
     def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
         batches = [list(batch) for _, batch in groupby(questions, lambda one: one.place // self.batch_size)]
@@ -83,11 +82,16 @@ class EngineTeacher:
         )
         for batch, loaded in zip(batches, read, strict=True):
             asked = [index for index, prompt in enumerate(loaded) if isinstance(prompt, Prompt)]
-            outcomes: list[Any] = [failed(one) if isinstance(one, Unusable) else one for one in loaded]
+            outcomes: list[Any] = [
+                Failed(one.kind, str(one)) if isinstance(one, Unusable) else one for one in loaded
+            ]
             if any(not batch[index].done for index in asked):
-                seeds = tuple(sample_seed(self.seed, batch[index].sample.problem_id) for index in asked)
+                seeds = tuple(
+                    sample_seed(self.settings.seed, batch[index].sample.problem_id) for index in asked
+                )
                 prompts: Any = [loaded[index] for index in asked]
-                groups = self.engine.generate(prompts, replace(self.sampling, seed=seeds))
+                sampling = SamplingSettings.of(self.settings, self.settings.samples)
+                groups = self.engine.generate(prompts, replace(sampling, seed=seeds))
                 for index, group in zip(asked, groups, strict=True):
                     outcomes[index] = [Completion(rollout.text, rollout.finish_reason) for rollout in group]
             yield [

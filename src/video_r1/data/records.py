@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -28,19 +28,6 @@ ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regre
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
-FIELDS = (
-    "problem_id",
-    "problem",
-    "data_type",
-    "problem_type",
-    "solution",
-    "path",
-    "options",
-    "process",
-    "data_source",
-    "start",
-    "end",
-)
 _PROBLEMS_IN_MESSAGE = 20
 _SOLUTION = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)  # one pair of tags
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
@@ -75,6 +62,10 @@ class Sample:
         """The text inside the solution's tags, stripped."""
         match = _SOLUTION.fullmatch(self.solution)
         return match.group(1).strip() if match else self.solution.strip()
+
+
+FIELDS = tuple(field.name for field in fields(Sample) if field.name != "extra")
+"""The fields of a row that have a meaning here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +139,8 @@ def check_manifest(
     Raises:
         ManifestError: there is nothing to check: no such source, or the media root is not a folder.
     """
-    if media_root is None:
-        is_file = isinstance(source, (str, Path)) and Path(source).is_file()
-        media_root = Path(source).parent if is_file else Path.cwd()  # type: ignore[arg-type]
-    if not Path(media_root).is_dir():
+    media_root = media_root_of(source, media_root)
+    if not media_root.is_dir():
         raise ManifestError(
             f"the media root {media_root} is not a folder; set media_root to the folder that "
             "the paths of the manifest start at"
@@ -181,6 +170,13 @@ def check_manifest(
     if number == 0:
         problems.append(Problem(0, None, "the manifest has no rows"))
     return CheckedManifest(samples, rows, problems)
+
+
+def media_root_of(source: object, media_root: str | Path | None) -> Path:
+    """The media root of a manifest: by default the folder of its file, without one the current folder."""
+    if media_root is None and isinstance(source, (str, Path)) and Path(source).is_file():
+        return Path(source).parent
+    return Path(media_root or ".")
 
 
 class _MediaPlaces:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import json_lines
+from video_r1.files import json_lines, whole_lines
 
 _NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
 
@@ -22,28 +21,19 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    content = path.read_bytes()
-    complete, newline, rest = content.rpartition(b"\n")
-    if rest:
-        os.truncate(path, len(complete) + len(newline))
     records = []
-    for number, line in enumerate(complete.split(b"\n") if complete else (), start=1):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-        if not isinstance(record, dict) or not record.keys() >= _NEEDED:
-            raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
-        records.append(record)
+    with path.open("r+b") as file:
+        for number, _, record in whole_lines(file):
+            if record is None or not record.keys() >= _NEEDED:
+                raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
+            records.append(record)
     return records
 
 
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
-    lines = json_lines(records)
-    if not lines:
-        return
-    with path.open("ab") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    if lines := json_lines(records):
+        with path.open("ab") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
+from video_r1.settings.decoding import DecodingSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class SamplingSettings:
     top_k: int = 0
     max_tokens: int = 768
     seed: int | tuple[int, ...] | None = None  # of the call, or one of each prompt
+
+    @classmethod
+    def of(cls, settings: DecodingSettings, n: int = 1) -> SamplingSettings:
+        """How a command samples, without its seed."""
+        return cls(n, settings.temperature, settings.top_p, max_tokens=settings.max_new_tokens)
 
 
 class RolloutEngine(Protocol):
