@@ -51,6 +51,29 @@ MAY_CHANGE = frozenset(
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""
 
 
+def run_recipe(recipe: Recipe, trainer: Callable[..., QuestionTrainer], config: type[Any]) -> Path:
+    """Trains what a resolved recipe says. Returns the run folder, which is a checkpoint as well.
+
+    config: the dataclass of the trainer's settings. A run folder that holds a whole checkpoint is continued
+    from it. Raises ConfigError, ManifestError, and what the trainer raises.
+    """
+    args = config(**recipe.arguments_for(config))
+
+    def build() -> QuestionTrainer:
+        training, validation = manifests_of(recipe)
+        model, processor = model_of(recipe)
+        return trainer(
+            model,
+            args=args,
+            train_dataset=training,
+            eval_dataset=validation,
+            processing_class=processor,
+            recipe=recipe,
+        )
+
+    return run_in_folder(recipe, str(args.output_dir), build)
+
+
 def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], QuestionTrainer]) -> Path:
     """Train what `build` returns in the run folder, and save model and processor there. Returns the folder.
 

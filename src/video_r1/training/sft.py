@@ -26,7 +26,7 @@ from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
 from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import SFTSettings
-from video_r1.training.runs import manifests_of, model_of, run_in_folder
+from video_r1.training.runs import run_recipe
 from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import held_out
 
@@ -159,23 +159,5 @@ class SFTTrainer(QuestionTrainer):
 
 
 def run_sft(recipe: Recipe) -> Path:
-    """SFT from a resolved recipe. Returns the run folder, which is a checkpoint as well.
-
-    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError,
-    ManifestError, and VideoR1Error when media are missing as a whole or the loss stays not finite.
-    """
-    args = SFTConfig(**recipe.arguments_for(SFTConfig))
-
-    def build() -> SFTTrainer:
-        training, validation = manifests_of(recipe)
-        model, processor = model_of(recipe)
-        return SFTTrainer(
-            model,
-            args=args,
-            train_dataset=training,
-            eval_dataset=validation,
-            processing_class=processor,
-            recipe=recipe,
-        )
-
-    return run_in_folder(recipe, str(args.output_dir), build)
+    """SFT from a resolved recipe: see `run_recipe`."""
+    return run_recipe(recipe, SFTTrainer, SFTConfig)

@@ -73,7 +73,7 @@ from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
 from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
-from video_r1.training.runs import manifests_of, model_of, run_in_folder
+from video_r1.training.runs import run_recipe
 from video_r1.training.trainer import Questions, QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
 
@@ -347,23 +347,5 @@ class TGRPOTrainer(QuestionTrainer):
 
 
 def run_rl(recipe: Recipe) -> Path:
-    """T-GRPO from a resolved recipe. Returns the run folder, which is a checkpoint as well.
-
-    A run folder that holds a whole checkpoint is continued from it (see runs.py). Raises ConfigError,
-    ManifestError, and what `TGRPOTrainer.train` raises.
-    """
-    args = TGRPOConfig(**recipe.arguments_for(TGRPOConfig))
-
-    def build() -> TGRPOTrainer:
-        training, validation = manifests_of(recipe)
-        model, processor = model_of(recipe)
-        return TGRPOTrainer(
-            model,
-            args=args,
-            train_dataset=training,
-            eval_dataset=validation,
-            processing_class=processor,
-            recipe=recipe,
-        )
-
-    return run_in_folder(recipe, str(args.output_dir), build)
+    """T-GRPO from a resolved recipe: see `run_recipe`."""
+    return run_recipe(recipe, TGRPOTrainer, TGRPOConfig)
