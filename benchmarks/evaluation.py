@@ -28,7 +28,6 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import compare, in_turns, machine, seconds, spread
 from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import FrameCache
 from video_r1.data.media import shuffled_order
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import derived_generator
@@ -39,6 +38,7 @@ from video_r1.lab.model import SIDE, base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
 
 SEED = 0
@@ -107,7 +107,7 @@ def plain_loop(work: Work, decoding: list[float]) -> Answers:
     return answers
 
 
-def overlapped(work: Work, cache: FrameCache | None = None) -> Answers:
+def overlapped(work: Work, cache: Path | None = None) -> Answers:
     """`evaluate`, its predictions files included."""
     with tempfile.TemporaryDirectory() as folder:
         evaluate(
@@ -115,13 +115,17 @@ def overlapped(work: Work, cache: FrameCache | None = None) -> Answers:
             work.engine,
             work.builder,
             work.budget,
-            output_dir=folder,
-            orders=work.orders,
-            frames=work.counts,
-            sampling=work.sampling,
-            batch_size=work.batch_size,
-            seed=SEED,
-            frame_cache=cache,
+            EvalSettings(
+                order=list(work.orders),
+                frames=list(work.counts),
+                temperature=work.sampling.temperature,
+                top_p=work.sampling.top_p,
+                max_new_tokens=work.sampling.max_tokens,
+                batch_size=work.batch_size,
+                seed=SEED,
+                frame_cache=None if cache is None else str(cache),
+            ),
+            Path(folder),
         )
         lines = [
             line for file in Path(folder).glob("predictions-*") for line in file.read_text().splitlines()
@@ -160,7 +164,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     expected = plain_loop(work, decoding)  # also a warm-up
     decoding.clear()
     whole = seconds(lambda: plain_loop(work, decoding), device)
-    cache = FrameCache(folder / "cache", 10**10)
+    cache = folder / "cache"
     equal = overlapped(work, cache) == expected == overlapped(work) == overlapped(work, cache)
     result = compare(lambda: overlapped(work), lambda: plain_loop(work, []), arguments.rounds, device)
     single = replace(work, counts=counts[:1], orders=["ordered"])

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from tiny_models import moving_square, tiny_processor, write_clip
 
+from video_r1.data.decoders import read_media
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import PromptError, RequestError
 from video_r1.evaluation.ask import TextStream, ask, named_answer, question_sample, run_ask
@@ -24,6 +26,10 @@ from video_r1.settings.frames import FrameBudget
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_clip(tmp_path_factory.mktemp("clip") / "clip.mp4", moving_square(16), fps=4)
+
+
+def question(text: str, path: Path | str, **settings: Any) -> Sample:
+    return question_sample(AskSettings(path=str(path), question=text, **settings))
 
 
 @pytest.mark.parametrize(
@@ -40,13 +46,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_question_sample(tmp_path: Path, name: str, options: tuple, given: Any, expected: tuple) -> None:
     path = tmp_path / name
     path.touch()
-    sample = question_sample(path, "What?", options, given)
+    sample = question("What?", path, options=list(options), problem_type=given)
     assert (sample.data_type, sample.problem_type, sample.options) == expected
 
 
 def test_missing_file() -> None:
     with pytest.raises(RequestError, match="no such file"):
-        question_sample("nowhere.mp4", "What?")
+        question("What?", "nowhere.mp4")
 
 
 def test_stream_waits_for_whole_characters() -> None:
@@ -71,16 +77,16 @@ def test_stream_waits_for_whole_characters() -> None:
     ],
 )
 def test_named_answer(clip: Path, output: str, expected: str) -> None:
-    assert named_answer(question_sample(clip, "Where?", ["left", "right"]), output) == expected
+    assert named_answer(question("Where?", clip, options=["left", "right"]), output) == expected
 
 
 def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
     engine = TransformersEngine(load_model(checkpoint), builder.tokenizer)
-    budget = FrameBudget(frame_pixels=56 * 56)
-    sample, sampling = question_sample(clip, "Where?"), SamplingSettings(max_tokens=40, seed=1)
+    sample, sampling = question("Where?", clip), SamplingSettings(max_tokens=40, seed=1)
+    prompt = builder.build(sample, read_media(sample, FrameBudget(frame_pixels=56 * 56)))
     pieces: list[str] = []
-    rollout = ask(engine, builder, budget, sample, sampling, pieces.append)
+    rollout = ask(engine, TextStream(builder.tokenizer, pieces.append), prompt, sampling)
     assert "".join(pieces) == rollout.text and len(pieces) > 10
     assert len(rollout.token_ids) > 10
 
@@ -95,7 +101,7 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
         def close(self) -> None: ...
 
     whole: list[str] = []
-    again = ask(AtOnce(), builder, budget, sample, sampling, whole.append)
+    again = ask(AtOnce(), TextStream(builder.tokenizer, whole.append), prompt, sampling)
     assert torch.equal(again.token_ids, rollout.token_ids)
     assert whole == [rollout.text]
 

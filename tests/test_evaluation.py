@@ -20,14 +20,16 @@ from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
-from video_r1.evaluation.runner import evaluate, score_output
+from video_r1.evaluation import runner
+from video_r1.evaluation.runner import score_output
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
-QUICK = SamplingSettings(temperature=0.01, top_p=0.001, max_tokens=4)
+BOTH = ["ordered", "shuffled"]
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,14 @@ class ScriptedEngine:
     def close(self) -> None: ...
 
 
+def evaluate(
+    samples: Sequence[Sample], engine: Any, builder: PromptBuilder, *, folder: Path, **settings: Any
+) -> dict[str, Any]:
+    return runner.evaluate(
+        samples, engine, builder, BUDGET, EvalSettings(**{"order": BOTH, "seed": 0, **settings}), folder
+    )
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -87,9 +97,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_both_orders_of_clips_and_images(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
     engine = ScriptedEngine()
     samples = [sample(1, media), sample("two", media), sample(3, media, "image.png", data_source="lab/image")]
-    summary = evaluate(
-        samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(8,), sampling=QUICK, batch_size=2
-    )
+    summary = evaluate(samples, engine, builder, folder=tmp_path, frames=[8], max_new_tokens=4, batch_size=2)
     records = lines(tmp_path / "predictions-8.jsonl")
     assert [(record["problem_id"], record["order"]) for record in records] == [
         (1, "ordered"), (1, "shuffled"), ("two", "ordered"), ("two", "shuffled"), (3, "ordered"),
@@ -116,8 +124,8 @@ def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
     for attempt, seed in enumerate((0, 0, 1)):
         engine = ScriptedEngine()
         evaluate(
-            [sample(1, media), sample(2, media)], engine, builder, BUDGET,
-            output_dir=tmp_path / str(attempt), frames=(8,), seed=seed,
+            [sample(1, media), sample(2, media)], engine, builder,
+            folder=tmp_path / str(attempt), frames=[8], seed=seed,
         )  # fmt: skip
         ordered, shuffled = engine.prompts[:2]
         assert shuffled.permutation is not None
@@ -143,7 +151,7 @@ def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_que
     # Two questions about each window, in one batch and across two batches.
     samples = [sample(number, media, start=number // 2 * 0.01) for number in range(6)]
     engine = ScriptedEngine()
-    evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8), batch_size=3)
+    evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8], batch_size=3)
     assert [number for number, _, _ in sorted(read)] == [0, 2, 4]
     assert {tuple(counts) for _, counts, _ in read} == {(4, 8)}
     assert all(name.startswith("media") for _, _, name in read)
@@ -154,12 +162,12 @@ def test_what_is_answered_is_not_decoded_again(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = [sample(number, media) for number in range(2)]
-    evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(4,))
+    evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[4])
     asked = []
     real = frame_cache.read_media_at
     monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: asked.append(c) or real(s, b, c))
     engine = ScriptedEngine()
-    summary = evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8))
+    summary = evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8])
     assert asked == [[8]]
     assert [len(prompt.media.frames) for prompt in engine.prompts] == [8] * 4
     assert list(summary["frames"]) == ["4", "8"]
@@ -188,7 +196,7 @@ def test_decoding_runs_while_the_engine_generates(
     generating = threading.Event()
     monkeypatch.setattr(frame_cache, "read_media_at", noticed)
     samples = [sample(number, media, start=number * 0.01) for number in range(4)]
-    evaluate(samples, Waiting(), builder, BUDGET, output_dir=tmp_path, frames=(8,), batch_size=1, workers=1)
+    evaluate(samples, Waiting(), builder, folder=tmp_path, frames=[8], batch_size=1)
     assert waited == [True] * 4
 
 
@@ -197,11 +205,11 @@ def test_an_interrupted_run_continues_to_the_same_files(
     builder: PromptBuilder, media: Path, tmp_path: Path, cut: str
 ) -> None:
     samples = [sample(number, media) for number in range(5)]
-    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "sampling": QUICK}
-    whole = evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path / "whole", **settings)
+    settings: dict[str, Any] = {"frames": [8], "batch_size": 2, "max_new_tokens": 4}
+    whole = evaluate(samples, ScriptedEngine(), builder, folder=tmp_path / "whole", **settings)
     folder = tmp_path / "cut"
     with pytest.raises(KeyboardInterrupt):
-        evaluate(samples, ScriptedEngine(calls=2), builder, BUDGET, output_dir=folder, **settings)
+        evaluate(samples, ScriptedEngine(calls=2), builder, folder=folder, **settings)
     path = folder / "predictions-8.jsonl"
     content = path.read_bytes()
     assert content.count(b"\n") == 8
@@ -211,25 +219,25 @@ def test_an_interrupted_run_continues_to_the_same_files(
             "after the first line": first}[cut]  # fmt: skip
     path.write_bytes(content[:keep])
     engine = ScriptedEngine()
-    continued = evaluate(samples, engine, builder, BUDGET, output_dir=folder, **settings)
+    continued = evaluate(samples, engine, builder, folder=folder, **settings)
     assert continued == whole
     assert path.read_bytes() == (tmp_path / "whole" / "predictions-8.jsonl").read_bytes()
     assert len(engine.prompts) == {"none": 2, "after the first line": 10}.get(cut, 6)
     # and once more: nothing is left to do
     engine = ScriptedEngine(calls=0)
-    assert evaluate(samples, engine, builder, BUDGET, output_dir=folder, **settings) == whole
+    assert evaluate(samples, engine, builder, folder=folder, **settings) == whole
 
 
 def test_continued_questions_have_their_seeds(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
     """Each answer has its own, whatever it is asked with: also in batches of another size."""
     samples = [sample(number, media) for number in range(6)]
-    settings: dict[str, Any] = {"frames": (8,), "orders": ("ordered",)}
+    settings: dict[str, Any] = {"frames": [8], "order": ["ordered"]}
     whole, rest = ScriptedEngine(), ScriptedEngine()
-    evaluate(samples, whole, builder, BUDGET, output_dir=tmp_path / "whole", batch_size=2, **settings)
-    cut = {"output_dir": tmp_path / "cut", **settings}
+    evaluate(samples, whole, builder, folder=tmp_path / "whole", batch_size=2, **settings)
+    cut = {"folder": tmp_path / "cut", **settings}
     with pytest.raises(KeyboardInterrupt):
-        evaluate(samples, ScriptedEngine(calls=1), builder, BUDGET, batch_size=2, **cut)
-    evaluate(samples, rest, builder, BUDGET, batch_size=1, **cut)
+        evaluate(samples, ScriptedEngine(calls=1), builder, batch_size=2, **cut)
+    evaluate(samples, rest, builder, batch_size=1, **cut)
     seeds = [seed for batch in whole.seeds for seed in batch]  # type: ignore[union-attr]
     assert len(set(seeds)) == 6
     assert rest.seeds == [(seed,) for seed in seeds[2:]]
@@ -239,8 +247,8 @@ def test_one_bad_clip_costs_one_question(builder: PromptBuilder, media: Path, tm
     long_question = sample(4, media, problem="why " * 20_000)
     samples = [sample(1, media), sample(2, media, "text.mp4"), sample(3, media, "gone.mp4"), long_question,
                sample(5, media)]  # fmt: skip
-    settings: dict[str, Any] = {"output_dir": tmp_path, "frames": (8,), "batch_size": 4}
-    summary = evaluate(samples, ScriptedEngine(), builder, BUDGET, **settings)
+    settings: dict[str, Any] = {"folder": tmp_path, "frames": [8], "batch_size": 4}
+    summary = evaluate(samples, ScriptedEngine(), builder, **settings)
     figures = summary["frames"]["8"]
     assert figures["ordered"] | {"accuracy": 1.0, "questions": 2} == figures["ordered"]
     assert figures["skipped"] == 3
@@ -251,12 +259,12 @@ def test_one_bad_clip_costs_one_question(builder: PromptBuilder, media: Path, tm
     assert all(entry["reason"] for entry in quarantine)
 
     # Started again it tries them once more, and asks the engine for nothing while they stay bad.
-    assert evaluate(samples, ScriptedEngine(calls=0), builder, BUDGET, **settings) == summary
+    assert evaluate(samples, ScriptedEngine(calls=0), builder, **settings) == summary
     assert lines(tmp_path / "quarantine.jsonl") == quarantine
     gone = media / "gone.mp4"
     gone.write_bytes((media / "clip.mp4").read_bytes())
     try:
-        repaired = evaluate(samples, ScriptedEngine(), builder, BUDGET, **settings)
+        repaired = evaluate(samples, ScriptedEngine(), builder, **settings)
     finally:
         gone.unlink()
     assert repaired["frames"]["8"]["ordered"]["questions"] == 3
@@ -267,7 +275,7 @@ def test_one_bad_clip_costs_one_question(builder: PromptBuilder, media: Path, tm
 
 def test_frame_counts_have_their_own_predictions(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
     engine = ScriptedEngine()
-    summary = evaluate([sample(1, media)], engine, builder, BUDGET, output_dir=tmp_path, frames=(4, 8))
+    summary = evaluate([sample(1, media)], engine, builder, folder=tmp_path, frames=[4, 8])
     assert list(summary["frames"]) == ["4", "8"]
     assert [len(prompt.media.frames) for prompt in engine.prompts] == [4, 4, 8, 8]
     assert lines(tmp_path / "predictions-4.jsonl")[0]["frames"] == 4
@@ -275,48 +283,48 @@ def test_frame_counts_have_their_own_predictions(builder: PromptBuilder, media: 
 
 
 def test_two_evaluations_share_no_folder(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"output_dir": tmp_path, "frames": (8,)}
+    settings: dict[str, Any] = {"folder": tmp_path, "frames": [8]}
     samples = [sample(1, media)]
-    evaluate(samples, ScriptedEngine(), builder, BUDGET, description={"checkpoint": "a"}, **settings)
-    with pytest.raises(RequestError, match=r"other settings \(checkpoint\)"):
-        evaluate(samples, ScriptedEngine(), builder, BUDGET, description={"checkpoint": "b"}, **settings)
-    with pytest.raises(RequestError, match=r"other settings \(checkpoint, seed\)"):
-        evaluate(samples, ScriptedEngine(), builder, BUDGET, seed=1, **settings)
+    evaluate(samples, ScriptedEngine(), builder, model="a", **settings)
+    with pytest.raises(RequestError, match=r"other settings \(model\)"):
+        evaluate(samples, ScriptedEngine(), builder, model="b", **settings)
+    with pytest.raises(RequestError, match=r"other settings \(model, seed\)"):
+        evaluate(samples, ScriptedEngine(), builder, seed=1, **settings)
     with pytest.raises(RequestError, match=r"\(prompts, questions\)"):
-        evaluate([sample(2, media, problem="?")], ScriptedEngine(), builder, BUDGET,
-                 description={"checkpoint": "a"}, **settings)  # fmt: skip
+        evaluate([sample(2, media, problem="?")], ScriptedEngine(), builder,
+                 model="a", **settings)  # fmt: skip
 
 
 def test_a_damaged_line_in_the_middle_is_named(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
     samples = [sample(1, media), sample(2, media)]
-    evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,))
+    evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[8])
     path = tmp_path / "predictions-8.jsonl"
     content = path.read_text().splitlines(keepends=True)
     for damaged in ("not json\n", "7\n", '{"problem_id": 1}\n'):
         path.write_text("".join([content[0], damaged, *content[2:]]))
         with pytest.raises(RequestError, match=r"predictions-8\.jsonl, line 2"):
-            evaluate(samples, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path, frames=(8,))
+            evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[8])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"samples": []}, "no samples"),
-        ({"orders": ()}, "orders"),
-        ({"orders": ("reversed",)}, "reversed"),
-        ({"frames": ()}, "frames"),
-        ({"frames": (8, 8)}, "frames"),
-        ({"sampling": SamplingSettings(n=2)}, "n = 2"),
+        ({"order": []}, "order"),
+        ({"order": ["reversed"]}, "reversed"),
+        ({"order": ["ordered", "ordered"]}, "order"),
+        ({"frames": []}, "frames"),
+        ({"frames": [8, 8]}, "frames"),
     ],
 )
 def test_requests_that_cannot_be_met(
     builder: PromptBuilder, media: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    settings = {"samples": [sample(1, media)], "output_dir": tmp_path} | changes
+    settings = {"samples": [sample(1, media)], "folder": tmp_path} | changes
     with pytest.raises(RequestError, match=message):
-        evaluate(engine=ScriptedEngine(), prompt_builder=builder, budget=BUDGET, **settings)
+        evaluate(engine=ScriptedEngine(), builder=builder, **settings)
     with pytest.raises(RequestError, match="twice"):
-        evaluate([sample(1, media)] * 2, ScriptedEngine(), builder, BUDGET, output_dir=tmp_path)
+        evaluate([sample(1, media)] * 2, ScriptedEngine(), builder, folder=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -354,9 +362,10 @@ def test_a_real_model_interrupted_and_continued(
     engine = TransformersEngine(model, builder.tokenizer)
     samples = [sample(number, media, problem=f"Which way {'now ' * number}?") for number in range(4)]
     samples.append(sample(4, media, "image.png"))
-    warm = SamplingSettings(temperature=1.0, max_tokens=6)  # sampled: equal only by equal seeds and batches
-    settings: dict[str, Any] = {"frames": (8,), "batch_size": 2, "sampling": warm}
-    whole = evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path / "whole", **settings)
+    # Sampled: equal only by equal seeds and batches.
+    warm = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 6}
+    settings: dict[str, Any] = {"frames": [8], "batch_size": 2, **warm}
+    whole = evaluate(samples, engine, builder, folder=tmp_path / "whole", **settings)
     expected = (tmp_path / "whole" / "predictions-8.jsonl").read_bytes()
     outputs = [record["output"] for record in lines(tmp_path / "whole" / "predictions-8.jsonl")]
     assert len(set(outputs)) > 1
@@ -365,6 +374,6 @@ def test_a_real_model_interrupted_and_continued(
         (tmp_path / "cut" / name).write_bytes((tmp_path / "whole" / name).read_bytes())
     with (tmp_path / "cut" / "predictions-8.jsonl").open("rb+") as file:
         file.truncate(len(expected) // 2)
-    continued = evaluate(samples, engine, builder, BUDGET, output_dir=tmp_path / "cut", **settings)
+    continued = evaluate(samples, engine, builder, folder=tmp_path / "cut", **settings)
     assert continued == whole
     assert (tmp_path / "cut" / "predictions-8.jsonl").read_bytes() == expected

@@ -9,20 +9,20 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from video_r1.errors import RequestError
 from video_r1.settings.decoding import AskSettings
 
 if TYPE_CHECKING:
-    from video_r1.data.frame_cache import FrameCache
-    from video_r1.data.prompts import TextPrompts
-    from video_r1.data.records import ProblemType, Sample
+    from video_r1.data.prompts import Prompt
+    from video_r1.data.records import Sample
     from video_r1.data.rollouts import Rollout
     from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-    from video_r1.settings.frames import FrameBudget
 
 _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
 
@@ -35,30 +35,20 @@ def run_ask(settings: AskSettings) -> str:
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
-    assert settings.model is not None and settings.path is not None and settings.question is not None
-    sample = question_sample(
-        settings.path,
-        settings.question,
-        settings.options,
-        settings.problem_type,
-        settings.start,
-        settings.end,
-    )
+    sample = question_sample(settings)
     # After the file has been looked for: importing torch takes seconds.
-    from video_r1.data.frame_cache import open_frame_cache
+    from video_r1.data.frame_cache import open_frame_cache, read_cached
     from video_r1.rollout.choice import open_engine, open_prompts
     from video_r1.rollout.engine import SamplingSettings
 
     processor, builder, budget = open_prompts(settings)
-    sampling = SamplingSettings(
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        max_tokens=settings.max_new_tokens,
-        seed=settings.seed,
-    )
+    cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+    prompt = builder.build(sample, read_cached(sample, budget, cache))
+    sampling = replace(SamplingSettings.of(settings), seed=settings.seed)
     with closing(open_engine(settings, processor)) as engine:
-        cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
-        rollout = ask(engine, builder, budget, sample, sampling, write=_write, frame_cache=cache)
+        rollout = ask(
+            engine, TextStream(builder.tokenizer, partial(print, end="", flush=True)), prompt, sampling
+        )
     answer = named_answer(sample, rollout.text)
     if not answer:
         print("\n\nNo answer was given.")
@@ -71,14 +61,7 @@ def run_ask(settings: AskSettings) -> str:
     return answer
 
 
-def question_sample(
-    path: str | Path,
-    question: str,
-    options: Sequence[str] = (),
-    problem_type: ProblemType | None = None,
-    start: float | None = None,
-    end: float | None = None,
-) -> Sample:
+def question_sample(settings: AskSettings) -> Sample:
     """A question outside of any manifest; it has no solution.
 
     The file's name says whether it is an image (a GIF counts as a video). Without a type, a question with
@@ -87,42 +70,29 @@ def question_sample(
     """
     from video_r1.data.records import Sample
 
-    if not Path(path).is_file():
-        raise RequestError(f"{path}: no such file")
-    guessed = mimetypes.guess_type(str(path))[0] or ""
+    assert settings.path is not None and settings.question is not None  # settings without them are refused
+    if not Path(settings.path).is_file():
+        raise RequestError(f"{settings.path}: no such file")
+    guessed = mimetypes.guess_type(settings.path)[0] or ""
     is_image = guessed.startswith("image/") and guessed != "image/gif"
-    kind: Literal["image", "video"] = "image" if is_image else "video"
     return Sample(
-        problem_id=shorten(question, 60, placeholder=" …"),  # what its errors call it
-        problem=question,
-        data_type=kind,
-        problem_type=problem_type or ("multiple choice" if options else "free-form"),
+        problem_id=shorten(settings.question, 60, placeholder=" …"),  # what its errors call it
+        problem=settings.question,
+        data_type="image" if is_image else "video",
+        problem_type=settings.problem_type or ("multiple choice" if settings.options else "free-form"),
         solution="",
-        path=str(Path(path).resolve()),
-        options=_labelled(options),
-        start=start,
-        end=end,
+        path=str(Path(settings.path).resolve()),
+        options=_labelled(settings.options),
+        start=settings.start,
+        end=settings.end,
     )
 
 
-def ask(
-    engine: RolloutEngine,
-    builder: TextPrompts,
-    budget: FrameBudget,
-    sample: Sample,
-    sampling: SamplingSettings,
-    write: Callable[[str], object],
-    frame_cache: FrameCache | None = None,
-) -> Rollout:
-    """Puts one question to a model; `write` is given the output piece by piece, all of it once.
+def ask(engine: RolloutEngine, stream: TextStream, prompt: Prompt, sampling: SamplingSettings) -> Rollout:
+    """Puts one question to a model; the stream is given the output piece by piece, all of it once.
 
-    An engine whose `generate` takes `on_token` is heard token by token, any other at its end. Raises
-    MediaError and PromptError.
+    An engine whose `generate` takes `on_token` is heard token by token, any other at its end.
     """
-    from video_r1.data.frame_cache import read_cached
-
-    prompt = builder.build(sample, read_cached(sample, budget, frame_cache))
-    stream = TextStream(builder.tokenizer, write)
     generate: Any = engine.generate
     if "on_token" in inspect.signature(generate).parameters:
         groups = generate([prompt], sampling, on_token=lambda prompt, completion, token: stream.add(token))
@@ -170,7 +140,3 @@ def _labelled(options: Sequence[str]) -> tuple[str, ...]:
         raise RequestError(f"{len(options)} options; at most {len(string.ascii_uppercase)} can be lettered")
     letters = string.ascii_uppercase[: len(options)]
     return tuple(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)

@@ -12,13 +12,13 @@ asked again, in whatever batch, is asked as it was before.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from video_r1.data.answers import extract_answer, parse_number, read_answer
-from video_r1.data.frame_cache import FrameCache
+from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
@@ -29,19 +29,16 @@ from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
 from video_r1.evaluation.summary import summarise
 from video_r1.files import differences, digest, replace_json
-from video_r1.progress import Progress, progress
+from video_r1.progress import progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
+from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
 
-# The paper's decoding: all but greedy.
-EVALUATION_SAMPLING = SamplingSettings(n=1, temperature=0.01, top_p=0.001, max_tokens=1024)
 # What decides the pixels of a prompt besides the frame count, which has files of its own.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
-
-
 _BATCHES_AHEAD = 3  # whose media are read while the engine is busy
 
 Order = Literal["ordered", "shuffled"]
@@ -82,77 +79,67 @@ def evaluate(
     engine: RolloutEngine,
     prompt_builder: TextPrompts,
     budget: FrameBudget,
-    *,
-    output_dir: str | Path,
-    orders: Sequence[Order] = ("ordered", "shuffled"),
-    frames: Sequence[int] = (16,),
-    sampling: SamplingSettings = EVALUATION_SAMPLING,
-    batch_size: int = 8,
-    seed: int = 0,
-    workers: int = 2,
-    description: Mapping[str, Any] | None = None,
-    frame_cache: FrameCache | None = None,
+    settings: EvalSettings,
+    folder: Path,
 ) -> dict[str, Any]:
     """Evaluates `engine` on `samples` and returns the summary, which is also written to `summary.json`.
 
-    budget: frame sizes and rate; its `max_frames` is replaced by each of `frames`. orders: images have no
-    shuffled order and are asked once. sampling: `n` has to be 1; its seed is replaced. batch_size: questions
-    for one call of the engine, which gets each of them in every order. workers: decoding threads.
-    description: what else makes the figures (the checkpoint, say); kept, and compared on a restart.
-    frame_cache: resized frames on disk; the figures are the same without it.
+    budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
+    settings: the frame counts and orders (images have no shuffled order and are asked once), the sampling,
+    and how many questions the engine is given at once, each of them in every order.
 
-    Files in output_dir: `predictions-<frames>.jsonl`, one line for each question and order;
+    Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order;
     `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
-    `evaluation.json`, the settings.
+    `evaluation.json`, what makes the figures.
     Started again with the same settings it continues, tries the quarantined questions again, and its figures
     cover all samples. Raises RequestError when the folder holds an evaluation with other settings, when a
-    predictions file is damaged, and for an empty or ambiguous request.
+    predictions file is damaged, and for no samples or two of one name.
     """
-    _check_request(samples, orders, frames, sampling)
-    folder = Path(output_dir)
+    if not samples:
+        raise RequestError("there is nothing to evaluate: the manifest has no samples")
+    if len({sample.problem_id for sample in samples}) < len(samples):
+        raise RequestError("problem_id occurs twice among the samples; each needs its own")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {
-        "seed": seed,
-        "sampling": asdict(sampling),
+    made_with = {
+        "seed": settings.seed,
+        "sampling": asdict(SamplingSettings.of(settings)),
         "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
         "questions": digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
         "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
-        **(description or {}),
+        "model": settings.model,
     }
-    _claim_folder(folder, settings)
-    run = _Run(engine, prompt_builder, tuple(orders), seed, sampling, batch_size, folder)
+    _claim_folder(folder, made_with)
+    run = _Run(samples, engine, prompt_builder, settings, folder)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
-    with (
-        progress(len(samples) * len(frames), "evaluating", "questions") as bar,
-        Reader(budget, frame_cache, workers) as reader,
-    ):
-        _ask_all(run, samples, frames, reader, bar)
-    figures = {str(count): _figures(run, samples, count) for count in frames}
-    summary = {"questions": len(samples), "settings": settings, "frames": figures}
+    with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
+        run.ask_all(reader)
+    figures = {str(count): run.figures(count) for count in settings.frame_counts}
+    summary = {"questions": len(samples), "settings": made_with, "frames": figures}
     replace_json(folder / "summary.json", summary)
     return summary
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
+    samples: Sequence[Sample]
     engine: RolloutEngine
     prompt_builder: TextPrompts
-    orders: tuple[Order, ...]
-    seed: int
-    sampling: SamplingSettings
-    batch_size: int
+    settings: EvalSettings
     folder: Path
 
     def predictions_path(self, frames: int) -> Path:
         return self.folder / f"predictions-{frames}.jsonl"
 
+    def answered(self, frames: int) -> dict[_Key, dict[str, Any]]:
+        records = read_predictions(self.predictions_path(frames))
+        return {(record["problem_id"], record["order"]): record for record in records}
+
     def keys(self, samples: Sequence[Sample]) -> list[_Key]:
         """What has to be answered about the samples with one frame count."""
         return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
 
-    def orders_of(self, sample: Sample) -> tuple[Order, ...]:
-        """An image has no frame order and is asked once."""
-        return tuple(order for order in self.orders if order == "ordered" or sample.data_type == "video")
+    def orders_of(self, sample: Sample) -> list[Order]:
+        return [order for order in self.settings.order if order == "ordered" or sample.data_type == "video"]
 
     def prompts(self, sample: Sample, media: Media) -> list[Prompt]:
         """The sample's prompt in each order. Raises MediaError and PromptError."""
@@ -162,58 +149,64 @@ class _Run:
             if order == "shuffled":
                 if len(media.frames) < 2:
                     raise MediaError(sample.path, "has one frame, which cannot be shuffled")
-                generator = derived_generator(self.seed, sample.problem_id)
+                generator = derived_generator(self.settings.seed, sample.problem_id)
                 permutation = shuffled_order(len(media.frames), generator)
             prompts.append(self.prompt_builder.build(sample, media, permutation))
         return prompts
 
+    def ask_all(self, reader: Reader) -> None:
+        """Asks what is not yet in the predictions files, and appends it there."""
+        samples, frames, size = self.samples, self.settings.frame_counts, self.settings.batch_size
+        done = {count: self.answered(count).keys() for count in frames}
+        pending = []
+        with progress(len(samples) * len(frames), "evaluating", "questions") as bar:
+            for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
+                keys = set(self.keys(chosen))
+                counts = tuple(count for count in frames if not keys <= done[count])
+                bar.update(len(chosen) * (len(frames) - len(counts)))
+                if counts:
+                    pending.append(Batch(chosen, counts))
+            units = ((batch.samples, count) for batch in pending for count in batch.counts)
+            read = reader.batches(pending, self.prompts, _BATCHES_AHEAD)
+            for (chosen, count), questions in zip(units, read, strict=True):
+                self.ask(list(zip(chosen, questions, strict=True)), count, done[count])
+                bar.update(len(chosen))
 
-def _ask_all(
-    run: _Run, samples: Sequence[Sample], frames: Sequence[int], reader: Reader, bar: Progress[Any]
-) -> None:
-    """Asks what is not yet in the predictions files, and appends it there."""
-    done = {
-        count: {(r["problem_id"], r["order"]) for r in read_predictions(run.predictions_path(count))}
-        for count in frames
-    }
-    pending = []
-    for start in range(0, len(samples), run.batch_size):
-        chosen = samples[start : start + run.batch_size]
-        keys = set(run.keys(chosen))
-        counts = tuple(count for count in frames if not keys <= done[count])
-        bar.update(len(chosen) * (len(frames) - len(counts)))
-        if counts:
-            pending.append(Batch(chosen, counts))
-    units = ((batch.samples, count) for batch in pending for count in batch.counts)
-    read = reader.batches(pending, run.prompts, _BATCHES_AHEAD)
-    for (chosen, count), questions in zip(units, read, strict=True):
-        _ask(run, list(zip(chosen, questions, strict=True)), count, done[count])
-        bar.update(len(chosen))
+    def ask(
+        self, questions: Sequence[tuple[Sample, list[Prompt] | Unusable]], count: int, done: Set[_Key]
+    ) -> None:
+        """Asks a batch with one frame count.
 
+        It is done again as a whole or not at all: padding then is what it was. A batch whose only open
+        questions still cannot be read has nothing to add.
+        """
+        failed = [
+            {**quarantined(sample, found), "frames": count}
+            for sample, found in questions
+            if isinstance(found, Unusable)
+        ]
+        asked = [
+            (sample, prompt) for sample, found in questions if isinstance(found, list) for prompt in found
+        ]
+        records = []
+        if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
+            seed, sampling = self.settings.seed, SamplingSettings.of(self.settings)
+            seeds = tuple(sampling_seed(seed, count, sample, prompt.order) for sample, prompt in asked)
+            outputs = self.engine.generate([prompt for _, prompt in asked], replace(sampling, seed=seeds))
+            records = [
+                _record(sample, prompt, rollouts[0], count)
+                for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
+                if (sample.problem_id, prompt.order) not in done
+            ]
+        append_records(self.predictions_path(count), records)
+        append_records(self.folder / "quarantine.jsonl", failed)
 
-def _ask(
-    run: _Run, questions: Sequence[tuple[Sample, list[Prompt] | Unusable]], count: int, done: set[_Key]
-) -> None:
-    """Asks a batch with one frame count.
-
-    It is done again as a whole or not at all: padding then is what it was. A batch whose only open questions
-    still cannot be read has nothing to add.
-    """
-    failed = [
-        {**quarantined(sample, found), "frames": count}
-        for sample, found in questions
-        if isinstance(found, Unusable)
-    ]
-    asked = [(sample, prompt) for sample, found in questions if isinstance(found, list) for prompt in found]
-    records = []
-    if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
-        seeds = tuple(sampling_seed(run.seed, count, sample, prompt.order) for sample, prompt in asked)
-        outputs = run.engine.generate([prompt for _, prompt in asked], replace(run.sampling, seed=seeds))
-        for (sample, prompt), rollouts in zip(asked, outputs, strict=True):
-            if (sample.problem_id, prompt.order) not in done:
-                records.append(_record(sample, prompt, rollouts[0], count))
-    append_records(run.predictions_path(count), records)
-    append_records(run.folder / "quarantine.jsonl", failed)
+    def figures(self, frames: int) -> dict[str, Any]:
+        """Figures over all samples and the orders of this run, whichever run answered them."""
+        answered = self.answered(frames)
+        records = [answered[key] for key in self.keys(self.samples) if key in answered]
+        asked = sum(bool(self.orders_of(sample)) for sample in self.samples)
+        return summarise(records) | {"skipped": asked - len({record["problem_id"] for record in records})}
 
 
 def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:
@@ -222,16 +215,12 @@ def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:
 
 
 def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> dict[str, Any]:
-    scored = score_output(sample, rollout.text)
     return {
         "problem_id": sample.problem_id,
         "order": prompt.order,
         "output": rollout.text,
-        "prediction": scored.prediction,
+        **score_output(sample, rollout.text)._asdict(),
         "answer": sample.answer,
-        "score": scored.score,
-        "strict_score": scored.strict_score,
-        "format": scored.format,
         "frames": frames,
         "tokens": len(rollout.token_ids),
         "finish_reason": rollout.finish_reason,
@@ -240,30 +229,6 @@ def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> di
         "data_source": sample.data_source,
         "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
     }
-
-
-def _figures(run: _Run, samples: Sequence[Sample], frames: int) -> dict[str, Any]:
-    """Figures over all of `samples` and the orders of this run, whichever run answered them."""
-    by_key = {(r["problem_id"], r["order"]): r for r in read_predictions(run.predictions_path(frames))}
-    records = [by_key[key] for key in run.keys(samples) if key in by_key]
-    answered = {record["problem_id"] for record in records}
-    asked = sum(bool(run.orders_of(sample)) for sample in samples)
-    return summarise(records) | {"skipped": asked - len(answered)}
-
-
-def _check_request(
-    samples: Sequence[Sample], orders: Sequence[Order], frames: Sequence[int], sampling: SamplingSettings
-) -> None:
-    if not samples:
-        raise RequestError("there is nothing to evaluate: the manifest has no samples")
-    if len({sample.problem_id for sample in samples}) < len(samples):
-        raise RequestError("problem_id occurs twice among the samples; each needs its own")
-    if not orders or not set(orders) <= {"ordered", "shuffled"} or len(set(orders)) < len(orders):
-        raise RequestError(f"orders is {list(orders)}; name ordered, shuffled or both, each once")
-    if not frames or len(set(frames)) < len(frames):
-        raise RequestError(f"frames is {list(frames)}; name one or more frame counts, each once")
-    if sampling.n != 1:
-        raise RequestError(f"evaluation takes one completion for each prompt, not n = {sampling.n}")
 
 
 def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:

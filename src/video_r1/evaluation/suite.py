@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from video_r1.data.frame_cache import open_frame_cache
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.gap_figure import gap_page
@@ -22,7 +22,6 @@ from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.rollout.choice import open_engine, open_prompts
-from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.tables import table
 
@@ -51,39 +50,24 @@ def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -
 
 
 def run_questions(
-    asked: Sequence[Any],
-    settings: EvalSettings,
-    bench: BenchmarkSettings,
-    folder: Path,
+    asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
 ) -> dict[str, Any]:
     """Evaluates a manifest's samples or all benchmarks, prints the tables and returns the summary that is in
     `folder`/summary.json. asked: `Sample`s, or `Questions` where there are benchmarks. Started again with the
     same settings it continues, as `evaluate` does.
     """
+    if bench.temporal_gap:
+        settings = replace(settings, order=["ordered", "shuffled"])
     processor, builder, budget = open_prompts(settings)
     with closing(open_engine(settings, processor)) as engine, writing_to(folder):
-        ask = partial(
-            evaluate,
-            engine=engine,
-            prompt_builder=builder,
-            budget=budget,
-            orders=("ordered", "shuffled") if bench.temporal_gap else settings.order,
-            frames=settings.frame_counts,
-            sampling=SamplingSettings(
-                temperature=settings.temperature, top_p=settings.top_p, max_tokens=settings.max_new_tokens
-            ),
-            batch_size=settings.batch_size,
-            seed=settings.seed,
-            description={"model": settings.model},
-            frame_cache=open_frame_cache(settings.frame_cache, settings.frame_cache_gb),
-        )
+        ask = partial(evaluate, engine=engine, prompt_builder=builder, budget=budget, settings=settings)
         if bench.bench:
             results = _results(asked, settings, folder, ask)
             summary = _summary_of(results, asked, settings, bench)
             replace_json(folder / "summary.json", summary)
         else:
             title = Path(str(settings.manifest)).stem
-            summary = ask(asked, output_dir=folder)
+            summary = ask(asked, folder=folder)
             results = {title: {"title": title, "frames": summary["frames"]}}
             print(summary_table(summary))
         if bench.temporal_gap:
@@ -102,7 +86,7 @@ def _results(
         samples = questions.samples[: settings.limit]
         coverage = questions.coverage._replace(questions=len(samples))
         questions = questions._replace(samples=samples, coverage=coverage)
-        summary = ask(samples, output_dir=folder / questions.name)
+        summary = ask(samples, folder=folder / questions.name)
         results[questions.name] = described(questions, summary)
         print(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
         print(summary_table(summary))

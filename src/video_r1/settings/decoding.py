@@ -55,8 +55,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.frames is not None and (not self.frames or min(self.frames) < 1):
-            yield "frames", f"is {self.frames}; it must be one or more frame counts above 0"
+        counts = self.frame_counts
+        if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
+            yield "frames", f"is {counts}; it must be one or more frame counts above 0, each once"
         if not self.order or len(set(self.order)) < len(self.order):
             yield "order", f"is {self.order}; name ordered, shuffled or both, each once"
 
