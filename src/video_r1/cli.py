@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import itertools
 import logging
 import os
 import sys
@@ -107,14 +108,14 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     """The command's name and the words after it."""
     if words[0] in COMMANDS:
         return words[0], words[1:]
+    said = " ".join(words[:2])
+    if said in COMMANDS:
+        return said, words[2:]
     below = [name for name in COMMANDS if name.startswith(words[0] + " ")]
-    if below and len(words) > 1 and f"{words[0]} {words[1]}" in COMMANDS:
-        return f"{words[0]} {words[1]}", words[2:]
-    if below and len(words) > 1 and words[1] in ("-h", "--help"):
+    if below and words[1:2] in (["-h"], ["--help"]):
         show(overview(below), HELP_STYLES, sys.stdout)
         raise SystemExit(0)
     if below:
-        said = f"{words[0]} {words[1]}" if len(words) > 1 else words[0]
         raise RequestError(f"{said} is not a command; say {' or '.join(below)}")
     close = difflib.get_close_matches(words[0], [name.split()[0] for name in COMMANDS], n=1)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -150,10 +151,9 @@ def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[st
     """
     plain: list[str] = []
     options: dict[str, Any] = {}
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
         if not word.startswith("--"):
             plain.append(word)
             continue
@@ -162,16 +162,13 @@ def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[st
         if equals:
             options[key] = value
             continue
-        end = at
-        while end < len(words) and not words[end].startswith("--"):
-            end += 1
         hint = types.get(key)
-        if hint is bool:
-            following = words[at] if at < end else ""
-            taken = [following] if following.lower() in TRUE_WORDS + FALSE_WORDS else []
-        else:
-            taken = list(words[at:end]) if hint is not None and takes_list(hint) else list(words[at:end])[:1]
-        at += len(taken)
+        taken = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
+        if hint is None or not takes_list(hint):
+            taken = taken[:1]
+        if hint is bool and taken and taken[0].lower() not in TRUE_WORDS + FALSE_WORDS:
+            taken = []
+        del rest[: len(taken)]
         if not taken and hint is not None and hint is not bool:
             raise RequestError(f"--{key} needs a value; see video-r1 --help")
         options[key] = (taken[0] if len(taken) == 1 else taken) if taken else True

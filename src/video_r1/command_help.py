@@ -37,18 +37,15 @@ def command_help(name: str) -> str:
     lines = [f"usage: video-r1 {name} {words} [--key value ...]", "", command.summary, ""]
     lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
     if command.plans_training:
-        lines += wrapped(
+        for paragraph in (
             "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
-            f"{', '.join(packaged_recipes())}."
-        )
-        lines += wrapped(
+            f"{', '.join(packaged_recipes())}.",
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
-            "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp."
-        )
-        lines += wrapped(
+            "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp.",
             "--smoke tries the recipe for two steps with the small packaged model and made-up clips instead, "
-            "in a temporary folder, and prints what it replaced."
-        )
+            "in a temporary folder, and prints what it replaced.",
+        ):
+            lines += textwrap.wrap(paragraph, WIDTH)
         lines.append("")
     for kind in command.sections:
         lines += [f"{kind.__doc__}:", *section_help(kind, command.required), ""]
@@ -57,26 +54,21 @@ def command_help(name: str) -> str:
 
 def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
     """One entry for each setting: name, type, help and default."""
-    fields = {field.name: field for field in dataclasses.fields(kind)}
     lines: list[str] = []
-    for name, hint in own_field_types(kind).items():
-        field = fields[name]
-        default = "required" if name in required else default_text(field)
-        left = f"  --{name} {describe_type(hint).removesuffix(' or none')}"
-        right = field.metadata["help"] + (f" [{default}]" if default else "")
-        block = textwrap.wrap(right, WIDTH - COLUMN)
+    types, defaults, indent = own_field_types(kind), kind(), " " * COLUMN
+    for field in dataclasses.fields(kind):
+        default = "required" if field.name in required else default_text(getattr(defaults, field.name))
+        left = f"  --{field.name} {describe_type(types[field.name]).removesuffix(' or none')}"
         if len(left) >= COLUMN:
             lines += textwrap.wrap(left.strip(), WIDTH, initial_indent="  ", subsequent_indent=" " * 6)
-        else:
-            block[0] = left.ljust(COLUMN) + block[0]
-        lines += [part if part.startswith("  --") else " " * COLUMN + part for part in block]
+            left = ""
+        right = field.metadata["help"] + (f" [{default}]" if default else "")
+        lines += textwrap.wrap(right, WIDTH, initial_indent=left.ljust(COLUMN), subsequent_indent=indent)
     return lines
 
 
-def default_text(field: dataclasses.Field[Any]) -> str:
-    """The default as it would be written in a recipe; empty for none, which the help text explains."""
-    made = field.default_factory is not dataclasses.MISSING
-    value = field.default_factory() if made else field.default  # type: ignore[misc]
+def default_text(value: Any) -> str:
+    """A default as it would be written in a recipe; empty for none, which the help text explains."""
     if value is None or value == []:
         return ""
     if isinstance(value, bool):
@@ -86,8 +78,3 @@ def default_text(field: dataclasses.Field[Any]) -> str:
     if isinstance(value, list):
         return ", ".join(str(item) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def wrapped(text: str) -> list[str]:
-    """The text in lines of the help's width."""
-    return textwrap.wrap(text, WIDTH)

@@ -6,6 +6,7 @@ import atexit
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import AbstractContextManager
 from typing import Any, Generic, TextIO, TypeVar
 
 T = TypeVar("T")
@@ -13,7 +14,7 @@ T = TypeVar("T")
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress(Generic[T]):
+class Progress(AbstractContextManager, Generic[T]):
     """What `progress` returns. Iterate over it, or call `update` yourself inside a `with` block."""
 
     def __init__(
@@ -41,13 +42,12 @@ class Progress(Generic[T]):
 
     def close(self) -> None:
         """Ends the bar, or prints the last line. Calling it twice does nothing more."""
-        if self._closed:
-            return
-        self._closed = True
-        if self._bar is not None:
-            self._bar.stop()
-        else:
-            self._print_line()
+        if not self._closed:
+            self._closed = True
+            if self._bar is not None:
+                self._bar.stop()
+            else:
+                self._print_line()
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
@@ -58,10 +58,8 @@ class Progress(Generic[T]):
         rate = self.done / elapsed
         of_total = f"/{self.total}" if self.total is not None else ""
         left = self.total - self.done if self.total is not None else 0
-        if left > 0 and rate > 0 and not self._closed:
-            when = f"{_clock(left / rate)} left"
-        else:
-            when = f"{_clock(elapsed)} taken"
+        going = left > 0 and rate > 0 and not self._closed
+        when = f"{_clock(left / rate)} left" if going else f"{_clock(elapsed)} taken"
         speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s each"
         note = f", {self._note}" if self._note else ""
         return f"{self.done}{of_total} {self.unit}, {speed}, {when}{note}"
@@ -74,19 +72,12 @@ class Progress(Generic[T]):
                 yield item
                 self.update()
 
-    def __enter__(self) -> Progress[T]:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def progress(
-    items: Iterable[T] | int,
-    description: str,
-    unit: str = "items",
-    total: int | None = None,
-    stream: TextIO | None = None,
+    items: Iterable[T] | int, description: str, unit: str = "items", stream: TextIO | None = None
 ) -> Progress[T]:
     """Shows how far long work has come, with its rate and the time left.
 
@@ -100,12 +91,10 @@ def progress(
 
     Args:
         items: what to iterate over, or the number of units when the caller counts with `update`.
-        total: number of units, for an iterable without a length.
     """
     if isinstance(items, int):
         return Progress(None, items, description, unit, stream or sys.stderr)
-    if total is None and isinstance(items, Sized):
-        total = len(items)
+    total = len(items) if isinstance(items, Sized) else None
     return Progress(items, total, description, unit, stream or sys.stderr)
 
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import enum
+import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
 from pathlib import Path
@@ -26,6 +26,8 @@ from video_r1.files import replace_text
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
 from video_r1.settings.types import alternatives, is_enum, parse
 
+PACKAGE = Path(str(resources.files("video_r1")))
+RECIPES = PACKAGE / "recipes"
 PACKAGED_MODEL = "lab-base"
 """The name by which the small pretrained base that comes with the package may be called."""
 
@@ -84,7 +86,7 @@ def load_recipe(
     settings, found = parse_values(command, values, {**imported, **types})
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
-            settings[name] = str(resources.files("video_r1") / "lab" / "base")
+            settings[name] = str(PACKAGE / "lab" / "base")
     sections = []
     for kind in COMMANDS[command].sections:
         names = own_field_types(kind)
@@ -140,8 +142,7 @@ def training_argument_types() -> dict[str, Any]:
 
 def packaged_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
-    entries = [entry.name for entry in (resources.files("video_r1") / "recipes").iterdir()]
-    return sorted(name.removesuffix(".yaml") for name in entries if name.endswith(".yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def find_recipe(source: str | Path) -> Path | None:
@@ -149,10 +150,8 @@ def find_recipe(source: str | Path) -> Path | None:
     path = Path(source)
     if path.is_file():
         return path
-    if path.parent in (Path("."), Path("recipes")) and path.name.removesuffix(".yaml") in packaged_recipes():
-        name = path.name.removesuffix(".yaml") + ".yaml"
-        return Path(str(resources.files("video_r1") / "recipes" / name))
-    return None
+    packaged = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    return packaged if path.parent in (Path("."), Path("recipes")) and packaged.is_file() else None
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
@@ -231,11 +230,5 @@ def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
 
 
 def plain(value: Any) -> Any:
-    """The value in YAML's own types: mappings, lists, numbers, text."""
-    if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [plain(item) for item in value]
-    if isinstance(value, enum.Enum):
-        return value.value
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+    """The value in the types of JSON and YAML: mappings, lists, numbers, text."""
+    return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))

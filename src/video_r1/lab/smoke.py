@@ -58,14 +58,11 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "vllm_mode": "colocate",
             "async_rollouts": 0,
         }
-    optimizer = str(values.get("optim", ""))
-    if optimizer.startswith("paged_"):  # into main memory, where all is without a GPU
-        changes["optim"] = "adamw_torch"
-    if not packages.has_bitsandbytes():
-        if packages.is_bitsandbytes_optimizer(optimizer):
-            changes["optim"] = "adamw_torch"
-        if values.get("load_in_4bit"):
-            changes["load_in_4bit"] = False
+    optimizer, missing = str(values.get("optim", "")), not packages.has_bitsandbytes()
+    if optimizer.startswith("paged_") or (missing and packages.is_bitsandbytes_optimizer(optimizer)):
+        changes["optim"] = "adamw_torch"  # paged: into main memory, where all is without a GPU
+    if missing:
+        changes["load_in_4bit"] = False
     changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
     replaced = {name: (values.get(name), new) for name, new in changes.items() if values.get(name) != new}
     values |= changes

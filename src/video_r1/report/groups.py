@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import base64
+from bisect import bisect
 from pathlib import Path
 from typing import Any
 
-from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, short_path, text
+from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, short_path, text, whole
 
 MAX_TEXT = 20_000  # characters of one completion
 
@@ -19,15 +20,14 @@ def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
     path = run.folder / "rollouts.jsonl"
     index: dict[tuple[int, str], tuple[int, int, int]] = {}
     for offset, length, record in json_lines(path, run.notes):
-        cost = length + _strip_size(run.folder, record) * 4 // 3  # base64
+        strip = _strip(run.folder, record)
+        cost = length + (strip.stat().st_size * 4 // 3 if strip else 0)  # base64
+        step = whole(record.get("step"))
         # A group that a resumed run recorded again replaces the earlier one.
-        index[_step(record), str(record.get("problem_id"))] = (offset, length, cost)
-    entries = [entry for _, entry in sorted(index.items(), key=lambda item: (item[0][0], item[1][0]))]
-    chosen = choose_evenly([cost for _, _, cost in entries], budget)
-    groups = []
-    if chosen:
-        wanted = {entries[i][0] for i in chosen}
-        groups = [_group(run.folder, record) for offset, _, record in json_lines(path) if offset in wanted]
+        index[step, str(record.get("problem_id"))] = (step, offset, cost)
+    entries = sorted(index.values())
+    wanted = {entries[i][1] for i in choose_evenly([cost for _, _, cost in entries], budget)}
+    groups = [_group(run.folder, record) for offset, _, record in json_lines(path) if offset in wanted]
     return sorted(groups, key=lambda group: group["step"]), len(entries)
 
 
@@ -37,30 +37,22 @@ def choose_evenly(costs: list[int], budget: int) -> list[int]:
     >>> choose_evenly([10] * 9, 50)
     [0, 2, 4, 6, 8]
     """
-    low, high = 0, len(costs)
-    while low < high:  # the largest number that fits
-        middle = (low + high + 1) // 2
-        if sum(costs[i] for i in _spread(middle, len(costs))) <= budget:
-            low = middle
-        else:
-            high = middle - 1
-    return _spread(low, len(costs))
 
+    def spread(count: int) -> list[int]:
+        return [round(i * (len(costs) - 1) / max(1, count - 1)) for i in range(count)]
 
-def _spread(count: int, total: int) -> list[int]:
-    if count <= 1:
-        return [0] * count
-    return [round(i * (total - 1) / (count - 1)) for i in range(count)]
+    numbers = range(len(costs) + 1)
+    return spread(bisect(numbers, budget, key=lambda count: sum(costs[i] for i in spread(count))) - 1)
 
 
 def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """A group of rollouts.jsonl with every field in its expected type: a page never trusts a file."""
     frames = as_table(record.get("frames"))
     strip = _strip(folder, record)
-    count = int(finite(frames.get("count"), 0) or 0)
+    count = whole(frames.get("count"))
     permutation = [i for i in as_list(record.get("permutation")) if isinstance(i, int) and 0 <= i < count]
     return {
-        "step": _step(record),
+        "step": whole(record.get("step")),
         "id": str(record.get("problem_id", "")),
         "problem": text(record.get("problem", "")),
         "type": text(record.get("problem_type", "")),
@@ -87,11 +79,9 @@ def _completion(item: dict[str, Any]) -> dict[str, Any]:
     written = text(item.get("text", ""))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
-        "tokens": finite(item.get("tokens")),
         "truncated": item.get("finish_reason") == "length",
         "rewards": {str(name): finite(value) for name, value in rewards.items()},
-        "total": finite(item.get("total")),
-        "advantage": finite(item.get("advantage")),
+        **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
     }
 
 
@@ -105,12 +95,3 @@ def _strip(folder: Path, record: dict[str, Any]) -> Path | None:
         return None
     with path.open("rb") as file:
         return path if file.read(3) == b"\xff\xd8\xff" else None
-
-
-def _strip_size(folder: Path, record: dict[str, Any]) -> int:
-    strip = _strip(folder, record)
-    return strip.stat().st_size if strip else 0
-
-
-def _step(record: dict[str, Any]) -> int:
-    return int(finite(record.get("step"), 0) or 0)

@@ -14,7 +14,6 @@ import hashlib
 import html
 import json
 import re
-from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -147,8 +146,8 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
         "series": series,
         "groups": groups[0],
         "groupsTotal": groups[1],
-        "quarantine": asdict(run.quarantine),
-        "skippedUpdates": asdict(run.skipped_updates),
+        "quarantine": run.quarantine,
+        "skippedUpdates": run.skipped_updates,
     }
 
 
@@ -181,20 +180,13 @@ def duration(seconds: float) -> str:
 
 def _figures(runs: list[Run]) -> list[dict[str, str]]:
     """The first training run's key figures: where each series ended, and where it started."""
-    trained = [run for run in runs if run.series]
+    series = next((run.series for run in runs if run.series), {})
     figures = []
     for name, (caption, unit, decimals) in KEY_SERIES.items():
-        curve = trained[0].series.get(name) if trained else None
-        if curve and curve.values and len(figures) < 4:
-            start, end = ends(curve)
-            figures.append(
-                {
-                    "caption": caption,
-                    "value": f"{end:.{decimals}f}",
-                    "note": " ".join(filter(None, [unit, f"from {start:.{decimals}f}"])),
-                }
-            )
-    return figures
+        if name in series and series[name].values:
+            start, end = (f"{mean:.{decimals}f}" for mean in ends(series[name]))
+            figures.append({"caption": caption, "value": end, "note": f"{unit} from {start}".lstrip()})
+    return figures[:4]
 
 
 def ends(curve: Series) -> tuple[float, float]:

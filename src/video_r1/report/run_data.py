@@ -28,14 +28,6 @@ class Series:
 
 
 @dataclass(slots=True)
-class Rows:
-    """The first rows of a JSON lines file for a table, and how many it has."""
-
-    shown: list[dict[str, str]]
-    total: int
-
-
-@dataclass(slots=True)
 class Run:
     """A folder with results: training, evaluation or both. `name` is relative to the reported folder."""
 
@@ -44,16 +36,15 @@ class Run:
     config: dict[str, str]
     series: dict[str, Series]
     seconds: float | None  # of the last logged step
-    quarantine: Rows  # questions that could not be used, with the reason
-    skipped_updates: Rows  # optimizer steps left out because loss or gradient was not finite
+    quarantine: dict[str, Any]  # read_rows: questions that could not be used, with the reason
+    skipped_updates: dict[str, Any]  # read_rows: optimizer steps whose loss or gradient was not finite
     notes: list[str]
 
     @property
     def kind(self) -> str:
         """`rl`, `sft`, `evaluation` or `data`, told by what the folder holds."""
-        if any(name.startswith("reward/") for name in self.series):
-            return "rl"
-        if (self.folder / "rollouts.jsonl").exists():
+        rewarded = any(name.startswith("reward/") for name in self.series)
+        if rewarded or (self.folder / "rollouts.jsonl").exists():
             return "rl"
         if self.series:
             return "sft"
@@ -66,17 +57,13 @@ def prediction_files(folder: Path) -> list[Path]:
 
 def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
     """`root` and the folders at most `depth` levels below it that hold a run's files."""
-    found = [root] if _holds_run(root) else []
+    holds_run = any((root / f"{name}.jsonl").is_file() for name in ("metrics", "rollouts", "quarantine"))
+    found = [root] if holds_run or prediction_files(root) else []
     if depth > 0:
         for child in sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink()):
             if child.name != "frames" and not child.name.startswith(("checkpoint", ".")):
                 found += find_run_folders(child, depth - 1)
     return found
-
-
-def _holds_run(folder: Path) -> bool:
-    names = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
-    return any((folder / name).is_file() for name in names) or bool(prediction_files(folder))
 
 
 def read_run(folder: Path, root: Path) -> Run:
@@ -151,14 +138,14 @@ def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
     )
 
 
-def read_rows(path: Path, notes: list[str]) -> Rows:
-    rows = Rows([], 0)
-    for _, _, record in json_lines(path, notes):
-        rows.total += 1
-        if rows.total <= MAX_ROWS:
+def read_rows(path: Path, notes: list[str]) -> dict[str, Any]:
+    """The first rows of a JSON lines file for a table (`shown`), and how many it has (`total`)."""
+    shown, total = [], 0
+    for total, (_, _, record) in enumerate(json_lines(path, notes), 1):
+        if total <= MAX_ROWS:
             cells = {key: text(value)[:500] for key, value in record.items()}
-            rows.shown.append(cells | ({"path": short_path(cells["path"])} if "path" in cells else {}))
-    return rows
+            shown.append(cells | ({"path": short_path(cells["path"])} if "path" in cells else {}))
+    return {"shown": shown, "total": total}
 
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
@@ -202,6 +189,10 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 def finite(value: Any, otherwise: float | None = None) -> float | None:
     return float(value) if is_number(value) and math.isfinite(value) else otherwise
+
+
+def whole(value: Any) -> int:
+    return int(finite(value) or 0)
 
 
 def as_table(value: Any) -> dict[str, Any]:

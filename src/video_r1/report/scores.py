@@ -83,9 +83,8 @@ def _parts(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
 def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows in the order of the stages, with those that only a demo's summary.json has."""
     merged = {row["name"]: row for row in rows}
-    accuracy, intervals, formats, gaps = (
-        as_table(summary.get(key)) for key in ("accuracy", "interval95", "format_rate", "temporal_gap")
-    )
+    keys = ("accuracy", "interval95", "format_rate", "temporal_gap")
+    accuracy, intervals, formats, gaps = (as_table(summary.get(key)) for key in keys)
     for name, means in accuracy.items():
         orders = {
             order: {
@@ -98,9 +97,5 @@ def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list
         rate = finite(as_table(formats.get(name)).get("ordered"))
         figures = _figures({**orders, "temporal_gap": gaps.get(name)})
         merged.setdefault(name, {"name": name, **figures, "format": rate, "about": "", "by": {}})
-    return sorted(merged.values(), key=_stage)
-
-
-def _stage(row: Mapping[str, Any]) -> int:
-    name = row["name"].split(",")[0]
-    return STAGES.index(name) if name in STAGES else len(STAGES)
+    ranks = {name: rank for rank, name in enumerate(STAGES)}
+    return sorted(merged.values(), key=lambda row: ranks.get(row["name"].split(",")[0], len(STAGES)))

@@ -46,8 +46,6 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
         "how an endpoint gets a clip: as images with their times, or as one video (vLLM with "
         "--trust-request-mm-kwargs); auto: as a video where it can",
     )
-    key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    timeout: float = setting(600.0, "seconds for one request to an endpoint", above=0)
     wait: float = setting(
         240.0, "seconds to wait for an endpoint that does not answer, before stopping", at_least=0
     )
