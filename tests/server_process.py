@@ -14,8 +14,7 @@ from pathlib import Path
 
 from video_r1.lab.model import base_folder
 from video_r1.rollout.vllm.serve import runnable, server_command
-
-OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--max-num-seqs", "64")
+from video_r1.settings.vllm import ServeSettings
 
 FAILURE = "fails for the test"
 RECORDER = '''"""A vLLM plugin: writes down what the model is called with, and fails where a file says so."""
@@ -65,7 +64,14 @@ class ServerProcess:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command, variables = server_command(base_folder(), self.port, on_cpu=True, options=OPTIONS)
+        settings = ServeSettings(
+            model=str(base_folder()),
+            port=self.port,
+            dtype="float32",
+            max_model_len=1024,
+            vllm_options="--max-num-seqs 64",
+        )
+        command, variables = server_command(settings, on_cpu=True)
         self.command = runnable(command)
         paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {

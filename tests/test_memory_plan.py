@@ -184,6 +184,16 @@ def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:
     return list({t.data_ptr(): t for t in [*model.parameters(), *model.buffers(), *scales]}.values())
 
 
+def test_adapters_of_the_vision_tower_are_counted() -> None:
+    model = model_of(128, 4, 2048)
+    text, both = (
+        planned(model, recipe_of(use_peft=True, lora_r=16, lora_vision_tower=tower)).parts["gradients"]
+        for tower in (False, True)
+    )
+    adapters = add_lora(model, rank=16, vision_tower=True).parameters()
+    assert text < both == tensor_bytes([weight for weight in adapters if weight.requires_grad])
+
+
 @pytest.mark.parametrize("trained", ["full", "lora", "qlora"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize(("hidden", "layers"), [(128, 4), (256, 6)])
@@ -199,7 +209,7 @@ def test_the_plan_agrees_with_a_measured_update(
         pytest.importorskip("bitsandbytes")
         model.save_pretrained(tmp_path)
         model = load_model(tmp_path, load_in_4bit=True)
-    policy: Any = add_lora(model, 16) if lora else model
+    policy: Any = add_lora(model, rank=16) if lora else model
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:

@@ -21,9 +21,10 @@ def after(words: list[str], option: str) -> str:
 
 
 def test_words_and_variables() -> None:
-    words, variables = server_command(
-        "runs/sft", 8001, host="0.0.0.0", hand_over="nccl", options=["-tp", "2"]
+    settings = ServeSettings(
+        model="runs/sft", port=8001, host="0.0.0.0", hand_over="nccl", vllm_options="-tp 2"
     )
+    words, variables = server_command(settings, on_cpu=False)
     assert words[:3] == ["vllm", "serve", "runs/sft"] and words[-2:] == ["-tp", "2"]
     assert after(words, "--port") == "8001" and after(words, "--host") == "0.0.0.0"
     assert after(words, "--logprobs-mode") == "processed_logprobs"
@@ -31,7 +32,7 @@ def test_words_and_variables() -> None:
     module, _, name = after(words, "--worker-extension-cls").rpartition(".")
     assert hasattr(sys.modules[module], name)
     assert variables == {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
-    words, variables = server_command("runs/sft", hand_over="folder", on_cpu=True)
+    words, variables = server_command(ServeSettings(model="runs/sft"), on_cpu=True)
     assert "--weight-transfer-config" not in words and "--enforce-eager" in words
     assert "--no-enable-chunked-prefill" in words and after(words, "--block-size") == "32"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"

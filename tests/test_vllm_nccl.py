@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from video_r1.rollout.requests_http import ServerFailure
 
+from video_r1.rollout.http_client import ServerFailure
 from video_r1.rollout.vllm.hand_over import NCCLHandOver, SyncClient
 
 pytestmark = pytest.mark.vllm

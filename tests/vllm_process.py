@@ -13,6 +13,7 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.settings.vllm import VLLMSettings
 
 torch.set_num_threads(1)
 
@@ -21,7 +22,8 @@ def main(folder: Path, size: int) -> None:
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
     model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-    engine = VLLMEngine(model, processor, max_model_len=512, max_sequences=16, tensor_parallel=size)
+    settings = VLLMSettings(vllm_tensor_parallel_size=size)
+    engine = VLLMEngine(model, processor, max_model_len=512, max_sequences=16, settings=settings)
     prompts = clip_prompts(processor)[rank:]  # the ranks ask for different things, and for different amounts
     settings = SamplingSettings(n=2 + rank, max_tokens=8, seed=rank)
     found = []

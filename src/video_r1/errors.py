@@ -17,6 +17,11 @@ def writing_to(place: object) -> Iterator[None]:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what it says, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 class VideoR1Error(Exception):
     """Base of every error that a person can act on. The command line prints it as one line."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from video_r1.errors import VideoR1Error
+from video_r1.errors import VideoR1Error, first_line
 
 T = TypeVar("T")
 
@@ -23,12 +23,12 @@ def process_index() -> int:
     return torch.distributed.get_rank() if _running() else 0
 
 
-def gather(value: T) -> list[T]:
-    """The value of every process, in their order. Every process has to call it."""
+def gather(value: T, group: Any = None) -> list[T]:
+    """The value of every process of the group (default: all), in their order; each of them has to call it."""
     if not _running():
         return [value]
-    values: list[Any] = [None] * process_count()
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group=group)
     return values
 
 
@@ -62,7 +62,7 @@ def naming_lost_processes(folder: Path) -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_process(error):
             raise
-        reason = str(error).strip().splitlines()[0].partition(". This is typically")[0]
+        reason = first_line(error).partition(". This is typically")[0]
         raise VideoR1Error(
             f"process {process_index()} has lost another process of this run, whose own output says why "
             f"({reason}). Start the same command again, on every machine of the run: it goes on from the "

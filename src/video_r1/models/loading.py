@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from video_r1.errors import ConfigError
+from video_r1.errors import ConfigError, first_line
 from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
@@ -70,7 +71,7 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{path}: the model cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     model, report = loaded
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -100,7 +101,7 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: the processor cannot be loaded: {_first_line(error)}") from error
+        raise ConfigError(f"{path}: the processor cannot be loaded: {first_line(error)}") from error
     for part in ("tokenizer", "image_processor", "video_processor"):
         if getattr(processor, part, None) is None:
             raise ConfigError(f"{path}: no {part} in the processor; copy the original processor files")
@@ -153,24 +154,38 @@ def add_lora(
     rank: int = 16,
     alpha: int = 32,
     dropout: float = 0.0,
-    config: Any = None,
+    targets: Sequence[str] | None = None,
     vision_tower: bool = False,
+    config: Any = None,
 ) -> Any:
     """The model with LoRA adapters: all other weights are frozen.
 
-    config: a peft configuration; without one, adapters of that rank on every linear layer of the text model,
-    and of the vision tower where it is asked for. Raises ConfigError when peft is not installed.
+    targets: names of the modules to adapt; None for every linear layer of the text model, and of the vision
+    tower where it is asked for. config: a peft configuration in place of all these. Raises ConfigError when
+    peft is not installed.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
     if config is None:
-        targets = f"{TEXT_LAYERS}|{VISION_LAYERS}" if vision_tower else TEXT_LAYERS
+        layers = f"{TEXT_LAYERS}|{VISION_LAYERS}" if vision_tower else TEXT_LAYERS
+        modules = list(targets) if targets else layers
         config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM"
         )
     return peft.get_peft_model(model, config)
+
+
+def lora_options(settings: ModelSettings) -> dict[str, Any]:
+    """What the settings say to `add_lora`."""
+    return {
+        "rank": settings.lora_r,
+        "alpha": settings.lora_alpha,
+        "dropout": settings.lora_dropout,
+        "targets": settings.lora_target_modules,
+        "vision_tower": settings.lora_vision_tower,
+    }
 
 
 def checked_source(path: str | Path, with_weights: bool = True) -> str:
@@ -201,22 +216,3 @@ def _check_weight_files(source: str) -> None:
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     found = f"only {', '.join(others)}" if others else "no weights"
     raise ConfigError(f"{source}: {found}; weights must be safetensors (save_pretrained writes them)")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def lora_config(settings: ModelSettings) -> Any:
-    """A peft configuration for the modules that are named; None where the default ones are wanted."""
-    if not settings.lora_target_modules:
-        return None
-    import peft  # an extra of this package
-
-    return peft.LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=list(settings.lora_target_modules),
-        task_type="CAUSAL_LM",
-    )

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from video_r1.errors import ConfigError
-from video_r1.models.loading import checked_source, lora_config
+from video_r1.errors import ConfigError, first_line
+from video_r1.models.loading import checked_source, lora_options
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.plan.trace import Policy, Row, Traced, trace
@@ -97,7 +97,7 @@ def memory_plan(
         freeze_vision=settings.freeze_vision_tower,
         checkpointing=training.gradient_checkpointing,
         reference=isinstance(training, TGRPOSettings) and training.beta != 0,
-        lora=(settings.lora_r, lora_config(settings)) if settings.use_peft else None,
+        lora=lora_options(settings) if settings.use_peft else None,
         four_bits=_product_format(device_type) if settings.load_in_4bit else None,
         gradients_kept=_gradients_kept(sharding, passes, autocast is not None),
     )
@@ -321,7 +321,7 @@ def model_config(source: str | None) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(checked_source(source, with_weights=False))
     except (OSError, ValueError, ConfigError) as error:
-        reason = str(error).strip().splitlines()[0].removeprefix(f"{source}: ")
+        reason = first_line(error).removeprefix(f"{source}: ")
         raise ConfigError(
             f"{source}: its config.json cannot be read ({reason}); it is all "
             "that a plan needs: if the checkpoint does not exist yet or the hub is out of reach, name a "

@@ -72,7 +72,7 @@ class Policy:
     freeze_vision: bool
     checkpointing: bool
     reference: bool  # KL against the policy that training started from
-    lora: tuple[int, Any] | None  # rank and peft configuration (or None for the default one)
+    lora: dict[str, Any] | None  # see `lora_options`
     four_bits: torch.dtype | None = None  # of products with 4-bit weights, where there are some
     gradients_kept: float = 1.0  # share of a gradient's bytes that stays here once it is whole
 
@@ -194,8 +194,7 @@ def _build(config: PreTrainedConfig, policy: Policy) -> Any:
         if policy.freeze_vision:
             freeze_vision(model)
         if policy.lora is not None:
-            rank, adapters = policy.lora
-            model = add_lora(model, rank, config=adapters)
+            model = add_lora(model, **policy.lora)
         if policy.four_bits is not None:
             in_four_bits(model, policy.four_bits)
     if policy.checkpointing:

@@ -60,7 +60,9 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
         longest = settings.max_prompt_length + settings.max_new_tokens
-        return VLLMEngine(settings.model, processor, dtype=settings.dtype, max_model_len=longest, memory=0.9)
+        alone = VLLMSettings(vllm_gpu_memory_utilization=0.9)
+        dtype = settings.dtype
+        return VLLMEngine(settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone)
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(
         settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code, device
@@ -94,12 +96,4 @@ def training_engine(
         assert settings.vllm_server_base_url is not None  # settings without it are refused
         wait = settings.vllm_server_timeout
         return ServerEngine(settings.vllm_server_base_url, processor, model, folder=folder, wait=wait)
-    return VLLMEngine(
-        model,
-        processor,
-        dtype=dtype,
-        max_model_len=longest,
-        memory=settings.vllm_gpu_memory_utilization,
-        sleep=settings.vllm_enable_sleep_mode and torch.cuda.is_available(),
-        tensor_parallel=settings.vllm_tensor_parallel_size,
-    )
+    return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings)

@@ -46,12 +46,8 @@ class SharedPrefixCache:
     def _place(self, rows: Tensor) -> None:
         """Gives every completion a slot in the [R, w] layout in which queries meet the prompts."""
         self.rows = rows
-        order = rows.argsort(stable=True)
-        counts = torch.bincount(rows, minlength=len(self.bias))
-        self.width = int(counts.max())
-        starts = counts.cumsum(0) - counts
-        rank = torch.empty_like(rows)
-        rank[order] = torch.arange(len(rows), device=rows.device) - starts[rows[order]]
+        rank = (rows[:, None] == rows).tril(-1).sum(1)  # completions of the same prompt that stand before
+        self.width = int(rank.max()) + 1
         slot_of = rows * self.width + rank  # [B]
         sequence_in = torch.zeros(len(self.bias) * self.width, dtype=torch.long, device=rows.device)
         sequence_in[slot_of] = torch.arange(len(rows), device=rows.device)  # empty slots: any

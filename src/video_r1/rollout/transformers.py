@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,13 +33,12 @@ MAX_PREFILL_TOKENS = 16384
 VISUAL_FEATURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
-@dataclass(slots=True)
-class _Prefilled:
+class _Prefilled(NamedTuple):
     """R prompts after their prefill. keys, values: one [R, K, P, D] a layer; logits: [R, V] of the first
     completion token; lengths: [R] int64; next_position: [R] int64, where the completion starts."""
 
-    keys: list[Tensor]
-    values: list[Tensor]
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
     logits: Tensor
     lengths: Tensor
     next_position: Tensor
@@ -125,14 +123,9 @@ class TransformersEngine:
         parts = [self._prefill_chunk(chunk) for chunk in _cut(prompts, tokens, self.max_prefill_tokens)]
         if len(parts) == 1:
             return parts[0]
-        layers = range(len(parts[0].keys))
-        return _Prefilled(
-            keys=[_stack([part.keys[layer] for part in parts]) for layer in layers],
-            values=[_stack([part.values[layer] for part in parts]) for layer in layers],
-            logits=torch.cat([part.logits for part in parts]),
-            lengths=torch.cat([part.lengths for part in parts]),
-            next_position=torch.cat([part.next_position for part in parts]),
-        )
+        keys, values, *others = zip(*parts, strict=True)
+        keys, values = ([_stack(layer) for layer in zip(*states, strict=True)] for states in (keys, values))
+        return _Prefilled(keys, values, *map(torch.cat, others))
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
         """Padding stands at the end: causal attention hides it from every real token without a mask."""

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from video_r1.errors import VideoR1Error
+from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import flush, flush_folder
 from video_r1.processes import is_lost_process
 
@@ -84,7 +84,7 @@ def writing(what: str, folder: Path, last_whole: Callable[[], Path | None]) -> I
         if is_lost_process(error):
             raise
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         try:
             free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free"
         except OSError:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
-from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_config
+from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_options
 from video_r1.packages import check_optimizer
 from video_r1.recipe import Recipe, plain
 from video_r1.settings.shared import DataSettings, ModelSettings
@@ -159,14 +159,7 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         freeze_vision(model)
     if settings.use_peft:
         set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
-        model = add_lora(
-            model,
-            settings.lora_r,
-            settings.lora_alpha,
-            settings.lora_dropout,
-            lora_config(settings),
-            settings.lora_vision_tower,
-        )
+        model = add_lora(model, **lora_options(settings))
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
 
 

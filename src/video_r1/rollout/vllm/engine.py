@@ -32,6 +32,7 @@ from video_r1.rollout.vllm.positions import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
 from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
 from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.settings.vllm import VLLMSettings
 
 # vLLM reads these when it is imported; what the user has set stays.
 ENVIRONMENT = {
@@ -51,9 +52,9 @@ class VLLMEngine:
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
-    memory: share of the GPU's memory that vLLM may use. sleep: give it back after each `generate` (GPU only).
-    tensor_parallel: neighbouring processes of a training run that share one vLLM; all of them have to make
-        the same calls (their prompts may differ).
+    settings: its share of the GPU's memory; whether to give that back after each `generate` (GPU only); and
+        how many neighbouring processes of a training run share one vLLM: all of them have to make the same
+        calls (their prompts may differ).
 
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
@@ -66,16 +67,14 @@ class VLLMEngine:
         dtype: str = "auto",
         max_model_len: int | None = None,
         max_sequences: int = 256,
-        memory: float = 0.3,
-        sleep: bool = False,
-        tensor_parallel: int = 1,
-        seed: int = 0,
+        settings: VLLMSettings | None = None,
     ) -> None:
+        settings = settings or VLLMSettings()
         self.processor = processor
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
-        self._sleep = sleep
-        self._ranks = TensorParallel(tensor_parallel)
+        self._sleep = settings.vllm_enable_sleep_mode and torch.cuda.is_available()
+        self._ranks = TensorParallel(settings.vllm_tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
@@ -87,18 +86,17 @@ class VLLMEngine:
             "max_num_seqs": max_sequences,
             "limit_mm_per_prompt": {"image": 1, "video": 1},
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
-            "seed": seed,
             "max_model_len": _longest(source, max_model_len),
-            "tensor_parallel_size": tensor_parallel,
+            "tensor_parallel_size": settings.vllm_tensor_parallel_size,
             # One worker in each process that the launcher has started.
             **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
             **OPTIONS,
-            **(
-                {"gpu_memory_utilization": memory, "enable_sleep_mode": sleep}
-                if torch.cuda.is_available()
-                else CPU_OPTIONS
-            ),
         }
+        if torch.cuda.is_available():
+            arguments["gpu_memory_utilization"] = settings.vllm_gpu_memory_utilization
+            arguments["enable_sleep_mode"] = self._sleep
+        else:
+            arguments |= CPU_OPTIONS
         self.llm = _start(arguments)
         self.max_model_len: int = self.llm.model_config.max_model_len
         if in_memory:

@@ -7,12 +7,12 @@ requests, generates for all, and keeps the completions of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import distributed
 
 from video_r1.errors import ConfigError
-from video_r1.processes import process_count, process_index
+from video_r1.processes import gather, process_count, process_index
 
 T = TypeVar("T")
 
@@ -38,7 +38,6 @@ class TensorParallel:
         """Everything that these processes have, in their order, and where this one's own is."""
         if self.size == 1:
             return list(own), slice(None)
-        parts: list[Any] = [None] * self.size
-        distributed.all_gather_object(parts, list(own), group=self.group)
+        parts = gather(list(own), self.group)
         start = sum(len(part) for part in parts[: self.index])
         return [entry for part in parts for entry in part], slice(start, start + len(own))

@@ -4,12 +4,12 @@ processes.
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from video_r1.errors import ConfigError
@@ -25,7 +25,6 @@ OPTIONS: Mapping[str, Any] = {
     "mm_device_do_normalize": False,  # pixels arrive as in Prompt.features
 }
 CPU_OPTIONS: Mapping[str, Any] = {
-    "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
     "enforce_eager": True,  # no minutes of compiling
     "block_size": 32,  # as short as prompts that are to be shared
     # Whole prompts in every step. After a part of one, vLLM turns the request's random generator back, which
@@ -38,42 +37,35 @@ CPU_VARIABLES = {
 }
 
 
-def server_command(
-    model: str | Path,
-    port: int = 8000,
-    *,
-    host: str = "127.0.0.1",
-    hand_over: str = "folder",
-    on_cpu: bool = False,
-    options: Sequence[str] = (),
-) -> tuple[list[str], dict[str, str]]:
-    """The command that serves `model`, and the environment variables that it needs.
+def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the model, and the environment variables that it needs.
 
-    The routes that take token ids and weights are open. hand_over: as in `ServeSettings`. options: more words
-    for `vllm serve`.
+    The routes that take token ids and weights are open.
     """
-    started = {
-        "host": host,
-        "port": port,
+    options: dict[str, Any] = {
+        "host": settings.host,
+        "port": settings.port,
         "enable_scale_out": True,
         "worker_extension_cls": EXTENSION,
         "middleware": MIDDLEWARE,
         **OPTIONS,
         **(CPU_OPTIONS if on_cpu else {}),
-        **({} if hand_over == "folder" else {"weight_transfer_config": f'{{"backend": "{hand_over}"}}'}),
     }
-    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **(CPU_VARIABLES if on_cpu else {})}
-    return ["vllm", "serve", str(model), *_words(started), *options], environment
-
-
-def _words(options: Mapping[str, Any]) -> Iterator[str]:
-    """Options of vLLM's `LLM` as those of its command."""
+    if settings.hand_over != "folder":
+        options["weight_transfer_config"] = json.dumps({"backend": settings.hand_over})
+    if settings.dtype != "auto":
+        options["dtype"] = settings.dtype
+    if settings.max_model_len is not None:
+        options["max_model_len"] = settings.max_model_len
+    words = ["vllm", "serve", str(settings.model)]
     for name, value in options.items():
         option = name.replace("_", "-")
         if isinstance(value, bool):
-            yield f"--{option}" if value else f"--no-{option}"
+            words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            yield from (f"--{option}", str(value))
+            words += [f"--{option}", str(value)]
+    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **(CPU_VARIABLES if on_cpu else {})}
+    return words + shlex.split(settings.vllm_options), environment
 
 
 def runnable(command: Sequence[str]) -> list[str]:
@@ -103,19 +95,7 @@ def run_serve(settings: ServeSettings) -> None:
 
     assert settings.model is not None  # settings without it are refused
     checked_source(settings.model)  # vLLM says so on hundreds of lines, after a minute
-    options = shlex.split(settings.vllm_options)
-    if settings.dtype != "auto":
-        options += ["--dtype", settings.dtype]
-    if settings.max_model_len is not None:
-        options += ["--max-model-len", str(settings.max_model_len)]
-    command, environment = server_command(
-        settings.model,
-        settings.port,
-        host=settings.host,
-        hand_over=settings.hand_over,
-        on_cpu=not torch.cuda.is_available(),
-        options=options,
-    )
+    command, environment = server_command(settings, on_cpu=not torch.cuda.is_available())
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)

@@ -27,9 +27,9 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     the model itself is left as it is (merging and unmerging it in place would round its weights).
     """
     inner = vision_language_model(model)
-    merged = dict(_merged_layers(inner))
-    small = {name.removesuffix(".base_layer"): layer for name, layer in inner.named_modules()
-             if is_four_bit(layer)}  # fmt: skip
+    layers = dict(inner.named_modules())
+    merged = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
+    small = {name.removesuffix(".base_layer"): layer for name, layer in layers.items() if is_four_bit(layer)}
     names = set()
     for name, tensor in inner.state_dict().items():
         plain = _plain_name(name)
@@ -45,13 +45,6 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield plain, _whole(tensor)
     if HEAD not in names:
         yield HEAD, _whole(inner.get_output_embeddings().weight).detach()
-
-
-def _merged_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The LoRA layers by the name of the module that they adapt."""
-    for name, module in model.named_modules():
-        if hasattr(module, "get_delta_weight") and hasattr(module, "base_layer"):
-            yield name, module
 
 
 def _merged(layer: Any) -> Tensor:
