@@ -9,6 +9,7 @@ values and gradients equal those of the expanded batch, where pixels and prompt 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -23,8 +24,8 @@ from video_r1.models.head import token_logprobs
 from video_r1.models.packing import GroupSpan, row_layout
 
 Result = TypeVar("Result")
-KINDS = {"image": ("pixel_values", "image_grid_thw"), "video": ("pixel_values_videos", "video_grid_thw")}
-"""The features that hold the pixels of each kind of visual, and their grids."""
+KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+"""The features that hold the pixels of images and of videos, and their grids."""
 
 
 @dataclass(slots=True)
@@ -79,12 +80,9 @@ def group_logprobs(
         hidden = _predicting_states(inner, prompts, completions, vision_features)
         targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
         vocabulary = inner.config.get_text_config().vocab_size
-        return tuple(
-            token_logprobs(
-                inner.get_output_embeddings(), hidden, targets, temperature, with_entropy, vocabulary,
-                with_likeliest=with_likeliest,
-            )
-        )  # fmt: skip
+        head = inner.get_output_embeddings()
+        flags = {"with_entropy": with_entropy, "with_likeliest": with_likeliest}
+        return tuple(token_logprobs(head, hidden, targets, temperature, vocabulary=vocabulary, **flags))
 
     logprobs, entropy, likeliest = through_wrapper(model, forward)
     assert logprobs is not None
@@ -102,26 +100,43 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFea
 
 
 def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    parts = _encode(core, prompts)
+    """Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each
+    kind that a batch happens to have, is what all processes of a sharded model make alike.
+    """
+    names = [[kind for kind in KINDS if kind[0] in prompt.features] for prompt in prompts]
+    if not any(names):
+        return [None] * len(prompts)
+    having = [(prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds]
+    device = next(core.visual.parameters()).device
+    pixels = torch.cat([features[name] for features, (name, _) in having]).to(device)
+    grids = torch.cat([features[name] for features, (_, name) in having]).to(device)
+    output = core.get_image_features(pixels, grids, return_dict=True)
+    layers = getattr(output, "deepstack_features", None) or []
+    visuals = zip(output.pooler_output, *layers, strict=True)
     encoded: list[VisionFeatures | None] = []
-    for prompt, image, video in zip(prompts, parts["image"], parts["video"], strict=True):
-        if image is None or video is None:
-            encoded.append(image or video)
+    for prompt, kinds in zip(prompts, names, strict=True):
+        if not kinds:
+            encoded.append(None)
             continue
-        ids = prompt.input_ids
-        visual = ids[(ids == core.config.image_token_id) | (ids == core.config.video_token_id)]
-        is_image = (visual == core.config.image_token_id).to(image.embeddings.device)
-        layers = zip(image.deepstack, video.deepstack, strict=True)
-        embeddings = _interleave(is_image, image.embeddings, video.embeddings)
-        encoded.append(VisionFeatures(embeddings, tuple(_interleave(is_image, a, b) for a, b in layers)))
+        count = sum(len(prompt.features[grid]) for _, grid in kinds)
+        parts = [torch.cat(part) for part in zip(*itertools.islice(visuals, count), strict=True)]
+        if len(kinds) > 1:  # its images come first, wherever they stand in the prompt
+            visual = prompt.input_ids[_is_visual(core.config, prompt.input_ids)]
+            images_first = torch.argsort((visual != core.config.image_token_id).int(), stable=True)
+            order = torch.argsort(images_first).to(device)
+            parts = [part[order] for part in parts]
+        encoded.append(VisionFeatures(parts[0], tuple(parts[1:])))
     return encoded
+
+
+def _is_visual(config: Any, ids: Tensor) -> Tensor:
+    """Which tokens are placeholders of images or videos."""
+    return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
 def vision_language_model(model: nn.Module) -> Any:
     """The transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises ConfigError for an unknown kind."""
-    inner: Any = model
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module
+    inner = _inside(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
     core = getattr(inner, "model", None)
@@ -132,6 +147,13 @@ def vision_language_model(model: nn.Module) -> Any:
     return inner
 
 
+def _inside(model: Any) -> Any:
+    """The model inside DDP, FSDP and DeepSpeed."""
+    while isinstance(getattr(model, "module", None), nn.Module):
+        model = model.module
+    return model
+
+
 def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the token after it.
 
@@ -139,14 +161,10 @@ def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
     last token. (A video's time positions may reach beyond that.)
     """
     ids = prompt.input_ids[None].cpu()
-    grids = {
-        name: prompt.features[name].cpu()
-        for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
-        if name in prompt.features
-    }
-    if "image_grid_thw" not in grids and "video_grid_thw" not in grids:
-        positions = torch.arange(ids.shape[1]).expand(3, -1)
-        return positions, ids.shape[1]
+    names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+    grids = {name: prompt.features[name].cpu() for name in names if name in prompt.features}
+    if not grids.keys() & set(names[:2]):
+        return torch.arange(ids.shape[1]).expand(3, -1), ids.shape[1]
     kinds = prompt.features.get("mm_token_type_ids")
     if kinds is None:
         kinds = (ids == model.config.image_token_id) + 2 * (ids == model.config.video_token_id)
@@ -162,7 +180,9 @@ def _predicting_states(
 ) -> Tensor:
     """The last hidden states [N, d] at the positions that predict completion tokens."""
     text = model.model.language_model
-    _use_group_attention(text)
+    if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
+        raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
+    text.config._attn_implementation = IMPLEMENTATION
     embedding = model.get_input_embeddings()
     device = embedding.weight.device
 
@@ -230,60 +250,15 @@ def _visual_positions(
 
     A placeholder id that the policy sampled keeps its plain embedding, as in generation.
     """
-    placeholder = (row_ids == model.config.image_token_id) | (row_ids == model.config.video_token_id)
+    placeholder = _is_visual(model.config, row_ids)
     in_prompt = torch.zeros_like(placeholder)
     for number, (prompt, part, span) in enumerate(zip(prompts, features, groups, strict=True)):
         in_prompt[span.start : span.prompt_end] = True
-        ids = prompt.input_ids
-        expected = int(((ids == model.config.image_token_id) | (ids == model.config.video_token_id)).sum())
+        expected = int(_is_visual(model.config, prompt.input_ids).sum())
         found = 0 if part is None else len(part.embeddings)
         if expected != found:
             raise PromptError(f"prompt {number}: {expected} visual placeholders but {found} visual features")
     return placeholder & in_prompt
-
-
-def _encode(core: Any, prompts: Sequence[Prompt]) -> dict[str, list[VisionFeatures | None]]:
-    """One call of the tower for all pixels, of images and of videos; results by kind and prompt.
-
-    Each visual attends to itself alone, so that they may stand in one row. One call, and not one for each
-    kind that a batch happens to have, is what all processes of a sharded model make alike.
-    """
-    results: dict[str, list[VisionFeatures | None]] = {kind: [None] * len(prompts) for kind in KINDS}
-    having = [
-        (kind, number, pixels, grid)
-        for kind, (pixels, grid) in KINDS.items()
-        for number, prompt in enumerate(prompts)
-        if pixels in prompt.features
-    ]
-    if not having:
-        return results
-    device = next(core.visual.parameters()).device
-    grids = [prompts[number].features[grid] for _, number, _, grid in having]
-    pixels = torch.cat([prompts[number].features[name] for _, number, name, _ in having])
-    output = core.get_image_features(pixels.to(device), torch.cat(grids).to(device), return_dict=True)
-    deepstack = getattr(output, "deepstack_features", None) or []
-    start = 0
-    for (kind, number, _, _), grid in zip(having, grids, strict=True):
-        part = slice(start, start + len(grid))
-        start += len(grid)
-        results[kind][number] = VisionFeatures(
-            torch.cat(output.pooler_output[part]), tuple(torch.cat(layer[part]) for layer in deepstack)
-        )
-    return results
-
-
-def _interleave(is_image: Tensor, image: Tensor, video: Tensor) -> Tensor:
-    joined = image.new_empty(len(is_image), image.shape[-1])
-    joined[is_image] = image
-    joined[~is_image] = video
-    return joined
-
-
-def _use_group_attention(text: Any) -> None:
-    if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
-        raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
-    if text.config._attn_implementation != IMPLEMENTATION:
-        text.config._attn_implementation = IMPLEMENTATION
 
 
 def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
@@ -291,9 +266,7 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
 
     Tensors with a gradient have to be the result, or in a tuple of it.
     """
-    inner: Any = model
-    while isinstance(getattr(inner, "module", None), nn.Module):
-        inner = inner.module
+    inner = _inside(model)
     replaced = inner.__dict__.get("forward")
 
     def restore() -> None:

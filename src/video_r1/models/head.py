@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -42,13 +43,13 @@ def token_logprobs(
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
     rows = max(LEAST_ROWS, chunk_logits // vocabulary)
-    chunks: list[Any] = []
-    for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
-        arguments = (head, states, tokens, temperature, with_entropy, with_likeliest)
-        if torch.is_grad_enabled():
-            chunks.append(checkpoint(_chunk, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            chunks.append(_chunk(*arguments))
+    run: Any = _chunk
+    if torch.is_grad_enabled():
+        run = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
+    chunks = [
+        run(head, states, tokens, temperature, with_entropy, with_likeliest)
+        for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
     logprobs, *others = zip(*chunks, strict=True)
     return TokenScores(
         torch.cat(logprobs), *(None if part[0] is None else torch.cat(part) for part in others)
@@ -56,12 +57,7 @@ def token_logprobs(
 
 
 def _chunk(
-    head: nn.Module,
-    hidden: Tensor,
-    targets: Tensor,
-    temperature: float,
-    with_entropy: bool,
-    with_likeliest: bool,
+    head: Any, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, with_likeliest: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(head, FSDPModule):  # its hooks are for one call a step, not for one a chunk
         head.unshard()

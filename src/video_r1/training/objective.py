@@ -73,7 +73,10 @@ def policy_loss(
     token (see the function of this name).
     Raises ValueError when the lengths don't add up to N.
     """
-    _check_sizes(logprobs, advantages, lengths)
+    if len(advantages) != len(lengths):
+        raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
+    if int(lengths.sum()) != len(logprobs):
+        raise ValueError(f"the responses have {int(lengths.sum())} tokens but {len(logprobs)} log-probs came")
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     token_advantages = torch.repeat_interleave(advantages, lengths, output_size=len(logprobs))  # [N]
     epsilon_high = epsilon if epsilon_high is None else epsilon_high
@@ -83,9 +86,7 @@ def policy_loss(
     token_loss = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
     if importance_weights is not None:
         token_loss = token_loss * importance_weights
-    kl = torch.zeros_like(logprobs)
-    if ref_logprobs is not None:
-        kl = k3_kl(logprobs, ref_logprobs)
+    kl = torch.zeros_like(logprobs) if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
     if beta != 0.0:
         if ref_logprobs is None:
             raise ValueError("a KL weight other than 0 needs the reference's log-probabilities")
@@ -154,11 +155,4 @@ _REDUCTIONS = {"grpo": _sum_of_response_means, "dapo": _sum_of_tokens, "dr_grpo"
 
 def _mean(values: Tensor) -> Tensor:
     values = values.detach()
-    return (values if values.is_floating_point() else values.float()).sum() / max(1, len(values))
-
-
-def _check_sizes(logprobs: Tensor, advantages: Tensor, lengths: Tensor) -> None:
-    if len(advantages) != len(lengths):
-        raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
-    if int(lengths.sum()) != len(logprobs):
-        raise ValueError(f"the responses have {int(lengths.sum())} tokens but {len(logprobs)} log-probs came")
+    return values.sum() / max(1, len(values))

@@ -17,6 +17,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
+RECORDED = ("problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source")
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a picture that is kept: one of a clip, or an image
 
 
@@ -63,13 +64,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
         record["total"], record["advantage"] = _number(total), _number(advantage)
     line = {
         "step": step,
-        "problem_id": sample.problem_id,
-        "problem": sample.problem,
-        "problem_type": sample.problem_type,
-        "data_type": sample.data_type,
-        "options": list(sample.options),
-        "answer": sample.answer,
-        "data_source": sample.data_source,
+        **{name: getattr(sample, name) for name in RECORDED},
         # The whole path would tell a reader of the report how its writer's disk is arranged.
         "path": "/".join(PurePath(sample.path).parts[-2:]),
         "frames": frames,

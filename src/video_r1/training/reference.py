@@ -82,30 +82,22 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
 
 def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A whole copy of the model that does not train. Every process has to call it."""
-    reference = copy.deepcopy(model, whole_parameters(model)).eval()
-    reference.requires_grad_(False)
-    return reference
+    return copy.deepcopy(model, whole_parameters(model)).eval().requires_grad_(False)
 
 
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The frozen copy that KL is taken to, sharded where the policy is sharded."""
-    if zero_stage(accelerator) is not None:
-        return prepare_zero_reference(reference, accelerator)
-    if accelerator.is_fsdp2:
-        return fsdp2_prepare_model(accelerator, reference)
-    return accelerator.prepare_model(reference, evaluation_mode=True)
-
-
-def prepare_zero_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A frozen model as an engine of its own, in the policy's number format; sharded where ZeRO-3 shards.
-
-    reference: whole, on any device. ZeRO-2 has whole weights in every process, hence stage 0.
-    """
+    """The frozen copy (whole, on any device) that KL is taken to, sharded where the policy is sharded."""
+    if zero_stage(accelerator) is None:
+        if accelerator.is_fsdp2:
+            return fsdp2_prepare_model(accelerator, reference)
+        return accelerator.prepare_model(reference, evaluation_mode=True)
     import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where it is in use
 
+    # DeepSpeed: an engine of its own in the policy's number format
     plugin: Any = accelerator.state.deepspeed_plugin
     policy: dict[str, Any] = plugin.deepspeed_config
     config: dict[str, Any] = {name: policy[name] for name in ("bf16", "fp16") if name in policy}
+    # ZeRO-2 has whole weights in every process, hence stage 0.
     config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
     if zero_stage(accelerator) == 3:
         hidden: int = reference.config.get_text_config().hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]

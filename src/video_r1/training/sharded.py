@@ -34,8 +34,17 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
         with _whole_fsdp(model, plugin is not None and bool(plugin.reshard_after_forward)):
             yield
     elif zero_stage(accelerator) == 3:
-        with whole_zero3(model):
-            yield
+        import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where ZeRO-3 is in use
+
+        engine: Any = model
+        with deepspeed.zero.GatheredParameters(list(engine.parameters())):
+            # The hooks of ZeRO-3 would give each layer's weights back after it has run.
+            hooks = engine.optimizer.parameter_offload
+            hooks._remove_module_hooks()
+            try:
+                yield
+            finally:
+                hooks.setup_zero_stage3_hooks()
     else:
         yield
 
@@ -70,12 +79,11 @@ def keep_results_exact(accelerator: Accelerator) -> None:
 
 
 IN_CHECKPOINTS = frozenset(
-    f"deepspeed.{name}"
-    for name in (
-        "runtime.fp16.loss_scaler.LossScaler",
-        "runtime.fp16.loss_scaler.DynamicLossScaler",
-        "runtime.zero.config.ZeroStageEnum",
-        "utils.tensor_fragment.fragment_address",
+    (
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
     )
 )
 """The classes that DeepSpeed's own training state has, beside those that torch calls safe."""
@@ -85,21 +93,6 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     """DeepSpeed's ZeRO stage; None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
-
-
-@contextmanager
-def whole_zero3(engine: Any) -> Iterator[None]:
-    """Inside, every process has all weights of a model that ZeRO-3 has sharded. engine: DeepSpeed's."""
-    import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where ZeRO-3 is in use
-
-    with deepspeed.zero.GatheredParameters(list(engine.parameters())):
-        # The hooks of ZeRO-3 would give each layer's weights back after it has run.
-        hooks = engine.optimizer.parameter_offload
-        hooks._remove_module_hooks()
-        try:
-            yield
-        finally:
-            hooks.setup_zero_stage3_hooks()
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -130,11 +123,11 @@ def check_training_state(checkpoint: Path) -> None:
         raise VideoR1Error(f"{latest} names {tag!r}, which is no folder of this checkpoint; take another one")
     for path in sorted((checkpoint / tag).rglob("*.pt")):
         try:
-            called = set(get_unsafe_globals_in_checkpoint(str(path)))
+            foreign = set(get_unsafe_globals_in_checkpoint(str(path))) - IN_CHECKPOINTS
         except (OSError, ValueError, RuntimeError, EOFError, UnpicklingError) as error:
             raise VideoR1Error(f"{path} cannot be read as a training state: {error}") from error
-        if called - IN_CHECKPOINTS:
+        if foreign:
             raise VideoR1Error(
                 f"{path} is no training state that DeepSpeed writes: it would run "
-                f"{', '.join(sorted(called - IN_CHECKPOINTS))}. Take another checkpoint"
+                f"{', '.join(sorted(foreign))}. Take another checkpoint"
             )
