@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from video_r1.errors import ManifestError
 from video_r1.hub import ask_the_hub, is_hub_id
@@ -34,17 +34,10 @@ class Unreadable:
 
 
 def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a manifest: (row number from 1, the row or `Unreadable`).
+    """Numbered rows of a manifest: (row number from 1, whatever stands there or `Unreadable`).
 
-    In JSON lines the row number is the line number. A row is whatever the file holds there, not yet checked.
-
-    Args:
-        source: a JSON, JSON lines or Parquet file, a data set id of the Hugging Face hub or a local
-            folder that `datasets.load_dataset` reads, or a `datasets.Dataset`.
-        split: the split to read of a data set that has several.
-
-    Raises:
-        ManifestError: the source cannot be opened at all.
+    In JSON lines the row number is the line number. source, split: as for `records.load_manifest`. Raises
+    ManifestError when the source cannot be opened at all.
     """
     if not isinstance(source, (str, Path)):
         yield from _dataset_rows(source, split)
@@ -98,13 +91,15 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple
         if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video))
     ]
     dataset = dataset.remove_columns(media_columns).with_format(None)  # media are found through `path` alone
-    number = 0
-    for batch in dataset.iter(_ROWS_PER_BATCH):
-        assert isinstance(batch, dict)
-        names = list(batch)
-        for values in zip(*batch.values(), strict=True):
-            number += 1
-            yield number, dict(zip(names, values, strict=True))
+    batches = cast("Iterator[dict[str, list]]", dataset.iter(_ROWS_PER_BATCH))
+    yield from enumerate(
+        (
+            dict(zip(batch, values, strict=True))
+            for batch in batches
+            for values in zip(*batch.values(), strict=True)
+        ),
+        start=1,
+    )
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:

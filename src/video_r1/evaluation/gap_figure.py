@@ -111,7 +111,9 @@ def gap_svg(rows: Sequence[Row]) -> str:
     for number, row in enumerate(rows):
         if row.is_benchmark and number:
             y += _GAP_BEFORE_BENCHMARK
-        body.append(_label(row, y, y + _LINE * len(row.marks)))
+        kind, indent = ("title", 0) if row.is_benchmark else ("task", 16)
+        middle = y + _LINE * len(row.marks) / 2 + 4.5
+        body.append(f'<text class="{kind}" x="{indent}" y="{middle:.1f}">{escape(row.name)}</text>')
         for mark in row.marks:
             body.append(_drawn(mark, colour[mark.frames], x, y + _LINE / 2, with_frames=len(counts) > 1))
             y += _LINE
@@ -139,16 +141,11 @@ def _axis(rows: Sequence[Row]) -> tuple[float, float, float]:
     return math.floor(min(ends) / step) * step, math.ceil(max(ends) / step) * step or step, step
 
 
-def _label(row: Row, top: float, bottom: float) -> str:
-    place = (top + bottom) / 2 + 4.5
-    kind, indent = ("title", 0) if row.is_benchmark else ("task", 16)
-    return f'<text class="{kind}" x="{indent}" y="{place:.1f}">{escape(row.name)}</text>'
-
-
 def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
     frames = f"{mark.frames} frames: " if with_frames else ""
     figures = f"{100 * mark.ordered:.1f} − {100 * mark.shuffled:.1f} = {_signed(100 * mark.gap)}"
-    told = f"{frames}{figures} {_interval(mark)}, {mark.questions:,} questions"
+    interval = f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
+    told = f"{frames}{figures} {interval}, {mark.questions:,} questions"
     fill = colour if mark.needs_order else "var(--page)"
     return (
         f"<g><title>{escape(told)}</title>"
@@ -159,10 +156,6 @@ def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
         f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{y + 4:.1f}">{escape(figures)}'
         f"  ({mark.questions:,})</text></g>"
     )
-
-
-def _interval(mark: Mark) -> str:
-    return f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
 
 
 def _signed(value: float, digits: int = 1) -> str:

@@ -64,7 +64,7 @@ def mean_figure(scores: ArrayLike, seed: int = 0) -> Figure:
     return _figure(values.mean(), bootstrap_means(values, seed=seed), len(values))
 
 
-def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike, seed: int = 0) -> Figure:
+def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike) -> Figure:
     """Accuracy with ordered minus accuracy with shuffled frames, on the same N questions in the same order.
 
     The interval is paired: questions are drawn, each with both of its scores, so that what makes a question
@@ -73,10 +73,10 @@ def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike, seed: int = 0) -> Figu
     first, second = np.asarray(ordered, dtype=np.float64), np.asarray(shuffled, dtype=np.float64)
     if first.shape != second.shape:
         raise ValueError(f"{len(first)} ordered but {len(second)} shuffled scores; they come in pairs")
-    return mean_figure(first - second, seed)
+    return mean_figure(first - second)
 
 
-def task_mean(scores: ArrayLike, tasks: Sequence[str], seed: int = 0) -> Figure:
+def task_mean(scores: ArrayLike, tasks: Sequence[str]) -> Figure:
     """VSI-Bench's own headline: the mean over task types of the mean over each task's questions.
 
     scores: [N]; tasks: the task type of each. The three difficulties of the relative direction are first
@@ -88,7 +88,7 @@ def task_mean(scores: ArrayLike, tasks: Sequence[str], seed: int = 0) -> Figure:
     merged: dict[str, list[NDArray[np.float64]]] = {}
     for number, task in enumerate(dict.fromkeys(names)):
         chosen = values[names == task]
-        means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, seed=seed + number)))
+        means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, seed=number)))
         merged.setdefault(merged_task(task), []).append(means)
     # [0] is the figure itself, the rest its resamples
     headline = np.mean([np.mean(parts, axis=0) for parts in merged.values()], axis=0)

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
@@ -134,43 +134,35 @@ def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any
 
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each benchmark and frame count: headline figures in percent."""
+    """One line for each benchmark, frame count and mean: headline figures in percent."""
     rows: list[tuple[str, ...]] = []
     for result in results.values():
+        by_tasks = result["headline"] == "tasks"
+        part = "" if result["complete"] else " (part)"
         for frames, figures in result["frames"].items():
-            rows += _overview_rows(result, frames, figures)
+            ordered, shuffled = figures.get("ordered"), figures.get("shuffled")
+            if by_tasks:
+                means = [
+                    _percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)
+                ]
+                title = f"{result['title']}, mean over task types{part}"
+                rows.append((title, frames, means[0], "", "", means[1], ""))
+            rows.append(
+                (
+                    result["title"] + (", mean over questions" if by_tasks else "") + part,
+                    frames,
+                    _percent(ordered, "accuracy"),
+                    f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
+                    f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
+                    _percent(shuffled, "accuracy"),
+                    _percent(figures.get("temporal_gap"), "gap"),
+                )
+            )
     return table(("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap"), rows)
-
-
-def _overview_rows(
-    result: Mapping[str, Any], frames: str, figures: Mapping[str, Any]
-) -> list[tuple[str, ...]]:
-    ordered, shuffled = figures.get("ordered"), figures.get("shuffled")
-    gap = figures.get("temporal_gap")
-    by_tasks = result["headline"] == "tasks"
-    mark = "" if result["complete"] else " (part)"
-    title = result["title"] + (", mean over questions" if by_tasks else "") + mark
-    rows = [
-        (
-            title,
-            frames,
-            _percent(ordered, "accuracy"),
-            f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
-            f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
-            _percent(shuffled, "accuracy"),
-            _percent(gap, "gap"),
-        )
-    ]
-    if by_tasks:
-        means = [_percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)]
-        rows.insert(
-            0, (f"{result['title']}, mean over task types{mark}", frames, means[0], "", "", means[1], "")
-        )
-    return rows
 
 
 def _percent(figure: Any, name: str) -> str:
     if not figure:
         return "-"
-    low, high = cast("list[float]", figure["interval95"])
+    low, high = figure["interval95"]
     return f"{100 * figure[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

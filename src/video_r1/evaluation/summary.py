@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
@@ -58,18 +59,18 @@ def _figures(records: Iterable[Record]) -> dict[str, Any]:
     if both:
         ordered, shuffled = ([score[order][question] for question in both] for order in ORDERS)
         figures["temporal_gap"] = temporal_gap(ordered, shuffled).as_json("gap") | {
-            "ordered": sum(ordered) / len(both),
-            "shuffled": sum(shuffled) / len(both),
+            "ordered": fmean(ordered),
+            "shuffled": fmean(shuffled),
         }
     return figures
 
 
 def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
     return mean_figure(_scores(records)).as_json("accuracy") | {
-        "strict_accuracy": _mean(records, "strict_score"),
-        "format_rate": _mean(records, "format"),
-        "unparsable_rate": sum(not record["prediction"] for record in records) / len(records),
-        "truncated_rate": sum(record["finish_reason"] == "length" for record in records) / len(records),
+        "strict_accuracy": fmean(record["strict_score"] for record in records),
+        "format_rate": fmean(record["format"] for record in records),
+        "unparsable_rate": fmean(not record["prediction"] for record in records),
+        "truncated_rate": fmean(record["finish_reason"] == "length" for record in records),
     }
 
 
@@ -82,10 +83,6 @@ def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def _scores(records: Iterable[Record]) -> list[float]:
     return [record["score"] for record in records]
-
-
-def _mean(records: Sequence[Record], field: str) -> float:
-    return sum(record[field] for record in records) / len(records)
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:

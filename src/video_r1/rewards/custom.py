@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from video_r1.data.records import Sample
+from video_r1.data.records import FIELDS, Sample
 from video_r1.errors import RewardError
 
 # reward(prompts=[str] * N, completions=[str] * N, completion_ids=…, <column>=…) -> N numbers or None
@@ -22,15 +21,9 @@ def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
     A column that only some rows have holds None for the others.
     """
-    columns = {
-        field.name: [getattr(sample, field.name) for sample in samples]
-        for field in fields(Sample)
-        if field.name != "extra"
-    }
-    extra_names = {name: None for sample in samples for name in sample.extra}
-    for name in extra_names:
-        columns.setdefault(name, [sample.extra.get(name) for sample in samples])
-    return columns
+    columns = {name: [getattr(sample, name) for sample in samples] for name in FIELDS}
+    extra_names = dict.fromkeys(name for sample in samples for name in sample.extra)
+    return {name: [sample.extra.get(name) for sample in samples] for name in extra_names} | columns
 
 
 def call_reward_function(

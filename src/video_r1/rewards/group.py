@@ -45,15 +45,14 @@ def reward_terms(
     unless `temporal_rule` is off. Raises ConfigError for an empty list, an unknown name or a weight of a term
     that is not there (1, which a term has without being named, may stand for a built-in one).
     """
-    shaping = (("length",) if settings.length_reward > 0 else ()) + (
-        ("temporal",) if settings.temporal_rule != "off" else ()
-    )
+    asked_for = {"length": settings.length_reward > 0, "temporal": settings.temporal_rule != "off"}
     if reward_funcs is None:
-        built_in, custom = ("accuracy", "format", *shaping), {}
+        built_in = ("accuracy", "format", *(name for name in asked_for if asked_for[name]))
+        custom: dict[str, RewardFunction] = {}
     else:
-        given = (
-            [reward_funcs] if isinstance(reward_funcs, str) or callable(reward_funcs) else list(reward_funcs)
-        )
+        if isinstance(reward_funcs, str) or callable(reward_funcs):
+            reward_funcs = [reward_funcs]
+        given = list(reward_funcs)
         if not given:
             raise ConfigError(
                 "reward_funcs is empty, so nothing can be earned: name rewards, pass functions, or leave it "
@@ -66,8 +65,8 @@ def reward_terms(
                 f"reward_funcs: {unknown[0]!r} is no built-in reward; these are {', '.join(BUILT_IN_TERMS)}, "
                 "anything else has to be a function"
             )
-        built_in = tuple(dict.fromkeys([*names, *(("temporal",) if "temporal" in shaping else ())]))
-        if "temporal" in built_in and "temporal" not in shaping:
+        built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
+        if "temporal" in built_in and not asked_for["temporal"]:
             raise ConfigError("reward_funcs: 'temporal' is named while temporal_rule is off; set a rule")
         custom = {}
         for function in (entry for entry in given if callable(entry)):
@@ -77,13 +76,12 @@ def reward_terms(
             custom[name] = function
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
     for name, weight in terms.weights.items():
-        if name in terms.names or (name in BUILT_IN_TERMS and weight == 1):
-            continue
-        remedy = {"length": "; set length_reward above 0", "temporal": "; set a temporal_rule"}.get(name, "")
-        raise ConfigError(
-            f"reward_weights names {name!r}, which is none of the rewards of this run: "
-            f"{', '.join(terms.names)}{remedy}"
-        )
+        if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
+            remedies = {"length": "; set length_reward above 0", "temporal": "; set a temporal_rule"}
+            raise ConfigError(
+                f"reward_weights names {name!r}, which is none of the rewards of this run: "
+                f"{', '.join(terms.names)}{remedies.get(name, '')}"
+            )
     return terms
 
 

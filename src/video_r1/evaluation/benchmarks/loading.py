@@ -41,17 +41,18 @@ class Coverage(NamedTuple):
     missing: tuple[str, ...]
 
     @property
+    def whole(self) -> int:
+        return self.annotated if self.published is None else self.published
+
+    @property
     def complete(self) -> bool:
-        return self.questions == (self.annotated if self.published is None else self.published)
+        return self.questions == self.whole
 
     def __str__(self) -> str:
-        of = self.annotated if self.published is None else self.published
+        if self.complete:
+            return f"all {self.questions:,} questions"
         why = f", {len(self.missing):,} media files missing" if self.missing else ""
-        return (
-            f"all {self.questions:,} questions"
-            if self.complete
-            else f"{self.questions:,} of {of:,} questions{why}"
-        )
+        return f"{self.questions:,} of {self.whole:,} questions{why}"
 
 
 class Questions(NamedTuple):
@@ -88,13 +89,17 @@ def load_questions(
         return _own_manifest(Path(name), media_root, allow_missing)
     root = Path(media_root or BENCHMARK_ROOT)
     kind, rows = _rows(benchmark, root, annotation)
-    manifest = _write_manifest(rows, manifest_folder)
+    manifest_folder.mkdir(parents=True, exist_ok=True)
+    manifest = manifest_folder / "manifest.json"
+    replace_json(manifest, list(rows))
     checked = check_manifest(manifest, root, min_options=min(2, benchmark.options[0]))
     samples = checked.without_problems(manifest)
     present, missing = _split_by_media(samples)
+    problems = _count_problems(benchmark, samples)
+    if missing:
+        problems.append(f"{_listed(missing)}; to get them: {where_to_get(benchmark)}")
     if not present:
-        raise RequestError(f"{benchmark.title}: {'; '.join(_media_problems(missing, benchmark))}")
-    problems = [*_count_problems(benchmark, samples), *_media_problems(missing, benchmark)]
+        raise RequestError(f"{benchmark.title}: {problems[-1]}")
     if problems and not allow_missing:
         raise RequestError(
             f"{benchmark.title} in {root}: {'; '.join(problems)}. Say allow_missing to evaluate what is there"
@@ -150,13 +155,6 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
     )
 
 
-def _write_manifest(rows: Iterable[Row], folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifest.json"
-    replace_json(path, list(rows))
-    return path
-
-
 def _split_by_media(samples: Sequence[Sample]) -> tuple[list[Sample], tuple[str, ...]]:
     """The samples whose file is there, and the files that are not."""
     paths = dict.fromkeys(sample.path for sample in samples)
@@ -176,10 +174,6 @@ def _count_problems(benchmark: Benchmark, samples: Sequence[Sample]) -> list[str
         said = ", ".join(f"{number} with {options}" for options, number in sorted(odd.items()))
         problems.append(f"questions have {fewest} to {most} options, but here are {said}")
     return problems
-
-
-def _media_problems(missing: Sequence[str], benchmark: Benchmark) -> list[str]:
-    return [f"{_listed(missing)}; to get them: {where_to_get(benchmark)}"] if missing else []
 
 
 def _listed(missing: Sequence[str]) -> str:
