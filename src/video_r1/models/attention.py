@@ -6,6 +6,7 @@ call without a row's layout (generation, evaluation, a padded batch) goes to tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from video_r1.models.packing import GroupSpan, RowLayout
+from video_r1.models.packing import RowLayout
 
 IMPLEMENTATION = "video_r1_groups"
 
@@ -73,14 +74,10 @@ class _SharedPrefixAttention(torch.autograd.Function):
         """query [N, H, D], key and value [N, Hkv, D] -> [N, H, D]."""
         keys, values = _all_heads(key, value, query.shape[1])
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:2], dtype=_lse_dtype(query))  # [N, H]
+        lse = torch.empty_like(out[..., 0], dtype=torch.promote_types(out.dtype, torch.float32))  # [N, H]
 
-        for span in layout.groups:
-            causal = slice(span.start, span.first_end)
-            out[causal], lse[causal] = _piece(query[causal], keys[causal], values[causal], True, scale)
-            if span.end > span.first_end:
-                rest, prompt = _rest_and_prompt(span)
-                out[rest], lse[rest] = _piece(query[rest], keys[prompt], values[prompt], False, scale)
+        for rows, columns, causal in _pieces(layout):
+            out[rows], lse[rows] = _piece(query[rows], keys[columns], values[columns], causal, scale)
         if layout.buckets:
             own = [_bucket_forward(query, keys, values, bucket, scale) for bucket in layout.buckets]
             own_out, own_lse = (torch.cat(parts)[layout.from_buckets] for parts in zip(*own, strict=True))
@@ -103,16 +100,12 @@ class _SharedPrefixAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (
             torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, keys, values)
         )
-        for span in layout.groups:
-            pieces = [(slice(span.start, span.first_end), slice(span.start, span.first_end), True)]
-            if span.end > span.first_end:
-                pieces.append((*_rest_and_prompt(span), False))
-            for rows, columns, causal in pieces:
-                heads = (grad[rows], query[rows], keys[columns], values[columns], out[rows])
-                parts = _piece_backward(*heads, lse[rows], causal, ctx.scale)
-                grad_q[rows] += parts[0]
-                grad_k[columns] += parts[1]
-                grad_v[columns] += parts[2]
+        for rows, columns, causal in _pieces(layout):
+            heads = (grad[rows], query[rows], keys[columns], values[columns], out[rows])
+            parts = _piece_backward(*heads, lse[rows], causal, ctx.scale)
+            grad_q[rows] += parts[0]
+            grad_k[columns] += parts[1]
+            grad_v[columns] += parts[2]
         for bucket, mask in zip(layout.buckets, layout.bucket_masks, strict=True):
             # A repeated token gets no gradient: its copies in the bucket are not part of the row.
             kept = bucket.flatten()[mask]
@@ -141,12 +134,13 @@ def _take(x: Tensor, bucket: Tensor) -> Tensor:
     return x.index_select(0, bucket.flatten()).unflatten(0, bucket.shape).transpose(1, 2)
 
 
-def _rest_and_prompt(span: GroupSpan) -> tuple[slice, slice]:
-    return slice(span.first_end, span.end), slice(span.start, span.prompt_end)
-
-
-def _lse_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
+    """Queries, the keys that they see and whether causally: prompts with their first completion, the rest."""
+    for span in layout.groups:
+        first = slice(span.start, span.first_end)
+        yield first, first, True
+        if span.end > span.first_end:
+            yield slice(span.first_end, span.end), slice(span.start, span.prompt_end), False
 
 
 def _heads_first(x: Tensor) -> Tensor:

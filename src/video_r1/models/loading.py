@@ -194,11 +194,9 @@ def checked_source(path: str | Path, with_weights: bool = True) -> str:
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not with_weights:
-            return str(folder)
-        if (folder / "adapter_config.json").is_file():
+        if with_weights and (folder / "adapter_config.json").is_file():
             raise ConfigError(f"{path}: these are adapters; make a checkpoint: video-r1 merge {path} OUT")
-        if not (folder / "config.json").is_file():
+        if with_weights and not (folder / "config.json").is_file():
             raise ConfigError(f"{path}: no config.json; a checkpoint folder is written by save_pretrained")
         return str(folder)
     if folder.exists():

@@ -34,7 +34,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rollout.chat import FramesAs, chat_request, completions_of
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, ask, event_loop, post, wait_for
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
@@ -318,7 +318,7 @@ class EndpointEngine:
         A completion has as many tokens as the endpoint says, none of them named, and no log-probs (nan).
         Raises VideoR1Error when a request is refused or has failed eight times, or the endpoint stays away.
         """
-        counts = [sampling.n] * len(prompts) if counts is None else list(counts)
+        counts = wanted_counts(prompts, sampling, counts)
         seeds = prompt_seeds(sampling.seed, len(prompts))
 
         async def answer(place: int) -> tuple[int, list[Rollout]]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from video_r1.data.prompts import Prompt, end_token_id
@@ -131,14 +132,10 @@ class TransformersEngine:
         """Padding stands at the end: causal attention hides it from every real token without a mask."""
         device = self._core.device
         rows = torch.arange(len(prompts), device=device)
-        sizes = [len(prompt.input_ids) for prompt in prompts]
-        lengths = torch.tensor(sizes, device=device)
-        input_ids = torch.zeros(len(prompts), max(sizes), dtype=torch.long)
-        positions = torch.zeros(3, len(prompts), max(sizes), dtype=torch.long)
-        following = torch.zeros(len(prompts), dtype=torch.long)
-        for row, (prompt, size) in enumerate(zip(prompts, sizes, strict=True)):
-            input_ids[row, :size] = prompt.input_ids
-            positions[:, row, :size], following[row] = prompt_positions(self.model, prompt)
+        lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
+        input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
+        places, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
+        positions = pad_sequence([place.T for place in places]).permute(2, 1, 0)  # [3, R, P]
         features = {
             name: torch.cat(tensors).to(device)
             for name in VISUAL_FEATURES
@@ -157,7 +154,7 @@ class TransformersEngine:
             values=[layer.values for layer in cache.layers],
             logits=self._head(hidden[rows, lengths - 1]),
             lengths=lengths,
-            next_position=following.to(device),
+            next_position=torch.tensor(following, device=device),
         )
 
     def _head(self, hidden: Tensor) -> Tensor:

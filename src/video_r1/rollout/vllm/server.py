@@ -120,7 +120,12 @@ class ServerEngine:
         inner = vision_language_model(model)
         self._stop_ids = stop_token_ids(inner, self.tokenizer)
         if self._hand_over is None:
-            self._check_model(inner)
+            for name, value in shape(type(inner).__name__, inner.config).items():
+                if self.served[name] != value:
+                    raise ConfigError(
+                        f"{self.url} serves a model whose {name} is {self.served[name]}, the trained one has "
+                        f"{value}; serve the checkpoint that training starts from"
+                    )
             self._hand_over = self._way_of_weights()
         version = gather(uuid.uuid4().hex)[0]
         dtype = getattr(torch, self.served["dtype"])
@@ -145,15 +150,6 @@ class ServerEngine:
                     self._recover(self._recoveries)
             except (ServerFailure, ServerRefusal, VideoR1Error):
                 pass  # whoever asks something of the server reports it
-
-    def _check_model(self, model: Any) -> None:
-        """Raises ConfigError when the server's model is another one."""
-        for name, value in shape(type(model).__name__, model.config).items():
-            if self.served[name] != value:
-                raise ConfigError(
-                    f"{self.url} serves a model whose {name} is {self.served[name]}, the trained one has "
-                    f"{value}; serve the checkpoint that training starts from"
-                )
 
     def _way_of_weights(self) -> HandOver:
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
