@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -37,6 +38,7 @@ NOT_WRITTEN = (
     errno.ENOTDIR,
     errno.EISDIR,
 )
+SECONDS_TO_BE_ENDED = 20.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,7 +64,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def failed(message: object, code: int) -> int:
-    """Print the message as one line on stderr and return the exit code."""
+    """Print the message as one line on stderr and return the exit code.
+
+    What is wrong with a request (2) is the same in all processes of a run, and one on each machine says it:
+    the launcher ends the others as soon as that one has.
+    """
+    if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(SECONDS_TO_BE_ENDED)
     show(f"video-r1: {' '.join(str(message).split())}", {"^video-r1:": "bold red"}, sys.stderr)
     return code
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from video_r1.errors import VideoR1Error, first_line
+from video_r1.files import claimed
 
 T = TypeVar("T")
 
@@ -36,6 +37,28 @@ def wait_for_everyone() -> None:
     """Returns when every process has come here."""
     if _running():
         torch.distributed.barrier()
+
+
+def decided_by_first(decide: Callable[[], T]) -> T:
+    """What `decide` returns in the first process, in all of them; a VideoR1Error is raised in all of them."""
+    outcome: Any = None
+    if process_index() == 0:
+        try:
+            outcome = decide()
+        except VideoR1Error as error:
+            outcome = error
+    outcome = gather(outcome)[0]
+    if isinstance(outcome, VideoR1Error):
+        raise outcome
+    return outcome
+
+
+@contextmanager
+def claimed_by_first(folder: Path) -> Iterator[None]:
+    """As `claimed`, for all processes of a run: the first one holds the claim."""
+    with ExitStack() as claim:
+        decided_by_first(lambda: claim.enter_context(claimed(folder)))
+        yield
 
 
 def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:

@@ -211,15 +211,11 @@ def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
     Raises RequestError when the folder cannot be written.
     """
     if isinstance(settings, Recipe):
-        values, title = settings.values(), f"video-r1 {settings.command}"
-        title += f", from {settings.source}" if settings.source else ""
+        title = f"video-r1 {settings.command}" + (f", from {settings.source}" if settings.source else "")
     else:
-        as_dictionary = getattr(settings, "to_dict", None)  # TrainingArguments hides its tokens there
-        values = as_dictionary() if as_dictionary is not None else dataclasses.asdict(settings)
         title = type(settings).__name__
-    values = {name: value for name, value in values.items() if not name.endswith("_token")}
     path = Path(folder) / "config.yaml"
-    text = yaml.safe_dump(plain(values), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    text = yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True, default_flow_style=None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(path, f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}")
@@ -227,6 +223,16 @@ def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
         reason = error.strerror or error
         raise RequestError(f"{path}: cannot be written: {reason}; choose another output_dir") from error
     return path
+
+
+def resolved(settings: Recipe | Settings) -> dict[str, Any]:
+    """All settings by name, in YAML's own types, without tokens."""
+    if isinstance(settings, Recipe):
+        values = settings.values()
+    else:
+        as_dictionary = getattr(settings, "to_dict", None)  # TrainingArguments hides its tokens there
+        values = as_dictionary() if as_dictionary is not None else dataclasses.asdict(settings)
+    return plain({name: value for name, value in values.items() if not name.endswith("_token")})
 
 
 def plain(value: Any) -> Any:

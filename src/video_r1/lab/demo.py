@@ -9,6 +9,7 @@ OUT/summary.json, OUT/report.html
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from video_r1.files import replace_json
+from video_r1.errors import RequestError
+from video_r1.files import claimed, replace_json
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
@@ -25,6 +27,8 @@ TRAIN, TEST = 3200, 560
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("base", "sft", "rl")
+MARK = ".demo"
+"""The empty file that tells a folder of a demo, which the next one may replace, from any other."""
 FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
@@ -32,9 +36,37 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
     """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
+    Raises RequestError when a folder of `out` that it would replace is not an earlier demo's.
     """
     import torch
 
+    out = Path(out)
+    torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
+    with claimed(out):
+        begin_anew(out)
+        return _run_stages(out, seed)
+
+
+def begin_anew(out: Path) -> None:
+    """Empty folders for all stages: a demo is one run from the start, and what an earlier one left would be
+    continued. Raises RequestError, and removes nothing, when one of the folders is not an earlier demo's.
+    """
+    folders = [out / name for name in FOLDERS]
+    marked = [path for path in folders if (path / MARK).is_file() and not path.is_symlink()]
+    foreign = [path for path in folders if os.path.lexists(path) and path not in marked]
+    if foreign:
+        raise RequestError(
+            f"{', '.join(map(str, foreign))} would be replaced, and no demo has written it; choose another "
+            "--out, or remove it first"
+        )
+    for path in folders:
+        if path in marked:
+            shutil.rmtree(path)
+        path.mkdir()
+        (path / MARK).touch()
+
+
+def _run_stages(out: Path, seed: int) -> dict[str, Any]:
     from video_r1.evaluation.command import run_eval
     from video_r1.lab.clips import write_lab
     from video_r1.lab.model import base_folder
@@ -42,11 +74,6 @@ def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
     from video_r1.training.sft import run_sft
     from video_r1.training.tgrpo import run_rl
 
-    out = Path(out)
-    torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
-    out.mkdir(parents=True, exist_ok=True)
-    for name in FOLDERS:  # a demo is one run from the start: what an earlier one left would be continued
-        shutil.rmtree(out / name, ignore_errors=True)
     seconds: dict[str, float] = {}
     checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"

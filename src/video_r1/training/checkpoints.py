@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ def publish_copy(checkpoint: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(what: str, folder: Path, last_whole: Callable[[], Path | None]) -> Iterator[None]:
+def writing(what: str, folder: Path) -> Iterator[None]:
     """Turns a failure to write `what` below `folder` into a VideoR1Error that says how to go on.
 
     What is unfinished is removed, which also makes room for the files of other programs.
@@ -89,7 +89,7 @@ def writing(what: str, folder: Path, last_whole: Callable[[], Path | None]) -> I
             free = f"{shutil.disk_usage(folder).free / 2**20:,.0f} MB are free"
         except OSError:
             free = "the disk does not answer"
-        whole = last_whole()
+        whole = last_whole_checkpoint(folder)
         rest = f"{whole.name} is whole" if whole is not None else "there is no earlier checkpoint"
         raise VideoR1Error(
             f"{folder}: {what} cannot be written: {reason} ({free}). {rest}: make room or mend the disk, "

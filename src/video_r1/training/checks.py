@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import RolloutGroup
@@ -37,9 +37,7 @@ class Preflight(TrainerCallback):
     def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
         self.groups = groups
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.global_step == 0:
             check_rewards(self.groups())
 
@@ -116,20 +114,11 @@ class SamplerCheck(TrainerCallback):
         self.while_training = while_training
         self.said = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         parts = gather(self.difference())
         self.compare(sum(total for total, _ in parts) / max(1, sum(count for _, count in parts)))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         if self.while_training:
             self.compare((logs or {}).get("sampler/logprob_difference", 0.0))
 

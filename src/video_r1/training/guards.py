@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
@@ -52,9 +52,7 @@ class UpdateGuard(TrainerCallback):
         if not math.isfinite(loss.item()):
             self.culprits += problem_ids
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         """Takes up the counts of the run that is continued."""
         lines = keep_until(self.record, state.global_step) if state.is_world_process_zero else []
         steps = gather([line["step"] for line in lines])[0]
@@ -64,9 +62,9 @@ class UpdateGuard(TrainerCallback):
 
     def on_pre_optimizer_step(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,
+        control: Any,
         model: nn.Module | None = None,
         optimizer: Any = None,
         **kwargs: Any,
@@ -179,20 +177,11 @@ class StepProgress(TrainerCallback):
         self.figures: dict[str, str] = {}
         self.bar: Progress[Any] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
             self.bar = progress(state.max_steps - state.global_step, self.description, "steps")
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         found = {
             name.rpartition("/")[2]: f"{(logs or {})[name]:.3g}"
             for name in self.series
@@ -200,15 +189,11 @@ class StepProgress(TrainerCallback):
         }
         self.figures |= found
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if self.bar is not None:
             self.bar.update(1, **self.figures)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None

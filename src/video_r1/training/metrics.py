@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line, json_lines, replace_text
@@ -147,14 +147,10 @@ class StepSeconds(TrainerCallback):
         self.meter = meter
         self.start = 0.0
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         self.start = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         self.meter.add("seconds/update", time.perf_counter() - self.start, 0.0)
         self.meter.peak("memory/peak_gib", take_peak_memory())
 
@@ -173,9 +169,7 @@ class RunFolder(TrainerCallback):
         self.start = time.time()
         self.refused = False
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if not state.is_world_process_zero:
             return
         save_resolved(self.settings, self.folder)
@@ -185,14 +179,7 @@ class RunFolder(TrainerCallback):
         keep_until(self.folder / "rollouts.jsonl", last)
         self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time() - self.start, 3)}

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple, cast
 
+import datasets
+import torch
 import yaml
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import SaveStrategy
 
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_options
 from video_r1.packages import check_optimizer
-from video_r1.recipe import Recipe, plain
-from video_r1.settings.shared import DataSettings, ModelSettings
-from video_r1.training.checkpoints import (
-    LAST_FILES,
-    UNFINISHED,
-    check_writable,
-    last_whole_checkpoint,
-    publish_copy,
-    read_state,
-)
-from video_r1.training.validation import best_checkpoint, stopped_early
-
-if TYPE_CHECKING:
-    from video_r1.training.trainer import QuestionTrainer
+from video_r1.processes import claimed_by_first, decided_by_first
+from video_r1.recipe import Recipe, resolved
+from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
+from video_r1.training.checkpoints import LAST_FILES, check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +45,72 @@ MAY_CHANGE = frozenset(
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""
 
 
-def run_recipe(recipe: Recipe, trainer: Callable[..., QuestionTrainer], config: type[Any]) -> Path:
+@dataclass
+class RunArguments(PromptSettings, TrainingArguments):
+    """Every field of `TrainingArguments`, and the settings of frames and prompts."""
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+        deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        if several and not torch.accelerator.is_available() and not deepspeed:
+            self.use_cpu = True  # without a GPU, accelerate joins processes on CPUs only when it is told to
+        super().__post_init__()
+
+
+class EarlierRun(NamedTuple):
+    """What a run folder holds: its last whole checkpoint, if any, and whether nothing is left to do."""
+
+    checkpoint: Path | None
+    finished: bool
+
+
+def earlier_run(folder: Path, settings: Mapping[str, Any]) -> EarlierRun:
+    """The run in the folder, to be continued with these settings (plain values by name).
+
+    Raises ConfigError when it is a run with other settings.
+    """
+    checkpoint = last_whole_checkpoint(folder)
+    if checkpoint is None:
+        return EarlierRun(None, False)
+    changed = changed_settings(settings, folder)
+    refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
+    if refused:
+        said = ", ".join(f"{name} ({there!r} → {here!r})" for name, (there, here) in refused.items())
+        raise ConfigError(
+            f"output_dir {folder} holds a run with other settings: {said}. Choose another output_dir, or "
+            "remove the folder to start again"
+        )
+    finished = is_finished(folder) and not any(name in changed for name in LENGTHS)
+    if finished:
+        logger.warning("%s: this run is finished; remove the folder to run it again", folder)
+    return EarlierRun(checkpoint, finished)
+
+
+def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any]) -> Path:
     """Trains what a resolved recipe says. Returns the run folder, which is a checkpoint as well.
 
-    config: the dataclass of the trainer's settings. A run folder that holds a whole checkpoint is continued
-    from it. Raises ConfigError, ManifestError, and what the trainer raises.
+    config: the dataclass of the trainer's settings. A folder with a whole checkpoint is continued from it; a
+    finished run is left as it is, and its model is not loaded. Raises ConfigError when the checkpoint belongs
+    to a run with other settings, RequestError when another command writes the folder, VideoR1Error when it
+    cannot be written, ManifestError, and what the trainer raises.
     """
+    if recipe.values().get("resume_from_checkpoint"):
+        raise ConfigError(
+            "resume_from_checkpoint: a run goes on from the last whole checkpoint in output_dir by itself; "
+            "to start another one from a checkpoint's weights, name it in model_name_or_path"
+        )
     args = config(**recipe.arguments_for(config))
-
-    def build() -> QuestionTrainer:
+    folder = Path(args.output_dir)
+    if decided_by_first(lambda: earlier_run(folder, resolved(recipe))).finished:
+        return folder
+    check_optimizer(str(recipe.values().get("optim", "")))  # before weights are loaded
+    check_writable(folder)
+    with claimed_by_first(folder):
         training, validation = manifests_of(recipe)
         model, processor = model_of(recipe)
-        return trainer(
+        run: Any = trainer(
             model,
             args=args,
             train_dataset=training,
@@ -70,59 +118,14 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., QuestionTrainer], config: 
             processing_class=processor,
             recipe=recipe,
         )
-
-    return run_in_folder(recipe, str(args.output_dir), build)
-
-
-def run_in_folder(recipe: Recipe, folder: str | Path, build: Callable[[], QuestionTrainer]) -> Path:
-    """Train what `build` returns in the run folder, and save model and processor there. Returns the folder.
-
-    A folder with a whole checkpoint is continued from it; a finished run is left as it is. Raises ConfigError
-    when the checkpoint belongs to a run with other settings, VideoR1Error when the folder cannot be written,
-    and what training raises.
-    """
-    folder = Path(folder)
-    if recipe.values().get("resume_from_checkpoint"):
-        raise ConfigError(
-            "resume_from_checkpoint: a run goes on from the last whole checkpoint in output_dir by itself; "
-            "to start another one from a checkpoint's weights, name it in model_name_or_path"
-        )
-    checkpoint = last_whole_checkpoint(folder)
-    if checkpoint is not None:
-        changed = changed_settings(recipe, folder)
-        refused = [
-            f"{name} ({old!r} → {new!r})" for name, (old, new) in changed.items() if name not in MAY_CHANGE
-        ]
-        if refused:
-            raise ConfigError(
-                f"output_dir {folder} holds a run with other settings: {', '.join(refused)}. Choose another "
-                "output_dir, or remove the folder to start again"
-            )
-        if is_finished(folder) and not any(name in changed for name in LENGTHS):
-            logger.warning("%s: this run is finished; remove the folder to run it again", folder)
-            return folder
-        logger.warning("%s: continuing from %s", folder, checkpoint.name)
-    check_optimizer(str(recipe.values().get("optim", "")))  # before weights are loaded
-    check_writable(folder)
-    trainer = build()
-    state = {} if checkpoint is None else read_state(checkpoint)
-    if checkpoint is not None and (state["global_step"] >= trainer.whole_steps() or stopped_early(state)):
-        # All steps are done; what is missing is the model of a run that was killed while it was saved.
-        best = None
-        if trainer.args.load_best_model_at_end:
-            best = best_checkpoint(folder, state["best_global_step"])
-        if trainer.is_world_process_zero():
-            publish_copy(checkpoint if best is None else best, folder)
-        return folder
-    if trainer.is_world_process_zero():
-        shutil.rmtree(folder / UNFINISHED, ignore_errors=True)  # what a killed run did not end to write
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    trainer.publish_model()
+        run.train()
+        if args.save_strategy == SaveStrategy.NO:
+            run.publish_model()
     return folder
 
 
-def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Settings of the recipe that differ from those in the folder's config.yaml: name to (there, here)."""
+def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Settings that differ from those in the folder's config.yaml: name to (there, here)."""
     try:
         there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -131,7 +134,6 @@ def changed_settings(recipe: Recipe, folder: Path) -> dict[str, tuple[Any, Any]]
         raise ConfigError(
             f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir"
         ) from error
-    here = plain(recipe.values())
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
 
 
@@ -172,3 +174,39 @@ def manifests_of(recipe: Recipe) -> tuple[list[Sample], list[Sample] | None]:
         for path in (data.train_manifest, data.eval_manifest)
     )
     return training or [], validation
+
+
+Questions = str | Path | Sequence[Sample] | datasets.Dataset
+
+
+def as_samples(questions: Questions | None) -> list[Sample]:
+    """Samples of a manifest's path, a data set or a list. Raises ManifestError with every problem."""
+    if questions is None:
+        return []
+    if isinstance(questions, (str, Path, datasets.Dataset)):
+        return load_manifest(questions)
+    return list(questions)
+
+
+def as_validation(
+    questions: Questions | dict[str, Questions] | None,
+) -> list[Sample] | dict[str, list[Sample]] | None:
+    """Held-out questions as samples, by name where there are several sets."""
+    if isinstance(questions, dict):
+        return {name: as_samples(part) for name, part in questions.items()}
+    return None if questions is None else as_samples(questions)
+
+
+def given_model(
+    model: str | Path | PreTrainedModel, processor: ProcessorMixin | None, peft_config: Any = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
+    if processor is None:
+        source = model if isinstance(model, (str, Path)) else model.config.name_or_path
+        if not source:
+            raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
+        processor = load_processor(source)
+    loaded = load_model(model) if isinstance(model, (str, Path)) else model
+    return (
+        loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
+    ), processor

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, response_text
@@ -24,10 +24,9 @@ from video_r1.errors import ConfigError, PromptError
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
-from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import SFTSettings
-from video_r1.training.runs import run_recipe
-from video_r1.training.trainer import Questions, QuestionTrainer
+from video_r1.training.runs import Questions, RunArguments, run_recipe
+from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import held_out
 
 Example = tuple[Prompt, Tensor]
@@ -35,13 +34,8 @@ Example = tuple[Prompt, Tensor]
 
 
 @dataclass
-class SFTConfig(SFTSettings, PromptSettings, TrainingArguments):
+class SFTConfig(SFTSettings, RunArguments):
     """All settings of an SFT run, every field of `TrainingArguments` among them. Raises ConfigError."""
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
 
 
 @dataclass(frozen=True, slots=True)

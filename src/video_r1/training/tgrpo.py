@@ -38,7 +38,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
@@ -55,7 +55,6 @@ from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine
-from video_r1.settings.shared import PromptSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.advantages import group_advantages
@@ -73,25 +72,20 @@ from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
 from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
-from video_r1.training.runs import run_recipe
-from video_r1.training.trainer import Questions, QuestionTrainer
+from video_r1.training.runs import Questions, RunArguments, run_recipe
+from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 
 @dataclass
-class TGRPOConfig(TGRPOSettings, VLLMSettings, PromptSettings, TrainingArguments):
+class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, and every field of
     `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
     """
-
-    def __post_init__(self) -> None:
-        if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        super().__post_init__()
 
 
 class TGRPOTrainer(QuestionTrainer):

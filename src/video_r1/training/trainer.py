@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import datasets
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -24,32 +24,49 @@ from transformers import (
     ProgressCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Reader
-from video_r1.data.records import Sample, load_manifest
+from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.files import follow_umask
 from video_r1.models.four_bits import record_four_bits
-from video_r1.models.loading import add_lora, load_model, load_processor, size_multiple
+from video_r1.models.loading import load_model, size_multiple
 from video_r1.packages import check_optimizer
-from video_r1.processes import naming_lost_processes, wait_for_everyone
-from video_r1.recipe import Recipe
+from video_r1.processes import (
+    claimed_by_first,
+    decided_by_first,
+    naming_lost_processes,
+    wait_for_everyone,
+)
+from video_r1.recipe import Recipe, resolved
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import (
     UNFINISHED,
     last_whole_checkpoint,
+    publish_copy,
     publish_files,
     publish_folder,
+    read_state,
     writing,
 )
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
 from video_r1.training.metrics import Meter, RunFolder, StepSeconds
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
+from video_r1.training.runs import (
+    Questions,
+    as_samples,
+    as_validation,
+    earlier_run,
+    given_model,
+    is_finished,
+)
 from video_r1.training.sharded import (
     check_training_state,
     keep_results_exact,
@@ -58,7 +75,9 @@ from video_r1.training.sharded import (
     whole_weights,
 )
 from video_r1.training.trackers import describe_run
-from video_r1.training.validation import BestCheckpoint
+from video_r1.training.validation import BestCheckpoint, best_checkpoint, stopped_early
+
+logger = logging.getLogger(__name__)
 
 
 class QuestionTrainer(Trainer, ABC):
@@ -102,7 +121,8 @@ class QuestionTrainer(Trainer, ABC):
         self.steps_read_ahead = 1
         self.logged_step = 0
         self.checkpoints_go_to = self.folder
-        run_folder = RunFolder(self.folder, cast(Settings, args) if recipe is None else recipe)
+        self.described_by: Recipe | Settings = args if recipe is None else recipe
+        run_folder = RunFolder(self.folder, self.described_by)
         super().__init__(
             model=trained,
             args=args,
@@ -241,7 +261,7 @@ class QuestionTrainer(Trainer, ABC):
         """
         name, state = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.state
         final, unfinished = self.folder / name, self.folder / UNFINISHED / name
-        with writing(name, self.folder, lambda: last_whole_checkpoint(self.folder)):
+        with writing(name, self.folder):
             if self.args.should_save:
                 shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
             wait_for_everyone()
@@ -273,12 +293,13 @@ class QuestionTrainer(Trainer, ABC):
         folder = Path(output_dir or self.folder)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
+        if self.args.should_save:
+            follow_umask(folder)
 
     def publish_model(self) -> None:
         """Saves model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
         unfinished = self.folder / UNFINISHED / "model"
-        whole = partial(last_whole_checkpoint, self.folder)
-        with naming_lost_processes(self.folder), writing("the model", self.folder, whole):
+        with naming_lost_processes(self.folder), writing("the model", self.folder):
             self.save_model(str(unfinished), _internal_call=True)
             if self.args.should_save:
                 publish_files(unfinished, self.folder)
@@ -312,55 +333,55 @@ class QuestionTrainer(Trainer, ABC):
         return True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; also raises VideoR1Error when media are missing as a whole, the loss
-        stays not finite, the run folder cannot be written or another process is lost.
+        """As in `transformers.Trainer`, and the run folder is a checkpoint afterwards (unless `save_strategy`
+        is "no").
+
+        Without `resume_from_checkpoint` a run in the folder is continued from its last whole checkpoint, as
+        on the command line; one whose steps are all done gives its model, without another step. Raises
+        ConfigError when it is a run with other settings, RequestError when another command writes the
+        folder, and VideoR1Error when media are missing as a whole, the loss stays not finite, the folder
+        cannot be written or another process is lost.
         """
+        with naming_lost_processes(self.folder), claimed_by_first(self.folder):
+            if not resume_from_checkpoint:
+                earlier = decided_by_first(lambda: earlier_run(self.folder, resolved(self.described_by)))
+                if earlier.checkpoint is not None:
+                    state = read_state(earlier.checkpoint)
+                    steps, done = state["global_step"], earlier.finished or stopped_early(state)
+                    if done or steps >= self.whole_steps():
+                        return self.take_up(earlier.checkpoint)
+                    logger.warning("%s: continuing from %s", self.folder, earlier.checkpoint.name)
+                    resume_from_checkpoint = str(earlier.checkpoint)
+            output = self.train_on(resume_from_checkpoint, *args, **kwargs)
+            if self.args.save_strategy != SaveStrategy.NO:
+                self.publish_model()
+            return output
+
+    def take_up(self, checkpoint: Path) -> TrainOutput:
+        """The state and the model of a run whose steps are done, from its last checkpoint or its best one.
+
+        The model is put into the run folder where it is missing: the run was killed while it was saved.
+        """
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if self.args.load_best_model_at_end:
+            checkpoint = best_checkpoint(self.folder, self.state.best_global_step) or checkpoint
+        if self.is_world_process_zero() and not is_finished(self.folder):
+            publish_copy(checkpoint, self.folder)
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            self._load_from_checkpoint(str(checkpoint))
+        return TrainOutput(self.state.global_step, math.nan, {})
+
+    def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's own `train`. A checkpoint that would run code is refused."""
+        if self.is_world_process_zero():
+            shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # by a run that was killed
         if self.is_deepspeed_enabled and resume_from_checkpoint:
             found = last_whole_checkpoint(self.folder) if resume_from_checkpoint is True else None
             check_training_state(found or Path(str(resume_from_checkpoint)))
         try:
-            with naming_lost_processes(self.folder):
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except OSError as error:
             raise VideoR1Error(
                 f"training stopped: {error}. When its cause is mended, start the same command again: it goes "
                 f"on from the last checkpoint in {self.folder}"
             ) from error
-        finally:
-            self.reader.close()
-
-
-Questions = str | Path | Sequence[Sample] | datasets.Dataset
-
-
-def as_samples(questions: Questions | None) -> list[Sample]:
-    """Samples of a manifest's path, a data set or a list. Raises ManifestError with every problem."""
-    if questions is None:
-        return []
-    if isinstance(questions, (str, Path, datasets.Dataset)):
-        return load_manifest(questions)
-    return list(questions)
-
-
-def as_validation(
-    questions: Questions | dict[str, Questions] | None,
-) -> list[Sample] | dict[str, list[Sample]] | None:
-    """Held-out questions as samples, by name where there are several sets."""
-    if isinstance(questions, dict):
-        return {name: as_samples(part) for name, part in questions.items()}
-    return None if questions is None else as_samples(questions)
-
-
-def given_model(
-    model: str | Path | PreTrainedModel, processor: ProcessorMixin | None, peft_config: Any = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
-    if processor is None:
-        source = model if isinstance(model, (str, Path)) else model.config.name_or_path
-        if not source:
-            raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
-        processor = load_processor(source)
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
-    return (
-        loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
-    ), processor

@@ -12,9 +12,7 @@ from typing import Any, TypeVar
 from transformers import (
     EarlyStoppingCallback,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
-    TrainingArguments,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -39,9 +37,7 @@ class BestCheckpoint(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.global_step == 0:
             return
         args.eval_on_start = False
