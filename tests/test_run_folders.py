@@ -109,7 +109,6 @@ def test_torchrun_says_a_typo_once() -> None:
     assert done.returncode == 1
     said = [line for line in done.stderr.splitlines() if "learning_rte" in line]
     assert len(said) == 1 and said[0].startswith("video-r1: learning_rte (option --learning_rte)")
-    assert len(done.stderr.splitlines()) <= 40, done.stderr
 
 
 def test_a_demo_replaces_only_its_own_folders(tmp_path: Path) -> None:
