@@ -129,7 +129,9 @@ def sample(problem_id: int | str, **extra: object) -> Sample:
 
 def call(function, samples: list[Sample], completions: list[str]) -> torch.Tensor:
     ids = [[len(text)] for text in completions]
-    return call_reward_function(function, "mine", ["p"] * len(samples), completions, ids, samples)
+    return call_reward_function(
+        function, "mine", samples, prompts=["p"] * len(samples), completions=completions, completion_ids=ids
+    )
 
 
 def test_a_users_reward_function_gets_every_column() -> None:

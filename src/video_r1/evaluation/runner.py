@@ -12,7 +12,7 @@ asked again, in whatever batch, is asked as it was before.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -108,7 +108,13 @@ def evaluate(
         "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
         "model": settings.model,
     }
-    _claim_folder(folder, made_with)
+    path = folder / "evaluation.json"
+    if path.is_file() and (changed := differences(json.loads(path.read_text(encoding="utf-8")), made_with)):
+        raise RequestError(  # its predictions would be mixed with these
+            f"{folder} holds an evaluation with other settings ({', '.join(changed)}); "
+            "choose another output folder, or delete this one"
+        )
+    replace_json(path, made_with)
     run = _Run(samples, engine, prompt_builder, settings, folder)
     (folder / "quarantine.jsonl").unlink(missing_ok=True)
     with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
@@ -229,20 +235,6 @@ def _record(sample: Sample, prompt: Prompt, rollout: Rollout, frames: int) -> di
         "data_source": sample.data_source,
         "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
     }
-
-
-def _claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses to add to the predictions of another evaluation, whose figures would be mixed with these."""
-    path = folder / "evaluation.json"
-    if path.is_file():
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), settings)
-        if changed:
-            raise RequestError(
-                f"{folder} holds an evaluation with other settings ({', '.join(changed)}); "
-                "choose another output folder, or delete this one"
-            )
-    else:
-        replace_json(path, settings)
 
 
 def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:

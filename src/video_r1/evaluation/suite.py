@@ -19,7 +19,7 @@ from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.gap_figure import gap_page
 from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.runner import evaluate
-from video_r1.evaluation.summary import summary_table
+from video_r1.evaluation.summary import cell, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
@@ -136,33 +136,25 @@ def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each benchmark, frame count and mean: headline figures in percent."""
     rows: list[tuple[str, ...]] = []
+    percent = partial(cell, scale=100, digits=1)
     for result in results.values():
         by_tasks = result["headline"] == "tasks"
         part = "" if result["complete"] else " (part)"
         for frames, figures in result["frames"].items():
             ordered, shuffled = figures.get("ordered"), figures.get("shuffled")
             if by_tasks:
-                means = [
-                    _percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)
-                ]
+                means = [percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)]
                 title = f"{result['title']}, mean over task types{part}"
                 rows.append((title, frames, means[0], "", "", means[1], ""))
             rows.append(
                 (
                     result["title"] + (", mean over questions" if by_tasks else "") + part,
                     frames,
-                    _percent(ordered, "accuracy"),
+                    percent(ordered, "accuracy"),
                     f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
                     f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
-                    _percent(shuffled, "accuracy"),
-                    _percent(figures.get("temporal_gap"), "gap"),
+                    percent(shuffled, "accuracy"),
+                    percent(figures.get("temporal_gap"), "gap"),
                 )
             )
     return table(("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap"), rows)
-
-
-def _percent(figure: Any, name: str) -> str:
-    if not figure:
-        return "-"
-    low, high = figure["interval95"]
-    return f"{100 * figure[name]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

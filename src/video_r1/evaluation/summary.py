@@ -103,15 +103,16 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
     questions = max((figures[order]["questions"] for order in ORDERS if order in figures), default=0)
-    ordered, shuffled = (_cell(figures.get(order), "accuracy") for order in ORDERS)
-    return name, str(questions), ordered, shuffled, _cell(figures.get("temporal_gap"), "gap")
+    ordered, shuffled = (cell(figures.get(order), "accuracy") for order in ORDERS)
+    return name, str(questions), ordered, shuffled, cell(figures.get("temporal_gap"), "gap")
 
 
-def _cell(figure: Mapping[str, Any] | None, name: str) -> str:
+def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: int = 3) -> str:
+    """A figure, multiplied by `scale`, and its interval; "-" for none."""
     if figure is None:
         return "-"
-    low, high = figure["interval95"]
-    return f"{figure[name]:.3f} [{low:.3f}, {high:.3f}]"
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (figure[name], *figure["interval95"]))
+    return f"{mean} [{low}, {high}]"
 
 
 def _order_line(order: str, figure: Mapping[str, Any]) -> str:
@@ -120,5 +121,5 @@ def _order_line(order: str, figure: Mapping[str, Any]) -> str:
         f"{order}: strict accuracy {figure['strict_accuracy']:.3f}, "
         f"in the answer format {figure['format_rate']:.3f}, "
         f"unparsable {figure['unparsable_rate']:.3f}, cut off {figure['truncated_rate']:.3f}"
-        + (f", mean over task types {_cell(headline, 'accuracy')}" if headline else "")
+        + (f", mean over task types {cell(headline, 'accuracy')}" if headline else "")
     )

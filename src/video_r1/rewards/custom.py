@@ -27,27 +27,17 @@ def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def call_reward_function(
-    function: RewardFunction,
-    name: str,
-    prompts: Sequence[str],
-    completions: Sequence[str],
-    completion_ids: Sequence[Sequence[int]],
-    samples: Sequence[Sample],
+    function: RewardFunction, name: str, samples: Sequence[Sample], **columns: list[Any]
 ) -> Tensor:
     """Rewards of N completions by a user's function, checked.
 
     function: called once as `function(prompts=…, completions=…, completion_ids=…, **columns)`, every argument
     a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply.
-    samples: the sample of each completion (length N).
+    samples: the sample of each completion (length N). columns: prompts, completions and completion_ids.
     Returns [N] float32, nan where the function gave None. Raises RewardError, which names the function and
     the sample, when it raises, returns another number of rewards, or a reward that is no finite number.
     """
-    arguments: dict[str, list[Any]] = {
-        **reward_columns(samples),
-        "prompts": list(prompts),
-        "completions": list(completions),
-        "completion_ids": [list(ids) for ids in completion_ids],
-    }
+    arguments = reward_columns(samples) | columns
     for column, values in arguments.items():
         if len(values) != len(samples):
             raise ValueError(f"{len(samples)} samples but {len(values)} {column}")

@@ -107,10 +107,10 @@ def score_groups(
         rewards = call_reward_function(
             function,
             name,
+            [sample for sample, _ in rollouts],
             prompts=[texts[id(sample)] for sample, _ in rollouts],
             completions=[rollout.text for _, rollout in rollouts],
             completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
-            samples=[sample for sample, _ in rollouts],
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
             group.rewards[name] = values
