@@ -14,7 +14,7 @@ from video_r1 import progress as progress_module
 from video_r1.data.check import check_media, count_samples, format_counts, run_check
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ManifestError
-from video_r1.progress import progress
+from video_r1.progress import Progress
 
 
 def row(problem_id: int, path: str, problem_type: str = "free-form", source: str = "lab/a", **more) -> dict:
@@ -164,7 +164,7 @@ def clock(monkeypatch):
 
 def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
     stream = io.StringIO()
-    for _ in progress(range(100), "reading", "files", stream=stream):
+    for _ in Progress(range(100), "reading", "files", stream=stream):
         clock[0] += 1.0
     lines = stream.getvalue().splitlines()
     assert len(lines) == 10 + 1
@@ -174,7 +174,7 @@ def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
 
 def test_slow_work_shows_seconds_a_unit_and_its_figures(clock):
     stream = io.StringIO()
-    with progress(3, "training", "steps", stream=stream) as bar:
+    with Progress(3, "training", "steps", stream=stream) as bar:
         clock[0] += 4000
         bar.update(loss=0.25, seen=3)
     assert stream.getvalue().splitlines()[0] == (
@@ -184,7 +184,7 @@ def test_slow_work_shows_seconds_a_unit_and_its_figures(clock):
 
 def test_work_that_breaks_off_says_how_far_it_came(clock):
     stream = io.StringIO()
-    with pytest.raises(KeyError), progress(5, "asking", "questions", stream=stream) as bar:
+    with pytest.raises(KeyError), Progress(5, "asking", "questions", stream=stream) as bar:
         bar.update(2)
         clock[0] += 4
         raise KeyError
@@ -193,14 +193,14 @@ def test_work_that_breaks_off_says_how_far_it_came(clock):
 
 def test_a_generator_without_length_has_no_total(clock):
     stream = io.StringIO()
-    assert list(progress((n for n in range(3)), "reading", "rows", stream=stream)) == [0, 1, 2]
+    assert list(Progress((n for n in range(3)), "reading", "rows", stream=stream)) == [0, 1, 2]
     assert stream.getvalue().startswith("reading: 3 rows, ")
     assert "3/" not in stream.getvalue()
 
 
 def test_a_terminal_gets_a_bar():
     stream = Terminal()
-    with progress(4, "reading", "files", stream=stream) as bar:
+    with Progress(4, "reading", "files", stream=stream) as bar:
         bar.update(4, bad=1)
     shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", stream.getvalue())
     assert "reading: 100%" in shown and "4/4 files" in shown and "bad 1" in shown
@@ -209,4 +209,4 @@ def test_a_terminal_gets_a_bar():
 
 def test_a_count_cannot_be_iterated():
     with pytest.raises(TypeError, match="update"):
-        list(progress(3, "x", stream=io.StringIO()))
+        list(Progress(3, "x", stream=io.StringIO()))

@@ -15,20 +15,31 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(AbstractContextManager, Generic[T]):
-    """What `progress` returns. Iterate over it, or call `update` yourself inside a `with` block."""
+    """Shows how far long work has come, with its rate and the time left.
+
+    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
+    one at the end. It writes to standard error unless `stream` is given.
+
+        for sample in Progress(samples, "decoding", "clips"): ...
+
+        with Progress(1200, "training", "steps") as bar:
+            bar.update(loss=0.31)
+
+    items: what to iterate over, or the number of units when the caller counts with `update`.
+    """
 
     def __init__(
-        self, items: Iterable[T] | None, total: int | None, description: str, unit: str, stream: TextIO
+        self, items: Iterable[T] | int, description: str, unit: str = "items", stream: TextIO | None = None
     ) -> None:
-        self.items, self.total, self.description, self.unit = items, total, description, unit
-        self.done = 0
-        self._stream = stream
+        self.items, self.description, self.unit, self.done = items, description, unit, 0
+        self.total = items if isinstance(items, int) else len(items) if isinstance(items, Sized) else None
+        self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._closed = False
-        self._bar = _terminal_bar(stream) if stream.isatty() else None
+        self._bar = _terminal_bar(self._stream) if self._stream.isatty() else None
         if self._bar is not None:
-            self._task = self._bar.add_task(f"{description}:", total=total, line=self._line())
+            self._task = self._bar.add_task(f"{description}:", total=self.total, line=self._line())
 
     def update(self, count: int = 1, **figures: Any) -> None:
         """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
@@ -65,7 +76,7 @@ class Progress(AbstractContextManager, Generic[T]):
         return f"{self.done}{of_total} {self.unit}, {speed}, {when}{note}"
 
     def __iter__(self) -> Iterator[T]:
-        if self.items is None:
+        if isinstance(self.items, int):
             raise TypeError("a count has no items to iterate over: call update() instead")
         with self:
             for item in self.items:
@@ -76,34 +87,13 @@ class Progress(AbstractContextManager, Generic[T]):
         self.close()
 
 
-def progress(
-    items: Iterable[T] | int, description: str, unit: str = "items", stream: TextIO | None = None
-) -> Progress[T]:
-    """Shows how far long work has come, with its rate and the time left.
-
-    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
-    one at the end. It writes to standard error unless `stream` is given.
-
-        for sample in progress(samples, "decoding", "clips"): ...
-
-        with progress(1200, "training", "steps") as bar:
-            bar.update(loss=0.31)
-
-    Args:
-        items: what to iterate over, or the number of units when the caller counts with `update`.
-    """
-    if isinstance(items, int):
-        return Progress(None, items, description, unit, stream or sys.stderr)
-    total = len(items) if isinstance(items, Sized) else None
-    return Progress(items, total, description, unit, stream or sys.stderr)
-
-
 def _terminal_bar(stream: TextIO) -> Any:
     """rich's display of a task, with a field `line`; it has been started."""
+    from rich import progress
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 
-    bar = Progress(
+    bar = progress.Progress(
         TextColumn("{task.description}", markup=False),
         TaskProgressColumn(),
         BarColumn(),

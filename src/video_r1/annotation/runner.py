@@ -26,7 +26,7 @@ from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
 from video_r1.data.records import FIELDS, Sample, media_root_of
 from video_r1.errors import RequestError
-from video_r1.progress import progress
+from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.tables import table
@@ -87,7 +87,7 @@ def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, settings:
     if count < len(samples):
         print(f"{len(samples) - count} of {len(samples)} questions are answered already", file=sys.stderr)
     answered = kept = failed = 0
-    with closing(teacher.answers(questions)) as answers, progress(count, "annotating", "questions") as bar:
+    with closing(teacher.answers(questions)) as answers, Progress(count, "annotating", "questions") as bar:
         for finished in answers:
             journal.append(entry(one) for one in finished)
             for one in finished:

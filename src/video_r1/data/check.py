@@ -14,7 +14,7 @@ import torch
 from video_r1.data.decoders import read_media
 from video_r1.data.records import Problem, Sample, check_manifest
 from video_r1.errors import MediaError
-from video_r1.progress import progress
+from video_r1.progress import Progress
 from video_r1.settings.frames import FrameBudget
 from video_r1.tables import table
 
@@ -86,7 +86,7 @@ def check_media(
     # each worker does its own resizing alone, so that workers and not their threads fill the cores
     with (
         ThreadPool(workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool,
-        progress(len(users), "checking media", "files") as bar,
+        Progress(len(users), "checking media", "files") as bar,
     ):
         for places, seconds, reason in pool.imap_unordered(read, users.values()):
             video_seconds += seconds

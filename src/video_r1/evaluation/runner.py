@@ -29,7 +29,7 @@ from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, read_predictions
 from video_r1.evaluation.summary import summarise
 from video_r1.files import differences, digest, replace_json
-from video_r1.progress import progress
+from video_r1.progress import Progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
@@ -165,7 +165,7 @@ class _Run:
         samples, frames, size = self.samples, self.settings.frame_counts, self.settings.batch_size
         done = {count: self.answered(count).keys() for count in frames}
         pending = []
-        with progress(len(samples) * len(frames), "evaluating", "questions") as bar:
+        with Progress(len(samples) * len(frames), "evaluating", "questions") as bar:
             for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
                 keys = set(self.keys(chosen))
                 counts = tuple(count for count in frames if not keys <= done[count])

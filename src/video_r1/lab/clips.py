@@ -23,7 +23,7 @@ from video_r1.errors import RequestError
 from video_r1.files import replace_json
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, LETTERS, VIDEO_FAMILIES, lettered
 from video_r1.lab.scenes import FPS, SECONDS, Cue, render
-from video_r1.progress import progress
+from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings
 
 SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train and test never share one
@@ -51,7 +51,7 @@ def write_lab(settings: LabSettings) -> None:
     rows: list[dict[str, Any]] = []
     with (
         ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool,
-        progress(len(jobs), "lab", "samples") as bar,
+        Progress(len(jobs), "lab", "samples") as bar,
     ):
         for row in pool.map(partial(_write_sample, settings), jobs, chunksize=CHUNK):
             rows.append(row)

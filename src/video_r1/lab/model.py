@@ -29,33 +29,14 @@ SPECIAL_TOKENS = (
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
 
-# Qwen's chat format without a default system message.
-CHAT_TEMPLATE = """{%- for message in messages -%}
-<|im_start|>{{ message['role'] }}
-{% if message['content'] is string -%}
-{{ message['content'] }}
-{%- else -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}
-<|vision_start|><|image_pad|><|vision_end|>
-{%- elif part['type'] == 'video' -%}
-<|vision_start|><|video_pad|><|vision_end|>
-{%- else -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{%- endif -%}
-<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif -%}
-"""
-
 
 def base_folder() -> Path:
     """The pretrained base that ships with the package."""
     return Path(str(resources.files("video_r1.lab") / "base"))
+
+
+# Qwen's chat format without a default system message.
+CHAT_TEMPLATE = (base_folder() / "chat_template.jinja").read_text("utf-8")
 
 
 def build_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Tokenizer
 
+from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
 from video_r1.lab.questions import LETTERS, any_question, lettered
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
@@ -39,14 +41,11 @@ class Row:
     input_ids: Tensor  # [L]
     labels: Tensor  # [L]
     pixels: Tensor
-    grid: tuple[int, int, int]
     is_image: bool
 
 
 def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
     """Text of the lab to train the tokenizer on: questions, options, chains, instructions and hints."""
-    from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
-
     rng = np.random.default_rng(seed)
     yield from 50 * (INSTRUCTION, *ANSWER_HINTS.values())
     for _ in range(rows):
@@ -98,11 +97,9 @@ class Conversations(IterableDataset):
     """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
 
     def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-        self.tokenizer, self.seed = tokenizer, seed
+        self.vocabulary, self.seed = tokenizer.get_vocab(), seed
+        self._encode = partial(tokenizer.encode, add_special_tokens=False)
         self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
-
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
     def _request(self, rng: np.random.Generator) -> str:
         """Words that surround a turn: any words, or a question of the lab, with or without options."""
@@ -147,8 +144,7 @@ class Conversations(IterableDataset):
             ids += asked + said + end
             labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
             visual = ""  # stands in the first turn alone
-        grid = (steps, SIDE // 14, SIDE // 14)
-        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames), grid, is_image)
+        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames), is_image)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
@@ -160,8 +156,8 @@ class Conversations(IterableDataset):
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
         # no attention mask: padding stands on the right, where no token of a row looks
-        vocabulary = self.tokenizer.get_vocab()
-        pad, image, video = (vocabulary[f"<|{name}|>"] for name in ("endoftext", "image_pad", "video_pad"))
+        names = ("endoftext", "image_pad", "video_pad")
+        pad, image, video = (self.vocabulary[f"<|{name}|>"] for name in names)
         ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
         labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE)
         types = ids.eq(image).int() + 2 * ids.eq(video).int()
@@ -170,7 +166,9 @@ class Conversations(IterableDataset):
         for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
             if picked:
                 batch[f"pixel_values{suffix}"] = torch.cat([row.pixels for row in picked])
-                batch[f"{kind}_grid_thw"] = torch.tensor([row.grid for row in picked])
+                side = SIDE // 14
+                grids = [(len(row.pixels) // side**2, side, side) for row in picked]
+                batch[f"{kind}_grid_thw"] = torch.tensor(grids)
         if videos:
             batch["second_per_grid_ts"] = torch.ones(len(videos))
         return batch

@@ -115,8 +115,7 @@ def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, S
     logged: dict[str, dict[int, float]] = {}
     seconds: float | None = None
     for _, _, record in json_lines(path, notes):
-        step = record.get("step")
-        if not is_number(step) or not math.isfinite(step):
+        if (step := finite(record.get("step"))) is None:
             continue
         seconds = finite(record.get("time"), seconds)
         for name, value in record.items():

@@ -41,16 +41,10 @@ class PromptSettings(Settings):
 
     def frame_budget(self, size_multiple: int) -> FrameBudget:
         """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
-        return FrameBudget(
-            fps=self.fps,
-            min_frames=self.min_frames,
-            max_frames=self.max_frames,
-            frame_pixels=self.frame_pixels,
-            image_pixels=self.image_pixels,
-            size_multiple=size_multiple,
-            seconds=self.media_seconds,
-            memory=self.media_memory_mb << 20,
-        )
+        names = ("fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
+        budget = {name: getattr(self, name) for name in names}
+        limits = {"seconds": self.media_seconds, "memory": self.media_memory_mb << 20}
+        return FrameBudget(**budget, **limits, size_multiple=size_multiple)
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from transformers.integrations.integration_utils import (
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import append_line
 from video_r1.processes import gather
-from video_r1.progress import Progress, progress
+from video_r1.progress import Progress
 from video_r1.training.metrics import keep_until
 
 logger = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class StepProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = progress(state.max_steps - state.global_step, self.description, "steps")
+            self.bar = Progress(state.max_steps - state.global_step, self.description, "steps")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
         found = {
