@@ -27,17 +27,9 @@ from video_r1.recipe import Recipe, find_recipe, load_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
 from video_r1.tables import show
 
-# Not the program's fault: a full disk, a folder without permission, a file in a folder's place.
-NOT_WRITTEN = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)
+# Not the program's fault: a folder without permission, a file in a folder's place, a full or read-only disk.
+NOT_ALLOWED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SECONDS_TO_BE_ENDED = 20.0
 
 
@@ -57,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.errno not in NOT_WRITTEN:
+        if not isinstance(error, NOT_ALLOWED) and error.errno not in NOT_WRITTEN:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
         return failed(f"{where}{error.strerror}; mend that, then start the same command again", 1)
