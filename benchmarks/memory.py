@@ -143,7 +143,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             config = build_model(size, torch.device("meta"), torch.float32).config
         recipe = recipe_of(arguments, lora, checkpointing)
         plan = memory_plan(config, recipe, text_tokens=size.text + 2, device_type="cpu")
-        cases[name] = {"weights": plan.parameters, "prompt": plan.prompt_tokens, **compared(plan, found)}
+        cases[name] = {"weights": plan.traced.parameters, "prompt": plan.row.prompt, **compared(plan, found)}
     phases = [line for case in cases.values() for line in case["phases"].values()]
     worst = max(phases, key=lambda line: abs(line["difference"]))
     return {

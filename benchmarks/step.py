@@ -80,7 +80,7 @@ class Step:
 
     def questions(self) -> list[Question]:
         return [
-            build_question(sample, decode_media(sample, self.budget, 1), self.builder, self.generator, True)
+            build_question(sample, decode_media(sample, self.budget), self.builder, self.generator, True)
             for sample in self.samples
         ]
 

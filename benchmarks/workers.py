@@ -41,7 +41,7 @@ def timed(read: Read, sample: Sample, budget: FrameBudget, reads: int) -> float:
     """Seconds of one read."""
     start = time.perf_counter()
     for _ in range(reads):
-        read(sample, budget, 1)
+        read(sample, budget)
     return (time.perf_counter() - start) / reads
 
 
@@ -53,7 +53,7 @@ def run(rounds: int) -> dict[str, object]:
         for name, (height, width, frames, budget, reads) in CLIPS.items():
             path = write_clip(Path(folder) / f"{name}.mp4", height, width, frames, seed=0)
             sample = Sample(0, "?", "video", "free-form", "<answer>x</answer>", str(path))
-            there, here = read_media(sample, budget, 1), decode_media(sample, budget, 1)
+            there, here = read_media(sample, budget), decode_media(sample, budget)
             equal &= torch.equal(there.frames, here.frames) and torch.equal(there.timestamps, here.timestamps)
             equal &= there.duration == here.duration
             times = in_turns(

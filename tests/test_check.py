@@ -57,7 +57,7 @@ ROWS = [
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media, monkeypatch, workers):
-    from video_r1.data import check
+    from video_r1.data import decoders
 
     opened = []
 
@@ -65,8 +65,8 @@ def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media
         opened.append((Path(sample.path).name, sample.start))
         return original(sample, *arguments, **named)
 
-    original = check.read_media
-    monkeypatch.setattr(check, "read_media", noted)
+    original = decoders.read_media
+    monkeypatch.setattr(decoders, "read_media", noted)
     result = check_media(load_manifest(manifest(media, ROWS, "m.json")), SMALL, workers)
     names = ["good.mp4", "good.mp4", "good.png", "missing.mp4", "other.mp4", "still.mp4", "text.mp4"]
     assert sorted(name for name, _ in opened) == names

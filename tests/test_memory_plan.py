@@ -134,7 +134,7 @@ def test_every_family_has_a_plan(family: str, stage: str) -> None:
     if stage == "sft":
         recipe = load_recipe("sft", None, {**OF_ANY_STAGE, "max_response_length": 64})
     plan = planned(model, recipe)
-    assert plan.parameters == sum(weight.numel() for weight in model.parameters())
+    assert plan.traced.parameters == sum(weight.numel() for weight in model.parameters())
     assert plan.parts["weights"] == tensor_bytes([*model.parameters(), *model.buffers()])
     assert set(plan.phases) == {"update", "optimizer step", *(["rollout"] if stage == "rl" else [])}
     assert plan.peak > plan.parts["weights"] + plan.parts["optimizer"] + plan.parts["activations"]
@@ -159,7 +159,7 @@ def test_the_plan_agrees_with_a_measured_rollout() -> None:
 def test_room_for_completions_is_doubled_when_it_is_used_up(completion: int, room: int) -> None:
     """A token has 4 layers × 2 (key, value) × 2 heads × 32 × 4 bytes; 2 prompts of 104, 12 completions."""
     plan = planned(model_of(128, 4, 2048), recipe_of(max_completion_length=completion))
-    assert plan.prompt_tokens == 104
+    assert plan.row.prompt == 104
     assert plan.parts["KV cache"] == 2048 * (2 * 104 + 12 * room)
 
 
@@ -218,7 +218,7 @@ def test_the_plan_agrees_with_a_measured_update(
     adapters = frozen_adapters(policy, torch.device("cpu")) if lora else {}
     policy.train()
     prompt = question()
-    assert len(prompt.input_ids) == plan.prompt_tokens
+    assert len(prompt.input_ids) == plan.row.prompt
 
     def update() -> None:
         result = group_logprobs(policy, [prompt], COMPLETIONS, with_entropy=True)
@@ -256,7 +256,7 @@ def test_the_plan_agrees_with_a_measured_update_of_sft() -> None:
     settings = {"max_response_length": 64, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
     plan = planned(model, load_recipe("sft", None, {**OF_ANY_STAGE, **settings}))
     prompts, responses = [question(), question()], [[COMPLETIONS[0][0].repeat(2)[:64]]] * 2
-    assert len(responses[0][0]) == 64 and plan.row_tokens == 2 * (plan.prompt_tokens + 63)
+    assert len(responses[0][0]) == 64 and plan.row.tokens == 2 * (plan.row.prompt + 63)
 
     def update() -> None:
         result = group_logprobs(model.train(), prompts, responses, with_likeliest=True)

@@ -62,7 +62,7 @@ def test_each_frame_count_is_a_batch_of_its_own_from_one_decoding(
         read = reader.batches([Batch(questions[:2], (2, 6)), Batch(questions[2:], (2, 6))], lambda s, m: m)
         frames = [[len(media.frames) for media in medias if isinstance(media, Media)] for medias in read]
     assert frames == [[2, 2], [6, 6]] * 2
-    assert decoded == [[2, 6]]  # the second batch is about the clip of the first one
+    assert decoded == [(2, 6)]  # the second batch is about the clip of the first one
 
 
 @pytest.mark.parametrize("ahead", [1, 3])

@@ -91,8 +91,8 @@ def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     sharded = gpus > 1  # FSDP2
     sharding = Sharding("FSDP2", gpus, sharded, sharded, sharded)
     plan = memory_plan(config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding)
-    adapters = plan.trainable if name.endswith("-lora") else 0
-    assert (plan.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
+    adapters = plan.traced.trainable if name.endswith("-lora") else 0
+    assert (plan.traced.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.fits, f"{plan.peak / GB:.1f} GB: {plan.phases}, {plan.parts}"
 
 

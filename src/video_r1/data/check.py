@@ -6,14 +6,10 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
-import torch
-
-from video_r1.data.decoders import read_media
+from video_r1.data.reading import Batch, Reader
 from video_r1.data.records import Problem, Sample, check_manifest
-from video_r1.errors import MediaError
 from video_r1.progress import Progress
 from video_r1.settings.frames import FrameBudget
 from video_r1.tables import table
@@ -23,17 +19,11 @@ _SOURCES_SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Questions by problem type, modality and source; each key is (name, modality)."""
+    """Questions by problem type and by source, whose keys are (name, modality), and by modality."""
 
     by_type: Counter[tuple[str, str]]
     by_source: Counter[tuple[str, str]]
-
-    @property
-    def by_modality(self) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for (_, modality), count in self.by_type.items():
-            total[modality] += count
-        return total
+    by_modality: Counter[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +41,7 @@ def count_samples(samples: Sequence[Sample]) -> Counts:
     return Counts(
         Counter((sample.problem_type, sample.data_type) for sample in samples),
         Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples),
+        Counter(sample.data_type for sample in samples),
     )
 
 
@@ -62,36 +53,30 @@ def check_media(
 ) -> MediaCheck:
     """Decodes the frames of every sample, in parallel, exactly as training would; each file or window once.
 
-    Threads, not processes: FFmpeg and the resizing run without Python's lock.
-
     Args:
         budget: the frames to decode and their size. Default: the training budget.
         workers: files open at a time. Default: one per core.
         rows: the row number of each sample, for the problems. Default: its place in `samples`, from 1.
     """
-    budget = budget or FrameBudget()
     numbers = rows if rows is not None else range(1, len(samples) + 1)
     users: dict[tuple[str, str, float | None, float | None], list[int]] = {}
     for place, sample in enumerate(samples):
         users.setdefault((sample.path, sample.data_type, sample.start, sample.end), []).append(place)
 
-    def read(places: list[int]) -> tuple[list[int], float, str | None]:
-        try:
-            return places, read_media(samples[places[0]], budget, decoder_threads=1).duration, None
-        except MediaError as error:
-            return places, 0.0, str(error)
-
     failed: dict[int, str] = {}
     video_seconds = 0.0
-    # each worker does its own resizing alone, so that workers and not their threads fill the cores
+    workers = workers or os.cpu_count() or 1
     with (
-        ThreadPool(workers or os.cpu_count(), torch.set_num_threads, (1,)) as pool,
+        Reader(budget or FrameBudget(), threads=workers) as reader,
         Progress(len(users), "checking media", "files") as bar,
     ):
-        for places, seconds, reason in pool.imap_unordered(read, users.values()):
-            video_seconds += seconds
-            if reason is not None:
-                failed.update(dict.fromkeys(places, reason))
+        batches = (Batch([samples[places[0]]]) for places in users.values())
+        durations = reader.batches(batches, lambda _, media: media.duration, 2 * workers)
+        for places, (found,) in zip(users.values(), durations, strict=True):
+            if isinstance(found, float):
+                video_seconds += found
+            else:
+                failed.update(dict.fromkeys(places, str(found)))
             bar.update(bad=len(failed)) if failed else bar.update()
     problems = [Problem(numbers[place], samples[place].problem_id, failed[place]) for place in sorted(failed)]
     usable = [sample for place, sample in enumerate(samples) if place not in failed]

@@ -102,7 +102,6 @@ def decode_clip(
     finish: Callable[[Tensor], Tensor],
     start: float | None = None,
     end: float | None = None,
-    threads: int = 0,
 ) -> Clip:
     """Decodes the chosen frames of a clip.
 
@@ -111,13 +110,12 @@ def decode_clip(
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
         finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
         start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.
-        threads: threads that decode; 0: one per core.
 
     Raises:
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
         av.error.FFmpegError: FFmpeg's own error where no better reason is known.
     """
-    with open_video(path, threads) as (container, stream):
+    with open_video(path) as (container, stream):
         packets = _list_packets(container, stream)
         if packets.shown:
             times = packets.times()
@@ -132,7 +130,7 @@ def decode_clip(
                 pass
             else:
                 return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
-    return _decode_from_beginning(path, choose, finish, start, end, threads, packets)
+    return _decode_from_beginning(path, choose, finish, start, end, packets)
 
 
 def _list_packets(container: Any, stream: Any) -> _Packets:
@@ -281,13 +279,12 @@ def _decode_from_beginning(
     finish: Callable[[Tensor], Tensor],
     start: float | None,
     end: float | None,
-    threads: int,
     packets: _Packets,
 ) -> Clip:
     """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
     pts: list[int | None] = []
     try:
-        with open_video(path, threads) as (container, stream):
+        with open_video(path) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
             for frame in container.decode(stream):
@@ -307,7 +304,7 @@ def _decode_from_beginning(
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)
     reformatter = VideoReformatter()
-    with open_video(path, threads) as (container, stream):
+    with open_video(path) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 if frame.is_corrupt:

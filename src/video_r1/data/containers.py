@@ -15,6 +15,7 @@ from av.stream import Discard, Disposition
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
 MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
 URL_SECONDS = 30
+DECODER_THREADS = 0  # of one clip of large pictures; 0: one per core
 # Containers of recorded video. Play lists, which name other files, are not among them.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
 _THREADS_FROM_PIXELS = 480 * 270  # below this a picture decodes faster than threads hand it over
@@ -27,8 +28,8 @@ def is_url(path: str) -> bool:
 
 
 @contextmanager
-def open_video(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its video stream, set up to decode with `threads` threads (0: one per core).
+def open_video(path: str) -> Iterator[tuple[Any, Any]]:
+    """PyAV's container and its video stream, set up to decode.
 
     Raises ValueError, with the reason in words, for a file that holds no video or not all of it.
     """
@@ -77,7 +78,7 @@ def open_video(path: str, threads: int) -> Iterator[tuple[Any, Any]]:
         if context.width * context.height < _THREADS_FROM_PIXELS:
             context.thread_count = 1
         else:
-            context.thread_type, context.thread_count = "AUTO", threads
+            context.thread_type, context.thread_count = "AUTO", DECODER_THREADS
         context.options = {"max_pixels": str(MAX_PIXELS)}
         yield container, stream
 

@@ -134,7 +134,7 @@ def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None
     question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
     sample = Sample(**question, **request["sample"])
     try:
-        media = decode_media(sample, FrameBudget(**request["budget"]), request["threads"])
+        media = decode_media(sample, FrameBudget(**request["budget"]))
     except MediaError as error:
         send(channel, {"reason": error.reason, "last": last})
         return

@@ -53,13 +53,13 @@ class Decoders:
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
-    def read(self, sample: Sample, budget: FrameBudget, threads: int) -> Media:
+    def read(self, sample: Sample, budget: FrameBudget) -> Media:
         """`read_media` with these workers."""
         ended = ""
         for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
             worker = self._take()
             try:
-                answer, last = _exchange(worker.channel, sample, budget, threads)
+                answer, last = _exchange(worker.channel, sample, budget)
             except TimeoutError:
                 self._stop(worker)
                 raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
@@ -153,14 +153,12 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _exchange(
-    channel: socket.socket, sample: Sample, budget: FrameBudget, threads: int
-) -> tuple[Media | str, bool]:
+def _exchange(channel: socket.socket, sample: Sample, budget: FrameBudget) -> tuple[Media | str, bool]:
     """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`."""
     deadline = time.monotonic() + budget.seconds
     channel.settimeout(budget.seconds)
     place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    send(channel, {"sample": place, "budget": asdict(budget), "threads": threads})
+    send(channel, {"sample": place, "budget": asdict(budget)})
     reply = receive(channel, deadline)
     if "reason" in reply:
         return reply["reason"], reply["last"]
@@ -184,24 +182,20 @@ os.register_at_fork(after_in_child=_forget_parents_decoders)
 atexit.register(lambda: _decoders.close())
 
 
-def read_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
+def read_media(sample: Sample, budget: FrameBudget) -> Media:
     """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
 
     It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
     may be made from many threads at once.
 
-    Args:
-        decoder_threads: threads to decode one large clip with; 0: one per core. Clips of small pictures take
-            one in any case. Give 1 where many clips are decoded at once.
-
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
-        file.
+            file.
         VideoR1Error: no worker can be started.
     """
     if budget.seconds == 0:
-        return decode_media(sample, budget, decoder_threads)
-    return _decoders.read(sample, budget, decoder_threads)
+        return decode_media(sample, budget)
+    return _decoders.read(sample, budget)
 
 
 def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:

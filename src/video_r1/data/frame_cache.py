@@ -20,16 +20,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from video_r1.data.decoders import read_media, read_media_at
+from video_r1.data.decoders import read_media_at
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
@@ -87,11 +85,7 @@ class FrameCache:
         """Keeps the media of an entry. What does not fit is no error: the frames are at hand without it."""
         path = self._path(key)
         draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
-        facts = {
-            "duration": repr(media.duration),
-            "kind": media.kind,
-            "checksum": _checksum(media),
-        }
+        facts = {"duration": repr(media.duration), "kind": media.kind, "checksum": _checksum(media)}
         try:
             path.parent.mkdir(exist_ok=True)
             save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
@@ -99,7 +93,8 @@ class FrameCache:
             if size > self.limit:
                 self._warn_once("media of %d bytes are larger than frame_cache_gb, and are not kept", size)
                 return
-            with self._size() as file:
+            with (self.folder / ".size").open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)  # against other processes and threads
                 text = file.read()
                 total = size + (int(text) if text.isdigit() else self.limit)
                 if total > self.limit:
@@ -118,13 +113,6 @@ class FrameCache:
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(f"frame_cache {self.folder}: {message}", *values)
-
-    @contextmanager
-    def _size(self) -> Iterator[IO[str]]:
-        """The file that holds the size of all entries, locked against other processes and threads."""
-        with (self.folder / ".size").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
 
     def _make_room(self, room: float) -> int:
         """Measures the folder and, where it holds more than `room` bytes, removes the least recently used
@@ -163,8 +151,6 @@ def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
 
 def read_cached(sample: Sample, budget: FrameBudget, cache: FrameCache | None) -> Media:
     """`read_media`, from the cache where it has the media. Raises MediaError."""
-    if cache is None:
-        return read_media(sample, budget)
     return read_cached_at(sample, budget, (budget.max_frames,), cache)[0]
 
 
@@ -175,19 +161,16 @@ def read_cached_at(
 
     Raises MediaError.
     """
-    keys = [None if cache is None else cache_key(sample, budget, count) for count in counts]
-    found = {
-        count: media
-        for count, key in zip(counts, keys, strict=True)
-        if cache is not None and key is not None and (media := cache.get(key)) is not None
-    }
-    wanted = [count for count in counts if count not in found]
-    if wanted:
-        found.update(zip(wanted, read_media_at(sample, budget, wanted), strict=True))
-    if cache is not None:
-        for count, key in zip(counts, keys, strict=True):
-            if key is not None and count in wanted:
-                cache.put(key, found[count])
+    if cache is None:
+        return read_media_at(sample, budget, counts)
+    keys = {count: cache_key(sample, budget, count) for count in counts}
+    kept = ((count, cache.get(key)) for count, key in keys.items() if key is not None)
+    found = {count: media for count, media in kept if media is not None}
+    wanted = [count for count in keys if count not in found]
+    for count, media in zip(wanted, read_media_at(sample, budget, wanted) if wanted else [], strict=True):
+        found[count] = media
+        if (key := keys[count]) is not None:
+            cache.put(key, media)
     return [found[count] for count in counts]
 
 
@@ -200,14 +183,12 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
         facts = os.stat(sample.path)
     except OSError:
         return None
-    file = (sample.path, facts.st_size, facts.st_mtime_ns)
-    if sample.data_type == "image":
-        rule: tuple[object, ...] = ("image", budget.image_pixels)
-    else:
+    rule: tuple[object, ...] = ("image", budget.image_pixels)
+    if sample.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
-    parts = (VERSION, *file, budget.size_multiple, *rule)
-    return digest(parts, size=20)
+    file = (sample.path, facts.st_size, facts.st_mtime_ns)
+    return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
 
 
 def _checksum(media: Media) -> str:

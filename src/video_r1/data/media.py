@@ -54,7 +54,7 @@ class Media:
 
     def reordered(self, permutation: Tensor) -> Media:
         """The same media with frame `permutation[i]` in place i. The timestamps stay where they are."""
-        return Media(self.frames[permutation], self.timestamps, self.duration, self.kind)
+        return replace(self, frames=self.frames[permutation])
 
 
 def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:
@@ -109,20 +109,24 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def decode_media(sample: Sample, budget: FrameBudget, decoder_threads: int = 0) -> Media:
+def decode_media(sample: Sample, budget: FrameBudget) -> Media:
     """`read_media` in this process, without its limits. Raises MediaError."""
     try:
         _require_file(sample.path)
         if sample.data_type == "image":
             return _read_image(sample.path, budget)
-        return _read_video(sample, budget, decoder_threads)
-    except MediaError as error:
-        raise MediaError(error.path, _one_line(error.reason)) from error
+        return _read_video(sample, budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):
-            raise MediaError(sample.path, "takes more memory to decode than is allowed") from error
-        detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-        raise MediaError(sample.path, _one_line(f"cannot be decoded ({detail})")) from error
+        if isinstance(error, MediaError):
+            reason = error.reason
+        elif type(error) is ValueError:  # a reason in words; FFmpeg's own errors are subclasses
+            reason = str(error)
+        elif isinstance(error, MemoryError) or "allocate memory" in str(error):
+            reason = "takes more memory to decode than is allowed"
+        else:
+            detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            reason = f"cannot be decoded ({detail})"
+        raise MediaError(sample.path, _one_line(reason)) from error
 
 
 def _one_line(reason: str) -> str:
@@ -146,7 +150,7 @@ def _require_file(path: str) -> None:
         raise MediaError(path, "may not be read (permission denied)")
 
 
-def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Media:
+def _read_video(sample: Sample, budget: FrameBudget) -> Media:
     size: tuple[int, int] | None = None
     chosen: list[list[int]] = []  # of each frame count
 
@@ -160,20 +164,13 @@ def _read_video(sample: Sample, budget: FrameBudget, decoder_threads: int) -> Me
 
     def choose(total: int, fps: float) -> list[int]:
         if total < TEMPORAL_PATCH:
-            raise MediaError(
-                sample.path,
-                f"has {total} frame{'s' * (total != 1)}{_window(sample)}, at least {TEMPORAL_PATCH} needed",
-            )
+            frames = f"{total} frame{'s' * (total != 1)}{_window(sample)}"
+            raise ValueError(f"has {frames}, at least {TEMPORAL_PATCH} needed")
         counts = budget.frame_counts or (budget.max_frames,)
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
-    try:
-        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end, decoder_threads)
-    except ValueError as error:
-        if type(error) is not ValueError:  # FFmpeg's own errors are ValueErrors too
-            raise
-        raise MediaError(sample.path, str(error)) from error
+    clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
     place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
     places = [place[index] for indices in chosen for index in indices]
     timestamps = torch.tensor([clip.times[place] for place in places], dtype=torch.float64)
@@ -215,10 +212,7 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
     frame = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
     (height, width), least = frame.shape[-2:], budget.size_multiple
     own_pixels = max(height, least) * max(width, least)  # images are not scaled up
-    try:
-        size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)
-    except ValueError as error:
-        raise MediaError(path, str(error)) from error
+    size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)
     return Media(resize(frame, *size).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
 
 

@@ -77,7 +77,8 @@ class Template:
     hints: Mapping[ProblemType, str]
 
     def render(self, sample: Sample) -> str:
-        text = self.text if sample.options else _without_options_line(self.text)
+        lines = self.text.splitlines()
+        text = "\n".join(line for line in lines if sample.options or line.strip() != "{options}")
         return text.format(
             question=sample.problem, options="\n".join(sample.options), hint=self.hints[sample.problem_type]
         )
@@ -91,38 +92,32 @@ def load_template(path: str | Path | None) -> Template:
     if path is None:
         return Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
     try:
-        lines = Path(path).read_text(encoding="utf-8").strip().splitlines()
+        return _parsed(Path(path).read_text(encoding="utf-8").strip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
-    hints = dict(ANSWER_HINTS)
+    except ValueError as error:
+        raise ConfigError(f"prompt template {path}: {error}") from error
+
+
+def _parsed(lines: list[str]) -> Template:
+    """Raises ValueError, which says what is wrong."""
+    hints, types = dict(ANSWER_HINTS), get_args(ProblemType)
     for line in (line for line in lines if line.startswith("#hint ")):
         problem_type, colon, hint = line.removeprefix("#hint ").partition(":")
-        if not colon or problem_type.strip() not in get_args(ProblemType):
-            raise ConfigError(
-                f"prompt template {path}: {line!r} must read '#hint TYPE: words', with a TYPE of "
-                f"{', '.join(get_args(ProblemType))}"
-            )
+        if not colon or problem_type.strip() not in types:
+            raise ValueError(f"{line!r} must read '#hint TYPE: words', with a TYPE of {', '.join(types)}")
         hints[problem_type.strip()] = hint.strip()  # type: ignore[index]
     text = "\n".join(line for line in lines if not line.startswith("#hint "))
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(text) if field is not None]
+        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
     except ValueError as error:
-        raise ConfigError(
-            f"prompt template {path}: {error}; write {{{{ and }}}} for braces that are no placeholder"
-        ) from error
-    for field in fields:
-        if field not in PLACEHOLDERS:
-            raise ConfigError(
-                f"prompt template {path}: unknown placeholder {{{field}}}; known are "
-                f"{', '.join(f'{{{name}}}' for name in PLACEHOLDERS)}"
-            )
-    if "question" not in fields or "options" not in fields:
-        raise ConfigError(f"prompt template {path}: it must contain {{question}} and {{options}}")
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are no placeholder") from error
+    for field in sorted(fields.difference(PLACEHOLDERS)):
+        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise ValueError(f"unknown placeholder {{{field}}}; known are {known}")
+    if not fields >= {"question", "options"}:
+        raise ValueError("it must contain {question} and {options}")
     return Template(text, hints)
-
-
-def _without_options_line(text: str) -> str:
-    return "\n".join(line for line in text.splitlines() if line.strip() != "{options}")
 
 
 def response_text(sample: Sample) -> str:
@@ -194,11 +189,9 @@ class PromptBuilder(TextPrompts):
         self.end_token_id = end_token_id(self.tokenizer)
         special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         self._special_tokens = sorted(special | set(self.tokenizer.all_special_tokens))
-        videos: dict[str, Any] = {"do_resize": False, "do_sample_frames": False, "return_tensors": "pt"}
+        self._video_settings = {"do_sample_frames": False}
         if hasattr(processor.video_processor, "cap_pixels_per_frame"):
-            videos["cap_pixels_per_frame"] = False  # concerns resizing only; unset, it warns
-        self._video_settings = videos
-        self._image_settings = {"do_resize": False, "return_tensors": "pt"}
+            self._video_settings["cap_pixels_per_frame"] = False  # concerns resizing only; unset, it warns
 
     def question(self, sample: Sample) -> str:
         """Raises PromptError when the record's text holds one of the tokenizer's special tokens."""
@@ -212,9 +205,17 @@ class PromptBuilder(TextPrompts):
         """
         plain = super().build(sample, media, permutation)
         text = self.processor.apply_chat_template(plain.messages, tokenize=False, add_generation_prompt=True)
-        features = dict(self._encode(text, sample, plain.media))
+        media = plain.media
+        self._check_frames(sample, media)
+        settings: dict[str, Any] = {"text": [text], "do_resize": False, "return_tensors": "pt"}
+        with _TOKENIZING:
+            if media.kind == "image":
+                encoded = self.processor(images=[media.frames[0]], **settings)
+            else:
+                settings |= {**self._video_settings, "video_metadata": [video_metadata(media)]}
+                encoded = self.processor(videos=[media.frames], **settings)
+        features = {k: v for k, v in encoded.items() if k not in ("attention_mask", "video_metadata")}
         input_ids = features.pop("input_ids")[0]
-        features.pop("attention_mask", None)
         if "mm_token_type_ids" in features:
             features["mm_token_type_ids"] = features["mm_token_type_ids"][0]
         if len(input_ids) > self.max_prompt_length:
@@ -241,20 +242,6 @@ class PromptBuilder(TextPrompts):
         """How many of `input_ids` are image or video placeholders."""
         kinds = (self.processor.image_token_id, self.processor.video_token_id)
         return int(torch.isin(input_ids, torch.tensor(kinds)).sum())
-
-    def _encode(self, text: str, sample: Sample, media: Media) -> Mapping[str, Any]:
-        self._check_frames(sample, media)
-        with _TOKENIZING:
-            if media.kind == "image":
-                return self.processor(text=[text], images=[media.frames[0]], **self._image_settings)
-            encoded = self.processor(
-                text=[text],
-                videos=[media.frames],
-                video_metadata=[video_metadata(media)],
-                **self._video_settings,
-            )
-        encoded.pop("video_metadata", None)
-        return encoded
 
     def _check_frames(self, sample: Sample, media: Media) -> None:
         part = self.processor.image_processor if media.kind == "image" else self.processor.video_processor

@@ -64,11 +64,6 @@ def in_four_bits(model: nn.Module, compute: torch.dtype) -> None:
             model.set_submodule(name, FourBitLinear(layer, compute))
 
 
-def number_of_weights(weight: Tensor) -> int:
-    """How many weights a parameter stands for."""
-    return weight.numel() * (2 if weight.dtype == torch.uint8 else 1)
-
-
 def eight_bit_states(model: nn.Module) -> int:
     """Bytes of 8-bit AdamW's two moments. Those of small tensors and, by the Trainer's choice, of embeddings
     are float32.

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
@@ -31,8 +30,10 @@ from transformers.vision_utils import (
 
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
-from video_r1.models.loading import add_lora, freeze_vision
-from video_r1.plan.low_bits import eight_bit_states, in_four_bits, number_of_weights
+from video_r1.models.loading import add_lora, freeze_vision, lora_options
+from video_r1.plan.low_bits import eight_bit_states, in_four_bits
+from video_r1.settings.shared import ModelSettings
+from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 # "flash": transformers then hands vision attention whole sequences, without reading their lengths.
 ATTENTION_NAME = "video_r1_flash_without_storage"
@@ -47,34 +48,38 @@ class Row:
 
     questions: int
     grid: tuple[int, int, int]
+    visual: int  # tokens
     prompt: int  # tokens, visual ones included
     completions: int
     completion: int  # tokens
-    with_entropy: bool = True
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and tokens a row. The last token of a completion predicts nothing and is left out."""
-        return 1, self.questions * (self.prompt + self.completions * (self.completion - 1))
-
-    @property
-    def predicted(self) -> int:
-        return self.questions * self.completions * self.completion
+    def tokens(self) -> int:
+        """The last token of a completion predicts nothing and is left out."""
+        return self.questions * (self.prompt + self.completions * (self.completion - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
     """How the model is built and run. `autocast`: dtype of mixed precision, or None."""
 
-    dtype: torch.dtype
+    settings: ModelSettings
+    training: TGRPOSettings | SFTSettings
+    dtype: torch.dtype  # while it computes; FSDP gathers weights in autocast's
+    stored: int  # bytes of a weight at rest for each byte of it in `dtype`
     autocast: torch.dtype | None
     device_type: str
-    freeze_vision: bool
-    checkpointing: bool
-    reference: bool  # KL against the policy that training started from
-    lora: dict[str, Any] | None  # see `lora_options`
-    four_bits: torch.dtype | None = None  # of products with 4-bit weights, where there are some
-    gradients_kept: float = 1.0  # share of a gradient's bytes that stays here once it is whole
+    gradients_kept: float  # share of a gradient's bytes that stays here once it is whole
+
+    @property
+    def reference(self) -> bool:
+        """Whether there is a KL term against the policy that training started from."""
+        return isinstance(self.training, TGRPOSettings) and self.training.beta != 0
+
+    @property
+    def copied(self) -> bool:
+        """Whether the reference is a model of its own, and not this one with its first adapters."""
+        return self.reference and not self.settings.use_peft
 
 
 @dataclass(slots=True)
@@ -103,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
     Of `gradients`, bytes that are among the live ones, only the share `gradients_kept` counts.
     """
 
-    def __init__(self, gradients_kept: float = 1.0) -> None:
+    def __init__(self, gradients_kept: float) -> None:
         super().__init__()
         self.live = self.peak = self.gradients = 0
         self.gradients_kept = gradients_kept
@@ -140,97 +145,70 @@ class LiveBytes(TorchDispatchMode):
         self.known.discard(key)
         self.live -= size
 
-    @contextmanager
-    def peak_within(self) -> Iterator[Callable[[], int]]:
-        """Measures the most that is added inside; the whole's peak goes on."""
-        start, whole = self.here, self.peak
-        self.peak = start
-        found = [0]
-        yield lambda: found[0]
-        found[0] = self.peak - start
-        self.peak = max(self.peak, whole)
 
-
-def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | None, passes: int = 1) -> Traced:
-    """The memory of one update on `row` and, if there is one, of the prefill of the prompts in `prefill`.
-
-    passes: micro-batches of an optimizer step; from the second on, gradients are there when a pass begins.
-    """
-    traced = Traced()
+def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | None) -> Traced:
+    """The memory of one update on `row` and, if there is one, of the prefill of the prompts in `prefill`."""
+    traced, live = Traced(), LiveBytes(policy.gradients_kept)
     autocast = torch.autocast("cpu", dtype=policy.autocast) if policy.autocast is not None else nullcontext()
     indices = _vision_indices(config, row), _vision_indices(config, prefill) if prefill else {}
-    model, reference = _build(config, policy), None
-    if policy.reference and policy.lora is None:
-        reference = _on_meta(config, policy.dtype).requires_grad_(False).eval()
+    with torch.device("meta"):
+        model = _build(config, policy)
+        judge = _untrained(config, policy).requires_grad_(False).eval() if policy.copied else model
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for module in (model, reference):
-            if module is not None:
-                _without_storage(mode, module)
+        for module in {model, judge}:  # weights that say they are on the CPU
+            module.to_empty(device="cpu")
+            vision_language_model(module).tie_weights()
+            live.ignore(module)
+        update_indices, prefill_indices = (
+            {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in found.items()}
+            for found in indices
+        )
         _count_weights(traced, model)
-        live = LiveBytes(policy.gradients_kept)
-        for module in (model, reference):
-            if module is not None:
-                live.ignore(module)
         if prefill is not None:
             with live, torch.no_grad(), autocast:
                 model.eval()
-                traced.prompt_cache = _prefill(model, prefill, _fake(mode, indices[1]))
+                traced.prompt_cache = _prefill(model, prefill, prefill_indices)
                 traced.prefill_copies = live.live
             traced.prefill_peak = live.peak
             live.peak = live.live
         model.train()
         _count_gradients(live, model)
-        for _ in range(min(2, passes)):
+        # from the second micro-batch of an optimizer step on, gradients are there when a pass begins
+        for _ in range(min(2, policy.training.gradient_accumulation_steps)):
             with live:
-                _update(traced, live, autocast, model, reference, policy, row, _fake(mode, indices[0]))
+                _update(traced, live, autocast, model, judge, policy, row, update_indices)
         traced.update_peak = live.peak
     return traced
 
 
 def _build(config: PreTrainedConfig, policy: Policy) -> Any:
-    """The policy as `setup.model_of` makes it, on the meta device."""
-    model = _on_meta(config, policy.dtype)
-    with torch.device("meta"):
-        if policy.freeze_vision:
-            freeze_vision(model)
-        if policy.lora is not None:
-            model = add_lora(model, **policy.lora)
-        if policy.four_bits is not None:
-            in_four_bits(model, policy.four_bits)
-    if policy.checkpointing:
+    """The policy as `setup.model_of` makes it."""
+    model, settings = _untrained(config, policy), policy.settings
+    if settings.freeze_vision_tower:
+        freeze_vision(model)
+    if settings.use_peft:
+        model = add_lora(model, **lora_options(settings))
+    if settings.load_in_4bit:
+        in_four_bits(model, torch.bfloat16 if policy.device_type == "cuda" else torch.float32)
+    if policy.training.gradient_checkpointing:
         inner = vision_language_model(model)
         inner.gradient_checkpointing_enable({"use_reentrant": False})
-        if policy.lora is not None:
+        if settings.use_peft:
             inner.enable_input_require_grads()
     return model
 
 
-def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> Any:
-    with torch.device("meta"):
-        model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=dtype)
+def _untrained(config: PreTrainedConfig, policy: Policy) -> Any:
+    model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=policy.dtype)
     model.config._attn_implementation = ATTENTION_NAME
     return model
 
 
-def _without_storage(mode: FakeTensorMode, model: nn.Module) -> None:
-    """Turns weights on the meta device into ones that say they are on the CPU; tied ones stay tied."""
-    made: dict[Tensor, Tensor] = {}
-    for module in model.modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                if weight not in made:
-                    fake = FakeTensor(mode, weight.detach(), torch.device("cpu"))
-                    made[weight] = nn.Parameter(fake, weight.requires_grad)
-                module._parameters[name] = cast(nn.Parameter, made[weight])
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = FakeTensor(mode, buffer.detach(), torch.device("cpu"))
-
-
 def _count_weights(traced: Traced, model: nn.Module) -> None:
-    every = [*model.parameters(), *model.buffers()]
-    traced.weights = sum(weight.nbytes for weight in every)
-    traced.parameters = sum(number_of_weights(weight) for weight in model.parameters())
+    traced.weights = sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()])
+    traced.parameters = sum(  # uint8: two weights of 4 bits
+        weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters()
+    )
     traced.states_8bit = eight_bit_states(model)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     traced.trainable, traced.gradients = sum(w.numel() for w in trained), sum(w.nbytes for w in trained)
@@ -245,14 +223,14 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
 
 
 def _bytes(module: nn.Module) -> int:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters())
+    return sum(weight.nbytes for weight in module.parameters())
 
 
 def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
     def counted(weight: Tensor) -> None:
         if weight not in seen:
             seen.add(weight)
-            live.gradients += weight.numel() * weight.element_size()
+            live.gradients += weight.nbytes
 
     seen: set[Tensor] = set()
     for weight in model.parameters():
@@ -261,23 +239,22 @@ def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
 
 
 def _update(
-    traced: Traced, live: LiveBytes, autocast: Any, model: Any, reference: Any, policy: Policy, row: Row,
+    traced: Traced, live: LiveBytes, autocast: Any, model: Any, judge: Any, policy: Policy, row: Row,
     indices: dict[str, Any],
 ) -> None:  # fmt: skip
-    inner = vision_language_model(model)
-    features = None
-    if policy.freeze_vision:
+    inner, judge, features = vision_language_model(model), vision_language_model(judge), None
+    if policy.settings.freeze_vision_tower:
         with torch.no_grad(), autocast:
             features = _vision(inner, row, indices)
     start = live.live
     with autocast:
         states = _hidden(inner, row, features or _vision(inner, row, indices))
-        with live.peak_within() as logits:
-            loss = _loss(inner, policy, row, states)
+        before, most, live.peak = live.here, live.peak, live.here
+        loss = _loss(inner, policy, row, states)
+        traced.logits, live.peak = live.peak - before, max(live.peak, most)
     del states
-    traced.activations, traced.logits = live.live - start, logits()
+    traced.activations = live.live - start
     if policy.reference:
-        judge = inner if reference is None else vision_language_model(reference)
         with torch.no_grad(), autocast:
             _loss(judge, policy, row, _hidden(judge, row, features or _vision(judge, row, indices)))
     loss.backward()
@@ -293,19 +270,18 @@ def _vision(model: Any, row: Row, indices: dict[str, Any]) -> tuple[Tensor, ...]
     return (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
 
 
-def _embeddings(model: Any, shape: tuple[int, int], features: tuple[Tensor, ...]) -> Tensor:
-    ids = torch.zeros(shape, dtype=torch.long)
+def _embeddings(model: Any, rows: int, tokens: int, features: tuple[Tensor, ...]) -> Tensor:
+    ids = torch.zeros(rows, tokens, dtype=torch.long)
     embedded = model.get_input_embeddings()(ids)
     mask = (ids > 0)[..., None]
     return embedded.masked_scatter(mask, features[0].to(embedded.dtype))
 
 
 def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
-    """The last hidden states [rows, tokens, d]. DeepStack features are held and get a gradient."""
-    shape = row.shape
+    """The last hidden states [1, tokens, d]. DeepStack features are held and get a gradient."""
     states = model.model.language_model(
-        inputs_embeds=_embeddings(model, shape, features),
-        position_ids=torch.zeros(3, *shape, dtype=torch.long),
+        inputs_embeds=_embeddings(model, 1, row.tokens, features),
+        position_ids=torch.zeros(3, 1, row.tokens, dtype=torch.long),
         use_cache=False,
     ).last_hidden_state
     for layer in features[1:]:
@@ -316,21 +292,19 @@ def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
 def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
     head = model.get_output_embeddings()
-    chosen = torch.zeros(row.predicted, dtype=torch.long)
+    chosen = torch.zeros(row.questions * row.completions * row.completion, dtype=torch.long)
     chunk = CHUNK_LOGITS.get(policy.device_type, CHUNK_LOGITS["cuda"])
-    return token_logprobs(
-        head, states[0][chosen], chosen, 1.0, row.with_entropy, vocabulary, chunk, not row.with_entropy
-    ).logprobs.mean()
+    rl = isinstance(policy.training, TGRPOSettings)  # with the entropy; SFT with the likeliest tokens
+    return token_logprobs(head, states[0][chosen], chosen, 1.0, rl, vocabulary, chunk, not rl).logprobs.mean()
 
 
 def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:
     """One forward of `row.questions` prompts with a cache. Returns the cache's bytes."""
     inner = vision_language_model(model)
-    shape = row.questions, row.prompt
     cache: Any = DynamicCache(config=inner.model.language_model.config)
     states = inner.model.language_model(
-        inputs_embeds=_embeddings(inner, shape, _vision(inner, row, indices)),
-        position_ids=torch.zeros(3, *shape, dtype=torch.long),
+        inputs_embeds=_embeddings(inner, row.questions, row.prompt, _vision(inner, row, indices)),
+        position_ids=torch.zeros(3, row.questions, row.prompt, dtype=torch.long),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
@@ -358,10 +332,6 @@ def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
         taps = get_vision_interpolation_indices_and_weights(grid, side, spatial_merge_size=merge)
         found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
     return found
-
-
-def _fake(mode: FakeTensorMode, indices: dict[str, Any]) -> dict[str, Any]:
-    return {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in indices.items()}
 
 
 def _attention(
