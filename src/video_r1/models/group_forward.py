@@ -119,11 +119,15 @@ def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures 
             encoded.append(None)
             continue
         count = sum(len(prompt.features[grid]) for _, grid in kinds)
-        parts = [torch.cat(part) for part in zip(*itertools.islice(visuals, count), strict=True)]
+        found = list(itertools.islice(visuals, count))
+        parts = [torch.cat(part) for part in zip(*found, strict=True)]
         if len(kinds) > 1:  # its images come first, wherever they stand in the prompt
             visual = prompt.input_ids[_is_visual(core.config, prompt.input_ids)]
-            images_first = torch.argsort((visual != core.config.image_token_id).int(), stable=True)
-            order = torch.argsort(images_first).to(device)
+            is_video = visual == core.config.video_token_id
+            images = sum(len(image) for image, *_ in found[: len(prompt.features[kinds[0][1]])])
+            if (len(visual), int(is_video.sum())) != (len(parts[0]), len(parts[0]) - images):
+                raise PromptError("the placeholders of images and videos are not as many as their features")
+            order = torch.argsort(torch.argsort(is_video.int(), stable=True)).to(device)
             parts = [part[order] for part in parts]
         encoded.append(VisionFeatures(parts[0], tuple(parts[1:])))
     return encoded

@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +32,12 @@ from video_r1.training.objective import PolicyLoss
 logger = logging.getLogger(__name__)
 
 
-@dataclass(slots=True)
-class Clock:
-    start: float = field(default_factory=time.perf_counter)
-    seconds: float = 0.0
-
-
 class Meter:
     """Gathers series over some steps and all processes: quotients of two sums, sums, and peaks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)
-        self.totals: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, float] = defaultdict(float)  # only quotients have one
         self.peaks: dict[str, float] = {}
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
@@ -55,19 +47,18 @@ class Meter:
 
     def total(self, name: str, value: float) -> None:
         """Add to a series whose logged value is a sum."""
-        self.totals[name] += float(value)
+        self.sums[name] += float(value)
 
     def peak(self, name: str, value: float) -> None:
         """Add to a series whose logged value is the largest."""
         self.peaks[name] = max(value, self.peaks.get(name, value))
 
     @contextmanager
-    def seconds(self, phase: str) -> Iterator[Clock]:
-        """Adds the seconds spent inside to `seconds/<phase>`; the clock holds them afterwards."""
-        clock = Clock()
-        yield clock
-        clock.seconds = time.perf_counter() - clock.start
-        self.add(f"seconds/{phase}", clock.seconds, 0.0)
+    def seconds(self, phase: str) -> Iterator[None]:
+        """Adds the seconds spent inside to `seconds/<phase>`."""
+        start = time.perf_counter()
+        yield
+        self.total(f"seconds/{phase}", time.perf_counter() - start)
 
     def speeds(self, groups: Sequence[Sequence[Rollout]], seconds: float) -> None:
         """Adds rollouts and tokens a second, summed over processes."""
@@ -78,20 +69,24 @@ class Meter:
 
     def drain(self, steps: int) -> dict[str, float]:
         """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
-        parts = gather((dict(self.sums), dict(self.counts), dict(self.totals), self.peaks))
+        parts = gather((self.sums, self.counts, self.peaks))
+        self.__init__()
+        for sums, counts, peaks in parts:
+            for name, value in sums.items():
+                self.sums[name] += value
+            for name, count in counts.items():
+                self.counts[name] += count
+            for name, peak in peaks.items():
+                self.peak(name, peak)
         series: dict[str, float] = {}
-        for name in sorted({name for sums, *_ in parts for name in sums}):
-            value = sum(sums.get(name, 0.0) for sums, *_ in parts)
+        for name, value in sorted(self.sums.items()):
             if name.startswith("seconds/"):
                 series[name] = value / len(parts) / max(1, steps)
-            else:
-                count = sum(counts.get(name, 0.0) for _, counts, *_ in parts)
-                if count > 0:
-                    series[name] = value / count
-        for name in sorted({name for _, _, totals, _ in parts for name in totals}):
-            series[name] = sum(totals.get(name, 0.0) for _, _, totals, _ in parts)
-        for name in sorted({name for *_, peaks in parts for name in peaks}):
-            series[name] = max(peaks[name] for *_, peaks in parts if name in peaks)
+            elif name not in self.counts:
+                series[name] = value
+            elif self.counts[name] > 0:
+                series[name] = value / self.counts[name]
+        series |= sorted(self.peaks.items())
         self.__init__()
         return series
 
@@ -151,7 +146,7 @@ class StepSeconds(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        self.meter.add("seconds/update", time.perf_counter() - self.start, 0.0)
+        self.meter.total("seconds/update", time.perf_counter() - self.start)
         self.meter.peak("memory/peak_gib", take_peak_memory())
 
 

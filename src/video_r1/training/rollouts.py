@@ -24,8 +24,9 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import VisionFeatures
 from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
+from video_r1.settings.training import TGRPOSettings
 from video_r1.training.metrics import Meter
-from video_r1.training.objective import LossType, loss_normaliser
+from video_r1.training.objective import loss_normaliser
 from video_r1.training.questions import Ready
 
 
@@ -153,12 +154,9 @@ def policy_batches(groups: Sequence[RolloutGroup], sizes: Sequence[int], with_kl
     return batches
 
 
-def step_normaliser(batches: Sequence[PolicyBatch], loss_type: LossType, longest: int) -> float:
-    """What the losses of a step are divided by (see `loss_normaliser`), over its micro-batches and processes.
-
-    longest: the limit of a completion in tokens.
-    """
+def step_normaliser(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> float:
+    """What the losses of a step are divided by (see `loss_normaliser`), over all processes."""
     rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
     counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts)))
     responses, tokens = (sum(column) for column in zip(*counts, strict=True))
-    return loss_normaliser(loss_type, responses, tokens, longest)
+    return loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, response_text
@@ -25,7 +24,7 @@ from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
 from video_r1.settings.training import SFTSettings
-from video_r1.training.runs import Questions, RunArguments, run_recipe
+from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import held_out
 
@@ -64,22 +63,7 @@ class SFTTrainer(QuestionTrainer):
 
     progress_title = "SFT"
     progress_series = ("loss", "accuracy/token")
-
-    def __init__(
-        self,
-        model: str | Path | PreTrainedModel,
-        args: SFTConfig | None = None,
-        train_dataset: Questions | None = None,
-        eval_dataset: Questions | dict[str, Questions] | None = None,
-        processing_class: ProcessorMixin | None = None,
-        peft_config: Any = None,
-        callbacks: list[TrainerCallback] | None = None,
-        recipe: Recipe | None = None,
-    ) -> None:
-        args = SFTConfig(output_dir="runs/sft") if args is None else args
-        super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
-        )
+    default_settings = staticmethod(lambda: SFTConfig(output_dir="runs/sft"))
 
     def load(self, sample: Sample) -> Example:
         return self.example(sample, self.reader.media(sample))

@@ -161,7 +161,7 @@ class TGRPOTrainer(QuestionTrainer):
         if batches[0]["iteration"] == 0 or not self.step_batches:
             self.step_batches = self.roll_out([batch["pending"] for batch in batches])
         self.rollouts.begin_next(self.pending_rollouts())
-        normaliser = step_normaliser(self.step_batches, args.loss_type, args.max_completion_length)
+        normaliser = step_normaliser(self.step_batches, args)
         # Gradients are averaged over processes, hence the division.
         return [{"batch": batch} for batch in self.step_batches], normaliser / process_count()
 
@@ -291,10 +291,7 @@ class TGRPOTrainer(QuestionTrainer):
         iteration = slots[0].iteration
         if iteration > 0 and self.step_batches:
             return {"pending": [], "iteration": iteration}
-        return {
-            **super().begin_reading([slot._replace(iteration=0) for slot in slots]),
-            "iteration": iteration,
-        }
+        return {**super().begin_reading(slots), "iteration": iteration}
 
     def first_questions(self, count: int) -> list[Question]:
         """The first `count` questions of the first epoch."""
@@ -320,15 +317,7 @@ class TGRPOTrainer(QuestionTrainer):
         self.rollouts.wait()
         with self.whole_policy() as model:
             self.engine.update_weights(model)
-            return temporal_accuracy(
-                self.engine,
-                samples,
-                self.reader,
-                self.builder,
-                seed=self.settings.seed,
-                batch_size=self.settings.eval_batch_size,
-                max_tokens=self.settings.max_completion_length,
-            )
+            return temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in QuestionTrainer, and records some of this step's groups."""

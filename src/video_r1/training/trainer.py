@@ -7,7 +7,7 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -89,18 +89,20 @@ class QuestionTrainer(Trainer, ABC):
 
     progress_title = "training"
     progress_series: tuple[str, ...] = ("loss",)
+    default_settings: Callable[[], Any]  # where none are given
 
     def __init__(
         self,
         model: str | Path | PreTrainedModel,
-        args: Any,
-        train_dataset: Questions | None,
-        eval_dataset: Questions | dict[str, Questions] | None,
-        processing_class: ProcessorMixin | None,
-        peft_config: Any,
-        callbacks: list[TrainerCallback] | None,
-        recipe: Recipe | None,
+        args: Any = None,
+        train_dataset: Questions | None = None,
+        eval_dataset: Questions | dict[str, Questions] | None = None,
+        processing_class: ProcessorMixin | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
+        args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
         describe_run(args, Path(args.output_dir), recipe)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 from transformers import (
@@ -25,8 +26,8 @@ from video_r1.rewards.group import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 
 Built = TypeVar("Built")
-Answered = tuple[str, float, float, float | None]
-"""data_type, accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
+Answered = tuple[float, float, float | None]
+"""Accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
 
 
 class BestCheckpoint(TrainerCallback):
@@ -65,35 +66,31 @@ def temporal_accuracy(
     samples: Sequence[Sample],
     reader: Reader,
     builder: PromptBuilder,
-    *,
-    seed: int,
-    batch_size: int,
-    max_tokens: int,
+    settings: Any,
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
     were answered, `skipped` those without usable media. The shuffled order of a question is the same every
-    time.
+    time. settings: a TGRPOConfig.
     """
 
     def build(sample: Sample, media: Media) -> Question:
-        generator = derived_generator(seed, "validation", sample.problem_id)
+        generator = derived_generator(settings.seed, "validation", sample.problem_id)
         return build_question(sample, media, builder, generator, with_shuffled=True)
 
     answered = [
         entry
-        for questions in held_out(samples, reader, build, batch_size)
-        for entry in answer(engine, questions, max_tokens)
+        for questions in held_out(samples, reader, build, settings.eval_batch_size)
+        for entry in answer(engine, questions, settings.max_completion_length)
     ]
     everyone = [entry for part in gather(answered) for entry in part]
     figures = {"questions": float(len(everyone)), "skipped": float(len(samples) - len(everyone))}
     if everyone:
-        figures["accuracy"] = mean([accuracy for _, accuracy, _, _ in everyone])
-        figures["format"] = mean([formatted for _, _, formatted, _ in everyone])
-    both = [(accuracy, shuffled) for _, accuracy, _, shuffled in everyone if shuffled is not None]
+        figures["accuracy"] = fmean(accuracy for accuracy, _, _ in everyone)
+        figures["format"] = fmean(formatted for _, formatted, _ in everyone)
+    both = [(accuracy, shuffled) for accuracy, _, shuffled in everyone if shuffled is not None]
     if both:
-        figures["accuracy_video"] = mean([accuracy for accuracy, _ in both])
-        figures["accuracy_shuffled"] = mean([shuffled for _, shuffled in both])
+        figures["accuracy_video"], figures["accuracy_shuffled"] = map(fmean, zip(*both, strict=True))
         figures["temporal_gap"] = figures["accuracy_video"] - figures["accuracy_shuffled"]
     return figures
 
@@ -103,12 +100,10 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int
     prompts = [p for question in questions for p in (question.ordered, question.shuffled) if p is not None]
     rollouts = iter(engine.generate(prompts, SamplingSettings(n=1, temperature=0.0, max_tokens=max_tokens)))
     for question in questions:
-        ordered = next(rollouts)
-        accuracy, formatted = answer_scores(question.sample, ordered), format_scores(ordered)
-        shuffled = (
-            None if question.shuffled is None else answer_scores(question.sample, next(rollouts)).item()
-        )
-        yield question.sample.data_type, accuracy.item(), formatted.item(), shuffled
+        ordered, sample = next(rollouts), question.sample
+        accuracy, formatted = answer_scores(sample, ordered).item(), format_scores(ordered).item()
+        shuffled = None if question.shuffled is None else answer_scores(sample, next(rollouts)).item()
+        yield accuracy, formatted, shuffled
 
 
 def held_out(
@@ -124,7 +119,3 @@ def held_out(
     batches = [Batch(mine[i * batch_size : (i + 1) * batch_size]) for i in range(rounds)]
     for read in reader.batches(batches, build):
         yield [built for built in read if not isinstance(built, Unusable)]
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
