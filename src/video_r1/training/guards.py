@@ -4,11 +4,9 @@ and records and trackers that may fail without ending the run.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import append_line
 from video_r1.processes import gather
 from video_r1.progress import Progress
-from video_r1.training.metrics import keep_until
+from video_r1.training.metrics import keep_until, tolerated, warn_once
 
 logger = logging.getLogger(__name__)
 
@@ -61,15 +59,8 @@ class UpdateGuard(TrainerCallback):
             self.in_a_row += 1
 
     def on_pre_optimizer_step(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: Any,
-        model: nn.Module | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
-        assert model is not None
         deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)  # its backward pass ends with its step
         # float16's loss scaling makes infinite gradients as a matter of course and skips these updates itself
         finite = args.fp16 or (not optimizer.step_was_skipped if deepspeed else gradients_are_finite(model))
@@ -113,20 +104,6 @@ def gradients_are_finite(model: nn.Module) -> bool:
     if hasattr(norm, "full_tensor"):  # sharded gradients (FSDP2)
         norm = norm.full_tensor()
     return math.isfinite(norm.item())
-
-
-@contextlib.contextmanager
-def tolerated(record: str) -> Iterator[None]:
-    """Where the disk refuses what is written inside, a warning says so, and the run goes on without it."""
-    try:
-        yield
-    except OSError as error:
-        warn_once(f"{record} cannot be written ({error.strerror or error}); training goes on without it")
-
-
-@functools.cache
-def warn_once(message: str) -> None:
-    logger.warning(message)
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -182,12 +159,8 @@ class StepProgress(TrainerCallback):
             self.bar = Progress(state.max_steps - state.global_step, self.description, "steps")
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
-        found = {
-            name.rpartition("/")[2]: f"{(logs or {})[name]:.3g}"
-            for name in self.series
-            if name in (logs or {})
-        }
-        self.figures |= found
+        found = [name for name in self.series if name in (logs or {})]
+        self.figures |= {name.rpartition("/")[2]: f"{logs[name]:.3g}" for name in found}
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if self.bar is not None:

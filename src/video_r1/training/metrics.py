@@ -4,6 +4,7 @@ metrics.jsonl.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -150,6 +151,20 @@ class StepSeconds(TrainerCallback):
         self.meter.peak("memory/peak_gib", take_peak_memory())
 
 
+@contextmanager
+def tolerated(record: str) -> Iterator[None]:
+    """Where the disk refuses what is written inside, a warning says so, and the run goes on without it."""
+    try:
+        yield
+    except OSError as error:
+        warn_once(f"{record} cannot be written ({error.strerror or error}); training goes on without it")
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
 class RunFolder(TrainerCallback):
     """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder, from the main
     process.
@@ -162,11 +177,11 @@ class RunFolder(TrainerCallback):
         self.folder = folder
         self.settings = settings
         self.start = time.time()
-        self.refused = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if not state.is_world_process_zero:
             return
+        warn_once.cache_clear()  # every run of a process says it anew
         save_resolved(self.settings, self.folder)
         # A run that begins anew validates before its first step again (eval_on_start).
         last = state.global_step or -1
@@ -181,12 +196,8 @@ class RunFolder(TrainerCallback):
         for name, value in logs.items():
             if name != "epoch" and isinstance(value, (int, float)):
                 line[name] = value if math.isfinite(value) else None
-        try:
+        with tolerated("metrics.jsonl"):
             append_line(self.folder / "metrics.jsonl", line)
-        except OSError as error:
-            if not self.refused:
-                logger.warning("metrics.jsonl cannot be written (%s); training goes on without it", error)
-            self.refused = True
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:

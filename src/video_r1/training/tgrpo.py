@@ -65,8 +65,7 @@ from video_r1.training.checks import (
     sampler_difference,
     sampler_weights,
 )
-from video_r1.training.guards import tolerated
-from video_r1.training.metrics import describe_groups, describe_update
+from video_r1.training.metrics import describe_groups, describe_update, tolerated
 from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
