@@ -124,18 +124,16 @@ def run_check(
     samples, rows, problems = check_manifest(manifest, media_root, allow_urls)
     for problem in problems:
         print(problem)
+    result = MediaCheck([], count_samples(samples), 0, 0.0)
     if media:
         result = check_media(samples, workers=workers, rows=rows)
-        for problem in result.problems:
-            print(problem)
-        counts, bad_media = result.counts, len(result.problems)
-    else:
-        result, counts, bad_media = None, count_samples(samples), 0
-    print(f"\n{format_counts(counts)}\n")
-    if result is not None:
+    for problem in result.problems:
+        print(problem)
+    print(f"\n{format_counts(result.counts)}\n")
+    if media:
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
     bad_rows = len({problem.row for problem in problems if problem.row})
-    summary = f"usable questions: {counts.by_type.total():,}; rows with problems: {bad_rows:,}"
-    print(summary + (f"; questions with unusable media: {bad_media:,}" if media else ""))
-    return 1 if problems or bad_media else 0
+    summary = f"usable questions: {result.counts.by_type.total():,}; rows with problems: {bad_rows:,}"
+    print(summary + (f"; questions with unusable media: {len(result.problems):,}" if media else ""))
+    return 1 if problems or result.problems else 0

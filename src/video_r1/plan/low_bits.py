@@ -70,12 +70,8 @@ def eight_bit_states(model: nn.Module) -> int:
     """
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     total = 0
-    for weight in model.parameters():
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
         count = weight.numel()
-        if not weight.requires_grad:
-            continue
-        if count < SMALLEST or any(weight is embedding for embedding in embeddings):
-            total += 2 * 4 * count
-        else:
-            total += 2 * (count + 4 * math.ceil(count / STATES))
+        in_full = count < SMALLEST or any(weight is embedding for embedding in embeddings)
+        total += 2 * (4 * count if in_full else count + 4 * math.ceil(count / STATES))
     return total

@@ -90,7 +90,5 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def _deepspeed(processes: int, stage: int, offload: bool) -> Sharding:
-    name = f"{processes} processes, DeepSpeed ZeRO-{stage}" + (
-        ", optimizer in main memory" if offload else ""
-    )
+    name = f"{processes} processes, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
     return Sharding(name, processes, stage >= 3, stage >= 2, stage >= 1, master=True, offload=offload)
