@@ -12,6 +12,7 @@ from tiny_models import tiny_checkpoint
 from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 
 from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
+from video_r1.cli import main
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -56,6 +57,8 @@ def test_readme_lines_train(tmp_path: Path) -> None:
     lines = read_lines(tmp_path / "mine" / "metrics.jsonl")
     assert len(lines) == 3 and any(line["reward/format"] > 0 for line in lines)
     assert (tmp_path / "mine" / "checkpoint-3" / "model.safetensors").exists()
+    words = ["ask", str(tmp_path / "mine"), str(tmp_path / "0.mp4"), "Which way?", "--max_new_tokens", "4"]
+    assert main(words) == 0
 
 
 def test_data_set_and_reward_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

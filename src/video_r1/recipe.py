@@ -24,6 +24,7 @@ from video_r1.commands import COMMANDS
 from video_r1.errors import ConfigError, RequestError
 from video_r1.files import replace_text
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
+from video_r1.settings.carried import adopted
 from video_r1.settings.types import alternatives, is_enum, parse
 
 PACKAGE = Path(str(resources.files("video_r1")))
@@ -73,8 +74,9 @@ def load_recipe(
         source: path or name of a recipe; None starts from the defaults.
         overrides: setting name to value, as text from an option or already of the right type.
 
-    Raises ConfigError with every problem and where each setting came from, and RequestError when the recipe
-    cannot be read.
+    A checkpoint's own frames, template and number format are the defaults of the settings that neither gives
+    (see settings/carried.py). Raises ConfigError with every problem and where each setting came from, and
+    RequestError when the recipe cannot be read.
     """
     values, origins = read_recipe(source) if source is not None else ({}, {})
     for name, value in (overrides or {}).items():
@@ -87,6 +89,9 @@ def load_recipe(
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
             settings[name] = str(PACKAGE / "lab" / "base")
+    checkpoint = settings.get("model_name_or_path") or settings.get("model") or settings.get("teacher")
+    carried = types.keys() - ({"dtype"} if trains else set())  # updates need the file's own number format
+    settings |= adopted(checkpoint, settings, carried)
     sections = []
     for kind in COMMANDS[command].sections:
         names = own_field_types(kind)

@@ -28,6 +28,7 @@ from torch import Tensor
 from video_r1.data.media import Media
 from video_r1.data.records import ProblemType, Sample
 from video_r1.errors import ConfigError, PromptError
+from video_r1.settings.carried import template_text
 
 # Few words on purpose: small models with their own tokenizer read the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
@@ -83,16 +84,21 @@ class Template:
             question=sample.problem, options="\n".join(sample.options), hint=self.hints[sample.problem_type]
         )
 
+    def __str__(self) -> str:
+        """The whole template as a file has it."""
+        return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
+
 
 def load_template(path: str | Path | None) -> Template:
-    """Reads a template file (format in the module's docstring); None gives the built-in template.
+    """Reads a template file (format in the module's docstring) or that of a checkpoint's `video_r1.json`;
+    None gives the built-in template.
 
     Raises ConfigError, which names the file and what is wrong in it.
     """
     if path is None:
         return Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
     try:
-        return _parsed(Path(path).read_text(encoding="utf-8").strip().splitlines())
+        return _parsed(template_text(Path(path)).strip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
     except ValueError as error:

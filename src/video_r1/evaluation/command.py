@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
+from video_r1.files import claimed
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 
 
@@ -31,7 +32,8 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
         asked: Any = load_suite(settings, bench, folder)
     else:
         asked = load_manifest(settings.manifest, settings.media_root, settings.allow_urls)[: settings.limit]
-    summary = run_questions(asked, settings, bench, folder)
+    with claimed(folder):
+        summary = run_questions(asked, settings, bench, folder)
     print(f"\npredictions and figures: {folder}")
     return summary
 

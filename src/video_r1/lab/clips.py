@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from video_r1.errors import RequestError
-from video_r1.files import replace_json
+from video_r1.files import claimed, replace_json
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, LETTERS, VIDEO_FAMILIES, lettered
 from video_r1.lab.scenes import FPS, SECONDS, Cue, render
 from video_r1.progress import Progress
@@ -50,19 +50,20 @@ def write_lab(settings: LabSettings) -> None:
     jobs = [(split, index, cued) for split, count, cued in counts for index in range(count)]
     rows: list[dict[str, Any]] = []
     with (
+        claimed(folder),
         ProcessPoolExecutor(settings.workers or os.cpu_count()) as pool,
         Progress(len(jobs), "lab", "samples") as bar,
     ):
         for row in pool.map(partial(_write_sample, settings), jobs, chunksize=CHUNK):
             rows.append(row)
             bar.update()
-    taught = [row.pop("taught") for row in rows]
-    lessons = [row | lesson for row, lesson in zip(rows, taught, strict=True)]
-    replace_json(folder / "sft.json", lessons[:train])
-    replace_json(folder / "rl.json", rows[:train])
-    replace_json(folder / "test.json", rows[train : train + test])
-    if settings.shortcut:
-        replace_json(folder / "test-cued.json", rows[train + test :])
+        taught = [row.pop("taught") for row in rows]
+        lessons = [row | lesson for row, lesson in zip(rows, taught, strict=True)]
+        replace_json(folder / "sft.json", lessons[:train])
+        replace_json(folder / "rl.json", rows[:train])
+        replace_json(folder / "test.json", rows[train : train + test])
+        if settings.shortcut:
+            replace_json(folder / "test-cued.json", rows[train + test :])
     print(f"{folder}: {train} training and {test} test questions")
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,9 +22,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Tokenizer
 
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
+from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
 from video_r1.lab.questions import LETTERS, any_question, lettered
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
 
 IGNORE = -100
@@ -32,6 +35,15 @@ LEARNING_RATE = 1e-3
 WARMUP = 200  # steps
 # The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
 FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
+LEARNT = {
+    "fps": 2.0,
+    "min_frames": 4,
+    "max_frames": len(FRAME_TIMES),
+    "frame_pixels": SIDE * SIDE,
+    "image_pixels": SIDE * SIDE,
+    "dtype": "float32",
+    "positions": "transformers",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +189,11 @@ class Conversations(IterableDataset):
 def pretrain_base(settings: BaseSettings) -> None:
     """Trains the base from random weights; writes a checkpoint folder. Seed and `threads` fix the result."""
     assert settings.folder is not None
+    with claimed(Path(settings.folder)):
+        _pretrain(settings, Path(settings.folder))
+
+
+def _pretrain(settings: BaseSettings, folder: Path) -> None:
     steps = settings.steps
     torch.set_num_threads(settings.threads)
     tokenizer = build_tokenizer(corpus(settings.seed))
@@ -210,5 +227,7 @@ def pretrain_base(settings: BaseSettings) -> None:
             print(f"step {step}/{steps}  loss {total / count:.4f}  {rate:.2f} steps/s", flush=True)
             total, count = 0.0, 0
         if step % 1000 == 0 or step == steps:
-            model.save_pretrained(settings.folder)
-            build_processor(tokenizer).save_pretrained(settings.folder)
+            model.save_pretrained(folder)
+            build_processor(tokenizer).save_pretrained(folder)
+            replace_json(folder / RECORD, LEARNT)
+            follow_umask(folder)

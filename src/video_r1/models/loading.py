@@ -20,9 +20,11 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from video_r1.errors import ConfigError, first_line
+from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
+from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.shared import ModelSettings
 
 TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -144,8 +146,13 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
         base = load_model(name, quantised[0], quantization_config=quantised[1])
         base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
     model: Any = peft.PeftModel.from_pretrained(base, str(source))
-    model.merge_and_unload(safe_merge=True).save_pretrained(out)
-    load_processor(source).save_pretrained(out)
+    with claimed(Path(out)):
+        model.merge_and_unload(safe_merge=True).save_pretrained(out)
+        load_processor(source).save_pretrained(out)
+        if (source / RECORD).is_file():
+            carried = read_record(source / RECORD)
+            replace_json(Path(out, RECORD), carried if dtype == "auto" else carried | {"dtype": dtype})
+        follow_umask(Path(out))
     return Path(out)
 
 

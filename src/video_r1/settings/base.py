@@ -8,7 +8,7 @@ import operator
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from video_r1.errors import ConfigError
 from video_r1.settings.types import describe_type, matches
@@ -34,6 +34,16 @@ def setting(default: Any, help: str, **bounds: float) -> Any:
 @dataclass(kw_only=True)
 class Settings:
     """Base of all settings: checks itself when it is built. Raises ConfigError with every problem found."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        vars(made)["_given"] = frozenset(kwargs)
+        return made
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that were set when this was built; the others have their defaults."""
+        return vars(self)["_given"]
 
     def __post_init__(self) -> None:
         parent = getattr(super(), "__post_init__", None)  # TrainingArguments, when mixed with it

@@ -15,12 +15,15 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
+from video_r1.files import replace_json
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_options
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first
 from video_r1.recipe import Recipe, resolved
+from video_r1.settings.carried import BUDGET, RECORD, adopted
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.training.checkpoints import LAST_FILES, check_writable, last_whole_checkpoint
 
@@ -57,6 +60,21 @@ class RunArguments(PromptSettings, TrainingArguments):
         if several and not torch.accelerator.is_available() and not deepspeed:
             self.use_cpu = True  # without a GPU, accelerate joins processes on CPUs only when it is told to
         super().__post_init__()
+
+
+def adopt(args: Any, model: Any) -> None:
+    """Gives settings that were not set the values that the model's checkpoint carries."""
+    source = model if isinstance(model, str | Path) else model.config.name_or_path
+    given = {name: getattr(args, name) for name in args.given}
+    for name, value in adopted(source, given, (*BUDGET, "prompt_template")).items():
+        setattr(args, name, value)
+
+
+def record_training(folder: Path, args: Any, builder: PromptBuilder, dtype: torch.dtype) -> None:
+    """Writes down in a checkpoint how it was trained. dtype: of its weights."""
+    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(dtype).removeprefix("torch.")
+    facts = {"prompt_template": str(builder.template), "dtype": computed, "positions": "transformers"}
+    replace_json(folder / RECORD, {name: getattr(args, name) for name in BUDGET} | facts)
 
 
 class EarlierRun(NamedTuple):

@@ -61,11 +61,13 @@ from video_r1.training.metrics import Meter, RunFolder, StepSeconds
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import (
     Questions,
+    adopt,
     as_samples,
     as_validation,
     earlier_run,
     given_model,
     is_finished,
+    record_training,
 )
 from video_r1.training.sharded import (
     check_training_state,
@@ -106,6 +108,8 @@ class QuestionTrainer(Trainer, ABC):
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
         describe_run(args, Path(args.output_dir), recipe)
+        if recipe is None:  # else the recipe has seen to it
+            adopt(args, model)
         set_seed(args.seed)  # new adapters are drawn at random
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
@@ -296,6 +300,7 @@ class QuestionTrainer(Trainer, ABC):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
         if self.args.should_save:
+            record_training(folder, self.settings, self.builder, cast(PreTrainedModel, self.model).dtype)
             follow_umask(folder)
 
     def publish_model(self) -> None:
