@@ -20,7 +20,7 @@ from video_r1.models.loading import keep_angles_exact
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "video_r1"
-LIST = ROOT / "docs" / "private-names.md"
+DESIGN = ROOT / "docs" / "design.md"
 LIBRARIES = ("transformers", "accelerate", "torch", "deepspeed", "vllm")
 # Of these every module below the package counts as private; torch's modules are public by their names.
 EXPORTED_AT_THE_TOP = ("transformers", "accelerate", "deepspeed", "vllm")
@@ -36,7 +36,8 @@ class Listed(NamedTuple):
 
 @cache
 def listed() -> list[Listed]:
-    rows = [line.split("|")[1:-1] for line in LIST.read_text(encoding="utf-8").splitlines() if "`" in line]
+    section = DESIGN.read_text(encoding="utf-8").partition("## Private names of other libraries")[2]
+    rows = [line.split("|")[1:-1] for line in section.splitlines() if "`" in line]
     return [Listed(*(re.findall(r"`([^`]+)`", row[column]) for column in (1, 2, 4))) for row in rows if row]
 
 
@@ -164,7 +165,7 @@ def test_the_scan_finds_what_it_looks_for() -> None:
 def test_every_private_name_is_listed(file: str) -> None:
     known = {last(name) for row in listed() if file in row.files for name in row.names}
     missing = sorted(used(trees()[file]) - known)
-    assert not missing, f"{file} touches {', '.join(missing)}: list each in {LIST.name} with a test"
+    assert not missing, f"{file} touches {', '.join(missing)}: list each in {DESIGN.name} with a test"
 
 
 @pytest.mark.parametrize("row", listed(), ids=lambda row: row.names[0])
