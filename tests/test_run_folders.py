@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -69,15 +70,16 @@ def test_two_commands_in_one_folder(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, max_steps=3)
     first = start(recipe, tmp_path / "run")
     wait_for_phase("rollout", first)
+    os.kill(first.pid, signal.SIGSTOP)  # it is at work for as long as the other one takes to begin
     second = subprocess.run(
         [sys.executable, "-m", "video_r1", "rl", str(recipe), "--output_dir", str(tmp_path / "run")],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    if first.is_alive():
-        assert second.returncode == 2, second.stderr
-        assert f"is being written by another command (process {first.pid} on" in second.stderr
-        assert second.stderr.strip().splitlines()[-1].startswith("video-r1: ")
-        first.kill()
+    first.kill()
+    assert second.returncode == 2, second.stderr
+    said = second.stderr.strip().splitlines()[-1]
+    assert said.startswith("video-r1: ")
+    assert f"is being written by another command (process {first.pid} on" in said
     first.join()
     finish(recipe, tmp_path / "run")
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
