@@ -27,7 +27,7 @@ from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
 from video_r1.settings.frames import FrameBudget
 
-Read = Callable[[Sample, FrameBudget, int], Media]
+Read = Callable[[Sample, FrameBudget], Media]
 CLIPS = {
     # height, width, frames of the clip, budget, reads a round
     "lab": (56, 56, 64, FrameBudget(max_frames=8, frame_pixels=56 * 56), 50),

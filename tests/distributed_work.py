@@ -87,9 +87,10 @@ def adapters(folder: Path, processes: int, name: str) -> None:
     """T-GRPO of adapters that add something from the start, so that the reference has adapters too."""
     let_accelerate_shard_on_cpu()
     lora = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    changes: dict[str, Any] = common(processes, steps=3) | {"save_strategy": "no"}
     trainer = make_trainer(
-        folder / "model", str(folder / "manifest.json"), folder / name, peft=lora, beta=0.1,
-        per_device_train_batch_size=4 // processes, **(common(processes, steps=3) | {"save_strategy": "no"}),
+        folder / "model", str(folder / "manifest.json"), folder / name, peft=lora, callbacks=None, beta=0.1,
+        per_device_train_batch_size=4 // processes, **changes,
     )  # fmt: skip
     trainer.train()
 

@@ -18,6 +18,7 @@ from tiny_questions import read_lines
 
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
+from video_r1.settings.commands import LabSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 PORT = "8000"  # in the document
@@ -27,7 +28,7 @@ PORT = "8000"  # in the document
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the commands are run: less data than they ask for, and the base in place of the cold start."""
     folder = tmp_path_factory.mktemp("place")
-    write_lab(folder / "data" / "lab", train=48, test=1, workers=1)
+    write_lab(LabSettings(folder=str(folder / "data" / "lab"), train=48, test=1, workers=1))
     shutil.copytree(base_folder(), folder / "runs" / "lab-sft")
     return folder
 
