@@ -165,10 +165,10 @@ def test_what_is_answered_is_not_decoded_again(
     evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[4])
     asked = []
     real = frame_cache.read_media_at
-    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: asked.append(c) or real(s, b, c))
+    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: asked.append(tuple(c)) or real(s, b, c))
     engine = ScriptedEngine()
     summary = evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8])
-    assert asked == [[8]]
+    assert asked == [(8,)]
     assert [len(prompt.media.frames) for prompt in engine.prompts] == [8] * 4
     assert list(summary["frames"]) == ["4", "8"]
 
