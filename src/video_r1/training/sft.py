@@ -91,11 +91,7 @@ class SFTTrainer(QuestionTrainer):
         return [{"batch": batch} for batch in batches], sum(gather(tokens)) / process_count()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """−Σ log p(response token) of the micro-batch, with its share of the step's response tokens."""
         batch = cast(SFTBatch, inputs["batch"])

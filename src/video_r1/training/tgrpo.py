@@ -186,11 +186,7 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- One optimizer step: learn
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | float | None = None,
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The clipped policy loss of one micro-batch, with its share of the step's normaliser."""
         args, batch = self.settings, cast(PolicyBatch, inputs["batch"])
