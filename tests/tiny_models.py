@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -31,15 +29,10 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from video_r1.lab import model as lab
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-SPECIAL_TOKENS = (
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-)  # fmt: skip
 CORPUS = (
     "You are a helpful assistant. Think within <think></think>, then answer within <answer></answer>.",
     "Which way does the red square move? Options: A. left B. right C. up D. down. Give the letter only.",
@@ -64,25 +57,7 @@ def chat_template(family: str) -> str:
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer of about 400 tokens with Qwen's special tokens; any text can be encoded."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=380, initial_alphabet=alphabet, show_progress=False)
-    )
-    trained = json.loads(bpe.to_str())["model"]
-    return Qwen2Tokenizer(
-        vocab=trained["vocab"],
-        merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens=list(SPECIAL_TOKENS),
-    )
+    return lab.build_tokenizer(CORPUS, vocab_size=380)
 
 
 def tiny_processor(family: str) -> Any:

@@ -39,7 +39,7 @@ def base_folder() -> Path:
 CHAT_TEMPLATE = (base_folder() / "chat_template.jinja").read_text("utf-8")
 
 
-def build_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
+def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens; it encodes any text."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -50,7 +50,7 @@ def build_tokenizer(texts: Iterable[str]) -> Qwen2Tokenizer:
     )
     bpe.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
     bpe.train_from_iterator(texts, trainer)
     trained = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
