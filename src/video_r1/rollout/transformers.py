@@ -103,7 +103,7 @@ class TransformersEngine:
             key=lambda index: len(prompts[index].input_ids),
         )
         results: list[list[Rollout]] = [[] for _ in prompts]
-        with _eval_mode(self.model):
+        with eval_mode(self.model):
             # Each wave decodes up to `max_sequences` completions at once.
             for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
@@ -270,7 +270,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Puts every module into eval mode and each back into the mode that it had."""
     training = [module for module in model.modules() if module.training]
     for module in training:

@@ -16,9 +16,9 @@ from video_r1.errors import VideoR1Error
 from video_r1.models.group_forward import group_logprobs
 from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.metrics import Meter
-from video_r1.training.objective import importance_weights
 
 logger = logging.getLogger(__name__)
 
@@ -84,21 +84,19 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
 def sampler_weights(
     trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
 ) -> Tensor | None:
-    """Importance weights [N] of the groups' ordered completion tokens, min(π_trainer ÷ π_sampler, cap); None
-    where the settings want no correction.
+    """Importance weights [N] of the groups' ordered completion tokens, min(π_trainer ÷ π_sampler, cap):
+    truncated importance sampling, by token. None where the settings want no correction.
 
-    trainer_logprobs: [N] of the model before the update. Adds to the series `sampler/logprob_difference`
-    (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
+    trainer_logprobs: [N] of the model before the update, detached. Adds to the series
+    `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
     """
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
-    result = importance_weights(
-        trainer_logprobs, sampled.to(trainer_logprobs), settings.vllm_importance_sampling_cap
-    )
-    tokens = len(sampled)
-    meter.add("sampler/logprob_difference", float(result.mean_difference) * tokens, tokens)
-    meter.peak("sampler/logprob_difference_max", float(result.max_difference))
-    meter.add("sampler/share_capped", float(result.share_capped) * tokens, tokens)
-    return result.weights if settings.vllm_importance_sampling_correction else None
+    difference = trainer_logprobs - sampled.to(trainer_logprobs)  # [N]
+    weights, cap, tokens = difference.exp(), settings.vllm_importance_sampling_cap, len(sampled)
+    meter.add("sampler/logprob_difference", float(difference.abs().sum()), tokens)
+    meter.peak("sampler/logprob_difference_max", float(difference.abs().max()))
+    meter.add("sampler/share_capped", float((weights > cap).sum()), tokens)
+    return weights.clamp(max=cap) if settings.vllm_importance_sampling_correction else None
 
 
 class SamplerCheck(TrainerCallback):
@@ -139,16 +137,12 @@ def sampler_difference(
     """Sum of |log π_trainer − log π_sampler| over some tokens after each prompt, after a hand-over; and how
     many tokens they are.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with eval_mode(model):
         engine.update_weights(model)
         groups = engine.generate(
             prompts, SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
         )
         completions = [[rollout.token_ids for rollout in group] for group in groups]
         scored = group_logprobs(model, prompts, completions, temperature=temperature).logprobs
-    finally:
-        model.train(was_training)
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
     return float((scored - sampled.to(scored)).abs().sum()), len(sampled)

@@ -30,23 +30,12 @@ class PolicyLoss:
 
     loss: Tensor
     kl: Tensor
-    ratio: Tensor
     clip_low: Tensor
     clip_high: Tensor
 
     @property
     def clip_ratio(self) -> Tensor:
         return self.clip_low + self.clip_high
-
-
-@dataclass(frozen=True, slots=True)
-class ImportanceWeights:
-    """weights: [N] detached; the rest are detached scalars over these tokens."""
-
-    weights: Tensor
-    mean_difference: Tensor  # mean |log π_trainer − log π_sampler|
-    max_difference: Tensor
-    share_capped: Tensor
 
 
 def policy_loss(
@@ -70,7 +59,7 @@ def policy_loss(
     with the sum N. normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where
     gradients are averaged over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta:
     weight of the KL; needs ref_logprobs [N]. importance_weights: [N], multiplies the policy term of each
-    token (see the function of this name).
+    token.
     Raises ValueError when the lengths don't add up to N.
     """
     if len(advantages) != len(lengths):
@@ -96,7 +85,7 @@ def policy_loss(
     with torch.no_grad():
         low = (ratio < 1.0 - epsilon) & (token_advantages < 0)
         high = (ratio > 1.0 + epsilon_high) & (token_advantages > 0)
-        return PolicyLoss(loss, _mean(kl), _mean(ratio), _mean(low), _mean(high))
+        return PolicyLoss(loss, _mean(kl), _mean(low), _mean(high))
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -122,18 +111,6 @@ def loss_normaliser(loss_type: LossType, responses: int, tokens: int, max_comple
     if loss_type == "dr_grpo":
         return float(max(1, responses * max_completion_length))
     raise ValueError(f"unknown loss type {loss_type!r}; it is grpo, dapo or dr_grpo")
-
-
-def importance_weights(trainer_logprobs: Tensor, sampler_logprobs: Tensor, cap: float) -> ImportanceWeights:
-    """Corrects for a sampler whose probabilities differ from the trainer's: min(π_trainer ÷ π_sampler, cap).
-
-    Truncated importance sampling, per token. trainer_logprobs: [N] of the trainer's model at sampling time
-    (old_logprobs); sampler_logprobs: [N] as the engine gave them. No gradient flows through the weights.
-    """
-    difference = (trainer_logprobs - sampler_logprobs).detach()
-    weights = torch.exp(difference)
-    largest = difference.abs().max() if len(difference) else difference.new_zeros(())
-    return ImportanceWeights(weights.clamp(max=cap), _mean(difference.abs()), largest, _mean(weights > cap))
 
 
 def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:
