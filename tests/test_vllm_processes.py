@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from video_r1.errors import ConfigError
-from video_r1.rollout.vllm.parallel import TensorParallel
+from video_r1.rollout.vllm.parallel import neighbours
 
 
 @pytest.mark.vllm
@@ -36,4 +36,4 @@ def test_two_processes_sample_with_their_weights(tmp_path: Path, size: int) -> N
 
 def test_a_share_that_the_processes_cannot_have() -> None:
     with pytest.raises(ConfigError, match=r"vllm_tensor_parallel_size is 2.*\(1\)"):
-        TensorParallel(2)
+        neighbours(2)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
@@ -20,8 +19,8 @@ def process_count() -> int:
     return torch.distributed.get_world_size() if _running() else 1
 
 
-def process_index() -> int:
-    return torch.distributed.get_rank() if _running() else 0
+def process_index(group: Any = None) -> int:
+    return torch.distributed.get_rank(group) if _running() else 0
 
 
 def gather(value: T, group: Any = None) -> list[T]:
@@ -61,11 +60,11 @@ def claimed_by_first(folder: Path) -> Iterator[None]:
         yield
 
 
-def gather_rows(rows: Tensor) -> tuple[Tensor, slice]:
-    """The rows [Q, …] of all processes end to end, and where this process's own are among them."""
-    parts = gather(rows)
-    start = sum(len(part) for part in parts[: process_index()])
-    return torch.cat(parts), slice(start, start + len(rows))
+def gather_lists(own: Sequence[T], group: Any = None) -> tuple[list[T], slice]:
+    """The lists of all processes (of the group) end to end, and where this one's own is in them."""
+    parts = gather(list(own), group)
+    start = sum(len(part) for part in parts[: process_index(group)])
+    return [entry for part in parts for entry in part], slice(start, start + len(own))
 
 
 def is_lost_process(error: BaseException) -> bool:

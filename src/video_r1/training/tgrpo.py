@@ -6,8 +6,8 @@
     optimizer ◄─ policy_loss ◄─ group_logprobs ◄─ advantages ◄─ rewards, p, p̃      (RolloutGroup)
 
 An optimizer step is read in `roll_out` (sample, score, compare) and then in `compute_loss` (learn), by which
-`transformers.Trainer` is given a step's data and a micro-batch's loss. All else
-(checkpoints, resuming, schedules, mixed precision, processes, trackers) is the Trainer's.
+`transformers.Trainer` is given a step's data and a micro-batch's loss. All else (checkpoints, resuming,
+schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
  1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
@@ -44,13 +44,8 @@ from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.group_forward import (
-    GroupLogprobs,
-    encode_vision,
-    group_logprobs,
-    vision_language_model,
-)
-from video_r1.processes import gather_rows, process_count
+from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
+from video_r1.processes import gather_lists, process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -147,11 +142,8 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- One optimizer step: sample, score, compare
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step as groups with rewards and advantages, and the loss's
-        normaliser.
-
-        The rollouts of the whole step are sampled here, by the policy before the step, so that no question's
-        loss depends on the micro-batch that it is in.
+        """The micro-batches of one optimizer step, and their loss's normaliser. All of the step's rollouts
+        come from the policy before it: no question's loss depends on the micro-batch that it is in.
         """
         args = self.settings
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -176,8 +168,8 @@ class TGRPOTrainer(QuestionTrainer):
         groups = self.score(questions, ordered, shuffled)
 
         # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
-        rewards_QG, mine = gather_rows(torch.stack([group.total_reward for group in groups]))
-        advantages_QG = group_advantages(rewards_QG, args.scale_rewards)[mine]  # "batch": of all processes
+        rewards, mine = gather_lists([group.total_reward for group in groups])  # of all processes: "batch"
+        advantages_QG = group_advantages(torch.stack(rewards), args.scale_rewards)[mine]
         for group, advantages in zip(groups, advantages_QG, strict=True):
             group.advantages = advantages
         describe_groups(self.meter, groups, args.self_reflection_phrases)
@@ -235,7 +227,6 @@ class TGRPOTrainer(QuestionTrainer):
     def score(
         self, questions: Sequence[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
     ) -> list[RolloutGroup]:
-        """The questions' groups with their rewards."""
         with self.meter.seconds("reward"):
             return score_groups(
                 questions, ordered, shuffled, self.terms, self.settings, self.builder.question

@@ -24,10 +24,10 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
-from video_r1.processes import process_count
+from video_r1.processes import gather_lists, process_count
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.parallel import TensorParallel
+from video_r1.rollout.vllm.parallel import neighbours
 from video_r1.rollout.vllm.positions import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
 from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
@@ -74,7 +74,7 @@ class VLLMEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
         self._sleep = settings.vllm_enable_sleep_mode and torch.cuda.is_available()
-        self._ranks = TensorParallel(settings.vllm_tensor_parallel_size)
+        self._neighbours = neighbours(settings.vllm_tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
@@ -148,9 +148,10 @@ class VLLMEngine:
         self._wake()
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
-        requests, own = self._ranks.gather(
-            [(vllm_prompt(prompts[ask.place], self.processor), ask.parameters) for ask in asks]
-        )
+        requests = [(vllm_prompt(prompts[ask.place], self.processor), ask.parameters) for ask in asks]
+        own = slice(None)
+        if self._neighbours is not None:
+            requests, own = gather_lists(requests, self._neighbours)
         outputs: list[Any] = []
         if requests:
             outputs = self.llm.generate(
