@@ -184,15 +184,14 @@ def add_lora(
     return peft.get_peft_model(model, config)
 
 
-def lora_options(settings: ModelSettings) -> dict[str, Any]:
-    """What the settings say to `add_lora`."""
-    return {
-        "rank": settings.lora_r,
-        "alpha": settings.lora_alpha,
-        "dropout": settings.lora_dropout,
-        "targets": settings.lora_target_modules,
-        "vision_tower": settings.lora_vision_tower,
-    }
+def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:
+    """The model with what does not train frozen, and with adapters where the settings want some."""
+    if settings.freeze_vision_tower:
+        freeze_vision(model)
+    if not settings.use_peft:
+        return model
+    rank, alpha, dropout = settings.lora_r, settings.lora_alpha, settings.lora_dropout
+    return add_lora(model, rank, alpha, dropout, settings.lora_target_modules, settings.lora_vision_tower)
 
 
 def checked_source(path: str | Path, with_weights: bool = True) -> str:

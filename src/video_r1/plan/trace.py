@@ -30,7 +30,7 @@ from transformers.vision_utils import (
 
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
-from video_r1.models.loading import add_lora, freeze_vision, lora_options
+from video_r1.models.loading import with_trained_parts
 from video_r1.plan.low_bits import eight_bit_states, in_four_bits
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
@@ -183,11 +183,8 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | Non
 
 def _build(config: PreTrainedConfig, policy: Policy) -> Any:
     """The policy as `setup.model_of` makes it."""
-    model, settings = _untrained(config, policy), policy.settings
-    if settings.freeze_vision_tower:
-        freeze_vision(model)
-    if settings.use_peft:
-        model = add_lora(model, **lora_options(settings))
+    settings = policy.settings
+    model = with_trained_parts(_untrained(config, policy), settings)
     if settings.load_in_4bit:
         in_four_bits(model, torch.bfloat16 if policy.device_type == "cuda" else torch.float32)
     if policy.training.gradient_checkpointing:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import datasets
 import torch
@@ -19,7 +19,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
 from video_r1.files import replace_json
-from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, lora_options
+from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first
 from video_r1.recipe import Recipe, resolved
@@ -31,16 +31,8 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
-    (
-        "output_dir",  # where the folder is now
-        *LENGTHS,
-        "logging_steps",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-        "eval_steps",
-        "eval_strategy",
-    )
+    (*LENGTHS, "output_dir", "logging_steps", "eval_steps", "eval_strategy")
+    + ("save_steps", "save_strategy", "save_total_limit")
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
     + ("media_seconds", "media_memory_mb")
     + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
@@ -123,10 +115,14 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
     folder = Path(args.output_dir)
     if decided_by_first(lambda: earlier_run(folder, resolved(recipe))).finished:
         return folder
-    check_optimizer(str(recipe.values().get("optim", "")))  # before weights are loaded
+    check_optimizer(args.optim.value)  # before weights are loaded
     check_writable(folder)
     with claimed_by_first(folder):
-        training, validation = manifests_of(recipe)
+        data = recipe.section(DataSettings)
+        training, validation = (
+            None if path is None else load_manifest(path, data.media_root, data.allow_urls)
+            for path in (data.train_manifest, data.eval_manifest)
+        )
         model, processor = model_of(recipe)
         run: Any = trainer(
             model,
@@ -175,44 +171,24 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         settings.trust_remote_code,
         load_in_4bit=settings.load_in_4bit,
     )
-    if settings.freeze_vision_tower:
-        freeze_vision(model)
-    if settings.use_peft:
-        set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
-        model = add_lora(model, **lora_options(settings))
+    set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
+    model = with_trained_parts(model, settings)
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
-
-
-def manifests_of(recipe: Recipe) -> tuple[list[Sample], list[Sample] | None]:
-    """Training and validation questions of a recipe. Raises ManifestError with every problem."""
-    data = recipe.section(DataSettings)
-    assert data.train_manifest is not None  # a recipe without it is refused
-    training, validation = (
-        None if path is None else load_manifest(path, data.media_root, data.allow_urls)
-        for path in (data.train_manifest, data.eval_manifest)
-    )
-    return training or [], validation
 
 
 Questions = str | Path | Sequence[Sample] | datasets.Dataset
 
 
-def as_samples(questions: Questions | None) -> list[Sample]:
-    """Samples of a manifest's path, a data set or a list. Raises ManifestError with every problem."""
-    if questions is None:
-        return []
-    if isinstance(questions, (str, Path, datasets.Dataset)):
-        return load_manifest(questions)
-    return list(questions)
+def as_samples(questions: Questions | dict[str, Questions] | None) -> Any:
+    """Samples of a manifest's path, a data set or a list; by name where there are several sets; None of None.
 
-
-def as_validation(
-    questions: Questions | dict[str, Questions] | None,
-) -> list[Sample] | dict[str, list[Sample]] | None:
-    """Held-out questions as samples, by name where there are several sets."""
+    Raises ManifestError with every problem.
+    """
     if isinstance(questions, dict):
         return {name: as_samples(part) for name, part in questions.items()}
-    return None if questions is None else as_samples(questions)
+    if isinstance(questions, (str, Path, datasets.Dataset)):
+        return load_manifest(questions)
+    return None if questions is None else list(questions)
 
 
 def given_model(
@@ -225,6 +201,4 @@ def given_model(
             raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
         processor = load_processor(source)
     loaded = load_model(model) if isinstance(model, (str, Path)) else model
-    return (
-        loaded if peft_config is None else cast(PreTrainedModel, add_lora(loaded, config=peft_config))
-    ), processor
+    return loaded if peft_config is None else add_lora(loaded, config=peft_config), processor

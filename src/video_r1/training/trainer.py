@@ -39,12 +39,7 @@ from video_r1.files import follow_umask
 from video_r1.models.four_bits import record_four_bits
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.packages import check_optimizer
-from video_r1.processes import (
-    claimed_by_first,
-    decided_by_first,
-    naming_lost_processes,
-    wait_for_everyone,
-)
+from video_r1.processes import claimed_by_first, decided_by_first, naming_lost_processes, wait_for_everyone
 from video_r1.recipe import Recipe, resolved
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import (
@@ -63,7 +58,6 @@ from video_r1.training.runs import (
     Questions,
     adopt,
     as_samples,
-    as_validation,
     earlier_run,
     given_model,
     is_finished,
@@ -132,8 +126,8 @@ class QuestionTrainer(Trainer, ABC):
         super().__init__(
             model=trained,
             args=args,
-            train_dataset=as_samples(train_dataset),  # pyright: ignore[reportArgumentType]
-            eval_dataset=as_validation(eval_dataset),  # pyright: ignore[reportArgumentType]
+            train_dataset=as_samples(train_dataset),
+            eval_dataset=as_samples(eval_dataset),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
@@ -223,10 +217,8 @@ class QuestionTrainer(Trainer, ABC):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The figures of `validate` on held-out questions (default: those given to the trainer), each with a
-        prefix.
-
-        Several sets, by name, give `eval_<name>_…`.
+        """The figures of `validate`, with a prefix, on held-out questions (default: those given to the
+        trainer). Several sets, by name, give `eval_<name>_…`.
         """
         questions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(questions, dict):
@@ -332,9 +324,8 @@ class QuestionTrainer(Trainer, ABC):
         compares them as they are and leaves out, without an error, all weights whose names differ.
         """
         model = self.model if model is None else model
-        if folder is None or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        if not isinstance(model, PreTrainedModel):
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if folder is None or sharded or not isinstance(model, PreTrainedModel):
             return False
         model.load_state_dict(load_model(folder).state_dict())
         return True
