@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,7 @@ def source(
         build,
         seed=seed,
         reader=Reader(FrameBudget()),
-        quarantine=folder and folder / "quarantine.jsonl",
+        quarantine=folder / "quarantine.jsonl" if folder else Path(os.devnull),
     )
 
 

@@ -11,13 +11,7 @@ import torch
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rollout.endpoint import (
-    Endpoint,
-    EndpointEngine,
-    endpoint_url,
-    form_of_frames,
-    served_model,
-)
+from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, described

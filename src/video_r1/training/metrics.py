@@ -5,7 +5,6 @@ metrics.jsonl.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import resource
@@ -21,7 +20,7 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.files import append_line, json_lines, replace_text
+from video_r1.files import append_line, json_lines, replace_text, whole_lines
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe, save_resolved
@@ -204,13 +203,7 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     """Rewrites a JSON-lines file with only its whole lines of steps up to `step`; returns these lines."""
     if not path.exists():
         return []
-    kept: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:  # half a line, left by a run that was killed
-            continue
-        if isinstance(line, dict) and line.get("step", 0) <= step:
-            kept.append(line)
+    with path.open("r+b") as file:
+        kept = [line for _, _, line in whole_lines(file) if line is not None and line.get("step", 0) <= step]
     replace_text(path, json_lines(kept).decode())
     return kept

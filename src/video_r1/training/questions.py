@@ -112,7 +112,7 @@ class QuestionSource(Generic[Loaded, Content]):
         *,
         seed: int,
         reader: Reader,
-        quarantine: Path | None = None,
+        quarantine: Path,
         cache_bytes: int = 0,
     ) -> None:
         self.samples = samples
@@ -148,9 +148,9 @@ class QuestionSource(Generic[Loaded, Content]):
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
         raise VideoR1Error(
-            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest{reason}"
-            + (f" (all reasons are in {self.quarantine})" if self.quarantine else "")
-            + ". Check media_root and the files with: video-r1 data check MANIFEST"
+            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest{reason} "
+            f"(all reasons are in {self.quarantine}). "
+            "Check media_root and the files with: video-r1 data check MANIFEST"
         )
 
     def draw(self, slot: Slot, attempt: int = 0) -> int:
@@ -166,8 +166,7 @@ class QuestionSource(Generic[Loaded, Content]):
             if index in self.unusable:
                 return
             self.unusable.add(index)
-            if self.quarantine is not None:
-                append_line(self.quarantine, quarantined(self.samples[index], error))
+            append_line(self.quarantine, quarantined(self.samples[index], error))
 
 
 @lru_cache(maxsize=4)
@@ -177,9 +176,7 @@ def epoch_order(seed: int, epoch: int, questions: int) -> Tensor:
 
 
 class MemoryCache(Generic[Loaded]):
-    """Keeps results in memory up to `limit` bytes of tensors; the least recently used goes first.
-    Thread-safe.
-    """
+    """Up to `limit` bytes of tensors; the least recently used goes first. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit

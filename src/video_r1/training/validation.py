@@ -10,11 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerState,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.data.media import Media
@@ -62,11 +58,7 @@ def stopped_early(state: Mapping[str, Any]) -> bool:
 
 
 def temporal_accuracy(
-    engine: RolloutEngine,
-    samples: Sequence[Sample],
-    reader: Reader,
-    builder: PromptBuilder,
-    settings: Any,
+    engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
