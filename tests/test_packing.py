@@ -85,7 +85,7 @@ def test_block_mask(prompts: list[int], completions: list[list[int]]) -> None:
 @pytest.mark.parametrize(("prompts", "completions"), ROWS)
 def test_flex_attention_agrees_with_the_pieces(prompts: list[int], completions: list[list[int]]) -> None:
     layout = row_layout(prompts, completions, torch.device("cpu"))
-    q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+    q, k, v = (torch.randn(1, heads, layout.groups[-1].end, 16) for heads in (4, 2, 2))
     module: Any = torch.nn.Module()
     pieces, _ = groups_attention_forward(module, q, k, v, None, scaling=0.3, group_layout=layout)
     expected = torch.nn.functional.scaled_dot_product_attention(
@@ -112,7 +112,7 @@ def test_rows_of_any_length_share_a_compiled_kernel() -> None:
         prompts = [numbers.randint(100, 400) for _ in range(numbers.choice([1, 2]))]
         completions = [[numbers.randint(5, 150) for _ in range(4)] for _ in prompts]
         layout = row_layout(prompts, completions, torch.device("cpu"))
-        q, k, v = (torch.randn(1, heads, layout.tokens, 16) for heads in (4, 2, 2))
+        q, k, v = (torch.randn(1, heads, layout.groups[-1].end, 16) for heads in (4, 2, 2))
         module: Any = torch.nn.Module().train(next(training))
         mask = block_mask(prompts, completions, torch.device("cpu"))
         flex, _ = flex_attention_forward(module, q, k, v, mask, scaling=0.3)

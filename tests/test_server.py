@@ -10,13 +10,13 @@ import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_models import moving_square, tiny_model, tiny_processor
+from transformers import GenerationConfig
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
@@ -28,7 +28,7 @@ from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.server import ServerEngine
 
 PROCESSOR = tiny_processor("qwen2_5_vl")
-GENERATION = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[3, 5]))
+GENERATION = GenerationConfig(eos_token_id=[3, 5])
 MODEL = "models/tiny"
 TINY: Any = tiny_model("qwen2_5_vl", PROCESSOR.tokenizer)
 

@@ -74,7 +74,7 @@ def model() -> Any:
 @pytest.fixture
 def engine(server: ServerProcess, processor: Any, model: Any) -> Iterator[ServerEngine]:
     """Its server has the model's weights."""
-    engine = ServerEngine(server.url, processor, model, model=base_folder())
+    engine = ServerEngine(server.url, processor, model.generation_config, model=base_folder())
     engine.update_weights(model)
     yield engine
     engine.close()
@@ -84,7 +84,7 @@ def test_what_it_starts_with_and_what_it_receives(
     server: ServerProcess, processor: Any, model: Any, prompts: list[Prompt]
 ) -> None:
     """The checkpoint as it is served; and the pixels are the prompts' own, in their order, bit by bit."""
-    engine = ServerEngine(server.url, processor, model, model=base_folder())
+    engine = ServerEngine(server.url, processor, model.generation_config, model=base_folder())
     for path in server.recorded.iterdir():
         path.unlink()
     groups = engine.generate(prompts, SETTINGS)
@@ -123,7 +123,9 @@ def test_the_vision_tower_is_handed_over(engine: ServerEngine, model: Any, promp
 def test_only_the_present_weights_are_kept(
     server: ServerProcess, processor: Any, model: Any, prompts: list[Prompt], tmp_path: Path
 ) -> None:
-    engine = ServerEngine(server.url, processor, model, model=base_folder(), folder=tmp_path)
+    engine = ServerEngine(
+        server.url, processor, model.generation_config, model=base_folder(), folder=tmp_path
+    )
     for _ in range(2):
         change(model)
         engine.update_weights(model)
@@ -156,11 +158,11 @@ def test_another_model(
     server: ServerProcess, engine: ServerEngine, processor: Any, model: Any, prompts: list[Prompt]
 ) -> None:
     with pytest.raises(ConfigError, match=r"serves .*lab/base, not models/other"):
-        ServerEngine(server.url, processor, model, model="models/other")
+        ServerEngine(server.url, processor, model.generation_config, model="models/other")
     before = ids(engine.generate(prompts, SETTINGS))
     other: Any = tiny_model("qwen2_5_vl", tiny_processor("qwen2_5_vl").tokenizer)
     with pytest.raises(ConfigError, match=r"whose hidden_size is \d+, the trained one has"):
-        ServerEngine(server.url, processor, other).update_weights(other)
+        ServerEngine(server.url, processor, other.generation_config).update_weights(other)
     assert ids(engine.generate(prompts, SETTINGS)) == before  # its weights are untouched
 
 

@@ -77,9 +77,13 @@ class _SharedPrefixAttention(torch.autograd.Function):
         lse = torch.empty_like(out[..., 0], dtype=torch.promote_types(out.dtype, torch.float32))  # [N, H]
 
         for rows, columns, causal in _pieces(layout):
-            out[rows], lse[rows] = _piece(query[rows], keys[columns], values[columns], causal, scale)
+            heads = (_take(query, rows), _take(keys, columns), _take(values, columns))
+            out[rows], lse[rows] = _attend(*heads, causal, scale)
         if layout.buckets:
-            own = [_bucket_forward(query, keys, values, bucket, scale) for bucket in layout.buckets]
+            own = [
+                _attend(*(_take(x, bucket) for x in (query, keys, values)), True, scale)
+                for bucket in layout.buckets
+            ]
             own_out, own_lse = (torch.cat(parts)[layout.from_buckets] for parts in zip(*own, strict=True))
             prompt_out, prompt_lse = out[layout.others], lse[layout.others]
             both = torch.logaddexp(prompt_lse, own_lse)
@@ -101,8 +105,8 @@ class _SharedPrefixAttention(torch.autograd.Function):
             torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, keys, values)
         )
         for rows, columns, causal in _pieces(layout):
-            heads = (grad[rows], query[rows], keys[columns], values[columns], out[rows])
-            parts = _piece_backward(*heads, lse[rows], causal, ctx.scale)
+            heads = (_take(query, rows), _take(keys, columns), _take(values, columns), _take(out, rows))
+            parts = _attend_backward(_take(grad, rows), *heads, lse[None, rows], causal, ctx.scale)
             grad_q[rows] += parts[0]
             grad_k[columns] += parts[1]
             grad_v[columns] += parts[2]
@@ -111,10 +115,9 @@ class _SharedPrefixAttention(torch.autograd.Function):
             kept = bucket.flatten()[mask]
             heads = [_take(x, bucket) for x in (query, keys, values, out)]
             grad_own = _take(grad, bucket) * mask.view(len(bucket), 1, -1, 1)
-            lse_own = lse[bucket].transpose(1, 2).contiguous()
-            parts = _flash_backward(grad_own, *heads, lse_own, 0.0, True, scale=ctx.scale)
+            parts = _attend_backward(grad_own, *heads, lse[bucket], True, ctx.scale)
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
-                total.index_add_(0, kept, part.transpose(1, 2).flatten(0, 1)[mask])
+                total.index_add_(0, kept, part[mask])
         repeats = query.shape[1] // key.shape[1]
         if repeats > 1:
             grad_k, grad_v = (x.unflatten(1, (-1, repeats)).sum(2) for x in (grad_k, grad_v))
@@ -129,9 +132,11 @@ def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     return key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
 
 
-def _take(x: Tensor, bucket: Tensor) -> Tensor:
-    """[N, H, D] and indices [n, L] -> [n, H, L, D]."""
-    return x.index_select(0, bucket.flatten()).unflatten(0, bucket.shape).transpose(1, 2)
+def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """[N, H, D] and indices [n, L], or a slice of L (n = 1) -> [n, H, L, D]."""
+    if isinstance(rows, slice):
+        return x[None, rows].transpose(1, 2)
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
@@ -143,28 +148,18 @@ def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
             yield slice(span.first_end, span.end), slice(span.start, span.prompt_end), False
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(0, 1)[None]  # [S, H, D] -> [1, H, S, D]
-
-
-def _piece(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """One sequence: [S, H, D] and [T, H, D] -> out [S, H, D], log-sum-exp [S, H]."""
-    out, lse = _flash(_heads_first(q), _heads_first(k), _heads_first(v), 0.0, causal, scale=scale)
-    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
-
-
-def _piece_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    heads = (_heads_first(x) for x in (grad, q, k, v, out))
-    parts = _flash_backward(*heads, lse.transpose(0, 1)[None].contiguous(), 0.0, causal, scale=scale)
-    return tuple(part[0].transpose(0, 1) for part in parts)
-
-
-def _bucket_forward(q: Tensor, k: Tensor, v: Tensor, bucket: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Completions among themselves: bucket [n, L] -> out [n * L, H, D], log-sum-exp [n * L, H]."""
-    out, lse = _flash(*(_take(x, bucket) for x in (q, k, v)), 0.0, True, scale=scale)
+def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """n sequences: [n, H, L, D] -> out [n * L, H, D], log-sum-exp [n * L, H]."""
+    out, lse = _flash(q, k, v, 0.0, causal, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+
+
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
+) -> list[Tensor]:
+    """Gradients of q, k and v, [n * L, H, D] each. lse: [n, L, H]."""
+    parts = _flash_backward(grad, q, k, v, out, lse.transpose(1, 2).contiguous(), 0.0, causal, scale=scale)
+    return [part.transpose(1, 2).flatten(0, 1) for part in parts]
 
 
 AttentionInterface.register(IMPLEMENTATION, groups_attention_forward)

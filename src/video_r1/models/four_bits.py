@@ -24,9 +24,8 @@ IN_FULL = ("model.visual", "lm_head")
 
 
 def four_bits() -> Any:
-    """NF4 with double quantisation for the linear layers of the text model; the vision tower, the embeddings
-    and the head stay as they are. Products are bfloat16 on a GPU and float32 on a CPU, where it is not
-    faster.
+    """NF4 with double quantisation for the linear layers of the text model alone. Products are bfloat16 on a
+    GPU and float32 on a CPU, where bfloat16 is not faster.
 
     Raises ConfigError when bitsandbytes is not installed.
     """
@@ -77,8 +76,7 @@ def record_four_bits(model: Any, folder: Path) -> None:
 
 
 def recorded_four_bits(folder: Path) -> tuple[str, Any] | None:
-    """What `record_four_bits` wrote into the folder: the number format that was quantised, and how; None
-    where it wrote nothing.
+    """What `record_four_bits` wrote into the folder, if anything: the number format before, and how.
 
     Raises ConfigError when bitsandbytes is not installed.
     """

@@ -16,8 +16,7 @@ LEAST_ROWS = 64  # of a chunk: each adds a whole gradient to the head's weights,
 
 class TokenScores(NamedTuple):
     """Of N given tokens: `logprobs` [N] float32 in nats; where asked for, without a gradient, `entropy` [N]
-    float32 in nats of the distribution that each is taken from, and `likeliest` [N] bool, whether it is the
-    arg max.
+    float32 in nats of each one's distribution, and `likeliest` [N] bool, whether it is the arg max.
     """
 
     logprobs: Tensor

@@ -167,9 +167,8 @@ def add_lora(
 ) -> Any:
     """The model with LoRA adapters: all other weights are frozen.
 
-    targets: names of the modules to adapt; None for every linear layer of the text model, and of the vision
-    tower where it is asked for. config: a peft configuration in place of all these. Raises ConfigError when
-    peft is not installed.
+    targets: names of the modules to adapt; None for every linear layer of the text model, with vision_tower
+    of the tower too. config: a peft one in place of these. Raises ConfigError when peft is not installed.
     """
     try:
         import peft

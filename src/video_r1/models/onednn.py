@@ -23,13 +23,12 @@ MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies: a larger model's are
 
 @contextmanager
 def onednn_linears(model: Any, rows: int) -> Iterator[None]:
-    """Within it, the float32 linear layers of a Qwen-VL model on a CPU, and the convolution that embeds its
-    patches, go through oneDNN.
+    """Within it, float32 linear layers of a Qwen-VL model on a CPU, and its patch embedding, use oneDNN.
 
-    rows: tokens of most forwards, that is completions decoded at once; layers too small for it stay as they
-    are. For forwards under `torch.no_grad`, with weights that do not change. Results differ from torch's in
-    the last bits. Does nothing on other devices, under autocast and where torch has no oneDNN; a layer with a
-    forward of its own (adapters, quantised, hooked) or with sharded weights stays as it is.
+    rows: completions decoded at once; layers too small for it stay as they are. For forwards under
+    `torch.no_grad`, with weights that do not change. Results differ from torch's in the last bits. Does
+    nothing on other devices, under autocast and where torch has no oneDNN; a layer with a forward of its own
+    (adapters, quantised, hooked) or with sharded weights stays as it is.
     """
     decoding: list[Any] = []
     once: list[Any] = []

@@ -47,7 +47,6 @@ class RowLayout:
     the same rule for FlexAttention; None on the CPU.
     """
 
-    tokens: int
     groups: tuple[GroupSpan, ...]
     others: Tensor
     buckets: tuple[Tensor, ...]
@@ -74,13 +73,11 @@ def row_layout(
         groups.append(GroupSpan(start, prompt_end, first_end, ends[-1]))
         position = ends[-1]
     buckets, masks, row_indices = _buckets(segments)
-    # `row_indices` lists row tokens in bucket order; the order that sorts it leads from the row to the
-    # buckets.
+    # `row_indices` has row tokens in the buckets' order; what sorts it leads from the row to the buckets.
     others, order = torch.sort(row_indices)
     valid = torch.cat(masks).nonzero()[:, 0] if masks else torch.empty(0, dtype=torch.long)
     on_gpu = device.type != "cpu"
     return RowLayout(
-        tokens=position,
         groups=tuple(groups),
         others=others.to(device),
         buckets=tuple(bucket.to(device) for bucket in buckets),

@@ -14,7 +14,7 @@ from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_url, form_of_frames, served_model
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm.engine import VLLMEngine, described
+from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.decoding import DecodingSettings
 from video_r1.settings.frames import FrameBudget
@@ -49,7 +49,8 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         frames_as = form_of_frames(endpoint, model, is_vllm, "auto")
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     if settings.engine.startswith("http"):
-        return ServerEngine(settings.engine, processor, described(settings.model), model=settings.model)
+        ends = generation_config(settings.model)
+        return ServerEngine(settings.engine, processor, ends, model=settings.model)
     if settings.engine == "vllm":
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
@@ -81,13 +82,13 @@ def training_engine(
     """The engine that samples for the trainer of `model`.
 
     longest: most tokens of prompt and completion together; dtype: that of vLLM's weights in this process;
-    folder: where weights for a server are handed over. Raises ConfigError when vLLM or the server is not
-    there.
+    folder: where a server finds weights. Raises ConfigError when vLLM or the server is not there.
     """
     if not settings.use_vllm:
         return TransformersEngine(model, processor)
     if settings.vllm_mode == "server":
         assert settings.vllm_server_base_url is not None  # settings without it are refused
         wait = settings.vllm_server_timeout
-        return ServerEngine(settings.vllm_server_base_url, processor, model, folder=folder, wait=wait)
+        ends = model.generation_config
+        return ServerEngine(settings.vllm_server_base_url, processor, ends, folder=folder, wait=wait)
     return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings)

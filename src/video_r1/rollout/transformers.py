@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.data.rollouts import Rollout
@@ -76,7 +76,7 @@ class TransformersEngine:
         self._text_config = self._core.language_model.config
         if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
-        self._stop_ids = stop_token_ids(self.model, self.tokenizer)
+        self._stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
 
     def close(self) -> None:
         """Nothing is held but the model, which belongs to the caller."""
@@ -91,10 +91,9 @@ class TransformersEngine:
     ) -> list[list[Rollout]]:
         """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
 
-        At temperature 0 every completion is the greedy one and its log-probs are the model's own. A prompt's
-        seed (see `prompt_seeds`) fixes every token of its completions: completion g depends on the seed and
-        g, not on the other prompts or how they are batched. `on_token(q, g, token_id)` sees each token at
-        once.
+        At temperature 0 every completion is the greedy one and its log-probs are the model's own. Completion
+        g depends on its prompt's seed (see `prompt_seeds`) and g, not on the other prompts or how they are
+        batched. `on_token(q, g, token_id)` sees each token at once.
         """
         counts = wanted_counts(prompts, sampling, counts)
         uniform = _uniform_numbers(counts, sampling)
@@ -170,8 +169,7 @@ class TransformersEngine:
     ) -> list[Rollout]:
         """The S completions of one wave, those of a prompt in a row.
 
-        numbers: [S] prompt and completion in the call's counting, prompts in the order of the prefill;
-        uniform: [S, max_tokens].
+        numbers: [S] prompt and completion, prompts in the prefill's order; uniform: [S, max_tokens].
         """
         device = prefilled.logits.device
         uniform = uniform.to(device)
@@ -256,9 +254,9 @@ def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> 
         yield part
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
     """The tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
+    configured = generation.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})
 

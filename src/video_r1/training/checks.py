@@ -28,11 +28,7 @@ CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
 
 
 class Preflight(TrainerCallback):
-    """Looks at the first questions of the run before its first step. Raises VideoR1Error when all earn
-    nothing.
-
-    groups: samples and scores them.
-    """
+    """`check_rewards` of the run's first questions before its first step. groups: samples and scores them."""
 
     def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
         self.groups = groups
@@ -43,10 +39,8 @@ class Preflight(TrainerCallback):
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raises VideoR1Error when no completion of any group, in any process, earns a reward, and says what to
-    do.
-
-    A reward that is the same everywhere but not 0 is only warned of.
+    """Raises VideoR1Error when no completion of any group, in any process, earns a reward. A reward that is
+    the same everywhere but not 0 is only warned of.
     """
     mine = [
         (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
@@ -134,9 +128,7 @@ class SamplerCheck(TrainerCallback):
 def sampler_difference(
     engine: RolloutEngine, model: nn.Module, prompts: Sequence[Prompt], temperature: float
 ) -> tuple[float, int]:
-    """Sum of |log π_trainer − log π_sampler| over some tokens after each prompt, after a hand-over; and how
-    many tokens they are.
-    """
+    """After a hand-over: |log π_trainer − log π_sampler|, summed over some tokens; how many they are."""
     with eval_mode(model):
         engine.update_weights(model)
         groups = engine.generate(

@@ -144,9 +144,7 @@ def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[...
 
 
 class StepProgress(TrainerCallback):
-    """A bar with rate and time left on a terminal, plain lines elsewhere; some of the logged series beside
-    it.
-    """
+    """A bar with rate and time left on a terminal, plain lines elsewhere; with some of the logged series."""
 
     def __init__(self, description: str, series: Sequence[str] = ("loss",)) -> None:
         self.description = description

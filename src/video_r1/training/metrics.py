@@ -1,6 +1,4 @@
-"""The series that a run writes: gathered between two logging steps, sent to the trackers and to
-metrics.jsonl.
-"""
+"""The series that a run writes: gathered between two logging steps, for trackers and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -94,7 +92,7 @@ class Meter:
 def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
     """Adds what one step's groups say to the meter: rewards, temporal gap, completions, flat groups."""
     for group in groups:
-        sample, size = group.sample, len(group.ordered)
+        sample = group.sample
         for term, values in {**group.rewards, "total": group.total_reward}.items():
             # A user's function may leave a completion without a reward (nan).
             total, given = float(values.nansum()), int(values.isfinite().sum())
@@ -109,7 +107,7 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
-        meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])), 1 if size else 0)
+        meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
 
 
 def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:
@@ -122,9 +120,7 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
 
 
 def take_peak_memory() -> float:
-    """GiB. On a GPU the most that was allocated there since the last call; else the most main memory that
-    this process has had since its start.
-    """
+    """GiB: the most allocated on a GPU since the last call; without one, the most the process has had."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -165,8 +161,7 @@ def warn_once(message: str) -> None:
 
 
 class RunFolder(TrainerCallback):
-    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder, from the main
-    process.
+    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder.
 
     A run that is resumed continues the file: lines after the step it resumes from are taken out first. When
     the disk refuses a line, the run goes on and says so once.

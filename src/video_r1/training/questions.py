@@ -61,8 +61,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of an epoch, in order: `batch_size` questions each, the last one with what is left.
 
     With `iterations` above 1 the micro-batches of one optimizer step (`step_batches` of them, over all
-    processes) come that many times in a row. An optimizer step must then be whole, so the last one is filled
-    up from the start of the epoch.
+    processes) come that many times in a row, and the last step is filled up from the start of the epoch.
     """
 
     def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:

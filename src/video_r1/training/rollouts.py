@@ -39,8 +39,7 @@ class Sampled(NamedTuple):
 
 
 class StepRollouts:
-    """Has an engine sample the questions of a step: G completions each with their frames in order, H with
-    them shuffled.
+    """Has an engine sample a step's questions: G completions each in frame order, H with frames shuffled.
 
     settings: TGRPOSettings and VLLMSettings. policy: a context in which every process has the whole model.
     """
@@ -111,9 +110,8 @@ class StepRollouts:
 class PolicyBatch:
     """A micro-batch of groups, and what later updates on the same rollouts share.
 
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. They are all of the
-    groups, save for those of equal rewards when there is no KL term: advantages of 0 add nothing to the loss
-    or its gradient.
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. Without a KL term groups
+    of equal rewards are not among them: advantages of 0 add nothing to the loss or its gradient.
     """
 
     groups: list[RolloutGroup]

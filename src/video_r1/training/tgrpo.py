@@ -75,8 +75,7 @@ RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 @dataclass
 class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
-    """All settings of a run: this project's own, TRL's by TRL's names, and every field of
-    `TrainingArguments`.
+    """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
     """
@@ -233,9 +232,7 @@ class TGRPOTrainer(QuestionTrainer):
             )
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
-        """Log-probabilities [N] of the batch's ordered completions, at the temperature that they were sampled
-        at. A frozen vision tower runs once.
-        """
+        """[N], of the batch's ordered completions at the sampling temperature. A frozen tower runs once."""
         with self.accelerator.autocast():
             if self.vision_is_frozen and batch.vision is None:
                 with torch.no_grad():

@@ -331,8 +331,7 @@ class QuestionTrainer(Trainer, ABC):
         return True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`, and the run folder is a checkpoint afterwards (unless `save_strategy`
-        is "no").
+        """As in `transformers.Trainer`; with `save_strategy` the run folder is a checkpoint afterwards.
 
         Without `resume_from_checkpoint` a run in the folder is continued from its last whole checkpoint, as
         on the command line; one whose steps are all done gives its model, without another step. Raises

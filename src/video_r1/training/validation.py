@@ -101,8 +101,7 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int
 def held_out(
     samples: Sequence[Sample], reader: Reader, build: Callable[[Sample, Media], Built], batch_size: int
 ) -> Iterator[list[Built]]:
-    """This process's share of held-out questions in batches, the next one read while the present one is used;
-    without those that cannot be used.
+    """This process's share of held-out questions that can be used, in batches that are read ahead.
 
     Every process gets as many batches, some perhaps empty: processes that share an engine call it together.
     """

@@ -14,7 +14,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,9 +51,8 @@ class VLLMEngine:
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
-    settings: its share of the GPU's memory; whether to give that back after each `generate` (GPU only); and
-        how many neighbouring processes of a training run share one vLLM: all of them have to make the same
-        calls (their prompts may differ).
+    settings: its share of a GPU's memory; whether to give that back after each `generate`; and how many
+        neighbouring processes share one vLLM: they have to make the same calls, with any prompts.
 
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
@@ -102,7 +100,7 @@ class VLLMEngine:
         if in_memory:
             self.update_weights(model)
         else:
-            self.stop_ids = stop_token_ids(described(source), self.tokenizer)
+            self.stop_ids = stop_token_ids(generation_config(source), self.tokenizer)
 
     def _describe(self, model: Any) -> str:
         """A folder with all of the model's checkpoint but its weights."""
@@ -122,12 +120,10 @@ class VLLMEngine:
         self._wake(["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         self.reset_caches()
-        self.stop_ids = stop_token_ids(vision_language_model(model), self.tokenizer)
+        self.stop_ids = stop_token_ids(vision_language_model(model).generation_config, self.tokenizer)
 
     def reset_caches(self) -> None:
-        """All caches, at the engine and at the worker: one that only one side has emptied breaks the next
-        request.
-        """
+        """All of them, at engine and worker: what one side alone has emptied breaks the next request."""
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
         self.llm.collective_rpc("reset_mm_cache")
@@ -196,12 +192,11 @@ def _longest(source: str, wanted: int | None) -> int:
     return allowed if wanted is None else min(allowed, wanted)
 
 
-def described(source: str | Path) -> Any:
-    """Stands for a model where only its end tokens are wanted."""
+def generation_config(source: str | Path) -> GenerationConfig:
     try:
-        return SimpleNamespace(generation_config=GenerationConfig.from_pretrained(source))
+        return GenerationConfig.from_pretrained(source)
     except OSError:  # a checkpoint need not have one
-        return SimpleNamespace(generation_config=GenerationConfig())
+        return GenerationConfig()
 
 
 def _start(arguments: dict[str, Any]) -> Any:

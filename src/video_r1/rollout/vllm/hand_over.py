@@ -32,9 +32,7 @@ class FolderHandOver:
         self.current = folder
 
     def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
-        """These are the weights from now on, none of which shares memory with another one; None in processes
-        that only name the version.
-        """
+        """The weights from now on, no two of which share memory; None where only the version is named."""
         before, self.current = self.current, self.folder / version
         if weights is None:
             return

@@ -25,15 +25,9 @@ VARIABLE = "VIDEO_R1_POSITIONS"
 
 def use_transformers_positions() -> None:
     """Replaces the rule of vLLM's Qwen2-VL and Qwen2.5-VL classes. Doing so again changes nothing."""
-    from vllm.model_executor.models import (  # pyright: ignore[reportMissingImports]
-        qwen2_5_vl,
-        qwen2_vl,
-    )
+    from vllm.model_executor.models import qwen2_5_vl, qwen2_vl  # pyright: ignore[reportMissingImports]
 
-    kinds: list[Any] = [
-        qwen2_vl.Qwen2VLForConditionalGeneration,
-        qwen2_5_vl.Qwen2_5_VLForConditionalGeneration,
-    ]
+    kinds: Any = (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration)
     for kind in kinds:
         kind.get_mrope_input_positions = prompt_positions
 
@@ -48,8 +42,7 @@ def plugin() -> None:
 def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
     """Positions [3, P] int64 (time, row, column) of a prompt, and what a later token's index is shifted by.
 
-    The signature is that of vLLM's models. Time steps are rounded down after a product in float32, as in
-    transformers.
+    Time steps are rounded down after a product in float32, as in transformers.
     """
     parts: list[Tensor] = []
     done, position = 0, 0

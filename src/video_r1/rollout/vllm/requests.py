@@ -43,8 +43,7 @@ def sampling_parameters(
 
 
 class Ask(NamedTuple):
-    """place: of the prompt in its call; count: completions wanted of it, one or more; parameters: see
-    `sampling_parameters`."""
+    """place: of the prompt in its call; count: completions wanted; parameters: as `sampling_parameters`."""
 
     place: int
     count: int
@@ -103,8 +102,7 @@ def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
     """The prompt as `LLM.generate` takes it: its tokens with the visual as one placeholder, its frames in the
     order in which the model sees them, sampled and resized already, and their timestamps.
 
-    Where text stands between the frames (Qwen3-VL), vLLM writes it anew from the timestamps, and the prompt
-    goes as text.
+    Text between the frames (Qwen3-VL) is made by vLLM from the timestamps, so such a prompt goes as text.
     """
     media = prompt.media
     frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]

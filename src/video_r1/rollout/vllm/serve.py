@@ -1,6 +1,4 @@
-"""How vLLM is started, in this process or as a server (`video-r1 serve`), and what runs in the server's own
-processes.
-"""
+"""How vLLM is started, here or as a server (`video-r1 serve`), and what runs in a server's processes."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from transformers import GenerationConfig
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
@@ -47,8 +48,8 @@ ATTEMPTS = 5  # of one request, each after the server has answered its health ch
 class ServerEngine:
     """Samples on a vLLM server that was started with `video-r1 serve` (or as that command prints).
 
-    url: its address. processor: the one that prompts are built with. generation: a model or an object with a
-        `generation_config`, which names the end tokens (`update_weights` replaces it).
+    url: its address. processor: the one that prompts are built with. generation: names the end tokens
+        (`update_weights` replaces it).
     model: the checkpoint that the server has to serve; None accepts any.
     folder: where a folder for the hand-over of weights is made, which the server has to see under the same
         path (default: the system's folder for temporary files).
@@ -63,7 +64,7 @@ class ServerEngine:
         self,
         url: str,
         processor: Any,
-        generation: Any,
+        generation: GenerationConfig,
         *,
         model: str | Path | None = None,
         folder: str | Path | None = None,
@@ -95,9 +96,7 @@ class ServerEngine:
         self.served = self._describe()
 
     def _describe(self) -> dict[str, Any]:
-        """What WorkerExtension says of the server. Raises ConfigError when it samples otherwise than the
-        trainer counts.
-        """
+        """What WorkerExtension says of it. Raises ConfigError when it samples otherwise than is counted."""
         advice = "start it with video-r1 serve, or with the words that this command prints"
         try:
             served = self._post("/collective_rpc", {"method": "served_model"})["results"][0]
@@ -118,7 +117,7 @@ class ServerEngine:
         """
         wait_for_everyone()  # nobody is sampling any more
         inner = vision_language_model(model)
-        self._stop_ids = stop_token_ids(inner, self.tokenizer)
+        self._stop_ids = stop_token_ids(inner.generation_config, self.tokenizer)
         if self._hand_over is None:
             for name, value in shape(type(inner).__name__, inner.config).items():
                 if self.served[name] != value:
@@ -141,9 +140,7 @@ class ServerEngine:
         wait_for_everyone()
 
     def _keep_supplied(self) -> None:
-        """Hands its weights to a server that comes back while only other processes are waiting for it, which
-        have none to give.
-        """
+        """Hands its weights to a server that returns while only processes without weights wait for it."""
         while not self._closed.wait(WATCH_SECONDS):
             try:
                 if self._get("/weight_info")["weight_version"] != self._version:
@@ -277,9 +274,7 @@ class ServerEngine:
             logger.warning("%s: %s; waiting up to %g s for it", self.url, failure, self.wait)
 
     def _longest(self) -> int:
-        """The longest sequence in tokens that the server takes. Raises ServerFailure while it is not there,
-        ConfigError when it is no such server.
-        """
+        """The longest sequence in tokens. Raises ServerFailure, and ConfigError for another server."""
         try:
             self._get("/health")
             served = self._get("/v1/models")["data"][0]

@@ -19,8 +19,7 @@ HEAD = "lm_head.weight"
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model inside DDP, FSDP2 and PEFT, by its name in the plain model; detached. Those
-    in 4 bits (QLoRA) in full.
+    """Every weight of the model inside DDP, FSDP2 and PEFT by its plain name; detached, 4 bits in full.
 
     The head is always among them. A model that ties it to the embedding saves no head, and vLLM would keep
     the old one without an error. Adapters are added to copies of their weights, W + s·B·A, layer by layer:
