@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from video_r1.errors import ConfigError
-from video_r1.rollout.vllm.parallel import neighbours
+from video_r1.rollout.vllm.engine import neighbours
 
 
 @pytest.mark.vllm

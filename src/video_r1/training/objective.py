@@ -99,18 +99,12 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loss_normaliser(loss_type: LossType, responses: int, tokens: int, max_completion_length: int) -> float:
-    """What the sums of `loss_type` are divided by.
+    """What the sums of `loss_type` are divided by, at least 1.
 
     responses, tokens: of everything that one optimizer step sees, over all micro-batches and ranks.
-    grpo: responses; dapo: tokens; dr_grpo: responses × max_completion_length. At least 1.
     """
-    if loss_type == "grpo":
-        return float(max(1, responses))
-    if loss_type == "dapo":
-        return float(max(1, tokens))
-    if loss_type == "dr_grpo":
-        return float(max(1, responses * max_completion_length))
-    raise ValueError(f"unknown loss type {loss_type!r}; it is grpo, dapo or dr_grpo")
+    sums = {"grpo": responses, "dapo": tokens, "dr_grpo": responses * max_completion_length}
+    return float(max(1, sums[loss_type]))
 
 
 def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import torch
@@ -69,21 +69,13 @@ def record_training(folder: Path, args: Any, builder: PromptBuilder, dtype: torc
     replace_json(folder / RECORD, {name: getattr(args, name) for name in BUDGET} | facts)
 
 
-class EarlierRun(NamedTuple):
-    """What a run folder holds: its last whole checkpoint, if any, and whether nothing is left to do."""
-
-    checkpoint: Path | None
-    finished: bool
-
-
-def earlier_run(folder: Path, settings: Mapping[str, Any]) -> EarlierRun:
-    """The run in the folder, to be continued with these settings (plain values by name).
-
-    Raises ConfigError when it is a run with other settings.
+def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
+    """The last whole checkpoint in the folder, if any, and whether nothing is left to do with these settings
+    (plain values by name). Raises ConfigError when it is of a run with other settings.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
-        return EarlierRun(None, False)
+        return None, False
     changed = changed_settings(settings, folder)
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
     if refused:
@@ -95,7 +87,7 @@ def earlier_run(folder: Path, settings: Mapping[str, Any]) -> EarlierRun:
     finished = is_finished(folder) and not any(name in changed for name in LENGTHS)
     if finished:
         logger.warning("%s: this run is finished; remove the folder to run it again", folder)
-    return EarlierRun(checkpoint, finished)
+    return checkpoint, finished
 
 
 def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any]) -> Path:
@@ -113,7 +105,8 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
         )
     args = config(**recipe.arguments_for(config))
     folder = Path(args.output_dir)
-    if decided_by_first(lambda: earlier_run(folder, resolved(recipe))).finished:
+    _, finished = decided_by_first(lambda: earlier_run(folder, resolved(recipe)))
+    if finished:
         return folder
     check_optimizer(args.optim.value)  # before weights are loaded
     check_writable(folder)

@@ -341,14 +341,15 @@ class QuestionTrainer(Trainer, ABC):
         """
         with naming_lost_processes(self.folder), claimed_by_first(self.folder):
             if not resume_from_checkpoint:
-                earlier = decided_by_first(lambda: earlier_run(self.folder, resolved(self.described_by)))
-                if earlier.checkpoint is not None:
-                    state = read_state(earlier.checkpoint)
-                    steps, done = state["global_step"], earlier.finished or stopped_early(state)
-                    if done or steps >= self.whole_steps():
-                        return self.take_up(earlier.checkpoint)
-                    logger.warning("%s: continuing from %s", self.folder, earlier.checkpoint.name)
-                    resume_from_checkpoint = str(earlier.checkpoint)
+                settings = resolved(self.described_by)
+                checkpoint, finished = decided_by_first(lambda: earlier_run(self.folder, settings))
+                if checkpoint is not None:
+                    state = read_state(checkpoint)
+                    done = finished or stopped_early(state) or state["global_step"] >= self.whole_steps()
+                    if done:
+                        return self.take_up(checkpoint)
+                    logger.warning("%s: continuing from %s", self.folder, checkpoint.name)
+                    resume_from_checkpoint = str(checkpoint)
             output = self.train_on(resume_from_checkpoint, *args, **kwargs)
             if self.args.save_strategy != SaveStrategy.NO:
                 self.publish_model()

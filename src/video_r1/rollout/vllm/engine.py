@@ -23,10 +23,9 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
-from video_r1.processes import gather_lists, process_count
+from video_r1.processes import gather_lists, process_count, process_index
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.parallel import neighbours
 from video_r1.rollout.vllm.positions import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
 from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
@@ -184,6 +183,24 @@ class VLLMEngine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
+
+
+def neighbours(size: int) -> Any:
+    """The torch group of the `size` processes that this one shares a vLLM with; None for itself alone.
+
+    All of its ranks must put the same requests to vLLM in the same order: so each gathers the others',
+    generates for all, and keeps the completions of its own. Every process of the run has to call this. Raises
+    ConfigError when `size` does not divide their number.
+    """
+    processes = process_count()
+    if processes % size:
+        raise ConfigError(
+            f"vllm_tensor_parallel_size is {size}; it must divide the number of processes ({processes})"
+        )
+    if size == 1:
+        return None
+    groups = [torch.distributed.new_group(list(range(at, at + size))) for at in range(0, processes, size)]
+    return groups[process_index() // size]
 
 
 def _longest(source: str, wanted: int | None) -> int:

@@ -76,30 +76,25 @@ class NCCLHandOver:
 
     def connect(self, call: Call) -> Any:
         """vLLM's engine of the trainer's side, connected with all workers."""
-        from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
-            ParamMeta,
-            WeightSource,
-        )
-        from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
-            NCCLTrainerInitInfo,
-            NCCLTrainerWeightTransferEngine,
-        )
+        from vllm.distributed.weight_transfer import base  # pyright: ignore[reportMissingImports]
+        from vllm.distributed.weight_transfer import nccl_engine as nccl  # pyright: ignore[reportMissingImports]
 
         hand_over = self
 
-        class Present(WeightSource):
+        class Present(base.WeightSource):
             """The weights of the moment, moved to the GPU one at a time."""
 
             def metadata(self) -> list[Any]:
                 weights = hand_over.weights.items()
-                return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+                return [base.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
 
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
                 for name, tensor in hand_over.weights.items():
                     yield name, tensor.to(hand_over.device)
 
-        info = NCCLTrainerInitInfo(local_address(self.url), free_port(), 1 + self.workers, rank=0)
-        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=SyncClient(call), source=Present())
+        info = nccl.NCCLTrainerInitInfo(local_address(self.url), free_port(), 1 + self.workers, rank=0)
+        engine = nccl.NCCLTrainerWeightTransferEngine
+        return engine.trainer_init(info, client=SyncClient(call), source=Present())
 
     def close(self) -> None:
         if self.engine is not None:

@@ -130,26 +130,22 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (  # pyright: ignore[reportMissingImports]
         encode_mm_kwargs_item,
     )
-    from vllm.multimodal.inputs import (  # pyright: ignore[reportMissingImports]
-        MultiModalBatchedField,
-        MultiModalFieldElem,
-        MultiModalFlatField,
-        MultiModalKwargsItem,
-    )
+    from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
     visual, one_block = visual_tokens(prompt)
     if not one_block:
         raise ConfigError(
             "vllm_mode server: a server takes videos of Qwen2-VL and Qwen2.5-VL only; use vllm_mode colocate"
         )
-    whole, one = MultiModalFlatField(slices=[slice(None)]), MultiModalBatchedField(keep_on_cpu=True)
+    whole = inputs.MultiModalFlatField(slices=[slice(None)])
+    one = inputs.MultiModalBatchedField(keep_on_cpu=True)
     item, digest = {}, hashlib.blake2b(digest_size=16)
     for name in (*PIXELS, *GRIDS):
         if name in prompt.features:
             tensor = prompt.features[name].contiguous()
             digest.update(name.encode() + tensor.numpy().tobytes())
             data, field = (tensor, whole) if name in PIXELS else (tensor[0], one)
-            item[name] = MultiModalFieldElem(data=data, field=field)
+            item[name] = inputs.MultiModalFieldElem(data=data, field=field)
     kind = prompt.media.kind
     place = {"offset": int(visual.nonzero()[0]), "length": int(visual.sum())}
     return {
@@ -158,7 +154,7 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
         "features": {
             "mm_hashes": {kind: [digest.hexdigest()]},
             "mm_placeholders": {kind: [place]},
-            "kwargs_data": {kind: [encode_mm_kwargs_item(MultiModalKwargsItem(item))]},
+            "kwargs_data": {kind: [encode_mm_kwargs_item(inputs.MultiModalKwargsItem(item))]},
         },
     }
 
