@@ -93,8 +93,7 @@ def group_logprobs(
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
     """The vision tower's output for each prompt, None for a prompt without visuals.
 
-    The tower is called once, for images and videos together. Gradients follow the caller's grad mode
-    and whether the tower is frozen.
+    It is called once, for images and videos together. Gradients follow grad mode and whether it is frozen.
     """
     return through_wrapper(model, lambda: _encode_vision(vision_language_model(model).model, prompts))
 

@@ -20,8 +20,7 @@ FramesAs = Literal["images", "video"]
 
 
 class Completion(NamedTuple):
-    """One answer of a model. finish_reason: "stop", "length" (cut off), "content_filter" or another word
-    of the endpoint's."""
+    """finish_reason: "stop", "length" (cut off), "content_filter" or another word of the endpoint's."""
 
     text: str
     finish_reason: str

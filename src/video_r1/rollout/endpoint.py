@@ -66,9 +66,8 @@ class Endpoint:
 class ChatClient:
     """Draws completions at an endpoint, up to `concurrency` requests at once; `held` are being made at once.
 
-    Failures that pass (no connection, 5xx, 429, 408, time-outs, unusable answers) are tried again with
-    growing pauses, or after the pause that the endpoint asks for, which holds for all requests. An endpoint
-    that is away is waited for.
+    Failures that pass (no connection, 5xx, 429, 408, time-outs, unusable answers) are tried again, with
+    growing pauses or after the one that the endpoint asks for, which holds for all requests.
     """
 
     def __init__(self, endpoint: Endpoint, concurrency: int, held: int = 8) -> None:
@@ -123,8 +122,7 @@ class ChatClient:
 
         request(n, drawn): the body of a request for n more when so many are drawn; called in another thread.
         read: makes an answer into completions, at least one, or raises ServerFailure. Raises ServerRefusal,
-        ServerFailure after eight attempts, VideoR1Error for an endpoint that stays away, and what `request`
-        raises.
+        ServerFailure after eight attempts, and VideoR1Error for an endpoint that stays away.
         """
         drawn: list[T] = []
         while (missing := count - len(drawn)) > 0:

@@ -151,13 +151,10 @@ class TransformersEngine:
         return _Prefilled(
             keys=[layer.keys for layer in cache.layers],
             values=[layer.values for layer in cache.layers],
-            logits=self._head(hidden[rows, lengths - 1]),
+            logits=self.model.get_output_embeddings()(hidden[rows, lengths - 1]),
             lengths=lengths,
             next_position=torch.tensor(following, device=device),
         )
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden)
 
     def _decode(
         self,
@@ -218,7 +215,7 @@ class TransformersEngine:
             use_cache=True,
             shared_prefix=cache,
         )
-        return self._head(output.last_hidden_state[:, -1])
+        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
 
     def _rollouts(
         self, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]

@@ -35,8 +35,7 @@ TRAINING_FILES = (
 def publish_folder(source: Path, target: Path) -> None:
     """Puts the complete folder `source` in the place of `target`; what was there before is removed after.
 
-    `source` lies alone in a folder of the same file system, which is removed. At no moment does `target` hold
-    a mixture of both.
+    `source` lies alone in a folder of the same file system, which is removed. `target` never holds a mixture.
     """
     flush_folder(source)
     earlier = source.with_name(f"{source.name}.earlier")

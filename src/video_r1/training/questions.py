@@ -40,12 +40,12 @@ class Slot(NamedTuple):
     iteration: int = 0
 
 
+@dataclass(eq=False)
 class EpochSlots(Dataset):
     """The slots of the present epoch. The data loader sets the epoch; keys are (index, iteration)."""
 
-    def __init__(self, questions: int) -> None:
-        self.questions = questions
-        self.epoch = 0
+    questions: int
+    epoch: int = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -94,6 +94,7 @@ class Ready(Generic[Content]):
     skipped: int
 
 
+@dataclass(eq=False)
 class QuestionSource(Generic[Loaded, Content]):
     """Draws the question of a slot and makes it ready, in the reader's threads.
 
@@ -103,24 +104,16 @@ class QuestionSource(Generic[Loaded, Content]):
     question takes the slot.
     """
 
-    def __init__(
-        self,
-        samples: Sequence[Sample],
-        load: Callable[[Sample], Loaded],
-        build: Callable[[Sample, Loaded, torch.Generator], Content],
-        *,
-        seed: int,
-        reader: Reader,
-        quarantine: Path,
-        cache_bytes: int = 0,
-    ) -> None:
-        self.samples = samples
-        self.load = load
-        self.build = build
-        self.seed = seed
-        self.reader = reader
-        self.quarantine = quarantine
-        self.cache = MemoryCache[Loaded](cache_bytes)
+    samples: Sequence[Sample]
+    load: Callable[[Sample], Loaded]
+    build: Callable[[Sample, Loaded, torch.Generator], Content]
+    seed: int
+    reader: Reader
+    quarantine: Path
+    cache_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.cache = MemoryCache[Loaded](self.cache_bytes)
         self.unusable: set[int] = set()
         self.lock = threading.Lock()
 

@@ -27,8 +27,7 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
     frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a
     single image); small frames are not scaled up. Returns the `frames` object of rollouts.jsonl without its
     timestamps: `strip` (folder and file name, relative to the run), `count` (T), `width` and `height` (of one
-    tile, pixels). Raises ValueError when `frames` has another shape or dtype, OSError when the file cannot be
-    written.
+    tile, pixels). Raises ValueError for another shape or dtype, OSError when the file cannot be written.
     """
     if frames.ndim != 4 or frames.shape[1] != 3 or len(frames) == 0 or str(frames.dtype) != "torch.uint8":
         found = f"{list(frames.shape)} {frames.dtype}"

@@ -21,9 +21,8 @@ class Reference:
     """A frozen copy of the policy or, where adapters are trained, of these alone: they may have learnt
     something before, so the model without them is another policy.
 
-    It is taken when the trainer is built. A run that is continued builds its trainer from the same weights
-    before it reads its checkpoint, so its reference is that of the run's first step. Every process has to
-    build it.
+    It is taken when the trainer is built, by every process. A run that is continued builds its trainer from
+    the same weights before it reads its checkpoint, so its reference is that of the run's first step.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:

@@ -85,8 +85,7 @@ class StepRollouts:
     def begin_next(self, pending: Sequence[Future[Ready[Question]]]) -> None:
         """Has the present policy sample the next step's questions, which are being read, while it is updated.
 
-        Nothing where rollouts are not sampled ahead or there are no such questions. Nobody else may use the
-        engine until `wait` has returned.
+        Nothing where rollouts are not sampled ahead. Nobody else may use the engine until `wait` returns.
         """
         if self.thread is not None and pending:
             with self.policy() as model:

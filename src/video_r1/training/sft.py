@@ -57,8 +57,7 @@ class SFTTrainer(QuestionTrainer):
     """Teaches a video-language model the rationales and answers of a manifest (its rows need `process`).
 
     The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens
-    of the whole optimizer step: prompt and visual tokens have none. Raises ConfigError and ManifestError when
-    it is built.
+    of the whole optimizer step. Raises ConfigError and ManifestError when it is built.
     """
 
     progress_title = "SFT"
@@ -109,9 +108,7 @@ class SFTTrainer(QuestionTrainer):
             return group_logprobs(model, batch.prompts, batch.completions, with_likeliest=True)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """`loss` (nats a response token) and `token_accuracy` on held-out questions; `questions` counts those
-        that were used, `skipped` those whose media or text cannot be.
-        """
+        """`loss` (nats a response token), `token_accuracy`; `questions` that were used, others `skipped`."""
         model = cast(nn.Module, self.model).eval()
         sums = torch.zeros(4, dtype=torch.float64)  # loss, right tokens, tokens, questions
         with torch.no_grad(), self.whole_weights():

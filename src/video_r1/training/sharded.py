@@ -26,8 +26,7 @@ from video_r1.models.group_forward import through_wrapper
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     """Inside, every process has all weights of the model and may run any part of it, without gradient.
 
-    model: as the accelerator has prepared it. Every process has to enter. Costs nothing where the model is
-    not sharded.
+    model: as the accelerator has prepared it. Every process has to enter. Free where it is not sharded.
     """
     if isinstance(model, FSDPModule):
         plugin = accelerator.state.fsdp_plugin

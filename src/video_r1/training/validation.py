@@ -62,8 +62,8 @@ def temporal_accuracy(
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
-    were answered, `skipped` those without usable media. The shuffled order of a question is the same every
-    time. settings: a TGRPOConfig.
+    were answered, `skipped` those without usable media. A question is shuffled alike every time. settings: a
+    TGRPOConfig.
     """
 
     def build(sample: Sample, media: Media) -> Question:

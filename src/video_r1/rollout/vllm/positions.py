@@ -5,9 +5,8 @@ past the video's last time position, as Qwen's first release did. For a clip of 
 two differ, and a policy that is trained under the one rule is another policy under the other (Qwen2-VL and
 Qwen2.5-VL; later models have text between frames, where both agree).
 
-`use_transformers_positions` makes vLLM follow the trainer, in this process. It is also a vLLM plugin (entry
-point group `vllm.general_plugins`), which a server started with VIDEO_R1_POSITIONS=transformers loads in each
-of its processes.
+`use_transformers_positions` makes vLLM follow the trainer, in this process. `plugin` does in each process of
+a server that is started with VIDEO_R1_POSITIONS=transformers (entry point group `vllm.general_plugins`).
 """
 
 from __future__ import annotations

