@@ -77,13 +77,9 @@ class _SharedPrefixAttention(torch.autograd.Function):
         lse = torch.empty_like(out[..., 0], dtype=torch.promote_types(out.dtype, torch.float32))  # [N, H]
 
         for rows, columns, causal in _pieces(layout):
-            heads = (_take(query, rows), _take(keys, columns), _take(values, columns))
-            out[rows], lse[rows] = _attend(*heads, causal, scale)
+            out[rows], lse[rows] = _attend(query, keys, values, rows, columns, causal, scale)
         if layout.buckets:
-            own = [
-                _attend(*(_take(x, bucket) for x in (query, keys, values)), True, scale)
-                for bucket in layout.buckets
-            ]
+            own = [_attend(query, keys, values, bucket, bucket, True, scale) for bucket in layout.buckets]
             own_out, own_lse = (torch.cat(parts)[layout.from_buckets] for parts in zip(*own, strict=True))
             prompt_out, prompt_lse = out[layout.others], lse[layout.others]
             both = torch.logaddexp(prompt_lse, own_lse)
@@ -104,18 +100,23 @@ class _SharedPrefixAttention(torch.autograd.Function):
         grad_q, grad_k, grad_v = (
             torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, keys, values)
         )
-        for rows, columns, causal in _pieces(layout):
+
+        def share(grad_out: Tensor, rows: Any, columns: Any, causal: bool) -> list[Tensor]:
+            """Gradients [n * L, H, D] of q, k and v by that of the rows' output [n, H, L, D]."""
             heads = (_take(query, rows), _take(keys, columns), _take(values, columns), _take(out, rows))
-            parts = _attend_backward(_take(grad, rows), *heads, lse[None, rows], causal, ctx.scale)
+            lse_rows = _take(lse, rows).contiguous()
+            parts = _flash_backward(grad_out, *heads, lse_rows, 0.0, causal, scale=ctx.scale)
+            return [part.transpose(1, 2).flatten(0, 1) for part in parts]
+
+        for rows, columns, causal in _pieces(layout):
+            parts = share(_take(grad, rows), rows, columns, causal)
             grad_q[rows] += parts[0]
             grad_k[columns] += parts[1]
             grad_v[columns] += parts[2]
         for bucket, mask in zip(layout.buckets, layout.bucket_masks, strict=True):
             # A repeated token gets no gradient: its copies in the bucket are not part of the row.
             kept = bucket.flatten()[mask]
-            heads = [_take(x, bucket) for x in (query, keys, values, out)]
-            grad_own = _take(grad, bucket) * mask.view(len(bucket), 1, -1, 1)
-            parts = _attend_backward(grad_own, *heads, lse[bucket], True, ctx.scale)
+            parts = share(_take(grad, bucket) * mask.view(len(bucket), 1, -1, 1), bucket, bucket, True)
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
                 total.index_add_(0, kept, part[mask])
         repeats = query.shape[1] // key.shape[1]
@@ -133,7 +134,7 @@ def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """[N, H, D] and indices [n, L], or a slice of L (n = 1) -> [n, H, L, D]."""
+    """[N, H, …] and indices [n, L], or a slice of L (n = 1) -> [n, H, L, …]."""
     if isinstance(rows, slice):
         return x[None, rows].transpose(1, 2)
     return x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
@@ -148,18 +149,13 @@ def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
             yield slice(span.first_end, span.end), slice(span.start, span.prompt_end), False
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """n sequences: [n, H, L, D] -> out [n * L, H, D], log-sum-exp [n * L, H]."""
-    out, lse = _flash(q, k, v, 0.0, causal, scale=scale)
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, rows: Any, columns: Any, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The rows' output [n * L, H, D] and log-sum-exp [n * L, H]. rows, columns: as `_take` has them."""
+    heads = (_take(query, rows), _take(key, columns), _take(value, columns))
+    out, lse = _flash(*heads, 0.0, causal, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
-
-
-def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float
-) -> list[Tensor]:
-    """Gradients of q, k and v, [n * L, H, D] each. lse: [n, L, H]."""
-    parts = _flash_backward(grad, q, k, v, out, lse.transpose(1, 2).contiguous(), 0.0, causal, scale=scale)
-    return [part.transpose(1, 2).flatten(0, 1) for part in parts]
 
 
 AttentionInterface.register(IMPLEMENTATION, groups_attention_forward)

@@ -104,6 +104,8 @@ def loss_normaliser(loss_type: LossType, responses: int, tokens: int, max_comple
     responses, tokens: of everything that one optimizer step sees, over all micro-batches and ranks.
     """
     sums = {"grpo": responses, "dapo": tokens, "dr_grpo": responses * max_completion_length}
+    if loss_type not in sums:
+        raise ValueError(f"unknown loss type {loss_type!r}; it is grpo, dapo or dr_grpo")
     return float(max(1, sums[loss_type]))
 
 
