@@ -12,7 +12,7 @@ from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
-from video_r1.evaluation.benchmarks.spec import answer_of, lettered
+from video_r1.evaluation.benchmarks.spec import answer_of, options_of
 from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
 
 
@@ -399,8 +399,8 @@ def test_questions_about_one_clip_stand_together(root: Path, tmp_path: Path) -> 
     ],
 )
 def test_lettered_options(options: Any, expected: list[str]) -> None:
-    assert lettered(options) == expected
-    assert lettered(options, "regression") == []
+    assert options_of(options) == expected
+    assert options_of(options, "regression") == []
 
 
 @pytest.mark.parametrize(

@@ -5,41 +5,31 @@ from __future__ import annotations
 import atexit
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sized
 from contextlib import AbstractContextManager
-from typing import Any, Generic, TextIO, TypeVar
-
-T = TypeVar("T")
+from typing import Any, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
-class Progress(AbstractContextManager, Generic[T]):
+class Progress(AbstractContextManager):
     """Shows how far long work has come, with its rate and the time left.
 
     On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
     one at the end. It writes to standard error unless `stream` is given.
 
-        for sample in Progress(samples, "decoding", "clips"): ...
-
         with Progress(1200, "training", "steps") as bar:
             bar.update(loss=0.31)
-
-    items: what to iterate over, or the number of units when the caller counts with `update`.
     """
 
-    def __init__(
-        self, items: Iterable[T] | int, description: str, unit: str = "items", stream: TextIO | None = None
-    ) -> None:
-        self.items, self.description, self.unit, self.done = items, description, unit, 0
-        self.total = items if isinstance(items, int) else len(items) if isinstance(items, Sized) else None
+    def __init__(self, total: int, description: str, unit: str, stream: TextIO | None = None) -> None:
+        self.total, self.description, self.unit, self.done = total, description, unit, 0
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._note = ""
         self._closed = False
         self._bar = _terminal_bar(self._stream) if self._stream.isatty() else None
         if self._bar is not None:
-            self._task = self._bar.add_task(f"{description}:", total=self.total, line=self._line())
+            self._task = self._bar.add_task(f"{description}:", total=total, line=self._line())
 
     def update(self, count: int = 1, **figures: Any) -> None:
         """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
@@ -67,21 +57,12 @@ class Progress(AbstractContextManager, Generic[T]):
     def _line(self) -> str:
         elapsed = max(time.monotonic() - self._started, 1e-9)
         rate = self.done / elapsed
-        of_total = f"/{self.total}" if self.total is not None else ""
-        left = self.total - self.done if self.total is not None else 0
+        left = self.total - self.done
         going = left > 0 and rate > 0 and not self._closed
         when = f"{_clock(left / rate)} left" if going else f"{_clock(elapsed)} taken"
         speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s each"
         note = f", {self._note}" if self._note else ""
-        return f"{self.done}{of_total} {self.unit}, {speed}, {when}{note}"
-
-    def __iter__(self) -> Iterator[T]:
-        if isinstance(self.items, int):
-            raise TypeError("a count has no items to iterate over: call update() instead")
-        with self:
-            for item in self.items:
-                yield item
-                self.update()
+        return f"{self.done}/{self.total} {self.unit}, {speed}, {when}{note}"
 
     def __exit__(self, *error: object) -> None:
         self.close()

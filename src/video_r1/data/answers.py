@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -15,7 +15,8 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
-_LETTERS_WITHOUT_OPTIONS = "ABCDEFGHIJ"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTERS_WITHOUT_OPTIONS = LETTERS[:10]
 # Where a choice is stated, the letter in group 1. Firmly: "the answer is (B)", "best option: B", "\boxed{B}",
 # "B is the right one". Loosely: "option B", "I choose B", "so B".
 _LETTER = (
@@ -63,6 +64,11 @@ class _Chain(NamedTuple):
     letters: frozenset[str]
     start: int
     end: int
+
+
+def lettered(options: Iterable[str]) -> list[str]:
+    """The options behind their letters: `A. red`."""
+    return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
 def extract_answer(text: str) -> str:

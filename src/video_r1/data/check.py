@@ -18,31 +18,13 @@ _SOURCES_SHOWN = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
-    """Questions by problem type and by source, whose keys are (name, modality), and by modality."""
-
-    by_type: Counter[tuple[str, str]]
-    by_source: Counter[tuple[str, str]]
-    by_modality: Counter[str]
-
-
-@dataclass(frozen=True, slots=True)
 class MediaCheck:
     """What opening the media of samples showed."""
 
     problems: list[Problem]  # one for each question whose media cannot be used
-    counts: Counts  # of the questions whose media can be used
+    usable: list[Sample]  # the others
     files: int  # different files (or windows of them) that were opened
     video_seconds: float  # of all usable clips or windows, each counted once
-
-
-def count_samples(samples: Sequence[Sample]) -> Counts:
-    """How many questions there are of each type, modality and source."""
-    return Counts(
-        Counter((sample.problem_type, sample.data_type) for sample in samples),
-        Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples),
-        Counter(sample.data_type for sample in samples),
-    )
 
 
 def check_media(
@@ -80,19 +62,21 @@ def check_media(
             bar.update(bad=len(failed)) if failed else bar.update()
     problems = [Problem(numbers[place], samples[place].problem_id, failed[place]) for place in sorted(failed)]
     usable = [sample for place, sample in enumerate(samples) if place not in failed]
-    return MediaCheck(problems, count_samples(usable), len(users), video_seconds)
+    return MediaCheck(problems, usable, len(users), video_seconds)
 
 
-def format_counts(counts: Counts) -> str:
-    """Tables of the counts by problem type and by source, each with a column per modality."""
-    modalities = sorted(counts.by_modality) or ["video"]
+def format_counts(samples: Sequence[Sample]) -> str:
+    """Tables of how many questions there are of each type and from each source, by modality."""
+    by_type = Counter((sample.problem_type, sample.data_type) for sample in samples)
+    by_source = Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples)
+    modalities = sorted({sample.data_type for sample in samples}) or ["video"]
     return "\n\n".join(
         _counted(title, counted, modalities)
-        for title, counted in (("problem type", counts.by_type), ("source", counts.by_source))
+        for title, counted in (("problem type", by_type), ("source", by_source))
     )
 
 
-def _counted(title: str, counted: Counter[tuple[str, str]], modalities: list[str]) -> str:
+def _counted(title: str, counted: Counter[tuple[str, str]], modalities: Sequence[str]) -> str:
     totals: Counter[str] = Counter()
     for (name, _), count in counted.items():
         totals[name] += count
@@ -124,16 +108,16 @@ def run_check(
     samples, rows, problems = check_manifest(manifest, media_root, allow_urls)
     for problem in problems:
         print(problem)
-    result = MediaCheck([], count_samples(samples), 0, 0.0)
+    result = MediaCheck([], samples, 0, 0.0)
     if media:
         result = check_media(samples, workers=workers, rows=rows)
     for problem in result.problems:
         print(problem)
-    print(f"\n{format_counts(result.counts)}\n")
+    print(f"\n{format_counts(result.usable)}\n")
     if media:
         hours = result.video_seconds / 3600
         print(f"{result.files:,} media files or windows opened; {hours:.2f} hours of video")
     bad_rows = len({problem.row for problem in problems if problem.row})
-    summary = f"usable questions: {result.counts.by_type.total():,}; rows with problems: {bad_rows:,}"
+    summary = f"usable questions: {len(result.usable):,}; rows with problems: {bad_rows:,}"
     print(summary + (f"; questions with unusable media: {len(result.problems):,}" if media else ""))
     return 1 if problems or result.problems else 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import mimetypes
 import re
-import string
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -15,6 +14,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
+from video_r1.data.answers import LETTERS, lettered, read_answer
 from video_r1.errors import RequestError
 from video_r1.settings.decoding import AskSettings
 
@@ -126,8 +126,6 @@ class TextStream:
 
 def named_answer(sample: Sample, output: str) -> str:
     """The answer in an output, tolerantly read; for multiple choice the whole option, "B. right"."""
-    from video_r1.data.answers import read_answer
-
     answer = read_answer(output, sample.problem_type, sample.options)
     named = [option for option in sample.options if option.lstrip("(")[:1].upper() == answer]
     return named[0] if sample.problem_type == "multiple choice" and named else answer
@@ -136,7 +134,6 @@ def named_answer(sample: Sample, output: str) -> str:
 def _labelled(options: Sequence[str]) -> tuple[str, ...]:
     if all(_LABELLED.match(option) for option in options):
         return tuple(options)
-    if len(options) > len(string.ascii_uppercase):
-        raise RequestError(f"{len(options)} options; at most {len(string.ascii_uppercase)} can be lettered")
-    letters = string.ascii_uppercase[: len(options)]
-    return tuple(f"{letter}. {option}" for letter, option in zip(letters, options, strict=True))
+    if len(options) > len(LETTERS):
+        raise RequestError(f"{len(options)} options; at most {len(LETTERS)} can be lettered")
+    return tuple(lettered(options))

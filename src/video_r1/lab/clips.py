@@ -19,9 +19,10 @@ import av
 import numpy as np
 from PIL import Image
 
+from video_r1.data.answers import LETTERS, lettered
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, LETTERS, VIDEO_FAMILIES, lettered
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
 from video_r1.lab.scenes import FPS, SECONDS, Cue, render
 from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings

@@ -21,10 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Qwen2Tokenizer
 
+from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
-from video_r1.lab.questions import LETTERS, any_question, lettered
+from video_r1.lab.questions import any_question
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
 from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings

@@ -15,7 +15,6 @@ import numpy as np
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
 
 EVERY_MOMENT = tuple(range(MOMENTS))
-LETTERS = "ABCDEF"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,6 @@ class Question:
 
 
 Family = Callable[[np.random.Generator], Question]
-
-
-def lettered(options: Sequence[str]) -> list[str]:
-    """The options behind their letters: `A. red`."""
-    return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
 def _pick(rng: np.random.Generator, values: Collection[str], count: int | None = None) -> list[str]:

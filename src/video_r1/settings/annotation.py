@@ -18,22 +18,14 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     """Annotation"""
 
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
-    teacher: str | None = setting(
-        None, "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1)"
-    )
-    out: str | None = setting(
-        None, "manifest for SFT to write, .json or .jsonl; journal and rejected stand beside"
-    )
-    limit: int | None = setting(
-        None, "annotate the first N questions only; it may grow when continued", above=0
-    )
+    teacher: str | None = setting(None, "checkpoint, model id, or address of an endpoint (http://host/v1)")
+    out: str | None = setting(None, "manifest to write, .json or .jsonl; journal and rejected stand beside")
+    limit: int | None = setting(None, "annotate the first N questions only; may grow when continued", above=0)
     samples: int = setting(1, "K: rationales drawn for each question", above=0)
     choose: Literal["best", "majority"] = setting(
         "best", "keep the rationale that scores best, or the best one that most of the K answers agree with"
     )
-    threshold: float = setting(
-        0.6, "a rationale is kept when its answer scores above this", at_least=0, below=1
-    )
+    threshold: float = setting(0.6, "rationales whose answer scores above this are kept", at_least=0, below=1)
     length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
     temperature: float = setting(0.7, "sampling temperature; 0 is greedy", at_least=0)
     top_p: float = setting(0.95, "nucleus sampling; 1 is off", above=0, at_most=1)
@@ -46,12 +38,8 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
         "how an endpoint gets a clip: as images with their times, or as one video (vLLM with "
         "--trust-request-mm-kwargs); auto: as a video where it can",
     )
-    wait: float = setting(
-        240.0, "seconds to wait for an endpoint that does not answer, before stopping", at_least=0
-    )
-    request_fields: dict[str, Any] = setting(
-        {}, "more fields of a request to an endpoint, as JSON; null leaves a field out"
-    )
+    wait: float = setting(240.0, "seconds to wait for an endpoint that is away, before it stops", at_least=0)
+    request_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null leaves one out")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -34,9 +34,7 @@ class LabSettings(Settings):
         0.0, "share of training samples with a static cue that gives the answer away", at_least=0, at_most=1
     )
     image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
-    hasty: float = setting(
-        0.0, "share of the video rationales for SFT that guess after one look", at_least=0, at_most=1
-    )
+    hasty: float = setting(0.0, "share of video rationales that guess after one look", at_least=0, at_most=1)
     families: list[str] = setting([], "question families to choose from (default: all)")
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)", above=0)
@@ -56,18 +54,14 @@ class BaseSettings(Settings):
 class PlanSettings(Settings):
     """Plan"""
 
-    gpu_memory: str | None = setting(
-        None, "memory of one GPU, such as 80GB or 24GiB (default: this machine's)"
-    )
+    gpu_memory: str | None = setting(None, "memory of one GPU: 80GB or 24GiB, say (default: this machine's)")
     model_config: str | None = setting(
         None, "folder or hub id whose config.json says the model's shape (default: model_name_or_path)"
     )
     stage: Literal["rl", "sft"] | None = setting(None, "what the recipe is for (default: by its settings)")
     processes: int | None = setting(None, "GPUs that train (default: the accelerate file's, or 1)", above=0)
     accelerate_config: str | None = setting(None, "the file that accelerate launch is given")
-    text_tokens: int = setting(
-        300, "tokens of a prompt without its frames: question, options, instruction", above=0
-    )
+    text_tokens: int = setting(300, "tokens of a prompt's text: question, options, instruction", above=0)
     max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft", above=0)
 
     def problems(self) -> Iterator[Problem]:

@@ -15,9 +15,7 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     """Decoding"""
 
     frame_pixels: int = setting(256 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
-    model: str | None = setting(
-        None, "checkpoint folder, Hugging Face model id, or the model's name at an endpoint"
-    )
+    model: str | None = setting(None, "checkpoint folder, model id, or the model's name at an endpoint")
     engine: str = setting(
         "transformers",
         "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
@@ -78,9 +76,7 @@ class BenchmarkSettings(Settings):
     )
     allow_missing: bool = setting(False, "evaluate what is there when media or questions are missing")
     compare: Literal["paper"] | None = setting(None, "print the paper's figures for the same frames beside")
-    temporal_gap: bool = setting(
-        False, "ask in both frame orders, and draw which questions need the order (temporal-gap.html)"
-    )
+    temporal_gap: bool = setting(False, "ask in both frame orders, and draw the gap (temporal-gap.html)")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

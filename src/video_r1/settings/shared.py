@@ -26,13 +26,9 @@ class PromptSettings(Settings):
         "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes",
         at_least=0,
     )
-    media_memory_mb: int = setting(
-        4096, "memory that decoding one file may take, in MB, else it is unusable", at_least=64
-    )
+    media_memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
-    frame_cache_gb: float = setting(
-        100.0, "size limit of that folder; the least recently used frames go", above=0
-    )
+    frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used go", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -42,17 +42,13 @@ class TrainingSettings(Settings):
     report_to: str | list[str] = setting("none", "trackers: tensorboard, trackio, wandb, ...")
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
     media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
-    media_cache_mb: int = setting(
-        512, "memory for decoded media that are kept for later epochs, in MB", at_least=0
-    )
+    media_cache_mb: int = setting(512, "MB for decoded media that are kept for later epochs", at_least=0)
     early_stopping_patience: int | None = setting(
         None,
         "validations without a better metric_for_best_model before training stops (default: never)",
         above=0,
     )
-    max_skipped_updates: int = setting(
-        5, "updates in a row with a loss that is not finite before it stops", above=0
-    )
+    max_skipped_updates: int = setting(5, "updates in a row without a finite loss before it stops", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -86,9 +82,7 @@ class TGRPOSettings(TrainingSettings):
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
-    temperature: float = setting(
-        1.0, "sampling temperature; the same one scales the trained log-probs", above=0
-    )
+    temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
     top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained", at_least=0)
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
@@ -104,9 +98,7 @@ class TGRPOSettings(TrainingSettings):
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
-    correct_threshold: float = setting(
-        0.5, "a response counts as correct above this accuracy reward", at_least=0, below=1
-    )
+    correct_threshold: float = setting(0.5, "scores above this count as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
@@ -117,9 +109,7 @@ class TGRPOSettings(TrainingSettings):
         list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged"
     )
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
-    preflight_questions: int = setting(
-        4, "questions tried first, to stop when no reward is in reach", at_least=0
-    )
+    preflight_questions: int = setting(4, "questions tried first: stops if no reward is in reach", at_least=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

@@ -26,9 +26,7 @@ class VLLMSettings(Settings):
         True, "weight each token by the trainer's over vLLM's probability of it"
     )
     vllm_importance_sampling_cap: float = setting(2.0, "largest such weight", above=0)
-    async_rollouts: int = setting(
-        0, "1: a server samples the next step's questions during the update, with weights one step old"
-    )
+    async_rollouts: int = setting(0, "1: a server samples the next step meanwhile, with weights one step old")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

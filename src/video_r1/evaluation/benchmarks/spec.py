@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from video_r1.data.answers import parse_number
+from video_r1.data.answers import LETTERS, lettered, parse_number
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
 Row = dict[str, Any]
 Tables = Mapping[str, Mapping[str, str]]
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")
 
 
@@ -121,7 +120,7 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
             row = {**row, "file": file.stem, "folder": file.parent.name}
             task = filled(benchmark.task_type, row)
             problem_type = benchmark.problem_type(row, task)
-            options = lettered(row.get(benchmark.choices) or [], problem_type)
+            options = options_of(row.get(benchmark.choices) or [], problem_type)
             place = first_existing(folder, benchmark.places_of(row))
             form = benchmark.prompts.get(task) or benchmark.prompts.get("", "{question}")
             yield {
@@ -176,7 +175,7 @@ def window_of(row: Row, names: tuple[str, str] | None) -> Row:
     return {"start": float(row[names[0]]), "end": float(row[names[1]])}
 
 
-def lettered(options: Any, problem_type: str = "multiple choice") -> list[str]:
+def options_of(options: Any, problem_type: str = "multiple choice") -> list[str]:
     """Options as `"A. text"`, from a list of texts, lettered or not, or a mapping of letters to texts."""
     if problem_type != "multiple choice":
         return []
@@ -186,7 +185,7 @@ def lettered(options: Any, problem_type: str = "multiple choice") -> list[str]:
     letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
     if letters == list(LETTERS[: len(texts)]):
         texts = [text[len(_prefix(text)) :] for text in texts]
-    return [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
+    return lettered(texts)
 
 
 def _prefix(option: str) -> str:

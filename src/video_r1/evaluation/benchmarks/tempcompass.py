@@ -12,8 +12,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from video_r1.data.answers import LETTERS
 from video_r1.errors import ManifestError
-from video_r1.evaluation.benchmarks.spec import LETTERS, Row, answer_of, json_or_parquet, lettered
+from video_r1.evaluation.benchmarks.spec import Row, answer_of, json_or_parquet, options_of
 
 FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
 _NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)
@@ -57,7 +58,7 @@ def as_choice(form: str, row: Row) -> Row:
         answer, question = answer[:1], _INFORMATION_QUESTION
     else:
         options = lines
-    choices = lettered(options)
+    choices = options_of(options)
     letter = answer_of(answer, choices)
     if letter not in LETTERS:
         raise ManifestError(f"TempCompass, {form}: the answer {answer!r} is none of {choices}")
