@@ -2,8 +2,7 @@
 
 A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). `base: RECIPE` takes over
 another recipe's settings, which the file's own lines override; a base that is a path starts at the file's
-folder. All other paths in a recipe are relative to the folder that the command runs in. Everything is checked
-here, before any model is loaded.
+folder, all other paths at the folder that the command runs in.
 """
 
 from __future__ import annotations
@@ -160,9 +159,7 @@ def find_recipe(source: str | Path) -> Path | None:
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Read a recipe and what it is based on. Returns its settings and where each one stands (`recipe a.yaml,
-    line 3`).
-    """
+    """The settings of a recipe and of its bases, and where each stands (`recipe a.yaml, line 3`)."""
     path = find_recipe(source)
     if path is None:
         close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)

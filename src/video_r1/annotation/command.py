@@ -54,9 +54,7 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
     print(f"{counts.table()}\n\nmanifest for SFT: {settings.out}; its media root is {root}")
     print(f"rejected, with the reason: {rejected_path(settings.out)}")
     if counts.questions["endpoint"]:
-        print(
-            f"{counts.questions['endpoint']:,} questions were not answered; the same command asks them again"
-        )
+        print(f"{counts.questions['endpoint']:,} questions were not answered; the same command asks again")
     if not counts.questions["kept"]:
         raise VideoR1Error(f"no rationale was kept; {rejected_path(settings.out)} has the reasons")
     return counts

@@ -236,8 +236,7 @@ def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
 
 
 def _same(problem_type: str, said: str, answer: str) -> bool:
-    """Whether two answers can mean the same: numbers that are close (rationales round), texts with a common
-    word."""
+    """Whether two answers can mean the same: numbers that are close, texts with a common word."""
     if problem_type == "multiple choice":
         return said.strip(" ().").upper() == answer.strip(" ().").upper()
     if problem_type in ("numerical", "regression"):

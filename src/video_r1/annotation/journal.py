@@ -55,9 +55,7 @@ class Journal:
                 )
             self._note(entry, place)
             if number == 1 and (changed := differences(entry["settings"], settings)):
-                said = ", ".join(
-                    f"{name} {there!r} and now {here!r}" for name, (there, here) in changed.items()
-                )
+                said = ", ".join(f"{name} {was!r} and now {now!r}" for name, (was, now) in changed.items())
                 raise RequestError(
                     f"{self.path} holds an annotation with other settings ({said}); continue with the same "
                     "ones, choose another --out, or move the file away"

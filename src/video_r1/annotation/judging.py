@@ -38,8 +38,7 @@ def judge(sample: Sample, completions: Sequence[Completion], settings: AnnotateS
 
     best: the highest score; among equals the one whose answer most of the K agree with, then the earliest.
     majority: the same, among those whose answer more than half of the K agree with: a right answer that the
-    teacher mostly does not give was luck. Two answers agree when one scores above the threshold against the
-    other.
+    teacher mostly does not give was luck. They agree when one scores above the threshold against the other.
     """
     kind = sample.problem_type
     judged = [judge_one(sample, completion, settings) for completion in completions]

@@ -24,6 +24,7 @@ from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.annotation.journal import Journal, replaced
 from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
+from video_r1.data.containers import is_url
 from video_r1.data.records import FIELDS, Sample, media_root_of
 from video_r1.errors import RequestError
 from video_r1.progress import Progress
@@ -163,17 +164,15 @@ def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSetting
 def kept_row(sample: Sample, completion: Completion, verdict: Verdict, root: str) -> dict[str, Any]:
     """A row of the manifest for SFT: the sample's own, with the teacher's rationale as `process`.
 
-    `solution` stays the manifest's. `annotation` says how the teacher's answer scored, and how many of its
-    rationales passed.
+    `solution` stays the manifest's. `annotation` has the answer's score and how many rationales passed.
     """
     assert verdict.kept is not None  # the caller asks for kept ones only
     chosen = verdict.judged[verdict.kept]
-    is_url = sample.path.startswith(("http://", "https://"))
     row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
     return {
         **row,
         "process": f"<think>{rationale_of(completion.text)}</think>",
-        "path": sample.path if is_url else os.path.relpath(sample.path, root),
+        "path": sample.path if is_url(sample.path) else os.path.relpath(sample.path, root),
         **sample.extra,
         "annotation": {
             "answer": chosen.answer,

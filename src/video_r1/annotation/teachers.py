@@ -1,8 +1,8 @@
 """Teachers: whatever writes K rationales for each of many questions.
 
 A teacher's `answers(questions)` gives lists of Answered as they are finished, in any order, each question
-once. It runs ahead of its caller only by what it is working on, and holds the decoded frames of a bounded
-number of questions.
+once. It runs ahead of its caller only by what it is working on, and holds the frames of a bounded number of
+questions.
 """
 
 from __future__ import annotations
@@ -62,8 +62,7 @@ class EngineTeacher:
     """A checkpoint behind one of the rollout engines, `batch_size` questions at a time.
 
     Batches are runs of the manifest's own order, and one that is done again is done whole: it then gives what
-    it would have given before, bit for bit (unless none of its open questions can be read even now). The next
-    batch is read meanwhile.
+    it would have given before, bit for bit (unless none of its open questions can be read even now).
     """
 
     engine: RolloutEngine
@@ -81,19 +80,15 @@ class EngineTeacher:
             [Batch([question.sample for question in batch]) for batch in batches], self.builder.build
         )
         for batch, loaded in zip(batches, read, strict=True):
-            asked = [index for index, prompt in enumerate(loaded) if isinstance(prompt, Prompt)]
-            outcomes: list[Any] = [
-                Failed(one.kind, str(one)) if isinstance(one, Unusable) else one for one in loaded
-            ]
-            if any(not batch[index].done for index in asked):
-                seeds = tuple(
-                    sample_seed(self.settings.seed, batch[index].sample.problem_id) for index in asked
-                )
-                prompts: Any = [loaded[index] for index in asked]
+            asked = [i for i, prompt in enumerate(loaded) if isinstance(prompt, Prompt)]
+            outcomes: list[Any] = [Failed(x.kind, str(x)) if isinstance(x, Unusable) else x for x in loaded]
+            if any(not batch[i].done for i in asked):
+                seeds = tuple(sample_seed(self.settings.seed, batch[i].sample.problem_id) for i in asked)
+                prompts: Any = [loaded[i] for i in asked]
                 sampling = SamplingSettings.of(self.settings, self.settings.samples)
                 groups = self.engine.generate(prompts, replace(sampling, seed=seeds))
-                for index, group in zip(asked, groups, strict=True):
-                    outcomes[index] = [Completion(rollout.text, rollout.finish_reason) for rollout in group]
+                for i, group in zip(asked, groups, strict=True):
+                    outcomes[i] = [Completion(rollout.text, rollout.finish_reason) for rollout in group]
             yield [
                 Answered(question.sample, outcome)
                 for question, outcome in zip(batch, outcomes, strict=True)

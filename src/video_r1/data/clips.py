@@ -8,8 +8,7 @@
    skipped (H.264), and only chosen frames are converted to RGB. The packets of small files stay in
    memory; in large files the decoder seeks.
 4. Where the list cannot be trusted (no timestamps, timestamps that start again, packets without a picture,
-   a frame that does not appear), the clip is decoded from its beginning instead, so the frames are right in
-   any case.
+   a frame that does not appear), the clip is decoded from its beginning instead.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class _Packets:
     # not tell the frames apart
     shown: list[int]
     time_base: Fraction
-    last_duration: int  # of the last frame, in time_base
+    last_seconds: float  # of the last frame
     kept: list[Any] | None  # the packets themselves, when they are few bytes
 
     def times(self) -> list[float]:
@@ -119,9 +118,7 @@ def decode_clip(
         packets = _list_packets(container, stream)
         if packets.shown:
             times = packets.times()
-            first, last, duration = _window(
-                times, packets.last_duration * float(packets.time_base), start, end
-            )
+            first, last, duration = _window(times, packets.last_seconds, start, end)
             chosen = choose(last - first, (last - first) / duration)
             positions = [packets.shown[first + index] for index in chosen]
             try:
@@ -166,15 +163,13 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     # AVI has no presentation times: FFmpeg numbers the packets as they come
     if None in pts or (container.format.name == "avi" and stream.codec_context.has_b_frames):
         return packets
-    shown = sorted(
-        (position for position in range(len(pts)) if position not in hidden), key=packets.pts.__getitem__
-    )
-    if not shown or any(packets.pts[a] == packets.pts[b] for a, b in pairwise(shown)):
-        return packets
-    if packets.restarts():
+    shown = sorted(set(range(len(pts))) - hidden, key=packets.pts.__getitem__)
+    twice = any(packets.pts[a] == packets.pts[b] for a, b in pairwise(shown))
+    if not shown or twice or packets.restarts():
         return packets
     packets.shown, last = shown, durations[shown[-1]]
-    packets.last_duration = last or (packets.pts[shown[-1]] - packets.pts[shown[0]]) // max(len(shown) - 1, 1)
+    last = last or (packets.pts[shown[-1]] - packets.pts[shown[0]]) // max(len(shown) - 1, 1)
+    packets.last_seconds = last * float(packets.time_base)
     return packets
 
 

@@ -61,8 +61,7 @@ def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> li
     """Which frames of a clip are taken: `budget.fps` of them a second, evenly from the first to the last.
 
     Their number is at least min_frames, at most max_frames, never more than the clip has, and rounded
-    down to an even number; a clip of one frame gives none. Places between two frames are rounded to the
-    nearest frame.
+    down to an even number; a clip of one frame gives none. Places are rounded to the nearest frame.
     """
     wanted = total_frames / clip_fps * budget.fps
     count = min(max(wanted, budget.min_frames), budget.max_frames, total_frames)
@@ -75,8 +74,7 @@ def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[in
     """(height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
 
     Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
-    small frames are scaled up by the same rule. Exact integer arithmetic: a frame that has the budget's size
-    keeps it.
+    small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it.
 
     Raises:
         ValueError: one side is more than 200 times the other.

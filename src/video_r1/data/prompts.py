@@ -90,8 +90,7 @@ class Template:
 
 
 def load_template(path: str | Path | None) -> Template:
-    """Reads a template file (format in the module's docstring) or that of a checkpoint's `video_r1.json`;
-    None gives the built-in template.
+    """A template file, or that of a checkpoint's `video_r1.json`; None gives the built-in template.
 
     Raises ConfigError, which names the file and what is wrong in it.
     """

@@ -36,8 +36,7 @@ Unusable = MediaError | PromptError
 
 
 class Batch(NamedTuple):
-    """Samples that are read together. counts: read once with each of them as max_frames; empty: the
-    budget's."""
+    """Samples that are read together, with each of `counts` as max_frames (empty: the budget's)."""
 
     samples: Sequence[Sample]
     counts: tuple[int, ...] = ()
@@ -144,12 +143,7 @@ def _built(
 
 def quarantined(sample: Sample, error: Unusable) -> dict[str, Any]:
     """A line of quarantine.jsonl: which question cannot be used, and why."""
-    return {
-        "problem_id": sample.problem_id,
-        "path": sample.path,
-        "kind": error.kind,
-        "reason": error.reason,
-    }
+    return {"problem_id": sample.problem_id, "path": sample.path, "kind": error.kind, "reason": error.reason}
 
 
 def derived_generator(*parts: object) -> torch.Generator:

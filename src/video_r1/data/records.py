@@ -1,8 +1,7 @@
 """Samples: one question about one image or video, read from a manifest and checked.
 
 A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub or a `datasets.Dataset`;
-docs/data-format.md describes its fields. Every row is checked, and all problems of a manifest are reported
-together.
+docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
 """
 
 from __future__ import annotations
@@ -70,8 +69,7 @@ FIELDS = tuple(field.name for field in fields(Sample) if field.name != "extra")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong with one row of a manifest. `row` counts from 1 (JSON lines: the line); 0 is
-    the manifest as a whole."""
+    """What is wrong with a row of a manifest. `row` counts from 1 (JSON lines: the line); 0: the whole."""
 
     row: int
     problem_id: str | int | None
@@ -352,9 +350,7 @@ def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[floa
         value = row.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
-            found.append(
-                f"{name} is {_shown(value)}; it must be a time in seconds from the beginning of the clip"
-            )
+            found.append(f"{name} is {_shown(value)}; it must be seconds from the beginning of the clip")
             return None, None
         times.append(None if value is None else float(value))
     start, end = times

@@ -3,8 +3,7 @@
 JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets`
 makes of a JSON file, gives each column one type: it would refuse the whole file, or convert silently,
 exactly where a row has to be reported (an id that is a number here and a string there, options that are
-a string). Data sets of the hub and `datasets.Dataset` objects have their types already and are read
-through `datasets`.
+a string). What has its types already, on the hub or in memory, is read through `datasets`.
 """
 
 from __future__ import annotations
@@ -82,9 +81,7 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple
             raise ManifestError(f"the data set has no split {split!r}, only {', '.join(map(str, dataset))}")
         dataset = dataset[split]
     if not isinstance(dataset, datasets.Dataset):
-        raise ManifestError(
-            f"a manifest is a file, a data set id or a datasets.Dataset, not {type(dataset).__name__}"
-        )
+        raise ManifestError(f"a manifest is a file, a data set id or a Dataset, not {type(dataset).__name__}")
     media_columns = [
         name
         for name, feature in dataset.features.items()

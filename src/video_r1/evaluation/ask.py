@@ -46,9 +46,8 @@ def run_ask(settings: AskSettings) -> str:
     prompt = builder.build(sample, read_cached(sample, budget, cache))
     sampling = replace(SamplingSettings.of(settings), seed=settings.seed)
     with closing(open_engine(settings, processor)) as engine:
-        rollout = ask(
-            engine, TextStream(builder.tokenizer, partial(print, end="", flush=True)), prompt, sampling
-        )
+        stream = TextStream(builder.tokenizer, partial(print, end="", flush=True))
+        rollout = ask(engine, stream, prompt, sampling)
     answer = named_answer(sample, rollout.text)
     if not answer:
         print("\n\nNo answer was given.")

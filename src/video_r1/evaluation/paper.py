@@ -31,11 +31,10 @@ _OF_BENCHMARK = {
 
 
 class Comparison(NamedTuple):
-    """One of our figures beside a published one, in percent. `low`, `high`: 95 % interval of the difference.
-    `over`: what the mean is over."""
+    """One of our figures beside a published one, in percent. low, high: 95 % interval of the difference."""
 
     benchmark: str
-    over: str
+    over: str  # what the mean is over
     frames: int
     model: str
     published: float
@@ -121,7 +120,5 @@ def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str
             f"  {each.model.ljust(width)}  {each.published:5.1f}  {each.difference:+6.1f} "
             f"[{each.low:+.1f}, {each.high:+.1f}]{' *' if each.outside else ''}"
         )
-    lines.append(
-        "difference: ours − published, with our 95 % interval; * the published figure is outside of it"
-    )
+    lines.append("difference: ours − published, with our 95 % interval; * the published one is outside of it")
     return "\n".join(lines)

@@ -186,14 +186,12 @@ class _Run:
         It is done again as a whole or not at all: padding then is what it was. A batch whose only open
         questions still cannot be read has nothing to add.
         """
-        failed = [
-            {**quarantined(sample, found), "frames": count}
-            for sample, found in questions
-            if isinstance(found, Unusable)
-        ]
-        asked = [
-            (sample, prompt) for sample, found in questions if isinstance(found, list) for prompt in found
-        ]
+        failed, asked = [], []
+        for sample, made in questions:
+            if isinstance(made, Unusable):
+                failed.append({**quarantined(sample, made), "frames": count})
+            else:
+                asked += [(sample, prompt) for prompt in made]
         records = []
         if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
             seed, sampling = self.settings.seed, SamplingSettings.of(self.settings)

@@ -164,9 +164,7 @@ def count_before(rng: np.random.Generator) -> Question:
     named, moments = colours[at], tuple(range(at + 1))
     wordings = f"How many colours came before {named}?", f"How many colours were shown before {named}?"
     conclusion = f"{at} before {named}"
-    return _question(
-        rng, timeline, "colours", wordings, str(at), conclusion, (), moments, problem_type="numerical"
-    )
+    return _question(rng, timeline, "colours", wordings, str(at), conclusion, (), moments, "numerical")
 
 
 def blinks(rng: np.random.Generator) -> Question:
@@ -234,16 +232,14 @@ def image_size(rng: np.random.Generator) -> Question:
     return _question(rng, [look], "sizes", wordings, look.size, f"it is {look.size}", SIZES, (0,))
 
 
-VIDEO_FAMILIES: dict[str, Family] = {
+VIDEO_FAMILIES = {
     f.__name__: f
     for f in (
         direction, first_colour, last_colour, after, before, first_shape, end_place, growth, rotation,
         count_before, blinks, digits, speed, story,
     )
 }  # fmt: skip
-IMAGE_FAMILIES: dict[str, Family] = {
-    f.__name__: f for f in (image_colour, image_place, image_digit, image_size)
-}
+IMAGE_FAMILIES = {f.__name__: f for f in (image_colour, image_place, image_digit, image_size)}
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES
 
 

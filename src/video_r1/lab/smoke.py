@@ -1,8 +1,7 @@
 """A dry run of a training recipe with the small packaged model: `video-r1 rl RECIPE --smoke`.
 
 It answers, in a minute and without a GPU, whether a recipe's settings load, fit together and survive some
-steps, a checkpoint included. What the small model, a CPU or the lack of a cold start rule out is replaced;
-every other setting stays.
+steps, a checkpoint included. What the small model, a CPU or the lack of a cold start rule out is replaced.
 """
 
 from __future__ import annotations

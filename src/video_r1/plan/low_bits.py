@@ -65,9 +65,7 @@ def in_four_bits(model: nn.Module, compute: torch.dtype) -> None:
 
 
 def eight_bit_states(model: nn.Module) -> int:
-    """Bytes of 8-bit AdamW's two moments. Those of small tensors and, by the Trainer's choice, of embeddings
-    are float32.
-    """
+    """Bytes of 8-bit AdamW's two moments; in float32 for small tensors and, by the Trainer, embeddings."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     total = 0
     for weight in (weight for weight in model.parameters() if weight.requires_grad):

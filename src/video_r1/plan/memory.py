@@ -40,8 +40,7 @@ class MemoryPlan:
 
     `parts`: weights, gradients, optimizer, reference, gathered (weights of other processes), activations
     (kept for the backward pass), logits, KV cache, vLLM; not all of them are there at once. `phases`: the
-    most that is there while sampling (rollout), in the passes forward and back (update) and in the optimizer
-    step.
+    most that is there while sampling (rollout), in forward and backward (update) and in the optimizer step.
     """
 
     recipe: Recipe
@@ -251,9 +250,7 @@ def model_config(source: str | None) -> PreTrainedConfig:
 
 
 def run_plan(recipe: Recipe) -> int:
-    """Prints the plan. Returns 1 when it does not fit the GPU, else 0. Raises ConfigError when the model's
-    shape is unknown.
-    """
+    """Prints the plan. Returns 1 when it does not fit the GPU, else 0. Raises ConfigError without a shape."""
     settings = recipe.section(PlanSettings)
     stage = settings.stage
     if stage is None:  # rl when the recipe file has a setting that only rl has, or there is no file
@@ -263,14 +260,12 @@ def run_plan(recipe: Recipe) -> int:
     memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
-    planned = replace(recipe, command=stage)
+    recipe = replace(recipe, command=stage)
     if stage == "sft":
         values = {name: recipe.values()[name] for name in own_field_types(SFTSettings)}
-        planned = replace(planned, sections=(*recipe.sections, SFTSettings(**values)))
+        recipe = replace(recipe, sections=(*recipe.sections, SFTSettings(**values)))
     sharding = sharding_of(recipe.training, settings.processes, settings.accelerate_config)
-    plan = memory_plan(
-        config, planned, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens
-    )
+    plan = memory_plan(config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens)
     print(described(plan))
     return 1 if plan.fits is False else 0
 

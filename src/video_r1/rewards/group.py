@@ -38,8 +38,7 @@ class RewardTerms:
 def reward_terms(
     reward_funcs: str | Callable | Sequence[str | Callable] | None, settings: TGRPOSettings
 ) -> RewardTerms:
-    """The terms of a run. None means accuracy and format, with the length and temporal rewards the settings
-    ask for.
+    """The terms of a run. None: accuracy and format, with the length and temporal rewards of the settings.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
     unless `temporal_rule` is off. Raises ConfigError for an empty list, an unknown name or a weight of a term
@@ -95,12 +94,9 @@ def score_groups(
 ) -> list[RolloutGroup]:
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
-    `question_text` gives the user's text of a sample, for the user's functions. Raises RewardError when one
-    of them fails.
+    `question_text` gives a sample's text to the user's functions. Raises RewardError when one of them fails.
     """
-    groups = [
-        score_group(*entry, terms, settings) for entry in zip(questions, ordered, shuffled, strict=True)
-    ]
+    groups = [score_group(*each, terms, settings) for each in zip(questions, ordered, shuffled, strict=True)]
     rollouts = [(group.sample, rollout) for group in groups for rollout in group.ordered]
     texts = {id(group.sample): question_text(group.sample) for group in groups} if terms.custom else {}
     for name, function in terms.custom.items():
