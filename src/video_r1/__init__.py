@@ -3,8 +3,6 @@
 Public names are imported when they are first used, so that `import video_r1` does not import torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -6,8 +6,6 @@ that `commands` names for them does the work. It is imported then, so that help 
 Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr).
 """
 
-from __future__ import annotations
-
 import difflib
 import errno
 import itertools

@@ -1,7 +1,5 @@
 """Help texts of the command line, written from the settings' own names, types, defaults and help."""
 
-from __future__ import annotations
-
 import dataclasses
 import textwrap
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 The functions are named, not imported, so that the help and refusals come without torch.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files that others read while they are written, and folders that one command at a time writes."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Names that may be a local path or an id of the Hugging Face hub, and a hub that is out of reach."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

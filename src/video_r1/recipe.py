@@ -5,8 +5,6 @@ another recipe's settings, which the file's own lines override; a base that is a
 folder, all other paths at the folder that the command runs in.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json

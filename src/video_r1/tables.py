@@ -1,7 +1,5 @@
 """Text for people: aligned tables, and help and errors with colours on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """`video-r1 annotate`: from settings to a manifest for SFT and the closing table."""
 
-from __future__ import annotations
-
 import os
 from copy import copy
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """A teacher behind an OpenAI-compatible endpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable
 from contextlib import closing
 from typing import Any

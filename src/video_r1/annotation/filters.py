@@ -4,8 +4,6 @@ Each gives None, or in a few words what is wrong. They are cheap and err on the 
 cannot tell for sure it lets through, the answer's score being the main filter.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections import Counter

@@ -5,8 +5,6 @@ them. Lines are appended whole and waited for until the disk has them; a last li
 when the journal is opened again. A later line about a question replaces an earlier one.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

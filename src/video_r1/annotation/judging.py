@@ -1,7 +1,5 @@
 """Which of a question's rationales is kept, and why the others are not. Pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -9,8 +9,6 @@ the manifest's order. So the filters can be changed afterwards without asking th
 not matter where a run was interrupted.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import sys
@@ -38,6 +36,27 @@ FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoin
 
 def rejected_path(out: str | Path) -> Path:
     return Path(out).with_name(f"{Path(out).stem}.rejected.jsonl")
+
+
+class Counts:
+    """What became of the questions and of the rationales: "kept", a filter of FILTERS, or one of FAILURES."""
+
+    def __init__(self) -> None:
+        self.questions: Counter[str] = Counter()
+        self.rationales: Counter[str] = Counter()
+
+    def table(self) -> str:
+        """The closing table: every filter with its counts. A rejected question counts under the filter that
+        stopped the rationale that came furthest; of a question's rationales all that pass are counted."""
+        total = max(1, self.questions.total())
+        rows = []
+        for name in ("kept", *FILTERS, *FAILURES):
+            count = self.questions[name]
+            if count or name not in FAILURES:
+                drawn = "" if name in FAILURES else f"{self.rationales[name]:,}"
+                rows.append((FAILURES.get(name, name), f"{count:,}", f"{count / total:.1%}", drawn))
+        rows.append(("all", f"{self.questions.total():,}", "", f"{self.rationales.total():,}"))
+        return table(("", "questions", "share", "rationales"), rows)
 
 
 def annotate(
@@ -109,27 +128,6 @@ def entry(answered: Answered) -> dict[str, Any]:
     else:
         said = {"failed": outcome.kind, "reason": outcome.reason}
     return {"problem_id": answered.sample.problem_id, **said}
-
-
-class Counts:
-    """What became of the questions and of the rationales: "kept", a filter of FILTERS, or one of FAILURES."""
-
-    def __init__(self) -> None:
-        self.questions: Counter[str] = Counter()
-        self.rationales: Counter[str] = Counter()
-
-    def table(self) -> str:
-        """The closing table: every filter with its counts. A rejected question counts under the filter that
-        stopped the rationale that came furthest; of a question's rationales all that pass are counted."""
-        total = max(1, self.questions.total())
-        rows = []
-        for name in ("kept", *FILTERS, *FAILURES):
-            count = self.questions[name]
-            if count or name not in FAILURES:
-                drawn = "" if name in FAILURES else f"{self.rationales[name]:,}"
-                rows.append((FAILURES.get(name, name), f"{count:,}", f"{count / total:.1%}", drawn))
-        rows.append(("all", f"{self.questions.total():,}", "", f"{self.rationales.total():,}"))
-        return table(("", "questions", "share", "rationales"), rows)
 
 
 def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSettings) -> Counts:

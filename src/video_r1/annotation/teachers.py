@@ -5,8 +5,6 @@ once. It runs ahead of its caller only by what it is working on, and holds the f
 questions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby

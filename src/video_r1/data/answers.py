@@ -1,7 +1,5 @@
 """Reading answers out of model outputs: strictly (training) and tolerantly (evaluation)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite

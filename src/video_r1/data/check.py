@@ -1,7 +1,5 @@
 """Checking a manifest and its media before anything is trained on them: `video-r1 data check`."""
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Sequence

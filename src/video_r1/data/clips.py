@@ -11,8 +11,6 @@
    a frame that does not appear), the clip is decoded from its beginning instead.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Opening a video file: which containers and streams are read, and whether all of the file is there."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

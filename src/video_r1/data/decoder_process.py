@@ -8,8 +8,6 @@ JSON object behind its length; frames follow a reply as plain bytes. Nothing is 
 file has taken over can send wrong pictures, but no code.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import resource

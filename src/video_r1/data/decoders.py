@@ -7,8 +7,6 @@ to fork this one, with its threads and its GPU, would not be safe, and every fre
 to import torch. They stay for the next read; there are as many as reads have been going on at once.
 """
 
-from __future__ import annotations
-
 import atexit
 import json
 import math

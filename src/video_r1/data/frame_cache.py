@@ -12,8 +12,6 @@ an entry that fails is removed and the clip is decoded again. Frames are kept as
 16 frames at the training budget are 4.8 MB, at the evaluation budget 9.6 MB.
 """
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import logging

@@ -5,8 +5,6 @@ and reason. It decodes in a worker process with limits on time and memory (decod
 clips.py; which of their frames are taken and how large they become is decided here.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import urllib.request
@@ -14,7 +12,7 @@ import warnings
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -52,7 +50,7 @@ class Media:
         """Frames kept per second of clip; 0 for an image."""
         return len(self.frames) / self.duration if self.duration else 0.0
 
-    def reordered(self, permutation: Tensor) -> Media:
+    def reordered(self, permutation: Tensor) -> Self:
         """The same media with frame `permutation[i]` in place i. The timestamps stay where they are."""
         return replace(self, frames=self.frames[permutation])
 

@@ -13,8 +13,6 @@ also replace the answer hints, one line a problem type, anywhere in the file:
 Types without such a line keep the hint of `ANSWER_HINTS`.
 """
 
-from __future__ import annotations
-
 import string
 import threading
 from collections.abc import Mapping

@@ -9,13 +9,11 @@ there once: so media may be held for some batches, and what is built only for th
 Training, which draws its questions one by one, has its own work done in the same threads (`submit`).
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
@@ -111,7 +109,7 @@ class Reader:
             pool.shutdown(wait=True)
         self._open()
 
-    def __enter__(self) -> Reader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *ended_by: object) -> None:

@@ -1,7 +1,5 @@
 """What is sampled for a question: records, without a model."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """`video-r1 eval`: from settings to printed tables."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

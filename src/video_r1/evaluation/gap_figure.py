@@ -5,8 +5,6 @@ gap (accuracy with ordered minus accuracy with shuffled frames, on the same ques
 interval, one mark for each frame count. A mark is filled where the interval does not contain 0.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from html import escape

@@ -3,8 +3,6 @@
 N is the number of questions; scores are float64 in [0, 1].
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ figure lies outside the 95 % interval of ours, that is, when drawing other quest
 rarely explain it. What else may explain it is listed by `setup_differences`.
 """
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Predictions as JSON lines that survive an interruption at any moment."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -9,8 +9,6 @@ and its sampling seeds follow from the evaluation's seed and the question alone,
 asked again, in whatever batch, is asked as it was before.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass, replace

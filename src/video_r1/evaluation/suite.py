@@ -5,8 +5,6 @@
 <out>/temporal-gap.html   where questions were asked in both orders
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace

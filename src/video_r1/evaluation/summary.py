@@ -1,7 +1,5 @@
 """From predictions to figures: accuracy per order, temporal gap, per type, source and task, and a table."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any

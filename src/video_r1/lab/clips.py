@@ -6,8 +6,6 @@ DIR/rl.json       the same questions without it
 DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with the static cue drawn in
 """
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ProcessPoolExecutor
 from fractions import Fraction

@@ -6,8 +6,6 @@ OUT/eval-base/ …    predictions and figures of the three checkpoints
 OUT/summary.json, OUT/report.html
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -3,8 +3,6 @@
 It is an ordinary checkpoint folder. `lab_pretraining` makes the base that ships with the package from it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from importlib import resources

@@ -4,8 +4,6 @@ The base learns to see and to speak, not to answer: whatever the prompt says, it
 frames, in the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it here.
 """
 
-from __future__ import annotations
-
 import itertools
 import time
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ concludes, so that a model whose base describes frames can learn to reason from 
 most families cannot be had from the set of frames without their order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 

@@ -4,11 +4,10 @@ A clip is a timeline of `MOMENTS` looks of one second each. Rendering adds what 
 texture, noise, distractors, jitter of position, size and colour.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Self
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -57,7 +56,7 @@ class Look:
         """Which tenth of the picture the centre lies in, 0 at the left edge."""
         return int(self.x * 10)
 
-    def at(self, place: str) -> Look:
+    def at(self, place: str) -> Self:
         x, y = _CORNERS[place]
         return replace(self, x=x, y=y)
 

@@ -4,8 +4,6 @@ It answers, in a minute and without a GPU, whether a recipe's settings load, fit
 steps, a checkpoint included. What the small model, a CPU or the lack of a cold start rule out is replaced.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,6 @@
 run on a machine that need not have bitsandbytes.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -6,8 +6,6 @@ processes sample, layers in an update. Not counted: the CUDA context and the all
 GB on common GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any

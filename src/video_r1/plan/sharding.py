@@ -1,7 +1,5 @@
 """How the processes of a run share the model, read from its settings and from accelerate's file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

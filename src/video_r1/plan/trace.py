@@ -7,8 +7,6 @@ not estimated from formulas. Two things are stand-ins: attention, whose kernels 
 pixels' way into windows and positions, which is computed beforehand from the grid.
 """
 
-from __future__ import annotations
-
 import copy
 import weakref
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Recorded groups for the page's browser: which of them fit, and their frames as data."""
 
-from __future__ import annotations
-
 import base64
 from bisect import bisect
 from pathlib import Path

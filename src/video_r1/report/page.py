@@ -7,8 +7,6 @@ set. So nothing of it ever becomes markup: all values travel as JSON in which `<
 the scripts set text only, and the page's own policy lets a browser run no other script and load nothing.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import html

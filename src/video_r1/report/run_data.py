@@ -1,7 +1,5 @@
 """Reads what runs leave behind, as plain values for the page. Damaged lines are counted, never fatal."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Evaluation results for the page: one row for each evaluated checkpoint, from its summary.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -5,8 +5,6 @@ answer 0 when only one of the two strings has a `.` or a `,`, so that "3" is wro
 and "1,200" where "1200" is. Here two equal numbers are equal however they are written.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import cache
 

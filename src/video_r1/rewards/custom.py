@@ -1,7 +1,5 @@
 """Reward functions that a user brings along, with the signature that TRL's trainers use."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """One question's completions become a RolloutGroup: every reward term, and their weighted sum."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ G is the number of ordered responses to the question, H that of its shuffled one
 Source of the temporal and the length reward: T-GRPO, arXiv 2503.21776.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from typing import Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Settings of `video-r1 annotate`. Importing this module does not import torch."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """What a settings class is made of, and how its values are checked."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import operator

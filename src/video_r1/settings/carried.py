@@ -10,8 +10,6 @@ dtype: the number format that the model computed in. positions: whose rule place
 another one (see rollout/vllm/positions.py).
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Collection, Mapping

@@ -1,7 +1,5 @@
 """Settings of the commands that neither train nor generate: data, plan, merge, report and demo."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings of what a trained model is asked: evaluation, benchmarks and single questions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

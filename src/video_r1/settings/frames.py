@@ -1,7 +1,5 @@
 """How much of a video or an image the model sees, and what reading it may cost. Torch-free."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 

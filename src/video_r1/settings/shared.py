@@ -1,7 +1,5 @@
 """Settings of several commands: frames and prompts, the model, the manifests."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

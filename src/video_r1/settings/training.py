@@ -1,7 +1,5 @@
 """Settings of SFT, GRPO and T-GRPO."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

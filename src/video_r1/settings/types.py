@@ -4,8 +4,6 @@ pydantic would be no shorter: of the readings that the tests ask for it has half
 lists and mappings as text, no `off` that YAML took for false), and it takes `true` for a number.
 """
 
-from __future__ import annotations
-
 import enum
 import json
 import os

@@ -1,7 +1,5 @@
 """Settings of training with vLLM. Names that TRL's `GRPOConfig` has are its names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal

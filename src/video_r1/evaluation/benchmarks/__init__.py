@@ -2,8 +2,6 @@
 file; `special.py` and `tempcompass.py` have what cannot be declared.
 """
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 

@@ -6,8 +6,6 @@ media root/
   eval_mmvu.json     or the reference's evaluation JSONs, with Evaluation/… beside them
 """
 
-from __future__ import annotations
-
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence

@@ -8,8 +8,6 @@ Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of t
 has `file` and `folder`, the names of its file without ending and of the folder that it is in.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

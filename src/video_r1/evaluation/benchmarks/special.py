@@ -1,7 +1,5 @@
 """What single benchmarks need beyond their declaration: where clips lie, tasks in the reference's JSON."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any

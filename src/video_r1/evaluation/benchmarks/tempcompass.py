@@ -5,8 +5,6 @@ options. Captioning is published with a language model as judge of the caption; 
 the pieces of information that the caption would have to be made from, of which one fits the clip.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
