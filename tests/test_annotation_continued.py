@@ -21,9 +21,10 @@ from chat_endpoint import (
     write_questions,
 )
 
-from video_r1.annotation.journal import Journal, replaced
+from video_r1.annotation.journal import Journal
 from video_r1.cli import main
 from video_r1.errors import RequestError, VideoR1Error
+from video_r1.files import replacing
 
 
 @pytest.fixture
@@ -205,13 +206,13 @@ def test_two_writers_are_refused(tmp_path: Path) -> None:
 def test_a_reader_never_sees_half_a_file(tmp_path: Path) -> None:
     path = tmp_path / "cot.json"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), replaced(path) as file:
+    with pytest.raises(ZeroDivisionError), replacing(path) as file:
         file.write("half a row")
         file.flush()
         assert path.read_text() == "old"
         raise ZeroDivisionError
     assert path.read_text() == "old" and files(tmp_path) == {"cot.json"}
-    with replaced(path) as file:
+    with replacing(path) as file:
         file.write("new \ud800")
     assert path.read_text() == "new \\ud800"
 

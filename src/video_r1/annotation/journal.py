@@ -11,10 +11,10 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import differences, json_lines, replacing, whole_lines
+from video_r1.files import differences, json_lines, whole_lines
 
 
 class Journal:
@@ -28,7 +28,7 @@ class Journal:
         self.path = path
         self._places: dict[str, int] = {}
         self._failed: set[str] = set()
-        with _writable(path):
+        with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
         try:
@@ -94,14 +94,8 @@ class Journal:
 
 
 @contextmanager
-def replaced(path: Path) -> Iterator[TextIO]:
-    """As `replacing`. Raises RequestError when the folder cannot be written."""
-    with _writable(path), replacing(path) as file:
-        yield file
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
+def writable(path: Path) -> Iterator[None]:
+    """An OSError inside becomes a RequestError: the path cannot be written."""
     try:
         yield
     except OSError as error:

@@ -13,21 +13,19 @@ from video_r1.settings.annotation import AnnotateSettings
 
 
 class Judged(NamedTuple):
-    """One rationale. score: of its answer, in [0, 1]; rejected: the first filter of FILTERS that it did not
-    pass, "" when it passed all; detail: in words."""
+    """One rationale."""
 
     answer: str
-    score: float
-    rejected: str
-    detail: str
+    score: float  # of its answer, in [0, 1]
+    rejected: str  # the first filter of FILTERS that it did not pass, "" when it passed all
+    detail: str  # in words
 
 
 class Verdict(NamedTuple):
-    """One question. kept: the rationale's place, None when there is none; reason: the filter that stopped the
-    rationale that came furthest, "" when one is kept."""
+    """One question."""
 
-    kept: int | None
-    reason: str
+    kept: int | None  # the rationale's place, None when there is none
+    reason: str  # the filter that stopped the rationale that came furthest, "" when one is kept
     judged: list[Judged]
 
 

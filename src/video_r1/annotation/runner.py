@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.annotation.filters import FILTERS, rationale_of
-from video_r1.annotation.journal import Journal, replaced
+from video_r1.annotation.journal import Journal, writable
 from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
 from video_r1.data.containers import is_url
 from video_r1.data.records import FIELDS, Sample, media_root_of
 from video_r1.errors import RequestError
+from video_r1.files import replacing
 from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings
@@ -138,7 +139,7 @@ def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSetting
     as_list = out.suffix == ".json"
     begin, between, end = ("[\n", ",\n", "\n]\n") if as_list else ("", "\n", "\n")
     counts = Counts()
-    with replaced(out) as kept_file, replaced(rejected_path(out)) as rejected_file:
+    with writable(out), replacing(out) as kept_file, replacing(rejected_path(out)) as rejected_file:
         for sample in samples:
             if sample.problem_id not in journal:
                 continue

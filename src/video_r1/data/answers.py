@@ -76,10 +76,7 @@ def extract_answer(text: str) -> str:
 
 
 def parse_number(text: str) -> float | None:
-    """The number that `text` spells, commas taken as thousands separators; None when it spells none.
-
-    Only finite decimal numbers count: no units, no words, no `nan`, no `inf`.
-    """
+    """The finite decimal number that `text` spells, with or without thousands commas; None for all else."""
     plain = text.strip().replace(",", "")
     if not _PLAIN_NUMBER.fullmatch(plain):
         return None

@@ -27,10 +27,7 @@ def is_url(path: str) -> bool:
 
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its video stream, set up to decode.
-
-    Raises ValueError, with the reason in words, for a file that holds no video or not all of it.
-    """
+    """PyAV's container and its video stream. Raises ValueError, with the reason in words, for no video."""
     remote = is_url(path)
     options = {
         "format_whitelist": _CONTAINERS,

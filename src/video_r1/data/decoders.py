@@ -197,10 +197,7 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
 
 
 def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
-    """What `read_media` gives with each of `counts` as max_frames, from one decoding of the clip.
-
-    Raises MediaError.
-    """
+    """What `read_media` gives with each of `counts` as max_frames, from one decoding. Raises MediaError."""
     if len(counts) == 1 or sample.data_type == "image":
         media = read_media(sample, replace(budget, max_frames=counts[0]))
         return [media] * len(counts)

@@ -155,10 +155,7 @@ def read_cached(sample: Sample, budget: FrameBudget, cache: FrameCache | None) -
 def read_cached_at(
     sample: Sample, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
 ) -> list[Media]:
-    """`read_media_at`, from the cache where it has the media: what it has not is decoded in one go.
-
-    Raises MediaError.
-    """
+    """`read_media_at`, of which only what the cache has not is decoded, in one go. Raises MediaError."""
     if cache is None:
         return read_media_at(sample, budget, counts)
     keys = {count: cache_key(sample, budget, count) for count in counts}
@@ -173,10 +170,7 @@ def read_cached_at(
 
 
 def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
-    """The name of the entry for a sample's media with at most `count` frames; None: it cannot be kept.
-
-    None for URLs, whose content may change unseen, and for files that are not there.
-    """
+    """Name of the entry of at most `count` frames; None for URLs, which change unseen, and missing files."""
     try:
         facts = os.stat(sample.path)
     except OSError:

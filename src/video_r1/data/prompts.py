@@ -88,10 +88,7 @@ class Template:
 
 
 def load_template(path: str | Path | None) -> Template:
-    """A template file, or that of a checkpoint's `video_r1.json`; None gives the built-in template.
-
-    Raises ConfigError, which names the file and what is wrong in it.
-    """
+    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError."""
     if path is None:
         return Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
     try:
@@ -124,10 +121,7 @@ def _parsed(lines: list[str]) -> Template:
 
 
 def response_text(sample: Sample) -> str:
-    """The response that SFT teaches: the rationale, then the tagged answer.
-
-    Raises PromptError when the sample has no `process`.
-    """
+    """What SFT teaches: the rationale, then the tagged answer. Raises PromptError without a `process`."""
     if not sample.process:
         raise PromptError(f"question {sample.problem_id!r} has no `process`; SFT needs a rationale")
     return f"{sample.process.strip()}\n{sample.solution.strip()}"
@@ -150,10 +144,7 @@ def video_metadata(media: Media) -> dict[str, Any]:
 
 
 class TextPrompts:
-    """Prompts of a model whose processor is elsewhere: the question's text and its frames, no tokens.
-
-    template: path of a template file; None for the built-in template.
-    """
+    """Prompts of a model whose processor is elsewhere: the question's text and its frames, no tokens."""
 
     tokenizer: Any = None
 
@@ -203,9 +194,7 @@ class PromptBuilder(TextPrompts):
         return text
 
     def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
-        """Raises PromptError: over `max_prompt_length`, frames that do not fit the model's patches, a video
-        without duration, special tokens in the question's text.
-        """
+        """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
         plain = super().build(sample, media, permutation)
         text = self.processor.apply_chat_template(plain.messages, tokenize=False, add_generation_prompt=True)
         media = plain.media

@@ -151,15 +151,12 @@ def derived_generator(*parts: object) -> torch.Generator:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A sample with its prompts. `shuffled` is None where nothing is sampled with shuffled frames.
-
-    `seed` fixes its completions, whichever questions it is sampled with.
-    """
+    """A sample with its prompts."""
 
     sample: Sample
     ordered: Prompt
-    shuffled: Prompt | None
-    seed: int
+    shuffled: Prompt | None  # None where nothing is sampled with shuffled frames
+    seed: int  # fixes its completions, whichever questions it is sampled with
 
 
 def build_question(

@@ -7,13 +7,14 @@ docs/data-format.md describes its fields. Every row is checked; all problems are
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from video_r1.data.answers import parse_number
 from video_r1.data.rows import Unreadable, read_rows
@@ -184,7 +185,7 @@ class _MediaPlaces:
         self.root = root
         self.inside = root.rstrip(os.sep) + os.sep
         self.allow_urls = allow_urls
-        self._folders: dict[str, str] = {}
+        self._real = functools.cache(os.path.realpath)
 
     def find(self, path: str) -> str:
         """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
@@ -199,14 +200,9 @@ class _MediaPlaces:
         if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
             raise ValueError(f"path {path!r} is absolute; it must be relative to the media root")
         folder, name = os.path.split(path)
-        if name in ("", ".", ".."):
-            found = os.path.realpath(os.path.join(self.root, path))
-        else:
-            if folder not in self._folders:
-                self._folders[folder] = os.path.realpath(os.path.join(self.root, folder))
-            found = os.path.join(self._folders[folder], name)
-            if os.path.islink(found):
-                found = os.path.realpath(found)
+        found = os.path.join(self._real(os.path.join(self.root, folder)), name)
+        if name in ("", ".", "..") or os.path.islink(found):
+            found = os.path.realpath(found)
         if not found.startswith(self.inside):
             raise ValueError(f"path {path!r} leads out of the media root")
         return found
@@ -257,20 +253,11 @@ def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample
         for name, value in row.items()
         if value is not None and name not in FIELDS
     }
+    process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
     sample = Sample(
-        problem_id=cast("str | int", problem_id),
-        problem=problem,
-        data_type=cast(DataType, data_type),
-        problem_type=cast(ProblemType, problem_type),
-        solution=solution,
-        path=path,
-        options=options,
-        process=process or None,
-        data_source=sys.intern(data_source),
-        start=start,
-        end=end,
-        extra=extra or _NO_EXTRA,
-    )
+        problem_id, problem, data_type, problem_type, solution, path,
+        options, process, data_source, start, end, extra,
+    )  # fmt: skip
     return sample, []
 
 
@@ -289,7 +276,7 @@ def _text(row: dict[str, Any], name: str, found: list[str], required: bool = Tru
     return value
 
 
-def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> str:
+def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
     value = row.get(name)
     if value is None:
         found.append(f"{name} is missing")

@@ -42,10 +42,7 @@ class Row(NamedTuple):
 
 
 def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """Rows of the figure: each benchmark, then its task types from the largest gap to the smallest.
-
-    results: by benchmark name, `title` and `frames` as in an evaluation's summary.
-    """
+    """Each benchmark of an evaluation's summary, then its task types from the largest gap to the smallest."""
     rows = []
     for result in results.values():
         frames = result["frames"]

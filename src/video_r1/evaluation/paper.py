@@ -50,10 +50,7 @@ class Comparison(NamedTuple):
 
 
 def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """Every published figure for a benchmark and frame count that we have, with ours beside.
-
-    results: by benchmark name, `frames` as in an evaluation's summary. Ours are with ordered frames.
-    """
+    """Every published figure for a benchmark and frame count of a summary, with ours (ordered) beside."""
     found = []
     for column, name in enumerate(COLUMNS):
         for frames, figures in results.get(name, {}).get("frames", {}).items():

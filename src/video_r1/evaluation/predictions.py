@@ -8,7 +8,7 @@ from typing import Any
 from video_r1.errors import RequestError
 from video_r1.files import json_lines, whole_lines
 
-_NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
+NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     records = []
     with path.open("r+b") as file:
         for number, _, record in whole_lines(file):
-            if record is None or not record.keys() >= _NEEDED:
+            if record is None or not record.keys() >= NEEDED:
                 raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
             records.append(record)
     return records

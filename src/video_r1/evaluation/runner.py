@@ -44,13 +44,10 @@ _Key = tuple[str | int, str]  # problem_id and order
 
 
 class Scored(NamedTuple):
-    """prediction: the answer that was read, "" for none; score: of that answer; strict_score: of the text in
-    the answer tags alone; format: 1 when the whole output has the answer format."""
-
-    prediction: str
-    score: float
-    strict_score: float
-    format: float
+    prediction: str  # the answer that was read, "" for none
+    score: float  # of that answer
+    strict_score: float  # of the text in the answer tags alone
+    format: float  # 1 when the whole output has the answer format
 
 
 def score_output(sample: Sample, output: str) -> Scored:

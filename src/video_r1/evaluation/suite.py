@@ -50,10 +50,8 @@ def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -
 def run_questions(
     asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
 ) -> dict[str, Any]:
-    """Evaluates a manifest's samples or all benchmarks, prints the tables and returns the summary that is in
-    `folder`/summary.json. asked: `Sample`s, or `Questions` where there are benchmarks. Started again with the
-    same settings it continues, as `evaluate` does.
-    """
+    """Evaluates `Sample`s or, with benchmarks, `Questions`, prints the tables and returns the summary that is
+    in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does."""
     if bench.temporal_gap:
         settings = replace(settings, order=["ordered", "shuffled"])
     processor, builder, budget = open_prompts(settings)

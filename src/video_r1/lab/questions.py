@@ -17,19 +17,15 @@ EVERY_MOMENT = tuple(range(MOMENTS))
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A timeline with a question about it.
-
-    `answer` is the word, number or sentence; for multiple choice it is one of `choices`. `key_moments` are
-    the moments that the answer depends on.
-    """
+    """A timeline with a question about it."""
 
     timeline: tuple[Look, ...]
     problem: str
     problem_type: str
-    answer: str
+    answer: str  # the word, number or sentence; for multiple choice one of `choices`
     chain: str
     choices: tuple[str, ...] = ()
-    key_moments: tuple[int, ...] = EVERY_MOMENT
+    key_moments: tuple[int, ...] = EVERY_MOMENT  # that the answer depends on
 
 
 Family = Callable[[np.random.Generator], Question]

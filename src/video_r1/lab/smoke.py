@@ -69,10 +69,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
 
 
 def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
-    """Runs the recipe with the small model in a temporary folder and prints what was replaced.
-
-    run: what the command does with a recipe. Returns its exit code; raises what it raises.
-    """
+    """`run`s the recipe with the small model in a temporary folder. Returns and raises what `run` does."""
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
         lab, output = Path(folder) / "lab", Path(folder) / "run"
         write_lab(LabSettings(folder=str(lab), train=QUESTIONS, test=QUESTIONS, workers=1))

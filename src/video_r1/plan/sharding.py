@@ -13,19 +13,16 @@ from video_r1.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """Which parts each process has a share of only. `whole_in_step`: weights that are shared out are gathered
-    once for forward and backward; `master`: the optimizer keeps float32 weights of its own beside bf16 ones
-    (DeepSpeed); `offload`: the optimizer is in main memory.
-    """
+    """Which parts each process has a share of only."""
 
     name: str = "one process"
     processes: int = 1
     weights: bool = False
     gradients: bool = False
     optimizer: bool = False
-    whole_in_step: bool = False
-    master: bool = False
-    offload: bool = False
+    whole_in_step: bool = False  # weights that are shared out are gathered once for forward and backward
+    master: bool = False  # the optimizer keeps float32 weights of its own beside bf16 ones (DeepSpeed)
+    offload: bool = False  # the optimizer is in main memory
 
     @property
     def buckets(self) -> bool:
@@ -44,9 +41,7 @@ class Sharding:
 def sharding_of(
     training: Mapping[str, Any], processes: int | None = None, accelerate_config: str | Path | None = None
 ) -> Sharding:
-    """The sharding that `fsdp`, `fsdp_config` and `deepspeed` of the TrainingArguments ask for, or the file
-    of `accelerate launch`. Raises ConfigError when a file cannot be read.
-    """
+    """The sharding that the TrainingArguments or accelerate's file ask for. Raises ConfigError."""
     launch = {} if accelerate_config is None else read_mapping(accelerate_config)
     count = processes or int(launch.get("num_processes", 1))
     if training.get("deepspeed"):

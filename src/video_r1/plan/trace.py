@@ -39,13 +39,10 @@ ATTENTION_NAME = "video_r1_flash_without_storage"
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The tokens of one forward pass: `questions` prompts and their `completions` (SFT: one response each).
-
-    `grid`: patches of one question's clip in time, down and across.
-    """
+    """The tokens of one forward pass: `questions` prompts and their `completions` (SFT: one each)."""
 
     questions: int
-    grid: tuple[int, int, int]
+    grid: tuple[int, int, int]  # patches of one question's clip in time, down and across
     visual: int  # tokens
     prompt: int  # tokens, visual ones included
     completions: int

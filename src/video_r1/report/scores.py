@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from video_r1.evaluation.summary import summarise
+from video_r1.evaluation.predictions import NEEDED
+from video_r1.evaluation.summary import ORDERS, summarise
 from video_r1.report.run_data import (
     Run,
     as_list,
@@ -16,10 +17,8 @@ from video_r1.report.run_data import (
 )
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
-ORDERS = ("ordered", "shuffled")
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
 MAX_PARTS = 60  # rows of one breakdown
-NEEDED = {"problem_id", "order", "prediction", "score", "strict_score", "format", "finish_reason"}
 
 
 def read_scores(run: Run) -> list[dict[str, Any]]:

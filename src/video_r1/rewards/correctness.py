@@ -56,10 +56,7 @@ def numerical(answer: str, truth: str) -> float:
 
 
 def ocr(answer: str, truth: str) -> float:
-    """1 − word error rate: word edit distance ÷ words of the truth, words split on white space.
-
-    An empty truth is matched by an empty answer only, as there are no words to divide by.
-    """
+    """1 − word error rate (word edit distance ÷ words of the truth); an empty truth wants an empty answer."""
     words, expected = answer.split(), truth.split()
     if not expected:
         return float(not words)
@@ -68,10 +65,7 @@ def ocr(answer: str, truth: str) -> float:
 
 
 def free_form(answer: str, truth: str) -> float:
-    """Mean of the ROUGE-1, ROUGE-2 and ROUGE-L F measures, words stemmed (Lin 2004).
-
-    ROUGE counts Latin letters and digits only: a text without any scores 0.
-    """
+    """Mean F of ROUGE-1, ROUGE-2 and ROUGE-L, words stemmed (Lin 2004); Latin letters and digits only."""
     scores = _rouge().score(truth, answer)
     return _clip(sum(score.fmeasure for score in scores.values()) / len(scores))
 

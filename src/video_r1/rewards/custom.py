@@ -15,10 +15,7 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Every field of the samples as a column: the record fields, then what the manifest has beyond them.
-
-    A column that only some rows have holds None for the others.
-    """
+    """Every field of the samples as a column, the manifest's own ones too; None where a row has it not."""
     columns = {name: [getattr(sample, name) for sample in samples] for name in FIELDS}
     extra_names = dict.fromkeys(name for sample in samples for name in sample.extra)
     return {name: [sample.extra.get(name) for sample in samples] for name in extra_names} | columns

@@ -18,14 +18,9 @@ _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 class TemporalReward(NamedTuple):
-    """bonus: [G] float32; p, p_shuffled: shares of correct ordered and shuffled responses.
-
-    `p_shuffled` is nan where the question has no shuffled responses.
-    """
-
-    bonus: Tensor
-    p: float
-    p_shuffled: float
+    bonus: Tensor  # [G] float32
+    p: float  # share of correct ordered responses
+    p_shuffled: float  # that of shuffled ones; nan where the question has none
 
 
 def format_reward(completion: str) -> float:

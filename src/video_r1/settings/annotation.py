@@ -16,8 +16,10 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     """Annotation"""
 
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
-    teacher: str | None = setting(None, "checkpoint, model id, or address of an endpoint (http://host/v1)")
-    out: str | None = setting(None, "manifest to write, .json or .jsonl; journal and rejected stand beside")
+    teacher: str | None = setting(
+        None, "checkpoint, model id, or OpenAI-compatible endpoint (http://host/v1)"
+    )
+    out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected stand beside")
     limit: int | None = setting(None, "annotate the first N questions only; may grow when continued", above=0)
     samples: int = setting(1, "K: rationales drawn for each question", above=0)
     choose: Literal["best", "majority"] = setting(
