@@ -5,16 +5,7 @@ from typing import Any
 
 from video_r1.evaluation.predictions import NEEDED
 from video_r1.evaluation.summary import ORDERS, summarise
-from video_r1.report.run_data import (
-    Run,
-    as_list,
-    as_table,
-    finite,
-    json_lines,
-    prediction_files,
-    read_object,
-    text,
-)
+from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, prediction_files, read_object
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
@@ -53,7 +44,7 @@ def _unfinished(run: Run) -> dict[str, Any]:
         for _, _, record in json_lines(path, run.notes):
             usable = record.keys() >= NEEDED and isinstance(record["problem_id"], (str, int))
             if usable and record["order"] in ORDERS and finite(record["score"]) is not None:
-                answers[text(record["problem_id"]), record["order"]] = record
+                answers[str(record["problem_id"]), record["order"]] = record
         if answers:
             tables[path.stem.removeprefix("predictions-")] = summarise(list(answers.values()))
             run.notes.append(f"{path.name}: the evaluation is not finished; {len(answers)} answers so far")

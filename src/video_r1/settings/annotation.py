@@ -58,5 +58,4 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
 
     @property
     def at_endpoint(self) -> bool:
-        """Whether the teacher is asked over HTTP."""
         return (self.teacher or "").startswith(("http://", "https://"))

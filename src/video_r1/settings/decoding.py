@@ -30,9 +30,8 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.engine not in ("transformers", "vllm") and not self.engine.startswith(
-            ("http://", "https://")
-        ):
+        is_address = self.engine.startswith(("http://", "https://"))
+        if self.engine not in ("transformers", "vllm") and not is_address:
             yield "engine", f"is {self.engine!r}; it must be transformers, vllm or an address with http://"
 
 

@@ -15,13 +15,7 @@ from typing import Literal, NamedTuple
 from video_r1.data.records import Sample, check_manifest, load_manifest
 from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
-from video_r1.evaluation.benchmarks.spec import (
-    Benchmark,
-    Row,
-    annotation_files,
-    manifest_rows,
-    reference_rows,
-)
+from video_r1.evaluation.benchmarks.spec import Benchmark, annotation_files, manifest_rows, reference_rows
 from video_r1.files import replace_json
 
 Annotation = Literal["published", "reference"]
@@ -135,7 +129,7 @@ def _own_manifest(path: Path, media_root: str | Path | None, allow_missing: bool
     return Questions(path.stem, path.stem, by_clip(present), coverage, None, None)
 
 
-def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[Annotation, Iterable[Row]]:
+def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[Annotation, Iterable[dict]]:
     files = annotation_files(benchmark, root / benchmark.name)
     if files and wanted != "reference":
         return "published", manifest_rows(benchmark, root)

@@ -55,9 +55,7 @@ class Benchmark:
     choices: str = "options"
     answer: str = "answer"
     task_type: str  # template
-    only: Mapping[str, str] = field(
-        default_factory=dict
-    )  # questions with other values in these fields are left out
+    only: Mapping[str, str] = field(default_factory=dict)  # without rows that have other values in these
     regression: Sequence[str] = ()  # task types whose answer is a measured number
     open_ended: bool = False  # whether there are questions without options
     places: Sequence[str] = ()  # templates of where a clip may lie
