@@ -12,11 +12,8 @@ NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score"
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The records of a predictions file; none when it does not exist.
-
-    A last line that was cut off while it was written is removed from the file, so that its question is asked
-    again. Raises RequestError for any other line that is no record.
-    """
+    """The records of a predictions file, if there is one. A last line that was cut off as it was written is
+    removed, so that its question is asked again. Raises RequestError for any other line that is no record."""
     if not path.is_file():
         return []
     records = []

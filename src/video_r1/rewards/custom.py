@@ -40,9 +40,8 @@ def call_reward_function(
         rewards = function(**arguments)
     except Exception as error:  # the function is the user's: whatever it raises is reported as its error
         where = _culprit(function, arguments, samples)
-        raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__}: {error} ({where})"
-        ) from error
+        kind = type(error).__name__
+        raise RewardError(f"reward function {name!r} raised {kind}: {error} ({where})") from error
     try:
         given = list(rewards)
     except TypeError:

@@ -20,9 +20,7 @@ class PromptSettings(Settings):
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped", above=0)
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     media_seconds: float = setting(
-        120.0,
-        "time in which a file must be decoded, else it is unusable; 0: no limits, no worker processes",
-        at_least=0,
+        120.0, "time to decode a file in, else it is unusable; 0: no limits, no worker processes", at_least=0
     )
     media_memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")

@@ -42,9 +42,7 @@ class TrainingSettings(Settings):
     media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
     media_cache_mb: int = setting(512, "MB for decoded media that are kept for later epochs", at_least=0)
     early_stopping_patience: int | None = setting(
-        None,
-        "validations without a better metric_for_best_model before training stops (default: never)",
-        above=0,
+        None, "validations without a better metric_for_best_model before it stops (default: never)", above=0
     )
     max_skipped_updates: int = setting(5, "updates in a row without a finite loss before it stops", above=0)
 
