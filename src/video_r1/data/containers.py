@@ -27,7 +27,7 @@ def is_url(path: str) -> bool:
 
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its video stream. Raises ValueError, with the reason in words, for no video."""
+    """PyAV's container and its video stream. Raises ValueError, in words, for a file without a whole one."""
     remote = is_url(path)
     options = {
         "format_whitelist": _CONTAINERS,

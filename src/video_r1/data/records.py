@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
 from video_r1.data.rows import Unreadable, read_rows
@@ -255,7 +255,7 @@ def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample
     }
     process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
     sample = Sample(
-        problem_id, problem, data_type, problem_type, solution, path,
+        cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
         options, process, data_source, start, end, extra,
     )  # fmt: skip
     return sample, []
@@ -337,7 +337,7 @@ def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[floa
         value = row.get(name)
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
-            found.append(f"{name} is {_shown(value)}; it must be seconds from the beginning of the clip")
+            found.append(f"{name} is {_shown(value)}; it must be a time in seconds from the beginning")
             return None, None
         times.append(None if value is None else float(value))
     start, end = times

@@ -17,7 +17,7 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
 
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
     teacher: str | None = setting(
-        None, "checkpoint, model id, or OpenAI-compatible endpoint (http://host/v1)"
+        None, "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1)"
     )
     out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected stand beside")
     limit: int | None = setting(None, "annotate the first N questions only; may grow when continued", above=0)

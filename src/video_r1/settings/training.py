@@ -94,7 +94,7 @@ class TGRPOSettings(TrainingSettings):
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
-    correct_threshold: float = setting(0.5, "scores above this count as correct", at_least=0, below=1)
+    correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
