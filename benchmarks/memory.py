@@ -2,8 +2,8 @@
 
     python -m benchmarks.memory --json [--size 300m] [--cases full,full-checkpointing,lora,lora-checkpointing]
 
-Planned and measured bytes by part and by phase, on a CPU, of a model with random weights: weights, gradients,
-AdamW's states and the reference are added up; the rest is what torch's profiler sees allocated and released.
+Planned and measured bytes by part and by phase, of a model with random weights: weights, gradients, AdamW's
+states and the reference are added up; the rest is what torch's profiler sees allocated and released.
 `…, beyond weights` leaves out what lies there throughout (weights, optimizer, reference), which is easy to
 plan. `ratio`: planned ÷ measured of the worst phase; `equal`: every phase within 15 %. It needs 8 GB.
 """
@@ -57,7 +57,7 @@ def recipe_of(arguments: argparse.Namespace, lora: bool, checkpointing: bool) ->
 
 def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> dict[str, dict[str, int]]:
     """Bytes by part and by phase."""
-    device, size, group = torch.device("cpu"), SIZES[arguments.size], arguments.group
+    device, size, group = torch.device(arguments.device), SIZES[arguments.size], arguments.group
     model = build_model(size, device, torch.float32)
     model.generation_config.eos_token_id = None
     policy: Any = add_lora(model, RANK) if lora else model
@@ -66,7 +66,7 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         if lora:
             model.enable_input_require_grads()
     reference = policy if lora else frozen_copy(model)
-    adapters = frozen_adapters(policy, torch.device("cpu")) if lora else {}
+    adapters = frozen_adapters(policy, device) if lora else {}
     generator = torch.Generator().manual_seed(1)
     prompt = question(size, generator)
     completions = [[text(size, arguments.completion, generator) for _ in range(group)]]
@@ -79,8 +79,9 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         result = group_logprobs(policy, [prompt], completions, with_entropy=True)
         with torch.no_grad(), starting_adapters(policy, adapters):
             judged = group_logprobs(reference, [prompt], completions).logprobs
+        advantages = torch.linspace(-1, 1, group, device=device)
         policy_loss(
-            result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, group), result.lengths,
+            result.logprobs, result.logprobs.detach(), advantages, result.lengths,
             normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
         ).loss.backward()  # fmt: skip
 
@@ -142,7 +143,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         with torch.device("meta"):
             config = build_model(size, torch.device("meta"), torch.float32).config
         recipe = recipe_of(arguments, lora, checkpointing)
-        plan = memory_plan(config, recipe, text_tokens=size.text + 2, device_type="cpu")
+        plan = memory_plan(config, recipe, text_tokens=size.text + 2, device_type=arguments.device)
         cases[name] = {"weights": plan.traced.parameters, "prompt": plan.row.prompt, **compared(plan, found)}
     phases = [line for case in cases.values() for line in case["phases"].values()]
     worst = max(phases, key=lambda line: abs(line["difference"]))
@@ -153,7 +154,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "equal": abs(worst["difference"]) <= TOLERANCE,
         "cases": cases,
         "sizes": {"model": arguments.size, "group": arguments.group, "completion": arguments.completion},
-    } | machine(torch.device("cpu"))
+    } | machine(torch.device(arguments.device))
 
 
 def main() -> None:
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES), help="which of them, with commas")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
     print(json.dumps(run(parser.parse_args())))
 
 

@@ -26,14 +26,14 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy, prepare_reference
-from video_r1.training.sharded import keep_results_exact, whole_weights
+from video_r1.training.sharded import keep_figures_exact, whole_weights
 
 
 def measure(folder: Path, hidden: int, layers: int) -> None:
     """Writes bytes: the shares of this process, and the most in update and rollout, without optimizer."""
     let_accelerate_shard_on_cpu()
     accelerator = Accelerator(fsdp_plugin=FullyShardedDataParallelPlugin(), cpu=True)
-    keep_results_exact(accelerator)
+    keep_figures_exact(accelerator)
     plain = model_of(hidden, layers, 2048)
     plain.gradient_checkpointing_enable({"use_reentrant": False})
     reference = prepare_reference(frozen_copy(plain), accelerator)

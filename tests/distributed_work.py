@@ -11,6 +11,7 @@ import peft
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from group_batches import TEXT, make_prompt
 from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from transformers import TrainerCallback
@@ -95,14 +96,18 @@ def adapters(folder: Path, processes: int, name: str) -> None:
     trainer.train()
 
 
-def sft(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
+def sft(
+    folder: Path, processes: int, name: str, bf16: bool = False, changes: dict[str, Any] | None = None
+) -> None:
     """SFT on the same questions, with validation."""
     let_accelerate_shard_on_cpu()
     watch = Watch()
     args = SFTConfig(
         **training_arguments(
             folder / name,
-            **{**common(processes, bf16=bf16), "per_device_train_batch_size": 4 // processes},
+            **common(processes, bf16=bf16)
+            | {"per_device_train_batch_size": 4 // processes}
+            | (changes or {}),
             eval_strategy="steps",
             eval_steps=2,
         )
@@ -144,14 +149,15 @@ class Seen(TrainerCallback):
 
 
 def uneven(folder: Path, processes: int, name: str, kind: str) -> None:
-    """One epoch of the questions, two of them a process and step, after a validation on all of them."""
+    """One epoch of the questions, four of them a step, after a validation on all of them."""
     let_accelerate_shard_on_cpu()
     manifest = str(folder / "manifest.json")
     seen = Seen()
     settings = {
         **common(processes, steps=-1),
-        **{"num_train_epochs": 1, "save_strategy": "no", "per_device_train_batch_size": 2},
+        **{"num_train_epochs": 1, "save_strategy": "no"},
         **{"eval_strategy": "epoch", "eval_on_start": True},
+        **{"per_device_train_batch_size": 4 // processes},
     }
     if kind == "rl":
         trainer: Any = make_trainer(folder / "model", manifest, folder / name, evaluated=manifest, **settings)
@@ -162,6 +168,40 @@ def uneven(folder: Path, processes: int, name: str, kind: str) -> None:
     trainer.callback_handler.callbacks.insert(0, seen)  # before the guard, which forgets them
     trainer.train()
     (folder / name / f"seen-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(seen.steps))
+
+
+def part_of_a_run(folder: Path, processes: int, name: str, steps: int, accumulation: int) -> None:
+    """T-GRPO up to this step, one question a pass; a run in the folder is continued."""
+    let_accelerate_shard_on_cpu()
+    seen = Seen()
+    settings = {
+        **common(processes, steps=steps),
+        **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": accumulation},
+        **{"lr_scheduler_type": "constant", "optim": "adamw_torch"},
+    }
+    trainer = make_trainer(folder / "model", str(folder / "manifest.json"), folder / name, **settings)
+    seen.guard = trainer.guard
+    trainer.callback_handler.callbacks.insert(0, seen)
+    trainer.train()
+    (folder / name / f"seen-{os.environ.get('RANK', '0')}-{steps}.json").write_text(json.dumps(seen.steps))
+    trainer.publish_model()
+
+
+def as_on_a_gpu(folder: Path) -> None:
+    """DistributedDataParallel with `device_ids`, as accelerate makes it for GPUs; the device is the CPU."""
+    store = torch.distributed.FileStore(str(folder / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    model = load_model(folder / "model")
+    plain = load_model(folder / "model")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    wrapped.device_ids, wrapped.device_type = [0], "cpu"
+    torch.manual_seed(0)
+    prompts = [make_prompt("qwen2_5_vl", 4, ("video", (2, 4, 4)), 3), make_prompt("qwen2_5_vl", 5)]
+    completions = [[torch.randint(0, TEXT, (length,)) for length in lengths] for lengths in ((3, 5), (4,))]
+    for wanted in (plain, wrapped):
+        group_logprobs(wanted, prompts, completions).logprobs.sum().backward()
+    for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(two.grad, one.grad, msg=name)
 
 
 def save(trainer: Any, watch: Watch, run: Path, kinds: list[str]) -> None:

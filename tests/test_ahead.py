@@ -42,6 +42,8 @@ class Copying:
             self.sampled.append(mark(self.model))
         return TransformersEngine(self.model, self.tokenizer).generate(prompts, sampling, counts)
 
+    def rest(self) -> None: ...
+
     def close(self) -> None: ...
 
 

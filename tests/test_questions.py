@@ -45,8 +45,8 @@ def source(
 @pytest.mark.parametrize(
     ("questions", "size", "step_batches", "iterations", "batches"),
     [
-        (5, 2, 1, 1, [[0, 1], [2, 3], [4]]),
-        (5, 2, 2, 1, [[0, 1], [2, 3], [4]]),
+        (5, 2, 1, 1, [[0, 1], [2, 3], [4, 0]]),
+        (5, 2, 2, 1, [[0, 1], [2, 3], [4, 0], [1, 2]]),
         (4, 2, 1, 2, [[0, 1], [0, 1], [2, 3], [2, 3]]),
         # a step of two micro-batches repeats as a whole, and the last one is filled up from the start
         (5, 2, 2, 2, [[0, 1], [2, 3], [0, 1], [2, 3], [4, 0], [1, 2], [4, 0], [1, 2]]),

@@ -17,7 +17,12 @@ from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
+from video_r1.models import adapters
+from video_r1.models.adapters import merged_adapters
+from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
+from video_r1.rollout import captured
+from video_r1.rollout.captured import DecodingStep
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
 from video_r1.rollout.transformers import TransformersEngine
@@ -222,7 +227,7 @@ def test_pixels_are_encoded_once() -> None:
     )
     TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(prompts, SamplingSettings(n=8, max_tokens=4))
     hook.remove()
-    assert sorted(patches) == [16, 64 + 32]  # the image; both clips at once
+    assert patches == [16 + 64 + 32]  # the image and both clips at once
 
 
 def test_adapters_take_part() -> None:
@@ -242,6 +247,75 @@ def test_adapters_take_part() -> None:
     for prompt, group in zip(prompts, changed, strict=True):
         output = adapted.generate(**reference_inputs(prompt), max_new_tokens=10, do_sample=False)
         assert group[0].token_ids.tolist() == output[0, len(prompt.input_ids) :].tolist()
+
+
+def test_merged_adapters_sample_the_same_and_leave_the_model_alone() -> None:
+    """Also where there is no memory for merged copies; layers in 4 bits are no `nn.Linear` and stay."""
+    torch.manual_seed(0)
+    adapted: Any = get_peft_model(
+        build_model("qwen2_5_vl"), LoraConfig(target_modules=["q_proj", "down_proj"])
+    )
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    engine = TransformersEngine(adapted, PROCESSORS["qwen2_5_vl"])
+    prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=8, seed=3)
+    layers = {name: id(module) for name, module in adapted.named_modules()}
+    before = {name: tensor.clone() for name, tensor in adapted.state_dict().items()}
+    with merged_adapters(engine.model):
+        assert not any("lora" in name for name, _ in engine.model.named_parameters())
+    merged = engine.generate(prompts, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters, "has_memory_for", lambda weights: False)
+        assert_same(engine.generate(prompts, settings), merged)
+    assert {name: id(module) for name, module in adapted.named_modules()} == layers
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())
+
+
+@pytest.mark.parametrize("broken", ["fails", "differs", None])
+def test_recorded_steps_check_themselves(
+    broken: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU, with a recording that fails (as it does here), gives other logits, or is right."""
+    steps: list[int] = []
+
+    def replayed(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
+        steps.append(len(tokens))
+        logits = captured.plain_step(tokens, position, decoding)
+        return logits + 1 if broken == "differs" else logits
+
+    fast = captured._replayed if broken == "fails" else replayed
+    checked = Checked("decoding by a CUDA graph", fast, captured.plain_step)
+    engine = TransformersEngine(build_model("qwen2_5_vl", stop_share=0.1), PROCESSORS["qwen2_5_vl"])
+    prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=3, max_tokens=70, seed=1)
+    expected = engine.generate(prompts, settings)
+    monkeypatch.setattr(captured, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(captured, "replayed_step", checked)
+    assert_same(engine.generate(prompts, settings), expected)
+    assert checked.agrees is (broken is None)
+    assert caplog.text.count("the plain path is taken") == (broken is not None)
+    assert len(steps) > 60 if broken is None else len(steps) == (broken == "differs")
+
+
+def test_a_step_can_be_repeated() -> None:
+    """A recording runs it twice: the cache holds the same tokens afterwards, at addresses that stay."""
+    engine = TransformersEngine(build_model("qwen2_5_vl"), PROCESSORS["qwen2_5_vl"])
+    keys: list[tuple[int, torch.Tensor]] = []
+    plain = captured.plain_step
+
+    def twice(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
+        first = plain(tokens, position, decoding)
+        torch.testing.assert_close(plain(tokens, position, decoding), first, rtol=0, atol=0)
+        keys.append((decoding.cache.keys[0].data_ptr(), decoding.cache.keys[0].clone()))
+        return first
+
+    prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=66, seed=1)
+    expected = engine.generate(prompts, settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(captured, "plain_step", twice)
+        assert_same(engine.generate(prompts, settings), expected)
+    assert len({address for address, _ in keys}) == 2  # room for 64 tokens, and for 128
+    assert bool(keys[10][1][:, :, :11].abs().sum(-1).all()) and not bool(keys[10][1][:, :, 11:].any())
 
 
 def test_bfloat16() -> None:

@@ -120,3 +120,31 @@ def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match="vLLM cannot be imported"):
         VLLMEngine(base_folder(), load_processor(base_folder()))
+
+
+def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> None:
+    """Sleep of level 2 needs a GPU; here vLLM is replaced by what it is asked for."""
+    calls: list[str] = []
+
+    class Recorder:
+        llm_engine = SimpleNamespace(reset_encoder_cache=lambda: None)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *args, **kwargs: calls.append(f"{name} {args[0] if args else kwargs}") or True
+
+    engine = VLLMEngine.__new__(VLLMEngine)
+    engine.llm, engine.tokenizer = Recorder(), tiny_processor("qwen2_vl").tokenizer
+    engine.max_model_len, engine.stop_ids = 4096, []
+    engine._sleep, engine._asleep = True, False
+    model = tiny_model("qwen2_vl", engine.tokenizer)
+    engine.rest()
+    engine.rest()
+    assert calls == ["sleep {'level': 2}"]
+    with pytest.raises(VideoR1Error, match="given its weights back"):
+        engine.generate([], SamplingSettings())
+    engine.update_weights(model)
+    assert calls[1:4] == ["wake_up ['weights']", "collective_rpc reload_weights", "wake_up ['kv_cache']"]
+    assert engine._asleep is False
+    engine._sleep = False
+    engine.rest()
+    assert engine._asleep is False and calls[-1] != "sleep {'level': 2}"

@@ -21,7 +21,8 @@ from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION
 from video_r1.models.head import token_logprobs
-from video_r1.models.packing import GroupSpan, row_layout
+from video_r1.models.packing import row_layout
+from video_r1.models.vision import encode_visuals
 
 Result = TypeVar("Result")
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
@@ -95,21 +96,22 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFea
 
     It is called once, for images and videos together. Gradients follow grad mode and whether it is frozen.
     """
-    return through_wrapper(model, lambda: _encode_vision(vision_language_model(model).model, prompts))
+    return through_wrapper(model, lambda: visual_features(vision_language_model(model).model, prompts))
 
 
-def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each
-    kind that a batch happens to have, is what all processes of a sharded model make alike.
+def visual_features(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
+    """As `encode_vision`, for the inner model of transformers, called here and now.
+
+    Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each kind
+    that a batch happens to have, is what all processes of a sharded model make alike.
     """
     names = [[kind for kind in KINDS if kind[0] in prompt.features] for prompt in prompts]
     if not any(names):
         return [None] * len(prompts)
     having = [(prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds]
-    device = next(core.visual.parameters()).device
-    pixels = torch.cat([features[name] for features, (name, _) in having]).to(device)
-    grids = torch.cat([features[name] for features, (_, name) in having]).to(device)
-    output = core.get_image_features(pixels, grids, return_dict=True)
+    pixels = torch.cat([features[name] for features, (name, _) in having])
+    grids = torch.cat([features[name] for features, (_, name) in having]).cpu()
+    output = encode_visuals(core, pixels, grids)
     layers = getattr(output, "deepstack_features", None) or []
     visuals = zip(output.pooler_output, *layers, strict=True)
     encoded: list[VisionFeatures | None] = []
@@ -126,7 +128,7 @@ def _encode_vision(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures 
             images = sum(len(image) for image, *_ in found[: len(prompt.features[kinds[0][1]])])
             if (len(visual), int(is_video.sum())) != (len(parts[0]), len(parts[0]) - images):
                 raise PromptError("the placeholders of images and videos are not as many as their features")
-            order = torch.argsort(torch.argsort(is_video.int(), stable=True)).to(device)
+            order = torch.argsort(torch.argsort(is_video.int(), stable=True)).to(parts[0].device)
             parts = [part[order] for part in parts]
         encoded.append(VisionFeatures(parts[0], tuple(parts[1:])))
     return encoded
@@ -186,8 +188,7 @@ def _predicting_states(
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
         raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
     text.config._attn_implementation = IMPLEMENTATION
-    embedding = model.get_input_embeddings()
-    device = embedding.weight.device
+    device = model.get_input_embeddings().weight.device
 
     inputs = [[tokens[:-1] for tokens in group] for group in completions]
     row_ids = torch.cat([t for p, group in zip(prompts, inputs, strict=True) for t in (p.input_ids, *group)])
@@ -195,26 +196,50 @@ def _predicting_states(
     layout = row_layout(
         [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs], device
     )
-    features = _encode_vision(model.model, prompts) if vision_features is None else vision_features
-    embeddings = embedding(row_ids)
-    deepstack: dict[str, Any] = {}
-    present = [part for part in features if part is not None]
-    if present:
-        visual_positions = _visual_positions(model, prompts, features, row_ids, layout.groups)
-        visual = torch.cat([part.embeddings for part in present]).to(device, embeddings.dtype)
-        embeddings = embeddings.masked_scatter(visual_positions[:, None], visual)
-        layers = [torch.cat(parts) for parts in zip(*(part.deepstack for part in present), strict=True)]
-        if layers:
-            deepstack = {"visual_pos_masks": visual_positions[None], "deepstack_visual_embeds": layers}
+    in_prompt = torch.zeros(1, len(row_ids), dtype=torch.bool)
+    for span in layout.groups:
+        in_prompt[0, span.start : span.prompt_end] = True
+    features = visual_features(model.model, prompts) if vision_features is None else vision_features
     hidden = text(
-        inputs_embeds=embeddings[None],
+        **embedded(model, prompts, features, row_ids[None], in_prompt.to(device)),
         position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],
         use_cache=False,
         group_layout=layout,
-        **deepstack,
     ).last_hidden_state[0]
 
     return hidden[_predicting_positions(prompts, completions).to(device)]
+
+
+def embedded(
+    model: Any,
+    prompts: Sequence[Prompt],
+    features: Sequence[VisionFeatures | None],
+    ids: Tensor,
+    in_prompt: Tensor,
+) -> dict[str, Any]:
+    """What the text model takes in place of the token ids [B, S]: embeddings [B, S, d] with the prompts'
+    visual features in their places, and what is added after its first layers.
+
+    in_prompt: [B, S] bool, the prompts' tokens, in the order of the prompts. A placeholder id that the policy
+    sampled keeps its plain embedding, as in generation. Raises PromptError when placeholders and features of
+    a prompt differ in number.
+    """
+    embeddings = model.get_input_embeddings()(ids)
+    present = [part for part in features if part is not None]
+    for number, (prompt, part) in enumerate(zip(prompts, features, strict=True)):
+        expected = int(_is_visual(model.config, prompt.input_ids).sum())
+        found = 0 if part is None else len(part.embeddings)
+        if expected != found:
+            raise PromptError(f"prompt {number}: {expected} visual placeholders but {found} visual features")
+    if not present:
+        return {"inputs_embeds": embeddings}
+    visual = torch.cat([part.embeddings for part in present]).to(embeddings)
+    places = _is_visual(model.config, ids) & in_prompt
+    result: dict[str, Any] = {"inputs_embeds": embeddings.masked_scatter(places[..., None], visual)}
+    layers = [torch.cat(parts) for parts in zip(*(part.deepstack for part in present), strict=True)]
+    if layers:
+        result |= {"visual_pos_masks": places, "deepstack_visual_embeds": layers}
+    return result
 
 
 def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
@@ -242,28 +267,6 @@ def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Seque
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.long)
 
 
-def _visual_positions(
-    model: Any,
-    prompts: Sequence[Prompt],
-    features: Sequence[VisionFeatures | None],
-    row_ids: Tensor,
-    groups: Sequence[GroupSpan],
-) -> Tensor:
-    """[N] bool: the visual placeholders of the row's prompts, whose numbers are checked against the features.
-
-    A placeholder id that the policy sampled keeps its plain embedding, as in generation.
-    """
-    placeholder = _is_visual(model.config, row_ids)
-    in_prompt = torch.zeros_like(placeholder)
-    for number, (prompt, part, span) in enumerate(zip(prompts, features, groups, strict=True)):
-        in_prompt[span.start : span.prompt_end] = True
-        expected = int(_is_visual(model.config, prompt.input_ids).sum())
-        found = 0 if part is None else len(part.embeddings)
-        if expected != found:
-            raise PromptError(f"prompt {number}: {expected} visual placeholders but {found} visual features")
-    return placeholder & in_prompt
-
-
 def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
     """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it.
 
@@ -284,6 +287,6 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
 
     inner.forward = forward
     try:
-        return model()
+        return model(None)  # on a GPU, DDP moves the first argument there and fails where there is none
     finally:
         restore()

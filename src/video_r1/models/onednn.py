@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from video_r1.models.vision import PatchProjection
+
 LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN takes 10 µs longer than the product of few
 MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies: a larger model's are used as they lie
 
@@ -45,7 +47,7 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
         layer.forward = partial(_linear, weight, arranged, layer.bias)
     for layer in once:
         weight = layer.weight.detach().flatten(1)
-        function = {nn.Linear: _linear, nn.Conv3d: _patches}[type(layer)]
+        function = _patches if isinstance(layer, nn.Conv3d) else _linear
         layer.forward = partial(function, weight, weight, layer.bias)
     try:
         yield
@@ -56,7 +58,7 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
 
 def _plain(module: Any) -> bool:
     """A linear layer, or the vision tower's one convolution, which is applied to each patch as a whole."""
-    if type(module) not in (nn.Linear, nn.Conv3d) or "forward" in vars(module):
+    if type(module) not in (nn.Linear, nn.Conv3d, PatchProjection) or "forward" in vars(module):
         return False
     weight = module.weight
     return type(weight.data) is Tensor and weight.device.type == "cpu" and weight.dtype == torch.float32

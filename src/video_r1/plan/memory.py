@@ -101,7 +101,7 @@ def memory_plan(
         "gradients": int(traced.gradients * policy.stored * sharding.share(sharding.gradients)),
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
         # of adapters, a whole copy in every process
-        "reference": policy.reference * (weights if policy.copied else traced.gradients * policy.stored),
+        "reference": policy.reference * _reference_bytes(policy, traced, weights, sharding),
         "gathered": max(update, left, whole),
         "activations": traced.activations,
         "logits": traced.logits,
@@ -163,8 +163,8 @@ def _policy(
     kept = sharding.share(sharding.gradients)
     if sharding.fsdp and training.gradient_accumulation_steps > 1:
         kept = 1.0  # it sums the gradients of several passes whole, and shares them out after the last one
-    elif sharding.fsdp and autocast:
-        kept *= 2  # a share is float32
+    if sharding.fsdp and autocast:
+        kept *= 2  # in float32
     computing = autocast if sharding.fsdp and autocast else dtype
     stored = dtype.itemsize // computing.itemsize
     return Policy(settings, training, computing, stored, autocast, device_type, kept)
@@ -207,6 +207,17 @@ def _sampling(
     return ours + theirs, arranged + most
 
 
+def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sharding) -> int:
+    """Of a frozen copy, in the number format that computes (`as_computed` of training/reference.py),
+    or of the adapters that training started from.
+    """
+    if not policy.copied:
+        return traced.gradients * policy.stored
+    if policy.autocast is None or sharding.fsdp:
+        return weights // policy.stored
+    return weights - traced.linear * (policy.dtype.itemsize - policy.autocast.itemsize)
+
+
 def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, int, int]:
     """Weights of other processes that are here too: in an update, in the optimizer step, in a rollout.
 
@@ -220,6 +231,8 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
     if sharding.fsdp:
         left = traced.outside_layers if policy.copied else 0
         layers = FSDP_LAYERS * traced.largest_layer + traced.outside_layers
+        if policy.autocast:  # gradients in float32 on their way: those of one layer, and of what is in none
+            layers += 2 * (traced.largest_layer + traced.outside_layers)
         if not policy.settings.use_peft:
             layers += int(traced.outside_layers * (1 - policy.gradients_kept))
     update = traced.weights if sharding.whole_in_step else layers

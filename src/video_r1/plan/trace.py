@@ -79,7 +79,7 @@ class Policy:
 
 @dataclass(slots=True)
 class Traced:
-    """All in bytes but `parameters` and `trainable` (numbers of weights)."""
+    """All in bytes but what is said to be numbers of weights: `parameters` and `trainable` as well."""
 
     parameters: int = 0
     trainable: int = 0
@@ -89,6 +89,7 @@ class Traced:
     largest_layer: int = 0  # weights of one decoder layer
     outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
     text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
+    linear: int = 0  # number of weights of all linear layers, without a head that is the embedding too
     activations: int = 0  # what the backward pass needs, when it begins
     logits: int = 0  # most that the head needs at once
     update_peak: int = 0  # beyond weights, optimizer and reference
@@ -211,6 +212,9 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
     traced.largest_layer = _bytes(layers[0])
     text = [*inner.model.language_model.modules(), head]
     traced.text_linear = tuple(module.weight.numel() for module in text if type(module) is nn.Linear)
+    products = [m for m in inner.modules() if isinstance(m, nn.Linear | nn.Conv3d)]
+    weights = {id(weight): weight.numel() for module in products for weight in module.parameters(False)}
+    traced.linear = sum(weights.values()) - weights.get(id(embedding.weight), 0)  # one that the head shares
     traced.outside_layers = _bytes(model) - sum(_bytes(module) for module in apart)
 
 

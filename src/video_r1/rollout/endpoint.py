@@ -305,6 +305,9 @@ class EndpointEngine:
     def update_weights(self, model: Any) -> None:
         raise VideoR1Error(f"{self.endpoint.url} serves weights of its own; it cannot sample for training")
 
+    def rest(self) -> None:
+        """The endpoint's memory is its own."""
+
     def close(self) -> None:
         self._client.close()
 

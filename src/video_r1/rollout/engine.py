@@ -36,6 +36,10 @@ class RolloutEngine(Protocol):
 
     def update_weights(self, model: Any) -> None: ...
 
+    def rest(self) -> None:
+        """Gives back what sampling needs; new weights have to come before it goes on."""
+        ...
+
     def close(self) -> None: ...
 
 

@@ -5,8 +5,9 @@ completions of a prompt meet the prompt's keys in one matrix product, so the pro
 not once per completion (the idea of Hydragen, arXiv 2402.05099). The models are unmodified: the function is
 registered with transformers' AttentionInterface and is in force within `shared_prefix_attention` only.
 
-Letters: R prompts (rows), P prompt tokens, B completions, t tokens of a completion so far, K key-value heads,
-g query heads per key-value head, D head size, w slots a row.
+Letters: R prompts (rows), P prompt tokens, B completions, K key-value heads, g query heads per key-value
+head, D head size, w slots a row. A decoding step has the same shapes whichever token it is at: a completion's
+keys have room for `capacity` tokens, of which the empty ones are hidden.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class SharedPrefixCache:
         self, prefix_keys: Sequence[Tensor], prefix_values: Sequence[Tensor], lengths: Tensor, rows: Tensor
     ) -> None:
         self.prefix_keys, self.prefix_values = list(prefix_keys), list(prefix_values)
-        self.keys: list[Tensor | None] = [None] * len(prefix_keys)  # [B, K, capacity, D] a layer
-        self.values: list[Tensor | None] = [None] * len(prefix_keys)
+        _, heads, _, size = prefix_keys[0].shape
+        room = [layer.new_zeros(len(rows), heads, FIRST_CAPACITY, size) for layer in prefix_keys]
+        self.keys = room  # [B, K, capacity, D] a layer
+        self.values = [torch.zeros_like(layer) for layer in room]
         self.length = 0  # t, the same for every completion in the batch
+        self.place = torch.full((1,), -1, device=rows.device)  # of the newest token, where the device sees it
         padding = torch.arange(prefix_keys[0].shape[2], device=lengths.device) >= lengths[:, None]
         self.bias = torch.zeros_like(padding, dtype=prefix_keys[0].dtype).masked_fill_(padding, -torch.inf)
         self.padded = bool(padding.any())
@@ -57,9 +61,9 @@ class SharedPrefixCache:
 
     def keep(self, kept: Tensor) -> None:
         """Leaves only the completions `kept` ([B'] int64 indices), and the prompts that they still need."""
-        for states in (self.keys, self.values):
-            for layer, tensor in enumerate(states):
-                states[layer] = None if tensor is None else tensor.index_select(0, kept)
+        self.keys, self.values = (
+            [layer.index_select(0, kept) for layer in states] for states in (self.keys, self.values)
+        )
         rows = self.rows[kept]
         needed = rows.unique()
         if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many of them are done
@@ -69,21 +73,30 @@ class SharedPrefixCache:
             rows = torch.searchsorted(needed, rows)
         self._place(rows)
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """Appends one token's keys and values [B, K, 1, D]; returns the completion's, [B, K, t, D]."""
-        if layer == 0:
-            self.length += 1
-        kept_keys = self.keys[layer] = self._appended(self.keys[layer], keys)
-        kept_values = self.values[layer] = self._appended(self.values[layer], values)
-        return kept_keys[:, :, : self.length], kept_values[:, :, : self.length]
+    def make_room(self) -> None:
+        """For one more token of every completion, before each decoding step."""
+        self.length += 1
+        self.place += 1
+        if self.length > self.keys[0].shape[2]:
+            self.keys, self.values = (
+                [torch.cat([layer, torch.zeros_like(layer)], dim=2) for layer in states]
+                for states in (self.keys, self.values)
+            )
 
-    def _appended(self, states: Tensor | None, new: Tensor) -> Tensor:
-        if states is None:
-            states = new.new_empty(new.shape[0], new.shape[1], FIRST_CAPACITY, new.shape[3])
-        elif states.shape[2] < self.length:
-            states = torch.cat([states, torch.empty_like(states)], dim=2)
-        states[:, :, self.length - 1] = new[:, :, 0]
-        return states
+    def hide_empty(self) -> None:
+        """Notes which of the room is empty, for all layers of a decoding step."""
+        empty = torch.arange(self.keys[0].shape[2], device=self.place.device) > self.place
+        self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
+        """Puts one token's keys and values [B, K, 1, D] in their place; returns the room, [B, K, capacity,
+        D], whose shape and address stay while it lasts.
+        """
+        if layer == 0:
+            self.hide_empty()
+        for room, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            room.index_copy_(2, self.place, new.to(room.dtype))  # under autocast keys come in float32
+        return self.keys[layer], self.values[layer]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.bias.shape[1] + self.length
@@ -100,8 +113,10 @@ def attend(
     shared_prefix: SharedPrefixCache,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token a completion. query: [B, K*g, 1, D]; keys, values: [B, K, t, D], its own
-    tokens. Returns [B, 1, K*g, D]. The signature is that of transformers' attention functions."""
+    """Attention of one new token a completion. query: [B, K*g, 1, D]; keys, values: [B, K, capacity, D], the
+    room of its own tokens. Returns [B, 1, K*g, D]. The signature is that of transformers' attention
+    functions.
+    """
     cache = shared_prefix
     prefix_keys, prefix_values = cache.prefix_keys[module.layer_idx], cache.prefix_values[module.layer_idx]
     count, heads, size = len(query), query.shape[1], query.shape[3]
@@ -118,11 +133,11 @@ def attend(
         placed = placed.reshape(prompts * width, groups, per_group, -1)
         return placed if cache.slot_of is None else placed.index_select(0, cache.slot_of)
 
-    query = query.view(count, groups, per_group, size) * scaling
+    query = query.to(keys.dtype).view(count, groups, per_group, size) * scaling
     prefix_scores = torch.bmm(to_slots(query), prefix_keys.flatten(0, 1).transpose(1, 2))
     if cache.padded:
         prefix_scores += cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]
-    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)))
+    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)) + cache.own_bias)
     weights = torch.cat([prefix_scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     output = from_slots(torch.bmm(weights[..., :prompt_length], prefix_values.flatten(0, 1)))
     output = output + torch.matmul(from_slots(weights[..., prompt_length:]), values)

@@ -20,18 +20,27 @@ from transformers import DynamicCache, GenerationConfig
 from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
-from video_r1.models.group_forward import prompt_positions, vision_language_model
+from video_r1.models.adapters import merged_adapters
+from video_r1.models.group_forward import (
+    embedded,
+    prompt_positions,
+    vision_language_model,
+    visual_features,
+)
 from video_r1.models.onednn import onednn_linears
+from video_r1.rollout.captured import DecodingStep
 from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 
 T = TypeVar("T")
 OnToken = Callable[[int, int, int], None]
-KEEP_RATIO = 0.875  # finished completions leave in batches: copying the others' states has its cost
+# Finished completions leave in batches: copying the others' states has its cost, and on a GPU (True) the step
+# is recorded anew.
+KEEP_RATIO = {False: 0.875, True: 0.5}
+TOKENS_BETWEEN_QUESTIONS = 8  # decoded on a GPU before it is asked which completions have ended
 MAX_SEQUENCES = 256
 MAX_PREFILL_TOKENS = 16384
-VISUAL_FEATURES = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
 class _Prefilled(NamedTuple):
@@ -78,6 +87,9 @@ class TransformersEngine:
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
         self._stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
 
+    def rest(self) -> None:
+        """Nothing is held between two calls."""
+
     def close(self) -> None:
         """Nothing is held but the model, which belongs to the caller."""
 
@@ -102,7 +114,7 @@ class TransformersEngine:
             key=lambda index: len(prompts[index].input_ids),
         )
         results: list[list[Rollout]] = [[] for _ in prompts]
-        with eval_mode(self.model):
+        with eval_mode(self.model), merged_adapters(self.model):
             # Each wave decodes up to `max_sequences` completions at once.
             for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
@@ -132,24 +144,21 @@ class TransformersEngine:
         device = self._core.device
         rows = torch.arange(len(prompts), device=device)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
-        input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True)
+        input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True).to(device)
+        in_prompt = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
         places, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
         positions = pad_sequence([place.T for place in places]).permute(2, 1, 0)  # [3, R, P]
-        features = {
-            name: torch.cat(tensors).to(device)
-            for name in VISUAL_FEATURES
-            if (tensors := [prompt.features[name] for prompt in prompts if name in prompt.features])
-        }
+        features = visual_features(self._core, prompts)
         cache: Any = DynamicCache(config=self._text_config)
-        hidden = self._core(
-            input_ids=input_ids.to(device),
+        hidden = self._core.language_model(
+            **embedded(self.model, prompts, features, input_ids, in_prompt),
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
-            **features,
         ).last_hidden_state
         return _Prefilled(
-            keys=[layer.keys for layer in cache.layers],
+            # under autocast rotation leaves keys in float32
+            keys=[layer.keys.to(layer.values.dtype) for layer in cache.layers],
             values=[layer.values for layer in cache.layers],
             logits=self.model.get_output_embeddings()(hidden[rows, lengths - 1]),
             lengths=lengths,
@@ -181,6 +190,9 @@ class TransformersEngine:
         lengths = torch.full_like(rows, sampling.max_tokens)
         stopped = torch.zeros_like(rows, dtype=torch.bool)
         active = torch.arange(len(rows), device=device)  # [B] completions in the batch
+        next_logits = DecodingStep(self._next_logits, cache)
+        on_gpu = device.type != "cpu"
+        asked_every = TOKENS_BETWEEN_QUESTIONS if on_gpu else 1
         with shared_prefix_attention(self._text_config):
             for step in range(sampling.max_tokens):
                 distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
@@ -194,15 +206,20 @@ class TransformersEngine:
                 if on_token is not None:
                     for number, token in zip(active[running], tokens[running], strict=True):
                         on_token(*numbers[int(number)], int(token))
-                ending = active[running & stop[tokens]]
-                lengths[ending], stopped[ending] = step + 1, True
-                kept = (~stopped[active]).nonzero().squeeze(1)
-                if len(kept) == 0 or step + 1 == sampling.max_tokens:
+                ending = running & stop[tokens]
+                lengths[active] = torch.where(ending, step + 1, lengths[active])
+                stopped[active] = ending | ~running
+                if step + 1 == sampling.max_tokens:
                     break
-                if len(kept) <= KEEP_RATIO * len(active):
-                    active, tokens, position = active[kept], tokens[kept], position[kept]
-                    cache.keep(kept)
-                logits = self._next_logits(tokens, position, cache)
+                if step % asked_every == 0:  # the one question to the device
+                    kept = (~stopped[active]).nonzero().squeeze(1)
+                    if len(kept) == 0:
+                        break
+                    if len(kept) <= KEEP_RATIO[on_gpu] * len(active):
+                        active, tokens, position = active[kept], tokens[kept], position[kept]
+                        cache.keep(kept)
+                cache.make_room()
+                logits = next_logits(tokens, position)
                 position = position + 1
         return self._rollouts(token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
 

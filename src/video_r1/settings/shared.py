@@ -44,7 +44,9 @@ class LoadingSettings(Settings):
     """Loading"""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
-    attn_implementation: str | None = setting(None, "attention kernel: sdpa, flash_attention_2, ...")
+    attn_implementation: str | None = setting(
+        None, "attention of prefill and vision tower: flash_attention_2, ... (text in training has its own)"
+    )
     trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
 
 

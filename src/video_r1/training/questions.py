@@ -58,20 +58,20 @@ class EpochSlots(Dataset):
 
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
-    """Micro-batches of an epoch, in order: `batch_size` questions each, the last one with what is left.
+    """Micro-batches of an epoch, in order: `batch_size` questions each, `step_batches` of them (over all
+    processes) an optimizer step.
 
-    With `iterations` above 1 the micro-batches of one optimizer step (`step_batches` of them, over all
-    processes) come that many times in a row, and the last step is filled up from the start of the epoch.
+    Each step is whole: the last one is filled up from the start of the epoch. Which questions a step has
+    therefore does not depend on how many processes share it. With `iterations` above 1 the micro-batches of a
+    step come that many times in a row.
     """
 
     def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:
         self.batch_size = batch_size
         self.drop_last = False
         self.iterations = iterations
-        indices = list(range(questions))
-        if iterations > 1:
-            whole = batch_size * step_batches
-            indices += [i % questions for i in range(-questions % whole)]
+        padding = -questions % (batch_size * step_batches)
+        indices = [i % questions for i in range(questions + padding)]
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         self.steps = [batches[i : i + step_batches] for i in range(0, len(batches), step_batches)]
 

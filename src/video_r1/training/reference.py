@@ -84,9 +84,26 @@ def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, whole_parameters(model)).eval().requires_grad_(False)
 
 
+def as_computed(reference: Any, accelerator: Accelerator) -> Any:
+    """The frozen copy with the weights in bf16 or fp16 that mixed precision rounds whenever it computes: the
+    same values in half the memory. FSDP2 rounds all weights, autocast those of linear layers.
+    """
+    rounded = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    if rounded is None:
+        return reference
+    embedding = reference.get_input_embeddings().weight  # autocast leaves it alone; a head may share it
+    for module in reference.modules():
+        if accelerator.is_fsdp2 or isinstance(module, nn.Linear | nn.Conv3d):
+            for weight in module.parameters(recurse=False):
+                if weight.dtype == torch.float32 and (accelerator.is_fsdp2 or weight is not embedding):
+                    weight.data = weight.data.to(rounded)
+    return reference
+
+
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
     """The frozen copy (whole, on any device) that KL is taken to, sharded where the policy is sharded."""
     if zero_stage(accelerator) is None:
+        reference = as_computed(reference, accelerator)
         if accelerator.is_fsdp2:
             return fsdp2_prepare_model(accelerator, reference)
         return accelerator.prepare_model(reference, evaluation_mode=True)

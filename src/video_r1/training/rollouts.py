@@ -80,7 +80,9 @@ class StepRollouts:
         """Completions of the present policy."""
         with self.policy() as model:
             self.engine.update_weights(model)
-            return self._sample(questions)
+            sampled = self._sample(questions)
+        self.engine.rest()
+        return sampled
 
     def begin_next(self, pending: Sequence[Future[Ready[Question]]]) -> None:
         """Has the present policy sample the next step's questions, which are being read, while it is updated.

@@ -21,9 +21,9 @@ from video_r1.errors import ConfigError
 from video_r1.files import replace_json
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
-from video_r1.processes import claimed_by_first, decided_by_first
+from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, resolved
-from video_r1.settings.carried import BUDGET, RECORD, adopted
+from video_r1.settings.carried import BUDGET, RECORD, adopted, read_record
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.training.checkpoints import LAST_FILES, check_writable, last_whole_checkpoint
 
@@ -31,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 LENGTHS = ("max_steps", "num_train_epochs")
 MAY_CHANGE = frozenset(
-    (*LENGTHS, "output_dir", "logging_steps", "eval_steps", "eval_strategy")
-    + ("save_steps", "save_strategy", "save_total_limit")
+    ("output_dir", "ddp_backend", "ddp_timeout", *LENGTHS)  # the folder may have moved
+    + ("per_device_train_batch_size", "gradient_accumulation_steps")  # see `check_processes`
+    + ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy")
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
     + ("media_seconds", "media_memory_mb")
     + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
@@ -52,6 +53,19 @@ class RunArguments(PromptSettings, TrainingArguments):
         if several and not torch.accelerator.is_available() and not deepspeed:
             self.use_cpu = True  # without a GPU, accelerate joins processes on CPUs only when it is told to
         super().__post_init__()
+        found = super().n_gpu
+        if found > 1:
+            logger.warning(
+                "this machine has %d GPUs and this run uses one of them; to use all: accelerate launch "
+                "--num_processes %d -m video_r1 … (docs/recipes.md)", found, found,
+            )  # fmt: skip
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one GPU a process: for more, the Trainer would wrap the model in `nn.DataParallel` and
+        multiply the batch.
+        """
+        return min(1, super().n_gpu)
 
 
 def adopt(args: Any, model: Any) -> None:
@@ -66,16 +80,19 @@ def record_training(folder: Path, args: Any, builder: PromptBuilder, dtype: torc
     """Writes down in a checkpoint how it was trained. dtype: of its weights."""
     computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(dtype).removeprefix("torch.")
     facts = {"prompt_template": str(builder.template), "dtype": computed, "positions": "transformers"}
+    facts |= {"processes": args.world_size, "questions_per_step": questions_per_step(vars(args))}
     replace_json(folder / RECORD, {name: getattr(args, name) for name in BUDGET} | facts)
 
 
 def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
     """The last whole checkpoint in the folder, if any, and whether nothing is left to do with these settings
-    (plain values by name). Raises ConfigError when it is of a run with other settings.
+    (plain values by name). Raises ConfigError when it is of a run with other settings, or cannot be continued
+    by as many processes as there are.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
         return None, False
+    check_processes(checkpoint, settings)
     changed = changed_settings(settings, folder)
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
     if refused:
@@ -88,6 +105,40 @@ def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
     if finished:
         logger.warning("%s: this run is finished; remove the folder to run it again", folder)
     return checkpoint, finished
+
+
+def questions_per_step(settings: Mapping[str, Any]) -> int:
+    """Questions of an optimizer step, over all processes."""
+    own = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    return int(own) * process_count()
+
+
+def check_processes(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a run cannot be continued exactly with as many processes as there are now.
+
+    Which questions a step has follows from how many they are, so these have to stay as they were.
+    """
+    record = read_record(checkpoint / RECORD)
+    now = questions_per_step(settings)
+    before = record.get("questions_per_step", now)
+    if before != now:
+        each = before // process_count()
+        remedy = (
+            f"make per_device_train_batch_size × gradient_accumulation_steps {each}"
+            if each * process_count() == before
+            else f"take a number of processes that divides {before}"
+        )
+        raise ConfigError(
+            f"{checkpoint} belongs to a run with {before} questions a step ({record['processes']} "
+            f"processes); with {process_count()} and these settings they would be {now}, and some questions "
+            f"would come twice or never: {remedy}"
+        )
+    if process_count() != record.get("processes") and (checkpoint / "latest").is_file():
+        raise ConfigError(
+            f"{checkpoint} was written by DeepSpeed, which shares the optimizer's state out among "
+            f"{record['processes']} processes and cannot give it to {process_count()}: continue with "
+            f"{record['processes']}, or start another run from its weights (model_name_or_path {checkpoint})"
+        )
 
 
 def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any]) -> Path:
@@ -164,6 +215,11 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         settings.trust_remote_code,
         load_in_4bit=settings.load_in_4bit,
     )
+    if settings.attn_implementation is not None:
+        logger.warning(
+            "attn_implementation %s: the vision tower uses it; a row of groups in the text model is attended "
+            "to by this project's own function (docs/design.md)", settings.attn_implementation,
+        )  # fmt: skip
     set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
     model = with_trained_parts(model, settings)
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)

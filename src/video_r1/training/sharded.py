@@ -13,12 +13,13 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from video_r1.errors import VideoR1Error
+from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import through_wrapper
 
 
@@ -66,15 +67,17 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
                 module.set_reshard_after_forward(True, recurse=False)
 
 
-def keep_results_exact(accelerator: Accelerator) -> None:
-    """Has FSDP2 return what a model computes in float32 as float32, also under bf16 mixed precision.
+def keep_figures_exact(accelerator: Accelerator) -> None:
+    """Has FSDP2 return what a model computes in float32 as float32, and add gradients up in float32, also
+    under bf16 mixed precision.
 
-    accelerate asks it to round every module's results to bf16, and log-probabilities are such a result: near
-    -5 they would move in steps of 0.03. Call it before a model is prepared.
+    accelerate asks it to round both to bf16: log-probabilities near -5 would move in steps of 0.03, and the
+    gradients of many processes and passes would lose what is small. Call it before a model is prepared.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)
+        policy = plugin.mixed_precision_policy
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 IN_CHECKPOINTS = frozenset(
@@ -86,6 +89,26 @@ IN_CHECKPOINTS = frozenset(
     )
 )
 """The classes that DeepSpeed's own training state has, beside those that torch calls safe."""
+
+
+OPTIMIZER_FILES = {"FSDP": ("optimizer.bin", "optimizer_0"), "DeepSpeed": ("latest",), "": ("optimizer.pt",)}
+"""The file or folder of a checkpoint that has the optimizer's state, by what has written it."""
+
+
+def check_kind(checkpoint: Path, kind: str) -> None:
+    """Raises ConfigError where a checkpoint has the optimizer's state of another kind of run: nothing of it
+    would be read, and training would go on with an empty one. kind: "FSDP", "DeepSpeed" or "".
+    """
+    found = [
+        name for name, files in OPTIMIZER_FILES.items() if any((checkpoint / file).exists() for file in files)
+    ]
+    if found and kind not in found:
+        before, now = (f"under {name}" if name else "without sharding" for name in (found[0], kind))
+        raise ConfigError(
+            f"{checkpoint} was written by a run {before}, and this one is {now}, which cannot read its "
+            "optimizer's state; start it in the same way (accelerate's configuration), or start another run "
+            f"from its weights (model_name_or_path {checkpoint})"
+        )
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:

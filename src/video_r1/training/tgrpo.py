@@ -300,7 +300,9 @@ class TGRPOTrainer(QuestionTrainer):
         self.rollouts.wait()
         with self.whole_policy() as model:
             self.engine.update_weights(model)
-            return temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
+            figures = temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
+        self.engine.rest()
+        return figures
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in QuestionTrainer, and records some of this step's groups."""

@@ -64,8 +64,9 @@ from video_r1.training.runs import (
     record_training,
 )
 from video_r1.training.sharded import (
+    check_kind,
     check_training_state,
-    keep_results_exact,
+    keep_figures_exact,
     loss_that_skips,
     parameter_count,
     whole_weights,
@@ -131,7 +132,7 @@ class QuestionTrainer(Trainer, ABC):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
-        keep_results_exact(self.accelerator)
+        keep_figures_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
         self.model_accepts_loss_kwargs = True
         if args.early_stopping_patience:
@@ -373,9 +374,12 @@ class QuestionTrainer(Trainer, ABC):
         """The Trainer's own `train`. A checkpoint that would run code is refused."""
         if self.is_world_process_zero():
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # by a run that was killed
-        if self.is_deepspeed_enabled and resume_from_checkpoint:
+        if resume_from_checkpoint:
             found = last_whole_checkpoint(self.folder) if resume_from_checkpoint is True else None
-            check_training_state(found or Path(str(resume_from_checkpoint)))
+            checkpoint = found or Path(str(resume_from_checkpoint))
+            check_kind(checkpoint, "FSDP" * self.is_fsdp_enabled or "DeepSpeed" * self.is_deepspeed_enabled)
+            if self.is_deepspeed_enabled:
+                check_training_state(checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except OSError as error:

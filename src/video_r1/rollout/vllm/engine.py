@@ -50,8 +50,9 @@ class VLLMEngine:
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
-    settings: its share of a GPU's memory; whether to give that back after each `generate`; and how many
-        neighbouring processes share one vLLM: they have to make the same calls, with any prompts.
+    settings: its share of the GPU's memory; whether `rest` gives that back (GPU only); and how many
+        neighbouring processes of a training run share one vLLM: all of them have to make the same calls
+        (their prompts may differ).
 
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
@@ -71,6 +72,7 @@ class VLLMEngine:
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self._folder: tempfile.TemporaryDirectory | None = None
         self._sleep = settings.vllm_enable_sleep_mode and torch.cuda.is_available()
+        self._asleep = False
         self._neighbours = neighbours(settings.vllm_tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
         source = self._describe(model) if in_memory else str(model)
@@ -116,8 +118,12 @@ class VLLMEngine:
         """Hands the model's weights to vLLM without touching the disk, adapters merged on the way, and
         empties what vLLM has cached of the old ones: prefixes, visual features, processed frames.
         """
-        self._wake(["weights"])
+        if self._asleep:
+            self.llm.wake_up(["weights"])
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+        if self._asleep:  # only now: the weights' copies on their way need room as well
+            self.llm.wake_up(["kv_cache"])
+            self._asleep = False
         self.reset_caches()
         self.stop_ids = stop_token_ids(vision_language_model(model).generation_config, self.tokenizer)
 
@@ -140,7 +146,10 @@ class VLLMEngine:
         vLLM has read a prompt's tokens otherwise than the trainer.
         """
         asks = asks_of(prompts, sampling, counts, self.max_model_len, self.stop_ids)
-        self._wake()
+        if self._asleep:
+            raise VideoR1Error(
+                "vLLM has given its weights back; hand the model's over first (update_weights)"
+            )
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         requests = [(vllm_prompt(prompts[ask.place], self.processor), ask.parameters) for ask in asks]
@@ -154,8 +163,6 @@ class VLLMEngine:
                 [SamplingParams(**fields) for _, fields in requests],
                 use_tqdm=False,
             )
-        if self._sleep:
-            self.llm.sleep(level=1)
         results: list[list[Rollout]] = [[] for _ in prompts]
         for ask, output in zip(asks, outputs[own], strict=True):
             ids = prompts[ask.place].input_ids.tolist()
@@ -172,9 +179,13 @@ class VLLMEngine:
         logprobs = [step[token].logprob for step, token in zip(completion.logprobs, ids, strict=True)]
         return rollout_of(ids, logprobs, completion.finish_reason, self.tokenizer)
 
-    def _wake(self, tags: list[str] | None = None) -> None:
-        if self._sleep and self.llm.llm_engine.is_sleeping():
-            self.llm.wake_up(tags)
+    def rest(self) -> None:
+        """Gives the memory of weights and caches back to the trainer, where the settings say so. The weights
+        are not kept: the next ones come before the next rollouts anyway.
+        """
+        if self._sleep and not self._asleep:
+            self.llm.sleep(level=2)
+            self._asleep = True
 
     def close(self) -> None:
         """Gives vLLM's memory back."""

@@ -6,11 +6,11 @@ model (PEFT, DDP, FSDP2) ─► (name, tensor) one at a time, LoRA merged on the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from video_r1.models.adapters import merged_weight, whole
 from video_r1.models.four_bits import dense_weight, is_four_bit
 from video_r1.models.group_forward import vision_language_model
 
@@ -30,31 +30,23 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     merged = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
     small = {name.removesuffix(".base_layer"): layer for name, layer in layers.items() if is_four_bit(layer)}
     names = set()
-    for name, tensor in inner.state_dict().items():
+    for (
+        name,
+        tensor,
+    ) in inner.named_parameters():  # state_dict() would share out again what FSDP2 has gathered
         plain = _plain_name(name)
-        owner, _, rest = (plain or "").partition(".weight")
-        if plain is None or (rest and owner in small):  # PEFT's own, or the scales of 4-bit weights
+        if plain is None:
             continue
+        owner = plain.removesuffix(".weight")
         names.add(plain)
         if plain.endswith(".weight") and owner in merged:
-            yield plain, _merged(merged[owner])
+            yield plain, merged_weight(merged[owner])
         elif plain.endswith(".weight") and owner in small:
             yield plain, dense_weight(small[owner])
         else:
-            yield plain, _whole(tensor)
+            yield plain, whole(tensor)
     if HEAD not in names:
-        yield HEAD, _whole(inner.get_output_embeddings().weight).detach()
-
-
-def _merged(layer: Any) -> Tensor:
-    base = layer.base_layer
-    weight = dense_weight(base) if is_four_bit(base) else _whole(base.weight)
-    if layer.merged or layer.disable_adapters:
-        return weight
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            weight = weight + layer.get_delta_weight(adapter).to(weight)
-    return weight
+        yield HEAD, whole(inner.get_output_embeddings().weight)
 
 
 def _plain_name(name: str) -> str | None:
@@ -65,9 +57,3 @@ def _plain_name(name: str) -> str | None:
         before, after = name.split(".modules_to_save.")
         return f"{before}.{after.split('.', 1)[1]}"
     return name.replace(".base_layer.", ".")
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor (FSDP2) gathered from all processes; others as they are."""
-    gathered: Any = getattr(tensor, "full_tensor", None)
-    return (tensor if gathered is None else gathered()).detach()

@@ -1,0 +1,174 @@
+"""The vision tower in few calls: one attention call a layer, patches embedded by a matrix product, and no
+question to the device.
+
+transformers calls attention once for every window of every frame (1,824 times for a clip of 16 frames in
+Qwen2.5-VL), embeds patches by Conv3d, and reads lengths back from the device in each layer. Here the grids
+stay on the CPU, and what follows from them is computed there and handed over. Values and gradients are those
+of transformers' own way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, vision_utils
+
+from video_r1.models.checked import Checked
+
+IMPLEMENTATION = "video_r1_vision_flash"
+"""With "flash" in its name an implementation is given all segments at once; transformers calls any other one
+segment by segment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """The parts of a row of S patches that attend to themselves alone: frames, or windows of them.
+
+    `starts`: [count + 1] int32 on the device; `longest`: patches. `buckets`: (segments, patches of each) for
+    every length there is, in the order of the row. `order`, `back`: [S] int64 on the device, the row with
+    equal lengths side by side and the way back; None where they stand so already.
+    """
+
+    starts: Tensor
+    longest: int
+    buckets: tuple[tuple[int, int], ...]
+    order: Tensor | None
+    back: Tensor | None
+
+    @classmethod
+    def of(cls, starts: Tensor, device: torch.device) -> Segments:
+        """starts: [count + 1] int32 on the CPU."""
+        lengths, order, back = starts.diff(), None, None
+        if len(lengths.unique_consecutive()) > len(lengths.unique()):  # equal ones stand apart
+            order = torch.argsort(lengths.repeat_interleave(lengths), stable=True)
+            back = torch.argsort(order).to(device)
+            order, lengths = order.to(device), lengths.sort().values
+        kinds, counts = lengths.unique_consecutive(return_counts=True)
+        buckets = tuple(zip(counts.tolist(), kinds.tolist(), strict=True))
+        return cls(starts.to(device), int(kinds.max()), buckets, order, back)
+
+
+class PatchProjection(nn.Conv3d):
+    """A Conv3d whose kernel is its whole input, as the matrix product that it is.
+
+    In bf16 Conv3d is many times slower on GPUs, and some have no engine for it.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[patches, channels, time, height, width] -> [patches, d, 1, 1, 1]."""
+        return patch_projection(input, self.weight, self.bias)
+
+
+def _as_product(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(patches.flatten(1), weight.flatten(1), bias)[..., None, None, None]
+
+
+patch_projection = Checked("the patch embedding as a matrix product", _as_product, F.conv3d)
+
+
+def encode_visuals(core: Any, pixels: Tensor, grids: Tensor) -> Any:
+    """What `core.get_image_features` returns for images and videos alike, in few calls.
+
+    core: the inner model of transformers with its tower as `visual`. pixels: [patches, values of a patch] on
+    any device. grids: [visuals, 3] int64 on the CPU: time, height and width in patches.
+    """
+    visual = core.visual
+    projection = visual.patch_embed.proj
+    if type(projection) is nn.Conv3d:
+        projection.__class__ = PatchProjection
+    device = projection.weight.device
+    arguments: dict[str, Any] = {}
+    if visual.config._attn_implementation == "sdpa":  # nobody has asked for another one
+        for block in visual.blocks:
+            if (
+                block.attn.config is visual.config
+            ):  # which others read: a model that is made of it, for example
+                block.attn.config = copy.copy(visual.config)
+                block.attn.config._attn_implementation = IMPLEMENTATION
+        arguments = tower_arguments(visual, grids, device)
+    return core.get_image_features(pixels.to(device), grids, return_dict=True, **arguments)
+
+
+def tower_arguments(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
+    """What the tower of any family computes from the grids, by the names under which it takes them."""
+    merge = visual.spatial_merge_size
+    frames = Segments.of(vision_utils.get_vision_cu_seqlens(grids), device)
+    arguments: dict[str, Any] = {
+        "position_ids": vision_utils.get_vision_position_ids(grids, merge).to(device),
+        "cu_seqlens": frames.starts,
+        "max_seqlen": frames.longest,
+        "segments": [frames],
+    }
+    if hasattr(visual, "window_size"):
+        index, starts = vision_utils.get_vision_window_index(
+            grids, merge, visual.window_size, visual.patch_size
+        )
+        windows = Segments.of(starts, device)
+        arguments |= {"window_index": index.to(device), "cu_window_seqlens": windows.starts}
+        arguments |= {"max_window_seqlen": windows.longest, "segments": [frames, windows]}
+    if hasattr(visual, "num_grid_per_side"):
+        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+            grids,
+            num_grid_per_side=visual.num_grid_per_side,
+            mode=visual.interpolation_mode,
+            align_corners=visual.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        arguments |= {"interp_indices": indices.to(device), "interp_weights": weights.to(device)}
+    return arguments
+
+
+def vision_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    segments: Sequence[Segments] = (),
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query, key, value [1, H, S, D] -> [1, S, H, D].
+
+    segments: those of `tower_arguments`. Windows subdivide frames, so their number tells the two apart.
+    """
+    count = len(cu_seq_lens_q) - 1
+    parts = next((part for part in segments if len(part.starts) - 1 == count), None)
+    if parts is None:  # the tower was called by somebody else
+        parts = Segments.of(cu_seq_lens_q.cpu(), query.device)
+    packed = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
+    attend = packed_attention if packed else attention_by_length
+    return attend(query, key, value, parts, scaling), None
+
+
+def attention_by_length(query: Tensor, key: Tensor, value: Tensor, parts: Segments, scale: float) -> Tensor:
+    """[1, H, S, D] -> [1, S, H, D]: segments of equal length as one batch, by transformers' own kernel."""
+    states = [x[0] if parts.order is None else x[0].index_select(1, parts.order) for x in (query, key, value)]
+    sizes = [count * length for count, length in parts.buckets]
+    found = []
+    for (count, length), *heads in zip(parts.buckets, *(x.split(sizes, 1) for x in states), strict=True):
+        batch = [x.unflatten(1, (count, length)).transpose(0, 1) for x in heads]  # [count, H, length, D]
+        found.append(F.scaled_dot_product_attention(*batch, scale=scale).transpose(1, 2).flatten(0, 1))
+    out = found[0] if len(found) == 1 else torch.cat(found)
+    return (out if parts.back is None else out.index_select(0, parts.back))[None]
+
+
+def _variable_length(query: Tensor, key: Tensor, value: Tensor, parts: Segments, scale: float) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    starts, longest = parts.starts, parts.longest
+    return varlen_attn(*rows, starts, starts, longest, longest, scale=scale)[None]
+
+
+packed_attention = Checked("variable-length attention", _variable_length, attention_by_length)
+
+AttentionInterface.register(IMPLEMENTATION, vision_attention)

@@ -1,0 +1,163 @@
+"""The vision tower in few calls gives what transformers gives; fast paths that are broken are not taken."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from group_batches import build, make_prompt
+from torch import Tensor, nn
+
+from benchmarks.launches import counted
+from video_r1.data.prompts import Prompt
+from video_r1.models import vision
+from video_r1.models.checked import Checked
+from video_r1.models.group_forward import encode_vision
+from video_r1.models.vision import PatchProjection, Segments, attention_by_length
+
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def prompts_of(family: str) -> list[Prompt]:
+    """A clip and a picture whose windows have four lengths, and a question without either."""
+    parts = [(3, ("video", (3, 12, 20)), 2), (("image", (1, 8, 10)), 2), (4,)]
+    return [make_prompt(family, *part) for part in parts]
+
+
+def transformers_own(model: Any, prompts: list[Prompt]) -> Tensor:
+    """The features of all visuals as transformers computes them, from an untouched model."""
+    kinds = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
+    found = [(p.features[a], p.features[b]) for p in prompts for a, b in kinds if a in p.features]
+    pixels, grids = (torch.cat(parts) for parts in zip(*found, strict=True))
+    output = model.model.get_image_features(pixels, grids, return_dict=True)
+    layers = output.get("deepstack_features") or []
+    return torch.cat([torch.cat(output.pooler_output), *map(torch.cat, layers)])
+
+
+def few_calls(model: Any, prompts: list[Prompt]) -> Tensor:
+    found = [part for part in encode_vision(model, prompts) if part is not None]
+    layers = zip(*(part.deepstack for part in found), strict=True)
+    return torch.cat([torch.cat([part.embeddings for part in found]), *map(torch.cat, layers)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_and_gradients_are_those_of_transformers(family: str) -> None:
+    torch.manual_seed(0)
+    plain = build(family)
+    model, prompts = copy.deepcopy(plain), prompts_of(family)
+    expected, found = transformers_own(plain, prompts), few_calls(model, prompts)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
+    weights = torch.randn_like(expected)
+    for result in (expected, found):
+        (result * weights).sum().backward()
+    for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
+        if one.grad is not None:
+            assert two.grad is not None
+            torch.testing.assert_close(
+                two.grad, one.grad, rtol=1e-4, atol=1e-4 * float(one.grad.abs().max()), msg=name
+            )
+    assert isinstance(model.model.visual.patch_embed.proj, PatchProjection)
+    assert type(plain.model.visual.patch_embed.proj) is nn.Conv3d
+
+
+def test_attention_is_called_once_a_layer_and_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One clip of 16 frames as its length grows: transformers' calls grow, these do not."""
+    model = build("qwen2_5_vl")
+    few = [
+        counted(lambda n=n: few_calls(model, [make_prompt("qwen2_5_vl", ("video", (n, 12, 20)))])).kernels
+        for n in (2, 8)
+    ]
+    assert few[0] == few[1]
+
+
+def test_lengths_of_segments() -> None:
+    """Equal lengths that stand apart are put side by side and back; others stay where they are."""
+    apart = Segments.of(torch.tensor([0, 2, 5, 7], dtype=torch.int32), torch.device("cpu"))
+    assert apart.buckets == ((2, 2), (1, 3)) and apart.longest == 3
+    assert apart.order is not None and apart.order.tolist() == [0, 1, 5, 6, 2, 3, 4]
+    together = Segments.of(torch.tensor([0, 3, 6, 8], dtype=torch.int32), torch.device("cpu"))
+    assert together.buckets == ((2, 3), (1, 2)) and together.order is None
+    torch.manual_seed(0)
+    states = [torch.randn(1, 2, 7, 4) for _ in range(3)]
+    found = attention_by_length(*states, apart, 0.5)
+    for start, end in ((0, 2), (2, 5), (5, 7)):
+        query, key, value = (x[:, :, start:end] for x in states)
+        alone = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+        torch.testing.assert_close(found[:, start:end], alone.transpose(1, 2))
+
+
+def test_another_attention_is_left_alone() -> None:
+    model = build("qwen2_5_vl")
+    model.model.visual.config._attn_implementation = "eager"
+    prompts = prompts_of("qwen2_5_vl")
+    torch.testing.assert_close(
+        few_calls(model, prompts), transformers_own(model, prompts), rtol=1e-5, atol=2e-5
+    )
+    assert model.model.visual.config._attn_implementation == "eager"
+
+
+# ---- Fast paths that check themselves
+
+
+def doubled(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def failing(x: Tensor) -> Tensor:
+    raise RuntimeError("no kernel for this device")
+
+
+@pytest.mark.parametrize(
+    ("fast", "said"),
+    [
+        (failing, "fails with RuntimeError: no kernel for this device"),
+        (lambda x: 2.01 * x, "is off by 0.01"),
+        (lambda x: x + x.detach(), "is off by 0.5"),  # right values, wrong gradients
+        (lambda x: x * float("nan"), "is off by inf"),
+    ],
+)
+def test_a_broken_fast_path_is_not_taken(fast: Any, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    path = Checked("doubling", fast, doubled)
+    x = torch.randn(5, requires_grad=True)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(path(x).sum(), [x])
+            assert torch.equal(gradient, torch.full((5,), 2.0))
+    assert [record.message for record in caplog.records if said in record.message]
+    assert len(caplog.records) == 1
+
+
+def test_a_fast_path_that_agrees_is_taken() -> None:
+    calls = []
+
+    def fast(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x + x
+
+    path = Checked("doubling", fast, doubled)
+    x = torch.randn(5)
+    assert [path(x).equal(2 * x) for _ in range(3)] == [True] * 3 and len(calls) == 4
+    only = Checked("doubling", fast, failing)  # no engine for the plain one
+    assert only(x).equal(2 * x)
+
+
+@pytest.mark.parametrize("broken", [failing, lambda q, k, v, parts, scale: q.transpose(1, 2) * 0])
+def test_broken_kernels_of_a_gpu(
+    broken: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU whose variable-length attention fails: the tower's values stay, also when recomputed."""
+    torch.manual_seed(0)
+    plain = build("qwen2_5_vl")
+    model, prompts = copy.deepcopy(plain), prompts_of("qwen2_5_vl")
+    packed = Checked("variable-length attention", broken, attention_by_length)
+    monkeypatch.setattr(vision, "attention_by_length", packed)
+    model.model.visual.gradient_checkpointing_enable()
+    model.train()
+    with caplog.at_level(logging.WARNING):
+        found = few_calls(model, prompts)
+    found.sum().backward()
+    torch.testing.assert_close(found, transformers_own(plain, prompts), rtol=1e-5, atol=2e-5)
+    assert packed.agrees is False and caplog.text.count("variable-length attention") == 1
