@@ -16,7 +16,7 @@ reason = " ".join(str(said[0].message).split()) if said else "torch.cuda.is_avai
 built = torch.version.cuda and f"built for CUDA {torch.version.cuda}"
 print(
     f"setup: torch {torch.__version__} ({built or 'built without CUDA'}) cannot use the GPU: {reason}\n"
-    "setup: update the NVIDIA driver (nvidia-smi shows the newest CUDA that it knows) and run it again, or install "
+    "setup: update the NVIDIA driver (nvidia-smi shows the newest CUDA that it knows) and run this "
     "again, or install for the CPU: make install ACCELERATOR=cpu",
     file=sys.stderr,
 )
