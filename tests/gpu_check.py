@@ -28,7 +28,8 @@ def checks_of(file: Path, only: str) -> list[str]:
     """The names of the file's tests, parameters included."""
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(file), "-k", only]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
-    return [line for line in done.stdout.splitlines() if "::" in line and not line.startswith("SKIPPED")]
+    found = (line.partition("::")[2] for line in done.stdout.splitlines() if not line.startswith("SKIPPED"))
+    return [f"{file}::{name}" for name in found if name]
 
 
 def run_check(name: str, limit: float) -> dict[str, Any]:

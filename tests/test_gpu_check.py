@@ -42,17 +42,7 @@ def test_each_check_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_checks_work_where_they_can() -> None:
     """On the CPU, as the device that they are told: values and gradients, decoding, a run of SFT twice."""
     names = "machine or separate_rows or vision or recorded or sft_learns"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "tests/test_gpu.py",
-        "-k",
-        names,
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-k", names, "-p", "no:cacheprovider"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "GPU_CHECK_DEVICE": "cpu"}, timeout=400,
         cwd=Path(__file__).parents[1],

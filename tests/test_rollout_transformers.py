@@ -294,12 +294,13 @@ def test_recorded_steps_check_themselves(
     assert_same(engine.generate(prompts, settings), expected)
     assert checked.agrees is (broken is None)
     assert caplog.text.count("the plain path is taken") == (broken is not None)
-    assert len(steps) > 60 if broken is None else len(steps) == (broken == "differs")
+    assert len(steps) > 10 if broken is None else len(steps) == (broken == "differs")
 
 
 def test_a_step_can_be_repeated() -> None:
     """A recording runs it twice: the cache holds the same tokens afterwards, at addresses that stay."""
     engine = TransformersEngine(build_model("qwen2_5_vl"), PROCESSORS["qwen2_5_vl"])
+    engine._stop_ids = []  # else completions would leave, and their room with them
     keys: list[tuple[int, torch.Tensor]] = []
     plain = captured.plain_step
 

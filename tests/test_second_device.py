@@ -31,7 +31,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("devices")
     found = {}
     tests = Path(__file__).parent
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(tests)}
+    path = f"{tests}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": path}
     for device in ("cpu", "second"):
         own = folder / device
         own.mkdir()
@@ -76,3 +77,17 @@ def test_predictions(results: dict[str, Any]) -> None:
 
 def _without_cost(line: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in line.items() if not re.search("time|second|memory", name)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_device_is_asked_where_sampling_may_end_alone(family: str, results: dict[str, Any]) -> None:
+    """Nothing is read back in an update, and in rollouts once in eight tokens, whatever the layers.
+
+    Of Qwen3-VL, transformers adds visual features after the first layers by a mask, which asks.
+    """
+    asked = results["second"]["questions"][family]
+    by_mask = {} if family != "qwen3_vl" else {"aten.index"}
+    assert asked["update"].keys() == set(by_mask)
+    short, long = asked["rollout of 12"], asked["rollout of 44"]
+    assert long.pop("aten.nonzero") - short.pop("aten.nonzero") == (44 - 12) // 8
+    assert sum(long.values()) <= sum(short.values()) <= 14

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,55 @@ from test_rollout_transformers import PROCESSORS, build_model, build_prompts
 from tgrpo_trainers import make_trainer
 from tiny_models import FAMILIES, tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from video_r1.cli import main
 from video_r1.models.group_forward import group_logprobs
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.sft import SFTConfig, SFTTrainer
+
+
+class Questions(TorchDispatchMode):
+    """Counts what makes the CPU wait for a device: values read back, and shapes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name, inputs = str(function.overloadpacket), [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        asked = name.split(".")[1] in (
+            "_local_scalar_dense",
+            "nonzero",
+            "equal",
+            "_unique2",
+            "unique_consecutive",
+        )
+        asked |= name == "aten.index" and any(x.dtype == torch.bool for x in inputs[1:])
+        if isinstance(result, Tensor) and result.device.type == "cpu":
+            asked |= name in ("aten._to_copy", "aten.copy_")
+        if asked and any(x.device.type != "cpu" for x in inputs):
+            self.names[name] += 1
+        return result
+
+
+def questions(family: str, device: torch.device) -> dict[str, dict[str, int]]:
+    """What an update and rollouts of 12 and of 44 tokens ask the device."""
+    model, prompts = build_model(family).eval().to(device), build_prompts(family)
+    engine = TransformersEngine(model, PROCESSORS[family])
+    found = {}
+    for tokens in (12, 44):
+        with Questions() as asked:
+            groups = engine.generate(prompts, SamplingSettings(n=3, max_tokens=tokens, seed=3))
+        found[f"rollout of {tokens}"] = dict(asked.names)
+    completions = [[rollout.token_ids for rollout in group] for group in groups]
+    with Questions() as asked:
+        group_logprobs(model, prompts, completions, with_entropy=True).logprobs.sum().backward()
+    return found | {"update": dict(asked.names)}
 
 
 def rollouts_and_update(family: str, device: torch.device) -> dict[str, Any]:
@@ -85,8 +129,10 @@ def work() -> None:
             torch.stack([torch.ones(2, device=device), torch.ones(2)])
         except RuntimeError as error:
             mixed = str(error)
-    families = {family: rollouts_and_update(family, device) for family in FAMILIES}
-    torch.save({"families": families, "runs": runs(device, folder), "mixed": mixed}, folder / "results.pt")
+    found: dict[str, Any] = {"mixed": mixed}
+    found["families"] = {family: rollouts_and_update(family, device) for family in FAMILIES}
+    found["questions"] = {family: questions(family, device) for family in FAMILIES}
+    torch.save(found | {"runs": runs(device, folder)}, folder / "results.pt")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from video_r1.errors import ConfigError, first_line
 from video_r1.models.loading import checked_source
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
+from video_r1.plan.estimate import described as describe_estimate
+from video_r1.plan.estimate import estimate
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.plan.trace import Policy, Row, Traced, trace
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
 from video_r1.settings.base import own_field_types
-from video_r1.settings.commands import PlanSettings, parse_bytes
+from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
@@ -269,6 +271,8 @@ def run_plan(recipe: Recipe) -> int:
         stage = "rl" if recipe.source is None or only_rl & read_recipe(recipe.source)[0].keys() else "sft"
     config = model_config(settings.model_config or recipe.section(ModelSettings).model_name_or_path)
     memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
+    if memory is None and settings.gpu is not None:
+        memory = int(1e9 * GPUS[settings.gpu].gigabytes)
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory
     recipe = replace(recipe, command=stage)
@@ -278,6 +282,9 @@ def run_plan(recipe: Recipe) -> int:
     sharding = sharding_of(recipe.training, settings.processes, settings.accelerate_config)
     plan = memory_plan(config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens)
     print(described(plan))
+    if settings.gpu is not None and stage == "rl":
+        found = estimate(config, recipe, plan.traced, plan.row, sharding, settings.gpu)
+        print("", *describe_estimate(found), sep="\n")
     return 1 if plan.fits is False else 0
 
 

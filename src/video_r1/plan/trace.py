@@ -89,6 +89,7 @@ class Traced:
     largest_layer: int = 0  # weights of one decoder layer
     outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
     text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
+    vision_linear: int = 0  # number of weights of the vision tower's linear layers
     linear: int = 0  # number of weights of all linear layers, without a head that is the embedding too
     activations: int = 0  # what the backward pass needs, when it begins
     logits: int = 0  # most that the head needs at once
@@ -212,10 +213,16 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
     traced.largest_layer = _bytes(layers[0])
     text = [*inner.model.language_model.modules(), head]
     traced.text_linear = tuple(module.weight.numel() for module in text if type(module) is nn.Linear)
-    products = [m for m in inner.modules() if isinstance(m, nn.Linear | nn.Conv3d)]
-    weights = {id(weight): weight.numel() for module in products for weight in module.parameters(False)}
+    traced.vision_linear = sum(_products(inner.model.visual).values())
+    weights = _products(inner)
     traced.linear = sum(weights.values()) - weights.get(id(embedding.weight), 0)  # one that the head shares
     traced.outside_layers = _bytes(model) - sum(_bytes(module) for module in apart)
+
+
+def _products(model: nn.Module) -> dict[int, int]:
+    """Numbers of weights of all linear layers, by the identity of the parameter."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
+    return {id(weight): weight.numel() for layer in layers for weight in layer.parameters(recurse=False)}
 
 
 def _bytes(module: nn.Module) -> int:

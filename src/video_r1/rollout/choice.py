@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -57,7 +58,11 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         longest = settings.max_prompt_length + settings.max_new_tokens
         alone = VLLMSettings(vllm_gpu_memory_utilization=0.9)
         dtype = settings.dtype
-        return VLLMEngine(settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone)
+        counts = getattr(settings, "frame_counts", [settings.max_frames])
+        frames = replace(settings.frame_budget(size_multiple(processor)), max_frames=max(counts))
+        return VLLMEngine(
+            settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone, frames=frames
+        )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(
         settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code
@@ -82,6 +87,7 @@ def training_engine(
     settings: VLLMSettings,
     *,
     longest: int,
+    frames: FrameBudget,
     dtype: str = "auto",
     folder: str | None = None,
 ) -> RolloutEngine:
@@ -97,4 +103,4 @@ def training_engine(
         wait = settings.vllm_server_timeout
         ends = model.generation_config
         return ServerEngine(settings.vllm_server_base_url, processor, ends, folder=folder, wait=wait)
-    return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings)
+    return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings, frames=frames)

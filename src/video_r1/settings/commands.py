@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import ManifestSettings
@@ -48,10 +48,33 @@ class BaseSettings(Settings):
     threads: int = setting(1, "CPU threads; the result depends on them", above=0)
 
 
+class GPU(NamedTuple):
+    """By their makers: bf16 TFLOP/s of dense products, memory in GB, its TB/s, GB/s to the other GPUs."""
+
+    tflops: float
+    gigabytes: float
+    terabytes: float
+    link: float
+
+
+GPUS = {
+    "a100": GPU(312, 80, 2.04, 300),
+    "h100": GPU(989, 80, 3.35, 450),
+    "h200": GPU(989, 141, 4.8, 450),
+    "b200": GPU(2250, 180, 8.0, 900),
+    "rtx-pro-6000": GPU(504, 96, 1.79, 64),
+    "l40s": GPU(362, 48, 0.86, 32),
+    "rtx-4090": GPU(165, 24, 1.01, 32),
+}
+
+
 @dataclass(kw_only=True)
 class PlanSettings(Settings):
     """Plan"""
 
+    gpu: Literal["a100", "h100", "h200", "b200", "rtx-pro-6000", "l40s", "rtx-4090"] | None = setting(
+        None, "kind of GPU: its memory, and an estimate of a step's seconds"
+    )
     gpu_memory: str | None = setting(None, "memory of one GPU: 80GB or 24GiB, say (default: this machine's)")
     model_config: str | None = setting(
         None, "folder or hub id whose config.json says the model's shape (default: model_name_or_path)"

@@ -132,6 +132,7 @@ class TGRPOTrainer(QuestionTrainer):
             self.processing_class,
             args,
             longest=args.max_prompt_length + args.max_completion_length,
+            frames=self.reader.budget,
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )

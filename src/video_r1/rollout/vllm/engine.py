@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from video_r1.rollout.vllm.positions import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
 from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
 from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
 
 # vLLM reads these when it is imported; what the user has set stays.
@@ -54,6 +56,8 @@ class VLLMEngine:
         neighbouring processes of a training run share one vLLM: all of them have to make the same calls
         (their prompts may differ).
 
+    frames: the largest visuals to reserve memory for (default: the largest that the model takes).
+
     Raises ConfigError when vLLM is not installed or refuses the model.
     """
 
@@ -66,6 +70,7 @@ class VLLMEngine:
         max_model_len: int | None = None,
         max_sequences: int = 256,
         settings: VLLMSettings | None = None,
+        frames: FrameBudget | None = None,
     ) -> None:
         settings = settings or VLLMSettings()
         self.processor = processor
@@ -83,7 +88,7 @@ class VLLMEngine:
             "load_format": "dummy" if in_memory else "auto",
             "dtype": dtype,
             "max_num_seqs": max_sequences,
-            "limit_mm_per_prompt": {"image": 1, "video": 1},
+            "limit_mm_per_prompt": {"image": 1, "video": 1} if frames is None else largest_visuals(frames),
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
             "max_model_len": _longest(source, max_model_len),
             "tensor_parallel_size": settings.vllm_tensor_parallel_size,
@@ -212,6 +217,22 @@ def neighbours(size: int) -> Any:
         return None
     groups = [torch.distributed.new_group(list(range(at, at + size))) for at in range(0, processes, size)]
     return groups[process_index() // size]
+
+
+def largest_visuals(frames: FrameBudget) -> dict[str, dict[str, int]]:
+    """One image and one video of the budget, as squares, in the form of vLLM's `limit_mm_per_prompt`.
+
+    vLLM runs the model on them to see how much memory is left for its caches.
+    """
+
+    def side(pixels: int) -> int:  # rounding to whole squares may make a frame a little larger
+        return math.ceil(math.sqrt(1.05 * pixels) / frames.size_multiple) * frames.size_multiple
+
+    image, frame = side(frames.image_pixels), side(frames.frame_pixels)
+    return {
+        "image": {"count": 1, "width": image, "height": image},
+        "video": {"count": 1, "num_frames": frames.max_frames, "width": frame, "height": frame},
+    }
 
 
 def _longest(source: str, wanted: int | None) -> int:

@@ -1,0 +1,155 @@
+"""How long a T-GRPO step takes on GPUs: a model of it, not a measurement. `video-r1 plan RECIPE --gpu h100`.
+
+    seconds of a part = max(FLOPs ÷ rate, bytes ÷ bandwidth, launches × time of a launch)
+
+FLOPs are 2 a weight and token forward (Kaplan et al. 2020, arXiv 2001.08361), twice that backward, plus
+attention. Bytes are those that decoding reads: all weights, keys and values at every token. Launches are what
+`python -m benchmarks.launches` counts. What the model leaves out: waiting for the longest completion of other
+processes, decoding of clips (which runs beside), validation and checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from video_r1.plan.sharding import Sharding
+from video_r1.plan.trace import Row, Traced
+from video_r1.recipe import Recipe
+from video_r1.settings.commands import GPUS
+from video_r1.settings.shared import ModelSettings
+from video_r1.settings.training import TGRPOSettings
+
+MATRIX_SHARE = 0.5  # of the peak rate, that large matrix products reach in practice
+BANDWIDTH_SHARE = 0.8
+LENGTH_SHARE = 0.5  # of max_completion_length, that completions have on average
+LAUNCH_SECONDS = 5e-6
+REPLAY_SECONDS = 50e-6  # of a recorded step or one of vLLM's
+
+
+@dataclass(frozen=True, slots=True)
+class Launches:
+    """Kernels launched for a token in a text layer, and for a vision block and a text layer in an update
+    (forward, recomputation, backward). Counted by `benchmarks/launches.py`.
+    """
+
+    token: float
+    block: float
+    layer: float
+    replayed: bool
+
+
+BEFORE = Launches(token=60, block=319, layer=285, replayed=False)
+AFTER = Launches(token=52, block=150, layer=285, replayed=True)
+LORA_TOKEN_BEFORE = 102.0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one GPU does of a step: FLOPs, bytes and launches, and the seconds that follow."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+    launches: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """Parts of a step by name, on one of its GPUs; questions of a step, over all; the update's MFU: FLOPs of
+    forward and backward, without recomputation, ÷ (seconds of the step × peak rate).
+    """
+
+    gpu: str
+    parts: dict[str, Part]
+    questions: int
+    useful_flops: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts.values())
+
+    @property
+    def mfu(self) -> float:
+        return self.useful_flops / (self.seconds * 1e12 * GPUS[self.gpu].tflops)
+
+
+def estimate(
+    config: Any,
+    recipe: Recipe,
+    traced: Traced,
+    row: Row,
+    sharding: Sharding,
+    gpu: str,
+    launches: Launches = AFTER,
+) -> Estimate:
+    """A step of a recipe for `rl` on this kind of GPU (a name in GPUS)."""
+    training, values = recipe.section(TGRPOSettings), recipe.values()
+    lora = recipe.section(ModelSettings).use_peft
+    card, text = GPUS[gpu], config.get_text_config()
+    layers, blocks = text.num_hidden_layers, config.vision_config.depth
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    head = text.vocab_size * text.hidden_size
+    body = sum(traced.text_linear) - head
+    groups = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    length = LENGTH_SHARE * row.completion
+    orders = 2 if training.shuffled_generations else 1
+    sequences = groups * (training.num_generations + training.shuffled_generations)
+    patches = row.visual * config.vision_config.spatial_merge_size**2
+    tower = 2 * patches * traced.vision_linear
+
+    def forward(tokens: float, seen: float, predicting: float) -> float:  # tokens that see `seen` others
+        attention = 4 * seen * text.num_attention_heads * size * layers
+        return tokens * (2 * body + attention) + 2 * predicting * head
+
+    def part(flops: float = 0.0, moved: float = 0.0, count: float = 0.0, fixed: float = 0.0) -> Part:
+        arithmetic = flops / (MATRIX_SHARE * 1e12 * card.tflops)
+        memory = moved / (BANDWIDTH_SHARE * 1e12 * card.terabytes)
+        return Part(flops, moved, count, max(arithmetic, memory, count * LAUNCH_SECONDS) + fixed)
+
+    answers = training.num_generations * length
+    row_flops = forward(row.prompt, row.prompt / 2, 0)
+    row_flops += forward(answers, row.prompt + length / 2, answers) + tower
+    useful = row_flops * (2 if lora else 3)  # adapters: no gradients of the frozen weights
+    again = row_flops * bool(values.get("gradient_checkpointing"))
+    passes = layers * launches.layer + blocks * launches.block
+
+    cached = 4 * layers * text.num_key_value_heads * size  # bytes of a token's keys and values in bf16
+    replayed = launches.replayed or bool(values.get("use_vllm"))
+    per_token = LORA_TOKEN_BEFORE if lora and launches is BEFORE else launches.token
+    read = 2 * (body + head) + cached * (groups * orders * row.prompt + sequences * length / 2)
+    parts = {
+        "prefill": part(groups * orders * (forward(row.prompt, row.prompt / 2, 1) + tower)),
+        "decoding": part(
+            length * forward(sequences, row.prompt + length / 2, sequences),
+            length * read,
+            0.0 if replayed else length * layers * per_token,
+            length * REPLAY_SECONDS * replayed,
+        ),
+        "reference": part(groups * row_flops * bool(training.beta), count=groups * passes / 4),
+        "update": part(groups * (useful + again), count=groups * passes),
+        "optimizer": part(moved=16.0 * traced.trainable * sharding.share(sharding.optimizer)),
+    }
+    if sharding.weights and sharding.processes > 1:
+        # bf16 weights for rollouts, reference, forward and backward; float32 gradients once
+        times = 1 + bool(training.beta) + 2 * training.gradient_accumulation_steps
+        moved = float((2 * times + 4) * traced.parameters)
+        parts["exchange"] = Part(bytes=moved, seconds=moved / (1e9 * card.link))
+    return Estimate(gpu, parts, groups * sharding.processes, groups * useful)
+
+
+def described(found: Estimate) -> list[str]:
+    """The estimate as lines of text, with what it assumes."""
+    card = GPUS[found.gpu]
+    lines = [
+        f"a step of {found.questions} questions on {found.gpu}, estimated (a model, not a measurement)",
+        *(
+            f"  {name:<12}{part.seconds:8.2f} s{part.flops / 1e12:9,.0f} TFLOP{part.launches:9,.0f} launches"
+            for name, part in found.parts.items()
+        ),
+        f"  {'together':<12}{found.seconds:8.2f} s   MFU {found.mfu:.0%} (update's FLOPs ÷ step × peak)",
+        f"  assumed: {MATRIX_SHARE:.0%} of {card.tflops:,.0f} TFLOP/s in bf16, {BANDWIDTH_SHARE:.0%} of "
+        f"{card.terabytes:g} TB/s, {LAUNCH_SECONDS * 1e6:g} µs a launch, completions of",
+        f"  {LENGTH_SHARE:.0%} of max_completion_length, prompts at their longest, clips decoded beside it",
+    ]
+    return lines
