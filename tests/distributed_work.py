@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from group_batches import TEXT, make_prompt
 from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 from transformers import TrainerCallback
 
 from video_r1.models.group_forward import group_logprobs
@@ -189,7 +190,7 @@ def part_of_a_run(folder: Path, processes: int, name: str, steps: int, accumulat
 
 def as_on_a_gpu(folder: Path) -> None:
     """DistributedDataParallel with `device_ids`, as accelerate makes it for GPUs; the device is the CPU."""
-    store = torch.distributed.FileStore(str(folder / "store"), 1)
+    store = FileStore(str(folder / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     model = load_model(folder / "model")
     plain = load_model(folder / "model")

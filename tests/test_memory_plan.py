@@ -308,5 +308,6 @@ def test_the_plan_agrees_with_a_measured_fsdp2(tmp_path: Path) -> None:
             assert plan.parts[part] == pytest.approx(found[part], rel=0.05), part
         for phase in ("rollout", "update"):
             planned = plan.phases[phase] - plan.parts["optimizer"]
-            assert planned == pytest.approx(found[phase], rel=0.1), phase
+            # gloo frees the buffers of a collective sooner or later: the update's peak is either of two
+            assert 0.95 <= planned / found[phase] <= 1.2, phase
             assert planned - shares == pytest.approx(found[phase] - shares, rel=0.2), phase

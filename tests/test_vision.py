@@ -81,11 +81,11 @@ def test_lengths_of_segments() -> None:
     together = Segments.of(torch.tensor([0, 3, 6, 8], dtype=torch.int32), torch.device("cpu"))
     assert together.buckets == ((2, 3), (1, 2)) and together.order is None
     torch.manual_seed(0)
-    states = [torch.randn(1, 2, 7, 4) for _ in range(3)]
-    found = attention_by_length(*states, apart, 0.5)
+    query, key, value = states = [torch.randn(1, 2, 7, 4) for _ in range(3)]
+    found = attention_by_length(query, key, value, apart, 0.5)
     for start, end in ((0, 2), (2, 5), (5, 7)):
-        query, key, value = (x[:, :, start:end] for x in states)
-        alone = nn.functional.scaled_dot_product_attention(query, key, value, scale=0.5)
+        one, two, three = (x[:, :, start:end] for x in states)
+        alone = nn.functional.scaled_dot_product_attention(one, two, three, scale=0.5)
         torch.testing.assert_close(found[:, start:end], alone.transpose(1, 2))
 
 

@@ -45,9 +45,10 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
         weight = layer.weight.detach()
         arranged = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if copied else weight
         layer.forward = partial(_linear, weight, arranged, layer.bias)
+    patches = [layer for layer in once if isinstance(layer, nn.Conv3d)]
     for layer in once:
         weight = layer.weight.detach().flatten(1)
-        function = _patches if isinstance(layer, nn.Conv3d) else _linear
+        function = _patches if layer in patches else _linear
         layer.forward = partial(function, weight, weight, layer.bias)
     try:
         yield

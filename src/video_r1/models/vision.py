@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, vision_utils
+from transformers import AttentionInterface
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from video_r1.models.checked import Checked
 
@@ -98,22 +104,20 @@ def encode_visuals(core: Any, pixels: Tensor, grids: Tensor) -> Any:
 def tower_arguments(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
     """What the tower of any family computes from the grids, by the names under which it takes them."""
     merge = visual.spatial_merge_size
-    frames = Segments.of(vision_utils.get_vision_cu_seqlens(grids), device)
+    frames = Segments.of(get_vision_cu_seqlens(grids), device)
     arguments: dict[str, Any] = {
-        "position_ids": vision_utils.get_vision_position_ids(grids, merge).to(device),
+        "position_ids": get_vision_position_ids(grids, merge).to(device),
         "cu_seqlens": frames.starts,
         "max_seqlen": frames.longest,
         "segments": [frames],
     }
     if hasattr(visual, "window_size"):
-        index, starts = vision_utils.get_vision_window_index(
-            grids, merge, visual.window_size, visual.patch_size
-        )
+        index, starts = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)
         windows = Segments.of(starts, device)
         arguments |= {"window_index": index.to(device), "cu_window_seqlens": windows.starts}
         arguments |= {"max_window_seqlen": windows.longest, "segments": [frames, windows]}
     if hasattr(visual, "num_grid_per_side"):
-        indices, weights = vision_utils.get_vision_interpolation_indices_and_weights(
+        indices, weights = get_vision_interpolation_indices_and_weights(
             grids,
             num_grid_per_side=visual.num_grid_per_side,
             mode=visual.interpolation_mode,
@@ -164,9 +168,10 @@ def attention_by_length(query: Tensor, key: Tensor, value: Tensor, parts: Segmen
 def _variable_length(query: Tensor, key: Tensor, value: Tensor, parts: Segments, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    rows = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     starts, longest = parts.starts, parts.longest
-    return varlen_attn(*rows, starts, starts, longest, longest, scale=scale)[None]
+    out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale)
+    return out[None]
 
 
 packed_attention = Checked("variable-length attention", _variable_length, attention_by_length)

@@ -64,7 +64,7 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
             settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone, frames=frames
         )
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(
+    model: Any = load_model(
         settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code
     )
     if settings.dtype == "auto" and model.dtype == torch.float32 and computes_in_bf16(device):

@@ -150,7 +150,7 @@ class StepProgress(TrainerCallback):
         self.description = description
         self.series = series
         self.figures: dict[str, str] = {}
-        self.bar: Progress[Any] | None = None
+        self.bar: Progress | None = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
