@@ -310,4 +310,4 @@ def test_the_plan_agrees_with_a_measured_fsdp2(tmp_path: Path) -> None:
             planned = plan.phases[phase] - plan.parts["optimizer"]
             # gloo frees the buffers of a collective sooner or later: the update's peak is either of two
             assert 0.95 <= planned / found[phase] <= 1.2, phase
-            assert planned - shares == pytest.approx(found[phase] - shares, rel=0.2), phase
+            assert 0.9 <= (planned - shares) / (found[phase] - shares) <= 1.35, phase
