@@ -7,7 +7,8 @@ the width changes nothing. `decode`: one token of a group of completions, of ful
 adapters on all linear layers. `vision`: a clip of 16 frames of 224 × 448 pixels, forward, recomputation and
 backward; `vision_transformers` is the same by transformers alone. `update`: forward, recomputation and
 backward of a group in one row. `calls` are those of attention. On a GPU attention of a row takes fewer:
-variable-length attention and FlexAttention take one call a layer where the CPU takes several.
+variable-length attention and FlexAttention take one call a layer where the CPU takes several. What follows
+for a step is estimated as in `video-r1 plan --gpu h100`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from benchmarks.rollout import TOKENIZER
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import add_lora
+from video_r1.plan.estimate import AFTER, BEFORE, estimate
+from video_r1.plan.memory import memory_plan
+from video_r1.plan.sharding import Sharding
+from video_r1.recipe import load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 
@@ -105,6 +110,31 @@ def update(model: Any, prompt: Prompt) -> Callable[[], None]:
     return lambda: group_logprobs(model, [prompt], [completions]).logprobs.sum().backward()
 
 
+CASES = {
+    "7b on 8 H100": ("video-r1-7b-tgrpo", "7b", Sharding("FSDP2", 8, True, True, True)),
+    "7b LoRA on 1 H100": ("video-r1-7b-tgrpo-lora", "7b", Sharding()),
+    "3b on 1 H100": ("video-r1-3b-tgrpo", "3b", Sharding()),
+}
+
+
+def estimated() -> dict[str, dict[str, Any]]:
+    """Seconds and MFU of a step by the model of plan/estimate.py, no measurement: with the launches of
+    before, sampled by transformers, and with those of now and the recipe's own sampler.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, (recipe, size, sharding) in CASES.items():
+        with torch.device("meta"):
+            config = build_model(SIZES[size], torch.device("meta"), torch.float32).config
+        for when, launches, changes in (("before", BEFORE, {"use_vllm": False}), ("after", AFTER, {})):
+            plan = memory_plan(config, load_recipe("rl", recipe, changes), sharding=sharding)
+            step = estimate(config, plan.recipe, plan.traced, plan.row, sharding, "h100", launches)
+            parts = {part: round(value.seconds, 2) for part, value in step.parts.items()}
+            found.setdefault(name, {"questions": step.questions})[when] = {
+                "seconds": round(step.seconds, 2), "mfu": round(step.mfu, 3), "parts": parts,
+            }  # fmt: skip
+    return found
+
+
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=8, help="tokens over which decoding is averaged")
@@ -122,6 +152,7 @@ def main() -> None:
     adapted = add_lora(build_model(NARROW, device, dtype), vision_tower=True)
     report["decode_lora"] = of_a_token(adapted, prompt, arguments.tokens)
     report["vision_ratio"] = round(report["vision_transformers"]["kernels"] / report["vision"]["kernels"], 2)
+    report["estimated, not measured"] = estimated()
     print(json.dumps(report))
 
 

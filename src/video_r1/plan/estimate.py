@@ -114,6 +114,8 @@ def estimate(
     again = row_flops * bool(values.get("gradient_checkpointing"))
     passes = layers * launches.layer + blocks * launches.block
 
+    judged = bool(training.beta)
+
     cached = 4 * layers * text.num_key_value_heads * size  # bytes of a token's keys and values in bf16
     replayed = launches.replayed or bool(values.get("use_vllm"))
     per_token = LORA_TOKEN_BEFORE if lora and launches is BEFORE else launches.token
@@ -126,13 +128,13 @@ def estimate(
             0.0 if replayed else length * layers * per_token,
             length * REPLAY_SECONDS * replayed,
         ),
-        "reference": part(groups * row_flops * bool(training.beta), count=groups * passes / 4),
+        "reference": part(groups * judged * row_flops, count=groups * judged * passes / 4),
         "update": part(groups * (useful + again), count=groups * passes),
         "optimizer": part(moved=16.0 * traced.trainable * sharding.share(sharding.optimizer)),
     }
     if sharding.weights and sharding.processes > 1:
         # bf16 weights for rollouts, reference, forward and backward; float32 gradients once
-        times = 1 + bool(training.beta) + 2 * training.gradient_accumulation_steps
+        times = 1 + judged + 2 * training.gradient_accumulation_steps
         moved = float((2 * times + 4) * traced.parameters)
         parts["exchange"] = Part(bytes=moved, seconds=moved / (1e9 * card.link))
     return Estimate(gpu, parts, groups * sharding.processes, groups * useful)

@@ -20,6 +20,7 @@ from video_r1.plan.estimate import described as describe_estimate
 from video_r1.plan.estimate import estimate
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.plan.trace import Policy, Row, Traced, trace
+from video_r1.plan.vllm_share import VLLMShare, vllm_share
 from video_r1.recipe import Recipe, read_recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
@@ -27,6 +28,7 @@ from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
+from video_r1.settings.vllm import VLLMSettings
 
 ADAM_STATES = 2
 TIMESTAMP_TOKENS = 10  # Qwen3-VL writes a time and two marks before every temporal patch
@@ -50,6 +52,7 @@ class MemoryPlan:
     parts: dict[str, int]
     phases: dict[str, int]
     gpu_memory: int | None = None
+    vllm: VLLMShare | None = None
 
     @property
     def peak(self) -> int:
@@ -58,7 +61,9 @@ class MemoryPlan:
     @property
     def fits(self) -> bool | None:
         """None when the GPU is not known."""
-        return None if self.gpu_memory is None else self.peak <= self.gpu_memory
+        if self.gpu_memory is None:
+            return None
+        return self.peak <= self.gpu_memory and (self.vllm is None or self.vllm.questions > 0)
 
 
 def memory_plan(
@@ -94,7 +99,11 @@ def memory_plan(
     optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
     in_this_process = values.get("use_vllm") and values.get("vllm_mode", "colocate") == "colocate"
-    vllm = int((gpu_memory or 0) * values.get("vllm_gpu_memory_utilization", 0.3)) if in_this_process else 0
+    beside = None
+    if in_this_process and isinstance(training, TGRPOSettings):
+        ours = recipe.section(VLLMSettings)
+        beside = vllm_share(config, traced.parameters, row, training, ours, gpu_memory or 0)
+    vllm = 0 if beside is None else beside.share
     cache, sampling = 0, vllm
     if prefill is not None:
         cache, sampling = _sampling(config, policy, traced, row, prefill, prompts, sequences)
@@ -120,7 +129,7 @@ def memory_plan(
     }
     if sampling:
         phases["rollout"] = always + whole + sampling
-    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory)
+    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside)
 
 
 def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int) -> Row:
@@ -304,6 +313,15 @@ def described(plan: MemoryPlan) -> str:
         f"most at once, {name_of_unit}",
         *(f"  {name:<15}{size / unit:9.2f}" for name, size in plan.phases.items()),
     ]
+    if plan.gpu_memory is not None and plan.vllm is not None:
+        beside = plan.vllm
+        lines.append(
+            f"vLLM: weights {beside.weights / unit:.2f}, profiling run {beside.profile / unit:.2f}, keys and "
+            f"values of {beside.questions} questions at once"
+        )
+        if not beside.questions:
+            least = math.ceil(100 * beside.least / plan.gpu_memory) / 100
+            lines.append(f"its share is too small: vllm_gpu_memory_utilization {least:.2f} would do")
     if plan.gpu_memory is not None:
         verdict = "fits" if plan.fits else "does not fit"
         lines += ["", f"{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"]
