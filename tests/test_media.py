@@ -1,26 +1,22 @@
-"""Which frames, which size, images, shuffling and URLs."""
+"""Which frames, which size, images and shuffling."""
 
-import functools
-import http.server
 import itertools
-import threading
 from collections import Counter
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from media_files import SIDE, SMALL, noise, picture, sample, saved, write_video
+from media_files import SIDE, SMALL, picture, sample
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
 from video_r1.data.decoders import read_media
 from video_r1.data.media import Media, fitted_size, frame_indices, resize, shuffled_order
-from video_r1.errors import ConfigError, MediaError
+from video_r1.errors import ConfigError
 from video_r1.settings.frames import FrameBudget
 
 INDICES = [
@@ -230,31 +226,3 @@ def test_reordering_moves_frames_and_leaves_times(frames, seed):
     assert [moved.frames[place, 0, 0, 0].item() // 3 for place in range(frames)] == order.tolist()
     assert torch.equal(moved.timestamps, media.timestamps)
     assert (moved.duration, moved.kind) == (media.duration, media.kind)
-
-
-@pytest.fixture
-def server(tmp_path):
-    handler = functools.partial(QuietHandler, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def test_media_behind_urls(tmp_path, server):
-    local = write_video(tmp_path / "clip.mp4", 50)
-    saved(noise(SIDE), tmp_path / "image.png")
-    assert torch.equal(
-        read_media(sample(f"{server}/clip.mp4"), SMALL).frames, read_media(sample(local), SMALL).frames
-    )
-    image = read_media(sample(f"{server}/image.png", "image"), SMALL).frames[0]
-    assert torch.equal(image, torch.from_numpy(np.asarray(noise(SIDE)).copy()).permute(2, 0, 1))
-    for kind in ("image", "video"):
-        with pytest.raises(MediaError) as error:
-            read_media(sample(f"{server}/missing", kind), SMALL)
-        assert "404" in error.value.reason or "Not Found" in error.value.reason

@@ -154,7 +154,7 @@ PROBLEMS = [
     ({"path": ".."}, "leads out of the media root"),
     ({"path": "a\0.mp4"}, "contains a null character"),
     ({"path": "https://example.org/7.mp4"}, "is a URL; these are refused unless allow_urls is set"),
-    ({"path": "file:///etc/passwd"}, "is not a file, nor a http(s) URL"),
+    ({"path": "file:///etc/passwd"}, "leads out of the media root"),
 ]
 
 
@@ -308,10 +308,10 @@ def test_a_folder_beside_the_root_with_its_name_as_beginning_is_outside(tmp_path
 
 def test_urls_when_they_are_allowed(tmp_path):
     url = "https://example.org/clip.mp4?x=1"
-    path = write(tmp_path, [CHOICE | {"path": url}, NUMBER | {"path": "ftp://example.org/a.png"}])
+    path = write(tmp_path, [CHOICE | {"path": url}, NUMBER | {"path": "ftq://example.org/a.png"}])
     samples, _, problems = check_manifest(path, allow_urls=True)
     assert [s.path for s in samples] == [url]
-    assert "ftp://example.org/a.png" in problems[0].text
+    assert "ftq://example.org/a.png' has an unknown scheme" in problems[0].text
 
 
 def test_a_media_root_that_is_no_folder(tmp_path):

@@ -10,7 +10,6 @@ not matter where a run was interrupted.
 """
 
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +21,7 @@ from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.annotation.journal import Journal, writable
 from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
-from video_r1.data.containers import is_url
-from video_r1.data.records import FIELDS, Sample, media_root_of
+from video_r1.data.records import FIELDS, Sample, media_root_of, path_below
 from video_r1.errors import RequestError
 from video_r1.files import replacing
 from video_r1.progress import Progress
@@ -135,7 +133,7 @@ def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSetting
     """Judges all answers in the journal and writes both files, each in one step, in the manifest's order."""
     assert settings.manifest is not None and settings.out is not None
     out = Path(settings.out)
-    root = os.path.realpath(media_root_of(settings.manifest, settings.media_root))
+    root = media_root_of(settings.manifest, settings.media_root)
     as_list = out.suffix == ".json"
     begin, between, end = ("[\n", ",\n", "\n]\n") if as_list else ("", "\n", "\n")
     counts = Counts()
@@ -171,7 +169,7 @@ def kept_row(sample: Sample, completion: Completion, verdict: Verdict, root: str
     return {
         **row,
         "process": f"<think>{rationale_of(completion.text)}</think>",
-        "path": sample.path if is_url(sample.path) else os.path.relpath(sample.path, root),
+        "path": path_below(root, sample.path),
         **sample.extra,
         "annotation": {
             "answer": chosen.answer,

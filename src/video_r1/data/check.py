@@ -10,6 +10,7 @@ from video_r1.data.reading import Batch, Reader
 from video_r1.data.records import Problem, Sample, check_manifest
 from video_r1.progress import Progress
 from video_r1.settings.frames import FrameBudget
+from video_r1.settings.shared import RemoteSettings
 from video_r1.tables import table
 
 _SOURCES_SHOWN = 40
@@ -95,6 +96,8 @@ def run_check(
     allow_urls: bool = False,
     media: bool = True,
     workers: int | None = None,
+    remote_cache: str | None = None,
+    remote_cache_gb: float = RemoteSettings.remote_cache_gb,
 ) -> int:
     """Checks a manifest, and its media unless `media` is false, and prints every problem and the counts.
 
@@ -102,13 +105,15 @@ def run_check(
 
     Raises:
         ManifestError: there is no such manifest or media root.
+        VideoR1Error: a place that media are fetched from is out of reach.
     """
     samples, rows, problems = check_manifest(manifest, media_root, allow_urls)
     for problem in problems:
         print(problem)
+    budget = FrameBudget(remote_cache=remote_cache, remote_bytes=int(remote_cache_gb * 1e9))
     result = MediaCheck([], samples, 0, 0.0)
     if media:
-        result = check_media(samples, workers=workers, rows=rows)
+        result = check_media(samples, budget, workers, rows)
     for problem in result.problems:
         print(problem)
     print(f"\n{format_counts(result.usable)}\n")

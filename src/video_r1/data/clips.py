@@ -103,7 +103,7 @@ def decode_clip(
     """Decodes the chosen frames of a clip.
 
     Args:
-        path: a file, or an http(s) URL.
+        path: a file.
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
         finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
         start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.

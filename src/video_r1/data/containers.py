@@ -12,7 +12,6 @@ from av.stream import Discard, Disposition
 
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
 MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
-URL_SECONDS = 30
 DECODER_THREADS = 0  # of one clip of large pictures; 0: one per core
 # Containers of recorded video. Play lists, which name other files, are not among them.
 _CONTAINERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,flv,asf,ogg,gif,ivf,dv,h264,hevc"
@@ -21,26 +20,20 @@ _EBML = b"\x1a\x45\xdf\xa3"
 _SEGMENT = 0x18538067
 
 
-def is_url(path: str) -> bool:
-    return path.startswith(("http://", "https://"))
-
-
 @contextmanager
 def open_video(path: str) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and its video stream. Raises ValueError, in words, for a file without a whole one."""
-    remote = is_url(path)
     options = {
         "format_whitelist": _CONTAINERS,
-        "protocol_whitelist": "http,https,tcp,tls" if remote else "file",
+        "protocol_whitelist": "file",
         "max_streams": str(MAX_STREAMS + 1),
     }
-    if not remote and (missing := missing_bytes(path)):
+    if missing := missing_bytes(path):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
     try:
         container = av.open(
             path,
             options=options,
-            timeout=URL_SECONDS if remote else None,
             metadata_errors="ignore",  # titles in another encoding than UTF-8 are of no concern here
         )
     except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS

@@ -25,6 +25,7 @@ import torch
 from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
 from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
+from video_r1.data.remote import is_address, open_remote_cache
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
@@ -184,13 +185,20 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
     """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
 
     It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
-    may be made from many threads at once.
+    may be made from many threads at once. What is behind an address is fetched first, unless it has been.
 
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
             file.
-        VideoR1Error: no worker can be started.
+        VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
+        ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
     """
+    if is_address(sample.path):
+        with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(sample.path) as path:
+            try:
+                return read_media(replace(sample, path=path), budget)
+            except MediaError as error:
+                raise MediaError(sample.path, error.reason) from error
     if budget.seconds == 0:
         return decode_media(sample, budget)
     return _decoders.read(sample, budget)

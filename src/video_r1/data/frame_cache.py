@@ -1,23 +1,18 @@
 """Resized frames on disk, for whoever reads the same clips again: SFT, RL, evaluation, and the next run.
 
     <folder>/ab/ab12….safetensors   the frames of one clip window under one budget, with a checksum
-    <folder>/.size                  bytes of all entries; its lock is held while an entry comes or goes
 
 An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change,
 the window, the budget and `VERSION`. A file that was replaced, or another budget, is another entry.
 
-Many processes may share a folder: an entry is written beside its place and moved there, so that a reader
-sees all of it or nothing, and two writers of the same entry write the same bytes. What is read is checked;
-an entry that fails is removed and the clip is decoded again. Frames are kept as they are, uncompressed:
-16 frames at the training budget are 4.8 MB, at the evaluation budget 9.6 MB.
+Many processes may share a folder (bounded_folder.py); two writers of the same entry write the same bytes.
+What is read is checked; an entry that fails is removed and the clip is decoded again. Frames are kept as they
+are, uncompressed: 16 frames at the training budget are 4.8 MB, at the evaluation budget 9.6 MB.
 """
 
-import fcntl
 import hashlib
-import logging
 import os
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,36 +20,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
 from video_r1.data.decoders import read_media_at
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError
+from video_r1.data.remote import is_address
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 
-logger = logging.getLogger(__name__)
 VERSION = 2  # raise it when the same file and budget give other pixels
 _SUFFIX = ".safetensors"
-_KEEP = 0.9  # of the limit, once room has to be made
-_STALE_SECONDS = 3600  # a half-written entry this old has no writer any more
 
 
-class FrameCache:
+class FrameCache(BoundedFolder):
     """A folder of decoded media of at most `limit` bytes. Safe for threads and processes.
 
     The least recently used entries go first. `hits`, `misses` and `damaged` count this object's reads.
     """
 
     def __init__(self, folder: str | Path, limit: int) -> None:
-        self.folder = Path(folder)
-        self.limit = limit
+        super().__init__(folder, limit, "frame_cache")
         self.hits = self.misses = self.damaged = 0
-        self.warned: set[str] = set()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / ".size").touch()
-        except OSError as error:
-            raise ConfigError(f"frame_cache {folder}: cannot be written to ({error.strerror})") from error
 
     def get(self, key: str) -> Media | None:
         """The media of an entry; None when there is none or it is damaged."""
@@ -82,60 +68,19 @@ class FrameCache:
     def put(self, key: str, media: Media) -> None:
         """Keeps the media of an entry. What does not fit is no error: the frames are at hand without it."""
         path = self._path(key)
-        draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}.partial")
+        draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         facts = {"duration": repr(media.duration), "kind": media.kind, "checksum": _checksum(media)}
         try:
             path.parent.mkdir(exist_ok=True)
             save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
-            size = draft.stat().st_size
-            if size > self.limit:
-                self._warn_once("media of %d bytes are larger than frame_cache_gb, and are not kept", size)
-                return
-            with (self.folder / ".size").open("r+") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)  # against other processes and threads
-                text = file.read()
-                total = size + (int(text) if text.isdigit() else self.limit)
-                if total > self.limit:
-                    total = size + self._make_room(self.limit - size)
-                if total <= self.limit:
-                    draft.replace(path)
-                    file.seek(0)
-                    file.truncate()
-                    file.write(str(total))
+            self.admit(draft, path)
         except (OSError, SafetensorError) as error:
-            self._warn_once("an entry cannot be written (%s); such clips are decoded again", error)
+            self.warn_once("an entry cannot be written (%s); such clips are decoded again", error)
         finally:
             draft.unlink(missing_ok=True)
 
-    def _warn_once(self, message: str, *values: object) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
-            logger.warning(f"frame_cache {self.folder}: {message}", *values)
-
-    def _make_room(self, room: float) -> int:
-        """Measures the folder and, where it holds more than `room` bytes, removes the least recently used
-        entries. Returns the bytes that are left."""
-        entries = []
-        for path in self.folder.glob("??/*"):
-            try:
-                facts = path.stat()
-            except FileNotFoundError:
-                continue
-            if path.suffix == _SUFFIX:
-                entries.append((facts.st_mtime_ns, facts.st_size, path))
-            elif time.time() - facts.st_mtime > _STALE_SECONDS:
-                path.unlink(missing_ok=True)
-        total = sum(size for _, size, _ in entries)
-        goal = min(room, self.limit * _KEEP) if total > room else total
-        for _, size, path in sorted(entries):
-            if total <= goal:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
-        return total
-
     def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / (key + _SUFFIX)
+        return self.place(key + _SUFFIX)
 
     def _discard(self, path: Path) -> None:
         self.damaged += 1
@@ -170,16 +115,18 @@ def read_cached_at(
 
 
 def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
-    """Name of the entry of at most `count` frames; None for URLs, which change unseen, and missing files."""
-    try:
-        facts = os.stat(sample.path)
-    except OSError:
-        return None
+    """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good."""
+    file: tuple[object, ...] = (sample.path,)
+    if not is_address(sample.path):
+        try:
+            facts = os.stat(sample.path)
+        except OSError:
+            return None
+        file = (sample.path, facts.st_size, facts.st_mtime_ns)
     rule: tuple[object, ...] = ("image", budget.image_pixels)
     if sample.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
-    file = (sample.path, facts.st_size, facts.st_mtime_ns)
     return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
 
 

@@ -1,17 +1,16 @@
 """Media: decoded, resized frames of a clip or an image, with real timestamps.
 
 `read_media` is the only door: whatever is wrong with a file comes out of it as a `MediaError` with path
-and reason. It decodes in a worker process with limits on time and memory (decoders.py). Videos are decoded in
+and reason. It fetches what is behind an address (remote.py), and decodes in a worker process with limits on
+time and memory (decoders.py). Videos are decoded in
 clips.py; which of their frames are taken and how large they become is decided here.
 """
 
 import math
 import os
-import urllib.request
 import warnings
 from dataclasses import dataclass, replace
 from functools import cache
-from io import BytesIO
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -21,14 +20,13 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from video_r1.data.clips import decode_clip
-from video_r1.data.containers import MAX_PIXELS, URL_SECONDS, is_url
+from video_r1.data.containers import MAX_PIXELS
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
 # Qwen's processors refuse longer shapes.
 MAX_ASPECT_RATIO = 200
-_MAX_IMAGE_BYTES = 1 << 28
 # Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # Brands of HEIF files that hold HEVC pictures, as phones take them.
@@ -132,8 +130,6 @@ def _one_line(reason: str) -> str:
 
 
 def _require_file(path: str) -> None:
-    if is_url(path):
-        return
     if os.path.isdir(path):
         raise MediaError(path, "is a folder, not a media file")
     if not os.path.exists(path):
@@ -181,13 +177,10 @@ def _window(sample: Sample) -> str:
 
 
 def _read_image(path: str, budget: FrameBudget) -> Media:
-    file: str | BytesIO = path
     try:
-        if is_url(path):
-            file = _download(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(file, formats=_image_formats()) as image:
+            with Image.open(path, formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise MediaError(
                         path,
@@ -198,7 +191,7 @@ def _read_image(path: str, budget: FrameBudget) -> Media:
         raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
         reason = "is not an image in a format that Pillow reads"
-        if _is_heic(file):
+        if _is_heic(path):
             reason = "is a HEIC picture, a format that Pillow does not read; convert it to JPEG or PNG"
         raise MediaError(path, reason) from error
     except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
@@ -218,9 +211,9 @@ def _image_formats() -> tuple[str, ...]:
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _is_heic(file: str | BytesIO) -> bool:
-    with open(file, "rb") if isinstance(file, str) else BytesIO(file.getvalue()) as opened:
-        head = opened.read(12)
+def _is_heic(path: str) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:] in _HEIC
 
 
@@ -252,11 +245,3 @@ def _eight_bits(image: Any, file_format: str | None) -> np.ndarray:
     else:
         scale = 1 / 256 if most <= 0xFFFF else 255 / most
     return (values * scale).clip(0, 255).astype(np.uint8)
-
-
-def _download(url: str) -> BytesIO:
-    with urllib.request.urlopen(url, timeout=URL_SECONDS) as reply:
-        data = reply.read(_MAX_IMAGE_BYTES + 1)
-    if len(data) > _MAX_IMAGE_BYTES:
-        raise MediaError(url, f"is larger than {_MAX_IMAGE_BYTES:,} bytes")
-    return BytesIO(data)

@@ -17,6 +17,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
+from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
@@ -32,7 +33,6 @@ _PROBLEMS_IN_MESSAGE = 20
 _SOLUTION = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)  # one pair of tags
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 _LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
-_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _NO_EXTRA: Mapping[str, Any] = {}
 
 
@@ -49,7 +49,7 @@ class Sample:
     data_type: DataType
     problem_type: ProblemType
     solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
-    path: str  # the media file: absolute, links followed, inside the media root; or an http(s) URL
+    path: str  # the media file: absolute, links followed, inside the media root; or an address
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
     data_source: str = ""  # where the sample is from
@@ -110,15 +110,16 @@ def load_manifest(
     """Reads and checks a manifest.
 
     Args:
-        source: a JSON or JSON lines file (or Parquet), a data set id of the Hugging Face hub or a folder that
-            `datasets` reads, or a `datasets.Dataset` with the same fields.
-        media_root: the folder that every `path` is relative to and must stay inside. Default: the folder of
-            the manifest file, or the current folder when there is no file.
-        allow_urls: accept http and https URLs as `path`; they are kept as they are.
+        source: a JSON or JSON lines file (or Parquet) or its address, a data set id of the Hugging Face hub
+            or a folder that `datasets` reads, or a `datasets.Dataset` with the same fields.
+        media_root: the folder, or the address of one, that every `path` is relative to and must stay inside.
+            Default: the folder of the manifest, or the current folder when it is no file.
+        allow_urls: accept addresses (https://, s3://, hf://, …) outside of it as `path`.
         split: the split to read of a data set that has several.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
+        ConfigError: an address needs a package that is not installed.
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
     return check_manifest(source, media_root, allow_urls, split).without_problems(name)
@@ -139,12 +140,17 @@ def check_manifest(
         ManifestError: there is nothing to check: no such source, or the media root is not a folder.
     """
     media_root = media_root_of(source, media_root)
-    if not media_root.is_dir():
+    if is_address(media_root):
+        try:
+            check_schemes(media_root)
+        except ValueError as error:
+            raise ManifestError(f"the media root {media_root} {error}") from error
+    elif not os.path.isdir(media_root):
         raise ManifestError(
             f"the media root {media_root} is not a folder; set media_root to the folder that "
             "the paths of the manifest start at"
         )
-    places = _MediaPlaces(os.path.realpath(media_root), allow_urls)
+    places = _MediaPlaces(media_root, allow_urls)
     samples: list[Sample] = []
     rows: list[int] = []
     problems: list[Problem] = []
@@ -171,11 +177,24 @@ def check_manifest(
     return CheckedManifest(samples, rows, problems)
 
 
-def media_root_of(source: object, media_root: str | Path | None) -> Path:
-    """The media root of a manifest: by default the folder of its file, without one the current folder."""
-    if media_root is None and isinstance(source, (str, Path)) and Path(source).is_file():
-        return Path(source).parent
-    return Path(media_root or ".")
+def media_root_of(source: object, media_root: str | Path | None) -> str:
+    """The media root of a manifest, links followed, or its address. By default it is the folder of the
+    manifest's file, without one the current folder.
+    """
+    source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
+    if media_root is None and is_address(source):
+        return folder_of(source)
+    if media_root is None:
+        media_root = os.path.dirname(source) if os.path.isfile(source) else ""
+    root = on_this_machine(str(media_root))
+    return root if is_address(root) else os.path.realpath(root or ".")
+
+
+def path_below(media_root: str, path: str) -> str:
+    """A sample's path as a manifest with that media root says it. Addresses elsewhere stay as they are."""
+    if is_address(path):
+        return relative_to(path, media_root) or path
+    return os.path.relpath(path, media_root)
 
 
 class _MediaPlaces:
@@ -189,16 +208,19 @@ class _MediaPlaces:
 
     def find(self, path: str) -> str:
         """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
-        if url := _URL.match(path):
-            if url.group(1).lower() not in ("http", "https"):
-                raise ValueError(f"path {path!r} is not a file, nor a http(s) URL")
-            if not self.allow_urls:
-                raise ValueError(f"path {path!r} is a URL; these are refused unless allow_urls is set")
-            return path
+        if path.startswith(("file://", "local://")):
+            found = os.path.realpath(on_this_machine(path))
+            if not found.startswith(self.inside):
+                raise ValueError(f"path {path!r} leads out of the media root")
+            return found
+        if is_address(path):
+            return self._address(path)
         if "\0" in path:
             raise ValueError(f"path {path!r} contains a null character")
         if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
             raise ValueError(f"path {path!r} is absolute; it must be relative to the media root")
+        if is_address(self.root):
+            return below(self.root, path)
         folder, name = os.path.split(path)
         found = os.path.join(self._real(os.path.join(self.root, folder)), name)
         if name in ("", ".", "..") or os.path.islink(found):
@@ -206,6 +228,17 @@ class _MediaPlaces:
         if not found.startswith(self.inside):
             raise ValueError(f"path {path!r} leads out of the media root")
         return found
+
+    def _address(self, address: str) -> str:
+        """Addresses below the media root are the user's own; the others may be anywhere."""
+        if relative_to(address, self.root) is None:
+            try:
+                check_schemes(address, may_be_local=False)
+            except ValueError as error:
+                raise ValueError(f"path {address!r} {error}") from None
+            if not self.allow_urls:
+                raise ValueError(f"path {address!r} is a URL; these are refused unless allow_urls is set")
+        return address
 
 
 def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:

@@ -9,12 +9,15 @@ a string). What has its types already, on the hub or in memory, is read through 
 from __future__ import annotations
 
 import json
+import posixpath
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from video_r1.errors import ManifestError
+from video_r1.data.remote import fetch, is_address, on_this_machine
+from video_r1.errors import ManifestError, MediaError
 from video_r1.hub import ask_the_hub, is_hub_id
 
 if TYPE_CHECKING:
@@ -41,6 +44,16 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
     if not isinstance(source, (str, Path)):
         yield from _dataset_rows(source, split)
         return
+    source = on_this_machine(str(source))
+    if is_address(source):
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, posixpath.basename(source.partition("::")[0].partition("?")[0]) or "manifest")
+            try:
+                fetch(source, copy)
+            except MediaError as error:
+                raise ManifestError(str(error)) from error
+            yield from read_rows(copy, split)
+        return
     path = Path(source)
     if path.is_file():
         if path.suffix == ".parquet":
@@ -52,10 +65,10 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
             lab = f"; video-r1 data lab {path.parent} makes it" if path.parent.name == "lab" else ""
             raise ManifestError(f"{path}: no such manifest file{lab}")
         yield from _dataset_rows(_load(str(path)), split)
-    elif not path.exists() and "/" in str(source) and not is_hub_id(str(source)):
+    elif not path.exists() and "/" in source and not is_hub_id(source):
         raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
     else:
-        yield from _dataset_rows(_load(str(source)), split)
+        yield from _dataset_rows(_load(source), split)
 
 
 def _load(name: str, **arguments: Any) -> Any:

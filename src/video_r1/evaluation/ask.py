@@ -68,11 +68,13 @@ def question_sample(settings: AskSettings) -> Sample:
     Raises RequestError when there is no such file.
     """
     from video_r1.data.records import Sample
+    from video_r1.data.remote import is_address, on_this_machine
 
     assert settings.path is not None and settings.question is not None  # settings without them are refused
-    if not Path(settings.path).is_file():
+    path = on_this_machine(settings.path)
+    if not is_address(path) and not Path(path).is_file():
         raise RequestError(f"{settings.path}: no such file")
-    guessed = mimetypes.guess_type(settings.path)[0] or ""
+    guessed = mimetypes.guess_type(path.partition("?")[0] if is_address(path) else path)[0] or ""
     is_image = guessed.startswith("image/") and guessed != "image/gif"
     return Sample(
         problem_id=shorten(settings.question, 60, placeholder=" …"),  # what its errors call it
@@ -80,7 +82,7 @@ def question_sample(settings: AskSettings) -> Sample:
         data_type="image" if is_image else "video",
         problem_type=settings.problem_type or ("multiple choice" if settings.options else "free-form"),
         solution="",
-        path=str(Path(settings.path).resolve()),
+        path=path if is_address(path) else str(Path(path).resolve()),
         options=_labelled(settings.options),
         start=settings.start,
         end=settings.end,

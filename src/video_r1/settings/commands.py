@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.shared import ManifestSettings
+from video_r1.settings.shared import ManifestSettings, RemoteSettings
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(kw_only=True)
-class CheckSettings(ManifestSettings):
+class CheckSettings(ManifestSettings, RemoteSettings):
     """Manifest check"""
 
-    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    manifest: str | None = setting(
+        None, "JSON or JSON-lines file or its address, or a Hugging Face data set id"
+    )
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
 

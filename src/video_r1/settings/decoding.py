@@ -88,7 +88,7 @@ class BenchmarkSettings(Settings):
 class AskSettings(DecodingSettings):
     """Question"""
 
-    path: str | None = setting(None, "video or image file")
+    path: str | None = setting(None, "video or image file, or its address")
     question: str | None = setting(None, "the question")
     options: list[str] = setting([], "options of a multiple-choice question")
     problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(

@@ -29,6 +29,9 @@ class FrameBudget:
     # The limits of one file, after which it counts as unusable. They do not change what is read.
     seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
     memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
+    # Where copies of remote files are kept (None: in the user's cache folder), and how many bytes of them.
+    remote_cache: str | None = field(default=None, compare=False)
+    remote_bytes: int = field(default=50 * 10**9, compare=False)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.fps) and self.fps > 0):

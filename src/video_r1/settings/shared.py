@@ -2,14 +2,28 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import FrameBudget
 
 
 @dataclass(kw_only=True)
-class PromptSettings(Settings):
+class RemoteSettings(Settings):
+    """Files behind addresses"""
+
+    remote_cache: str | None = setting(
+        None, "folder for local copies of files at addresses (default: ~/.cache/video-r1/media)"
+    )
+    remote_cache_gb: float = setting(50.0, "size limit of that folder; the least recently used go", above=0)
+
+    def remote_files(self) -> dict[str, Any]:
+        """These settings as a FrameBudget has them."""
+        return {"remote_cache": self.remote_cache, "remote_bytes": int(self.remote_cache_gb * 1e9)}
+
+
+@dataclass(kw_only=True)
+class PromptSettings(RemoteSettings):
     """Frames and prompts"""
 
     fps: float = setting(2.0, "frames per second of clip to aim for", above=0)
@@ -36,7 +50,7 @@ class PromptSettings(Settings):
         names = ("fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
         budget = {name: getattr(self, name) for name in names}
         limits = {"seconds": self.media_seconds, "memory": self.media_memory_mb << 20}
-        return FrameBudget(**budget, **limits, size_multiple=size_multiple)
+        return FrameBudget(**budget, **limits, **self.remote_files(), size_multiple=size_multiple)
 
 
 @dataclass(kw_only=True)
@@ -81,13 +95,17 @@ class ModelSettings(LoadingSettings):
 class ManifestSettings(Settings):
     """Manifest"""
 
-    media_root: str | None = setting(None, "folder that media paths start at (default: the manifest's)")
-    allow_urls: bool = setting(False, "accept rows whose media are http(s) URLs")
+    media_root: str | None = setting(
+        None, "folder or address that media paths start at (default: the manifest's)"
+    )
+    allow_urls: bool = setting(False, "accept rows whose media are addresses: https://, s3://, hf://, ...")
 
 
 @dataclass(kw_only=True)
 class DataSettings(ManifestSettings):
     """Data"""
 
-    train_manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    train_manifest: str | None = setting(
+        None, "JSON or JSON-lines file or its address, or a Hugging Face data set id"
+    )
     eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")

@@ -35,7 +35,7 @@ MAY_CHANGE = frozenset(
     + ("per_device_train_batch_size", "gradient_accumulation_steps")  # see `check_processes`
     + ("logging_steps", "save_steps", "save_strategy", "save_total_limit", "eval_steps", "eval_strategy")
     + ("report_to", "run_name", "disable_tqdm", "log_rollouts", "media_threads", "media_cache_mb")
-    + ("media_seconds", "media_memory_mb")
+    + ("media_seconds", "media_memory_mb", "remote_cache", "remote_cache_gb")
     + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
 )
 """Settings that may differ when a run is continued: they leave the steps that are done as they are."""

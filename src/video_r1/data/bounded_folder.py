@@ -1,0 +1,106 @@
+"""A folder of files that many processes share, of at most so many bytes: the least recently used go.
+
+    <folder>/ab/ab12….<suffix>   an entry; `.partial` in its name: a draft, which does not count
+    <folder>/.size               bytes of all entries; its lock is held while an entry comes or goes
+
+An entry is written beside its place and moved there, so that a reader sees all of it or nothing. One that a
+reader holds by a shared lock (`flock`) is not removed.
+"""
+
+import fcntl
+import logging
+import time
+from pathlib import Path
+
+from video_r1.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+PARTIAL = ".partial"
+_KEEP = 0.9  # of the limit, once room has to be made
+_STALE_SECONDS = 3600  # a draft that nobody has written to for so long has no writer any more
+
+
+class BoundedFolder:
+    """Entries of at most `limit` bytes together; `setting` is what messages call it. Thread-safe.
+
+    Raises ConfigError when the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | Path, limit: int, setting: str) -> None:
+        self.folder = Path(folder)
+        self.limit = limit
+        self.setting = setting
+        self.warned: set[str] = set()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / ".size").touch()
+        except OSError as error:
+            raise ConfigError(f"{setting} {folder}: cannot be written to ({error.strerror})") from error
+
+    def place(self, name: str) -> Path:
+        """Where the entry of that name is, or would be."""
+        return self.folder / name[:2] / name
+
+    def admit(self, draft: Path, entry: Path) -> bool:
+        """Moves a finished draft to its place, for which the least recently used entries go.
+
+        False: it stays where it is, since it is larger than the limit or all others are in use. Raises
+        OSError.
+        """
+        size = draft.stat().st_size
+        if size > self.limit:
+            self.warn_once(f"files of %d bytes are larger than {self.setting}_gb, and are not kept", size)
+            return False
+        with (self.folder / ".size").open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # against other processes and threads
+            text = file.read()
+            total = size + (int(text) if text.isdigit() else self.limit)
+            if total > self.limit:
+                total = size + self._make_room(self.limit - size)
+            if total > self.limit:
+                return False
+            draft.replace(entry)
+            file.seek(0)
+            file.truncate()
+            file.write(str(total))
+        return True
+
+    def warn_once(self, message: str, *values: object) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(f"{self.setting} {self.folder}: {message}", *values)
+
+    def _make_room(self, room: float) -> int:
+        """Measures the folder and, where it holds more than `room` bytes, removes the least recently used
+        entries. Returns the bytes that are left."""
+        entries = []
+        for path in self.folder.glob("??/*"):
+            try:
+                facts = path.stat()
+            except FileNotFoundError:
+                continue
+            if PARTIAL not in path.name:
+                entries.append((facts.st_mtime_ns, facts.st_size, path))
+            elif time.time() - facts.st_mtime > _STALE_SECONDS:
+                _remove_unused(path)
+        total = sum(size for _, size, _ in entries)
+        goal = min(room, self.limit * _KEEP) if total > room else total
+        for _, size, path in sorted(entries):
+            if total <= goal:
+                break
+            if _remove_unused(path):
+                total -= size
+        return total
+
+
+def _remove_unused(path: Path) -> bool:
+    """Removes a file unless somebody holds a lock on it. Returns whether it is gone."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        pass
+    except BlockingIOError:
+        return False
+    return True

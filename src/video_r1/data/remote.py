@@ -1,0 +1,269 @@
+"""Files behind addresses (s3://, hf://, https:// and all that fsspec knows), and their local copies.
+
+    address ─► RemoteCache.file ─► fetch ─► <folder>/ab/ab12….mp4 ─► decoders.py, as any file
+
+An address stands for one file for good: what has been fetched is not asked for again. Processes and threads
+that share the folder fetch a file once; while it is read it stays (bounded_folder.py). It is fetched into a
+draft, so that a transfer that breaks off leaves nothing behind. Credentials are those of the libraries:
+environment variables and files of their own.
+"""
+
+import errno
+import fcntl
+import functools
+import os
+import posixpath
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote
+
+from fsspec.core import url_to_fs
+from fsspec.registry import get_filesystem_class
+
+from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
+from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
+from video_r1.files import digest
+from video_r1.hub import ask_the_hub
+
+ATTEMPTS = 3
+PAUSE = 1.0  # seconds before the second attempt, twice as many before the third
+OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
+HTTP_SECONDS = {"total": 600.0, "sock_connect": 30.0, "sock_read": 30.0}  # of a file, a connection, a silence
+_ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:(//|:)")
+# What reads files of this machine: a manifest's rows may not, but for those below the media root.
+_LOCAL = {"file", "local", "asynclocal", "reference", "git", "dvc", "generic"}
+_OTHER_ANSWERS = (408, 425, 429)  # statuses below 500 after which a server may still give the file
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_archives = threading.Lock()  # a file system inside another one's file has one place where it reads
+
+
+class NoAnswer(MediaError):
+    """A file that neither came nor was refused."""
+
+
+def is_address(path: object) -> bool:
+    """Whether it is an fsspec address: `scheme://…`, or several of them joined by `::`."""
+    return isinstance(path, str) and "://" in path and _ADDRESS.match(path) is not None
+
+
+def on_this_machine(path: str) -> str:
+    """The plain path of a file:// address; anything else as it is."""
+    return url_to_fs(path)[1] if path.startswith(("file://", "local://")) else path
+
+
+def check_schemes(address: str, may_be_local: bool = True) -> None:
+    """Raises ValueError, in words, for what fsspec does not know or may not read, and ConfigError where a
+    package is missing.
+    """
+    for scheme in _schemes(address):
+        try:
+            get_filesystem_class(scheme)
+        except ImportError as error:
+            raise ConfigError(f"{scheme}:// needs a package that is not installed: {error}") from error
+        except ValueError:
+            raise ValueError(f"has an unknown scheme, {scheme}://") from None
+        if scheme in _LOCAL and not may_be_local:
+            raise ValueError("reads files of this machine; name them relative to the media root")
+
+
+def folder_of(address: str) -> str:
+    """The address of the folder that a file is in."""
+    first, chain, rest = address.partition("::")
+    scheme, _, path = first.partition("://")
+    path = path.partition("?")[0] if scheme in ("http", "https") else path
+    return f"{scheme}://{path.rpartition('/')[0]}{chain}{rest}"
+
+
+def below(root: str, path: str) -> str:
+    """The address of a path relative to the folder `root`. Raises ValueError where it leads out of it."""
+    if _leads_out(path):
+        raise ValueError(f"path {path!r} leads out of the media root")
+    return _begin(root)[0] + posixpath.normpath(path) + _begin(root)[1]
+
+
+def relative_to(address: str, root: str) -> str | None:
+    """The path of an address below the folder `root`; None where it is not there."""
+    begin, end = _begin(root)
+    if not (is_address(root) and address.startswith(begin) and address.endswith(end)):
+        return None
+    path = address[len(begin) : len(address) - len(end)]
+    return None if "::" in path or _leads_out(path) else path
+
+
+def _leads_out(path: str) -> bool:
+    return posixpath.normpath(unquote(path)).split("/")[0] in ("..", ".", "")
+
+
+def _begin(root: str) -> tuple[str, str]:
+    """What stands before and behind the path of a file in a folder."""
+    first, chain, rest = root.partition("::")
+    first = first if "://" in first else f"{first}://"
+    return first if first.endswith("/") else f"{first}/", chain + rest
+
+
+def _schemes(address: str) -> list[str]:
+    return [part.partition("://")[0] for part in address.split("::")]
+
+
+def fetch(address: str, target: Path) -> None:
+    """Copies a file to `target`, in as many as three attempts.
+
+    Raises:
+        MediaError: there is no such file, or it is refused, or fsspec does not know the scheme.
+        NoAnswer: none of the attempts brought it, for another reason.
+        ConfigError: its scheme needs a package that is not installed.
+        VideoR1Error: the disk takes no more.
+    """
+    try:
+        check_schemes(address)
+    except ValueError as error:
+        raise MediaError(address, str(error)) from error
+    if "hf" in _schemes(address):
+        ask_the_hub()
+    failure: Exception | None = None
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE * attempt)
+        try:
+            system, path = url_to_fs(address, **_http_options(address))
+            with _archives if "::" in address else nullcontext():
+                system.get_file(path, str(target))
+            if not target.is_dir():
+                return
+            target.rmdir()
+            failure = IsADirectoryError("a folder")
+        except Exception as error:  # each file system has errors of its own, without a common base
+            if isinstance(error, OSError) and error.errno in _FULL:
+                raise VideoR1Error(f"{target.parent}: {address} cannot be kept ({error.strerror})") from error
+            failure = error
+        if reason := _refusal(failure):
+            raise MediaError(address, reason) from failure
+    said = f"{type(failure).__name__}: {first_line(failure)}" if failure else ""
+    raise NoAnswer(address, f"cannot be fetched ({said}; {ATTEMPTS} attempts)") from failure
+
+
+def _refusal(error: Exception) -> str:
+    """What a final answer says; empty where another attempt may bring the file."""
+    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return "there is no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder, not a media file"
+    if isinstance(error, PermissionError) or status in (401, 403):
+        return f"may not be read ({first_line(error)})"
+    if isinstance(status, int) and 400 <= status < 500 and status not in _OTHER_ANSWERS:
+        return f"is refused ({first_line(error)})"
+    return ""
+
+
+def _http_options(address: str) -> dict[str, dict]:
+    schemes = {"http", "https"} & set(_schemes(address))
+    if not schemes:
+        return {}
+    from aiohttp import ClientTimeout  # only where it is used
+
+    client = {"timeout": ClientTimeout(**HTTP_SECONDS), "trust_env": True}  # proxies, netrc
+    return {scheme: {"client_kwargs": client} for scheme in schemes}
+
+
+class RemoteCache(BoundedFolder):
+    """Local copies of remote files. Safe for threads and processes.
+
+    Raises ConfigError when the folder cannot be written to.
+    """
+
+    def __init__(self, folder: str | Path, limit: int) -> None:
+        super().__init__(folder, limit, "remote_cache")
+        self.unanswered: Counter[str] = Counter()  # files in a row, by the place that they are in
+
+    @contextmanager
+    def file(self, address: str) -> Iterator[str]:
+        """The path of the local copy, fetched where there is none; it stays there inside the block.
+
+        Raises what `fetch` does, and VideoR1Error when its place gives nothing at all any more.
+        """
+        name = digest(address, size=20)
+        entry = self.place(name + _suffix(address))
+        with ExitStack() as stack:
+            held, path = _locked(entry, fcntl.LOCK_SH), entry
+            if held is None:
+                entry.parent.mkdir(exist_ok=True)
+                with self._alone(name):
+                    held = _locked(entry, fcntl.LOCK_SH)  # somebody else may have fetched it meanwhile
+                    if held is None:
+                        path = self.place(
+                            f"{name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{entry.suffix}"
+                        )
+                        stack.callback(path.unlink, missing_ok=True)
+                        self._fetch(address, path)
+                        held = path.open("rb")
+                        fcntl.flock(held, fcntl.LOCK_SH)
+                        if self.admit(path, entry):
+                            path = entry
+            with held:
+                os.utime(path)  # used just now
+                yield str(path)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Inside, nobody else fetches the file of that name."""
+        path = self.place(name + PARTIAL)
+        path.touch()
+        while (held := _locked(path, fcntl.LOCK_EX)) is None:  # whoever had it has removed it
+            path.touch()
+        with held:
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _fetch(self, address: str, draft: Path) -> None:
+        place = "/".join(address.rpartition("::")[2].split("/", 3)[:3])
+        try:
+            fetch(address, draft)
+        except NoAnswer as error:
+            self.unanswered[place] += 1
+            if self.unanswered[place] >= OUTAGE:
+                raise VideoR1Error(
+                    f"{place} is out of reach: {OUTAGE} files in a row could not be fetched, the last one: "
+                    f"{error}. Start the same command again when it answers"
+                ) from error
+            raise
+        except MediaError:  # an answer as well
+            self.unanswered.pop(place, None)
+            raise
+        self.unanswered.pop(place, None)
+
+
+def _locked(path: Path, how: int) -> BinaryIO | None:
+    """The open file under that lock, which ends when it is closed; None where there is none."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, how)
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    file.close()  # it was removed while this process waited for it
+    return None
+
+
+def _suffix(address: str) -> str:
+    """That of the file's name, by which FFmpeg tells some containers."""
+    name = address.partition("::")[0].partition("?")[0]
+    return found[0] if (found := re.search(r"\.[A-Za-z0-9]{1,8}$", name)) else ""
+
+
+@functools.cache
+def open_remote_cache(folder: str | None, limit: int) -> RemoteCache:
+    """One a process for each folder; without a folder that of the user, `~/.cache/video-r1/media`."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return RemoteCache(folder or Path(caches, "video-r1", "media"), limit)
