@@ -143,8 +143,9 @@ def fetch(address: str, target: Path) -> None:
             failure = error
         if reason := _refusal(failure):
             raise MediaError(address, reason) from failure
-    said = f"{type(failure).__name__}: {first_line(failure)}" if failure else ""
-    raise NoAnswer(address, f"cannot be fetched ({said}; {ATTEMPTS} attempts)") from failure
+    assert failure is not None
+    said = dict.fromkeys((type(failure).__name__, first_line(failure)))  # some say nothing but their name
+    raise NoAnswer(address, f"cannot be fetched ({': '.join(said)}; {ATTEMPTS} attempts)") from failure
 
 
 def _refusal(error: Exception) -> str:
