@@ -127,7 +127,10 @@ def loopback(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setattr(
         server,
         "server_request",
-        lambda prompt, parameters: {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters},
+        lambda prompt, parameters, dtype: {
+            "token_ids": prompt.input_ids.tolist(),
+            "sampling_params": parameters,
+        },
     )
     fake = Server()
     yield fake

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from video_r1.rollout.http_client import ServerFailure
-from video_r1.rollout.vllm.hand_over import NCCLHandOver, SyncClient
+from video_r1.rollout.vllm.hand_over import Copies, NCCLHandOver, SyncClient
 
 pytestmark = pytest.mark.vllm
 MODULE = "vllm.distributed.weight_transfer.nccl_engine"
@@ -79,3 +79,19 @@ def test_the_client_has_what_vllm_calls() -> None:
     base = importlib.import_module("vllm.distributed.weight_transfer.base")
     wanted = {name for name in vars(base.VLLMWeightSyncClient) if not name.startswith("_")}
     assert wanted <= set(vars(SyncClient))
+
+
+def test_copies_use_their_memory_again() -> None:
+    """Contiguous, in the server's number format, and where the weights are: no way through main memory."""
+    copies = Copies(on_host=False)
+    first = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4)}
+    taken = copies.take(first.items(), torch.bfloat16)
+    places = {name: tensor.data_ptr() for name, tensor in taken.items()}
+    assert all(tensor.is_contiguous() and tensor.dtype == torch.bfloat16 for tensor in taken.values())
+    second = {name: tensor + 1 for name, tensor in first.items()}
+    again = copies.take(second.items(), torch.bfloat16)
+    assert {name: tensor.data_ptr() for name, tensor in again.items()} == places
+    assert all(torch.equal(again[name].float(), tensor) for name, tensor in second.items())
+    on_meta = Copies(on_host=False).take([("c", torch.ones(2, device="meta"))], torch.float32)
+    assert on_meta["c"].device.type == "meta"
+    assert Copies(on_host=True).take(first.items(), torch.float32)["a"].device.type == "cpu"

@@ -9,10 +9,11 @@ import shutil
 import socket
 import urllib.parse
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,10 +24,33 @@ Call = Callable[..., Any]
 """Posts to the server: `call(path, body=None)` returns its answer."""
 
 
+class Copies:
+    """Copies of weights by name, in memory that later copies use again: that of the weights' own GPU or the
+    host's, which is pinned where a GPU fills it.
+    """
+
+    def __init__(self, on_host: bool) -> None:
+        self.on_host = on_host
+        self.memory: dict[str, Tensor] = {}
+
+    def take(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The weights, contiguous and in this number format; they replace those of the call before."""
+        for name, tensor in weights:
+            if name not in self.memory:
+                device = "cpu" if self.on_host else tensor.device
+                pinned = self.on_host and tensor.is_cuda
+                self.memory[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned)
+            self.memory[name].copy_(tensor.to(dtype), non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return dict(self.memory)
+
+
 class FolderHandOver:
     """Writes a checkpoint's weights into `folder`, which the server sees under the same path."""
 
     def __init__(self, folder: Path) -> None:
+        self.copies = Copies(on_host=True)
         self.folder = folder
         self.close = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.current = folder
@@ -51,11 +75,12 @@ class FolderHandOver:
 class NCCLHandOver:
     """Sends the weights from GPU to GPU, through vLLM's weight transfer.
 
-    url: the server's address; workers: its processes with a GPU. The present weights stay in this process's
-    memory. Each `send` after a failure makes a new connection.
+    url: the server's address; workers: its processes with a GPU. The present weights stay on this process's
+    GPU, in the server's number format. Each `send` after a failure makes a new connection.
     """
 
     def __init__(self, url: str, workers: int, device: str = "cuda") -> None:
+        self.copies = Copies(on_host=False)
         self.url, self.workers, self.device = url, workers, device
         self.weights: Mapping[str, Tensor] = {}
         self.engine: Any = None
@@ -82,7 +107,7 @@ class NCCLHandOver:
         hand_over = self
 
         class Present(base.WeightSource):
-            """The weights of the moment, moved to the GPU one at a time."""
+            """The weights of the moment."""
 
             def metadata(self) -> list[Any]:
                 weights = hand_over.weights.items()

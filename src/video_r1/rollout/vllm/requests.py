@@ -120,9 +120,11 @@ def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
     return {"prompt": text, "multi_modal_data": data}
 
 
-def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]:
+def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The body of a request to `/inference/v1/generate`: the prompt's own tokens and processed pixels, so
     that the server has nothing left to sample, resize or tokenise.
+
+    dtype: in which the server computes; it would round the pixels to it.
 
     Raises ConfigError where text stands between the frames (Qwen3-VL), which this interface cannot express.
     """
@@ -144,6 +146,7 @@ def server_request(prompt: Prompt, parameters: dict[str, Any]) -> dict[str, Any]
         if name in prompt.features:
             tensor = prompt.features[name].contiguous()
             digest.update(name.encode() + tensor.numpy().tobytes())
+            tensor = tensor.to(dtype) if name in PIXELS else tensor
             data, field = (tensor, whole) if name in PIXELS else (tensor[0], one)
             item[name] = inputs.MultiModalFieldElem(data=data, field=field)
     kind = prompt.media.kind

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,12 +129,13 @@ class ServerEngine:
             self._hand_over = self._way_of_weights()
         version = gather(uuid.uuid4().hex)[0]
         dtype = getattr(torch, self.served["dtype"])
-        weights = {}
-        for name, tensor in checkpoint_weights(model):  # sharded ones are gathered by all processes together
-            if process_index() == 0:
-                weights[name] = tensor.to("cpu", dtype, copy=True).contiguous()
+        weights = checkpoint_weights(model)  # sharded ones are gathered by all processes together
         with self._recovery:
-            self._hand_over.keep(None if process_index() else weights, version)
+            if process_index() == 0:
+                self._hand_over.keep(self._hand_over.copies.take(weights, dtype), version)
+            else:
+                deque(weights, maxlen=0)
+                self._hand_over.keep(None, version)
             self._version, self._lost = version, None
         if process_index() == 0:
             self._recover(self._recoveries)
@@ -183,7 +185,8 @@ class ServerEngine:
         asks = asks_of(prompts, sampling, counts, self.max_model_len, self._stop_ids)
 
         def answer(ask: Ask) -> list[Rollout]:
-            request = server_request(prompts[ask.place], ask.parameters)
+            dtype = getattr(torch, self.served["dtype"])
+            request = server_request(prompts[ask.place], ask.parameters, dtype)
             choices = self._completions(request, ask.parameters["n"])
             return ask.answered([self._rollout(choice) for choice in choices])
 
