@@ -22,6 +22,7 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.rollout import addresses
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm import server
 from video_r1.rollout.vllm.serve import WANTED, shape
@@ -38,7 +39,7 @@ class Server:
 
     def __init__(self) -> None:
         self.script: list[str] = []
-        self.version, self.loaded = "default", ""
+        self.version, self.loaded, self.model = "default", "", MODEL
         self.requests: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.down = 0  # health checks that fail
@@ -82,7 +83,7 @@ class Server:
             self.down -= 1
             return (503 if self.down >= 0 else 200), {}, None
         if path == "/v1/models":
-            return 200, {"data": [{"id": "tiny", "root": MODEL, "max_model_len": 256}]}, None
+            return 200, {"data": [{"id": "tiny", "root": self.model, "max_model_len": 256}]}, None
         if path == "/weight_info":
             return 200, {"weight_version": self.version}, None
         if path == "/collective_rpc" and body["method"] == "served_model":
@@ -146,7 +147,7 @@ def prompts(count: int) -> list[Prompt]:
     return [builder.build(sample, media) for sample in samples]
 
 
-def engine(url: str, tmp_path: Path, **changes: Any) -> ServerEngine:
+def engine(url: str | list[str], tmp_path: Path, **changes: Any) -> ServerEngine:
     settings = {"model": MODEL, "folder": tmp_path / "weights", "wait": 60.0, "concurrency": 3, **changes}
     return ServerEngine(url, PROCESSOR, GENERATION, **settings)
 
@@ -318,3 +319,69 @@ def test_a_server_that_comes_back_unasked_is_supplied(
     client.close()
     watch.join(10)
     assert not watch.is_alive()
+
+
+# ---- Several servers
+
+
+@pytest.fixture
+def beside(loopback: Server) -> Iterator[Server]:
+    """A second server."""
+    other = Server()
+    yield other
+    other.http.shutdown()
+    other.http.server_close()
+
+
+def sent(server: Server) -> set[str]:
+    return {json.dumps(request) for request in server.requests}
+
+
+@pytest.mark.parametrize("event", ["error", "half", "abort", "restart"])
+def test_another_server_is_asked_again(loopback: Server, beside: Server, tmp_path: Path, event: str) -> None:
+    """The same completions, whoever gives them."""
+    expected = engine(loopback.url, tmp_path).generate(prompts(12), SETTINGS)
+    alone = sent(loopback)
+    loopback.requests.clear()
+    client = engine([loopback.url, beside.url], tmp_path, concurrency=1)
+    loopback.script = ["fine", event]
+    groups = client.generate(prompts(12), SETTINGS)
+    assert [[r.token_ids.tolist() for r in g] for g in groups] == [
+        [r.token_ids.tolist() for r in g] for g in expected
+    ]
+    assert sent(loopback) | sent(beside) == alone  # with the same seeds
+    assert len(loopback.requests) + len(beside.requests) == 12 + 1 and loopback.requests and beside.requests
+    assert client.concurrency == 2
+
+
+def test_a_server_that_returns_with_another_model_is_named(
+    loopback: Server, beside: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "FIRST_REST", 0.0)
+    client = engine([loopback.url, beside.url], tmp_path, concurrency=1)
+    loopback.script, loopback.model = ["error"], "models/other"
+    with pytest.raises(ConfigError, match=f"{loopback.url} serves models/other, not models/tiny"):
+        client.generate(prompts(12), SETTINGS)
+
+
+def test_all_servers_away(loopback: Server, beside: Server, tmp_path: Path) -> None:
+    client = engine([loopback.url, beside.url], tmp_path, wait=0.5)
+    for away in (loopback, beside):
+        away.script, away.down = ["error"] * 20, 10**6
+    with pytest.raises(VideoR1Error, match=f"{loopback.url} and {beside.url} was lost and did not return"):
+        client.generate(prompts(6), SETTINGS)
+    beside.script, beside.down = [], 1
+    assert len(client.generate(prompts(6), SETTINGS)) == 6  # one of them is enough
+
+
+def test_servers_of_different_models(loopback: Server, beside: Server, tmp_path: Path) -> None:
+    both = [loopback.url, beside.url]
+    beside.served["hidden_size"] = 4096
+    with pytest.raises(ConfigError, match=f"{beside.url}: its hidden_size is 4096, that of {loopback.url}"):
+        engine(both, tmp_path)
+    beside.model = "models/other"
+    with pytest.raises(ConfigError, match=f"{beside.url} serves models/other, not models/tiny"):
+        engine(both, tmp_path)
+    beside.model, beside.served = MODEL, loopback.served
+    with pytest.raises(ConfigError, match="training samples on one server"):
+        engine(both, tmp_path).update_weights(copy.deepcopy(TINY))

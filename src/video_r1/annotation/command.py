@@ -14,7 +14,7 @@ from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest, media_root_of
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.files import digest
-from video_r1.rollout.endpoint import Endpoint, endpoint_url, form_of_frames, served_model
+from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.settings.annotation import AnnotateSettings
 
 # What the teacher's answers depend on, beside the teacher, the manifest and the template.
@@ -36,9 +36,8 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
     drawn_with = {"teacher": settings.teacher, **drawing(settings, samples)}
     if settings.at_endpoint:
         key = os.environ.get(settings.key_variable)
-        endpoint = Endpoint(endpoint_url(settings.teacher), key, settings.timeout, settings.wait)
-        name, is_vllm = served_model(endpoint, settings.model)
-        frames_as = form_of_frames(endpoint, name, is_vllm, settings.frames_as)
+        endpoint = Endpoint(endpoint_urls(settings.teacher), key, settings.timeout, settings.wait)
+        name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
 
     def open_teacher() -> Teacher:

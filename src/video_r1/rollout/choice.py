@@ -5,19 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_url, form_of_frames, served_model
+from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_urls, open_endpoint
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
 from video_r1.rollout.vllm.server import ServerEngine
-from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses, has_path
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
 
@@ -35,9 +34,9 @@ def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBud
 
 
 def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
-    """The engine that generates for a command: `engine` is transformers, vllm, the address of a vLLM server
-    that serves the same checkpoint (http://host:8000), or that of an OpenAI-compatible endpoint, which has a
-    path (http://host:8000/v1) and has `model` by that name.
+    """The engine that generates for a command: `engine` is transformers, vllm, addresses of vLLM servers that
+    serve the same checkpoint (http://a:8000,http://b:8000), or those of OpenAI-compatible endpoints, which
+    have a path (http://host:8000/v1) and have `model` by that name.
 
     The caller closes it. Raises ConfigError for an unusable checkpoint, or a server that does not answer or
     serves another one.
@@ -45,13 +44,12 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     assert settings.model is not None  # settings without it are refused
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
-        endpoint = Endpoint(endpoint_url(settings.engine), key, settings.timeout)
-        model, is_vllm = served_model(endpoint, settings.model)
-        frames_as = form_of_frames(endpoint, model, is_vllm, "auto")
+        endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout)
+        model, frames_as = open_endpoint(endpoint, settings.model, "auto")
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     if settings.engine.startswith("http"):
         ends = generation_config(settings.model)
-        return ServerEngine(settings.engine, processor, ends, model=settings.model)
+        return ServerEngine(addresses(settings.engine), processor, ends, model=settings.model)
     if settings.engine == "vllm":
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
@@ -77,8 +75,8 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def is_endpoint(engine: str) -> bool:
-    """Whether it is the address of an OpenAI-compatible endpoint rather than that of a server of ours."""
-    return engine.startswith("http") and urlsplit(engine).path.strip("/") != ""
+    """Whether it is the addresses of OpenAI-compatible endpoints rather than those of servers of ours."""
+    return engine.startswith(SCHEMES) and has_path(addresses(engine)[0])
 
 
 def training_engine(

@@ -21,22 +21,23 @@ import resource
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import torch
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.rollout.addresses import Addresses
 from video_r1.rollout.chat import FramesAs, chat_request, completions_of
 from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, ask, event_loop, post, wait_for
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
+from video_r1.settings.decoding import addresses, has_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,21 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Address (…/v1), key, and limits in seconds: of one request, and of waiting for one that is away."""
+    """Addresses (…/v1) of one model, their key, and limits in seconds: of one request, and of waiting for one
+    that is away. `url`: the addresses in words."""
 
-    url: str
+    urls: tuple[str, ...]
     key: str | None = None
     timeout: float = 600.0
     wait: float = 240.0
+
+    @property
+    def url(self) -> str:
+        return " and ".join(self.urls)
+
+    def each(self) -> list[Endpoint]:
+        """An Endpoint for every address."""
+        return [replace(self, urls=(url,)) for url in self.urls]
 
 
 # ---- Many requests at once
@@ -66,8 +76,9 @@ class Endpoint:
 class ChatClient:
     """Draws completions at an endpoint, up to `concurrency` requests at once; `held` are being made at once.
 
-    Failures that pass (no connection, 5xx, 429, 408, time-outs, unusable answers) are tried again, with
-    growing pauses or after the one that the endpoint asks for, which holds for all requests.
+    Failures that pass (no connection, 5xx, 429, 408, time-outs, unusable answers) are tried again: at another
+    address that is well at once, else with growing pauses. The pause that an address asks for holds for all
+    requests to it.
     """
 
     def __init__(self, endpoint: Endpoint, concurrency: int, held: int = 8) -> None:
@@ -76,7 +87,7 @@ class ChatClient:
         # Decoders leave scratch memory in every thread that they have run in: they get a few of their own.
         # Python waits for these at its end; a thread that is left behind in native code could crash it.
         self._makers = ThreadPoolExecutor(held, thread_name_prefix="endpoint")
-        self._open_again = 0.0  # no request is sent before: the endpoint asked for a pause
+        self._addresses = Addresses(endpoint.urls)
         self._reaching: asyncio.Task[tuple[Any, bool]] | None = None
 
     def each(self, asked: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]) -> Generator[list[R]]:
@@ -135,7 +146,7 @@ class ChatClient:
         attempt, began = 0, time.monotonic()
         while True:
             try:
-                return read(await self._post(request))
+                return await self._post(request, read)
             except ServerFailure as failure:
                 # An endpoint that names a pause is well; it has not all the time of the world either.
                 asked_to_wait = failure.retry_after is not None
@@ -144,18 +155,18 @@ class ChatClient:
                     if not await self._was_away():
                         raise
                     attempt = 1
-                if failure.retry_after is not None:
-                    self._open_again = max(self._open_again, time.monotonic() + failure.retry_after)
+                if self._addresses.some_ready():
+                    continue
                 pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not the same for all who wait
 
-    async def _post(self, request: Callable[[], dict[str, Any]]) -> Any:
-        """Sends one request and waits for its answer; what it holds meanwhile is the socket."""
+    async def _post(self, request: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]]) -> list[T]:
+        """Sends one request and reads its answer; what it holds meanwhile is the socket."""
         with ExitStack() as holding:
             await self._held.acquire()
             holding.callback(self._held.release)
             body = [await asyncio.wrap_future(self._makers.submit(_encoded, request))]
-            while (pause := self._open_again - time.monotonic()) > 0:
+            while (pause := self._addresses.pause()) > 0:
                 await asyncio.sleep(pause)
 
             async def sent_once() -> AsyncIterator[bytes]:
@@ -163,11 +174,12 @@ class ChatClient:
                 holding.close()  # more is asked for, so that all of it is sent
 
             endpoint, size = self.endpoint, len(body[0])
-            url = f"{endpoint.url}/chat/completions"
-            return await ask("POST", url, endpoint.key, endpoint.timeout, sent_once(), size)
+            with self._addresses.asking() as address:
+                url = f"{address.url}/chat/completions"
+                return read(await ask("POST", url, endpoint.key, endpoint.timeout, sent_once(), size))
 
     async def _was_away(self) -> bool:
-        """Whether the endpoint answered nothing at all, which all requests wait for together."""
+        """Whether no address answered anything at all, which all requests wait for together."""
         if self._reaching is None or self._reaching.done():
             self._reaching = asyncio.create_task(models_of(self.endpoint))
         try:
@@ -205,14 +217,15 @@ def allow_open_files(requests: int) -> None:
 
 
 async def models_of(endpoint: Endpoint) -> tuple[Any, bool]:
-    """Its list of models, or its refusal to give one; and whether it was away and had to be waited for.
+    """Its list of models, or its refusal to give one; and whether it was away and had to be waited for. Of
+    several addresses the first one that answers counts.
 
-    Raises ServerFailure when it stays away for `endpoint.wait` seconds.
+    Raises ServerFailure when all stay away for `endpoint.wait` seconds.
     """
     deadline, away = time.monotonic() + endpoint.wait, False
     while True:
         try:
-            return await ask("GET", f"{endpoint.url}/models", endpoint.key, 10.0), away
+            return await _models_now(endpoint), away
         except ServerRefusal as refusal:
             return refusal, away
         except ServerFailure as failure:
@@ -222,6 +235,31 @@ async def models_of(endpoint: Endpoint) -> tuple[Any, bool]:
                 logger.warning("%s: %s; waiting up to %g s for it", endpoint.url, failure, endpoint.wait)
             away = True
         await asyncio.sleep(min(1.0, endpoint.wait / 10))
+
+
+async def _models_now(endpoint: Endpoint) -> Any:
+    *others, last = (f"{url}/models" for url in endpoint.urls)
+    for url in others:
+        with suppress(ServerFailure):
+            return await ask("GET", url, endpoint.key, 10.0)
+    return await ask("GET", last, endpoint.key, 10.0)
+
+
+def open_endpoint(
+    endpoint: Endpoint, wanted: str | None, frames_as: Literal["auto", "images", "video"]
+) -> tuple[str, FramesAs]:
+    """The name of the model to ask for, and how it is sent a clip. Waits for addresses that start.
+
+    frames_as: "auto" is a video where all of the endpoint's addresses take one, else images. Raises
+    ConfigError as `served_model` and `form_of_frames` do, and when two addresses serve different models.
+    """
+    found = {one.url: (one, *served_model(one, wanted)) for one in endpoint.each()}
+    names = {url: name for url, (_, name, _) in found.items()}
+    if len(set(names.values())) > 1:
+        served = ", ".join(f"{url} serves {name}" for url, name in names.items())
+        raise ConfigError(f"requests are shared by servers of one model, but {served}")
+    forms = {form_of_frames(one, name, is_vllm, frames_as) for one, name, is_vllm in found.values()}
+    return next(iter(names.values())), "video" if forms == {"video"} else "images"
 
 
 def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
@@ -283,10 +321,9 @@ def form_of_frames(
         raise ConfigError(f"{endpoint.url}: {failure}") from failure
 
 
-def endpoint_url(address: str) -> str:
-    """The address without a slash at its end; a host alone gets the usual `/v1`."""
-    address = address.rstrip("/")
-    return address if urlsplit(address).path else f"{address}/v1"
+def endpoint_urls(text: str) -> tuple[str, ...]:
+    """The addresses in a setting, without slashes at their ends; a host alone gets the usual `/v1`."""
+    return tuple(url if has_path(url) else f"{url}/v1" for url in addresses(text))
 
 
 # ---- As an engine

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from video_r1.settings.base import Problem, setting
-from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses
 from video_r1.settings.shared import ManifestSettings
 
 MANIFEST_ENDINGS = (".json", ".jsonl")
@@ -17,7 +17,9 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
 
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
     teacher: str | None = setting(
-        None, "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1)"
+        None,
+        "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1); "
+        "several addresses, separated by commas, share the requests",
     )
     out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected stand beside")
     limit: int | None = setting(None, "annotate the first N questions only; may grow when continued", above=0)
@@ -51,6 +53,9 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
             yield "samples", f"is {self.samples}; a majority needs at least 3"
         if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
             yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+        named = addresses(self.teacher or "") if self.at_endpoint else ()
+        if not all(address.startswith(SCHEMES) for address in named):
+            yield "teacher", f"is {self.teacher!r}; several endpoints are addresses with http://, each"
         if self.engine != "transformers" and self.at_endpoint:
             yield "engine", "is set while the teacher is an endpoint, which has its own; leave it out"
         if self.model is not None and not self.at_endpoint:
@@ -58,4 +63,4 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
 
     @property
     def at_endpoint(self) -> bool:
-        return (self.teacher or "").startswith(("http://", "https://"))
+        return (self.teacher or "").startswith(SCHEMES)

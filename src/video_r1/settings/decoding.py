@@ -3,9 +3,22 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings
+
+SCHEMES = ("http://", "https://")
+
+
+def addresses(text: str) -> tuple[str, ...]:
+    """The addresses in a setting, each once: those of several servers are separated by commas."""
+    return tuple(dict.fromkeys(part.strip().rstrip("/") for part in text.split(",") if part.strip()))
+
+
+def has_path(address: str) -> bool:
+    """Whether it is the address of an OpenAI-compatible endpoint rather than that of a server of ours."""
+    return urlsplit(address).path.strip("/") != ""
 
 
 @dataclass(kw_only=True)
@@ -17,7 +30,8 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     engine: str = setting(
         "transformers",
         "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
-        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1)",
+        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1); several "
+        "addresses (http://a:8000,http://b:8000) share the requests",
     )
     concurrency: int = setting(16, "requests to an endpoint at once", above=0)
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
@@ -30,9 +44,16 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        is_address = self.engine.startswith(("http://", "https://"))
-        if self.engine not in ("transformers", "vllm") and not is_address:
-            yield "engine", f"is {self.engine!r}; it must be transformers, vllm or an address with http://"
+        found = addresses(self.engine)
+        are_addresses = found != () and all(address.startswith(SCHEMES) for address in found)
+        if self.engine not in ("transformers", "vllm") and not are_addresses:
+            yield (
+                "engine",
+                f"is {self.engine!r}; it must be transformers, vllm or addresses with http://, separated by "
+                "commas",
+            )
+        elif len(set(map(has_path, found))) > 1:
+            yield "engine", f"is {self.engine!r}; either all addresses or none are endpoints with a path"
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,8 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +32,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
+from video_r1.rollout.addresses import Addresses
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post
 from video_r1.rollout.transformers import stop_token_ids
@@ -47,23 +50,24 @@ ATTEMPTS = 5  # of one request, each after the server has answered its health ch
 
 
 class ServerEngine:
-    """Samples on a vLLM server that was started with `video-r1 serve` (or as that command prints).
+    """Samples on vLLM servers that were started with `video-r1 serve` (or as that command prints).
 
-    url: its address. processor: the one that prompts are built with. generation: names the end tokens
+    url: the server's address. Several addresses share the requests; such servers take no other weights.
+    processor: the one that prompts are built with. generation: names the end tokens
         (`update_weights` replaces it).
     model: the checkpoint that the server has to serve; None accepts any.
     folder: where a folder for the hand-over of weights is made, which the server has to see under the same
         path (default: the system's folder for temporary files).
     wait: seconds to wait for a server that does not answer; timeout: seconds for one request;
-    concurrency: requests under way at once.
+    concurrency: requests under way at once, for each address.
 
     The key of a server that asks for one is read from VLLM_API_KEY. Raises ConfigError when nothing answers
-    there within `wait`, or when the server serves another model or was started in another way.
+    at an address within `wait`, or when the server there serves another model or was started in another way.
     """
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         processor: Any,
         generation: GenerationConfig,
         *,
@@ -73,9 +77,12 @@ class ServerEngine:
         timeout: float = 600.0,
         concurrency: int = 32,
     ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
+        urls = [url] if isinstance(url, str) else url
+        self.urls = tuple(one.rstrip("/").removesuffix("/v1") for one in urls)
+        self.url = " and ".join(self.urls)  # in words, and of the only one
+        self._addresses = Addresses(self.urls)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.wait, self.timeout, self.concurrency = wait, timeout, concurrency
+        self.wait, self.timeout, self.concurrency = wait, timeout, concurrency * len(self.urls)
         self._key = os.environ.get(KEY_VARIABLE)
         self._model = None if model is None else str(model)
         self._stop_ids = stop_token_ids(generation, self.tokenizer)
@@ -87,25 +94,36 @@ class ServerEngine:
         self._closed = threading.Event()
         self._lost: VideoR1Error | None = None
         self._failures: dict[str, None] = {}  # of the present loss, in their order
-        try:
-            self.max_model_len = self._when_there(self._longest)
-        except ServerFailure as failure:
-            raise ConfigError(
-                f"{self.url}: no vLLM server answered within {wait:g} s ({failure}); start one with "
-                f"video-r1 serve {self._model or 'MODEL'} --port 8000"
-            ) from failure
-        self.served = self._describe()
+        lengths = []
+        for one in self.urls:
+            try:
+                lengths.append(self._when_there(partial(self._longest, one)))
+            except ServerFailure as failure:
+                raise ConfigError(
+                    f"{one}: no vLLM server answered within {wait:g} s ({failure}); start one with "
+                    f"video-r1 serve {self._model or 'MODEL'} --port 8000"
+                ) from failure
+        self.max_model_len = min(lengths)
+        self.served = self._describe(self.urls[0])
+        for one in self.urls[1:]:
+            for name, value in self._describe(one).items():
+                if self.served[name] != value:
+                    raise ConfigError(
+                        f"{one}: its {name} is {value}, that of {self.urls[0]} is {self.served[name]}; "
+                        "requests are shared by servers of one model"
+                    )
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self, url: str) -> dict[str, Any]:
         """What WorkerExtension says of it. Raises ConfigError when it samples otherwise than is counted."""
         advice = "start it with video-r1 serve, or with the words that this command prints"
         try:
-            served = self._post("/collective_rpc", {"method": "served_model"})["results"][0]
+            asked = post(f"{url}/collective_rpc", self._key, {"method": "served_model"}, self.timeout)
+            served = asked["results"][0]
         except (ServerRefusal, ServerFailure) as error:
-            raise ConfigError(f"{self.url} does not say what it serves ({error}); {advice}") from error
+            raise ConfigError(f"{url} does not say what it serves ({error}); {advice}") from error
         for name, value in WANTED.items():
             if served[name] != value:
-                raise ConfigError(f"{self.url}: its {name} is {served[name]}, not {value}; {advice}")
+                raise ConfigError(f"{url}: its {name} is {served[name]}, not {value}; {advice}")
         return served
 
     # ---- Weights
@@ -113,9 +131,11 @@ class ServerEngine:
     def update_weights(self, model: Any) -> None:
         """Hands the model's weights to the server, adapters merged.
 
-        Every process calls it; the first one sends. Raises ConfigError when the server has another model, and
-        VideoR1Error when it does not take the weights.
+        Every process calls it; the first one sends. Raises ConfigError when the server has another model or
+        there are several, and VideoR1Error when it does not take the weights.
         """
+        if len(self.urls) > 1:
+            raise ConfigError(f"{self.url}: training samples on one server; name one")
         wait_for_everyone()  # nobody is sampling any more
         inner = vision_language_model(model)
         self._stop_ids = stop_token_ids(inner.generation_config, self.tokenizer)
@@ -159,7 +179,7 @@ class ServerEngine:
 
     def _give_weights(self) -> None:
         """Gives the server the present weights unless it has them, and drops what it has cached of others."""
-        self._longest()  # it is there, and still the same one
+        self._reach()
         if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
             return
         if process_index() and isinstance(self._hand_over, NCCLHandOver):
@@ -206,11 +226,17 @@ class ServerEngine:
         for _ in range(ATTEMPTS):
             recoveries = self._recoveries
             try:
-                choices = self._post("/inference/v1/generate", body)["choices"]
-                self._check(choices, count)
+                with self._addresses.asking() as address:
+                    if address.failures:
+                        self._longest(address.url)  # still the same model
+                    url = f"{address.url}/inference/v1/generate"
+                    choices = post(url, self._key, body, self.timeout)["choices"]
+                    self._check(choices, count)
                 return sorted(choices, key=lambda choice: choice["index"])
             except ServerFailure as error:
                 failure = error
+                if self._addresses.some_ready():
+                    continue
                 if recoveries == self._recoveries:
                     self._note(error)
                 self._recover(recoveries)
@@ -276,18 +302,28 @@ class ServerEngine:
             self._failures[str(failure)] = None
             logger.warning("%s: %s; waiting up to %g s for it", self.url, failure, self.wait)
 
-    def _longest(self) -> int:
+    def _reach(self) -> None:
+        """A server is there, and still the same one. Raises as `_longest`."""
+        *others, last = self.urls
+        for url in others:
+            with suppress(ServerFailure):
+                self._longest(url)
+                return self._addresses.is_back(url)
+        self._longest(last)
+        self._addresses.is_back(last)
+
+    def _longest(self, url: str) -> int:
         """The longest sequence in tokens. Raises ServerFailure, and ConfigError for another server."""
         try:
-            self._get("/health")
-            served = self._get("/v1/models")["data"][0]
+            get(f"{url}/health", self._key, 10.0)
+            served = get(f"{url}/v1/models", self._key, 10.0)["data"][0]
         except ServerRefusal as refusal:
             raise ConfigError(
-                f"{self.url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
+                f"{url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
             ) from refusal
         names = [name for name in (served.get("root"), served.get("id")) if name]
         if self._model is not None and not any(_same_model(name, self._model) for name in names):
-            raise ConfigError(f"{self.url} serves {names[0]}, not {self._model}")
+            raise ConfigError(f"{url} serves {names[0]}, not {self._model}")
         return int(served["max_model_len"])
 
     def _get(self, path: str) -> Any:
