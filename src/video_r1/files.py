@@ -1,6 +1,7 @@
 """Files that others read while they are written, and folders that one command at a time writes."""
 
 import fcntl
+import glob
 import hashlib
 import json
 import logging
@@ -27,6 +28,16 @@ def append_line(path: Path, record: Any) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(json_lines([record]))
+
+
+def part_of(path: Path, process: int) -> Path:
+    """The file in which one of several processes writes its share of `path`, until it is merged."""
+    return path.with_name(f"part-{process}.{path.name}")
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The parts of `path` that are there, whoever wrote them."""
+    return sorted(path.parent.glob(f"part-*.{glob.escape(path.name)}"))
 
 
 def json_lines(records: Iterable[Any]) -> bytes:

@@ -1,9 +1,11 @@
-"""What several training processes agree on. With a single process every function is the identity."""
+"""What several processes of one command agree on. With a single process every function is the identity."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +15,7 @@ from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
 
 T = TypeVar("T")
+LONGEST_WAIT = timedelta(days=1)  # for processes that share work, who meet at its end only
 
 
 def process_count() -> int:
@@ -30,6 +33,31 @@ def gather(value: T, group: Any = None) -> list[T]:
     values: list[Any] = [None] * torch.distributed.get_world_size(group)
     torch.distributed.all_gather_object(values, value, group=group)
     return values
+
+
+def own_share(work: Sequence[T]) -> Sequence[T]:
+    """What of some work is this process's: every n-th piece of it, with n processes."""
+    return work[process_index() :: process_count()]
+
+
+@contextmanager
+def process_group(folder: Path) -> Iterator[None]:
+    """Inside, the processes that a launcher (accelerate, torchrun) has started for this command know of one
+    another, and only the first of them writes to standard output. For work that they share in `folder`, each
+    with a whole model. They agree over gloo, which needs no GPU and notices at once when one is lost: the
+    others then raise VideoR1Error.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
+        yield
+        return
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # of a launcher's file; transformers would load shares
+    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    with ExitStack() as closing:
+        closing.callback(torch.distributed.destroy_process_group)
+        if process_index() > 0:
+            closing.enter_context(redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
+        closing.enter_context(naming_lost_processes(folder, "the answers"))
+        yield
 
 
 def wait_for_everyone() -> None:
@@ -77,8 +105,9 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_lost_processes(folder: Path) -> Iterator[None]:
-    """Turns the error that a lost process leaves in the others into a VideoR1Error that says how to go on."""
+def naming_lost_processes(folder: Path, saved: str = "the last checkpoint") -> Iterator[None]:
+    """Turns the error that a lost process leaves in the others into a VideoR1Error that says how to go on:
+    from what is saved in the folder."""
     try:
         yield
     except RuntimeError as error:
@@ -87,8 +116,8 @@ def naming_lost_processes(folder: Path) -> Iterator[None]:
         reason = first_line(error).partition(". This is typically")[0]
         raise VideoR1Error(
             f"process {process_index()} has lost another process of this run, whose own output says why "
-            f"({reason}). Start the same command again, on every machine of the run: it goes on from the "
-            f"last checkpoint in {folder}"
+            f"({reason}). Start the same command again, on every machine of the run: it goes on from "
+            f"{saved} in {folder}"
         ) from error
 
 

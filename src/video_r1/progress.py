@@ -13,19 +13,21 @@ class Progress(AbstractContextManager):
     """Shows how far long work has come, with its rate and the time left.
 
     On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
-    one at the end. It writes to standard error unless `stream` is given.
+    one at the end. It writes to standard error unless `stream` is given; `quiet`, it writes nothing.
 
         with Progress(1200, "training", "steps") as bar:
             bar.update(loss=0.31)
     """
 
-    def __init__(self, total: int, description: str, unit: str, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, total: int, description: str, unit: str, stream: TextIO | None = None, quiet: bool = False
+    ) -> None:
         self.total, self.description, self.unit, self.done = total, description, unit, 0
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
         self._note = ""
-        self._closed = False
-        self._bar = _terminal_bar(self._stream) if self._stream.isatty() else None
+        self._closed, self._quiet = False, quiet
+        self._bar = _terminal_bar(self._stream) if self._stream.isatty() and not quiet else None
         if self._bar is not None:
             self._task = self._bar.add_task(f"{description}:", total=total, line=self._line())
 
@@ -50,6 +52,8 @@ class Progress(AbstractContextManager):
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
+        if self._quiet:
+            return
         print(f"{self.description}: {self._line()}", file=self._stream, flush=True)
 
     def _line(self) -> str:

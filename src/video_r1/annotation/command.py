@@ -3,6 +3,7 @@
 import os
 from copy import copy
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from video_r1.annotation.endpoint import EndpointTeacher
@@ -14,6 +15,7 @@ from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest, media_root_of
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.files import digest
+from video_r1.processes import decided_by_first, process_group
 from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.settings.annotation import AnnotateSettings
 
@@ -29,14 +31,19 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
 
     The manifest, the journal and an endpoint are looked at before a model is loaded; no teacher is started
     when every question has its answer. Raises ManifestError, ConfigError, RequestError, and VideoR1Error when
-    the teacher fails or nothing is kept.
+    the teacher fails, nothing is kept, or another process of the annotation (by `accelerate launch`) is lost.
     """
     assert settings.manifest is not None and settings.teacher is not None and settings.out is not None
-    samples = load_manifest(settings.manifest, settings.media_root, settings.allow_urls)
-    drawn_with = {"teacher": settings.teacher, **drawing(settings, samples)}
+    with process_group(Path(settings.out).parent):
+        return _annotate(settings, settings.manifest, settings.teacher, settings.out)
+
+
+def _annotate(settings: AnnotateSettings, manifest: str, teacher: str, out: str) -> Counts:
+    samples = decided_by_first(lambda: load_manifest(manifest, settings.media_root, settings.allow_urls))
+    drawn_with = {"teacher": teacher, **drawing(settings, samples)}
     if settings.at_endpoint:
         key = os.environ.get(settings.key_variable)
-        endpoint = Endpoint(endpoint_urls(settings.teacher), key, settings.timeout, settings.wait)
+        endpoint = Endpoint(endpoint_urls(teacher), key, settings.timeout, settings.wait)
         name, frames_as = open_endpoint(endpoint, settings.model, settings.frames_as)
         drawn_with |= {"teacher": name, "frames_as": frames_as}
 
@@ -45,15 +52,15 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
             return EndpointTeacher(settings, endpoint, name, frames_as)
         return local_teacher(settings)
 
-    with writing_to(settings.out):
+    with writing_to(out):
         counts = annotate(samples[: settings.limit], open_teacher, settings, drawn_with)
-    root = media_root_of(settings.manifest, settings.media_root)
-    print(f"{counts.table()}\n\nmanifest for SFT: {settings.out}; its media root is {root}")
-    print(f"rejected, with the reason: {rejected_path(settings.out)}")
+    root = media_root_of(manifest, settings.media_root)
+    print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
+    print(f"rejected, with the reason: {rejected_path(out)}")
     if counts.questions["endpoint"]:
         print(f"{counts.questions['endpoint']:,} questions were not answered; the same command asks again")
     if not counts.questions["kept"]:
-        raise VideoR1Error(f"no rationale was kept; {rejected_path(settings.out)} has the reasons")
+        raise VideoR1Error(f"no rationale was kept; {rejected_path(out)} has the reasons")
     return counts
 
 

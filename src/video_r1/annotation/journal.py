@@ -8,8 +8,8 @@ when the journal is opened again. A later line about a question replaces an earl
 import fcntl
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,23 @@ class Journal:
             place += self._file.write(json_lines([entry]))
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def take_up(self, parts: Iterable[Path], settings: Mapping[str, Any], names: Sequence[str | int]) -> None:
+        """Moves the entries of other journals here, in the order of `names`, and removes those files.
+
+        Raises RequestError as a Journal of theirs does.
+        """
+        places = {str(name): place for place, name in enumerate(names)}
+        with ExitStack() as closing_parts:
+            opened = [closing_parts.enter_context(closing(Journal(part, settings))) for part in parts]
+            found = [(places.get(name, len(places)), name, one) for one in opened for name in one._places]
+            self.append(
+                one[name]
+                for _, name, one in sorted(found, key=lambda entry: entry[0])
+                if not self.is_answered(name)
+            )
+        for one in opened:
+            one.path.unlink()
 
     def close(self) -> None:
         """Closes the file, which lets another process open it."""

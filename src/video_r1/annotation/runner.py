@@ -7,13 +7,17 @@
 The journal has what the teacher wrote; both other files follow from it and the filters' settings alone, in
 the manifest's order. So the filters can be changed afterwards without asking the teacher again, and it does
 not matter where a run was interrupted.
+
+Several processes share the questions, each with a teacher and a journal of its own
+(part-<process>.OUT.journal.jsonl). The first one takes these into OUT's journal: at the end, or when a run
+that was killed is continued, by however many processes.
 """
 
 import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,8 @@ from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
 from video_r1.data.records import FIELDS, Sample, media_root_of, path_below
 from video_r1.errors import RequestError
-from video_r1.files import replacing
+from video_r1.files import part_of, parts_of, replacing
+from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings
@@ -68,45 +73,80 @@ def annotate(
 
     Beside the manifest OUT stand OUT.journal.jsonl and OUT.rejected.jsonl, without its ending. drawn_with:
     what the teacher's answers depend on, JSON values by name; one that was begun with others is refused.
-    open_teacher is called when there is a question without an answer. Returns the counts. Raises
-    RequestError, also when the journal cannot be continued or OUT is another file, and what the teacher
-    raises; the journal then has all answers that were there.
+    open_teacher is called when there is a question without an answer. Every process of the command calls
+    this and has the counts that it returns. Raises RequestError, also when the journal cannot be continued or
+    OUT is another file, and what the teacher raises; the journal then has all answers that were there.
     """
     assert settings.out is not None
     out = Path(settings.out)
     path = out.with_name(f"{out.stem}.journal.jsonl")
-    if out.exists() and not path.exists():
-        raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
-    with closing(Journal(path, drawn_with)) as journal:
-        if not all(journal.is_answered(sample.problem_id) for sample in samples):
+    names = [sample.problem_id for sample in samples]
+    with ExitStack() as opened:
+        journals: list[Journal] = []  # the first process has it
+
+        def begin() -> list[bool]:
+            if out.exists() and not path.exists():
+                raise RequestError(f"{out} exists and was not written by an annotation; choose another --out")
+            journals.append(opened.enter_context(closing(Journal(path, drawn_with))))
+            journals[0].take_up(parts_of(path), drawn_with, names)
+            return [journals[0].is_answered(name) for name in names]
+
+        def finish() -> Counts:
+            journals[0].take_up(parts_of(path), drawn_with, names)
+            return write(samples, journals[0], settings)
+
+        done = decided_by_first(begin)
+        if not all(done):
             with closing(open_teacher()) as teacher:
                 try:
-                    ask(samples, teacher, journal, settings)
+                    with own_journal(path, drawn_with, journals) as own:
+                        ask(samples, done, teacher, own, settings)
                 except KeyboardInterrupt:
                     print(f"\nthe answers so far are in {path}; the same command continues", file=sys.stderr)
                     raise
-        return write(samples, journal, settings)
+                wait_for_everyone()
+        return decided_by_first(finish)
 
 
-def open_questions(samples: Sequence[Sample], journal: Journal, batch_size: int) -> list[Question]:
-    """The batches that have a question without an answer, in the manifest's order. A failure is no answer."""
-    done = [journal.is_answered(sample.problem_id) for sample in samples]
-    questions = []
-    for start in range(0, len(samples), batch_size):
-        batch = range(start, min(start + batch_size, len(samples)))
-        if not all(done[place] for place in batch):
-            questions += [Question(place, samples[place], done[place]) for place in batch]
-    return questions
+def own_journal(
+    path: Path, drawn_with: Mapping[str, Any], journals: list[Journal]
+) -> AbstractContextManager[Journal]:
+    """Where this process writes its answers: the only one into the journal, others into a part of it."""
+    if process_count() == 1:
+        return nullcontext(journals[0])
+    return closing(Journal(part_of(path, process_index()), drawn_with))
 
 
-def ask(samples: Sequence[Sample], teacher: Teacher, journal: Journal, settings: AnnotateSettings) -> None:
-    """Has the teacher answer every open question; shows the share that passes the filters as it goes."""
-    questions = open_questions(samples, journal, teacher.batch_size)
+def open_questions(samples: Sequence[Sample], done: Sequence[bool], batch_size: int) -> list[Question]:
+    """This process's share of the batches that have a question without an answer, in the manifest's order. A
+    failure is no answer."""
+    batches = [
+        range(start, min(start + batch_size, len(samples))) for start in range(0, len(samples), batch_size)
+    ]
+    own = own_share([batch for batch in batches if not all(done[place] for place in batch)])
+    return [Question(place, samples[place], done[place]) for batch in own for place in batch]
+
+
+def ask(
+    samples: Sequence[Sample],
+    done: Sequence[bool],
+    teacher: Teacher,
+    journal: Journal,
+    settings: AnnotateSettings,
+) -> None:
+    """Has the teacher answer this process's share of the questions that are not `done`; the first one shows
+    the share of its own that passes the filters as it goes."""
+    questions = open_questions(samples, done, teacher.batch_size)
     count = sum(not question.done for question in questions)
-    if count < len(samples):
-        print(f"{len(samples) - count} of {len(samples)} questions are answered already", file=sys.stderr)
+    quiet = process_index() > 0
+    if any(done) and not quiet:
+        print(f"{sum(done)} of {len(samples)} questions are answered already", file=sys.stderr)
+    title = "annotating" if process_count() == 1 else f"annotating (process 1 of {process_count()})"
     answered = kept = failed = 0
-    with closing(teacher.answers(questions)) as answers, Progress(count, "annotating", "questions") as bar:
+    with (
+        closing(teacher.answers(questions)) as answers,
+        Progress(count, title, "questions", quiet=quiet) as bar,
+    ):
         for finished in answers:
             journal.append(entry(one) for one in finished)
             for one in finished:

@@ -7,11 +7,16 @@
 The unit of work is a batch of consecutive questions with one frame count. The shuffled order of a question
 and its sampling seeds follow from the evaluation's seed and the question alone, so that a question which is
 asked again, in whatever batch, is asked as it was before.
+
+Several processes share the batches and write to files of their own,
+part-<process>.predictions-<frames>.jsonl, which the first one merges in the manifest's order: how many there
+were, and which of them were killed, leaves no trace.
 """
 
 import json
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -24,9 +29,10 @@ from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
-from video_r1.evaluation.predictions import append_records, read_predictions
-from video_r1.evaluation.summary import summarise
-from video_r1.files import differences, digest, replace_json
+from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts
+from video_r1.evaluation.summary import ORDERS, summarise
+from video_r1.files import differences, digest, part_of, parts_of, replace_json
+from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
@@ -87,8 +93,9 @@ def evaluate(
     `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
     `evaluation.json`, what makes the figures.
     Started again with the same settings it continues, tries the quarantined questions again, and its figures
-    cover all samples. Raises RequestError when the folder holds an evaluation with other settings, when a
-    predictions file is damaged, and for no samples or two of one name.
+    cover all samples. Every process of the command calls it, with an engine of its own, and has the summary.
+    Raises RequestError when the folder holds an evaluation with other settings, when a predictions file is
+    damaged, and for no samples or two of one name; VideoR1Error when another process is lost.
     """
     if not samples:
         raise RequestError("there is nothing to evaluate: the manifest has no samples")
@@ -103,24 +110,15 @@ def evaluate(
         "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
         "model": settings.model,
     }
-    path = folder / "evaluation.json"
-    if path.is_file() and (changed := differences(json.loads(path.read_text(encoding="utf-8")), made_with)):
-        raise RequestError(  # its predictions would be mixed with these
-            f"{folder} holds an evaluation with other settings ({', '.join(changed)}); "
-            "choose another output folder, or delete this one"
-        )
-    replace_json(path, made_with)
     run = _Run(samples, engine, prompt_builder, settings, folder)
-    (folder / "quarantine.jsonl").unlink(missing_ok=True)
+    done = decided_by_first(lambda: run.begin(made_with))
     with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
-        run.ask_all(reader)
-    figures = {str(count): run.figures(count) for count in settings.frame_counts}
-    summary = {"questions": len(samples), "settings": made_with, "frames": figures}
-    replace_json(folder / "summary.json", summary)
-    return summary
+        run.ask_all(reader, {count: set(keys) for count, keys in done.items()})
+    wait_for_everyone()
+    return decided_by_first(lambda: run.finish(made_with))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Run:
     samples: Sequence[Sample]
     engine: RolloutEngine
@@ -128,11 +126,62 @@ class _Run:
     settings: EvalSettings
     folder: Path
 
+    @cached_property
+    def places(self) -> dict[str | int, int]:
+        """Of each question, in the manifest."""
+        return {sample.problem_id: place for place, sample in enumerate(self.samples)}
+
     def predictions_path(self, frames: int) -> Path:
         return self.folder / f"predictions-{frames}.jsonl"
 
+    @property
+    def quarantine(self) -> Path:
+        return self.folder / "quarantine.jsonl"
+
+    def begin(self, made_with: dict[str, Any]) -> dict[int, list[_Key]]:
+        """For the first process: what is answered already, by frame count. See `evaluate`."""
+        path = self.folder / "evaluation.json"
+        if path.is_file():
+            changed = differences(json.loads(path.read_text(encoding="utf-8")), made_with)
+            if changed:
+                raise RequestError(  # its predictions would be mixed with these
+                    f"{self.folder} holds an evaluation with other settings ({', '.join(changed)}); "
+                    "choose another output folder, or delete this one"
+                )
+        replace_json(path, made_with)
+        for path in (self.quarantine, *parts_of(self.quarantine)):
+            path.unlink(missing_ok=True)
+        return {count: list(self.answered(count)) for count in self.settings.frame_counts}
+
+    def finish(self, made_with: dict[str, Any]) -> dict[str, Any]:
+        """For the first process, when all are done: merges their files and writes the summary."""
+        figures = {}
+        for count in self.settings.frame_counts:
+            answered = self.answered(count)
+            figures[str(count)] = self.figures(answered)
+            merge_parts(self.predictions_path(count), answered.values(), self.place)
+        if parts := parts_of(self.quarantine):
+            lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
+            append_records(self.quarantine, sorted(lines, key=self.place_in_quarantine))
+            for part in parts:
+                part.unlink()
+        summary = {"questions": len(self.samples), "settings": made_with, "frames": figures}
+        replace_json(self.folder / "summary.json", summary)
+        return summary
+
+    def place(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """Where a prediction stands in its file."""
+        order = self.settings.order
+        places = [*order, *(name for name in ORDERS if name not in order)]
+        return self.places[record["problem_id"]], places.index(record["order"])
+
+    def place_in_quarantine(self, record: Mapping[str, Any]) -> tuple[int, int, int]:
+        place = self.places[record["problem_id"]]
+        batch = place // self.settings.batch_size
+        return batch, self.settings.frame_counts.index(record["frames"]), place
+
     def answered(self, frames: int) -> dict[_Key, dict[str, Any]]:
-        records = read_predictions(self.predictions_path(frames))
+        records = read_with_parts(self.predictions_path(frames))
         return {(record["problem_id"], record["order"]): record for record in records}
 
     def keys(self, samples: Sequence[Sample]) -> list[_Key]:
@@ -155,20 +204,22 @@ class _Run:
             prompts.append(self.prompt_builder.build(sample, media, permutation))
         return prompts
 
-    def ask_all(self, reader: Reader) -> None:
-        """Asks what is not yet in the predictions files, and appends it there."""
+    def ask_all(self, reader: Reader, done: Mapping[int, Set[_Key]]) -> None:
+        """Asks this process's share of what is not done, and appends it to its files."""
         samples, frames, size = self.samples, self.settings.frame_counts, self.settings.batch_size
-        done = {count: self.answered(count).keys() for count in frames}
-        pending = []
-        with Progress(len(samples) * len(frames), "evaluating", "questions") as bar:
-            for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
-                keys = set(self.keys(chosen))
-                counts = tuple(count for count in frames if not keys <= done[count])
-                bar.update(len(chosen) * (len(frames) - len(counts)))
-                if counts:
-                    pending.append(Batch(chosen, counts))
-            units = ((batch.samples, count) for batch in pending for count in batch.counts)
-            read = reader.batches(pending, self.prompts, _BATCHES_AHEAD)
+        open_batches = []
+        for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
+            keys = set(self.keys(chosen))
+            if counts := tuple(count for count in frames if not keys <= done[count]):
+                open_batches.append(Batch(chosen, counts))
+        own = own_share(open_batches)
+        answered = len(samples) * len(frames) - _questions(open_batches)
+        title = "evaluating" if process_count() == 1 else f"evaluating (process 1 of {process_count()})"
+        quiet = process_index() > 0
+        with Progress(answered + _questions(own), title, "questions", quiet=quiet) as bar:
+            bar.update(answered)
+            units = ((batch.samples, count) for batch in own for count in batch.counts)
+            read = reader.batches(own, self.prompts, _BATCHES_AHEAD)
             for (chosen, count), questions in zip(units, read, strict=True):
                 self.ask(list(zip(chosen, questions, strict=True)), count, done[count])
                 bar.update(len(chosen))
@@ -197,15 +248,24 @@ class _Run:
                 for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
                 if (sample.problem_id, prompt.order) not in done
             ]
-        append_records(self.predictions_path(count), records)
-        append_records(self.folder / "quarantine.jsonl", failed)
+        append_records(own_file(self.predictions_path(count)), records)
+        append_records(own_file(self.quarantine), failed)
 
-    def figures(self, frames: int) -> dict[str, Any]:
+    def figures(self, answered: Mapping[_Key, dict[str, Any]]) -> dict[str, Any]:
         """Figures over all samples and the orders of this run, whichever run answered them."""
-        answered = self.answered(frames)
         records = [answered[key] for key in self.keys(self.samples) if key in answered]
         asked = sum(bool(self.orders_of(sample)) for sample in self.samples)
         return summarise(records) | {"skipped": asked - len({record["problem_id"] for record in records})}
+
+
+def own_file(path: Path) -> Path:
+    """Where this process writes its share of `path`."""
+    return path if process_count() == 1 else part_of(path, process_index())
+
+
+def _questions(batches: Sequence[Batch]) -> int:
+    """How often a question is asked, over all frame counts."""
+    return sum(len(batch.samples) * len(batch.counts) for batch in batches)
 
 
 def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:

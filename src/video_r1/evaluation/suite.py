@@ -19,6 +19,7 @@ from video_r1.evaluation.paper import compare_with_paper, comparison_table, setu
 from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import cell, summary_table
 from video_r1.files import replace_json, replace_text
+from video_r1.processes import process_index
 from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.tables import table
@@ -51,7 +52,8 @@ def run_questions(
     asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
 ) -> dict[str, Any]:
     """Evaluates `Sample`s or, with benchmarks, `Questions`, prints the tables and returns the summary that is
-    in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does."""
+    in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does. Every
+    process of the command calls it; the first one writes."""
     if bench.temporal_gap:
         settings = replace(settings, order=["ordered", "shuffled"])
     processor, builder, budget = open_prompts(settings)
@@ -60,7 +62,8 @@ def run_questions(
         if bench.bench:
             results = _results(asked, settings, folder, ask)
             summary = _summary_of(results, asked, settings, bench)
-            replace_json(folder / "summary.json", summary)
+            if process_index() == 0:
+                replace_json(folder / "summary.json", summary)
         else:
             title = Path(str(settings.manifest)).stem
             summary = ask(asked, folder=folder)
@@ -68,7 +71,8 @@ def run_questions(
             print(summary_table(summary))
         if bench.temporal_gap:
             page = folder / "temporal-gap.html"
-            replace_text(page, gap_page(results, str(settings.model)))
+            if process_index() == 0:
+                replace_text(page, gap_page(results, str(settings.model)))
             print(f"\ntemporal gap by task type: {page}")
     return summary
 

@@ -11,6 +11,7 @@ import torch
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
 from video_r1.models.loading import load_model, load_processor, size_multiple
+from video_r1.processes import process_count
 from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_urls, open_endpoint
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.transformers import TransformersEngine
@@ -61,13 +62,29 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         return VLLMEngine(
             settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone, frames=frames
         )
-    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = settings.device or own_device()
     model: Any = load_model(
         settings.model, settings.dtype, settings.attn_implementation, settings.trust_remote_code
     )
     if settings.dtype == "auto" and model.dtype == torch.float32 and computes_in_bf16(device):
         model = model.bfloat16()  # half the memory and several times the speed; `dtype float32` keeps it
     return TransformersEngine(model.to(device), processor)
+
+
+def own_device() -> str:
+    """The device of this process: the CPU, the GPU, or with several processes on a machine one GPU each.
+
+    Raises ConfigError when there are more processes than GPUs.
+    """
+    if not torch.cuda.is_available():
+        return "cpu"
+    if process_count() == 1:
+        return "cuda"
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if place >= count:
+        raise ConfigError(f"process {place + 1} of this machine has no GPU: there are {count}; start as many")
+    torch.cuda.set_device(place)
+    return f"cuda:{place}"
 
 
 def computes_in_bf16(device: str) -> bool:
