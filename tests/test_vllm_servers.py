@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from distributed_process import run_processes
+from distributed_process import exit_codes, last_words, start_processes
 from server_process import ServerProcess
 from tiny_questions import read_lines, write_manifest
 
@@ -71,17 +71,24 @@ def test_one_of_two_servers_is_killed(
 
 
 @pytest.mark.dist
-def test_vllm_in_two_processes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["eval", "annotate"])
+def test_vllm_in_two_processes(tmp_path: Path, command: str) -> None:
     manifest = write_manifest(tmp_path, videos=6, images=2)
-    words = [
-        "eval", str(base_folder()), str(manifest), "--engine", "vllm", "--dtype", "float32",
-        "--batch_size", "2",
-        *(word for name, value in (SIZES | SAMPLED).items() for word in (f"--{name}", str(value))),
-    ]  # fmt: skip
+    settings = {**SIZES, **SAMPLED, "engine": "vllm", "dtype": "float32", "batch_size": 2}
+    settings |= {"manifest": manifest, "model" if command == "eval" else "teacher": base_folder()}
+    words = [command, *(f"--{name}={value}" for name, value in settings.items())]
+    found = []
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        run_processes(count, "shared_work:command_line", folder, [*words, "--out", str(folder / "out")])
-    for name in ("predictions-4.jsonl", "summary.json"):
-        one, two = ((tmp_path / count / "out" / name).read_bytes() for count in ("1", "2"))
-        assert one == two
+        out = folder / ("out" if command == "eval" else "out/cot.json")
+        work = "shared_work:command_line"
+        processes, logs = start_processes(count, work, folder, [*words, f"--out={out}"])
+        codes = exit_codes(processes, 400)
+        assert codes == [int(command == "annotate")] * count, last_words(logs)  # none is kept
+        assert "Traceback" not in last_words(logs)
+        files = (
+            path for path in sorted((folder / "out").rglob("*")) if path.is_file() and path.name != ".lock"
+        )
+        found.append({path.name: path.read_bytes() for path in files})
+    assert found[0] == found[1] and len(found[0]) == 3

@@ -45,7 +45,8 @@ def process_group(folder: Path) -> Iterator[None]:
     """Inside, the processes that a launcher (accelerate, torchrun) has started for this command know of one
     another, and only the first of them writes to standard output. For work that they share in `folder`, each
     with a whole model. They agree over gloo, which needs no GPU and notices at once when one is lost: the
-    others then raise VideoR1Error.
+    others then raise VideoR1Error. An engine of vLLM ends the group when it is closed, so nothing is agreed
+    on after that.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
         yield
@@ -53,7 +54,7 @@ def process_group(folder: Path) -> Iterator[None]:
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # of a launcher's file; transformers would load shares
     torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
     with ExitStack() as closing:
-        closing.callback(torch.distributed.destroy_process_group)
+        closing.callback(lambda: torch.distributed.destroy_process_group() if _running() else None)
         if process_index() > 0:
             closing.enter_context(redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
         closing.enter_context(naming_lost_processes(folder, "the answers"))

@@ -97,14 +97,14 @@ def annotate(
 
         done = decided_by_first(begin)
         if not all(done):
-            with closing(open_teacher()) as teacher:
-                try:
-                    with own_journal(path, drawn_with, journals) as own:
-                        ask(samples, done, teacher, own, settings)
-                except KeyboardInterrupt:
-                    print(f"\nthe answers so far are in {path}; the same command continues", file=sys.stderr)
-                    raise
-                wait_for_everyone()
+            teacher = opened.enter_context(closing(open_teacher()))  # closed last: see process_group
+            try:
+                with own_journal(path, drawn_with, journals) as own:
+                    ask(samples, done, teacher, own, settings)
+            except KeyboardInterrupt:
+                print(f"\nthe answers so far are in {path}; the same command continues", file=sys.stderr)
+                raise
+            wait_for_everyone()
         return decided_by_first(finish)
 
 
