@@ -70,6 +70,11 @@ class Journal:
     def __contains__(self, problem_id: object) -> bool:
         return str(problem_id) in self._places
 
+    @property
+    def names(self) -> list[str]:
+        """The questions that have an entry, in the order of their first ones."""
+        return list(self._places)
+
     def is_answered(self, problem_id: str | int) -> bool:
         """Whether the last entry of a question has completions."""
         return problem_id in self and str(problem_id) not in self._failed
@@ -96,7 +101,7 @@ class Journal:
         places = {str(name): place for place, name in enumerate(names)}
         with ExitStack() as closing_parts:
             opened = [closing_parts.enter_context(closing(Journal(part, settings))) for part in parts]
-            found = [(places.get(name, len(places)), name, one) for one in opened for name in one._places]
+            found = [(places.get(name, len(places)), name, one) for one in opened for name in one.names]
             self.append(
                 one[name]
                 for _, name, one in sorted(found, key=lambda entry: entry[0])
