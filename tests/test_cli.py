@@ -72,7 +72,10 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     text = " ".join(capsys.readouterr().out.split())
     assert "--num_generations int G: completions per question with its frames in order [8]" in text
     assert "--temporal_rule margin | threshold | off" in text
-    assert "--train_manifest text JSON or JSON-lines file, or a Hugging Face data set id [required]" in text
+    assert (
+        "--train_manifest text JSON or JSON-lines file or its address, or a Hugging Face data set id [required]"
+        in text
+    )
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text
 
@@ -278,7 +281,8 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     )
     assert main(["data", "check", "m.json", "--media", "false", "--media_root", "/data", "--allow_urls"]) == 1
     assert seen == {
-        "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None
+        "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None,
+        "remote_cache": None, "remote_cache_gb": 50.0,
     }  # fmt: skip
     monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda settings: seen.update(vars(settings)))
     assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0

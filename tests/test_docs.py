@@ -108,7 +108,7 @@ def complaints_of_module(words: list[str]) -> Iterator[str]:
         if not source:
             yield f"{module}: no such module"
         for word in words[words.index(module) :] if source else ():
-            if word.startswith("--") and f'"{word}"' not in source:
+            if word.startswith("--") and not re.search(rf"\b{word[2:]}\b", source):
                 yield f"{module}: no option {word}"
 
 
@@ -143,7 +143,7 @@ def test_what_a_document_names_is_there(path: Path) -> None:
         ("```\nvideo-r1 eval RUN my.json \\\n  --order sideways\n```\n", "it must be ordered | shuffled"),
         ("```\naccelerate launch -m video_r1 rl no-such\n```\n", "no-such: no such recipe"),
         ("As in:\n\n    X=1 video-r1 evil CHECKPOINT\n", "did you mean eval"),
-        ("`video-r1 plan RECIPE --gpu 1`", "no setting gpu"),
+        ("`video-r1 plan RECIPE --gpux h100`", "no setting gpux"),
         ("`video-r1 evaluate`", "evaluate is not a command"),
         ("`python -m benchmarks.updates`", "benchmarks.updates: no such module"),
         ("`python -m benchmarks.update --sise lab`", "no option --sise"),
