@@ -72,10 +72,7 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     text = " ".join(capsys.readouterr().out.split())
     assert "--num_generations int G: completions per question with its frames in order [8]" in text
     assert "--temporal_rule margin | threshold | off" in text
-    assert (
-        "--train_manifest text JSON or JSON-lines file or its address, or a Hugging Face data set id [required]"
-        in text
-    )
+    assert "JSON or JSON-lines file or its address, or a Hugging Face data set id [required]" in text
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text
 
