@@ -20,13 +20,26 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
+import torch
+
 HERE = Path(__file__).parent
 WORDS = {"passed": "pass", "failed": "FAIL", "not applicable": "not applicable"}
 
 
 def checks_of(file: Path, only: str) -> list[str]:
     """The names of the file's tests, parameters included."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", str(file), "-k", only]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-o",
+        "addopts=",
+        str(file),
+        "-k",
+        only,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent)
     found = (line.partition("::")[2] for line in done.stdout.splitlines() if not line.startswith("SKIPPED"))
     return [f"{file}::{name}" for name in found if name]
@@ -91,12 +104,14 @@ def main(words: list[str] | None = None) -> int:
     arguments = parser.parse_args(words)
     end = time.monotonic() + 60 * arguments.minutes
     results: list[dict[str, Any]] = []
+    has_device = torch.cuda.is_available() or "GPU_CHECK_DEVICE" in os.environ
     for name in checks_of(arguments.file, arguments.only):
         left = end - time.monotonic()
-        if left > 0:
+        if has_device and left > 0:
             result = run_check(name, left)
         else:
-            result = {"check": name.split("::")[1], "state": "not applicable", "reason": "no time left"}
+            reason = "no time left" if has_device else "no CUDA device"
+            result = {"check": name.split("::")[1], "state": "not applicable", "reason": reason}
         results.append(result)
         reason = result["reason"].splitlines()[0][:100] if result["reason"] else ""
         print(f"{WORDS[result['state']]:<15}{result['check']:<75}{reason}", flush=True)

@@ -23,7 +23,18 @@ def test_hang(n): time.sleep(60)
 """
 
 
-def test_each_check_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    assert gpu_check.main(["--out", str(out), "--only", "vision or learn"]) == 0
+    checks = json.loads(out.read_text())["checks"]
+    assert len(checks) >= 8
+    assert {(check["state"], check["reason"]) for check in checks} == {("not applicable", "no CUDA device")}
+
+
+def test_each_check_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GPU_CHECK_DEVICE", "cpu")
     file, out = tmp_path / "test_checks.py", tmp_path / "report.json"
     file.write_text(CHECKS)
     assert gpu_check.main(["--file", str(file), "--out", str(out), "--minutes", "0.3"]) == 1
