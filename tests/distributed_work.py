@@ -15,10 +15,12 @@ from group_batches import TEXT, make_prompt
 from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model
+from video_r1.rollout.vllm.weights import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 
@@ -203,6 +205,23 @@ def as_on_a_gpu(folder: Path) -> None:
         group_logprobs(wanted, prompts, completions).logprobs.sum().backward()
     for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, msg=name)
+
+
+def handed_over(folder: Path) -> None:
+    """Whole weights of an FSDP2 model as vLLM is given them, with nothing gathered on the way."""
+    let_accelerate_shard_on_cpu()
+    manifest = str(folder / "manifest.json")
+    trainer = make_trainer(folder / "model", manifest, folder / "handed-over", **common(2, steps=1))
+    trainer.train()
+    expected = trainer.accelerator.get_state_dict(trainer.model)
+    gathered: list[Any] = []
+    plain, DTensor.full_tensor = DTensor.full_tensor, lambda self: gathered.append(self)  # type: ignore[method-assign]
+    with trainer.whole_policy() as model:
+        found = {name: tensor.clone() for name, tensor in checkpoint_weights(model)}
+    DTensor.full_tensor = plain  # type: ignore[method-assign]
+    assert not gathered and len(found) > 20
+    for name, tensor in expected.items() if trainer.is_world_process_zero() else ():
+        torch.testing.assert_close(found[name], tensor, msg=name)
 
 
 def save(trainer: Any, watch: Watch, run: Path, kinds: list[str]) -> None:

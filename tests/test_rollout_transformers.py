@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +22,13 @@ from video_r1.models import adapters
 from video_r1.models.adapters import merged_adapters
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
-from video_r1.rollout import captured
+from video_r1.models.loading import load_processor
+from video_r1.rollout import captured, choice
 from video_r1.rollout.captured import DecodingStep
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.settings.decoding import EvalSettings
 
 PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
@@ -330,6 +333,38 @@ def test_bfloat16() -> None:
             expected = logprobs.gather(1, rollout.token_ids[:, None])[:, 0]
             assert rollout.logprobs.dtype == torch.float32
             assert (rollout.logprobs - expected).abs().mean() < 0.1
+
+
+def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under mixed precision rotation gives them in float32, twice the memory of the values."""
+    model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
+    kept: set[torch.dtype] = set()
+    plain = captured.plain_step
+
+    def looking(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
+        cache = decoding.cache
+        kept.update(x.dtype for x in (*cache.prefix_keys, *cache.prefix_values, *cache.keys, *cache.values))
+        return plain(tokens, position, decoding)
+
+    monkeypatch.setattr(captured, "plain_step", looking)
+    with torch.autocast("cpu", torch.bfloat16):
+        TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(
+            prompts, SamplingSettings(n=2, max_tokens=4, seed=4)
+        )
+    assert kept == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("on_gpu", "dtype", "computed"), [
+    (True, "auto", torch.bfloat16), (True, "float32", torch.float32), (False, "auto", torch.float32),
+])  # fmt: skip
+def test_commands_compute_in_bf16_on_a_gpu(
+    on_gpu: bool, dtype: str, computed: torch.dtype, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A float32 file, such as training writes, would take twice the memory and many times the time there."""
+    monkeypatch.setattr(choice, "computes_in_bf16", lambda device: on_gpu)
+    settings = EvalSettings(model=str(checkpoint), manifest="m.json", out="x", dtype=dtype, device="cpu")  # pyright: ignore[reportArgumentType]
+    engine = choice.open_engine(settings, load_processor(checkpoint))
+    assert isinstance(engine, TransformersEngine) and engine.model.dtype == computed
 
 
 def test_tokens_are_reported_as_they_come() -> None:

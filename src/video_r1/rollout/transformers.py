@@ -156,10 +156,12 @@ class TransformersEngine:
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
+        dtype = cache.layers[0].keys.dtype
+        if torch.is_autocast_enabled(device.type):  # rotation leaves keys in float32, and the cache follows
+            dtype = torch.get_autocast_dtype(device.type)
         return _Prefilled(
-            # under autocast rotation leaves keys in float32
-            keys=[layer.keys.to(layer.values.dtype) for layer in cache.layers],
-            values=[layer.values for layer in cache.layers],
+            keys=[layer.keys.to(dtype) for layer in cache.layers],
+            values=[layer.values.to(dtype) for layer in cache.layers],
             logits=self.model.get_output_embeddings()(hidden[rows, lengths - 1]),
             lengths=lengths,
             next_position=torch.tensor(following, device=device),
