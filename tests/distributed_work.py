@@ -213,7 +213,7 @@ def handed_over(folder: Path) -> None:
     manifest = str(folder / "manifest.json")
     trainer = make_trainer(folder / "model", manifest, folder / "handed-over", **common(2, steps=1))
     trainer.train()
-    expected = trainer.accelerator.get_state_dict(trainer.model)
+    expected: Any = trainer.accelerator.get_state_dict(trainer.model)
     gathered: list[Any] = []
     plain, DTensor.full_tensor = DTensor.full_tensor, lambda self: gathered.append(self)  # type: ignore[method-assign]
     with trainer.whole_policy() as model:
