@@ -73,6 +73,8 @@ def metrics_line(step: int, steps: int, random_: random.Random) -> dict[str, Any
         "temporal/p_shuffled": p_shuffled,
         "temporal/gap": round(line["reward/accuracy"] - p_shuffled, 4),
         "temporal/share_ordered_better": noisy(0.3 + gap, 0.08),
+        "temporal/credit": noisy(0.01, 0.005),
+        "temporal/credit_groups": noisy(0.02, 0.02),
         "completion/length": round(
             48 - 20 * math.exp(-((done - 0.3) ** 2) / 0.02) + 14 * done + random_.gauss(0, 2), 2
         ),

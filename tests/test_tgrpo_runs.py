@@ -38,6 +38,7 @@ def test_logged_series(finished: TGRPOTrainer) -> None:
         *("epoch", "time", "loss", "learning_rate", "grad_norm"),
         *("reward/accuracy", "reward/format", "reward/temporal", "reward/many_tokens", "reward/total"),
         *("temporal/p", "temporal/p_shuffled", "temporal/gap", "temporal/share_ordered_better"),
+        *("temporal/credit",),
         *("completion/length", "completion/truncated", "completion/self_reflection"),
         *("policy/clip_ratio", "policy/kl", "policy/entropy", "groups/no_variance"),
         *("media/skipped", "updates/skipped", "speed/rollouts_per_second", "speed/tokens_per_second"),

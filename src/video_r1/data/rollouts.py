@@ -22,8 +22,9 @@ class RolloutGroup:
     """One question's rollouts, their rewards and advantages. G ordered completions, G_s shuffled ones.
 
     Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
-    their weighted sum and the only thing that advantages are made of. Only the ordered completions are
-    trained on: the shuffled ones exist to give the share of correct answers without the frame order.
+    their weighted sum, of which advantages are made. Only the ordered completions are trained on: the
+    shuffled ones exist to give the share of correct answers without the frame order. `base_reward` and
+    `base_advantages` are what there would be without the temporal term, to see what it does.
     """
 
     sample: Sample
@@ -38,3 +39,5 @@ class RolloutGroup:
     shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
+    base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
+    base_advantages: Tensor | None = None  # [G] float32

@@ -110,6 +110,7 @@ def score_groups(
             group.rewards[name] = values
     for group in groups:
         group.total_reward = weighted_sum(group.rewards, terms.weights)
+        group.base_reward = weighted_sum(group.rewards, {**terms.weights, "temporal": 0.0})
     return groups
 
 

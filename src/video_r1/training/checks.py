@@ -14,9 +14,11 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import VideoR1Error
 from video_r1.models.group_forward import group_logprobs
-from video_r1.processes import gather
+from video_r1.processes import gather, process_index
+from video_r1.rewards.group import RewardTerms
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import eval_mode
+from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.metrics import Meter
 
@@ -36,6 +38,22 @@ class Preflight(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.global_step == 0:
             check_rewards(self.groups())
+
+
+def warn_of_cancelled_bonus(terms: RewardTerms, settings: TGRPOSettings) -> None:
+    """Says so, in the first process, when the settings make the temporal reward cancel: where a group has
+    rewards of two values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
+    """
+    adds = "temporal" in terms.names and settings.temporal_alpha * terms.weights.get("temporal", 1.0) != 0
+    telling = {name for name in terms.names if terms.weights.get(name, 1.0) != 0}
+    two_values = telling <= {"accuracy", "format", "temporal"}
+    if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
+        logger.warning(
+            "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
+            "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
+            "temporal/credit). Set scale_rewards to batch or none, or temporal_rule to off to save the "
+            "shuffled completions"
+        )
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
@@ -29,19 +30,27 @@ from video_r1.training.objective import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
+VISIBLE_CHANGE = 0.01  # of an advantage, whose deviation in its group is 1
+
 
 class Meter:
-    """Gathers series over some steps and all processes: quotients of two sums, sums, and peaks."""
+    """Gathers series over some steps and all processes: quotients of two sums or norms, sums, peaks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, float] = defaultdict(float)  # only quotients have one
         self.peaks: dict[str, float] = {}
+        self.roots: set[str] = set()  # quotients whose root is logged
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add to a quotient: `value` is a sum over `count` things."""
         self.sums[name] += float(value)
         self.counts[name] += float(count)
+
+    def norms(self, name: str, vector: Tensor, reference: Tensor) -> None:
+        """Add to a quotient of two norms, ‖vector‖ ÷ ‖reference‖, over all that is added."""
+        self.add(name, float(vector.square().sum()), float(reference.square().sum()))
+        self.roots.add(name)
 
     def total(self, name: str, value: float) -> None:
         """Add to a series whose logged value is a sum."""
@@ -67,9 +76,10 @@ class Meter:
 
     def drain(self, steps: int) -> dict[str, float]:
         """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
-        parts = gather((self.sums, self.counts, self.peaks))
+        parts = gather((self.sums, self.counts, self.peaks, self.roots))
         self.__init__()
-        for sums, counts, peaks in parts:
+        for sums, counts, peaks, roots in parts:
+            self.roots |= roots
             for name, value in sums.items():
                 self.sums[name] += value
             for name, count in counts.items():
@@ -83,7 +93,8 @@ class Meter:
             elif name not in self.counts:
                 series[name] = value
             elif self.counts[name] > 0:
-                series[name] = value / self.counts[name]
+                quotient = value / self.counts[name]
+                series[name] = math.sqrt(quotient) if name in self.roots else quotient
         series |= sorted(self.peaks.items())
         self.__init__()
         return series
@@ -103,11 +114,24 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("temporal/p_shuffled", group.p_shuffled)
             meter.add("temporal/gap", group.p - group.p_shuffled)
             meter.add("temporal/share_ordered_better", group.p > group.p_shuffled)
+            describe_credit(meter, group)
         for rollout in group.ordered:
             meter.add("completion/length", len(rollout.token_ids))
             meter.add("completion/truncated", rollout.finish_reason == "length")
             meter.add("completion/self_reflection", has_self_reflection(rollout.text, phrases))
         meter.add("groups/no_variance", bool(without_variance(group.total_reward[None])))
+
+
+def describe_credit(meter: Meter, group: RolloutGroup) -> None:
+    """Adds what the temporal term has done to a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
+    and whether it has changed one of a group that it pays.
+    """
+    if group.base_advantages is None:
+        return
+    change = group.advantages - group.base_advantages
+    meter.norms("temporal/credit", change, group.base_advantages)
+    if "temporal" in group.rewards and bool(group.rewards["temporal"].any()):
+        meter.add("temporal/credit_groups", float(change.abs().max()) > VISIBLE_CHANGE)
 
 
 def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:

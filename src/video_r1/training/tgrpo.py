@@ -45,27 +45,27 @@ from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
-from video_r1.processes import gather_lists, process_count
+from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.advantages import group_advantages
 from video_r1.training.checks import (
     CHECKED_QUESTIONS,
     Preflight,
     SamplerCheck,
     sampler_difference,
     sampler_weights,
+    warn_of_cancelled_bonus,
 )
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
 from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
-from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
+from video_r1.training.rollouts import PolicyBatch, StepRollouts, compare, policy_batches, step_normaliser
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
@@ -114,6 +114,7 @@ class TGRPOTrainer(QuestionTrainer):
     ) -> None:
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         self.terms = reward_terms(reward_funcs, args)
+        warn_of_cancelled_bonus(self.terms, args)
         self.step_batches: list[PolicyBatch] = []
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
@@ -168,10 +169,7 @@ class TGRPOTrainer(QuestionTrainer):
         groups = self.score(questions, ordered, shuffled)
 
         # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
-        rewards, mine = gather_lists([group.total_reward for group in groups])  # of all processes: "batch"
-        advantages_QG = group_advantages(torch.stack(rewards), args.scale_rewards)[mine]
-        for group, advantages in zip(groups, advantages_QG, strict=True):
-            group.advantages = advantages
+        compare(groups, args)
         describe_groups(self.meter, groups, args.self_reflection_phrases)
         return policy_batches(groups, [len(batch) for batch in pending], with_kl=args.beta != 0)
 
