@@ -10,11 +10,18 @@ import torch
 
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import RolloutGroup
+from video_r1.errors import ConfigError
 from video_r1.rewards.group import reward_terms
 from video_r1.settings.training import TGRPOSettings
+from video_r1.training.advantages import (
+    deviation,
+    group_advantages,
+    question_weights,
+    updated_moments,
+)
 from video_r1.training.checks import warn_of_cancelled_bonus
+from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.metrics import Meter, describe_credit
-from video_r1.training.rollouts import compare
 
 
 def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> RolloutGroup:
@@ -30,7 +37,7 @@ def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> R
 
 
 def series(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
-    compare(groups, TGRPOSettings(**settings))
+    give_advantages(groups, TGRPOSettings(**settings))
     meter = Meter()
     for each in groups:
         describe_credit(meter, each)
@@ -84,6 +91,8 @@ def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         (None, {"length_reward": 0.0, "temporal_alpha": 0.0}, False),
         (None, {"length_reward": 0.0, "scale_rewards": "none"}, False),
         (None, {"length_reward": 0.0, "scale_rewards": "batch"}, False),
+        (None, {"length_reward": 0.0, "scale_rewards": "task"}, False),
+        (None, {"length_reward": 0.0, "temporal_rule": "weight"}, False),
     ],
 )
 def test_credit_that_cancels_is_warned_of(
@@ -94,3 +103,80 @@ def test_credit_that_cancels_is_warned_of(
         warn_of_cancelled_bonus(reward_terms(rewards, chosen), chosen)
     said = [record.message for record in caplog.records]
     assert any("scale_rewards" in line and "temporal/credit" in line for line in said) == warned
+
+
+# ---- weight
+
+
+def test_question_weights() -> None:
+    """κ = 2: 1 + 2 × 0.5 = 2, and 1 for p ≤ p̃; the videos' mean is 4/3. An image weighs 1."""
+    weights = question_weights([0.5, -0.25, None, 0.0], kappa=2.0)
+    torch.testing.assert_close(weights, torch.tensor([1.5, 0.75, 1.0, 0.75]))
+    assert question_weights([None, None], kappa=2.0).tolist() == [1.0, 1.0]
+    assert question_weights([0.5, 0.25], kappa=0.0).tolist() == [1.0, 1.0]
+
+
+def test_credit_of_weights_survives_normalisation() -> None:
+    """p − p̃ is 1/2 and 0: 1.5 and 1, over their mean 1.2 and 0.8. Both groups have the same advantages, which
+    change by 0.2 of themselves; only the first is paid."""
+    groups = [group("1100", p_shuffled=0.0), group("1100", p_shuffled=0.5)]
+    for each in groups:
+        del each.rewards["temporal"]
+    seen = series(groups, temporal_rule="weight", temporal_weight_kappa=1.0)
+    plain = group_advantages(groups[0].total_reward[None])[0]
+    torch.testing.assert_close(groups[0].advantages, 1.2 * plain)
+    torch.testing.assert_close(groups[1].advantages, 0.8 * plain)
+    assert seen["temporal/credit"] == pytest.approx(0.2, rel=1e-5)
+    assert seen["temporal/credit_groups"] == 1.0
+
+
+def test_weight_adds_no_reward() -> None:
+    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule="weight")).names
+    with pytest.raises(ConfigError, match="temporal_rule is weight, which adds no reward"):
+        reward_terms(["temporal"], TGRPOSettings(temporal_rule="weight"))
+
+
+# ---- task
+
+
+def test_moments_of_a_task() -> None:
+    """Rewards 1 0 1 1: E[R] = E[R²] = 3/4. Then 2 0, of means 1 and 2: 0.99 of the old, 0.01 of the new."""
+    first = updated_moments({}, torch.tensor([[1.0, 0.0], [5.0, 5.0], [1.0, 1.0]]), ["a", "b", "a"])
+    assert first == {"a": (0.75, 0.75), "b": (5.0, 25.0)}
+    then = updated_moments(first, torch.tensor([[2.0, 0.0]]), ["a"])
+    assert then["a"] == pytest.approx((0.7525, 0.7625))
+    assert then["b"] == first["b"]
+    assert deviation(then["a"]) == pytest.approx((0.7625 - 0.7525**2) ** 0.5)
+    assert deviation(then["b"]) == 0.001  # equal rewards have none
+
+
+def test_moments_do_not_depend_on_the_order_of_questions() -> None:
+    rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    order = [3, 1, 5, 0, 4, 2]
+    names = ["a", "b", "a", "a", "b", "a"]
+    turned = updated_moments({}, rewards[order], [names[i] for i in order])
+    assert turned == updated_moments({}, rewards, names)
+
+
+def test_advantages_by_the_task() -> None:
+    """±1/2 ÷ 0.5 for the first question; ÷ 0.05 the second would be at 10, so its own √(1/3) is taken."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2, dtype=torch.float64)
+    deviations = torch.tensor([0.5, 0.05])
+    advantages = group_advantages(rewards, "task", task_deviations=deviations)
+    assert advantages[0].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001, 0.5 / 0.5001])
+    torch.testing.assert_close(advantages[1:], group_advantages(rewards[:1]))
+    with pytest.raises(ValueError, match="task with its deviations"):
+        group_advantages(rewards, "task")
+
+
+def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
+    """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
+    tasks = TaskMoments()
+    settings = TGRPOSettings(scale_rewards="task")
+    give_advantages([group("1100")], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
+    paid = group("1100", bonus=0.15)  # E[R] = 0.50075, E[R²] = 0.5016125
+    give_advantages([paid], settings, tasks)
+    std = (0.5016125 - 0.50075**2) ** 0.5
+    assert paid.advantages[0].item() == pytest.approx(0.575 / (std + 1e-4), rel=1e-5)
+    assert paid.base_advantages is not None
+    assert paid.base_advantages[0].item() == pytest.approx(0.5 / (std + 1e-4), rel=1e-5)

@@ -14,15 +14,18 @@ from tiny_questions import read_lines, write_manifest
 
 
 @pytest.mark.dist
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("scale", "rule"), [("batch", "margin"), ("task", "weight")])
+def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:
     """Same completions, rewards, validation and weights after two steps, images and videos mixed."""
     tiny_checkpoint("qwen2_5_vl", tmp_path / "model")
     write_manifest(tmp_path)
     script = str(Path(__file__).with_name("tgrpo_process.py"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*launch, script, str(tmp_path), "2"], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*launch, script, str(tmp_path), "2", scale, rule], capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    main(tmp_path, 1)
+    main(tmp_path, 1, scale, rule)
     one, two = (torch.load(tmp_path / f"weights{n}.pt", weights_only=True) for n in (1, 2))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=0, atol=1e-6)

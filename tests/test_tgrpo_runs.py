@@ -182,14 +182,16 @@ def comparable(path: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.startswith(timed)} for line in read_lines(path)]
 
 
-@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize(
+    ("iterations", "credit"), [(1, {}), (2, {}), (1, {"scale_rewards": "task", "temporal_rule": "weight"})]
+)
 def test_resumed_run_equals_an_uninterrupted_one(
-    checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int
+    checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int, credit: dict[str, str]
 ) -> None:
     """Bit for bit, over the end of an epoch; what a killed run left behind its checkpoint is replaced."""
     settings = {
         "max_steps": 6, "save_steps": 2, "num_iterations": iterations, "gradient_accumulation_steps": 2,
-        "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine",
+        "per_device_train_batch_size": 2, "lr_scheduler_type": "cosine", **credit,
     }  # fmt: skip
     whole = make_trainer(checkpoint, str(manifest), tmp_path / "whole", **settings)
     whole.train()

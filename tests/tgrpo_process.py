@@ -11,10 +11,11 @@ from tgrpo_trainers import make_trainer, weights
 torch.set_num_threads(1)
 
 
-def main(folder: Path, processes: int) -> None:
+def main(folder: Path, processes: int, scale: str, rule: str) -> None:
     trainer = make_trainer(
         folder / "model", str(folder / "manifest.json"), folder / f"run{processes}", optim="sgd", max_steps=2,
-        learning_rate=0.01, per_device_train_batch_size=4 // processes, scale_rewards="batch",
+        learning_rate=0.01, per_device_train_batch_size=4 // processes,
+        scale_rewards=scale, temporal_rule=rule,
         evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
         ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip
@@ -24,4 +25,4 @@ def main(folder: Path, processes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

@@ -41,3 +41,9 @@ class RolloutGroup:
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
     base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
     base_advantages: Tensor | None = None  # [G] float32
+    # fmt: on
+
+    @property
+    def margin(self) -> float | None:
+        """p − p̃; None where no contrast was sampled."""
+        return None if self.p_shuffled is None else self.p - self.p_shuffled

@@ -39,10 +39,10 @@ def reward_terms(
     """The terms of a run. None: accuracy and format, with the length and temporal rewards of the settings.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    unless `temporal_rule` is off. Raises ConfigError for an empty list, an unknown name or a weight of a term
-    that is not there (1, which a term has without being named, may stand for a built-in one).
+    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name or a weight of
+    a term that is not there (1, which a term has without being named, may stand for a built-in one).
     """
-    asked_for = {"length": settings.length_reward > 0, "temporal": settings.temporal_rule != "off"}
+    asked_for = {"length": settings.length_reward > 0, "temporal": settings.pays_temporal}
     if reward_funcs is None:
         built_in = ("accuracy", "format", *(name for name in asked_for if asked_for[name]))
         custom: dict[str, RewardFunction] = {}
@@ -64,7 +64,10 @@ def reward_terms(
             )
         built_in = tuple(dict.fromkeys([*names, "temporal"] if asked_for["temporal"] else names))
         if "temporal" in built_in and not asked_for["temporal"]:
-            raise ConfigError("reward_funcs: 'temporal' is named while temporal_rule is off; set a rule")
+            raise ConfigError(
+                f"reward_funcs: 'temporal' is named while temporal_rule is {settings.temporal_rule}, "
+                "which adds no reward; set margin or threshold"
+            )
         custom = {}
         for function in (entry for entry in given if callable(entry)):
             name = getattr(function, "__name__", type(function).__name__)

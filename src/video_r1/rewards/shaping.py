@@ -6,12 +6,12 @@ Source of the temporal and the length reward: T-GRPO, arXiv 2503.21776.
 
 import re
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TemporalRule = Literal["margin", "threshold", "off"]
+from video_r1.settings.training import TemporalRule
 
 _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -44,7 +44,7 @@ def temporal_reward(
     correct: [G] bool; correct_shuffled: [H] bool, H = 0 for an image, which earns nothing.
     margin:    r_t = α·(p − p̃) if p > p̃, else 0
     threshold: r_t = α          if p ≥ μ·p̃, else 0   (arXiv 2503.21776 v4; μ = 1)
-    off:       r_t = 0
+    weight, off: r_t = 0  (`weight` multiplies advantages instead: training/advantages.py)
     """
     p = _share(correct)
     p_shuffled = _share(correct_shuffled)
@@ -55,8 +55,8 @@ def temporal_reward(
         elif rule == "threshold":
             # 0.8 × 3/4 is a rounding error above 3/5: shares are compared with more room than that.
             amount = alpha if p >= mu * p_shuffled - 1e-9 else 0.0
-        elif rule != "off":
-            raise ValueError(f"unknown temporal rule {rule!r}; it is margin, threshold or off")
+        elif rule not in ("weight", "off"):
+            raise ValueError(f"unknown temporal rule {rule!r}; it is margin, threshold, weight or off")
     return TemporalReward(amount * correct.to(torch.float32), p, p_shuffled)
 
 

@@ -13,6 +13,9 @@ Schedule = Literal[
 ]  # fmt: skip
 """Those of `transformers.SchedulerType`."""
 
+AdvantageScale = Literal["group", "batch", "task", "none"]
+TemporalRule = Literal["margin", "threshold", "weight", "off"]
+
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
     "on second thought", "re-examine", "reconsider", "double-check", "verify", "actually,",
@@ -85,15 +88,18 @@ class TGRPOSettings(TrainingSettings):
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
-    scale_rewards: Literal["group", "batch", "none"] = setting(
-        "group", "whose standard deviation advantages are divided by"
+    scale_rewards: AdvantageScale = setting(
+        "group", "whose standard deviation advantages are divided by; task: a running one of the problem type"
     )
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
-    temporal_rule: Literal["margin", "threshold", "off"] = setting(
-        "margin", "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none"
+    temporal_rule: TemporalRule = setting(
+        "margin",
+        "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
+        "advantages weighted by 1 + kappa·(p − p_shuffled); none",
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
+    temporal_weight_kappa: float = setting(1.0, "kappa of the rule 'weight'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
@@ -149,6 +155,11 @@ class TGRPOSettings(TrainingSettings):
                 f"starts at {self.length_range[0]} tokens, above max_completion_length "
                 f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0",
             )
+
+    @property
+    def pays_temporal(self) -> bool:
+        """Whether the temporal rule adds to the reward."""
+        return self.temporal_rule in ("margin", "threshold")
 
     @property
     def shuffled_generations(self) -> int:

@@ -130,7 +130,8 @@ def describe_credit(meter: Meter, group: RolloutGroup) -> None:
         return
     change = group.advantages - group.base_advantages
     meter.norms("temporal/credit", change, group.base_advantages)
-    if "temporal" in group.rewards and bool(group.rewards["temporal"].any()):
+    bonus = group.rewards.get("temporal")
+    if bool(bonus.any()) if bonus is not None else (group.margin or 0.0) > 0:
         meter.add("temporal/credit_groups", float(change.abs().max()) > VISIBLE_CHANGE)
 
 

@@ -22,10 +22,9 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import VisionFeatures
-from video_r1.processes import gather, gather_lists
+from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
-from video_r1.training.advantages import group_advantages
 from video_r1.training.metrics import Meter
 from video_r1.training.objective import loss_normaliser
 from video_r1.training.questions import Ready
@@ -139,17 +138,6 @@ class PolicyBatch:
     @property
     def problem_ids(self) -> list[str | int]:
         return [group.sample.problem_id for group in self.trained]
-
-
-def compare(groups: Sequence[RolloutGroup], settings: TGRPOSettings) -> None:
-    """Gives a step's groups their advantages, and those that they would have without the temporal term."""
-    rewards, mine = gather_lists([(group.total_reward, group.base_reward) for group in groups])
-    total, base = (
-        group_advantages(torch.stack(column), settings.scale_rewards)[mine]
-        for column in zip(*rewards, strict=True)
-    )
-    for group, advantages, without in zip(groups, total, base, strict=True):
-        group.advantages, group.base_advantages = advantages, without
 
 
 def policy_batches(groups: Sequence[RolloutGroup], sizes: Sequence[int], with_kl: bool) -> list[PolicyBatch]:

@@ -11,7 +11,7 @@ schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
  1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
-    `temporal_rule="threshold"`.
+    `temporal_rule="threshold"`. Both cancel in groups of right and wrong; `temporal_rule="weight"` does not.
  2. p and p̃ belong to one question. The reference code takes them over the batch, of one prompt a device.
  3. Ordered and shuffled completions are sampled alike, without top-p: what is scored is what was sampled.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -60,12 +60,13 @@ from video_r1.training.checks import (
     sampler_weights,
     warn_of_cancelled_bonus,
 )
+from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
 from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
-from video_r1.training.rollouts import PolicyBatch, StepRollouts, compare, policy_batches, step_normaliser
+from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
@@ -116,6 +117,8 @@ class TGRPOTrainer(QuestionTrainer):
         self.terms = reward_terms(reward_funcs, args)
         warn_of_cancelled_bonus(self.terms, args)
         self.step_batches: list[PolicyBatch] = []
+        if args.scale_rewards == "task":
+            callbacks = [*(callbacks or []), TaskMoments()]
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
@@ -168,8 +171,8 @@ class TGRPOTrainer(QuestionTrainer):
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         groups = self.score(questions, ordered, shuffled)
 
-        # A_i = (R_i − mean(R)) ÷ std(R), over the question's ordered completions
-        compare(groups, args)
+        # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
+        give_advantages(groups, args, self.task_moments())
         describe_groups(self.meter, groups, args.self_reflection_phrases)
         return policy_batches(groups, [len(batch) for batch in pending], with_kl=args.beta != 0)
 
@@ -221,6 +224,11 @@ class TGRPOTrainer(QuestionTrainer):
         """Inside, every process has the whole model, to sample with it or to hand it over."""
         with self.whole_weights(), self.accelerator.autocast():
             yield self.accelerator.unwrap_model(self.model)
+
+    def task_moments(self) -> TaskMoments | None:
+        """Of `scale_rewards` task. The Trainer may have put another one in place that it has read."""
+        handlers = self.callback_handler.callbacks
+        return next((one for one in handlers if isinstance(one, TaskMoments)), None)
 
     def score(
         self, questions: Sequence[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
