@@ -128,6 +128,9 @@ def test_credit_of_weights_survives_normalisation() -> None:
     torch.testing.assert_close(groups[1].advantages, 0.8 * plain)
     assert seen["temporal/credit"] == pytest.approx(0.2, rel=1e-5)
     assert seen["temporal/credit_groups"] == 1.0
+    meter = Meter()
+    describe_credit(meter, groups[1])
+    assert "temporal/credit_groups" not in meter.counts
 
 
 def test_weight_adds_no_reward() -> None:
@@ -146,12 +149,14 @@ def test_moments_of_a_task() -> None:
     then = updated_moments(first, torch.tensor([[2.0, 0.0]]), ["a"])
     assert then["a"] == pytest.approx((0.7525, 0.7625))
     assert then["b"] == first["b"]
+    assert updated_moments(first, torch.tensor([[5.0, 5.0]]), ["b"])["b"] == pytest.approx((5.0, 25.0))
     assert deviation(then["a"]) == pytest.approx((0.7625 - 0.7525**2) ** 0.5)
     assert deviation(then["b"]) == 0.001  # equal rewards have none
 
 
 def test_moments_do_not_depend_on_the_order_of_questions() -> None:
     rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    rewards *= torch.tensor([1e6, 1e6, 1.0, 1e-3, 1e-3, 1.0])[:, None]  # sums that rounding would tell apart
     order = [3, 1, 5, 0, 4, 2]
     names = ["a", "b", "a", "a", "b", "a"]
     turned = updated_moments({}, rewards[order], [names[i] for i in order])
