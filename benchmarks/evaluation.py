@@ -32,14 +32,14 @@ from video_r1.data.media import shuffled_order
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import derived_generator
 from video_r1.data.records import Sample
-from video_r1.evaluation.runner import Order, evaluate, sampling_seed
+from video_r1.evaluation.runner import evaluate, sampling_seed
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import SIDE, base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import FrameBudget, Order
 
 SEED = 0
 Answers = dict[tuple[str | int, str, int], str]  # problem_id, order, frame count: the output

@@ -80,7 +80,9 @@ class Step:
 
     def questions(self) -> list[Question]:
         return [
-            build_question(sample, decode_media(sample, self.budget), self.builder, self.generator, True)
+            build_question(
+                sample, decode_media(sample, self.budget), self.builder, self.generator, "shuffled"
+            )
             for sample in self.samples
         ]
 

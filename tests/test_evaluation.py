@@ -7,7 +7,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import FrameBudget, Order
 
 BUDGET = FrameBudget(fps=8.0, frame_pixels=56 * 56, image_pixels=56 * 56)
 BOTH = ["ordered", "shuffled"]
@@ -73,9 +73,12 @@ class ScriptedEngine:
             self.calls_left -= 1
         self.prompts += prompts
         self.seeds.append(sampling.seed)
-        answers = {"ordered": "<think>t</think><answer>B</answer>", "shuffled": "It is A."}
+        answers = {"ordered": "<think>t</think><answer>B</answer>"}
         tokens = torch.zeros(3, dtype=torch.int64)
-        return [[Rollout(tokens, torch.zeros(3), answers[prompt.order], "stop")] for prompt in prompts]
+        return [
+            [Rollout(tokens, torch.zeros(3), answers.get(prompt.order, "It is A."), "stop")]
+            for prompt in prompts
+        ]
 
     def update_weights(self, model: Any) -> None: ...
 
@@ -137,6 +140,23 @@ def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
     assert permutations[0] == permutations[1]
     assert permutations[0] != permutations[2]
     assert permutations[0][0] != permutations[0][1]  # each question has its own
+
+
+def test_every_contrast_beside_the_ordered_clip(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    """Each is asked of videos alone, under its name; answers to the shuffled clip are what they were."""
+    samples = [sample(1, media), sample(3, media, "image.png")]
+    orders = list(get_args(Order))
+    figures = evaluate(
+        samples, ScriptedEngine(), builder, folder=tmp_path / "all", frames=[8], order=orders
+    )["frames"]["8"]  # fmt: skip
+    records = lines(tmp_path / "all" / "predictions-8.jsonl")
+    assert [record["order"] for record in records] == [*orders, "ordered"]
+    assert figures["temporal_gap"]["gap"] == 1.0
+    assert {name: gap["gap"] for name, gap in figures["temporal_gaps"].items()} == dict.fromkeys(
+        orders[2:], 1.0
+    )
+    evaluate(samples, ScriptedEngine(), builder, folder=tmp_path / "two", frames=[8])
+    assert lines(tmp_path / "two" / "predictions-8.jsonl") == [*records[:2], records[-1]]
 
 
 def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_questions(
@@ -313,7 +333,7 @@ def test_a_damaged_line_in_the_middle_is_named(builder: PromptBuilder, media: Pa
     [
         ({"samples": []}, "no samples"),
         ({"order": []}, "order"),
-        ({"order": ["reversed"]}, "reversed"),
+        ({"order": ["backwards"]}, "backwards"),
         ({"order": ["ordered", "ordered"]}, "order"),
         ({"frames": []}, "frames"),
         ({"frames": [8, 8]}, "frames"),

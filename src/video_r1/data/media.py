@@ -49,8 +49,12 @@ class Media:
         return len(self.frames) / self.duration if self.duration else 0.0
 
     def reordered(self, permutation: Tensor) -> Self:
-        """The same media with frame `permutation[i]` in place i. The timestamps stay where they are."""
-        return replace(self, frames=self.frames[permutation])
+        """The same media with frame `permutation[i]` in place i. The timestamps stay where they are, unless
+        some are left out: then each frame keeps its own.
+        """
+        all_there = len(permutation) == len(self.frames)
+        times = self.timestamps if all_there else self.timestamps[permutation]
+        return replace(self, frames=self.frames[permutation], timestamps=times)
 
 
 def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:

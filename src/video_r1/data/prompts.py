@@ -18,7 +18,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from video_r1.data.media import Media
 from video_r1.data.records import ProblemType, Sample
 from video_r1.errors import ConfigError, PromptError
 from video_r1.settings.carried import template_text
+from video_r1.settings.frames import Contrast, Order
 
 # Few words on purpose: small models with their own tokenizer read the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
@@ -46,15 +47,16 @@ _TOKENIZING = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question's model inputs in one frame order.
+    """One question's model inputs in one frame order, or with one contrast (data/contrasts.py).
 
     input_ids: [P] int64, the chat with its visual placeholders expanded.
     features: what the model's forward takes besides ids and mask, for this prompt alone: `pixel_values`
         [patches, dim] float32 and `image_grid_thw` [1, 3] for an image, `pixel_values_videos` and
         `video_grid_thw` for a video, `second_per_grid_ts` [1] float32 (Qwen2.5-VL), `mm_token_type_ids` [P].
-    media: the frames in the order in which the model sees them.
+    media: the frames in the order in which the model sees them; none for a blind prompt.
     permutation: [T] int64, tile i shows frame permutation[i]; None for the clip's own order.
     messages: the chat, for engines that tokenise themselves.
+    contrast: what the permutation is, where there is one.
     """
 
     input_ids: Tensor
@@ -62,10 +64,11 @@ class Prompt:
     media: Media
     permutation: Tensor | None
     messages: list[dict[str, Any]]
+    contrast: Contrast = "shuffled"
 
     @property
-    def order(self) -> Literal["ordered", "shuffled"]:
-        return "ordered" if self.permutation is None else "shuffled"
+    def order(self) -> Order:
+        return "ordered" if self.permutation is None else self.contrast
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +158,22 @@ class TextPrompts:
         """The user's text: question, options, instruction and answer hint."""
         return self.template.render(sample)
 
-    def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
-        """The prompt of a question; `permutation` [T] shuffles its frames and leaves all else as it is."""
+    def build(
+        self,
+        sample: Sample,
+        media: Media,
+        permutation: Tensor | None = None,
+        contrast: Contrast = "shuffled",
+    ) -> Prompt:
+        """The prompt of a question. `permutation` [T]: which frames it shows, by number, in place of all in
+        order; all else stays as it is. Without any frame it has no visuals. contrast: what that is called.
+        """
         if permutation is not None:
             media = media.reordered(permutation)
-        content = [{"type": media.kind}, {"type": "text", "text": self.question(sample)}]
+        visuals = [{"type": media.kind}] if len(media.frames) else []
+        content = [*visuals, {"type": "text", "text": self.question(sample)}]
         nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}])
+        return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}], contrast)
 
 
 class PromptBuilder(TextPrompts):
@@ -193,15 +205,23 @@ class PromptBuilder(TextPrompts):
         self._refuse_special_tokens(text, sample)
         return text
 
-    def build(self, sample: Sample, media: Media, permutation: Tensor | None = None) -> Prompt:
+    def build(
+        self,
+        sample: Sample,
+        media: Media,
+        permutation: Tensor | None = None,
+        contrast: Contrast = "shuffled",
+    ) -> Prompt:
         """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
-        plain = super().build(sample, media, permutation)
+        plain = super().build(sample, media, permutation, contrast)
         text = self.processor.apply_chat_template(plain.messages, tokenize=False, add_generation_prompt=True)
         media = plain.media
         self._check_frames(sample, media)
         settings: dict[str, Any] = {"text": [text], "do_resize": False, "return_tensors": "pt"}
         with _TOKENIZING:
-            if media.kind == "image":
+            if len(media.frames) == 0:
+                encoded = self.processor(text=[text], return_tensors="pt")
+            elif media.kind == "image":
                 encoded = self.processor(images=[media.frames[0]], **settings)
             else:
                 settings |= {**self._video_settings, "video_metadata": [video_metadata(media)]}

@@ -17,13 +17,14 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
+from video_r1.data.contrasts import contrast_prompt
 from video_r1.data.frame_cache import FrameCache, read_cached, read_cached_at
-from video_r1.data.media import Media, shuffled_order
+from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
 from video_r1.seeds import derived_seed
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import Contrast, FrameBudget
 
 Item = TypeVar("Item")
 Built = TypeVar("Built")
@@ -155,16 +156,18 @@ class Question:
 
     sample: Sample
     ordered: Prompt
-    shuffled: Prompt | None  # None where nothing is sampled with shuffled frames
+    shuffled: Prompt | None  # with the contrast clip; None where nothing is compared with one
     seed: int  # fixes its completions, whichever questions it is sampled with
 
 
 def build_question(
-    sample: Sample, media: Media, builder: PromptBuilder, generator: torch.Generator, with_shuffled: bool
+    sample: Sample,
+    media: Media,
+    builder: PromptBuilder,
+    generator: torch.Generator,
+    contrast: Contrast | None,
 ) -> Question:
-    """Both prompts of a sample. Only videos of two frames or more have a shuffled one. Raises PromptError."""
+    """A sample's prompt, and that with the contrast clip, which images have not. Raises PromptError."""
     seed = int(torch.randint(2**62, (), generator=generator))
-    shuffled = None
-    if with_shuffled and media.kind == "video" and len(media.frames) > 1:
-        shuffled = builder.build(sample, media, shuffled_order(len(media.frames), generator))
+    shuffled = None if contrast is None else contrast_prompt(sample, media, builder, contrast, generator)
     return Question(sample, builder.build(sample, media), shuffled, seed)

@@ -18,11 +18,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.contrasts import contrast_prompt
 from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.media import Media, shuffled_order
+from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
@@ -30,7 +31,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts
-from video_r1.evaluation.summary import ORDERS, summarise
+from video_r1.evaluation.summary import summarise
 from video_r1.files import differences, digest, part_of, parts_of, replace_json
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
@@ -39,13 +40,12 @@ from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import EvalSettings
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import FrameBudget, Order
 
 # What decides the pixels of a prompt besides the frame count, which has files of its own.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
 _BATCHES_AHEAD = 3  # whose media are read while the engine is busy
 
-Order = Literal["ordered", "shuffled"]
 _Key = tuple[str | int, str]  # problem_id and order
 
 
@@ -172,7 +172,7 @@ class _Run:
     def place(self, record: Mapping[str, Any]) -> tuple[int, int]:
         """Where a prediction stands in its file."""
         order = self.settings.order
-        places = [*order, *(name for name in ORDERS if name not in order)]
+        places = [*order, *(name for name in get_args(Order) if name not in order)]
         return self.places[record["problem_id"]], places.index(record["order"])
 
     def place_in_quarantine(self, record: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -195,13 +195,15 @@ class _Run:
         """The sample's prompt in each order. Raises MediaError and PromptError."""
         prompts = []
         for order in self.orders_of(sample):
-            permutation = None
-            if order == "shuffled":
-                if len(media.frames) < 2:
-                    raise MediaError(sample.path, "has one frame, which cannot be shuffled")
-                generator = derived_generator(self.settings.seed, sample.problem_id)
-                permutation = shuffled_order(len(media.frames), generator)
-            prompts.append(self.prompt_builder.build(sample, media, permutation))
+            if order == "ordered":
+                prompts.append(self.prompt_builder.build(sample, media))
+                continue
+            generator = derived_generator(self.settings.seed, sample.problem_id)
+            prompt = contrast_prompt(sample, media, self.prompt_builder, order, generator)
+            if prompt is None:
+                count = f"{len(media.frames)} frame{'s' * (len(media.frames) != 1)}"
+                raise MediaError(sample.path, f"has {count}, which cannot be {order}")
+            prompts.append(prompt)
         return prompts
 
     def ask_all(self, reader: Reader, done: Mapping[int, Set[_Key]]) -> None:

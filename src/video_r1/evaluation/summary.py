@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, get_args
 
 from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
+from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
 
-ORDERS = ("ordered", "shuffled")
+ORDERS = ("ordered", "shuffled")  # the two that a page shows
+CONTRASTS = get_args(Contrast)
 _GROUPINGS = {
     "by_modality": "data_type",
     "by_type": "problem_type",
@@ -27,11 +29,13 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
                       "unparsable_rate", "truncated_rate"},
          "shuffled": the same, over the videos,
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
+         "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
          "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
          "by_type": …, "by_source": …, "by_task": …}
 
-    An order without records and a gap without pairs are left out; the gap is over the questions that were
-    asked in both orders. `by_task` is there when records name task types; an order in which all of them do
+    Each further contrast that was asked stands beside `shuffled`, and its gap in `temporal_gaps`. An order
+    without records and a gap without pairs are left out; a gap is over the questions that were asked both
+    ways. `by_task` is there when records name task types; an order in which all of them do
     also has `task_mean`, the mean over task types, beside the mean over questions.
     """
     figures = _figures(records)
@@ -53,13 +57,19 @@ def _figures(records: Iterable[Record]) -> dict[str, Any]:
     by_order = _by_order(records)
     figures = {order: _order_figures(chosen) for order, chosen in by_order.items()}
     score = {order: {r["problem_id"]: r["score"] for r in chosen} for order, chosen in by_order.items()}
-    both = [question for question in score.get("ordered", {}) if question in score.get("shuffled", {})]
-    if both:
-        ordered, shuffled = ([score[order][question] for question in both] for order in ORDERS)
-        figures["temporal_gap"] = temporal_gap(ordered, shuffled).as_json("gap") | {
-            "ordered": fmean(ordered),
-            "shuffled": fmean(shuffled),
-        }
+    gaps: dict[str, Any] = {}
+    for contrast in (order for order in by_order if order != "ordered"):
+        both = [question for question in score.get("ordered", {}) if question in score[contrast]]
+        if both:
+            ordered, other = (
+                [score[order][question] for question in both] for order in ("ordered", contrast)
+            )
+            means = {"ordered": fmean(ordered), contrast: fmean(other)}
+            gaps[contrast] = temporal_gap(ordered, other).as_json("gap") | means
+    if "shuffled" in gaps:
+        figures["temporal_gap"] = gaps.pop("shuffled")
+    if gaps:
+        figures["temporal_gaps"] = gaps
     return figures
 
 
@@ -73,7 +83,7 @@ def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {order: [] for order in ORDERS}
+    groups: dict[str, list[Record]] = {order: [] for order in ("ordered", *CONTRASTS)}
     for record in records:
         groups[record["order"]].append(record)
     return {order: chosen for order, chosen in groups.items() if chosen}
@@ -92,7 +102,11 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
         lines = [f"{frames} frames", table(head, rows)]
-        lines += [_order_line(order, figures[order]) for order in ORDERS if order in figures]
+        lines += [
+            f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
+            for name, gap in figures.get("temporal_gaps", {}).items()
+        ]
+        lines += [_order_line(order, figures[order]) for order in get_args(Order) if order in figures]
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
         blocks.append("\n".join(lines))
@@ -100,7 +114,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
-    questions = max((figures[order]["questions"] for order in ORDERS if order in figures), default=0)
+    questions = max((figures[order]["questions"] for order in get_args(Order) if order in figures), default=0)
     ordered, shuffled = (cell(figures.get(order), "accuracy") for order in ORDERS)
     return name, str(questions), ordered, shuffled, cell(figures.get("temporal_gap"), "gap")
 

@@ -48,7 +48,9 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     frames = as_table(record.get("frames"))
     strip = _strip(folder, record)
     count = whole(frames.get("count"))
-    permutation = [i for i in as_list(record.get("permutation")) if isinstance(i, int) and 0 <= i < count]
+    shown = record.get("permutation")  # of a contrast clip, which may have fewer frames or none
+    permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
+    is_whole = isinstance(shown, list) and len(permutation) == len(shown) <= count
     return {
         "step": whole(record.get("step")),
         "id": str(record.get("problem_id", "")),
@@ -64,7 +66,7 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "width": finite(frames.get("width"), 1),
         "height": finite(frames.get("height"), 1),
         "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],
-        "permutation": permutation if len(permutation) == count else None,
+        "permutation": permutation if is_whole else None,
         "ordered": [_completion(item) for item in as_list(record.get("ordered")) if isinstance(item, dict)],
         "shuffled": [_completion(item) for item in as_list(record.get("shuffled")) if isinstance(item, dict)],
         "p": finite(record.get("p")),

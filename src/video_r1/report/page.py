@@ -32,6 +32,7 @@ KEY_SETTINGS = {
     "train_manifest": "data",
     "manifest": "data",
     "temporal_rule": "temporal rule",
+    "temporal_contrast": "contrast",
     "num_generations": "G",
     "learning_rate": "learning rate",
     "beta": "β",

@@ -40,7 +40,7 @@ def chat_request(
     frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
     vision understands; "video" as one video of those frames, vLLM's form.
     """
-    is_video = media.kind == "video" and frames_as == "video"
+    is_video = media.kind == "video" and frames_as == "video" and len(media.frames) > 0
     return {
         "model": model,
         "messages": [{"role": "user", "content": chat_content(question, media, frames_as)}],
@@ -56,6 +56,8 @@ def chat_request(
 def chat_content(question: str, media: Media, frames_as: FramesAs) -> list[dict[str, Any]]:
     """The content of the user's message: the media, then the question's text."""
     text = {"type": "text", "text": question}
+    if len(media.frames) == 0:  # a blind question
+        return [text]
     frames = [jpeg(frame) for frame in media.frames]
     if media.kind == "image":
         return [_image(frames[0]), text]

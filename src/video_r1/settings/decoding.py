@@ -6,6 +6,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
+from video_r1.settings.frames import Order
 from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings
 
 SCHEMES = ("http://", "https://")
@@ -63,8 +64,8 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
-    order: list[Literal["ordered", "shuffled"]] = setting(
-        ["ordered"], "frame orders to evaluate; both together give the temporal gap"
+    order: list[Order] = setting(
+        ["ordered"], "frame orders to evaluate; ordered and any others give the temporal gap of each"
     )
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
@@ -75,7 +76,7 @@ class EvalSettings(DecodingSettings, ManifestSettings):
         if not counts or min(counts) < 1 or len(set(counts)) < len(counts):
             yield "frames", f"is {counts}; it must be one or more frame counts above 0, each once"
         if not self.order or len(set(self.order)) < len(self.order):
-            yield "order", f"is {self.order}; name ordered, shuffled or both, each once"
+            yield "order", f"is {self.order}; name one or more frame orders, each once"
 
     @property
     def frame_counts(self) -> list[int]:

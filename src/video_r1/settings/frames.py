@@ -2,8 +2,14 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from video_r1.errors import ConfigError
+
+Contrast = Literal["shuffled", "reversed", "frozen", "dropped", "blind"]
+"""What a clip in its own frame order is compared with (data/contrasts.py)."""
+Order = Literal["ordered", "shuffled", "reversed", "frozen", "dropped", "blind"]
+"""The clip's own order, and each contrast."""
 
 # Two consecutive frames make one temporal patch in every Qwen vision model.
 TEMPORAL_PATCH = 2

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
+from video_r1.settings.frames import Contrast
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -96,6 +97,9 @@ class TGRPOSettings(TrainingSettings):
         "margin",
         "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
         "advantages weighted by 1 + kappa·(p − p_shuffled); none",
+    )
+    temporal_contrast: Contrast = setting(
+        "shuffled", "the clip that p_shuffled is of: frames shuffled, reversed, frozen, half dropped, or none"
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)

@@ -272,9 +272,10 @@ class TGRPOTrainer(QuestionTrainer):
         return self.reader.media(sample)
 
     def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
-        """A sample with both its prompts; without a temporal reward there is no shuffled one."""
-        with_shuffled = self.settings.shuffled_generations > 0
-        return build_question(sample, loaded, self.builder, generator, with_shuffled)
+        """A sample with both its prompts; with `temporal_rule` off there is none of a contrast clip."""
+        args = self.settings
+        contrast = args.temporal_contrast if args.temporal_rule != "off" else None
+        return build_question(sample, loaded, self.builder, generator, contrast)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) read nothing."""
@@ -303,7 +304,7 @@ class TGRPOTrainer(QuestionTrainer):
             return sampler_difference(self.engine, model, prompts, self.settings.temperature)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Greedy accuracy in both frame orders: `accuracy`, `accuracy_shuffled`, `temporal_gap` and more."""
+        """Greedy accuracy in order and with the contrast clip, as `temporal_accuracy` names it."""
         self.rollouts.wait()
         with self.whole_policy() as model:
             self.engine.update_weights(model)

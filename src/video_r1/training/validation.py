@@ -61,14 +61,14 @@ def temporal_accuracy(
     engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any
 ) -> dict[str, float]:
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
-    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled). `questions` counts those that
-    were answered, `skipped` those without usable media. A question is shuffled alike every time. settings: a
-    TGRPOConfig.
+    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with another contrast of the
+    settings, its name in place of `shuffled`. `questions` counts those that were answered, `skipped` those
+    without usable media. A question is shuffled alike every time. settings: a TGRPOConfig.
     """
 
     def build(sample: Sample, media: Media) -> Question:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
-        return build_question(sample, media, builder, generator, with_shuffled=True)
+        return build_question(sample, media, builder, generator, settings.temporal_contrast)
 
     answered = [
         entry
@@ -82,8 +82,9 @@ def temporal_accuracy(
         figures["format"] = fmean(formatted for _, formatted, _ in everyone)
     both = [(accuracy, shuffled) for accuracy, _, shuffled in everyone if shuffled is not None]
     if both:
-        figures["accuracy_video"], figures["accuracy_shuffled"] = map(fmean, zip(*both, strict=True))
-        figures["temporal_gap"] = figures["accuracy_video"] - figures["accuracy_shuffled"]
+        video, contrast = map(fmean, zip(*both, strict=True))
+        figures |= {"accuracy_video": video, f"accuracy_{settings.temporal_contrast}": contrast}
+        figures["temporal_gap"] = video - contrast
     return figures
 
 

@@ -105,6 +105,8 @@ def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
     Text between the frames (Qwen3-VL) is made by vLLM from the timestamps, so such a prompt goes as text.
     """
     media = prompt.media
+    if len(media.frames) == 0:  # a blind question
+        return {"prompt_token_ids": prompt.input_ids.tolist()}
     frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
     if media.kind == "image":
         data: dict[str, Any] = {"image": Image.fromarray(frames[0])}
@@ -134,6 +136,8 @@ def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtyp
     )
     from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
+    if len(prompt.media.frames) == 0:  # a blind question
+        return {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
     visual, one_block = visual_tokens(prompt)
     if not one_block:
         raise ConfigError(

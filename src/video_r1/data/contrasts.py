@@ -1,0 +1,75 @@
+"""Contrast clips: a question's own clip without its frame order, or without its frames.
+
+Each is a pure function of the number of frames T: which of them stand, and in which order. What a model gets
+right with a contrast clip needs nothing that the contrast takes away; the temporal gap is what it gets right
+only in order.
+
+| contrast | frames of a clip 0 1 2 3 4 5 6 7 | takes away | source |
+|---|---|---|---|
+| shuffled | 3 1 0 2 7 5 4 6, any order but the clip's own | order | T-GRPO, arXiv 2503.21776 |
+| reversed | 7 6 5 4 3 2 1 0 | the arrow of time | ArrowRL, arXiv 2506.03340 |
+| frozen | 5 5 5 5 5 5 5 5, any one of them | change | – |
+| dropped | 1 2 5 6, half of them in order | moments | TaRO, arXiv 2606.09248 |
+| blind | none: the prompt has no visuals | everything | – |
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from video_r1.data.media import Media, shuffled_order
+from video_r1.data.prompts import Prompt, TextPrompts
+from video_r1.data.records import Sample
+from video_r1.settings.frames import TEMPORAL_PATCH, Contrast
+
+
+def contrast_frames(contrast: Contrast, frames: int, generator: Generator) -> Tensor | None:
+    """[T'] int64: the frames of a clip of `frames` frames that the contrast shows, by number.
+
+    None for a clip that is too short to have it. generator: for what is drawn, which is the same for the
+    same generator.
+    """
+    least = 2 * TEMPORAL_PATCH if contrast == "dropped" else 2
+    return _CONTRASTS[contrast](frames, generator) if frames >= least else None
+
+
+def reversed_order(frames: int, generator: Generator) -> Tensor:
+    """From the last frame to the first."""
+    return torch.arange(frames).flip(0)
+
+
+def frozen(frames: int, generator: Generator) -> Tensor:
+    """One frame, drawn uniformly, in every place."""
+    return torch.randint(frames, (1,), generator=generator).expand(frames).clone()
+
+
+def dropped(frames: int, generator: Generator) -> Tensor:
+    """Half of the frames, drawn uniformly, in their order; an even number, as pairs make temporal patches."""
+    kept = frames // 2 // TEMPORAL_PATCH * TEMPORAL_PATCH
+    return torch.randperm(frames, generator=generator)[:kept].sort().values
+
+
+def blind(frames: int, generator: Generator) -> Tensor:
+    """No frame at all."""
+    return torch.empty(0, dtype=torch.long)
+
+
+def contrast_prompt(
+    sample: Sample, media: Media, builder: TextPrompts, contrast: Contrast, generator: Generator
+) -> Prompt | None:
+    """The question about the contrast clip; None for a clip that is too short, or an image (of one frame).
+
+    Raises PromptError.
+    """
+    shown = contrast_frames(contrast, len(media.frames), generator)
+    return None if shown is None else builder.build(sample, media, shown, contrast)
+
+
+_CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
+    "shuffled": shuffled_order,
+    "reversed": reversed_order,
+    "frozen": frozen,
+    "dropped": dropped,
+    "blind": blind,
+}

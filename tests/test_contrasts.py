@@ -1,0 +1,148 @@
+"""Contrast clips: their frames by hand, their prompts, and what is asked and measured with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample
+from tgrpo_trainers import first_step, make_trainer, policy_of
+
+from video_r1.data.contrasts import contrast_frames, contrast_prompt
+from video_r1.data.media import Media
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.records import load_manifest
+from video_r1.evaluation.summary import summarise, summary_table
+from video_r1.rollout.chat import chat_request
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.settings.frames import Contrast, Order
+
+CONTRASTS = get_args(Contrast)
+
+
+def frames(contrast: Contrast, count: int, seed: int = 0) -> list[int] | None:
+    shown = contrast_frames(contrast, count, torch.Generator().manual_seed(seed))
+    return None if shown is None else shown.tolist()
+
+
+def test_orders_are_in_order_and_the_contrasts() -> None:
+    assert get_args(Order) == ("ordered", *CONTRASTS)
+
+
+def test_contrast_frames() -> None:
+    assert frames("reversed", 8) == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert frames("blind", 8) == []
+    shuffled = frames("shuffled", 8)
+    assert shuffled is not None and sorted(shuffled) == list(range(8)) != shuffled
+    for seed in range(20):
+        frozen, dropped = frames("frozen", 6, seed), frames("dropped", 8, seed)
+        assert frozen is not None and len(frozen) == 6 and len(set(frozen)) == 1
+        assert dropped is not None and len(dropped) == 4 and dropped == sorted(set(dropped))
+    assert {frames("frozen", 4, seed)[0] for seed in range(40)} == {0, 1, 2, 3}  # type: ignore[index]
+    assert {n for seed in range(40) for n in frames("dropped", 8, seed) or ()} == set(range(8))
+    assert [len(frames("dropped", count) or ()) for count in (4, 6, 10, 16)] == [2, 2, 4, 8]
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_contrast_of_a_short_clip(contrast: Contrast) -> None:
+    assert frames(contrast, 1) is None
+    assert (frames(contrast, 2) is None) == (contrast == "dropped")  # a pair is one temporal patch
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_contrast_prompt(family: str, contrast: Contrast) -> None:
+    """Frames, their times and the sampling rate that reach the model; the question is the same."""
+    builder, clip = PromptBuilder(PROCESSORS[family]), make_clip(family, 8, 4.0)
+    ordered = builder.build(make_sample(), clip)
+    prompt = contrast_prompt(make_sample(), clip, builder, contrast, torch.Generator().manual_seed(0))
+    assert prompt is not None and prompt.order == contrast and ordered.order == "ordered"
+    shown = contrast_frames(contrast, 8, torch.Generator().manual_seed(0))
+    assert shown is not None and prompt.permutation is not None
+    assert torch.equal(prompt.permutation, shown)
+    assert torch.equal(prompt.media.frames, clip.frames[shown])
+    if contrast == "blind":
+        assert builder.visual_tokens(prompt.input_ids) == 0
+        assert not any("pixel" in name or "grid" in name for name in prompt.features)
+        assert [part["type"] for part in prompt.messages[0]["content"]] == ["text"]
+    elif contrast == "dropped":
+        assert torch.equal(prompt.media.timestamps, clip.timestamps[shown])
+        assert prompt.media.fps == 1.0  # 4 frames of 4 seconds
+        assert prompt.features["video_grid_thw"].tolist()[0][0] == 2
+    else:
+        assert torch.equal(prompt.input_ids, ordered.input_ids)
+        assert torch.equal(prompt.media.timestamps, clip.timestamps)
+
+
+def test_an_image_has_no_contrast() -> None:
+    image = Media(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1), 0.0, "image")
+    builder, generator = PromptBuilder(PROCESSORS["qwen2_5_vl"]), torch.Generator()
+    for contrast in CONTRASTS:
+        assert contrast_prompt(make_sample(), image, builder, contrast, generator) is None
+
+
+@pytest.mark.parametrize("frames_as", ["images", "video"])
+def test_a_blind_question_to_an_endpoint_is_text(frames_as: Any) -> None:
+    blind = make_clip("qwen2_5_vl").reordered(torch.empty(0, dtype=torch.long))
+    body = chat_request("m", "Which?", blind, frames_as, SamplingSettings(), 1, 0)
+    assert body["messages"][0]["content"] == [{"type": "text", "text": "Which?"}]
+    assert "media_io_kwargs" not in body
+
+
+@pytest.mark.parametrize("contrast", ["reversed", "frozen", "dropped", "blind"])
+def test_contrast_is_sampled_in_training(
+    checkpoint: Path, manifest: Path, tmp_path: Path, contrast: Contrast
+) -> None:
+    """The group's p̃ is of this clip, and the sampler's log-probs are those of its prompt."""
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, temporal_contrast=contrast, eval_strategy="no"
+    )
+    batches, _ = first_step(trainer)
+    groups = [group for batch in batches for group in batch["batch"].groups]
+    videos = [group for group in groups if group.sample.data_type == "video"]
+    assert videos
+    for group in videos:
+        assert group.shuffled_prompt is not None and group.shuffled_prompt.order == contrast
+        assert len(group.shuffled) == 2 and group.p_shuffled is not None
+    batch = batches[0]["batch"]
+    batch.trained = [g for g in batch.groups if g.shuffled]
+    for group in batch.trained:
+        group.prompt, group.ordered = group.shuffled_prompt, group.shuffled
+    sampled = torch.cat([rollout.logprobs for group in batch.trained for rollout in group.ordered])
+    with torch.no_grad():
+        scored = trainer.logprobs(policy_of(trainer), batch).logprobs
+    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
+
+
+def test_contrast_in_validation(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, temporal_contrast="reversed")
+    figures = trainer.validate(load_manifest(manifest)[:4])
+    assert {"accuracy_video", "accuracy_reversed", "temporal_gap"} <= figures.keys()
+    assert "accuracy_shuffled" not in figures
+    gap = figures["accuracy_video"] - figures["accuracy_reversed"]
+    assert figures["temporal_gap"] == pytest.approx(gap)
+
+
+def record(question: int, order: str, score: float) -> dict[str, Any]:
+    return {
+        "problem_id": question, "order": order, "score": score, "strict_score": 0.0, "format": 1.0,
+        "prediction": "A", "finish_reason": "stop", "data_type": "video",
+    }  # fmt: skip
+
+
+def test_the_gap_of_each_contrast() -> None:
+    records = [
+        *(record(1, "ordered", 1.0), record(1, "shuffled", 0.0), record(1, "reversed", 1.0)),
+        *(record(2, "ordered", 1.0), record(2, "shuffled", 1.0), record(2, "blind", 0.0)),
+    ]
+    figures = summarise(records)
+    assert figures["temporal_gap"]["gap"] == 0.5  # that of shuffled frames stays where it was
+    gaps = figures["temporal_gaps"]
+    assert gaps.keys() == {"reversed", "blind"}
+    assert (gaps["reversed"]["gap"], gaps["reversed"]["questions"], gaps["reversed"]["reversed"]) == (0, 1, 1)
+    assert (gaps["blind"]["gap"], gaps["blind"]["ordered"], gaps["blind"]["blind"]) == (1, 1, 0)
+    text = summary_table({"frames": {"16": figures | {"skipped": 0}}})
+    assert "blind: accuracy 0.000 [0.000, 0.000], temporal gap 1.000 [1.000, 1.000]" in text
+    assert "temporal_gaps" not in summarise(records[:2])
