@@ -6,7 +6,8 @@ Both have the same clip files, model, rewards, loss and optimizer. The reference
 `model.generate(num_return_sequences=G)` and G/2 more with shuffled frames, then the pixels and the prompt
 repeated G times for policy and frozen copy, with logits at every position. Clips are decoded once for both
 frame orders on both sides. Neither side stops a completion early. `equal`: log-probabilities of the same
-completions by both ways, within 1e-5.
+completions by both ways, within 1e-5. `likelihood_to_margin`: seconds of our step with `temporal_rule`
+likelihood, which samples nothing from the contrast clip, over those with margin.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model
-from benchmarks._timing import compare, flops, machine
+from benchmarks._timing import compare, flops, in_turns, machine, seconds, spread
 from benchmarks.decode import write_clip
 from benchmarks.update import TOLERANCES, expanded_logprobs
 from video_r1.data.media import decode_media
@@ -40,6 +41,7 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
+from video_r1.training.drops import logprob_drops
 from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy
 
@@ -73,6 +75,7 @@ class Step:
         self.settings = TGRPOSettings(
             num_generations=arguments.group, max_completion_length=arguments.completion, length_reward=0.0
         )
+        self.by_likelihood = replace(self.settings, temporal_rule="likelihood")
         self.terms: RewardTerms = reward_terms(None, self.settings)
         self.engine = TransformersEngine(model, _Tokenizer(tokenizer))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
@@ -87,10 +90,15 @@ class Step:
         ]
 
     def scored(
-        self, questions: list[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
+        self,
+        questions: list[Question],
+        ordered: list[list[Rollout]],
+        shuffled: list[list[Rollout]],
+        drops: list[Tensor | None] | None = None,
     ) -> list[RolloutGroup]:
         text = self.builder.question
-        groups = score_groups(questions, ordered, shuffled, self.terms, self.settings, text)
+        settings = self.settings if drops is None else self.by_likelihood
+        groups = score_groups(questions, ordered, shuffled, self.terms, settings, text, drops)
         advantages = group_advantages(torch.stack([group.total_reward for group in groups]), "group")
         for group, row in zip(groups, advantages, strict=True):
             group.advantages = row + torch.linspace(-1, 1, len(row))  # random answers earn nothing
@@ -113,7 +121,9 @@ class Step:
         questions = self.questions()
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         rollouts = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        groups = self.scored(questions, *rollouts)
+        return self.updated(self.scored(questions, *rollouts))
+
+    def updated(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
         prompts = [group.prompt for group in groups]
         completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
         policy = group_logprobs(self.model, prompts, completions, with_entropy=True)
@@ -121,6 +131,15 @@ class Step:
             judged = group_logprobs(self.reference, prompts, completions).logprobs
         self.learn(groups, policy.logprobs, judged, policy.lengths)
         return groups
+
+    def likelihood(self) -> list[RolloutGroup]:
+        """As `ours`, with `temporal_rule` likelihood: the contrast clip is scored, not sampled from."""
+        settings = self.by_likelihood
+        questions = self.questions()
+        sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
+        ordered, shuffled = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
+        drops = logprob_drops(self.model, questions, ordered, settings.temperature, len(questions))
+        return self.updated(self.scored(questions, ordered, shuffled, drops))
 
     def generate(self, prompt: Prompt, count: int) -> list[Rollout]:
         inputs = {name: value.to(self.model.device) for name, value in prompt.features.items()}
@@ -200,10 +219,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         counted, counted_expanded = flops(step.ours), flops(step.expanded)
         result = compare(step.ours, step.expanded, arguments.rounds, device)
         prompt = len(step.questions()[0].ordered.input_ids)
+        pairs = in_turns(
+            lambda: seconds(step.likelihood, device), lambda: seconds(step.ours, device), arguments.rounds
+        )
+        by_likelihood = spread(likelihood / margin for likelihood, margin in pairs)
     return (
         result
         | {
             "flop_ratio": round(counted_expanded / counted, 3),
+            "likelihood_to_margin": by_likelihood,
             "equal": difference <= TOLERANCES[torch.float32][0],
             "largest_logprob_difference": difference,
             "sizes": {

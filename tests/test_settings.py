@@ -130,6 +130,8 @@ def test_settings_check_themselves_when_they_are_built(
         ("threshold", 5, None, 2),
         ("margin", 8, 3, 3),
         ("off", 8, None, 0),
+        ("weight", 8, None, 4),
+        ("likelihood", 8, None, 0),
         ("margin", 3, None, 1),
     ],
 )

@@ -39,6 +39,7 @@ class RolloutGroup:
     shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
+    drops: Tensor | None = None         # [G] float32, nats a token lost with the contrast; None: not asked
     base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
     base_advantages: Tensor | None = None  # [G] float32
     # fmt: on

@@ -14,7 +14,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
-from video_r1.rewards.shaping import format_reward, length_reward, temporal_reward
+from video_r1.rewards.shaping import format_reward, length_reward, likelihood_reward, temporal_reward
 from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
@@ -66,7 +66,7 @@ def reward_terms(
         if "temporal" in built_in and not asked_for["temporal"]:
             raise ConfigError(
                 f"reward_funcs: 'temporal' is named while temporal_rule is {settings.temporal_rule}, "
-                "which adds no reward; set margin or threshold"
+                "which adds no reward; set margin, threshold or likelihood"
             )
         custom = {}
         for function in (entry for entry in given if callable(entry)):
@@ -92,12 +92,18 @@ def score_groups(
     terms: RewardTerms,
     settings: TGRPOSettings,
     question_text: Callable[[Sample], str],
+    drops: Sequence[Tensor | None] | None = None,
 ) -> list[RolloutGroup]:
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
-    `question_text` gives a sample's text to the user's functions. Raises RewardError when one of them fails.
+    drops: for the temporal rules by likelihood, of each question (see `logprob_drops`). `question_text` gives
+    a sample's text to the user's functions. Raises RewardError when one of them fails.
     """
-    groups = [score_group(*each, terms, settings) for each in zip(questions, ordered, shuffled, strict=True)]
+    drops = [None] * len(questions) if drops is None else drops
+    groups = [
+        score_group(question, own, others, terms, settings, drop)
+        for question, own, others, drop in zip(questions, ordered, shuffled, drops, strict=True)
+    ]
     rollouts = [(group.sample, rollout) for group in groups for rollout in group.ordered]
     texts = {id(group.sample): question_text(group.sample) for group in groups} if terms.custom else {}
     for name, function in terms.custom.items():
@@ -123,6 +129,7 @@ def score_group(
     shuffled: list[Rollout],
     terms: RewardTerms,
     settings: TGRPOSettings,
+    drops: Tensor | None = None,
 ) -> RolloutGroup:
     """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
 
@@ -139,12 +146,15 @@ def score_group(
         settings.temporal_alpha,
         settings.temporal_threshold_mu,
     )
+    bonus = temporal.bonus
+    if drops is not None:
+        bonus = likelihood_reward(correct, drops, settings.temporal_rule, settings.temporal_alpha)
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
         "accuracy": accuracy,
         "format": format_scores(ordered),
         "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
-        "temporal": temporal.bonus,
+        "temporal": bonus,
     }
     rewards = {name: every[name] for name in terms.built_in}
     return RolloutGroup(
@@ -161,6 +171,7 @@ def score_group(
         else {},
         p=temporal.p,
         p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
+        drops=drops,
     )
 
 

@@ -6,7 +6,7 @@ Source of the temporal and the length reward: T-GRPO, arXiv 2503.21776.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def temporal_reward(
     correct: [G] bool; correct_shuffled: [H] bool, H = 0 for an image, which earns nothing.
     margin:    r_t = α·(p − p̃) if p > p̃, else 0
     threshold: r_t = α          if p ≥ μ·p̃, else 0   (arXiv 2503.21776 v4; μ = 1)
-    weight, off: r_t = 0  (`weight` multiplies advantages instead: training/advantages.py)
+    others:    r_t = 0  (`weight` multiplies advantages: training/advantages.py; see `likelihood_reward`)
     """
     p = _share(correct)
     p_shuffled = _share(correct_shuffled)
@@ -55,9 +55,30 @@ def temporal_reward(
         elif rule == "threshold":
             # 0.8 × 3/4 is a rounding error above 3/5: shares are compared with more room than that.
             amount = alpha if p >= mu * p_shuffled - 1e-9 else 0.0
-        elif rule not in ("weight", "off"):
-            raise ValueError(f"unknown temporal rule {rule!r}; it is margin, threshold, weight or off")
+        elif rule not in get_args(TemporalRule):
+            raise ValueError(
+                f"unknown temporal rule {rule!r}; it is one of {', '.join(get_args(TemporalRule))}"
+            )
     return TemporalReward(amount * correct.to(torch.float32), p, p_shuffled)
+
+
+def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha: float = 0.3) -> Tensor:
+    """The reward for a correct response by what the contrast clip takes from its own likelihood.
+
+    correct: [G] bool; drops: [G] float, Δ_i in nats a token (training/drops.py). Returns [G] float32:
+    likelihood:      α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0: the share of its tokens' probability that is lost
+    likelihood_step: α if Δ_i > mean_j Δ_j, else 0                       (TaRO, arXiv 2606.09248)
+    Unlike a bonus that all correct responses share, it does not cancel in advantages.
+    """
+    if len(correct) != len(drops):
+        raise ValueError(f"{len(correct)} responses but {len(drops)} drops")
+    if rule == "likelihood":
+        amounts = -torch.expm1(-drops.clamp(min=0.0))
+    elif rule == "likelihood_step":
+        amounts = (drops > drops.mean()).to(drops.dtype)
+    else:
+        raise ValueError(f"the rule {rule!r} is none of likelihood and likelihood_step")
+    return alpha * correct.to(torch.float32) * amounts.to(torch.float32)
 
 
 def length_reward(

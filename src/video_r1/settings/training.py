@@ -15,7 +15,7 @@ Schedule = Literal[
 """Those of `transformers.SchedulerType`."""
 
 AdvantageScale = Literal["group", "batch", "task", "none"]
-TemporalRule = Literal["margin", "threshold", "weight", "off"]
+TemporalRule = Literal["margin", "threshold", "weight", "likelihood", "likelihood_step", "off"]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -96,7 +96,8 @@ class TGRPOSettings(TrainingSettings):
     temporal_rule: TemporalRule = setting(
         "margin",
         "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
-        "advantages weighted by 1 + kappa·(p − p_shuffled); none",
+        "advantages weighted by 1 + kappa·(p − p_shuffled); alpha·(1 − exp(−drop)) by each response's drop "
+        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; none",
     )
     temporal_contrast: Contrast = setting(
         "shuffled", "the clip that p_shuffled is of: frames shuffled, reversed, frozen, half dropped, or none"
@@ -121,7 +122,7 @@ class TGRPOSettings(TrainingSettings):
         yield from super().problems()
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
-        if self.temporal_rule != "off" and self.shuffled_generations < 1:
+        if self.samples_contrast and self.shuffled_generations < 1:
             yield (
                 "num_shuffled_generations",
                 f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
@@ -163,12 +164,22 @@ class TGRPOSettings(TrainingSettings):
     @property
     def pays_temporal(self) -> bool:
         """Whether the temporal rule adds to the reward."""
-        return self.temporal_rule in ("margin", "threshold")
+        return self.temporal_rule not in ("weight", "off")
+
+    @property
+    def samples_contrast(self) -> bool:
+        """Whether the temporal rule needs completions with the contrast clip."""
+        return self.temporal_rule in ("margin", "threshold", "weight")
+
+    @property
+    def needs_drops(self) -> bool:
+        """Whether it needs the log-probs of the ordered completions behind the contrast clip."""
+        return self.temporal_rule in ("likelihood", "likelihood_step")
 
     @property
     def shuffled_generations(self) -> int:
-        """Completions sampled with shuffled frames per video question: 0 when the temporal reward is off."""
-        if self.temporal_rule == "off":
+        """Completions sampled with the contrast clip per video question: 0 where the rule needs none."""
+        if not self.samples_contrast:
             return 0
         if self.num_shuffled_generations is not None:
             return self.num_shuffled_generations

@@ -44,15 +44,16 @@ def warn_of_cancelled_bonus(terms: RewardTerms, settings: TGRPOSettings) -> None
     """Says so, in the first process, when the settings make the temporal reward cancel: where a group has
     rewards of two values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
     """
-    adds = "temporal" in terms.names and settings.temporal_alpha * terms.weights.get("temporal", 1.0) != 0
+    shared = settings.temporal_rule in ("margin", "threshold") and "temporal" in terms.names
+    adds = shared and settings.temporal_alpha * terms.weights.get("temporal", 1.0) != 0
     telling = {name for name in terms.names if terms.weights.get(name, 1.0) != 0}
     two_values = telling <= {"accuracy", "format", "temporal"}
     if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
         logger.warning(
             "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
             "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
-            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, which "
-            "reaches the gradient, or to off to save the shuffled completions"
+            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight or "
+            "likelihood, which reach the gradient, or to off to save the shuffled completions"
         )
 
 

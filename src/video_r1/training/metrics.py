@@ -114,6 +114,9 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             meter.add("temporal/p_shuffled", group.p_shuffled)
             meter.add("temporal/gap", group.p - group.p_shuffled)
             meter.add("temporal/share_ordered_better", group.p > group.p_shuffled)
+        if group.drops is not None:
+            meter.add("temporal/drop", float(group.drops.sum()), len(group.drops))
+        if group.shuffled_prompt is not None:
             describe_credit(meter, group)
         for rollout in group.ordered:
             meter.add("completion/length", len(rollout.token_ids))

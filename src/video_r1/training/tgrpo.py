@@ -11,7 +11,7 @@ schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
  1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
-    `temporal_rule="threshold"`. Both cancel in groups of right and wrong; `temporal_rule="weight"` does not.
+    `temporal_rule="threshold"`. Both cancel in groups of right and wrong; `weight` and `likelihood` do not.
  2. p and p̃ belong to one question. The reference code takes them over the batch, of one prompt a device.
  3. Ordered and shuffled completions are sampled alike, without top-p: what is scored is what was sampled.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -61,6 +61,7 @@ from video_r1.training.checks import (
     warn_of_cancelled_bonus,
 )
 from video_r1.training.credit import TaskMoments, give_advantages
+from video_r1.training.drops import logprob_drops
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
 from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
@@ -168,8 +169,11 @@ class TGRPOTrainer(QuestionTrainer):
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
         ordered, shuffled = self.rollouts.of_step(questions)
 
+        # Δ_i = mean over t of log π(o_i,t | V) − log π(o_i,t | Ṽ), where r_t is by likelihood
+        drops = self.drops(questions, ordered) if args.needs_drops else None
+
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
-        groups = self.score(questions, ordered, shuffled)
+        groups = self.score(questions, ordered, shuffled, drops)
 
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         give_advantages(groups, args, self.task_moments())
@@ -230,12 +234,24 @@ class TGRPOTrainer(QuestionTrainer):
         handlers = self.callback_handler.callbacks
         return next((one for one in handlers if isinstance(one, TaskMoments)), None)
 
+    def drops(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> list[Tensor | None]:
+        """[G] of each question that has a contrast clip: what it takes from the completions' log-probs."""
+        args = self.settings
+        with self.meter.seconds("contrast"), self.whole_policy() as model:
+            return logprob_drops(
+                model, questions, ordered, args.temperature, args.per_device_train_batch_size
+            )
+
     def score(
-        self, questions: Sequence[Question], ordered: list[list[Rollout]], shuffled: list[list[Rollout]]
+        self,
+        questions: Sequence[Question],
+        ordered: list[list[Rollout]],
+        shuffled: list[list[Rollout]],
+        drops: list[Tensor | None] | None = None,
     ) -> list[RolloutGroup]:
         with self.meter.seconds("reward"):
             return score_groups(
-                questions, ordered, shuffled, self.terms, self.settings, self.builder.question
+                questions, ordered, shuffled, self.terms, self.settings, self.builder.question, drops
             )
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
