@@ -202,10 +202,10 @@ def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
 def test_likelihood_reward() -> None:
     """exp(−ln 2) = 1/2 of the probability is lost: 0.3 × 1/2. Nothing for a gain or a wrong answer."""
     correct = torch.tensor([True, True, False, True])
-    drops = torch.tensor([math.log(2), -0.5, 1.0, 0.0])
+    drops = torch.tensor([math.log(2), -0.5, 2.0, 0.3])
     graded = likelihood_reward(correct, drops, "likelihood", alpha=0.3)
-    torch.testing.assert_close(graded, torch.tensor([0.15, 0.0, 0.0, 0.0]))
-    # their mean is 0.298, which one correct response is above
+    torch.testing.assert_close(graded, torch.tensor([0.15, 0.0, 0.0, 0.3 * 0.2591818]))  # 1 − exp(−0.3)
+    # the mean is 0.623, with the wrong response's in it
     step = likelihood_reward(correct, drops, "likelihood_step", alpha=0.3)
     torch.testing.assert_close(step, torch.tensor([0.3, 0.0, 0.0, 0.0]))
     with pytest.raises(ValueError, match="4 responses but 2 drops"):
