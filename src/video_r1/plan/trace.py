@@ -302,7 +302,7 @@ def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
 
 
 def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:
-    """One forward of `row.questions` prompts with a cache. Returns the cache's bytes."""
+    """One forward of `row.questions` prompts with a cache. Returns its bytes in the format that computes."""
     inner = vision_language_model(model)
     cache: Any = DynamicCache(config=inner.model.language_model.config)
     states = inner.model.language_model(
@@ -311,8 +311,11 @@ def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
+    pairs = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    mixed = torch.is_autocast_enabled("cpu")
+    kept = [state.to(torch.get_autocast_dtype("cpu")) if mixed else state for state in pairs]
     inner.get_output_embeddings()(states[:, -1])
-    return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(state.untyped_storage().nbytes() for state in kept)
 
 
 def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
