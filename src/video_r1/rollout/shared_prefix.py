@@ -42,6 +42,8 @@ class SharedPrefixCache:
         self.values = [torch.zeros_like(layer) for layer in room]
         self.length = 0  # t, the same for every completion in the batch
         self.place = torch.full((1,), -1, device=rows.device)  # of the newest token, where the device sees it
+        self.used = 0  # tokens of the room that are attended to
+        self.own_bias: Tensor | None = None  # [capacity], -inf where the room is empty
         padding = torch.arange(prefix_keys[0].shape[2], device=lengths.device) >= lengths[:, None]
         self.bias = torch.zeros_like(padding, dtype=prefix_keys[0].dtype).masked_fill_(padding, -torch.inf)
         self.padded = bool(padding.any())
@@ -84,19 +86,25 @@ class SharedPrefixCache:
             )
 
     def hide_empty(self) -> None:
-        """Notes which of the room is empty, for all layers of a decoding step."""
+        """Notes which of the room is empty, for all layers of a decoding step. On a CPU, where nothing is
+        recorded, the used part is given out alone.
+        """
+        self.own_bias, self.used = None, self.keys[0].shape[2]
+        if self.place.device.type == "cpu":
+            self.used = self.length
+            return
         empty = torch.arange(self.keys[0].shape[2], device=self.place.device) > self.place
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """Puts one token's keys and values [B, K, 1, D] in their place; returns the room, [B, K, capacity,
-        D], whose shape and address stay while it lasts.
+        """Puts one token's keys and values [B, K, 1, D] in place; returns the room, [B, K, capacity, D],
+        whose shape and address stay while it lasts.
         """
         if layer == 0:
             self.hide_empty()
         for room, new in ((self.keys[layer], keys), (self.values[layer], values)):
             room.index_copy_(2, self.place, new.to(room.dtype))  # under autocast keys come in float32
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def get_seq_length(self, layer: int = 0) -> int:
         return self.bias.shape[1] + self.length
@@ -137,7 +145,10 @@ def attend(
     prefix_scores = torch.bmm(to_slots(query), prefix_keys.flatten(0, 1).transpose(1, 2))
     if cache.padded:
         prefix_scores += cache.bias.repeat_interleave(groups, 0).unsqueeze(1)  # [R*K, 1, P]
-    own_scores = to_slots(torch.matmul(query, keys.transpose(2, 3)) + cache.own_bias)
+    own_scores = torch.matmul(query, keys.transpose(2, 3))
+    if cache.own_bias is not None:
+        own_scores = own_scores + cache.own_bias
+    own_scores = to_slots(own_scores)
     weights = torch.cat([prefix_scores, own_scores], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
     output = from_slots(torch.bmm(weights[..., :prompt_length], prefix_values.flatten(0, 1)))
     output = output + torch.matmul(from_slots(weights[..., prompt_length:]), values)
