@@ -110,9 +110,11 @@ def test_curves_come_first_and_have_read_outs(browser: Browser, rl_page: Path) -
     assert texts(browser, ".headline output b")[0] == f"{float(f'{values[-1]:.3g}'):g}"
     browser.run("document.querySelector('.headline .plot').focus()")
     browser.press("Home")
+    browser.settle()
     assert texts(browser, ".headline output")[0] == f"{float(f'{values[0]:.3g}'):g} step 1"
     assert texts(browser, ".headline output")[1].endswith("step 1")  # all charts follow
     browser.press("ArrowRight")
+    browser.settle()
     assert browser.run("document.querySelector('.headline .plot').ariaValueNow") == "2"
     before = browser.run("document.querySelector('.headline path.main').getAttribute('d')")
     browser.run(

@@ -10,8 +10,8 @@ const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
-  "temporal/p": "share right, p and p\u0303", "temporal/credit": "change of the advantages by the temporal term",
-  "temporal/credit_groups": "share of paid groups that it changes", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
+  "temporal/p": "share right, p and p\u0303", "temporal/credit": "credit, of advantages",
+  "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
   "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
 };
