@@ -130,7 +130,7 @@ def test_a_broken_fast_path_is_not_taken(fast: Any, said: str, caplog: pytest.Lo
     assert len(caplog.records) == 1
 
 
-def test_a_fast_path_that_agrees_is_taken() -> None:
+def test_a_fast_path_that_agrees_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     calls = []
 
     def fast(x: Tensor) -> Tensor:
@@ -140,8 +140,10 @@ def test_a_fast_path_that_agrees_is_taken() -> None:
     path = Checked("doubling", fast, doubled)
     x = torch.randn(5)
     assert [path(x).equal(2 * x) for _ in range(3)] == [True] * 3 and len(calls) == 4
+    assert not caplog.text
     only = Checked("doubling", fast, failing)  # no engine for the plain one
     assert only(x).equal(2 * x)
+    assert "doubling is taken unchecked: the plain path fails here (no kernel for this device)" in caplog.text
 
 
 @pytest.mark.parametrize("broken", [failing, lambda q, k, v, parts, scale: q.transpose(1, 2) * 0])

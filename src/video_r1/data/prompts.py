@@ -159,11 +159,7 @@ class TextPrompts:
         return self.template.render(sample)
 
     def build(
-        self,
-        sample: Sample,
-        media: Media,
-        permutation: Tensor | None = None,
-        contrast: Contrast = "shuffled",
+        self, sample: Sample, media: Media, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
         """The prompt of a question. `permutation` [T]: which frames it shows, by number, in place of all in
         order; all else stays as it is. Without any frame it has no visuals. contrast: what that is called.
@@ -206,11 +202,7 @@ class PromptBuilder(TextPrompts):
         return text
 
     def build(
-        self,
-        sample: Sample,
-        media: Media,
-        permutation: Tensor | None = None,
-        contrast: Contrast = "shuffled",
+        self, sample: Sample, media: Media, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
         """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
         plain = super().build(sample, media, permutation, contrast)
