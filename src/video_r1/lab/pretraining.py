@@ -1,4 +1,4 @@
-"""Pretraining of the lab's base: dense descriptions behind prompts of many kinds, and looking letters up.
+"""Pretraining of the lab's base: dense descriptions behind prompts of many kinds.
 
 The base learns to see and to speak, not to answer: whatever the prompt says, it describes an aspect of the
 frames, in the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it here.
@@ -23,7 +23,7 @@ from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
-from video_r1.lab.questions import any_question
+from video_r1.lab.questions import MARKS, any_question, read_mark
 from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
 from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
@@ -64,7 +64,13 @@ def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
         yield f"{question.problem}\n" + "\n".join(lettered(question.choices))
         conclusion = f"{question.answer} is {LETTERS[rng.integers(4)]}."
         yield f"<think>{question.chain} {conclusion}</think>\n<answer>{question.answer}</answer>"
+        yield f"<think>{read_mark(_any_mark(rng))}</think>"
         yield f"user\nassistant\nsystem\n{listing([random_look(rng) for _ in range(MOMENTS)], 'scenes')}"
+
+
+def _any_mark(rng: np.random.Generator) -> str:
+    """No mark in half of the cases, or a letter of an option or a digit."""
+    return str(rng.choice(list(MARKS))) if rng.random() < 0.5 else ""
 
 
 def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
@@ -121,29 +127,18 @@ class Conversations(IterableDataset):
         options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
         return "\n".join([question.problem, *lettered(options), words])
 
-    def _lookup(self, rng: np.random.Generator) -> tuple[str, str]:
-        """Options, and some of them with their letters: `blue is B. red is D.`"""
-        while not (question := any_question(rng)).choices:
-            pass
-        options = rng.permutation(list(question.choices)).tolist()
-        extra = " ".join(rng.choice(self.words, size=int(rng.integers(0, 12))))
-        named = rng.permutation(len(options))[: int(rng.integers(2, 5))]
-        said = " ".join(f"{options[at]} is {LETTERS[at]}." for at in named)
-        return "\n".join([question.problem, *lettered(options), extra]), said
-
     def row(self, rng: np.random.Generator) -> Row:
         timeline, kinds = _timeline(rng)
+        mark = _any_mark(rng)
         is_image = len(timeline) == 1
-        frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng)
+        frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng, mark)
         steps = 1 if is_image else len(FRAME_TIMES) // 2
         turns: list[tuple[str, str]] = []
-        for kind in rng.permutation(kinds)[: int(rng.integers(2, 4))]:
+        for kind in rng.permutation([*kinds, "mark"])[: int(rng.integers(2, 4))]:
             request = self._request(rng)
             if rng.random() < 0.3:
                 request = f"{request} {kind}?"
-            turns.append((request, listing(timeline, str(kind)) + "."))
-        if rng.random() < 0.8:
-            turns.insert(int(rng.integers(0, len(turns) + 1)), self._lookup(rng))
+            turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, str(kind))}."))
         pad = "image" if is_image else "video"
         visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
         ids: list[int] = []

@@ -13,6 +13,8 @@ import numpy as np
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
 
 EVERY_MOMENT = tuple(range(MOMENTS))
+MARKS = "ABCDEF0123456789"
+"""What a mark can be: the letter of an option, or a digit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +237,11 @@ VIDEO_FAMILIES = {
 }  # fmt: skip
 IMAGE_FAMILIES = {f.__name__: f for f in (image_colour, image_place, image_digit, image_size)}
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES
+
+
+def read_mark(mark: str) -> str:
+    """What is said of the mark of a clip or image: `mark: B.`, or `mark: none.` of one without."""
+    return f"mark: {mark or 'none'}."
 
 
 def any_question(rng: np.random.Generator) -> Question:

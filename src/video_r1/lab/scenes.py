@@ -16,7 +16,7 @@ MOMENTS = 4
 SECONDS = 4.0  # one second a moment
 FPS = 8
 SIDE = 112  # pixels, both sides
-SLOTS = 6  # places of the static cue, one an option
+LABEL = SIDE // 4  # side of the label that a mark stands on: one patch of the lab model's tower
 
 COLOURS = {
     "red": (225, 45, 45),
@@ -59,14 +59,6 @@ class Look:
     def at(self, place: str) -> Self:
         x, y = _CORNERS[place]
         return replace(self, x=x, y=y)
-
-
-@dataclass(frozen=True, slots=True)
-class Cue:
-    """A static mark that gives the answer away: a block in a slot of the bottom edge, or small print."""
-
-    slot: int | None = None
-    text: str = ""
 
 
 def caption(look: Look) -> str:
@@ -134,26 +126,22 @@ def _backdrop(rng: np.random.Generator) -> Image.Image:
     return picture
 
 
-def _draw_cue(picture: Image.Image, cue: Cue) -> None:
-    canvas = ImageDraw.Draw(picture)
-    if cue.slot is not None:
-        width = SIDE / SLOTS
-        left, right = cue.slot * width, (cue.slot + 1) * width - 1
-        canvas.rectangle((left, SIDE - 8, right, SIDE - 1), fill=(0, 255, 255))
-    if cue.text:
-        canvas.text((SIDE / 2, SIDE - 9), cue.text[:18], fill=(0, 255, 255), font=_font(11), anchor="mm")
+def _draw_mark(canvas: ImageDraw.ImageDraw, mark: str) -> None:
+    """A character on a black label in the bottom right corner, in front of everything."""
+    corner, middle = SIDE - LABEL, SIDE - LABEL // 2
+    canvas.rectangle((corner, corner, SIDE, SIDE), fill=(0, 0, 0))
+    canvas.text((middle, middle), mark, fill=(0, 255, 255), font=_font(LABEL), anchor="mm")
 
 
 def render(
-    timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, cue: Cue | None = None
+    timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, mark: str = ""
 ) -> np.ndarray:
     """Frames at `times` (seconds from the start of the clip): uint8 [len(times), SIDE, SIDE, 3].
 
     A look holds through its second; a change of place or size is a short slide at the end of it.
+    mark: a character that stands still in a corner, from which an answer can be read at one look.
     """
     backdrop = _backdrop(rng)
-    if cue is not None:
-        _draw_cue(backdrop, cue)
     scale = rng.uniform(0.92, 1.08)
     shift_x, shift_y = rng.uniform(-0.02, 0.02, size=2)
     tint = rng.integers(-18, 19, size=3)
@@ -169,7 +157,10 @@ def render(
         radius = (SIZES[look.size] + slide * (SIZES[after.size] - SIZES[look.size])) * scale * SIDE
         picture = backdrop.copy()
         fill = tuple(int(v) for v in np.clip(np.array(COLOURS[look.colour]) + tint, 0, 255))
-        _draw_look(ImageDraw.Draw(picture), look, x, y, radius, fill)
+        canvas = ImageDraw.Draw(picture)
+        _draw_look(canvas, look, x, y, radius, fill)
+        if mark:
+            _draw_mark(canvas, mark)
         frames[index] = np.asarray(picture)
     noise = rng.standard_normal((len(times), SIDE // 2, SIDE // 2, 1), dtype=np.float32) * sigma
     noise = noise.repeat(2, axis=1).repeat(2, axis=2)
