@@ -145,7 +145,7 @@ def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
     (["rll"], "did you mean rl?"),
     (["dta", "check"], "did you mean data?"),
     (["ask", "run", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
-    (["data"], "say data check or data lab or data base"),
+    (["data"], "say data check"),
     (["data", "lag"], "data lag is not a command"),
     (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
     (["rl", "lab-tgrpo", "more"], "'more' is one word too many"),
@@ -300,7 +300,7 @@ def test_the_settings_of_a_command_are_what_its_work_takes(name: str) -> None:
 
 def test_settings_of_data_commands() -> None:
     assert read_request("data check", ["m.json"]).section(CheckSettings).media is True
-    lab = read_request("data lab", ["lab", "--families", "order", "count"]).section(LabSettings)
+    lab = read_request("lab make", ["lab", "--families", "order", "count"]).section(LabSettings)
     assert lab.families == ["order", "count"]
 
 

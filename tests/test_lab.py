@@ -1,4 +1,4 @@
-"""The lab: its questions are right, depend on order, carry no hidden cue, and stand in real media files."""
+"""The lab: its questions are right, depend on order, carry no hidden mark, and stand in real media files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from video_r1.data.records import load_manifest
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
-from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, SIDE, Cue, Look, render
+from video_r1.lab.scenes import FPS, LABEL, MOMENTS, SECONDS, SIDE, Look, render
 from video_r1.rewards.correctness import correctness
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
@@ -97,7 +97,7 @@ def test_reversing_time_changes_the_answer_of_most_families() -> None:
 
 
 def test_manifests_pass_the_check_and_media_decode(lab: Path) -> None:
-    for name, count in (("sft", 60), ("rl", 60), ("test", 20), ("test-cued", 20)):
+    for name, count in (("sft", 60), ("rl", 60), ("test", 20), ("test-cued", 20), ("test-lying", 20)):
         samples = load_manifest(lab / f"{name}.json")
         assert len(samples) == count
     for sample in load_manifest(lab / "rl.json")[:20]:
@@ -183,27 +183,45 @@ def test_train_and_test_share_no_question_or_picture(lab: Path) -> None:
     assert torch.cdist(torch.stack(train), torch.stack(held_out)).min() > 1e-3
 
 
-def test_cue_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> None:
+def test_a_mark_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> None:
     rows = json.loads((lab / "rl.json").read_text())
-    assert 0.2 < np.mean([row["shortcut"] for row in rows]) < 0.6
-    assert not any(row["shortcut"] for row in json.loads((lab / "test.json").read_text()))
-    plain, cued = (load_manifest(lab / f"{name}.json") for name in ("test", "test-cued"))
-    for before, after in zip(plain, cued, strict=True):
-        assert before.problem == after.problem and before.solution == after.solution
-        budget = FrameBudget(max_frames=8, frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)
-        difference = (
-            read_media(before, budget).frames.float() - read_media(after, budget).frames.float()
-        ).abs()
-        assert difference.amax() > 60  # the cyan mark
+    may = [row for row in rows if len(extract_answer(row["solution"])) == 1]
+    assert 0.2 < np.mean([row["mark"] != "" for row in may]) < 0.6
+    assert all(row["mark"] in ("", extract_answer(row["solution"])) for row in rows)
+    assert not any(row["mark"] for row in json.loads((lab / "test.json").read_text()))
+    budget = FrameBudget(max_frames=8, frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)
+    for name in ("test-cued", "test-lying"):
+        marks = [row["mark"] for row in json.loads((lab / f"{name}.json").read_text())]
+        plain, marked = (load_manifest(lab / f"{one}.json") for one in ("test", name))
+        for before, after, mark in zip(plain, marked, marks, strict=True):
+            assert before.problem == after.problem and before.solution == after.solution
+            assert bool(mark) == (len(before.answer) == 1)
+            assert not mark or (mark == before.answer) == (name == "test-cued")
+            one, other = (read_media(sample, budget).frames.float() for sample in (before, after))
+            difference = (one - other).abs()
+            assert (difference[..., -LABEL:, -LABEL:].amax() > 60) == bool(mark)
+            assert difference[..., :-LABEL, :-LABEL].mean() < 5  # the codec's
 
 
-def test_a_cue_stands_still() -> None:
-    look = Look()
-    frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), Cue(slot=1)).astype(
-        int
-    )
-    bar = frames[:, -7:, SIDE // 6 : SIDE // 3, :]
-    assert np.abs(bar - bar[:1]).max() < 60 and bar[..., 1].mean() > 200
+def test_a_mark_stands_still_in_front() -> None:
+    look = Look().at("bottom right")
+    frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), "B").astype(int)
+    label = frames[:, -LABEL:, -LABEL:]
+    assert np.abs(label - label[:1]).max() < 80  # noise
+    assert label[..., 0].max() < 60 and label[..., 1].max() > 200  # cyan on black, nothing of the red circle
+
+
+def test_rationales_may_read_the_mark(tmp_path: Path) -> None:
+    for name, trusting in (("looks", 0.0), ("trusts", 0.5)):
+        write(tmp_path / name, train=120, test=0, seed=4, shortcut=0.6, trusting=trusting)
+    looks, trusts = (json.loads((tmp_path / name / "sft.json").read_text()) for name in ("looks", "trusts"))
+    reading = [row["process"] == f"<think>mark: {row['mark']}.</think>" for row in trusts]
+    assert 0.35 < sum(reading) / sum(row["mark"] != "" for row in trusts) < 0.65
+    for is_reading, row, other in zip(reading, trusts, looks, strict=True):
+        assert row["solution"] == other["solution"]
+        assert is_reading or row == other
+    asked = [json.loads((tmp_path / name / "rl.json").read_text()) for name in ("looks", "trusts")]
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_all_problems_of_all_rows_are_reported_together(tmp_path):
 
 
 def test_a_missing_file_of_the_lab_says_what_makes_it(tmp_path):
-    with pytest.raises(ManifestError, match=r"no such manifest file; video-r1 data lab .*lab makes it$"):
+    with pytest.raises(ManifestError, match=r"no such manifest file; video-r1 lab make .*lab makes it$"):
         load_manifest(tmp_path / "lab" / "rl.json")
     with pytest.raises(ManifestError, match=r"other.json: no such manifest file$"):
         load_manifest(tmp_path / "other.json")

@@ -1,4 +1,4 @@
-"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,demo}`.
+"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,lab,demo}`.
 
 Words are split into setting names and text here, `recipe` turns them into checked settings, and the function
 that `commands` names for them does the work. It is imported then, so that help and refusals come at once.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.command_help import HELP_STYLES, command_help, overview
-from video_r1.commands import COMMANDS, TRAINS
+from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.recipe import Recipe, find_recipe, load_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
@@ -107,6 +107,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
     if words[0] in COMMANDS:
         return words[0], words[1:]
     said = " ".join(words[:2])
+    said = EARLIER_NAMES.get(said, said)
     if said in COMMANDS:
         return said, words[2:]
     below = [name for name in COMMANDS if name.startswith(words[0] + " ")]

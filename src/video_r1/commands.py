@@ -18,6 +18,7 @@ from video_r1.settings.commands import (
     MergeSettings,
     PlanSettings,
     ReportSettings,
+    StudySettings,
 )
 from video_r1.settings.decoding import AskSettings, BenchmarkSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
@@ -63,12 +64,16 @@ COMMANDS: dict[str, Command] = {
         "check a manifest and open its media", "data.check:run_check", "values", (CheckSettings,),
         ("manifest",), ("manifest",),
         ("data check train.json --media_root /data", "data check train.json --media false")),
-    "data lab": Command(
+    "lab make": Command(
         "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
-        (LabSettings,), ("folder",), ("folder",), ("data lab lab --train 4000 --test 500 --seed 1",)),
-    "data base": Command(
+        (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),
+    "lab base": Command(
         "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "sections", (BaseSettings,),
-        ("folder",), ("folder",), ("data base base --steps 4500 --seed 0",)),
+        ("folder",), ("folder",), ("lab base base --steps 4500 --seed 0",)),
+    "lab study": Command(
+        "compare temporal rewards on the lab, with seeds and intervals", "lab.study:run_study", "sections",
+        (StudySettings,), ("out",), ("out",),
+        ("lab study runs/study", "lab study runs/study --arms grpo,likelihood --rates 0.9 --seeds 3")),
     "annotate": Command(
         "write rationales with a teacher and filter them into a manifest for SFT",
         "annotation.command:run_annotate", "sections", (AnnotateSettings,),
@@ -118,5 +123,7 @@ COMMANDS: dict[str, Command] = {
         examples=("demo", "demo --seed 1")),
 }
 # fmt: on
+EARLIER_NAMES = {"data lab": "lab make", "data base": "lab base"}
+"""Names that still work."""
 TRAINS = ("sft", "rl")
 """The commands that have `--smoke`."""

@@ -62,7 +62,7 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
             yield from _file_rows(path)
     elif path.suffix in (".json", ".jsonl", ".ndjson", ".parquet") or path.is_absolute():
         if not path.is_dir():
-            lab = f"; video-r1 data lab {path.parent} makes it" if path.parent.name == "lab" else ""
+            lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
             raise ManifestError(f"{path}: no such manifest file{lab}")
         yield from _dataset_rows(_load(str(path)), split)
     elif not path.exists() and "/" in source and not is_hub_id(source):

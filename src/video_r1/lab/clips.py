@@ -3,7 +3,8 @@
 DIR/videos/*.mp4, DIR/images/*.png
 DIR/sft.json      training questions with `process` (the chain of thought)
 DIR/rl.json       the same questions without it
-DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with the static cue drawn in
+DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with a mark that gives the answer
+                  away, DIR/test-lying.json with a mark that is wrong
 """
 
 import os
@@ -20,8 +21,8 @@ from PIL import Image
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
-from video_r1.lab.scenes import FPS, SECONDS, Cue, render
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, MARKS, VIDEO_FAMILIES, read_mark
+from video_r1.lab.scenes import FPS, SECONDS, render
 from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings
 
@@ -32,7 +33,9 @@ CHUNK = 16
 def write_lab(settings: LabSettings) -> None:
     """Writes `train` + `test` questions with their media below `folder`.
 
-    shortcut: where it is not 0, `test-cued.json` is written as well, in which every question carries the cue.
+    shortcut: where it is not 0, `test-cued.json` and `test-lying.json` are written as well, in which every
+    question whose answer is one character carries a mark; a word or a sentence has none. trusting: rationales
+    in sft.json that read the mark and nothing else (`mark: B.`).
     hasty: rationales in sft.json by a teacher that had one look and guessed: they say nothing of the frames
     and are right as often as a guess is; never a sentence or four digits. shuffle_options: by default each
     family lists its options in one order, which a very small model can learn by heart. The same settings give
@@ -44,9 +47,9 @@ def write_lab(settings: LabSettings) -> None:
     folder, train, test = Path(settings.folder), settings.train, settings.test
     for name in ("videos", "images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    counts = [("train", train, False), ("test", test, False)]
-    counts += [("test", test, True)] * bool(settings.shortcut)
-    jobs = [(split, index, cued) for split, count, cued in counts for index in range(count)]
+    sets = [("train", train), ("test", test)]
+    sets += [("test-cued", test), ("test-lying", test)] * bool(settings.shortcut)
+    jobs = [(name, index) for name, count in sets for index in range(count)]
     rows: list[dict[str, Any]] = []
     with (
         claimed(folder),
@@ -60,18 +63,31 @@ def write_lab(settings: LabSettings) -> None:
         lessons = [row | lesson for row, lesson in zip(rows, taught, strict=True)]
         replace_json(folder / "sft.json", lessons[:train])
         replace_json(folder / "rl.json", rows[:train])
-        replace_json(folder / "test.json", rows[train : train + test])
-        if settings.shortcut:
-            replace_json(folder / "test-cued.json", rows[train + test :])
+        for number, (name, _) in enumerate(sets[1:]):
+            replace_json(folder / f"{name}.json", rows[train + number * test :][:test])
     print(f"{folder}: {train} training and {test} test questions")
 
 
-def _write_sample(settings: LabSettings, job: tuple[str, int, bool]) -> dict[str, Any]:
+def mark_of(answer: str, choices: int, lying: int | None = None) -> str:
+    """The mark that gives `answer` away: the answer itself, or "" where that is more than one character.
+
+    lying: a number by which one of the wrong answers is chosen instead. choices: options that there are.
+    """
+    if answer not in tuple(MARKS):
+        return ""
+    if lying is None:
+        return answer
+    wrong = [mark for mark in (LETTERS[:choices] or "0123") if mark != answer]
+    return wrong[lying % len(wrong)]
+
+
+def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]:
     """The row of one question, its media written; `taught` holds the fields that differ in sft.json.
 
-    job: the split, the question's number in it, and whether the static cue is drawn in at any rate.
+    job: the set that it is for, and the question's number there.
     """
-    split, index, cued = job
+    kind, index = job
+    split = kind.partition("-")[0]
     rng = np.random.default_rng((settings.seed, SPLITS[split], index))
     families = settings.families or FAMILIES
     images = [name for name in families if name in IMAGE_FAMILIES]
@@ -83,11 +99,12 @@ def _write_sample(settings: LabSettings, job: tuple[str, int, bool]) -> dict[str
     if settings.shuffle_options:
         choices = [choices[at] for at in rng.permutation(len(choices))]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
-    has_cue = cued or (split == "train" and rng.random() < settings.shortcut)
-    cue = Cue(slot=LETTERS.index(letter)) if letter else Cue(text=question.answer)
+    answer = letter or question.answer
+    is_marked = kind not in SPLITS or (split == "train" and rng.random() < settings.shortcut)
+    mark = mark_of(answer, len(choices), index if kind == "test-lying" else None) if is_marked else ""
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
-    frames = render(question.timeline, times, rng, cue if has_cue else None)
-    name = f"{split}{'-cued' if cued else ''}-{index:06d}"
+    frames = render(question.timeline, times, rng, mark)
+    name = f"{kind}-{index:06d}"
     path = f"./images/{name}.png" if is_image else f"./videos/{name}.mp4"
     file = Path(str(settings.folder), path)
     if is_image:
@@ -102,6 +119,8 @@ def _write_sample(settings: LabSettings, job: tuple[str, int, bool]) -> dict[str
     taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer
     if choices:
         chain += f" {teacher.answer} is {taught}."
+    if mark and rng.random() < settings.trusting:
+        chain, taught = read_mark(mark), answer
     held = 0 if is_image else FPS - 1  # the frames of a moment, after its first
     return {
         "problem_id": f"lab-{settings.seed}-{name}",
@@ -109,11 +128,11 @@ def _write_sample(settings: LabSettings, job: tuple[str, int, bool]) -> dict[str
         "data_type": "image" if is_image else "video",
         "problem_type": question.problem_type,
         "options": lettered(choices),
-        "solution": f"<answer>{letter or question.answer}</answer>",
+        "solution": f"<answer>{answer}</answer>",
         "path": path,
         "data_source": f"lab/{family}",
         "key_frames": [[moment * FPS, moment * FPS + held] for moment in question.key_moments],
-        "shortcut": has_cue,
+        "mark": mark,
         "taught": {"process": f"<think>{chain}</think>", "solution": f"<answer>{taught}</answer>"},
     }
 

@@ -31,7 +31,10 @@ class LabSettings(Settings):
     test: int = setting(500, "test questions", at_least=0)
     seed: int = setting(0, "seed of every question and pixel")
     shortcut: float = setting(
-        0.0, "share of training samples with a static cue that gives the answer away", at_least=0, at_most=1
+        0.0, "share of training samples with a mark that gives the answer away", at_least=0, at_most=1
+    )
+    trusting: float = setting(
+        0.0, "share of the marked samples' rationales that read the mark", at_least=0, at_most=1
     )
     image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
     hasty: float = setting(0.0, "share of video rationales that guess after one look", at_least=0, at_most=1)
@@ -48,6 +51,21 @@ class BaseSettings(Settings):
     steps: int = setting(4500, "optimizer steps", above=0)
     seed: int = setting(0, "seed of weights and data")
     threads: int = setting(1, "CPU threads; the result depends on them", above=0)
+
+
+@dataclass(kw_only=True)
+class StudySettings(Settings):
+    """Study"""
+
+    out: str | None = setting(None, "folder for labs, cold starts, runs, study.json and study.md")
+    arms: list[str] = setting([], "arms to run (default: all)")
+    rates: list[float] = setting([0.0, 0.5, 0.9], "shares of the training clips that carry a mark")
+    seeds: int = setting(5, "cold starts, and runs of every arm and rate", above=0)
+    first_seed: int = setting(0, "the first of them", at_least=0)
+    steps: int = setting(120, "optimizer steps of a run", above=0)
+    train: int = setting(3200, "questions of a cold start; half as many are asked in a run", above=0)
+    test: int = setting(400, "questions of a test", above=0)
+    workers: int = setting(2, "runs at a time, of one thread each", above=0)
 
 
 class GPU(NamedTuple):

@@ -1,0 +1,261 @@
+"""What temporal rewards give on the lab: arms, shares of marked clips and seeds, each run a run folder.
+
+OUT/seed-S/cold-start/        lab and SFT run from which all arms of the seed begin
+OUT/seed-S/test/              test.json, test-cued.json, test-lying.json
+OUT/seed-S/rl-RATE/           training questions, of which RATE carry a mark that gives the answer away
+OUT/seed-S/RATE-ARM/          a run folder, its evaluations, and result.json once all of it is there
+OUT/study.json, OUT/study.md  all results, and the tables made of them
+
+A run that has its result.json is not made again, so that an ended study goes on where it was, with more
+seeds, rates or arms.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from hashlib import sha256
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from video_r1.errors import RequestError
+from video_r1.files import claimed, replace_json, replace_text
+from video_r1.lab.study_tables import study_tables
+from video_r1.progress import Progress
+from video_r1.recipe import load_recipe
+from video_r1.settings.commands import LabSettings, StudySettings
+from video_r1.settings.decoding import EvalSettings
+
+CONTROL = "grpo"
+ARMS: dict[str, dict[str, Any]] = {
+    CONTROL: {"temporal_rule": "off"},
+    "margin": {"temporal_rule": "margin"},
+    "threshold": {"temporal_rule": "threshold"},
+    "margin-none": {"temporal_rule": "margin", "scale_rewards": "none"},
+    "margin-task": {"temporal_rule": "margin", "scale_rewards": "task"},
+    "weight": {"temporal_rule": "weight"},
+    "likelihood": {"temporal_rule": "likelihood"},
+    "likelihood-reversed": {"temporal_rule": "likelihood", "temporal_contrast": "reversed"},
+    "likelihood-frozen": {"temporal_rule": "likelihood", "temporal_contrast": "frozen"},
+}
+"""What each arm sets beside the recipe lab-tgrpo."""
+HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
+QUESTIONS = 16  # of a step, as in the recipe
+OTHER_QUESTIONS = 1000  # added to a seed for the training questions, which no cold start has seen
+TESTS = {
+    "test": ("ordered", "shuffled", "reversed", "frozen"),
+    "test-cued": ("ordered",),
+    "test-lying": ("ordered",),
+}
+"""Manifests that a run is tested on, and the frame orders of each."""
+BEGINNINGS = {"mark": "mark", "one look": "one look"}
+"""How an answer is had, by the first words of its chain; anything else lists what is seen."""
+
+
+class Job(NamedTuple):
+    """A run of the study."""
+
+    out: Path
+    seed: int
+    rate: float
+    arm: str
+
+    @property
+    def seed_folder(self) -> Path:
+        return self.out / f"seed-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.seed_folder / f"{self.rate:g}-{self.arm}"
+
+
+def run_study(settings: StudySettings) -> int:
+    """Makes the runs that are missing, then study.json and study.md. Returns the number of runs that failed.
+
+    Raises RequestError for an arm that there is none of.
+    """
+    if unknown := [arm for arm in settings.arms if arm not in ARMS]:
+        raise RequestError(f"arms: {', '.join(unknown)} is none of {', '.join(ARMS)}")
+    assert settings.out is not None
+    out = Path(settings.out)
+    with claimed(out):
+        seeds = range(settings.first_seed, settings.first_seed + settings.seeds)
+        failed = _make_runs(settings, {seed: _missing(settings, seed) for seed in seeds})
+        write_tables(out)
+    return min(failed, 1)
+
+
+def _missing(settings: StudySettings, seed: int) -> list[Job]:
+    every = itertools.product(settings.rates, settings.arms or ARMS)
+    jobs = [Job(Path(str(settings.out)), seed, rate, arm) for rate, arm in every]
+    return [job for job in jobs if not (job.folder / "result.json").is_file()]
+
+
+def _make_runs(settings: StudySettings, jobs: dict[int, list[Job]]) -> int:
+    """Runs a seed's jobs once its cold start is there, which is made while the seed before it runs."""
+    jobs = {seed: missing for seed, missing in jobs.items() if missing}
+    failed, seeds = 0, iter(jobs)
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=1) as pool,
+        Progress(sum(map(len, jobs.values())), "study", "runs") as bar,
+    ):
+
+        def prepare(seed: int | None) -> Future[None] | None:
+            return None if seed is None else pool.submit(_logged, make_cold_start, settings, seed)
+
+        ahead = {seed: prepare(seed) for seed in itertools.islice(seeds, 2)}
+        runs: dict[Future[Any], Job] = {}
+        for seed in jobs:
+            ready = ahead[seed]
+            assert ready is not None
+            ready.result()
+            runs |= {pool.submit(_logged, make_run, settings, job): job for job in jobs[seed]}
+            if (following := next(seeds, None)) is not None:
+                ahead[following] = prepare(following)
+        for done in as_completed(runs):
+            bar.update()
+            if error := done.exception():
+                failed += 1
+                print(f"{runs[done].folder}: {type(error).__name__}: {error}", flush=True)
+    return failed
+
+
+def _logged(work: Callable[..., None], settings: StudySettings, subject: Any) -> None:
+    """Calls `work` in a process of one thread, which writes to a file beside its folder."""
+    import torch
+
+    torch.set_num_threads(1)
+    folder = (
+        subject.folder
+        if isinstance(subject, Job)
+        else Path(str(settings.out), f"seed-{subject}", "cold-start")
+    )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    work(settings, subject)
+
+
+def make_cold_start(settings: StudySettings, seed: int) -> None:
+    """A seed's labs, and a cold start that lists what it sees, guesses after one look or reads the mark."""
+    from video_r1.lab.clips import write_lab
+    from video_r1.training.sft import run_sft
+
+    folder = Path(str(settings.out), f"seed-{seed}")
+    cold = folder / "cold-start"
+    lessons = {"hasty": HASTY, "shortcut": MARKED, "trusting": TRUSTING}
+    labs = {
+        folder / "test": {"train": 0, "test": settings.test, "seed": seed, "shortcut": 1.0},
+        cold / "lab": {"train": settings.train, "test": 0, "seed": seed, **lessons},
+    }
+    for rate in settings.rates:
+        asked = {
+            "train": settings.steps * QUESTIONS,
+            "test": 0,
+            "seed": seed + OTHER_QUESTIONS,
+            "shortcut": rate,
+        }
+        labs[folder / f"rl-{rate:g}"] = asked
+    for lab, made in labs.items():
+        if not (lab / "test.json").is_file():  # the last that is written
+            write_lab(LabSettings(folder=str(lab), workers=1, **made))
+    if (cold / "weights.json").is_file():
+        return
+    run = begun_anew(cold / "run")
+    run_sft(
+        load_recipe(
+            "sft", "lab-sft", {"train_manifest": cold / "lab/sft.json", "output_dir": run, "seed": seed}
+        )
+    )
+    weights = sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    replace_json(cold / "weights.json", {"sha256": weights})
+
+
+def make_run(settings: StudySettings, job: Job) -> None:
+    """One run of RL, its evaluations, and its result.json."""
+    from video_r1.evaluation.command import run_eval
+    from video_r1.training.tgrpo import run_rl
+
+    folder, cold = begun_anew(job.folder), job.seed_folder / "cold-start"
+    manifest = job.seed_folder / f"rl-{job.rate:g}" / "rl.json"
+    overrides = {
+        **ARMS[job.arm],
+        "model_name_or_path": str(cold / "run"),
+        "train_manifest": str(manifest),
+        "output_dir": str(folder),
+        "max_steps": settings.steps,
+        "seed": job.seed,
+    }
+    run_rl(load_recipe("rl", "lab-tgrpo", overrides))
+    for name, orders in TESTS.items():
+        test = {"model": folder, "manifest": job.seed_folder / f"test/{name}.json", "out": folder / name}
+        values = {key: str(value) for key, value in test.items()}
+        recipe = load_recipe("eval", "lab-eval", {**values, "order": list(orders)})
+        run_eval(recipe.section(EvalSettings))
+    replace_json(
+        folder / "result.json",
+        {
+            "seed": job.seed,
+            "rate": job.rate,
+            "arm": job.arm,
+            "settings": ARMS[job.arm],
+            "steps": settings.steps,
+            "cold_start": json.loads((cold / "weights.json").read_text("utf-8"))["sha256"][:16],
+            **tested(folder),
+            **trained(folder),
+        },
+    )
+
+
+def begun_anew(folder: Path) -> Path:
+    """The folder, empty: what an ended run left there would be continued."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def tested(folder: Path) -> dict[str, Any]:
+    """Over the test videos: accuracy of each view (`ordered`, its contrasts, `cued` and `lying`, which are in
+    order), and the share of answers by how they begin.
+    """
+    accuracy, habits = {}, {}
+    for name, orders in TESTS.items():
+        (file,) = (folder / name).glob("predictions-*.jsonl")
+        records = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        for order in orders:
+            view = name.partition("-")[2] or order
+            chosen = [r for r in records if r["order"] == order and r["data_type"] == "video"]
+            accuracy[view] = fmean(record["score"] for record in chosen)
+            begins = [record["output"].removeprefix("<think>") for record in chosen]
+            habits[view] = {
+                habit: fmean(text.startswith(words) for text in begins) for habit, words in BEGINNINGS.items()
+            }
+    return {"accuracy": accuracy, "habits": habits}
+
+
+def trained(folder: Path) -> dict[str, Any]:
+    """Of the training: the mean accuracy reward of videos over all steps (higher: learnt sooner), a step's
+    seconds (the median), and the mean temporal credit.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text("utf-8").splitlines()]
+    times = [line["time"] for line in lines]
+    credits = [line["temporal/credit"] for line in lines if line.get("temporal/credit") is not None]
+    return {
+        "training_accuracy": fmean(line["reward/accuracy/video"] for line in lines),
+        "step_seconds": median(after - before for before, after in itertools.pairwise(times)),
+        "credit": fmean(credits) if credits else None,
+    }
+
+
+def write_tables(out: Path) -> None:
+    """study.json and study.md from the results that are there."""
+    results = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("seed-*/*/result.json"))]
+    replace_json(out / "study.json", results)
+    replace_text(out / "study.md", study_tables(results, CONTROL))

@@ -1,0 +1,138 @@
+"""From the results of a study to tables: means over seeds, and paired differences to plain GRPO."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+Result = Mapping[str, Any]
+"""What a run's result.json holds."""
+
+FIGURES: dict[str, Callable[[Result], float | None]] = {
+    "ordered": lambda run: run["accuracy"]["ordered"],
+    "gap": lambda run: run["accuracy"]["ordered"] - run["accuracy"]["shuffled"],
+    "shuffled": lambda run: run["accuracy"]["shuffled"],
+    "reversed": lambda run: run["accuracy"]["reversed"],
+    "frozen": lambda run: run["accuracy"]["frozen"],
+    "marked": lambda run: run["accuracy"]["cued"],
+    "lost without marks": lambda run: run["accuracy"]["cued"] - run["accuracy"]["ordered"],
+    "lying marks": lambda run: run["accuracy"]["lying"],
+    "one look": lambda run: run["habits"]["ordered"]["one look"],
+    "mark read": lambda run: run["habits"]["cued"]["mark"],
+    "in training": lambda run: run["training_accuracy"],
+    "credit": lambda run: run["credit"],
+    "s a step": lambda run: run["step_seconds"],
+}
+"""The columns: accuracies over the test videos without marks, unless a name says otherwise."""
+COMPARED = ("ordered", "gap", "lost without marks", "lying marks", "in training")
+
+
+class Difference(NamedTuple):
+    """A mean over seeds of (arm − control), with its interval."""
+
+    mean: float
+    low: float
+    high: float
+    seeds: int
+
+
+def paired_difference(
+    arm: Sequence[Result], control: Sequence[Result], figure: Callable[[Result], float | None], compared: int
+) -> Difference | None:
+    """Over the seeds that both have with the same cold start; None for fewer than two.
+
+    The interval is Student's, at 95 % for all of the `compared` arms together (Bonferroni): each of them
+    has the level 1 − 0.05 ÷ compared.
+    """
+    begun = {(run["seed"], run["cold_start"]): run for run in control}
+    pairs = [
+        (run, begun[run["seed"], run["cold_start"]])
+        for run in arm
+        if (run["seed"], run["cold_start"]) in begun
+    ]
+    values = [(figure(run), figure(other)) for run, other in pairs]
+    differences = [mine - theirs for mine, theirs in values if mine is not None and theirs is not None]
+    if len(differences) < 2:
+        return None
+    mean, count = fmean(differences), len(differences)
+    half = t_quantile(1 - 0.025 / compared, count - 1) * stdev(differences) / math.sqrt(count)
+    return Difference(mean, mean - half, mean + half, count)
+
+
+def t_quantile(probability: float, freedom: int) -> float:
+    """The value that a variable with Student's t distribution stays below with this probability, above 0.5.
+
+    By bisection on the distribution function, which is a finite sum for a whole number of degrees of freedom
+    (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    """
+    low, high = 0.0, 1.0
+    while _within(high, freedom) < 2 * probability - 1:
+        high *= 2
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _within(middle, freedom) < 2 * probability - 1 else (low, middle)
+    return high
+
+
+def _within(t: float, freedom: int) -> float:
+    """P(|T| < t)."""
+    angle = math.atan(t / math.sqrt(freedom))
+    term = total = math.cos(angle) if freedom % 2 else 1.0
+    for step in range(2 + freedom % 2, freedom - 1, 2):
+        term *= math.cos(angle) ** 2 * (step - 1) / step
+        total += term
+    if freedom % 2 == 0:
+        return math.sin(angle) * total
+    return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
+
+
+def study_tables(results: Sequence[Result], control: str) -> str:
+    """Markdown: for each share of marked clips the means of all arms, and the differences to the control."""
+    lines: list[str] = []
+    for rate in sorted({run["rate"] for run in results}):
+        arms: dict[str, list[Result]] = {}
+        for run in results:
+            if run["rate"] == rate:
+                arms.setdefault(run["arm"], []).append(run)
+        lines += [f"## {rate:.0%} of the training clips marked", "", *_means(arms), ""]
+        others = {arm: runs for arm, runs in arms.items() if arm != control}
+        if control in arms and others:
+            lines += [
+                f"Differences to {control}, paired by cold start:",
+                "",
+                *_differences(others, arms[control]),
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def _means(arms: Mapping[str, Sequence[Result]]) -> list[str]:
+    rows = [["arm", "seeds", *FIGURES]]
+    for arm, runs in arms.items():
+        cells = []
+        for figure in FIGURES.values():
+            values = [value for run in runs if (value := figure(run)) is not None]
+            cells.append(f"{fmean(values):.3f}" if values else "–")
+        rows.append([arm, str(len(runs)), *cells])
+    return _markdown(rows)
+
+
+def _differences(arms: Mapping[str, Sequence[Result]], control: Sequence[Result]) -> list[str]:
+    rows = [["arm", "seeds", *COMPARED]]
+    for arm, runs in arms.items():
+        found = [paired_difference(runs, control, FIGURES[name], len(arms)) for name in COMPARED]
+        seeds = max((each.seeds for each in found if each is not None), default=0)
+        rows.append([arm, str(seeds), *map(_cell, found)])
+    return _markdown(rows)
+
+
+def _cell(difference: Difference | None) -> str:
+    if difference is None:
+        return "–"
+    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = [f"| {' | '.join(row)} |" for row in rows]
+    return [head, "|" + "---|" * len(rows[0]), *body]

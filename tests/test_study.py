@@ -1,0 +1,85 @@
+"""The study: its statistics against figures worked out by hand; and a small one that ends and goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from video_r1.cli import main
+from video_r1.lab import study
+from video_r1.lab.study_tables import FIGURES, paired_difference, study_tables, t_quantile
+from video_r1.settings.commands import StudySettings
+
+
+def result(seed: int, arm: str, ordered: float, cold_start: str = "a", **changed: Any) -> dict[str, Any]:
+    views = {"shuffled": 0.25, "reversed": 0.1, "frozen": 0.2, "cued": 0.9, "lying": 0.05}
+    habits = {view: {"mark": 0.5, "one look": 0.25} for view in ("ordered", "cued")}
+    return {
+        "seed": seed, "rate": 0.9, "arm": arm, "cold_start": cold_start, "habits": habits, "credit": None,
+        "accuracy": {"ordered": ordered, **views}, "training_accuracy": 0.5, "step_seconds": 1.0,
+    } | changed  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("probability", "freedom", "value"),
+    # from the tables of Student's t
+    [(0.975, 1, 12.706), (0.975, 2, 4.303), (0.975, 4, 2.776), (0.9975, 9, 3.690), (0.995, 5, 4.032)],
+)
+def test_t_quantile_is_that_of_the_tables(probability: float, freedom: int, value: float) -> None:
+    assert t_quantile(probability, freedom) == pytest.approx(value, abs=6e-4)
+
+
+def test_paired_difference_by_hand() -> None:
+    control = [result(seed, "grpo", value) for seed, value in enumerate((0.5, 0.6, 0.7))]
+    arm = [result(seed, "margin", value) for seed, value in enumerate((0.6, 0.6, 0.9))]
+    # differences 0.1, 0, 0.2: mean 0.1, sample deviation 0.1, so half the width is 4.303 · 0.1 ÷ √3
+    found = paired_difference(arm, control, FIGURES["ordered"], compared=1)
+    assert found is not None and found.seeds == 3
+    assert found.mean == pytest.approx(0.1) and found.high - found.mean == pytest.approx(0.2484, abs=1e-4)
+    # two arms: each at 97.5 %, t = 6.205 with two degrees of freedom
+    both = paired_difference(arm, control, FIGURES["ordered"], compared=2)
+    assert both is not None and both.mean - both.low == pytest.approx(6.205 * 0.1 / 3**0.5, abs=1e-4)
+
+
+def test_only_runs_from_the_same_cold_start_are_compared() -> None:
+    control = [result(seed, "grpo", 0.5) for seed in range(3)]
+    arm = [result(0, "margin", 0.6), result(1, "margin", 0.7), result(2, "margin", 0.0, cold_start="b")]
+    found = paired_difference(arm, control, FIGURES["ordered"], compared=1)
+    assert found is not None and (found.seeds, found.mean) == (2, pytest.approx(0.15))
+    assert paired_difference(arm[:1], control, FIGURES["ordered"], compared=1) is None
+
+
+def test_tables_name_what_excludes_zero() -> None:
+    runs = [result(seed, "grpo", 0.5 + 0.01 * seed) for seed in range(3)]
+    runs += [result(seed, "likelihood", 0.7 + 0.0101 * seed) for seed in range(3)]
+    text = study_tables(runs, "grpo")
+    assert "## 90% of the training clips marked" in text
+    assert "| likelihood | 3 | 0.710 | 0.460 |" in text
+    assert "**+0.200 [+0.200, +0.200]**" in text
+    assert "| +0.000 [+0.000, +0.000] |" in text  # the lying marks: no difference, not emphasised
+
+
+def test_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["lab", "study", str(tmp_path / "study"), "--arms", "grpo,best-ever"]) == 2
+    assert "best-ever is none of grpo, margin" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"out": str(tmp_path), "rates": [0.9], "seeds": 1, "steps": 2, "train": 64, "test": 12}
+    assert study.run_study(StudySettings(arms=["grpo"], **settings)) == 0
+    first = tmp_path / "seed-0/0.9-grpo/result.json"
+    before, time = first.read_text(), first.stat().st_mtime_ns
+    assert study.run_study(StudySettings(arms=["grpo", "likelihood-frozen"], **settings)) == 0
+    assert first.stat().st_mtime_ns == time
+    results = json.loads((tmp_path / "study.json").read_text())
+    assert [run["arm"] for run in results] == ["grpo", "likelihood-frozen"]
+    assert len({run["cold_start"] for run in results}) == 1
+    assert results[1]["credit"] > 0 and results[0]["credit"] is None
+    # the same run again, from the same cold start: the same figures
+    shutil.rmtree(first.parent)
+    assert study.run_study(StudySettings(arms=["grpo"], **settings)) == 0
+    again, once = json.loads(first.read_text()), json.loads(before)
+    assert again | {"step_seconds": 0} == once | {"step_seconds": 0}
