@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
 
+from video_r1.data.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
-from video_r1.evaluation.benchmarks.spec import answer_of, options_of
 from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
 
 

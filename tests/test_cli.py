@@ -280,7 +280,7 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["data", "check", "m.json", "--media", "false", "--media_root", "/data", "--allow_urls"]) == 1
     assert seen == {
         "manifest": "m.json", "media_root": "/data", "allow_urls": True, "media": False, "workers": None,
-        "remote_cache": None, "remote_cache_gb": 50.0,
+        "remote_cache": None, "remote_cache_gb": 50.0, "allowed_roots": [],
     }  # fmt: skip
     monkeypatch.setattr(video_r1.lab.clips, "write_lab", lambda settings: seen.update(vars(settings)))
     assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0

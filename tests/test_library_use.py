@@ -13,6 +13,8 @@ from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 
 from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
 from video_r1.cli import main
+from video_r1.data.records import load_manifest
+from video_r1.errors import ManifestError
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -85,3 +87,16 @@ def test_data_set_and_reward_function(tmp_path: Path, monkeypatch: pytest.Monkey
     trainer.train()
     assert set(seen) == set(KINDS)
     assert all("reward/has_think" in line for line in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_rows_are_checked_by_the_constructor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = json.loads(write_manifest(tmp_path).read_text())
+    model = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
+    args = SFTConfig(**training_arguments(tmp_path / "run"))
+    trainer = SFTTrainer(model, args, train_dataset=rows, eval_dataset={"held out": rows[:2]})
+    assert trainer.train_dataset == load_manifest(tmp_path / "manifest.json")
+    with pytest.raises(ManifestError, match=r"list: 1 problem: row 1 \(id 0\): solution is missing"):
+        SFTTrainer(model, args, train_dataset=[rows[0] | {"solution": None}])
+    with pytest.raises(ManifestError, match="not generator"):
+        SFTTrainer(model, args, train_dataset=(row for row in rows))  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ import torch
 from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
 
 from video_r1.data.media import Media
-from video_r1.data.prompts import PromptBuilder, load_template, response_text
+from video_r1.data.prompts import PromptBuilder, load_template, response_text, subtitle_text
 from video_r1.data.records import ProblemType, Sample
 from video_r1.errors import ConfigError, PromptError
 
@@ -220,6 +220,46 @@ def test_template_file(tmp_path: Path) -> None:
     assert builder.question(make_sample()) == (
         "Q: Where does it go?\nA. left\nB. right\nUse {braces}. Give the letter only."
     )
+
+
+def test_subtitles_stand_before_the_question_when_they_are_asked_for(tmp_path: Path) -> None:
+    sample = make_sample("numerical", subtitles="0:01 Hello.\n0:03 Two {balls}.")
+    shown = "Subtitles:\n0:01 Hello.\n0:03 Two {balls}.\n\nWhere does it go?\n"
+    builder = PromptBuilder(PROCESSORS["qwen2_vl"], subtitles=True)
+    assert builder.question(sample).startswith(shown)
+    assert builder.question(make_sample("numerical")).startswith("Where does it go?\n")
+    assert "Hello" not in PromptBuilder(PROCESSORS["qwen2_vl"]).question(sample)
+    path = tmp_path / "template.txt"
+    path.write_text("{question}\n{options}\n{subtitles}\n{hint}")
+    text = PromptBuilder(PROCESSORS["qwen2_vl"], path, subtitles=True).question(sample)
+    assert text.startswith("Where does it go?\nSubtitles:\n") and text.count("Subtitles") == 1
+    saved = tmp_path / "saved.txt"
+    saved.write_text(str(builder.template))
+    assert PromptBuilder(PROCESSORS["qwen2_vl"], saved).question(sample) == builder.question(sample)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (None, ""),
+        ("one\ntwo", "Subtitles:\none\ntwo\n"),
+        ("12345678\nx", "Subtitles:\n12345678\nx\n"),
+        ("1234\n5678\nx", "Subtitles:\n1234\n5678\n(2 more characters of subtitles)\n"),
+        ("1234567890abc", "Subtitles:\n1234567890\n(3 more characters of subtitles)\n"),
+    ],
+)
+def test_long_subtitles_are_cut_at_a_line_and_say_so(text: str | None, shown: str) -> None:
+    assert subtitle_text(text, limit=10) == shown
+
+
+def test_subtitles_are_outside_of_the_visual_block() -> None:
+    sample, clip = make_sample(subtitles="Hello."), make_clip("qwen2_5_vl")
+    builder = PromptBuilder(PROCESSORS["qwen2_5_vl"], subtitles=True)
+    ids = builder.build(sample, clip).input_ids
+    plain = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(sample, clip).input_ids
+    assert builder.visual_tokens(ids) == builder.visual_tokens(plain) > 0
+    end = int((plain == builder.processor.video_token_id).nonzero()[-1]) + 1
+    assert torch.equal(ids[:end], plain[:end])
 
 
 @pytest.mark.parametrize(

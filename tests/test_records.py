@@ -9,6 +9,7 @@ import pytest
 from datasets import config as datasets_config
 
 from video_r1.data import rows
+from video_r1.data.places import path_below
 from video_r1.data.records import FIELDS, Sample, check_manifest, load_manifest
 from video_r1.errors import ManifestError
 
@@ -196,7 +197,8 @@ def test_all_problems_of_all_rows_are_reported_together(tmp_path):
     with pytest.raises(ManifestError) as error:
         load_manifest(write(tmp_path, made))
     expected = [
-        "row 1 (id 7): path '/x.mp4' is absolute; it must be relative to the media root",
+        "row 1 (id 7): path '/x.mp4' is absolute; it must be relative to the media root, "
+        "or lie in a folder that allowed_roots names",
         "row 1 (id 7): the solution Z is not among the options A, B",
         "row 3: is [1, 2], not an object with fields",
         "row 4 (id n-1): problem_id is used before, in row 2; each row needs its own",
@@ -297,6 +299,35 @@ def test_links_must_stay_inside_the_media_root(tmp_path):
     ]
     assert [problem.problem_id for problem in problems] == [1, 2]
     assert all("leads out of the media root" in problem.text for problem in problems)
+
+
+def test_allowed_roots_admit_absolute_paths_and_links(tmp_path):
+    root, shelf, secret = (tmp_path / name for name in ("root", "shelf", "secret"))
+    for folder in (root, shelf, secret):
+        folder.mkdir()
+        (folder / "a.mp4").touch()
+    os.symlink(shelf / "a.mp4", root / "link.mp4")
+    os.symlink(secret / "a.mp4", shelf / "out.mp4")
+    paths = ["link.mp4", str(shelf / "a.mp4"), f"file://{shelf}/a.mp4", str(shelf / "out.mp4"), "/etc/passwd"]
+    made = [CHOICE | {"problem_id": n, "path": path} for n, path in enumerate(paths)]
+    manifest = write(root, made)
+    samples, _, problems = check_manifest(manifest, allowed_roots=[shelf])
+    assert [(s.problem_id, s.path) for s in samples] == [
+        (n, str((shelf / "a.mp4").resolve())) for n in range(3)
+    ]
+    assert [problem.problem_id for problem in problems] == [3, 4]
+    assert all("leads out of the media root and the allowed roots" in problem.text for problem in problems)
+    assert path_below(str(root.resolve()), samples[1].path) == samples[1].path  # it is found there again
+    assert len(check_manifest(manifest).problems) == 5  # without the setting
+    with pytest.raises(ManifestError, match=r"allowed_roots: .*nowhere is not a folder"):
+        check_manifest(manifest, allowed_roots=[tmp_path / "nowhere"])
+
+
+def test_a_list_of_rows_is_checked_like_a_manifest(tmp_path):
+    (sample,) = load_manifest([CHOICE], media_root=tmp_path)
+    assert sample == load_manifest(write(tmp_path, [CHOICE]))[0]
+    with pytest.raises(ManifestError, match=r"list: 2 problems: row 1 \(id 7\): .*; row 2: is 3"):
+        load_manifest([CHOICE | {"problem": None}, 3], media_root=tmp_path)
 
 
 def test_a_folder_beside_the_root_with_its_name_as_beginning_is_outside(tmp_path):

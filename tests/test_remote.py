@@ -30,7 +30,8 @@ from video_r1.data import remote
 from video_r1.data.check import check_media
 from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.records import check_manifest, load_manifest, media_root_of, path_below
+from video_r1.data.places import media_root_of, path_below
+from video_r1.data.records import check_manifest, load_manifest
 from video_r1.data.remote import NoAnswer, RemoteCache, below, folder_of, is_address, relative_to
 from video_r1.errors import ConfigError, ManifestError, MediaError, VideoR1Error
 

@@ -10,9 +10,10 @@ from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.runner import Counts, annotate, rejected_path
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.data.frame_cache import open_frame_cache
+from video_r1.data.places import media_root_of
 from video_r1.data.prompts import load_template
 from video_r1.data.reading import Reader
-from video_r1.data.records import Sample, load_manifest, media_root_of
+from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.files import digest
 from video_r1.processes import decided_by_first, process_group
@@ -39,7 +40,7 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
 
 
 def _annotate(settings: AnnotateSettings, manifest: str, teacher: str, out: str) -> Counts:
-    samples = decided_by_first(lambda: load_manifest(manifest, settings.media_root, settings.allow_urls))
+    samples = decided_by_first(lambda: load_manifest(manifest, **settings.media_places()))
     drawn_with = {"teacher": teacher, **drawing(settings, samples)}
     if settings.at_endpoint:
         key = os.environ.get(settings.key_variable)
@@ -69,9 +70,13 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
     engine = "server" if settings.engine.startswith("http") else settings.engine
     return {
         "manifest": digest(
-            [[s.problem_id, s.problem, s.options, s.solution, s.path, s.start, s.end] for s in samples]
+            [
+                [s.problem_id, s.problem, s.options, s.solution, s.path, s.start, s.end]
+                + ([s.subtitles] if settings.subtitles else [])
+                for s in samples
+            ]
         ),
-        "prompt_template": digest(asdict(load_template(settings.prompt_template))),
+        "prompt_template": digest(asdict(load_template(settings.prompt_template, settings.subtitles))),
         "engine": "endpoint" if settings.at_endpoint else engine,
         **{name: getattr(settings, name) for name in DRAWN_WITH},
     }

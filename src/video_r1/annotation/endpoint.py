@@ -38,7 +38,7 @@ class EndpointTeacher:
     ) -> None:
         self.settings, self.endpoint, self.model = settings, endpoint, model
         self.frames_as: FramesAs = frames_as
-        self._template = load_template(settings.prompt_template)
+        self._template = load_template(settings.prompt_template, settings.subtitles)
         self._budget = settings.frame_budget(FrameBudget().size_multiple)
         self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)

@@ -98,6 +98,7 @@ def run_check(
     workers: int | None = None,
     remote_cache: str | None = None,
     remote_cache_gb: float = RemoteSettings.remote_cache_gb,
+    allowed_roots: Sequence[str] = (),
 ) -> int:
     """Checks a manifest, and its media unless `media` is false, and prints every problem and the counts.
 
@@ -107,7 +108,7 @@ def run_check(
         ManifestError: there is no such manifest or media root.
         VideoR1Error: a place that media are fetched from is out of reach.
     """
-    samples, rows, problems = check_manifest(manifest, media_root, allow_urls)
+    samples, rows, problems = check_manifest(manifest, media_root, allow_urls, allowed_roots=allowed_roots)
     for problem in problems:
         print(problem)
     budget = FrameBudget(remote_cache=remote_cache, remote_bytes=int(remote_cache_gb * 1e9))

@@ -1,8 +1,8 @@
 """Prompts: the only templates, and a Sample's model inputs in one frame order.
 
-A template is plain text with the placeholders `{question}`, `{options}` and `{hint}` (`{{` and `}}` stand for
-single braces). A line that holds only `{options}` is left out when the question has none. A template file may
-also replace the answer hints, one line a problem type, anywhere in the file:
+A template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}` (`{{` and
+`}}` stand for single braces). A line that holds only `{options}` or `{subtitles}` is left out when the
+question has none. A template file may also replace the answer hints, one line a problem type, anywhere:
 
     {question}
     {options}
@@ -39,7 +39,8 @@ ANSWER_HINTS: dict[ProblemType, str] = {
     "regression": "Give a number.",
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
-PLACEHOLDERS = ("question", "options", "hint")
+PLACEHOLDERS = ("question", "options", "hint", "subtitles")
+SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
 # Held while a tokenizer is used: fast ones keep settings (padding, cutting) that a call may have to change.
 # A call in another thread that meets this is refused ("Already borrowed"), or gets the other's settings.
 _TOKENIZING = threading.Lock()
@@ -79,21 +80,45 @@ class Template:
     hints: Mapping[ProblemType, str]
 
     def render(self, sample: Sample) -> str:
-        lines = self.text.splitlines()
-        text = "\n".join(line for line in lines if sample.options or line.strip() != "{options}")
-        return text.format(
-            question=sample.problem, options="\n".join(sample.options), hint=self.hints[sample.problem_type]
-        )
+        fields = {
+            "question": sample.problem,
+            "options": "\n".join(sample.options),
+            "hint": self.hints[sample.problem_type],
+            "subtitles": subtitle_text(sample.subtitles),
+        }
+        left_out = [f"{{{name}}}" for name in ("options", "subtitles") if not fields[name]]
+        lines = (line for line in self.text.splitlines() if line.strip() not in left_out)
+        return "\n".join(lines).format(**fields)
 
     def __str__(self) -> str:
         """The whole template as a file has it."""
         return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
 
 
-def load_template(path: str | Path | None) -> Template:
-    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError."""
-    if path is None:
-        return Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
+def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> str:
+    """A row's subtitles behind a heading, as a prompt has them; "" without any. Of longer ones stay the first
+    whole lines that have `limit` characters together, and a line that says how many characters are gone."""
+    if not subtitles:
+        return ""
+    shown = subtitles
+    if len(subtitles) > limit:
+        shown = subtitles[: limit + 1].rpartition("\n")[0] or subtitles[:limit]
+        shown += f"\n({len(subtitles) - len(shown)} more characters of subtitles)"
+    return f"Subtitles:\n{shown}\n"
+
+
+def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
+    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError.
+
+    subtitles: put a line for them first, unless the template says where they go.
+    """
+    template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS) if path is None else _read_template(path)
+    if not subtitles or "{subtitles}" in template.text:
+        return template
+    return Template("{subtitles}\n" + template.text, template.hints)
+
+
+def _read_template(path: str | Path) -> Template:
     try:
         return _parsed(template_text(Path(path)).strip().splitlines())
     except (OSError, UnicodeDecodeError) as error:
@@ -151,11 +176,11 @@ class TextPrompts:
 
     tokenizer: Any = None
 
-    def __init__(self, template: str | Path | None = None) -> None:
-        self.template = load_template(template)
+    def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
+        self.template = load_template(template, subtitles)
 
     def question(self, sample: Sample) -> str:
-        """The user's text: question, options, instruction and answer hint."""
+        """The user's text: subtitles if asked for, question, options, instruction and answer hint."""
         return self.template.render(sample)
 
     def build(
@@ -179,12 +204,17 @@ class PromptBuilder(TextPrompts):
     processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor with a chat template.
     template: path of a template file; None for the built-in template.
     max_prompt_length: tokens, visual ones included. A longer prompt is an error, it is never cut.
+    subtitles: whether the template gets a line for them.
     """
 
     def __init__(
-        self, processor: Any, template: str | Path | None = None, max_prompt_length: int = 16384
+        self,
+        processor: Any,
+        template: str | Path | None = None,
+        max_prompt_length: int = 16384,
+        subtitles: bool = False,
     ) -> None:
-        super().__init__(template)
+        super().__init__(template, subtitles)
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_prompt_length = max_prompt_length

@@ -1,23 +1,23 @@
 """Samples: one question about one image or video, read from a manifest and checked.
 
-A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub or a `datasets.Dataset`;
-docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
+A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub, a `datasets.Dataset` or a list of
+rows; docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
-from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
+from video_r1.data.places import MediaPlaces, media_root_of
+from video_r1.data.remote import check_schemes, is_address
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
@@ -56,6 +56,7 @@ class Sample:
     start: float | None = None  # the window of the clip that the question is about, in seconds from its
     end: float | None = None  # beginning; None: from the beginning, to the end
     extra: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row that is not null
+    subtitles: str | None = None  # what is said in the clip, for prompts that show it
 
     @property
     def answer(self) -> str:
@@ -102,42 +103,46 @@ class CheckedManifest(NamedTuple):
 
 
 def load_manifest(
-    source: str | Path | datasets.Dataset,
+    source: str | Path | datasets.Dataset | Sequence[Any],
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
+    allowed_roots: Sequence[str | Path] = (),
 ) -> list[Sample]:
     """Reads and checks a manifest.
 
     Args:
         source: a JSON or JSON lines file (or Parquet) or its address, a data set id of the Hugging Face hub
-            or a folder that `datasets` reads, or a `datasets.Dataset` with the same fields.
+            or a folder that `datasets` reads, or a `datasets.Dataset` or a list of dicts with its fields.
         media_root: the folder, or the address of one, that every `path` is relative to and must stay inside.
             Default: the folder of the manifest, or the current folder when it is no file.
         allow_urls: accept addresses (https://, s3://, hf://, …) outside of it as `path`.
         split: the split to read of a data set that has several.
+        allowed_roots: further folders that absolute paths and links may lead to.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
         ConfigError: an address needs a package that is not installed.
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
-    return check_manifest(source, media_root, allow_urls, split).without_problems(name)
+    checked = check_manifest(source, media_root, allow_urls, split, allowed_roots=allowed_roots)
+    return checked.without_problems(name)
 
 
 def check_manifest(
-    source: str | Path | datasets.Dataset,
+    source: str | Path | datasets.Dataset | Sequence[Any],
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
     min_options: int = 2,
+    allowed_roots: Sequence[str | Path] = (),
 ) -> CheckedManifest:
     """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
 
     min_options: fewest options of a multiple-choice question.
 
     Raises:
-        ManifestError: there is nothing to check: no such source, or the media root is not a folder.
+        ManifestError: there is nothing to check: no such source, or a media root is not a folder.
     """
     media_root = media_root_of(source, media_root)
     if is_address(media_root):
@@ -150,7 +155,7 @@ def check_manifest(
             f"the media root {media_root} is not a folder; set media_root to the folder that "
             "the paths of the manifest start at"
         )
-    places = _MediaPlaces(media_root, allow_urls)
+    places = MediaPlaces(media_root, allow_urls, allowed_roots)
     samples: list[Sample] = []
     rows: list[int] = []
     problems: list[Problem] = []
@@ -177,71 +182,7 @@ def check_manifest(
     return CheckedManifest(samples, rows, problems)
 
 
-def media_root_of(source: object, media_root: str | Path | None) -> str:
-    """The media root of a manifest, links followed, or its address. By default it is the folder of the
-    manifest's file, without one the current folder.
-    """
-    source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
-    if media_root is None and is_address(source):
-        return folder_of(source)
-    if media_root is None:
-        media_root = os.path.dirname(source) if os.path.isfile(source) else ""
-    root = on_this_machine(str(media_root))
-    return root if is_address(root) else os.path.realpath(root or ".")
-
-
-def path_below(media_root: str, path: str) -> str:
-    """A sample's path as a manifest with that media root says it. Addresses elsewhere stay as they are."""
-    if is_address(path):
-        return relative_to(path, media_root) or path
-    return os.path.relpath(path, media_root)
-
-
-class _MediaPlaces:
-    """Turns the paths of rows into files below the media root. Folders are resolved once each."""
-
-    def __init__(self, root: str, allow_urls: bool) -> None:
-        self.root = root
-        self.inside = root.rstrip(os.sep) + os.sep
-        self.allow_urls = allow_urls
-        self._real = functools.cache(os.path.realpath)
-
-    def find(self, path: str) -> str:
-        """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
-        if path.startswith(("file://", "local://")):
-            found = os.path.realpath(on_this_machine(path))
-            if not found.startswith(self.inside):
-                raise ValueError(f"path {path!r} leads out of the media root")
-            return found
-        if is_address(path):
-            return self._address(path)
-        if "\0" in path:
-            raise ValueError(f"path {path!r} contains a null character")
-        if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
-            raise ValueError(f"path {path!r} is absolute; it must be relative to the media root")
-        if is_address(self.root):
-            return below(self.root, path)
-        folder, name = os.path.split(path)
-        found = os.path.join(self._real(os.path.join(self.root, folder)), name)
-        if name in ("", ".", "..") or os.path.islink(found):
-            found = os.path.realpath(found)
-        if not found.startswith(self.inside):
-            raise ValueError(f"path {path!r} leads out of the media root")
-        return found
-
-    def _address(self, address: str) -> str:
-        """Addresses below the media root are the user's own; the others may be anywhere."""
-        if relative_to(address, self.root) is None:
-            try:
-                check_schemes(address, may_be_local=False)
-            except ValueError as error:
-                raise ValueError(f"path {address!r} {error}") from None
-            if not self.allow_urls:
-                raise ValueError(f"path {address!r} is a URL; these are refused unless allow_urls is set")
-        return address
-
-
-def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
+def _check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
     """The sample of a row, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
         return None, [f"is {_shown(row)}, not an object with fields"]
@@ -278,6 +219,7 @@ def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample
     if process and not _PROCESS.fullmatch(process):
         found.append(f"process is {_shown(process)}; it must be <think>…</think>")
     data_source = _text(row, "data_source", found, required=False)
+    subtitles = _text(row, "subtitles", found, required=False).strip() or None
     start, end = _window(row, data_type, found)
     if found:
         return None, found
@@ -289,7 +231,7 @@ def _check_row(row: Any, places: _MediaPlaces, min_options: int) -> tuple[Sample
     process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
     sample = Sample(
         cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
-        options, process, data_source, start, end, extra,
+        options, process, data_source, start, end, extra, subtitles,
     )  # fmt: skip
     return sample, []
 

@@ -1,4 +1,4 @@
-"""Raw rows of a manifest, numbered, before any check: from JSON, JSON lines or `datasets`.
+"""Raw rows of a manifest, numbered, before any check: from JSON, JSON lines, `datasets` or a list.
 
 JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets`
 makes of a JSON file, gives each column one type: it would refuse the whole file, or convert silently,
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import posixpath
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -41,6 +41,9 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
     In JSON lines the row number is the line number. source, split: as for `records.load_manifest`. Raises
     ManifestError when the source cannot be opened at all.
     """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        yield from enumerate(source, start=1)
+        return
     if not isinstance(source, (str, Path)):
         yield from _dataset_rows(source, split)
         return
@@ -94,7 +97,9 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple
             raise ManifestError(f"the data set has no split {split!r}, only {', '.join(map(str, dataset))}")
         dataset = dataset[split]
     if not isinstance(dataset, datasets.Dataset):
-        raise ManifestError(f"a manifest is a file, a data set id or a Dataset, not {type(dataset).__name__}")
+        raise ManifestError(
+            f"a manifest is a file, a data set id, a Dataset or a list of rows, not {type(dataset).__name__}"
+        )
     media_columns = [
         name
         for name, feature in dataset.features.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import mimetypes
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -67,6 +66,7 @@ def question_sample(settings: AskSettings) -> Sample:
     options is multiple choice and any other free-form. Options without letters get them: "A. left".
     Raises RequestError when there is no such file.
     """
+    from video_r1.data.places import data_type_of
     from video_r1.data.records import Sample
     from video_r1.data.remote import is_address, on_this_machine
 
@@ -74,12 +74,10 @@ def question_sample(settings: AskSettings) -> Sample:
     path = on_this_machine(settings.path)
     if not is_address(path) and not Path(path).is_file():
         raise RequestError(f"{settings.path}: no such file")
-    guessed = mimetypes.guess_type(path.partition("?")[0] if is_address(path) else path)[0] or ""
-    is_image = guessed.startswith("image/") and guessed != "image/gif"
     return Sample(
         problem_id=shorten(settings.question, 60, placeholder=" …"),  # what its errors call it
         problem=settings.question,
-        data_type="image" if is_image else "video",
+        data_type=data_type_of(path),
         problem_type=settings.problem_type or ("multiple choice" if settings.options else "free-form"),
         solution="",
         path=path if is_address(path) else str(Path(path).resolve()),

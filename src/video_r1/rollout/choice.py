@@ -27,10 +27,16 @@ PIXELS_OF_ANY_MODEL = 28  # frame sides for an endpoint, which resizes as its mo
 def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
     """The model's processor (None at an endpoint), its prompts and its frame budget. Raises ConfigError."""
     if is_endpoint(settings.engine):
-        return None, TextPrompts(settings.prompt_template), settings.frame_budget(PIXELS_OF_ANY_MODEL)
+        return (
+            None,
+            TextPrompts(settings.prompt_template, settings.subtitles),
+            settings.frame_budget(PIXELS_OF_ANY_MODEL),
+        )
     assert settings.model is not None  # settings without it are refused
     processor = load_processor(settings.model, settings.trust_remote_code)
-    builder = PromptBuilder(processor, settings.prompt_template, settings.max_prompt_length)
+    builder = PromptBuilder(
+        processor, settings.prompt_template, settings.max_prompt_length, settings.subtitles
+    )
     return processor, builder, settings.frame_budget(size_multiple(processor))
 
 

@@ -33,6 +33,7 @@ class PromptSettings(RemoteSettings):
     image_pixels: int = setting(256 * 28 * 28, "largest area of an image after resizing, in pixels", above=0)
     max_prompt_length: int = setting(16384, "longest prompt in tokens; longer ones are skipped", above=0)
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
+    subtitles: bool = setting(False, "put a row's subtitles before the question, where it has some")
     media_seconds: float = setting(
         120.0, "time to decode a file in, else it is unusable; 0: no limits, no worker processes", at_least=0
     )
@@ -99,6 +100,12 @@ class ManifestSettings(Settings):
         None, "folder or address that media paths start at (default: the manifest's)"
     )
     allow_urls: bool = setting(False, "accept rows whose media are addresses: https://, s3://, hf://, ...")
+    allowed_roots: list[str] = setting([], "further folders that absolute paths and links may lead to")
+
+    def media_places(self) -> dict[str, Any]:
+        """Where media may lie, as `load_manifest` takes it."""
+        names = ("media_root", "allow_urls", "allowed_roots")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass(kw_only=True)

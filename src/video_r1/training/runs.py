@@ -164,7 +164,7 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
     with claimed_by_first(folder):
         data = recipe.section(DataSettings)
         training, validation = (
-            None if path is None else load_manifest(path, data.media_root, data.allow_urls)
+            None if path is None else load_manifest(path, **data.media_places())
             for path in (data.train_manifest, data.eval_manifest)
         )
         model, processor = model_of(recipe)
@@ -225,19 +225,22 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
 
 
-Questions = str | Path | Sequence[Sample] | datasets.Dataset
+Questions = str | Path | Sequence[Sample] | Sequence[dict[str, Any]] | datasets.Dataset
 
 
 def as_samples(questions: Questions | dict[str, Questions] | None) -> Any:
-    """Samples of a manifest's path, a data set or a list; by name where there are several sets; None of None.
+    """Samples of a manifest's path, a data set, a list of rows or of samples; by name where there are several
+    sets; None of None. Rows are checked as those of a manifest in the current folder are.
 
     Raises ManifestError with every problem.
     """
     if isinstance(questions, dict):
         return {name: as_samples(part) for name, part in questions.items()}
-    if isinstance(questions, (str, Path, datasets.Dataset)):
-        return load_manifest(questions)
-    return None if questions is None else list(questions)
+    if questions is None:
+        return None
+    if isinstance(questions, (list, tuple)) and all(isinstance(question, Sample) for question in questions):
+        return list(questions)
+    return load_manifest(questions)
 
 
 def given_model(

@@ -109,7 +109,9 @@ class QuestionTrainer(Trainer, ABC):
         trained, processing_class = given_model(model, processing_class, peft_config)
         self.settings = args
         self.folder = Path(args.output_dir)
-        self.builder = PromptBuilder(processing_class, args.prompt_template, args.max_prompt_length)
+        self.builder = PromptBuilder(
+            processing_class, args.prompt_template, args.max_prompt_length, args.subtitles
+        )
         self.reader = Reader(
             args.frame_budget(size_multiple(processing_class)),
             open_frame_cache(args.frame_cache, args.frame_cache_gb),

@@ -8,20 +8,18 @@ Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of t
 has `file` and `folder`, the names of its file without ending and of the folder that it is in.
 """
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from video_r1.data.answers import LETTERS, lettered, parse_number
+from video_r1.data.answers import parse_number
+from video_r1.data.options import answer_of, options_of
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
 Row = dict[str, Any]
 Tables = Mapping[str, Mapping[str, str]]
-
-_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")
 
 
 class Place(NamedTuple):
@@ -169,37 +167,3 @@ def window_of(row: Row, names: tuple[str, str] | None) -> Row:
     if names is None or any(row.get(name) is None for name in names):
         return {}
     return {"start": float(row[names[0]]), "end": float(row[names[1]])}
-
-
-def options_of(options: Any, problem_type: str = "multiple choice") -> list[str]:
-    """Options as `"A. text"`, from a list of texts, lettered or not, or a mapping of letters to texts."""
-    if problem_type != "multiple choice":
-        return []
-    if isinstance(options, Mapping):
-        return [f"{letter}. {text}" for letter, text in sorted(options.items())]
-    texts = [str(option) for option in options]
-    letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
-    if letters == list(LETTERS[: len(texts)]):
-        texts = [text[len(_prefix(text)) :] for text in texts]
-    return lettered(texts)
-
-
-def _prefix(option: str) -> str:
-    match = _LETTERED.match(option)
-    return match.group() if match else ""
-
-
-def answer_of(answer: Any, options: Sequence[str]) -> str:
-    """The option's letter for an answer given as letter, as `"B. text"` or as the option's text."""
-    text = str(answer).strip()
-    if not options:
-        return text
-    letters = [option[0] for option in options]
-    texts = [option[len(_prefix(option)) :].strip() for option in options]
-    bare = text.strip("().: ")
-    if bare in letters:
-        return bare
-    if text in texts:
-        return letters[texts.index(text)]
-    prefix = _prefix(text)
-    return prefix.strip("(.): ") if prefix and text[len(prefix) :].strip() in texts else text

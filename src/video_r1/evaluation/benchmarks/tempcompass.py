@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from video_r1.data.answers import LETTERS
+from video_r1.data.options import answer_of, options_of
 from video_r1.errors import ManifestError
-from video_r1.evaluation.benchmarks.spec import Row, answer_of, json_or_parquet, options_of
+from video_r1.evaluation.benchmarks.spec import Row, json_or_parquet
 
 FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
 _NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)

@@ -1,0 +1,109 @@
+"""Where the media of a manifest may lie: below the media root, in an allowed root, at an address."""
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path, PureWindowsPath
+from typing import Literal
+
+from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
+from video_r1.errors import ManifestError
+
+IMAGE_ENDINGS = (
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+    ".avif", ".heic", ".heif",
+)  # fmt: skip
+VIDEO_ENDINGS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv",
+    ".wmv", ".3gp", ".ogv", ".vob", ".asf", ".mxf",
+)  # fmt: skip
+
+
+def data_type_of(path: str) -> Literal["image", "video"]:
+    """What a file is by its name; what is not known for an image is a video, and so is a GIF."""
+    name = path.partition("::")[0].partition("?")[0] if is_address(path) else path
+    return "image" if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS else "video"
+
+
+def media_root_of(source: object, media_root: str | Path | None) -> str:
+    """The media root of a manifest, links followed, or its address. By default it is the folder of the
+    manifest's file, without one the current folder.
+    """
+    source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
+    if media_root is None and is_address(source):
+        return folder_of(source)
+    if media_root is None:
+        media_root = os.path.dirname(source) if os.path.isfile(source) else ""
+    root = on_this_machine(str(media_root))
+    return root if is_address(root) else os.path.realpath(root or ".")
+
+
+def path_below(media_root: str, path: str) -> str:
+    """A sample's path as a manifest with that media root says it; the whole path of what lies elsewhere."""
+    if is_address(path):
+        return relative_to(path, media_root) or path
+    return os.path.relpath(path, media_root) if path.startswith(_inside(media_root)) else path
+
+
+def _inside(root: str) -> str:
+    return root.rstrip(os.sep) + os.sep
+
+
+class MediaPlaces:
+    """Turns the paths of rows into files below the media root or an allowed one. Folders are resolved once.
+
+    Raises ManifestError for an allowed root that is no folder.
+    """
+
+    def __init__(self, root: str, allow_urls: bool = False, allowed_roots: Sequence[str | Path] = ()) -> None:
+        self.root = root
+        for allowed in allowed_roots:
+            if not os.path.isdir(allowed):
+                raise ManifestError(f"allowed_roots: {allowed} is not a folder of this machine")
+        self.allowed = tuple(_inside(os.path.realpath(allowed)) for allowed in allowed_roots)
+        self.inside = (*(() if is_address(root) else (_inside(root),)), *self.allowed)
+        self.allow_urls = allow_urls
+        self._real = functools.cache(os.path.realpath)
+
+    def find(self, path: str) -> str:
+        """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
+        if path.startswith(("file://", "local://")):
+            found = os.path.realpath(on_this_machine(path))
+            return self._checked(found, path)
+        if is_address(path):
+            return self._address(path)
+        if "\0" in path:
+            raise ValueError(f"path {path!r} contains a null character")
+        if os.path.isabs(path) and self.allowed:
+            return self._checked(os.path.realpath(path), path)
+        if os.path.isabs(path) or PureWindowsPath(path).anchor or PureWindowsPath(path).drive:
+            raise ValueError(
+                f"path {path!r} is absolute; it must be relative to the media root, "
+                "or lie in a folder that allowed_roots names"
+            )
+        if is_address(self.root):
+            return below(self.root, path)
+        folder, name = os.path.split(path)
+        found = os.path.join(self._real(os.path.join(self.root, folder)), name)
+        if name in ("", ".", "..") or os.path.islink(found):
+            found = os.path.realpath(found)
+        return self._checked(found, path)
+
+    def _checked(self, found: str, path: str) -> str:
+        if not found.startswith(self.inside):
+            allowed = " and the allowed roots" if self.allowed else ""
+            raise ValueError(
+                f"path {path!r} leads out of the media root{allowed}; allowed_roots names further folders"
+            )
+        return found
+
+    def _address(self, address: str) -> str:
+        """Addresses below the media root are the user's own; the others may be anywhere."""
+        if relative_to(address, self.root) is None:
+            try:
+                check_schemes(address, may_be_local=False)
+            except ValueError as error:
+                raise ValueError(f"path {address!r} {error}") from None
+            if not self.allow_urls:
+                raise ValueError(f"path {address!r} is a URL; these are refused unless allow_urls is set")
+        return address
