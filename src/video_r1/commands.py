@@ -15,6 +15,7 @@ from video_r1.settings.commands import (
     CheckSettings,
     DemoSettings,
     LabSettings,
+    MakeSettings,
     MergeSettings,
     PlanSettings,
     ReportSettings,
@@ -60,6 +61,12 @@ class Command:
 _TRAINING = ("model_name_or_path", "train_manifest", "output_dir")
 # fmt: off
 COMMANDS: dict[str, Command] = {
+    "data make": Command(
+        "make a checked manifest of a folder of clips and a table of questions", "data.make:run_make",
+        "sections", (MakeSettings,), ("table",), ("table", "out"),
+        ("data make questions.csv --media_root clips --out train.json",
+         "data make mc.csv --media_root NExTVideo --out nextqa.json --layout nextqa",
+         "data make my.parquet --out my.json --columns problem=Q,options=a+b+c --answers from_1")),
     "data check": Command(
         "check a manifest and open its media", "data.check:run_check", "values", (CheckSettings,),
         ("manifest",), ("manifest",),

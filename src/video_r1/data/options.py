@@ -76,44 +76,36 @@ def listed(options: Any) -> Any:
 
 def split_options(question: str) -> tuple[str, list[str]]:
     """A question whose options stand in it, each on a line that begins with its letter, as (question,
-    options). What follows them is an instruction and left out. Without two options or more: all of it, and
-    []."""
+    options). What follows them is an instruction and left out. Without two options or more: all of it, []."""
     lines = question.split("\n")
-    begins = [
-        place for place, line in enumerate(lines) if (match := _LETTERED.match(line)) and match[1] == "A"
-    ]
-    for begin in reversed(begins):
-        end = begin
-        while end < len(lines) and lines[end].lstrip(" (")[:1] == LETTERS[end - begin : end - begin + 1]:
+    letters = [match[1] if (match := _LETTERED.match(line)) else "" for line in lines]
+    for begin in (place for place, letter in enumerate(letters) if letter == "A"):
+        end = begin + 1
+        while letters[end : end + 1] == [LETTERS[end - begin]]:
             end += 1
-            if end < len(lines) and not _LETTERED.match(lines[end]):
-                break
         if end - begin > 1:
             return "\n".join(lines[:begin]).strip(), [line.strip() for line in lines[begin:end]]
     return question, []
 
 
 def read_choice(answer: Any, options: Sequence[str], reading: Reading) -> str:
-    """The letter of the option that is meant; "" where none is, or two. options: as `options_of` gives
-    them."""
+    """The letter of the option that is meant; "" where none is, or more than one: "B. red" where red is A.
+    options: as `options_of` gives them."""
     number = _WHOLE_NUMBER.fullmatch(str(answer))
     if number and reading != "text":
         place = int(number[1]) - (reading == "from_1")
         return LETTERS[place] if 0 <= place < len(options) else ""
-    letters = [option[0] for option in options]
-    found = answer_of(answer, options)
-    if found not in letters:
-        found = found.strip("(). :").upper()
-    if found in letters:
-        return found
-    said = str(answer).strip().rstrip(".").casefold()
-    same = [
-        option[0]
-        for option in options
-        if said
-        in (option.casefold().rstrip("."), option[len(_prefix(option)) :].strip().casefold().rstrip("."))
-    ]
-    return same[0] if len(same) == 1 else ""
+    texts = {option[0]: _plain(option[len(_prefix(option)) :]) for option in options}
+    text = str(answer).strip()
+    prefix = _prefix(text)
+    letter = (prefix or text).strip("(). :").upper()
+    said = {_plain(text), _plain(text[len(prefix) :])}
+    meant = {letter} & texts.keys() | {name for name, words in texts.items() if words in said}
+    return meant.pop() if len(meant) == 1 else ""
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").casefold()
 
 
 def reading_of(choices: Sequence[tuple[Any, Sequence[str]]]) -> Reading:

@@ -6,9 +6,7 @@ from typing import Any, Literal
 
 from video_r1.settings.base import Problem, setting
 from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses
-from video_r1.settings.shared import ManifestSettings
-
-MANIFEST_ENDINGS = (".json", ".jsonl")
+from video_r1.settings.shared import MANIFEST_ENDINGS, ManifestSettings
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.shared import ManifestSettings, RemoteSettings
+from video_r1.settings.shared import MANIFEST_ENDINGS, ManifestSettings, RemoteSettings
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -20,6 +20,41 @@ class CheckSettings(ManifestSettings, RemoteSettings):
     )
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
+
+
+@dataclass(kw_only=True)
+class MakeSettings(ManifestSettings, RemoteSettings):
+    """Own data"""
+
+    table: str | None = setting(
+        None, "CSV, TSV, JSON, JSON lines, Parquet or an address of one, or a Hugging Face data set id"
+    )
+    out: str | None = setting(None, "manifest to write, .json or .jsonl; OUT.refused.jsonl stands beside it")
+    layout: Literal[
+        "auto", "table", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
+    ] = setting("auto", "whose rows these are; table: columns are guessed by their names")
+    columns: dict[str, str] = setting(
+        {}, "the column of a field, problem=Question,answer=Ans; options=a0+a1+a2 for several; none: without"
+    )
+    answers: Literal["auto", "text", "from_0", "from_1"] = setting(
+        "auto", "what a number is as the answer to a choice: an option's text, or its place from 0 or from 1"
+    )
+    problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
+        None, "type of all questions (default: as a row says, or by its options and its answer)"
+    )
+    subtitles: Literal["off", "text", "timed"] = setting(
+        "off",
+        "subtitles from a column or from an .srt or .vtt beside the clip; timed: with minute and second",
+    )
+    split: str = setting("train", "split of a data set that has several")
+    media: bool = setting(True, "open every media file too")
+    workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
+    strict: bool = setting(False, "exit code 1 when any row is refused (default: when all are)")
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
+            yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
 
 
 @dataclass(kw_only=True)

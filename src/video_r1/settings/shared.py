@@ -7,6 +7,8 @@ from typing import Any, Literal
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import FrameBudget
 
+MANIFEST_ENDINGS = (".json", ".jsonl")
+
 
 @dataclass(kw_only=True)
 class RemoteSettings(Settings):

@@ -1,0 +1,113 @@
+"""Finding the file that a table means: by its path, its name, or its name without ending, below one
+folder."""
+
+import bisect
+import difflib
+import os
+import posixpath
+from collections.abc import Iterator
+from pathlib import PurePosixPath, PureWindowsPath
+
+from video_r1.data.places import IMAGE_ENDINGS, VIDEO_ENDINGS, data_type_of
+from video_r1.data.refusals import Refused
+from video_r1.data.remote import is_address
+from video_r1.data.subtitles import SUBTITLE_ENDINGS
+
+MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
+_NEIGHBOURS = 100  # names on either side that are compared with one that is missing
+_SHOWN = 3
+
+
+class ClipIndex:
+    """The images, videos and subtitles below a folder, listed once. An address cannot be listed: its files
+    are taken as they are named.
+
+    follow_links: enter folders that links lead to, each once. Links to files always count.
+    """
+
+    def __init__(self, root: str, follow_links: bool = False) -> None:
+        self.root = root
+        self.paths: set[str] = set()
+        self._by_name: dict[str, list[str]] = {}
+        self._subtitles: dict[str, str] = {}  # by the path of a clip without its ending
+        for path in () if is_address(root) else _files_below(root, follow_links):
+            stem, ending = posixpath.splitext(path)
+            if ending.lower() in SUBTITLE_ENDINGS:
+                self._subtitles[stem] = path
+                self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt
+            if ending.lower() in MEDIA_ENDINGS:
+                self.paths.add(path)
+                name = posixpath.basename(path).lower()
+                for key in dict.fromkeys((name, posixpath.splitext(name)[0])):
+                    self._by_name.setdefault(key, []).append(path)
+        self._names = sorted(self._by_name)
+
+    def subtitles_of(self, path: str) -> str | None:
+        """The subtitles of a clip below the root: its name with .srt or .vtt, also with a language
+        between."""
+        return self._subtitles.get(posixpath.splitext(path)[0])
+
+    def find(self, name: str, data_type: str | None = None) -> str:
+        """The path below the root of the file that is meant, or an absolute path or an address as it stands.
+
+        name: a path that may lack its ending, its folders or have others above them. data_type: of which kind
+        the file is, where it is known. Raises Refused when there is none or more than one.
+        """
+        if is_address(name) or is_address(self.root):
+            return name
+        plain = PureWindowsPath(name).as_posix() if "\\" in name else name
+        path = posixpath.normpath(plain.strip())
+        if path in self.paths:
+            return path
+        if os.path.isabs(path) and os.path.isfile(path):
+            below = os.path.relpath(path, self.root)
+            return path if below.startswith("..") else below
+        found = self._named(path)
+        if data_type is not None:
+            found = [one for one in found if data_type_of(one) == data_type]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
+            raise Refused("several clips", f"{name!r} may be {shown}")
+        near = self._nearest(posixpath.basename(path).lower())
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise Refused("no such clip", f"no file {name!r} below {self.root}{hint}")
+
+    def _named(self, path: str) -> list[str]:
+        """Files of that name, and of those the ones whose folders agree with most of the path's."""
+        name = posixpath.basename(path).lower()
+        stem, ending = posixpath.splitext(name)
+        found = self._by_name.get(name) or (self._by_name.get(stem, []) if ending in MEDIA_ENDINGS else [])
+        folders = PurePosixPath(path).parts[:-1]
+        shared = [_shared_end(folders, PurePosixPath(one).parts[:-1]) for one in found]
+        return [one for one, share in zip(found, shared, strict=True) if share == max(shared)]
+
+    def _nearest(self, name: str) -> list[str]:
+        place = bisect.bisect(self._names, name)
+        around = self._names[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]
+        close = difflib.get_close_matches(name, around, _SHOWN * 2, 0.7)
+        return list(dict.fromkeys(self._by_name[one][0] for one in close))[:_SHOWN]
+
+
+def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    """How many of the last folders are the same."""
+    count = 0
+    for first, second in zip(reversed(one), reversed(other), strict=False):
+        if first != second:
+            break
+        count += 1
+    return count
+
+
+def _files_below(root: str, follow_links: bool) -> Iterator[str]:
+    entered = set()
+    for folder, folders, names in os.walk(root, followlinks=follow_links):
+        real = os.path.realpath(folder)
+        if real in entered:  # a link to a folder above it
+            folders.clear()
+            continue
+        entered.add(real)
+        folders.sort()
+        below = PurePosixPath(os.path.relpath(folder, root))
+        yield from (str(below / name) for name in sorted(names) if not name.startswith("."))

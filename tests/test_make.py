@@ -1,0 +1,352 @@
+"""`video-r1 data make`: tables as people have them become manifests; what does not says how to mend it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_tables import make, write_shelf, written
+
+from video_r1.cli import main
+from video_r1.data.layouts import LAYOUTS, layout_of
+from video_r1.data.records import load_manifest
+from video_r1.data.refusals import REMEDIES
+from video_r1.data.subtitles import subtitle_lines
+from video_r1.errors import RequestError
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shelf(tmp_path_factory.mktemp("shelf"))
+
+
+# --- layouts: rows in the form that the published files have -------------------------------------
+
+PUBLISHED: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
+    "video-r1": (
+        "Video-R1-COT-165k.json",
+        [{
+            "problem_id": 2, "problem": "What moves?", "data_type": "video",
+            "problem_type": "multiple choice",
+            "options": ["A. a cup", "B. a ball"], "process": "<think>It rolls.</think>",
+            "solution": "<answer>B</answer>", "path": "./a/ball.mp4", "data_source": "LLaVA-Video-178K/x",
+        }, {
+            "problem_id": 3, "problem": "How far?", "data_type": "image", "problem_type": "regression",
+            "options": [], "process": "", "solution": "<answer>2.5</answer>", "path": "./sign.png",
+            "data_source": "SR-91k",
+        }],
+        [{
+            "problem_id": 2, "problem": "What moves?", "problem_type": "multiple choice",
+            "options": ["A. a cup", "B. a ball"], "solution": "<answer>B</answer>", "data_type": "video",
+            "path": "a/ball.mp4", "process": "<think>It rolls.</think>", "data_source": "LLaVA-Video-178K/x",
+        }, {
+            "problem_id": 3, "problem": "How far?", "problem_type": "regression", "options": [],
+            "solution": "<answer>2.5</answer>", "data_type": "image", "path": "sign.png",
+            "data_source": "SR-91k",
+        }],
+    ),
+    "llava-video": (
+        "0_30_s_youtube_mc_v0_1_qa_processed.json",
+        [{
+            "id": "ytb_1", "data_source": "0_30_s_youtube_v0_1", "video": "youtube/a/ball.mp4",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat rolls?\nA. a cup\nB. a ball\nPlease respond with "
+                                           "only the letter of the correct answer."},
+                {"from": "gpt", "value": "B."},
+                {"from": "human", "value": "Where does it go?\nA. left\nB. right\nPlease answer."},
+                {"from": "gpt", "value": "A. left"},
+            ],
+        }, {
+            "id": "ytb_2", "data_source": "0_30_s_youtube_v0_1", "video": "youtube/cup.mp4",
+            "conversations": [{"from": "human", "value": "<image>\nWho is it?"},
+                              {"from": "gpt", "value": "A man."}],
+        }],
+        [
+            {"problem_id": "ytb_1-1", "problem": "What rolls?", "problem_type": "multiple choice",
+             "options": ["A. a cup", "B. a ball"], "solution": "<answer>B</answer>", "path": "a/ball.mp4"},
+            {"problem_id": "ytb_1-2", "problem": "Where does it go?", "solution": "<answer>A</answer>",
+             "data_source": "0_30_s_youtube_v0_1"},
+            {"problem_id": "ytb_2", "problem": "Who is it?", "problem_type": "free-form",
+             "solution": "<answer>A man.</answer>", "path": "cup.mp4", "options": []},
+        ],
+    ),
+    "nextqa": (
+        "val.csv",
+        "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4\n"
+        "4010069381,369,640,480,how do they play,0,6,CH,roll it,tap,strum,hit,pat\n"
+        "4010069381,369,640,480,how many babies,4,7,DC,kitchen,four,two,three,one\n",
+        [
+            {"problem_id": "4010069381_6", "problem": "how do they play", "path": "1164/4010069381.mp4",
+             "options": ["A. roll it", "B. tap", "C. strum", "D. hit", "E. pat"], "question_type": "CH",
+             "solution": "<answer>A</answer>", "data_source": "NExT-QA"},
+            {"problem_id": "4010069381_7", "solution": "<answer>E</answer>"},
+        ],
+    ),
+    "perception-test": (
+        "all_train.json",
+        {"video_0": {
+            "metadata": {"video_id": "video_0", "split": "train", "frame_rate": 30.0},
+            "object_tracking": [],
+            "mc_question": [
+                {"id": 7, "question": "What is opened?", "options": ["a door", "a cup", "a window"],
+                 "answer_id": 1, "area": "semantics", "reasoning": "descriptive",
+                 "tag": ["action recognition"]},
+                {"id": 9, "question": "How often?", "options": ["2", "1", "0"], "answer_id": 0,
+                 "area": "physics", "reasoning": "descriptive", "tag": ["counting"]},
+            ],
+        }},
+        [
+            {"problem_id": "video_0-7", "problem": "What is opened?", "solution": "<answer>B</answer>",
+             "path": "video_0.mkv", "area": "semantics", "tag": ["action recognition"]},
+            {"problem_id": "video_0-9", "solution": "<answer>A</answer>"},
+        ],
+    ),
+    "swift": (
+        "grpo.jsonl",
+        [{
+            "messages": [{"role": "system", "content": "You are helpful."},
+                         {"role": "user", "content": "<video>What rolls?\nA. a cup\nB. a ball"}],
+            "videos": ["/elsewhere/data/a/ball.mp4"], "solution": "<answer>B</answer>",
+        }, {
+            "messages": [{"role": "user", "content": "<image>What is written?"},
+                         {"role": "assistant", "content": "<think>Grey.</think>\n<answer>nothing</answer>"}],
+            "images": ["sign.png"],
+        }],
+        [
+            {"problem_id": 1, "problem": "What rolls?", "solution": "<answer>B</answer>",
+             "path": "a/ball.mp4"},
+            {"problem_id": 2, "problem": "What is written?", "process": "<think>Grey.</think>",
+             "solution": "<answer>nothing</answer>", "data_type": "image"},
+        ],
+    ),
+    "trl": (
+        "trl.jsonl",
+        [{
+            "prompt": [{"role": "user", "content": [{"type": "video"},
+                                                     {"type": "text", "text": "How many?"}]}],
+            "videos": ["cup.mp4"], "solution": "3",
+        }, {
+            "prompt": [{"role": "user", "content": [{"type": "image", "image": "sign.png"},
+                                                     {"type": "text", "text": "Which colour?"}]}],
+            "completion": [{"role": "assistant", "content": "Grey."}],
+        }],
+        [
+            {"problem": "How many?", "problem_type": "numerical", "solution": "<answer>3</answer>"},
+            {"problem": "Which colour?", "solution": "<answer>Grey.</answer>", "path": "sign.png"},
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts(
+    layout: str, shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, content, expected = PUBLISHED[layout]
+    rows, refused = make(shelf, written(tmp_path, name, content))
+    assert refused == [] and len(rows) == len(expected)
+    for row, wanted in zip(rows, expected, strict=True):
+        assert wanted.items() <= row.items()
+    if layout == "video-r1":
+        assert rows == expected  # nothing but the path is spelled otherwise
+    assert f"layout: {layout} (" in capsys.readouterr().out
+    assert (
+        main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(shelf), "--workers", "1"]) == 0
+    )
+
+
+def test_every_layout_is_a_setting_and_knows_its_own_rows_alone() -> None:
+    firsts = {
+        "video-r1": PUBLISHED["video-r1"][1][0], "llava-video": PUBLISHED["llava-video"][1][0],
+        "nextqa": dict.fromkeys(PUBLISHED["nextqa"][1].splitlines()[0].split(","), "1"),
+        "perception-test": PUBLISHED["perception-test"][1]["video_0"],
+        "swift": PUBLISHED["swift"][1][0], "trl": PUBLISHED["trl"][1][0],
+    }  # fmt: skip
+    assert {name: layout_of(row) for name, row in firsts.items()} == {name: name for name in LAYOUTS}
+    assert layout_of({"question": "x", "video": "y", "answer": "z"}) == "table"
+    with pytest.raises(RequestError, match=" \\| ".join(("auto", "table", *LAYOUTS))):
+        from video_r1.recipe import load_recipe
+
+        load_recipe("data make", None, {"table": "t", "out": "o.json", "layout": "no"})
+
+
+def test_the_map_of_next_qa_decides_between_clips_of_one_name(shelf: Path, tmp_path: Path) -> None:
+    table = written(
+        tmp_path, "mc.csv",
+        "video,question,answer,qid,type,a0,a1\nsame,what,1,0,CW,x,y\n",
+    )  # fmt: skip
+    rows, refused = make(shelf, table, code=1)
+    assert rows == [] and refused[0]["reason"] == "several clips"
+    written(tmp_path, "map_vid_vidorID.json", {"same": "b/same"})
+    rows, refused = make(shelf, table)
+    assert [row["path"] for row in rows] == ["b/same.mp4"] and refused == []
+
+
+# --- refusals ------------------------------------------------------------------------------------
+
+GOOD = {"question": "q", "answer": "yes", "video": "cup"}
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"question": " "}, "no question", "there is no question"),
+    ({"answer": None}, "no answer", "there is no answer"),
+    ({"video": None}, "no clip named", "no file's name"),
+    ({"video": "cupp"}, "no such clip", "near it: cup.mp4"),
+    ({"video": "same"}, "several clips", "a/same.mp4, b/same.mp4"),
+    ({"video": "https://host/x.mp4"}, "clip elsewhere", "allow_urls"),
+    ({"options": ["red"]}, "options", "there are 1 options"),
+    ({"options": ["red", ""]}, "options", "one of the options is empty"),
+    ({"options": [str(n) for n in range(27)]}, "options", "there are 27 options"),
+    ({"options": ["red", "blue"]}, "answer is no option", "'yes' names none"),
+    ({"problem_type": "essay"}, "problem type", "the type is 'essay'"),
+    ({"problem_type": "mcq"}, "options", "without options"),
+    ({"start": "soon"}, "times", "the time 'soon'"),
+    ({"start": 3, "end": 2}, "no manifest row", "the window ends (2 s) before it starts"),
+    ({"problem_type": "numerical"}, "no manifest row", "must be a finite number"),
+    ({"video": "broken"}, "media", "not a video"),
+    ({"start": 10}, "media", "its window starts at 10 s"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason", "found"), BAD)
+def test_a_refused_row_says_what_was_found_and_how_to_mend_it(
+    change: dict[str, Any],
+    reason: str,
+    found: str,
+    shelf: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    table = written(tmp_path, "t.json", [GOOD | {"id": "good"}, GOOD | {"id": "bad"} | change])
+    rows, (line,) = make(shelf, table)
+    assert [row["problem_id"] for row in rows] == ["good"]
+    assert (line["row"], line["problem_id"], line["reason"]) == (2, "bad", reason)
+    assert found in line["found"] and line["remedy"] == REMEDIES[reason]
+    assert f"{reason}: {REMEDIES[reason]}" in capsys.readouterr().out
+    assert make(shelf, table, "--strict", code=1)[0] == rows
+
+
+def test_rows_that_cannot_be_read(shelf: Path, tmp_path: Path) -> None:
+    table = written(tmp_path, "t.csv", "question,answer,video\nq,yes,cup\nq,yes,cup,more\n")
+    rows, (line,) = make(shelf, table)
+    assert len(rows) == 1 and (line["row"], line["found"]) == (2, "it has 4 cells, and the header 3")
+    table = written(tmp_path, "t.jsonl", json.dumps(GOOD) + "\n{broken\n[1]\n")
+    _, refused = make(shelf, table)
+    assert [(line["row"], line["reason"]) for line in refused] == [
+        (2, "unreadable row"),
+        (3, "unreadable row"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "<video><video>q"}], "videos": ["cup", "ball"]},
+            "several media",
+        ),
+        ({"messages": [{"role": "user", "content": "q"}] * 2, "videos": ["cup"]}, "several questions"),
+        (
+            {"messages": [{"role": "user", "content": "q"}], "images": [{"bytes": "x"}]},
+            "media inside the table",
+        ),
+        ({"messages": ["q"]}, "unreadable row"),
+        ({"messages": [{"role": "user", "content": 3}], "videos": ["cup"]}, "unreadable row"),
+        ({"question": "q"}, "unreadable row"),
+    ],
+)
+def test_conversations_that_are_no_question(row: dict, reason: str, shelf: Path, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "q"}], "videos": ["cup"], "solution": "yes"}
+    rows, (line,) = make(shelf, written(tmp_path, "t.jsonl", [good, {"solution": "x", **row}]))
+    assert len(rows) == 1 and line["reason"] == reason and line["row"] == 2
+
+
+def test_what_is_there_is_not_lost(shelf: Path, tmp_path: Path) -> None:
+    """A file of another kind is not written over, nor is a manifest by one without a question."""
+    table, out = written(tmp_path, "t.json", [GOOD]), tmp_path / "out.json"
+    request = ["data", "make", str(table), "--media_root", str(shelf), "--out", str(out)]
+    out.write_text("mine")
+    assert main(request) == 2 and out.read_text() == "mine"
+    assert main(["data", "make", str(table), "--media_root", str(shelf), "--out", str(table)]) == 2
+    out.unlink()
+    rows, _ = make(shelf, table)
+    make(shelf, written(tmp_path, "t.json", [GOOD | {"video": "none"}]), code=1)
+    assert json.loads(out.read_text()) == rows
+    assert not list(tmp_path.glob(".*.partial"))
+    for name, said in (("none.csv", 2), ("empty.csv", 2)):
+        (tmp_path / "empty.csv").write_text("question,answer\n")
+        assert main(["data", "make", str(tmp_path / name), "--out", str(tmp_path / "x.json")]) == said
+
+
+# --- subtitles -----------------------------------------------------------------------------------
+
+SRT = (
+    "1\r\n00:00:01,000 --> 00:00:02,500\r\n<i>Hello</i>\r\nthere.\r\n\r\n"
+    "2\r\n00:01:05,250 --> 00:01:07,000\r\n{\\an8}Bye.\r\n\r\nno cue\r\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("window", "timed", "lines"),
+    [
+        ({}, True, "0:01 Hello there.\n1:05 Bye."),
+        ({}, False, "Hello there.\nBye."),
+        ({"start": 2.0}, True, "0:00 Hello there.\n1:03 Bye."),
+        ({"start": 3.0, "end": 60.0}, True, ""),
+        ({"end": 60.0}, True, "0:01 Hello there."),
+    ],
+)
+def test_subtitles_of_a_window(window: dict[str, float], timed: bool, lines: str) -> None:
+    assert subtitle_lines(SRT, timed, **window) == lines
+
+
+def test_rolling_captions_are_said_once() -> None:
+    text = "WEBVTT\n\n00:01.000 --> 00:02.000\none\n\n00:02.000 --> 00:03.000 align:start\none\n<c>two</c>\n"
+    assert subtitle_lines(text, False) == "one\ntwo"
+
+
+def test_subtitles_beside_the_clip_or_from_a_column(shelf: Path, tmp_path: Path) -> None:
+    made = [
+        GOOD,
+        GOOD | {"video": "ball"},
+        GOOD | {"video": "sign.png"},
+        GOOD | {"subtitles": "He says yes."},
+    ]
+    made += [
+        GOOD | {"video": "sign.png", "subtitles": "cup.srt"},
+        GOOD | {"start": 1.5},
+        GOOD | {"subtitles": "no.srt"},
+    ]
+    table = written(tmp_path, "t.json", made)
+    rows, (line,) = make(shelf, table, "--subtitles", "timed")
+    said = ["0:00 Look here.", "0:01 It rolls.", None, "He says yes.", "0:00 Look here.", None]
+    assert [row.get("subtitles") for row in rows] == said
+    assert line["reason"] == "subtitles" and "UTF-8" in line["remedy"]
+    assert load_manifest(tmp_path / "out.json", shelf)[0].subtitles == "0:00 Look here."
+    rows, refused = make(shelf, table)
+    assert refused == [] and not any("subtitles" in row for row in rows)
+
+
+# --- from a table to training --------------------------------------------------------------------
+
+
+def test_a_table_is_made_checked_and_trained_on(shelf: Path, tmp_path: Path) -> None:
+    from tiny_models import tiny_checkpoint
+
+    table = written(
+        tmp_path, "t.csv",
+        "question,video,a,b,answer,rationale\n"
+        "which way,ball,left,right,right,It rolls.\nwhat,cup,red,green,A,I look.\n",
+    )  # fmt: skip
+    make(shelf, table, "--subtitles", "text")
+    manifest = ["--media_root", str(shelf)]
+    assert main(["data", "check", str(tmp_path / "out.json"), *manifest, "--workers", "1"]) == 0
+    model = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
+    words = ["--model_name_or_path", model, "--train_manifest", str(tmp_path / "out.json"), *manifest]
+    words += shlex.split("--use_cpu --max_steps 2 --frame_pixels 3136 --image_pixels 3136 --save_strategy no")
+    assert main(["sft", *words, "--subtitles", "--output_dir", str(tmp_path / "sft")]) == 0
+    assert len((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not (tmp_path / "sft" / "quarantine.jsonl").exists()
+    carried = json.loads((tmp_path / "sft" / "video_r1.json").read_text())
+    assert carried["prompt_template"].startswith("{subtitles}\n{question}\n")
