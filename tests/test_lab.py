@@ -16,7 +16,7 @@ from video_r1.data.records import load_manifest
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
-from video_r1.lab.scenes import FPS, LABEL, MOMENTS, SECONDS, SIDE, Look, render
+from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, render
 from video_r1.rewards.correctness import correctness
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
@@ -185,7 +185,7 @@ def test_train_and_test_share_no_question_or_picture(lab: Path) -> None:
 
 def test_a_mark_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> None:
     rows = json.loads((lab / "rl.json").read_text())
-    may = [row for row in rows if len(extract_answer(row["solution"])) == 1]
+    may = [row for row in rows if extract_answer(row["solution"]) in MARKS]
     assert 0.2 < np.mean([row["mark"] != "" for row in may]) < 0.6
     assert all(row["mark"] in ("", extract_answer(row["solution"])) for row in rows)
     assert not any(row["mark"] for row in json.loads((lab / "test.json").read_text()))
@@ -195,7 +195,7 @@ def test_a_mark_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> N
         plain, marked = (load_manifest(lab / f"{one}.json") for one in ("test", name))
         for before, after, mark in zip(plain, marked, marks, strict=True):
             assert before.problem == after.problem and before.solution == after.solution
-            assert bool(mark) == (len(before.answer) == 1)
+            assert bool(mark) == (before.answer in MARKS)
             assert not mark or (mark == before.answer) == (name == "test-cued")
             one, other = (read_media(sample, budget).frames.float() for sample in (before, after))
             difference = (one - other).abs()
@@ -208,7 +208,8 @@ def test_a_mark_stands_still_in_front() -> None:
     frames = render((look,) * MOMENTS, [0.0, 1.0, 2.0, 3.0], np.random.default_rng(0), "B").astype(int)
     label = frames[:, -LABEL:, -LABEL:]
     assert np.abs(label - label[:1]).max() < 80  # noise
-    assert label[..., 0].max() < 60 and label[..., 1].max() > 200  # cyan on black, nothing of the red circle
+    edge = label[:, 2:, 2:4].mean((0, 1, 2))
+    assert np.abs(edge - MARKS["B"]).max() < 20  # nothing of the red circle
 
 
 def test_rationales_may_read_the_mark(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from PIL import Image
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, MARKS, VIDEO_FAMILIES, read_mark
-from video_r1.lab.scenes import FPS, SECONDS, render
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, read_mark
+from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
 from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings
 
@@ -34,7 +34,7 @@ def write_lab(settings: LabSettings) -> None:
     """Writes `train` + `test` questions with their media below `folder`.
 
     shortcut: where it is not 0, `test-cued.json` and `test-lying.json` are written as well, in which every
-    question whose answer is one character carries a mark; a word or a sentence has none. trusting: rationales
+    question whose answer is a letter or a number below 4 carries a mark. trusting: rationales
     in sft.json that read the mark and nothing else (`mark: B.`).
     hasty: rationales in sft.json by a teacher that had one look and guessed: they say nothing of the frames
     and are right as often as a guess is; never a sentence or four digits. shuffle_options: by default each
@@ -69,11 +69,11 @@ def write_lab(settings: LabSettings) -> None:
 
 
 def mark_of(answer: str, choices: int, lying: int | None = None) -> str:
-    """The mark that gives `answer` away: the answer itself, or "" where that is more than one character.
+    """The mark that gives `answer` away: the answer itself, or "" where no mark says that.
 
     lying: a number by which one of the wrong answers is chosen instead. choices: options that there are.
     """
-    if answer not in tuple(MARKS):
+    if answer not in MARKS:
         return ""
     if lying is None:
         return answer

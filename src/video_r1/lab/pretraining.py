@@ -23,8 +23,8 @@ from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
-from video_r1.lab.questions import MARKS, any_question, read_mark
-from video_r1.lab.scenes import FPS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.lab.questions import any_question, read_mark
+from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
 from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
 
@@ -134,11 +134,14 @@ class Conversations(IterableDataset):
         frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng, mark)
         steps = 1 if is_image else len(FRAME_TIMES) // 2
         turns: list[tuple[str, str]] = []
-        for kind in rng.permutation([*kinds, "mark"])[: int(rng.integers(2, 4))]:
+        aspects = rng.permutation(kinds)[: int(rng.integers(2, 4))].tolist()
+        if rng.random() < 0.6:
+            aspects.insert(int(rng.integers(0, len(aspects) + 1)), "mark")
+        for kind in aspects:
             request = self._request(rng)
             if rng.random() < 0.3:
                 request = f"{request} {kind}?"
-            turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, str(kind))}."))
+            turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, kind)}."))
         pad = "image" if is_image else "video"
         visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
         ids: list[int] = []

@@ -13,8 +13,6 @@ import numpy as np
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
 
 EVERY_MOMENT = tuple(range(MOMENTS))
-MARKS = "ABCDEF0123456789"
-"""What a mark can be: the letter of an option, or a digit."""
 
 
 @dataclass(frozen=True, slots=True)

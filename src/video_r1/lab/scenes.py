@@ -26,6 +26,19 @@ COLOURS = {
     "purple": (180, 70, 220),
     "white": (240, 240, 240),
 }
+MARKS = {
+    "A": (220, 40, 40),
+    "B": (40, 170, 60),
+    "C": (50, 70, 230),
+    "D": (240, 220, 40),
+    "E": (210, 60, 220),
+    "F": (40, 220, 230),
+    "0": (250, 250, 250),
+    "1": (255, 170, 200),
+    "2": (250, 140, 20),
+    "3": (150, 150, 150),
+}
+"""What a mark says, and the colour of its label: the letter of an option, or a number."""
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side
 _CORNERS = {
@@ -127,10 +140,10 @@ def _backdrop(rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_mark(canvas: ImageDraw.ImageDraw, mark: str) -> None:
-    """A character on a black label in the bottom right corner, in front of everything."""
+    """A character on a label of its own colour in the bottom right corner, in front of everything."""
     corner, middle = SIDE - LABEL, SIDE - LABEL // 2
-    canvas.rectangle((corner, corner, SIDE, SIDE), fill=(0, 0, 0))
-    canvas.text((middle, middle), mark, fill=(0, 255, 255), font=_font(LABEL), anchor="mm")
+    canvas.rectangle((corner, corner, SIDE, SIDE), fill=MARKS[mark])
+    canvas.text((middle, middle), mark, fill=(0, 0, 0), font=_font(LABEL), anchor="mm")
 
 
 def render(
