@@ -145,7 +145,7 @@ def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:
     (["rll"], "did you mean rl?"),
     (["dta", "check"], "did you mean data?"),
     (["ask", "run", "no-such.mp4", "Why?"], "no-such.mp4: no such file"),
-    (["data"], "say data check"),
+    (["data"], "say data make or data check"),
     (["data", "lag"], "data lag is not a command"),
     (["rl", "no-such.yaml"], "no-such.yaml: no such recipe"),
     (["rl", "lab-tgrpo", "more"], "'more' is one word too many"),
