@@ -12,7 +12,7 @@ import pytest
 from video_r1.cli import find_command, read_request, split_words
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import RequestError
-from video_r1.recipe import training_argument_types
+from video_r1.settings.training_arguments import training_argument_types
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [

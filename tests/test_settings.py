@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import TrainingArguments
 
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError
-from video_r1.recipe import (
-    load_recipe,
-    packaged_recipes,
-    save_resolved,
-    training_argument_types,
-)
+from video_r1.recipe import load_recipe, packaged_recipes, save_resolved
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import Schedule, SFTSettings, TGRPOSettings, TrainingSettings
-from video_r1.settings.types import describe_type, matches, parse
+from video_r1.settings.training_arguments import training_argument_types
+from video_r1.settings.types import alternatives, describe_type, matches, parse
 
 RL = {"model_name_or_path": "model", "train_manifest": "train.json", "output_dir": "run"}
 
@@ -371,9 +369,39 @@ def test_own_settings_do_not_hide_a_field_of_training_arguments_by_accident() ->
 
 
 def test_the_schedules_are_those_of_transformers() -> None:
-    assert set(get_args(Schedule)) == {
-        schedule.value for schedule in training_argument_types()["lr_scheduler_type"]
-    }
+    assert get_args(Schedule) == get_args(training_argument_types()["lr_scheduler_type"])
+
+
+def test_training_arguments_are_read_from_the_source_as_python_reads_them() -> None:
+    fields = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    hints, read = get_type_hints(TrainingArguments), training_argument_types()
+    assert read.keys() == fields
+    for name, hint in read.items():
+        enums = [kind for kind in alternatives(hints[name]) if isinstance(kind, enum.EnumMeta)]
+        if enums:
+            assert get_args(hint) == tuple(choice.value for choice in enums[0])
+        elif name not in ("parallelism_config", "debug"):  # objects, which no option can give
+            assert hint == hints[name], name
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--learnin_rate", "1"], "did you mean learning_rate?"),
+        (["--optim", "adam"], "it must be adamw_torch"),
+        (["--save_strategy", "never"], "no | steps | epoch | best"),
+        (["--beta", "much"], "must be float"),
+    ],
+)
+def test_a_wrong_option_is_refused_without_torch(words: list[str], said: str) -> None:
+    code = (
+        "import sys; from video_r1.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else code)"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", code, "rl", "lab-tgrpo", *words], capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, said in process.stderr) == (2, True), process.stderr
 
 
 def test_types_are_described_in_words() -> None:

@@ -8,7 +8,6 @@ folder, all other paths at the folder that the command runs in.
 import dataclasses
 import difflib
 import json
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata, resources
@@ -22,7 +21,8 @@ from video_r1.errors import ConfigError, RequestError
 from video_r1.files import replace_text
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
 from video_r1.settings.carried import adopted
-from video_r1.settings.types import alternatives, is_enum, parse
+from video_r1.settings.training_arguments import training_argument_types
+from video_r1.settings.types import parse
 
 PACKAGE = Path(str(resources.files("video_r1")))
 RECIPES = PACKAGE / "recipes"
@@ -128,18 +128,6 @@ def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
     hint = f"did you mean {close[0]}? " if close else ""
     belongs = f"it is a setting of {', '.join(others)}; " if others else ""
     return f"is not a setting of {command}; {hint}{belongs}see video-r1 {command} --help"
-
-
-def training_argument_types() -> dict[str, Any]:
-    """Name and type of every `transformers.TrainingArguments` field. Imports torch.
-
-    Where a field takes an enum or its text, only the enum stays, so that a misspelt choice is found.
-    """
-    from transformers import TrainingArguments
-
-    hints = typing.get_type_hints(TrainingArguments)
-    types = {f.name: hints[f.name] for f in dataclasses.fields(TrainingArguments) if f.init}
-    return {name: next(filter(is_enum, alternatives(hint)), hint) for name, hint in types.items()}
 
 
 def packaged_recipes() -> list[str]:

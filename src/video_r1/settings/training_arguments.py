@@ -1,0 +1,69 @@
+"""Names and types of `transformers.TrainingArguments`' fields, read from its source.
+
+Importing the class takes torch and some seconds. A misspelt option of `rl` or `sft` is refused without it.
+"""
+
+import ast
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+
+@cache
+def training_argument_types() -> dict[str, Any]:
+    """Name and type of every field that the constructor takes. An enum is the Literal of its values, also
+    where the field takes its text too, so that a misspelt choice is found.
+    """
+    module = _module("training_args")
+    fields = next(node for node in module.body if _is_class(node, "TrainingArguments"))
+    types: dict[str, Any] = {}
+    for node in fields.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_given(node.value):
+            types[node.target.id] = _type(node.annotation, module)
+    return types
+
+
+def _module(name: str) -> ast.Module:
+    """The syntax tree of a module of transformers, which is not imported."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.submodule_search_locations
+    return ast.parse(Path(package.submodule_search_locations[0], f"{name}.py").read_text(encoding="utf-8"))
+
+
+def _is_class(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.ClassDef) and node.name == name
+
+
+def _is_given(default: ast.expr | None) -> bool:
+    """Whether a dataclass field has no `init=False`."""
+    keywords = default.keywords if isinstance(default, ast.Call) else []
+    return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
+
+
+def _type(annotation: ast.expr, module: ast.Module) -> Any:
+    names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
+    known: dict[str, Any] = {"Any": Any, "Literal": Literal, "dict": dict, "list": list}
+    known |= {kind.__name__: kind for kind in (bool, int, float, str)}
+    choices = {name: found for name in names - known.keys() if (found := _choices(name, module))}
+    sides = [annotation.left, annotation.right] if isinstance(annotation, ast.BinOp) else []
+    if enums := [choices[side.id] for side in sides if isinstance(side, ast.Name) and side.id in choices]:
+        return enums[0]
+    # What is neither plain nor an enum here is an object that no option can give.
+    known |= dict.fromkeys(names - known.keys(), Any) | choices
+    return eval(compile(ast.Expression(annotation), "TrainingArguments", "eval"), {"__builtins__": {}}, known)
+
+
+def _choices(name: str, module: ast.Module) -> Any:
+    """The Literal of the values of an enum that the module defines or imports from a neighbour."""
+    for node in module.body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            values = [line.value.value for line in node.body if _is_constant(line)]  # pyright: ignore
+            return Literal[tuple(values)] if values else None
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {one.name for one in node.names}:
+            return _choices(name, _module(str(node.module)))
+    return None
+
+
+def _is_constant(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
