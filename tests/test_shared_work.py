@@ -47,6 +47,13 @@ def annotation(data: Path) -> Words:
     ]  # fmt: skip
 
 
+def audit(data: Path) -> Words:
+    return lambda out: [
+        "data", "audit", str(data / "manifest.json"), "--model", str(data / "model"), "--samples", "2",
+        "--out", str(out / "audited.json"), *SIZES, *SAMPLED,
+    ]  # fmt: skip
+
+
 def run(
     folder: Path, words: Words, count: int, lives: tuple[int | None, ...] = (), expected: int = 0
 ) -> list[str]:
@@ -77,7 +84,7 @@ def calls(folder: Path) -> list[str]:
     return sorted(line.split()[1] for line in (folder / "calls").read_text().splitlines())
 
 
-@pytest.mark.parametrize("command", [evaluation, annotation])
+@pytest.mark.parametrize("command", [evaluation, annotation, audit])
 def test_two_processes_write_the_files_of_one(
     data: Path, tmp_path: Path, command: Callable[[Path], Words]
 ) -> None:
@@ -99,7 +106,7 @@ def test_two_processes_write_the_files_of_one(
     assert again == whole and calls(shared) == calls(alone)
 
 
-@pytest.mark.parametrize("command", [evaluation, annotation])
+@pytest.mark.parametrize("command", [evaluation, annotation, audit])
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     data: Path, tmp_path: Path, command: Callable[[Path], Words]
 ) -> None:
@@ -110,7 +117,7 @@ def test_a_killed_run_goes_on_with_another_number_of_processes(
     for log in (said[0], said[2]):
         assert "has lost another process of this run" in log and "Traceback" not in log
         assert f"it goes on from the answers in {killed / 'out'}" in log
-    parts = {path.name[:6] for path in (killed / "out").glob("part-*")}
+    parts = {path.name[:6] for path in (killed / "out").rglob("part-*")}
     assert parts == {"part-0", "part-1", "part-2"}
     run(killed, words, 2, (0, None), expected=1)
     run(killed, words, 1, (0,))

@@ -21,7 +21,7 @@ from video_r1.settings.commands import (
     ReportSettings,
     StudySettings,
 )
-from video_r1.settings.decoding import AskSettings, BenchmarkSettings, EvalSettings
+from video_r1.settings.decoding import AskSettings, AuditSettings, BenchmarkSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import ServeSettings, VLLMSettings
@@ -71,6 +71,11 @@ COMMANDS: dict[str, Command] = {
         "check a manifest and open its media", "data.check:run_check", "values", (CheckSettings,),
         ("manifest",), ("manifest",),
         ("data check train.json --media_root /data", "data check train.json --media false")),
+    "data audit": Command(
+        "measure which questions can be answered without the video, from one frame or without its order",
+        "evaluation.audit:run_audit", "sections", (AuditSettings,), ("manifest",), ("manifest", "model"),
+        ("data audit train.json --model Qwen/Qwen2.5-VL-7B-Instruct --engine vllm",
+         "data audit train.json --model runs/sft --limit 500 --temporal_contrast reversed")),
     "lab make": Command(
         "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
         (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),

@@ -66,6 +66,11 @@ def contrast_prompt(
     return None if shown is None else builder.build(sample, media, shown, contrast)
 
 
+def blind_prompt(sample: Sample, media: Media, builder: TextPrompts) -> Prompt:
+    """The question alone, of an image too. Raises PromptError."""
+    return builder.build(sample, media, torch.empty(0, dtype=torch.long), "blind")
+
+
 _CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
     "shuffled": shuffled_order,
     "reversed": reversed_order,

@@ -8,15 +8,13 @@ interval, one mark for each frame count. A mark is filled where the interval doe
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any, NamedTuple
+
+from video_r1.evaluation.figures import COLOURS, figure_page
 
 _LEFT, _PLOT, _RIGHT, _TOP = 270, 520, 250, 64  # pixels
 _LINE = 17  # height of one mark's line
 _GAP_BEFORE_BENCHMARK = 14
-# told apart without red or green
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 class Mark(NamedTuple):
@@ -77,12 +75,8 @@ def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
         for result in results.values()
         if result.get("coverage") and not result.get("complete", True)
     ]
-    page = Template(Path(__file__).with_name("temporal_gap.html").read_text(encoding="utf-8"))
-    return page.substitute(
-        heading=escape(f"Which questions need the order of the frames: {model}"),
-        paragraphs="".join(f"<p>{escape(note)}</p>" for note in [_CAPTION, *notes]),
-        figure=gap_svg(rows),
-    )
+    heading = f"Which questions need the order of the frames: {model}"
+    return figure_page(heading, [_CAPTION, *notes], gap_svg(rows))
 
 
 _CAPTION = (
@@ -96,7 +90,7 @@ def gap_svg(rows: Sequence[Row]) -> str:
     if not rows:
         return "<p>No question was asked in both frame orders.</p>"
     counts = list(dict.fromkeys(mark.frames for row in rows for mark in row.marks))
-    colour = {count: _COLOURS[number % len(_COLOURS)] for number, count in enumerate(counts)}
+    colour = {count: COLOURS[number % len(COLOURS)] for number, count in enumerate(counts)}
     low, high, step = _axis(rows)
     y, body = float(_TOP), []
 

@@ -1,7 +1,7 @@
 """Predictions as JSON lines that survive an interruption at any moment."""
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,25 @@ from video_r1.files import json_lines, parts_of, replacing, whole_lines
 NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
 
 
-def read_predictions(path: Path) -> list[dict[str, Any]]:
-    """The records of a predictions file, if there is one. A last line that was cut off as it was written is
-    removed, so that its question is asked again. Raises RequestError for any other line that is no record."""
+def read_predictions(path: Path, needed: Set[str] = NEEDED) -> list[dict[str, Any]]:
+    """The records of a predictions file, if there is one; each has the fields `needed`. A last line that was
+    cut off as it was written is removed, so that its question is asked again. Raises RequestError for any
+    other line that is no record."""
     if not path.is_file():
         return []
     records = []
     with path.open("r+b") as file:
         for number, _, record in whole_lines(file):
-            if record is None or not record.keys() >= NEEDED:
+            if record is None or not record.keys() >= needed:
                 raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
             records.append(record)
     return records
 
 
-def read_with_parts(path: Path) -> list[dict[str, Any]]:
+def read_with_parts(path: Path, needed: Set[str] = NEEDED) -> list[dict[str, Any]]:
     """The records of a predictions file and of those parts of it that are not merged yet; see
     `read_predictions`."""
-    return [record for file in (path, *parts_of(path)) for record in read_predictions(file)]
+    return [record for file in (path, *parts_of(path)) for record in read_predictions(file, needed)]
 
 
 def merge_parts(

@@ -123,7 +123,7 @@ def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: in
     """A figure, multiplied by `scale`, and its interval; "-" for none."""
     if figure is None:
         return "-"
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in (figure[name], *figure["interval95"]))
+    mean, low, high = (f"{scale * value:z.{digits}f}" for value in (figure[name], *figure["interval95"]))
     return f"{mean} [{low}, {high}]"
 
 

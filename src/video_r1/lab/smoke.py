@@ -35,6 +35,7 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
         "train_manifest": str(lab / ("sft.json" if recipe.command == "sft" else "rl.json")),
         "eval_manifest": None if values["eval_manifest"] is None else str(lab / "test.json"),
         "media_root": None,
+        "keep": None,
         "output_dir": str(output_dir),
         "max_steps": STEPS,
         "gradient_accumulation_steps": min(values["gradient_accumulation_steps"], 2),

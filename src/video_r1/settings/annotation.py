@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from video_r1.settings.base import Problem, setting
 from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses
-from video_r1.settings.shared import MANIFEST_ENDINGS, ManifestSettings
+from video_r1.settings.shared import ManifestSettings, problems_of_out
 
 
 @dataclass(kw_only=True)
@@ -49,8 +49,7 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
             yield "temperature", f"is 0, so that all {self.samples} samples would be the same; raise it"
         if self.choose == "majority" and self.samples < 3:
             yield "samples", f"is {self.samples}; a majority needs at least 3"
-        if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
-            yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+        yield from problems_of_out(self.out)
         named = addresses(self.teacher or "") if self.at_endpoint else ()
         if not all(address.startswith(SCHEMES) for address in named):
             yield "teacher", f"is {self.teacher!r}; several endpoints are addresses with http://, each"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.shared import MANIFEST_ENDINGS, ManifestSettings, RemoteSettings
+from video_r1.settings.shared import ManifestSettings, RemoteSettings, problems_of_out
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -53,8 +53,7 @@ class MakeSettings(ManifestSettings, RemoteSettings):
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
-        if self.out is not None and not self.out.endswith(MANIFEST_ENDINGS):
-            yield "out", f"is {self.out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+        yield from problems_of_out(self.out)
 
 
 @dataclass(kw_only=True)

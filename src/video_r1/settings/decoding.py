@@ -6,8 +6,8 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.frames import Order
-from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings
+from video_r1.settings.frames import Contrast, Order
+from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings, problems_of_out
 
 SCHEMES = ("http://", "https://")
 
@@ -81,6 +81,32 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     @property
     def frame_counts(self) -> list[int]:
         return [self.max_frames] if self.frames is None else self.frames
+
+
+@dataclass(kw_only=True)
+class AuditSettings(DecodingSettings, ManifestSettings):
+    """Audit"""
+
+    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    out: str | None = setting(
+        None,
+        "the manifest with pass rates, .json or .jsonl; answers and figures go to the folder of that name "
+        "(default: NAME.audited.json beside the manifest NAME.json, so that its paths hold)",
+    )
+    limit: int | None = setting(None, "audit the first N questions only; may grow when continued", above=0)
+    samples: int = setting(8, "K: answers to each question, of each kind", above=0)
+    temporal_contrast: Contrast = setting(
+        "shuffled", "the contrast clip; a run with another one adds its rate to those that are there"
+    )
+    correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
+    frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
+    temperature: float = setting(1.0, "sampling temperature; 0 is greedy", at_least=0)
+    top_p: float = setting(1.0, "nucleus sampling; 1 is off", above=0, at_most=1)
+    batch_size: int = setting(8, "questions given to the engine together", above=0)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        yield from problems_of_out(self.out)
 
 
 @dataclass(kw_only=True)

@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from video_r1.errors import ConfigError
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import FrameBudget
+from video_r1.settings.keep import parse_keep
 
 MANIFEST_ENDINGS = (".json", ".jsonl")
 
@@ -110,6 +112,12 @@ class ManifestSettings(Settings):
         return {name: getattr(self, name) for name in names}
 
 
+def problems_of_out(out: str | None) -> Iterator[Problem]:
+    """What is wrong with the name of a manifest that is to be written."""
+    if out is not None and not out.endswith(MANIFEST_ENDINGS):
+        yield "out", f"is {out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+
+
 @dataclass(kw_only=True)
 class DataSettings(ManifestSettings):
     """Data"""
@@ -118,3 +126,16 @@ class DataSettings(ManifestSettings):
         None, "JSON or JSON-lines file or its address, or a Hugging Face data set id"
     )
     eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")
+    keep: str | None = setting(
+        None,
+        "train on the questions whose pass rates (data audit) fit, such as 'ordered - shuffled > 0.1' or "
+        "'0.2 < ordered < 0.9'; a question is dropped only where that is false (default: all)",
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.keep is not None:
+            try:
+                parse_keep(self.keep)
+            except ConfigError as error:
+                yield "keep", str(error).removeprefix("keep ")

@@ -15,6 +15,7 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from video_r1.data.pass_rates import kept_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
@@ -167,6 +168,8 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
             None if path is None else load_manifest(path, **data.media_places())
             for path in (data.train_manifest, data.eval_manifest)
         )
+        if training is not None and data.keep is not None:
+            training = kept_samples(training, data.keep)
         model, processor = model_of(recipe)
         run: Any = trainer(
             model,

@@ -1,0 +1,265 @@
+"""Questions asked of an engine in one order of their frames after another: restartable, shared by processes.
+
+    samples ─► batches ─► media, prompts ─► engine ─► record ─► <answers>-<frames>.jsonl
+                          (data/reading.py) (one call a batch
+                                             and frame count)
+
+The unit of work is a batch of consecutive questions with one frame count. The contrast clip of a question and
+its sampling seeds follow from the seed and the question alone, so that a question which is asked again, in
+whatever batch, is asked as it was before.
+
+Several processes share the batches and write to files of their own, part-<process>.<answers>-<frames>.jsonl,
+which the first one merges in the manifest's order: how many there were, and which of them were killed, leaves
+no trace. What is asked for and what is kept of the answers is said by evaluation (runner.py) and audit.py.
+"""
+
+import json
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, get_args
+
+from video_r1.data.contrasts import blind_prompt, contrast_prompt
+from video_r1.data.frame_cache import open_frame_cache
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt, TextPrompts
+from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
+from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
+from video_r1.errors import MediaError, PromptError, RequestError
+from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts
+from video_r1.files import differences, digest, part_of, parts_of, replace_json
+from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
+from video_r1.progress import Progress
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.seeds import derived_seed
+from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.frames import FrameBudget, Order
+
+# What decides the pixels of a prompt besides the frame count, which has files of its own.
+_BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
+_BATCHES_AHEAD = 3  # whose media are read while the engine is busy
+
+Key = tuple[str | int, str]  # problem_id and order
+Answers = dict[Key, dict[str, Any]]  # the record of each
+
+
+def asked_with(
+    samples: Sequence[Sample],
+    prompt_builder: TextPrompts,
+    budget: FrameBudget,
+    settings: DecodingSettings,
+    sampling: SamplingSettings,
+) -> dict[str, Any]:
+    """What answers depend on, JSON values by name: those to other settings are never mixed."""
+    return {
+        "seed": settings.seed,
+        "sampling": asdict(sampling),
+        "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
+        "questions": digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
+        "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
+        "model": settings.model,
+    }
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Asks every sample in each of `orders` with each of `counts` frames at most.
+
+    sampling: of each answer, without a seed; seed: of the contrast clips and all answers. batch_size:
+    questions that the engine is given at once, each in every order. Files in `folder`:
+    `<answers>-<frames>.jsonl`, a line for each question and order; `quarantine.jsonl`, the questions that
+    could not be asked; `<settings_file>`, what the answers depend on.
+    """
+
+    samples: Sequence[Sample]
+    engine: RolloutEngine
+    prompt_builder: TextPrompts
+    folder: Path
+    orders: Sequence[Order]
+    counts: Sequence[int]
+    sampling: SamplingSettings
+    seed: int
+    batch_size: int
+
+    what: ClassVar[str]  # "an evaluation"
+    doing: ClassVar[str]  # "evaluating"
+    answers: ClassVar[str]
+    settings_file: ClassVar[str]
+    needed: ClassVar[Set[str]]  # fields of a record
+
+    def record(
+        self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
+    ) -> dict[str, Any]:
+        """What is kept of the answers to one prompt: `problem_id`, `order` and whatever is `needed`."""
+        raise NotImplementedError
+
+    def orders_of(self, sample: Sample) -> list[Order]:
+        """An image has no order but its own."""
+        return [order for order in self.orders if order == "ordered" or sample.data_type == "video"]
+
+    def run(self, made_with: Mapping[str, Any], budget: FrameBudget, settings: DecodingSettings) -> None:
+        """Asks what is not answered yet; returns when every process has asked its share.
+
+        made_with: see `asked_with`. budget: frame sizes and rate; its `max_frames` is replaced by each of
+        `counts`. Questions in quarantine are tried again. Raises RequestError when the folder holds answers
+        to other settings, when a file of answers is damaged, and for no samples or two of one name;
+        VideoR1Error when another process is lost.
+        """
+        if not self.samples:
+            raise RequestError(f"there is nothing to ask for {self.what}: the manifest has no samples")
+        if len({sample.problem_id for sample in self.samples}) < len(self.samples):
+            raise RequestError("problem_id occurs twice among the samples; each needs its own")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        done = decided_by_first(lambda: self.begin(made_with))
+        with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
+            self.ask_all(reader, {count: set(keys) for count, keys in done.items()})
+        wait_for_everyone()
+
+    @cached_property
+    def places(self) -> dict[str | int, int]:
+        """Of each question, in the manifest."""
+        return {sample.problem_id: place for place, sample in enumerate(self.samples)}
+
+    def answers_path(self, frames: int) -> Path:
+        return self.folder / f"{self.answers}-{frames}.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.folder / "quarantine.jsonl"
+
+    def begin(self, made_with: Mapping[str, Any]) -> dict[int, list[Key]]:
+        """For the first process: what is answered already, by frame count. See `run`."""
+        path = self.folder / self.settings_file
+        if path.is_file():
+            changed = differences(json.loads(path.read_text(encoding="utf-8")), made_with)
+            if changed:
+                raise RequestError(  # its answers would be mixed with these
+                    f"{self.folder} holds {self.what} with other settings ({', '.join(changed)}); "
+                    "choose another output folder, or delete this one"
+                )
+        replace_json(path, made_with)
+        for path in (self.quarantine, *parts_of(self.quarantine)):
+            path.unlink(missing_ok=True)
+        return {count: list(self.answered(count)) for count in self.counts}
+
+    def merged(self) -> dict[int, Answers]:
+        """For the first process, when all are done: merges their files. The answers by frame count."""
+        found = {count: self.answered(count) for count in self.counts}
+        for count, answered in found.items():
+            merge_parts(self.answers_path(count), answered.values(), self.place)
+        if parts := parts_of(self.quarantine):
+            lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
+            append_records(self.quarantine, sorted(lines, key=self.place_in_quarantine))
+            for part in parts:
+                part.unlink()
+        return found
+
+    def place(self, record: Mapping[str, Any]) -> tuple[int, int]:
+        """Where a record stands in its file: one of a question that is not asked now stands at the end."""
+        places = [*self.orders, *(name for name in get_args(Order) if name not in self.orders)]
+        return self.places.get(record["problem_id"], len(self.places)), places.index(record["order"])
+
+    def place_in_quarantine(self, record: Mapping[str, Any]) -> tuple[int, int, int]:
+        place = self.places[record["problem_id"]]
+        return place // self.batch_size, list(self.counts).index(record["frames"]), place
+
+    def answered(self, frames: int) -> Answers:
+        records = read_with_parts(self.answers_path(frames), self.needed)
+        return {(record["problem_id"], record["order"]): record for record in records}
+
+    def keys(self, samples: Sequence[Sample]) -> list[Key]:
+        """What has to be answered about the samples with one frame count."""
+        return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
+
+    def skipped(self, answered: Mapping[Key, Any]) -> int:
+        """How many of the questions could not be asked."""
+        asked = {sample.problem_id for sample in self.samples if self.orders_of(sample)}
+        return len(asked - {problem_id for problem_id, _ in answered})
+
+    def prompts(self, sample: Sample, media: Media) -> list[Prompt]:
+        """The sample's prompt in each order. Raises MediaError and PromptError."""
+        return [self.prompt(sample, media, order) for order in self.orders_of(sample)]
+
+    def prompt(self, sample: Sample, media: Media, order: Order) -> Prompt:
+        if order == "ordered":
+            return self.prompt_builder.build(sample, media)
+        if order == "blind":
+            return blind_prompt(sample, media, self.prompt_builder)
+        generator = derived_generator(self.seed, sample.problem_id)
+        prompt = contrast_prompt(sample, media, self.prompt_builder, order, generator)
+        if prompt is None:
+            count = f"{len(media.frames)} frame{'s' * (len(media.frames) != 1)}"
+            raise MediaError(sample.path, f"has {count}, which cannot be {order}")
+        return prompt
+
+    def ask_all(self, reader: Reader, done: Mapping[int, Set[Key]]) -> None:
+        """Asks this process's share of what is not done, and appends it to its files."""
+        samples, size = self.samples, self.batch_size
+        open_batches = []
+        for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
+            keys = set(self.keys(chosen))
+            if counts := tuple(count for count in self.counts if not keys <= done[count]):
+                open_batches.append(Batch(chosen, counts))
+        own = own_share(open_batches)
+        answered = len(samples) * len(self.counts) - _questions(open_batches)
+        title = self.doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
+        quiet = process_index() > 0
+        with Progress(answered + _questions(own), title, "questions", quiet=quiet) as bar:
+            bar.update(answered)
+            units = ((batch.samples, count) for batch in own for count in batch.counts)
+            read = reader.batches(own, self.prompts, _BATCHES_AHEAD)
+            for (chosen, count), questions in zip(units, read, strict=True):
+                self.ask(list(zip(chosen, questions, strict=True)), count, done[count])
+                bar.update(len(chosen))
+
+    def ask(
+        self, questions: Sequence[tuple[Sample, list[Prompt] | Unusable]], count: int, done: Set[Key]
+    ) -> None:
+        """Asks a batch with one frame count.
+
+        It is done again as a whole or not at all: padding then is what it was. A batch whose only open
+        questions still cannot be read has nothing to add.
+        """
+        failed, asked = [], []
+        for sample, made in questions:
+            if isinstance(made, Unusable):
+                failed.append({**quarantined(sample, made), "frames": count})
+            else:
+                asked += [(sample, prompt) for prompt in made]
+        records = []
+        if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
+            seeds = tuple(sampling_seed(self.seed, count, sample, prompt.order) for sample, prompt in asked)
+            outputs = self.engine.generate(
+                [prompt for _, prompt in asked], replace(self.sampling, seed=seeds)
+            )
+            records = [
+                self.record(sample, prompt, rollouts, count)
+                for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
+                if (sample.problem_id, prompt.order) not in done
+            ]
+        append_records(own_file(self.answers_path(count)), records)
+        append_records(own_file(self.quarantine), failed)
+
+
+def own_file(path: Path) -> Path:
+    """Where this process writes its share of `path`."""
+    return path if process_count() == 1 else part_of(path, process_index())
+
+
+def _questions(batches: Sequence[Batch]) -> int:
+    """How often a question is asked, over all frame counts."""
+    return sum(len(batch.samples) * len(batch.counts) for batch in batches)
+
+
+def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:
+    """The seed of one prompt's answers: of the settings' seed and what is asked, whatever is asked beside."""
+    return derived_seed(seed, frames, sample.problem_id, order, bits=62)
+
+
+def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:
+    try:
+        return prompt_builder.question(sample)
+    except PromptError as error:  # met again, and listed, when its prompt is made
+        return str(error)

@@ -1,0 +1,231 @@
+"""The audit of a data set: which of its questions need the video, more than one frame, and the frames' order.
+
+    manifest ─► asking.py ─► answers-<frames>.jsonl ─► pass rates ─► OUT, audit.json, audit.html
+                (K answers each: blind, one frame,     (by the threshold
+                 the contrast clip, in order)           of training)
+
+The files on the right follow from the answers: another `correct_threshold` asks nothing again, and another
+contrast asks for its own answers only. "One frame" is the contrast `frozen`, one frame of the clip in every
+place: a prompt of another length would be a difference of its own.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from video_r1.data.answers import read_answer
+from video_r1.data.pass_rates import PASS_RATES
+from video_r1.data.places import media_root_of
+from video_r1.data.prompts import Prompt
+from video_r1.data.records import Sample, load_manifest
+from video_r1.data.rollouts import Rollout
+from video_r1.data.rows import read_rows
+from video_r1.errors import RequestError, VideoR1Error, writing_to
+from video_r1.evaluation.asking import Answers, Asking, asked_with
+from video_r1.evaluation.audit_figure import audit_page
+from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_sentences, audit_table
+from video_r1.files import replace_json, replace_text, replacing
+from video_r1.processes import claimed_by_first, decided_by_first, process_group
+from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rollout.choice import open_engine, open_prompts
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.settings.decoding import AuditSettings
+from video_r1.settings.frames import Order
+
+SETTINGS_FILE = "settings.json"
+
+
+def run_audit(settings: AuditSettings) -> dict[str, Any]:
+    """Audit a manifest, print the table and return what `audit.json` holds, and OUT as `manifest`.
+
+    OUT has the manifest's rows as they are and their pass rates, those of questions that could be asked.
+    The folder of its name has the answers, `quarantine.jsonl`, `audit.json` and the picture, `audit.html`.
+    Started again with the same settings it continues. Raises ManifestError, ConfigError, RequestError (also
+    where OUT is no audit's, or holds answers to other settings), and VideoR1Error where no question can be
+    asked or another process of the audit (by `accelerate launch`) is lost.
+    """
+    assert settings.manifest is not None and settings.model is not None  # settings without them are refused
+    manifest, out = settings.manifest, audited_path(settings)
+    folder = out.with_suffix("")
+
+    def begin() -> list[Sample]:
+        check_out(manifest, out)
+        return load_manifest(manifest, **settings.media_places())
+
+    with process_group(folder):
+        samples = decided_by_first(begin)
+        with claimed_by_first(folder), writing_to(folder):
+            summary = _audit(samples, settings, out)
+        print(f"{audit_table(summary)}\n\n" + "\n".join(audit_sentences(summary)))
+        if summary["skipped"]:
+            print(
+                f"{summary['skipped']:,} questions left out, with the reason: {folder / 'quarantine.jsonl'}"
+            )
+        print(f"\nmanifest with pass rates: {out}; the picture: {folder / 'audit.html'}")
+        print(f"train on those that need the order: {training_words(settings, out)}")
+    return {"manifest": str(out), **summary}
+
+
+def audited_path(settings: AuditSettings) -> Path:
+    """OUT. Raises RequestError where a manifest that is no file of this machine leaves no place for it."""
+    if settings.out is not None:
+        return Path(settings.out)
+    path = Path(str(settings.manifest))
+    if not path.is_file():
+        raise RequestError(
+            f"{settings.manifest} is no file of this machine; say --out where the audited one goes"
+        )
+    ending = ".jsonl" if path.suffix == ".jsonl" else ".json"
+    return path.with_name(f"{path.stem}.audited{ending}")
+
+
+def check_out(manifest: str, out: Path) -> None:
+    """Raises RequestError when OUT would take the place of a file that no audit has written."""
+    folder = out.with_suffix("")
+    if out.exists() and not (folder / SETTINGS_FILE).is_file():
+        raise RequestError(f"{out} exists and was not written by an audit; choose another --out")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(
+            f"{folder} is a file, and the audit's answers go to a folder of that name; see --out"
+        )
+    if Path(manifest).is_file() and out.exists() and out.samefile(manifest):
+        raise RequestError(f"{manifest} would be replaced by its own audit; choose another --out")
+
+
+def training_words(settings: AuditSettings, out: Path) -> str:
+    """The options with which `rl` and `sft` take the audited manifest."""
+    assert settings.manifest is not None
+    root = media_root_of(settings.manifest, settings.media_root)
+    elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
+    elsewhere += ["--allowed_roots", *settings.allowed_roots] if settings.allowed_roots else []
+    elsewhere += ["--allow_urls"] if settings.allow_urls else []
+    keep = f"ordered - {settings.temporal_contrast} > 0.1"
+    return shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
+
+
+def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dict[str, Any]:
+    processor, builder, budget = open_prompts(settings)
+    sampling = SamplingSettings.of(settings, settings.samples)
+    made_with = asked_with(samples, builder, budget, settings, sampling)
+    orders: list[Order] = [
+        order for order in VIEWS if order in ("blind", "frozen", settings.temporal_contrast, "ordered")
+    ]
+    with closing(open_engine(settings, processor)) as engine:
+        asking = Audit(
+            samples[: settings.limit], engine, builder, out.with_suffix(""), orders, [settings.max_frames],
+            sampling, settings.seed, settings.batch_size,
+        )  # fmt: skip
+        asking.run(made_with, budget, settings)
+        return decided_by_first(lambda: _write(asking, made_with, samples, settings, out))
+
+
+def _write(
+    asking: "Audit",
+    made_with: Mapping[str, Any],
+    samples: Sequence[Sample],
+    settings: AuditSettings,
+    out: Path,
+) -> dict[str, Any]:
+    """For the first process: the audited manifest, the summary and the picture."""
+    (answers,) = asking.merged().values()
+    rates = pass_rates_of(answers, samples, settings.correct_threshold)
+    audited = [(sample, rates[sample.problem_id]) for sample in samples if sample.problem_id in rates]
+    if not audited:
+        raise VideoR1Error(f"none of the questions could be asked; {asking.quarantine} has the reasons")
+    write_audited(settings, samples, rates, out)
+    texts = [text for record in answers.values() for text in record["answers"]]
+    summary = {
+        "questions": len(samples),
+        "skipped": asking.skipped(answers),
+        "samples": settings.samples,
+        "contrast": settings.temporal_contrast,
+        "correct_threshold": settings.correct_threshold,
+        "settings": {**made_with, "max_frames": settings.max_frames},
+        "no_answer": sum(not text for text in texts) / len(texts),
+        "cut_off": sum(record["cut_off"] for record in answers.values()) / len(texts),
+        **audit_figures(audited, settings.temporal_contrast, settings.samples),
+    }
+    replace_json(asking.folder / "audit.json", summary)
+    replace_text(asking.folder / "audit.html", audit_page(summary, str(settings.model)))
+    return summary
+
+
+@dataclass(frozen=True)
+class Audit(Asking):
+    what: ClassVar = "an audit"
+    doing: ClassVar = "auditing"
+    answers: ClassVar = "answers"
+    settings_file: ClassVar = SETTINGS_FILE
+    needed: ClassVar = frozenset(("problem_id", "order", "answers", "scores", "cut_off"))
+
+    def orders_of(self, sample: Sample) -> list[Order]:
+        """Images are asked blind too."""
+        alone = ("blind", "ordered")
+        return [order for order in self.orders if order in alone or sample.data_type == "video"]
+
+    def record(
+        self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
+    ) -> dict[str, Any]:
+        """answers: what is read of each output, "" for none; scores: their correctness; cut_off: how many.
+
+        Answers are read as in evaluation, tolerantly: it is the question that is measured, not the format.
+        """
+        kind, options = sample.problem_type, sample.options
+        answers = [read_answer(rollout.text, kind, options) for rollout in rollouts]
+        return {
+            "problem_id": sample.problem_id,
+            "order": prompt.order,
+            "answers": answers,
+            "scores": [correctness(kind, answer, sample.answer) for answer in answers],
+            "cut_off": sum(rollout.finish_reason == "length" for rollout in rollouts),
+            "frames": frames,
+        }
+
+
+def pass_rates_of(
+    answers: Answers, samples: Sequence[Sample], threshold: float
+) -> dict[str | int, dict[str, float]]:
+    """The share of correct answers by question and by what was shown, in the order of VIEWS."""
+    rates: dict[str | int, dict[str, float]] = {}
+    for sample in samples:
+        for view in VIEWS:
+            if record := answers.get((sample.problem_id, view)):
+                correct = [is_correct(sample.problem_type, score, threshold) for score in record["scores"]]
+                rates.setdefault(sample.problem_id, {})[view] = sum(correct) / len(correct)
+    return rates
+
+
+def write_audited(
+    settings: AuditSettings,
+    samples: Sequence[Sample],
+    rates: Mapping[str | int, Mapping[str, float]],
+    out: Path,
+) -> None:
+    """The manifest's rows as they are, each with its pass rates; one without answers has none.
+
+    Raises RequestError when the manifest is not that of `samples` any more.
+    """
+    begin, between, end = ("[\n", ",\n", "\n]\n") if out.suffix == ".json" else ("", "\n", "\n")
+    with replacing(out) as file:
+        for number, row in enumerate(_rows(settings.manifest, samples)):
+            plain = {name: value for name, value in row.items() if name != PASS_RATES}
+            if found := rates.get(row["problem_id"]):
+                plain[PASS_RATES] = found
+            file.write(between if number else begin)
+            file.write(json.dumps(plain, ensure_ascii=False, default=str))
+        file.write(end)
+
+
+def _rows(manifest: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    expected = iter(samples)
+    for number, row in read_rows(manifest, "train"):
+        sample = next(expected, None)
+        if sample is None or not isinstance(row, dict) or row.get("problem_id") != sample.problem_id:
+            raise RequestError(
+                f"{manifest}, row {number} has changed since the audit began; begin another one"
+            )
+        yield row

@@ -1,0 +1,329 @@
+"""Audits on real clips and pictures, with a scripted engine whose figures are worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from browser import chromium, find_chromium
+from chat_endpoint import chat_endpoint, images_of, write_questions
+
+from video_r1.cli import main
+from video_r1.data.pass_rates import kept_samples
+from video_r1.data.prompts import Prompt
+from video_r1.data.records import Sample, load_manifest
+from video_r1.data.rollouts import Rollout
+from video_r1.errors import RequestError, VideoR1Error
+from video_r1.evaluation import audit
+from video_r1.evaluation.audit import pass_rates_of, run_audit
+from video_r1.evaluation.audit_summary import audit_figures, audit_sentences
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.settings.decoding import AuditSettings
+
+SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "media_seconds": 0.0}
+# Of each question's four answers, how many are right: blind, from one frame, shuffled and in order.
+RIGHT = [
+    {"blind": 4, "frozen": 4, "shuffled": 4, "ordered": 4},
+    {"blind": 0, "frozen": 3, "shuffled": 3, "ordered": 4},
+    {"blind": 0, "frozen": 1, "shuffled": 2, "ordered": 3},
+    {"blind": 1, "frozen": 0, "shuffled": 4, "ordered": 0},
+    {"blind": 3, "ordered": 4},  # pictures
+    {"blind": 0, "ordered": 0},
+]
+KEEP = "ordered - shuffled > 0.1"
+
+
+class ScriptedEngine:
+    """Gives as many right answers as RIGHT says; is interrupted instead of a later call."""
+
+    def __init__(self, right: Mapping[str, Mapping[str, int]], calls: int = 1000) -> None:
+        self.right, self.calls_left, self.closed = right, calls, False
+        self.asked: list[tuple[str, str]] = []
+        self.seeds: dict[tuple[str, str], int] = {}
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        assert counts is None and sampling.temperature == 1.0 and sampling.top_p == 1.0
+        assert isinstance(sampling.seed, tuple)
+        if self.calls_left == 0:
+            raise KeyboardInterrupt
+        self.calls_left -= 1
+        groups = []
+        for prompt, seed in zip(prompts, sampling.seed, strict=True):
+            text = prompt.messages[0]["content"][-1]["text"]
+            question = f"q{text.split()[1].rstrip(':')}"
+            self.asked.append((question, prompt.order))
+            self.seeds[question, prompt.order] = seed
+            assert (len(prompt.media.frames) == 0) == (prompt.order == "blind")
+            right = self.right[question][prompt.order]
+            said = ["<think>t</think><answer>B</answer>"] * right
+            said += ["It is A.", "no idea", "A", "<answer>A</answer>"][: sampling.n - right]
+            nothing = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+            groups.append([Rollout(*nothing, text, "stop") for text in said])
+        return groups
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Four questions about a clip, two about a picture; the rows have fields of their own."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = write_questions(folder, len(RIGHT), clips=4)
+    rows = json.loads(path.read_text())
+    for number, row in enumerate(rows):
+        row |= {"extra": {"ünder": [number, 0.1]}, "solution": " <answer>B. right</answer>"}
+        row["data_source"] = "even" if number % 2 == 0 else "odd"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[ScriptedEngine]:
+    """The engines of the next audits; without one, an engine must not be opened."""
+    ready: list[ScriptedEngine] = []
+    monkeypatch.setattr(audit, "open_engine", lambda settings, processor: ready[-1])
+    return ready
+
+
+def scripted(**settings: Any) -> ScriptedEngine:
+    return ScriptedEngine({f"q{number}": right for number, right in enumerate(RIGHT)}, **settings)
+
+
+def audited(data: Path, checkpoint: Path, **settings: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {"manifest": str(data), "model": str(checkpoint), "samples": 4, "batch_size": 2}
+    return run_audit(AuditSettings(**{**SIZES, **given, **settings}))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    folder = path.with_suffix("")
+    files = [path, *(file for file in sorted(folder.iterdir()) if file.name != ".lock")]
+    return {file.name: file.read_bytes() for file in files}
+
+
+def test_rates_rows_and_figures(
+    data: Path, checkpoint: Path, engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engines.append(scripted())
+    summary = audited(data, checkpoint)
+    out = data.with_name("manifest.audited.json")
+    assert summary["manifest"] == str(out) and engines[0].closed
+    rates = [{name: right / 4 for name, right in each.items()} for each in RIGHT]
+    rows = [row | {"pass_rates": each} for row, each in zip(json.loads(data.read_text()), rates, strict=True)]
+    assert json.loads(out.read_text()) == rows
+    # Beside the manifest its paths hold.
+    assert [sample.path for sample in load_manifest(out)] == [sample.path for sample in load_manifest(data)]
+    assert sorted(engines[0].asked) == sorted(
+        (f"q{n}", view) for n, each in enumerate(RIGHT) for view in each
+    )
+    assert len(set(engines[0].seeds.values())) == len(engines[0].seeds) == 20
+
+    assert summary["all"]["questions"] == 6 and summary["all"]["chance"] == 0.5
+    views = summary["all"]["views"]
+    assert {view: figure["rate"] for view, figure in views.items()} == {
+        "blind": 8 / 24, "frozen": 8 / 16, "shuffled": 13 / 16, "ordered": 15 / 24,
+    }  # fmt: skip
+    video = summary["by_modality"]["video"]
+    answered = {view: figure["answered"]["share"] for view, figure in video["views"].items()}
+    # Two of four right are not most of them.
+    assert answered == {"blind": 1 / 4, "frozen": 2 / 4, "shuffled": 3 / 4, "ordered": 3 / 4}
+    needs = video["needs_order"]
+    assert (needs["share"], needs["other_way"], needs["questions"]) == (1 / 4, 1 / 4, 4)
+    assert video["temporal_gap"]["gap"] == pytest.approx((0 + 1 + 1 - 4) / 16)
+    assert (video["never_right"], video["always_right"]) == (1 / 4, 2 / 4)
+    assert summary["by_modality"]["image"]["views"].keys() == {"blind", "ordered"}
+    assert "needs_order" not in summary["by_modality"]["image"]
+    assert [summary["by_source"][name]["questions"] for name in ("even", "odd")] == [3, 3]
+    assert [(row, column) for row in range(5) for column in range(5) if summary["pairs"][row][column]] == [
+        (2, 3), (3, 4), (4, 0), (4, 4),
+    ]  # fmt: skip
+    assert summary["no_answer"] == pytest.approx(
+        sum(right < 3 for each in RIGHT for right in each.values()) / 80
+    )
+    low, high = video["views"]["blind"]["answered"]["interval95"]
+    assert 0 <= low < 0.25 < high <= 1
+    assert {"manifest": str(out), **json.loads((out.with_suffix("") / "audit.json").read_text())} == summary
+
+    said = capsys.readouterr().out
+    assert f"25 % [{100 * low:.0f}, {100 * high:.0f}] can be answered without the video\n" in said
+    assert "answered: most of 4 answers are right, and a fixed guess is right in 50 %" in said
+    assert f"--train_manifest {out} --keep '{KEEP}'\n" in said
+    assert [sample.problem_id for sample in kept_samples(load_manifest(out), KEEP)] == [
+        "q1",
+        "q2",
+        "q4",
+        "q5",
+    ]
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2])
+@pytest.mark.parametrize("cut", [0, 30])
+def test_interrupted_and_continued(
+    data: Path, checkpoint: Path, engines: list[ScriptedEngine], tmp_path: Path, calls: int, cut: int
+) -> None:
+    """Also where the last line was cut off: the same files, and nothing is asked twice without need."""
+    whole, out = scripted(), tmp_path / "cut" / "audited.jsonl"
+    engines.append(whole)
+    audited(data, checkpoint, out=str(tmp_path / "whole" / "audited.jsonl"))
+    first, second = scripted(calls=calls), scripted()
+    engines.append(first)
+    with pytest.raises(KeyboardInterrupt):
+        audited(data, checkpoint, out=str(out))
+    assert not out.exists()
+    answers = out.with_suffix("") / "answers-16.jsonl"
+    if cut and calls:
+        answers.write_bytes(answers.read_bytes()[:-cut])
+    engines.append(second)
+    audited(data, checkpoint, out=str(out))
+    assert len(second.asked) == len(whole.asked) - len(first.asked) + (8 if cut and calls else 0)
+    assert whole.seeds == {**first.seeds, **second.seeds}
+    assert contents(out) == contents(tmp_path / "whole" / "audited.jsonl")
+    assert [json.loads(line)["problem_id"] for line in out.read_text().splitlines()] == [
+        f"q{n}" for n in range(6)
+    ]
+
+
+def test_what_may_change_when_it_is_continued(
+    data: Path, checkpoint: Path, engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = data.with_name("manifest.audited.json")
+    engines.append(scripted())
+    audited(data, checkpoint, limit=2)
+    assert [("pass_rates" in row) for row in json.loads(out.read_text())] == [True] * 2 + [False] * 4
+    before = len(engines[0].asked)
+    assert audited(data, checkpoint)["all"]["questions"] == 6
+    assert len(engines[0].asked) == 20 and before == 8
+    engines[0].calls_left = 0  # from here on a call is an interruption
+    audited(data, checkpoint, limit=1)  # forgets nothing
+    assert all("pass_rates" in row for row in json.loads(out.read_text()))
+    audited(data, checkpoint, correct_threshold=0.3)
+    reversed_too = scripted()
+    reversed_too.right = {name: {**right, "reversed": 0} for name, right in reversed_too.right.items()}
+    engines.append(reversed_too)
+    summary = audited(data, checkpoint, temporal_contrast="reversed")
+    assert list(json.loads(out.read_text())[0]["pass_rates"]) == [
+        "blind",
+        "frozen",
+        "shuffled",
+        "reversed",
+        "ordered",
+    ]
+    assert summary["contrast"] == "reversed" and summary["all"]["temporal_gap"]["gap"] == 11 / 16
+    for settings, name in (({"samples": 2}, "sampling"), ({"seed": 1}, "seed"), ({"fps": 1.0}, "budget")):
+        with pytest.raises(RequestError, match=rf"holds an audit with other settings \({name}\)"):
+            audited(data, checkpoint, **settings)
+    rows = json.loads(data.read_text())
+    data.write_text(json.dumps(rows[::-1]))
+    with pytest.raises(RequestError, match=r"other settings \(prompts, questions\)"):
+        audited(data, checkpoint)
+
+
+def test_media_that_cannot_be_used_are_reported(
+    tmp_path: Path, checkpoint: Path, engines: list[ScriptedEngine], capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_questions(tmp_path, 6, clips=4, bad=(1,))
+    engines.append(scripted())
+    summary = audited(data, checkpoint)
+    assert summary["skipped"] == 1 and summary["all"]["questions"] == 5
+    rows = json.loads(data.with_name("manifest.audited.json").read_text())
+    assert [("pass_rates" in row) for row in rows] == [True, False, True, True, True, True]
+    quarantine = (tmp_path / "manifest.audited" / "quarantine.jsonl").read_text()
+    assert json.loads(quarantine)["problem_id"] == "q1"
+    assert "1 questions left out" in capsys.readouterr().out
+    nothing = write_questions(tmp_path, 1, bad=(0,)).rename(tmp_path / "nothing.json")
+    with pytest.raises(VideoR1Error, match="none of the questions could be asked"):
+        audited(nothing, checkpoint)
+
+
+def test_where_it_goes(
+    data: Path, checkpoint: Path, engines: list[ScriptedEngine], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Elsewhere the media root is said; files of others stay."""
+    engines.append(scripted())
+    out = tmp_path / "audits" / "mine.json"
+    audited(data, checkpoint, out=str(out))
+    words = f"--train_manifest {out} --media_root {data.parent.resolve()} --keep '{KEEP}'"
+    assert words in capsys.readouterr().out
+    assert len(load_manifest(out, data.parent)) == 6
+    content = data.read_bytes()
+    for wrong, message in ((data, "was not written by an audit"), (tmp_path / "x.txt", "must end in .json")):
+        with pytest.raises(RequestError, match=message):
+            audited(data, checkpoint, out=str(wrong))
+    assert data.read_bytes() == content
+    again = audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "twice.json"))
+    assert json.loads((tmp_path / "twice.json").read_text()) == json.loads(out.read_text())
+    assert again["all"]["questions"] == 6
+    with pytest.raises(RequestError, match="is no file of this machine; say --out"):
+        audited(Path("owner/questions"), checkpoint)
+    assert main(["data", "audit", str(data)]) == 2
+    assert "model is missing" in capsys.readouterr().err
+
+
+def test_an_endpoint_is_asked_once_for_all_answers(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with chat_endpoint() as endpoint:
+        words = ["--model", "teacher", "--engine", endpoint.url, "--samples", "4", "--media_seconds", "0"]
+        assert main(["data", "audit", str(data), *words]) == 0
+    assert [request["n"] for request in endpoint.requests] == [4] * 20
+    assert sum(not images_of(request) for request in endpoint.requests) == 6  # blind
+    assert "100 % [100, 100] can be answered without the video" in capsys.readouterr().out
+
+
+def test_a_real_model(data: Path, checkpoint: Path) -> None:
+    """The sampling's own seeds: the same answers in batches of another size, up to padding's rounding."""
+    settings: dict[str, Any] = {"max_new_tokens": 4, "dtype": "float32", "device": "cpu"}
+    audited(data, checkpoint, **settings)
+    answers = data.with_name("manifest.audited") / "answers-16.jsonl"
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(records) == 20 and all(len(record["scores"]) == 4 for record in records)
+    assert [record["order"] for record in records[:4]] == ["blind", "frozen", "shuffled", "ordered"]
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no chromium on this machine")
+def test_the_picture(data: Path, checkpoint: Path, engines: list[ScriptedEngine], tmp_path: Path) -> None:
+    engines.append(scripted())
+    rows = json.loads(data.read_text())
+    rows[0]["data_source"] = "<script>alert(1)</script>" + "x" * 60
+    data.write_text(json.dumps(rows))
+    audited(data, checkpoint)
+    with chromium(tmp_path / "profile") as page:
+        page.open(data.with_name("manifest.audited") / "audit.html")
+        assert page.problems == [] and len(page.requests) == 1
+        assert page.run("document.querySelectorAll('svg').length") == 2
+        texts = page.run("[...document.querySelectorAll('svg text')].map(t => t.textContent)")
+        assert {"all", "even", "odd", "one frame", "a fixed guess"} <= set(texts)
+        assert "25 % without it, 25 % by order (4)" in texts
+        boxes = page.run(
+            "[...document.querySelectorAll('svg')].every(s => [...s.querySelectorAll('text')].every(t => "
+            "t.getBBox().x >= -1 && t.getBBox().x + t.getBBox().width <= s.viewBox.baseVal.width))"
+        )
+        assert boxes
+
+
+def test_figures_without_videos_and_with_an_unusual_contrast() -> None:
+    image = Sample(1, "?", "image", "OCR", "<answer>x</answer>", "/x.png")
+    summary = {"contrast": "frozen", "samples": 2, "no_answer": 0.0, "cut_off": 0.1}
+    summary |= audit_figures([(image, {"blind": 0.5, "ordered": 1.0})], "frozen", 2)
+    sentences = audit_sentences(summary)
+    assert "0 % [0, 0] can be answered without the image" in sentences[1]
+    assert sentences[-1].startswith("10 % of the answers were cut off")
+    assert sum(map(sum, summary["pairs"])) == 0
+
+
+def test_what_counts_as_right_is_what_training_counts() -> None:
+    """A score above the threshold where scores are continuous, 1 elsewhere."""
+    samples = [Sample(kind, "?", "video", kind, "", "/x") for kind in ("free-form", "numerical")]
+    scores = {"scores": [0.0, 0.4, 0.6, 1.0]}
+    answers = {(sample.problem_id, "ordered"): scores for sample in samples}
+    assert pass_rates_of(answers, samples, 0.5) == {
+        "free-form": {"ordered": 0.5},
+        "numerical": {"ordered": 0.25},
+    }
+    assert pass_rates_of(answers, samples, 0.3)["free-form"] == {"ordered": 0.75}
