@@ -1,13 +1,14 @@
 """A whole T-GRPO step: decoding, both rollouts, rewards and update, against the reference's algorithm.
 
-    python -m benchmarks.step --json [--size small|lab] [--completion 64] [--group 8] [--questions 1]
+    python -m benchmarks.step --json [--size small|lab] [--completion 64] [--group 8] [--frozen]
 
 Both have the same clip files, model, rewards, loss and optimizer. The reference's way: G completions by
 `model.generate(num_return_sequences=G)` and G/2 more with shuffled frames, then the pixels and the prompt
 repeated G times for policy and frozen copy, with logits at every position. Clips are decoded once for both
 frame orders on both sides. Neither side stops a completion early. `equal`: log-probabilities of the same
-completions by both ways, within 1e-5. `likelihood_to_margin`: seconds of our step with `temporal_rule`
-likelihood, which samples nothing from the contrast clip, over those with margin.
+completions by both ways, within 1e-5. `likelihood_to_margin`: seconds and FLOPs of our step by the rule
+likelihood, which samples nothing from the contrast clip, over those by margin; of each `contrast_unit`.
+`--frozen`: the vision tower is, so that our updates and KL share its output, and with patches the drops too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import argparse
 import json
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -33,18 +35,19 @@ from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.lab.model import base_folder
-from video_r1.models.group_forward import group_logprobs
-from video_r1.models.loading import load_processor
+from video_r1.models.group_forward import VisionFeatures, encode_vision, group_logprobs
+from video_r1.models.loading import freeze_vision, load_processor
 from video_r1.rewards.group import RewardTerms, reward_terms, score_groups
 from video_r1.rollout.engine import SamplingSettings, sample_rollouts
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.frames import FrameBudget
+from video_r1.settings.frames import ContrastUnit, FrameBudget
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
 from video_r1.training.drops import logprob_drops
 from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy
 
+Vision = list[VisionFeatures | None] | None
 SIDES = {"lab": 56, "small": 224}  # pixels of a frame as the model sees it
 
 
@@ -63,6 +66,9 @@ class Step:
         self.visual = torch.tensor([model.config.image_token_id, model.config.video_token_id])
         model.generation_config.eos_token_id = None
         tokenizer.eos_token = None
+        self.frozen: bool = arguments.frozen
+        if self.frozen:
+            freeze_vision(model)
         self.model, self.reference = model.eval(), frozen_copy(model)
         self.builder = PromptBuilder(processor)
         side = SIDES[arguments.size]
@@ -78,13 +84,13 @@ class Step:
         self.by_likelihood = replace(self.settings, temporal_rule="likelihood")
         self.terms: RewardTerms = reward_terms(None, self.settings)
         self.engine = TransformersEngine(model, _Tokenizer(tokenizer))
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)
+        self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-9)
         self.generator = torch.Generator().manual_seed(1)
 
-    def questions(self) -> list[Question]:
+    def questions(self, unit: ContrastUnit = "frame") -> list[Question]:
         return [
             build_question(
-                sample, decode_media(sample, self.budget), self.builder, self.generator, "shuffled"
+                sample, decode_media(sample, self.budget), self.builder, self.generator, "shuffled", unit
             )
             for sample in self.samples
         ]
@@ -94,7 +100,7 @@ class Step:
         questions: list[Question],
         ordered: list[list[Rollout]],
         shuffled: list[list[Rollout]],
-        drops: list[Tensor | None] | None = None,
+        drops: list[list[Tensor] | None] | None = None,
     ) -> list[RolloutGroup]:
         text = self.builder.question
         settings = self.settings if drops is None else self.by_likelihood
@@ -121,25 +127,33 @@ class Step:
         questions = self.questions()
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         rollouts = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        return self.updated(self.scored(questions, *rollouts))
+        groups = self.scored(questions, *rollouts)
+        return self.updated(groups, self.vision([group.prompt for group in groups]))
 
-    def updated(self, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    def vision(self, prompts: list[Prompt]) -> Vision:
+        """Of a frozen tower, to be shared."""
+        with torch.no_grad():
+            return encode_vision(self.model, prompts) if self.frozen else None
+
+    def updated(self, groups: list[RolloutGroup], vision: Vision) -> list[RolloutGroup]:
         prompts = [group.prompt for group in groups]
         completions = [[rollout.token_ids for rollout in group.ordered] for group in groups]
-        policy = group_logprobs(self.model, prompts, completions, with_entropy=True)
+        policy = group_logprobs(self.model, prompts, completions, with_entropy=True, vision_features=vision)
         with torch.no_grad():
-            judged = group_logprobs(self.reference, prompts, completions).logprobs
+            judged = group_logprobs(self.reference, prompts, completions, vision_features=vision).logprobs
         self.learn(groups, policy.logprobs, judged, policy.lengths)
         return groups
 
-    def likelihood(self) -> list[RolloutGroup]:
+    def likelihood(self, unit: ContrastUnit) -> list[RolloutGroup]:
         """As `ours`, with `temporal_rule` likelihood: the contrast clip is scored, not sampled from."""
         settings = self.by_likelihood
-        questions = self.questions()
+        questions = self.questions(unit)
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         ordered, shuffled = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
-        drops = logprob_drops(self.model, questions, ordered, settings.temperature, len(questions))
-        return self.updated(self.scored(questions, ordered, shuffled, drops))
+        vision = self.vision([question.ordered for question in questions])
+        permuted = vision if unit == "patch" else None
+        drops = logprob_drops(self.model, questions, ordered, settings.temperature, len(questions), permuted)
+        return self.updated(self.scored(questions, ordered, shuffled, drops), vision)
 
     def generate(self, prompt: Prompt, count: int) -> list[Rollout]:
         inputs = {name: value.to(self.model.device) for name, value in prompt.features.items()}
@@ -219,10 +233,16 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         counted, counted_expanded = flops(step.ours), flops(step.expanded)
         result = compare(step.ours, step.expanded, arguments.rounds, device)
         prompt = len(step.questions()[0].ordered.input_ids)
-        pairs = in_turns(
-            lambda: seconds(step.likelihood, device), lambda: seconds(step.ours, device), arguments.rounds
-        )
-        by_likelihood = spread(likelihood / margin for likelihood, margin in pairs)
+        by_likelihood: dict[str, dict[str, float]] = {}
+        for unit in get_args(ContrastUnit):
+            likelihood = partial(step.likelihood, unit)
+            pairs = in_turns(
+                lambda work=likelihood: seconds(work, device),
+                lambda: seconds(step.ours, device),
+                arguments.rounds,
+            )
+            by_likelihood[unit] = spread(a / b for a, b in pairs)
+            by_likelihood[unit]["flops"] = round(flops(likelihood) / counted, 3)
     return (
         result
         | {
@@ -238,6 +258,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 "group": arguments.group,
                 "shuffled": step.settings.shuffled_generations,
                 "questions": arguments.questions,
+                "frozen": arguments.frozen,
             },
         }
         | machine(device)
@@ -250,6 +271,7 @@ def main() -> None:
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=1)
+    parser.add_argument("--frozen", action="store_true", help="the vision tower does not train")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps(run(parser.parse_args())))

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
+from group_batches import build, tokens_of
 from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample
 from tgrpo_trainers import first_step, make_trainer, policy_of
+from tiny_questions import read_lines
 
 from video_r1.data.contrasts import contrast_frames, contrast_prompt
 from video_r1.data.media import Media
 from video_r1.data.prompts import PromptBuilder
+from video_r1.data.reading import build_question
 from video_r1.data.records import load_manifest
+from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
+from video_r1.models.group_forward import encode_vision
+from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.frames import Contrast, Order
+from video_r1.training.drops import logprob_drops
 
 CONTRASTS = get_args(Contrast)
 
@@ -74,6 +81,124 @@ def test_contrast_prompt(family: str, contrast: Contrast) -> None:
     else:
         assert torch.equal(prompt.input_ids, ordered.input_ids)
         assert torch.equal(prompt.media.timestamps, clip.timestamps)
+
+
+def test_contrasts_of_temporal_patches() -> None:
+    def shown(contrast: Contrast, count: int, seed: int = 0) -> list[int] | None:
+        found = contrast_frames(contrast, count, torch.Generator().manual_seed(seed), "patch")
+        return None if found is None else found.tolist()
+
+    assert shown("reversed", 8) == [6, 7, 4, 5, 2, 3, 0, 1]
+    assert shown("reversed", 2) is None and shown("shuffled", 2) is None  # one patch has no order
+    assert shown("shuffled", 4) == [2, 3, 0, 1]
+    orders = {tuple(shown("shuffled", 6, seed) or ()) for seed in range(60)}
+    assert len(orders) == 5 and all(order[1::2] == tuple(n + 1 for n in order[::2]) for order in orders)
+    for contrast in ("frozen", "dropped", "blind"):
+        assert shown(contrast, 8) == frames(contrast, 8)
+
+
+@pytest.mark.parametrize(
+    ("permutation", "patches"),
+    [
+        (None, None),
+        ([4, 5, 0, 1, 2, 3], [2, 0, 1]),
+        ([0, 1, 4, 5], [0, 2]),
+        ([5, 4, 3, 2, 1, 0], None),
+        ([1, 2, 3, 4, 5, 0], None),
+        ([], None),
+        ([0, 1, 2], None),
+    ],
+)
+def test_patches_of_a_prompt(permutation: list[int] | None, patches: list[int] | None) -> None:
+    order = None if permutation is None else torch.tensor(permutation, dtype=torch.long)
+    prompt = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(make_sample(), make_clip("qwen2_5_vl", 6), order)
+    assert (None if prompt.patches is None else prompt.patches.tolist()) == patches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("contrast", ["shuffled", "reversed"])
+def test_vision_features_of_permuted_patches(family: str, contrast: Contrast) -> None:
+    """A tower sees one temporal patch at a time: features permuted are those of the permuted clip. Frames of
+    several windows."""
+    side = 128 if family == "qwen3_vl" else 112
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
+    clip = Media(pixels, torch.linspace(0, 4, 8, dtype=torch.float64), 4.0, "video")
+    builder, model = PromptBuilder(PROCESSORS[family]), build(family)
+    question = build_question(make_sample(), clip, builder, generator, contrast, "patch")
+    assert question.shuffled is not None and question.shuffled.patches is not None
+    with torch.no_grad():
+        ordered, direct = encode_vision(model, [question.ordered, question.shuffled])
+    assert ordered is not None and direct is not None
+    permuted = ordered.permuted(question.shuffled.patches, 4)
+    torch.testing.assert_close(permuted.embeddings, direct.embeddings, rtol=0, atol=1e-5)
+    assert float((ordered.embeddings - direct.embeddings).abs().max()) > 0.01
+    assert len(permuted.deepstack) == len(direct.deepstack) == (2 if family == "qwen3_vl" else 0)
+    for ours, expected in zip(permuted.deepstack, direct.deepstack, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_drops_of_permuted_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are those of encoding the contrast clip, which the tower then need not see."""
+    builder, model = PromptBuilder(PROCESSORS[family]), build(family)
+    generator = torch.Generator().manual_seed(0)
+    contrasts: list[Contrast] = ["shuffled", "reversed"]
+    questions = [
+        build_question(make_sample(), make_clip(family, count), builder, generator, contrast, "patch")
+        for count, contrast in zip((8, 6), contrasts, strict=True)
+    ]
+    image = Media(make_clip(family).frames[:1], torch.zeros(1), 0.0, "image")
+    sample = make_sample(data_type="image")
+    questions.insert(1, build_question(sample, image, builder, generator, "shuffled", "patch"))
+    ordered = [
+        [Rollout(tokens, torch.zeros(len(tokens)), "", "stop") for tokens in tokens_of(5, 3)]
+        for _ in questions
+    ]
+    encoded = logprob_drops(model, questions, ordered, 0.8, batch_size=2)
+    with torch.no_grad():
+        vision = encode_vision(model, [question.ordered for question in questions])
+    monkeypatch.delattr(type(model.model.visual), "forward")
+    permuted = logprob_drops(model, questions, ordered, 0.8, batch_size=2, vision=vision)
+    assert encoded[1] is None and permuted[1] is None
+    for place in (0, 2):
+        torch.testing.assert_close(permuted[place], encoded[place], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("accumulation", "iterations"), [(1, 1), (2, 2)])
+def test_a_frozen_tower_sees_a_clip_twice(
+    checkpoint: Path, manifest: Path, tmp_path: Path, accumulation: int, iterations: int
+) -> None:
+    """When its question is sampled, and once for drops, updates and KL. The steps are those of a tower that
+    sees contrast clips and all else anew."""
+    lines, seen = [], []
+    samples = [sample for sample in load_manifest(manifest) if sample.data_type == "video"][:4]
+    for frozen in (False, True):
+        model = load_model(checkpoint)
+        freeze_vision(model)
+        folder = tmp_path / str(frozen)
+        trainer = make_trainer(
+            model, samples, folder, temporal_rule="tokens", contrast_unit="patch", max_steps=2, beta=0.1,
+            num_iterations=iterations, save_strategy="no", per_device_train_batch_size=4 // accumulation,
+            gradient_accumulation_steps=accumulation,
+        )  # fmt: skip
+        trainer.vision_is_frozen = frozen
+        patches: list[int] = []
+        for towers in (policy_of(trainer), cast(Any, trainer.reference).model):
+            towers.model.visual.register_forward_pre_hook(lambda _, args, to=patches: to.append(len(args[0])))
+        trainer.train()
+        lines.append(read_lines(folder / "metrics.jsonl"))
+        seen.append(sum(patches))
+    clip = trainer.step_batches[0].groups[0].prompt.features["pixel_values_videos"]
+    steps = 2 // iterations  # that sample
+    assert seen[1] == len(samples) * len(clip) * steps * 2
+    # and for the contrast, the reference and each update
+    assert seen[0] == len(samples) * len(clip) * steps * (3 + iterations)
+    timed = ("time", "seconds/", "speed/", "memory/")
+    for ours, others in zip(*lines, strict=True):
+        for name in ours:
+            if not name.startswith(timed):
+                assert ours[name] == pytest.approx(others[name], abs=1e-4), name
 
 
 def test_an_image_has_no_contrast() -> None:

@@ -14,9 +14,10 @@ import torch
 from test_tgrpo import plain_logprobs
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines
+from torch import Tensor
 
 from video_r1.data.records import Sample
-from video_r1.data.rollouts import RolloutGroup
+from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.group import reward_terms
 from video_r1.rewards.shaping import likelihood_reward
@@ -25,11 +26,13 @@ from video_r1.training.advantages import (
     deviation,
     group_advantages,
     question_weights,
+    token_weights,
     updated_moments,
 )
 from video_r1.training.checks import warn_of_cancelled_bonus
 from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.metrics import Meter, describe_credit
+from video_r1.training.rollouts import PolicyBatch
 
 
 def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> RolloutGroup:
@@ -102,6 +105,7 @@ def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         (None, {"length_reward": 0.0, "scale_rewards": "task"}, False),
         (None, {"length_reward": 0.0, "temporal_rule": "weight"}, False),
         (None, {"length_reward": 0.0, "temporal_rule": "likelihood"}, False),
+        (None, {"length_reward": 0.0, "temporal_rule": "tokens"}, False),
     ],
 )
 def test_credit_that_cancels_is_warned_of(
@@ -250,6 +254,113 @@ def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: 
         means = torch.stack([values.mean() for values in expected]).float().detach()
         torch.testing.assert_close(each.drops, means, rtol=0, atol=2e-5)
         assert each.drops.abs().max() > 1e-4
+
+
+# ---- tokens
+
+
+def test_token_weights() -> None:
+    """⌈7/5⌉ = 2 of seven, whatever their sign: with κ = 1 they have 2, the others 1, over the mean 9/7."""
+    weights = token_weights(torch.tensor([0.0, 0.1, -3.0, 0.2, 0.0, 1.0, -0.9]), kappa=1.0)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0]) * 7 / 9)
+    # one of five; κ = 3: 4 over the mean 8/5
+    weights = token_weights(torch.tensor([0.1, 0.3, 0.2, 0.0, -0.2]), kappa=3.0)
+    torch.testing.assert_close(weights, torch.tensor([0.625, 2.5, 0.625, 0.625, 0.625]))
+    # equal drops are equally key, be they none at all
+    torch.testing.assert_close(
+        token_weights(torch.tensor([0.5, -0.5, 0.0]), 1.0), torch.tensor([1.2, 1.2, 0.6])
+    )
+    assert token_weights(torch.zeros(6), 1.0).tolist() == [1.0] * 6
+    assert token_weights(torch.tensor([2.0]), 1.0).tolist() == [1.0]
+    assert token_weights(torch.tensor([]), 1.0).tolist() == []
+    assert token_weights(torch.tensor([0.1, 0.2]), 0.0).tolist() == [1.0, 1.0]
+
+
+def test_credit_of_weighted_tokens() -> None:
+    """Weights 1.2, 1.2, 0.6 of the first response, 1 of the others: A_t changes by 0.2, 0.2 and 0.4 of A. All
+    |A| are equal, so that it is √(0.04 + 0.04 + 0.16) ÷ √(3 + 1 + 2 + 2)."""
+    weighed = group("1100")
+    del weighed.rewards["temporal"]
+    weighed.token_drops = [torch.tensor(d) for d in ([0.5, -0.5, 0.0], [9.0], [1.0, 1.0], [0.0, 0.0])]
+    seen = series([weighed, group("1111")], temporal_rule="tokens")
+    assert seen["temporal/credit"] == pytest.approx((0.24 / 8) ** 0.5, rel=1e-5)
+    assert seen["temporal/credit_groups"] == 1.0
+    torch.testing.assert_close(weighed.advantages, weighed.base_advantages)
+    flat = group("1100")
+    flat.token_drops = [torch.zeros(2)] * 4
+    assert series([flat], temporal_rule="tokens")["temporal/credit"] == 0.0
+
+
+def test_token_weights_of_a_batch() -> None:
+    """Those of the temporal rule times the sampler's; 1 for a group without, as an image."""
+
+    def rollout(tokens: int) -> Rollout:
+        return Rollout(torch.ones(tokens, dtype=torch.long), torch.zeros(tokens), "", "stop")
+
+    image, video = group("10"), group("10")
+    image.ordered, video.ordered = [rollout(1), rollout(2)], [rollout(2), rollout(1)]
+    batch = PolicyBatch([image, video], [image, video])
+    assert batch.token_weights is None
+    video.token_weights = [torch.tensor([0.5, 1.5]), torch.tensor([1.0])]
+    assert cast(Tensor, batch.token_weights).tolist() == [1.0, 1.0, 1.0, 0.5, 1.5, 1.0]
+    batch.sampler_weights = torch.tensor([2.0, 1.0, 0.5, 2.0, 2.0, 0.5])
+    assert cast(Tensor, batch.token_weights).tolist() == [2.0, 1.0, 0.5, 1.0, 3.0, 0.5]
+    video.token_weights = None
+    assert batch.token_weights is batch.sampler_weights
+
+
+@pytest.mark.parametrize("sampler", [False, True])
+def test_weighted_tokens_in_the_gradient(
+    checkpoint: Path, manifest: Path, tmp_path: Path, sampler: bool
+) -> None:
+    """Of two micro-batches, by transformers' own forward; also behind a sampler that is another model."""
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="reversed", beta=0.0,
+        temporal_weight_kappa=4.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    batches, normaliser = first_step(trainer)
+    groups = [each for batch in batches for each in batch["batch"].groups]
+    assert {each.sample.data_type for each in groups} == {"video", "image"}
+    shift = 0.2 * (torch.arange(10) % 3)
+    if sampler:
+        trainer.settings.use_vllm = True  # what comes after sampling
+        for each in groups:
+            each.ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in each.ordered]
+    model = copy.deepcopy(policy_of(trainer)).double()
+    expected = torch.zeros((), dtype=torch.float64)
+    for each in groups:
+        for place, (rollout, advantage) in enumerate(zip(each.ordered, each.advantages, strict=True)):
+            scored = plain_logprobs(model, each, rollout.token_ids, 1.0)
+            weights = torch.ones(len(scored))
+            if each.shuffled_prompt is not None:
+                behind = plain_logprobs(
+                    model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 1.0
+                )
+                weights[(scored - behind).abs().topk(-(-len(scored) // 5)).indices] = 5.0
+                weights = weights / weights.mean()
+                torch.testing.assert_close(cast(Any, each.token_weights)[place], weights)
+            if sampler:
+                weights = weights * shift[: len(scored)].exp()
+            expected = expected - (weights * advantage * scored).mean()
+    (expected / sum(len(each.ordered) for each in groups)).backward()
+    losses = [
+        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
+    ]
+    torch.stack(losses).sum().backward()
+    for (name, parameter), double in zip(
+        policy_of(trainer).named_parameters(), model.parameters(), strict=True
+    ):
+        if double.grad is not None:
+            scale = max(1e-3, double.grad.abs().max().item())
+            assert (parameter.grad.double() - double.grad).abs().max().item() / scale < 1e-4, name
+
+
+def test_tokens_add_no_reward() -> None:
+    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule="tokens")).names
+    assert TGRPOSettings(temporal_rule="tokens").shuffled_generations == 0
+
+
+# ---- without frames
 
 
 def test_a_run_by_likelihood_without_frames(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

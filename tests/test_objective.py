@@ -132,7 +132,7 @@ def test_values_and_gradients_equal_a_plain_reference(loss_type, seed: int) -> N
     normaliser = loss_normaliser(loss_type, len(lengths), int(lengths.sum()), max_completion_length=9)
     result = policy_loss(
         logprobs, old, advantages, lengths, normaliser=normaliser, loss_type=loss_type,
-        epsilon=0.2, epsilon_high=0.28, beta=0.04, ref_logprobs=ref, importance_weights=weights,
+        epsilon=0.2, epsilon_high=0.28, beta=0.04, ref_logprobs=ref, token_weights=weights,
     )  # fmt: skip
     result.loss.backward()
     value, gradient = reference_loss(

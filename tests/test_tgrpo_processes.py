@@ -14,7 +14,7 @@ from tiny_questions import read_lines, write_manifest
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("scale", "rule"), [("batch", "margin"), ("task", "weight")])
+@pytest.mark.parametrize(("scale", "rule"), [("batch", "margin"), ("task", "weight"), ("group", "tokens")])
 def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:
     """Same completions, rewards, validation and weights after two steps, images and videos mixed."""
     tiny_checkpoint("qwen2_5_vl", tmp_path / "model")

@@ -183,7 +183,13 @@ def comparable(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(
-    ("iterations", "credit"), [(1, {}), (2, {}), (1, {"scale_rewards": "task", "temporal_rule": "weight"})]
+    ("iterations", "credit"),
+    [
+        (1, {}),
+        (2, {}),
+        (1, {"scale_rewards": "task", "temporal_rule": "weight"}),
+        (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed"}),
+    ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(
     checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int, credit: dict[str, str]

@@ -11,6 +11,9 @@ only in order.
 | frozen | 5 5 5 5 5 5 5 5, any one of them | change | – |
 | dropped | 1 2 5 6, half of them in order | moments | TaRO, arXiv 2606.09248 |
 | blind | none: the prompt has no visuals | everything | – |
+
+Shuffled and reversed may act on pairs of frames, the temporal patches of the Qwen vision towers: reversed is
+then 6 7 4 5 2 3 0 1. A tower sees one pair at a time, so that features are permuted as the pairs are.
 """
 
 from collections.abc import Callable
@@ -21,17 +24,24 @@ from torch import Generator, Tensor
 from video_r1.data.media import Media, shuffled_order
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.records import Sample
-from video_r1.settings.frames import TEMPORAL_PATCH, Contrast
+from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit
 
 
-def contrast_frames(contrast: Contrast, frames: int, generator: Generator) -> Tensor | None:
+def contrast_frames(
+    contrast: Contrast, frames: int, generator: Generator, unit: ContrastUnit = "frame"
+) -> Tensor | None:
     """[T'] int64: the frames of a clip of `frames` frames that the contrast shows, by number.
 
     None for a clip that is too short to have it. generator: for what is drawn, which is the same for the
-    same generator.
+    same generator. unit: what shuffled and reversed permute.
     """
-    least = 2 * TEMPORAL_PATCH if contrast == "dropped" else 2
-    return _CONTRASTS[contrast](frames, generator) if frames >= least else None
+    by_patch = unit == "patch" and contrast in ("shuffled", "reversed")
+    if frames < (2 * TEMPORAL_PATCH if by_patch or contrast == "dropped" else 2):
+        return None
+    if not by_patch:
+        return _CONTRASTS[contrast](frames, generator)
+    patches = torch.arange(frames).split(TEMPORAL_PATCH)
+    return torch.cat([patches[i] for i in _CONTRASTS[contrast](len(patches), generator)])
 
 
 def reversed_order(frames: int, generator: Generator) -> Tensor:
@@ -56,13 +66,18 @@ def blind(frames: int, generator: Generator) -> Tensor:
 
 
 def contrast_prompt(
-    sample: Sample, media: Media, builder: TextPrompts, contrast: Contrast, generator: Generator
+    sample: Sample,
+    media: Media,
+    builder: TextPrompts,
+    contrast: Contrast,
+    generator: Generator,
+    unit: ContrastUnit = "frame",
 ) -> Prompt | None:
     """The question about the contrast clip; None for a clip that is too short, or an image (of one frame).
 
     Raises PromptError.
     """
-    shown = contrast_frames(contrast, len(media.frames), generator)
+    shown = contrast_frames(contrast, len(media.frames), generator, unit)
     return None if shown is None else builder.build(sample, media, shown, contrast)
 
 

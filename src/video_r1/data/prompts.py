@@ -27,7 +27,7 @@ from video_r1.data.media import Media
 from video_r1.data.records import ProblemType, Sample
 from video_r1.errors import ConfigError, PromptError
 from video_r1.settings.carried import template_text
-from video_r1.settings.frames import Contrast, Order
+from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order
 
 # Few words on purpose: small models with their own tokenizer read the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
@@ -70,6 +70,18 @@ class Prompt:
     @property
     def order(self) -> Order:
         return "ordered" if self.permutation is None else self.contrast
+
+    @property
+    def patches(self) -> Tensor | None:
+        """[T/2] int64: temporal patch i shows the clip's patch patches[i]. None where frames are in order, or
+        make other pairs than in the clip.
+        """
+        if self.permutation is None or len(self.permutation) == 0 or len(self.permutation) % TEMPORAL_PATCH:
+            return None
+        pairs = self.permutation.view(-1, TEMPORAL_PATCH)
+        patches = pairs[:, 0] // TEMPORAL_PATCH
+        whole = torch.equal(pairs, patches[:, None] * TEMPORAL_PATCH + torch.arange(TEMPORAL_PATCH))
+        return patches if whole else None
 
 
 @dataclass(frozen=True, slots=True)

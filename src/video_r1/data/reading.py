@@ -24,7 +24,7 @@ from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
 from video_r1.seeds import derived_seed
-from video_r1.settings.frames import Contrast, FrameBudget
+from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 
 Item = TypeVar("Item")
 Built = TypeVar("Built")
@@ -166,8 +166,11 @@ def build_question(
     builder: PromptBuilder,
     generator: torch.Generator,
     contrast: Contrast | None,
+    unit: ContrastUnit = "frame",
 ) -> Question:
     """A sample's prompt, and that with the contrast clip, which images have not. Raises PromptError."""
     seed = int(torch.randint(2**62, (), generator=generator))
-    shuffled = None if contrast is None else contrast_prompt(sample, media, builder, contrast, generator)
+    shuffled = None
+    if contrast is not None:
+        shuffled = contrast_prompt(sample, media, builder, contrast, generator, unit)
     return Question(sample, builder.build(sample, media), shuffled, seed)

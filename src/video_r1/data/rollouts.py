@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from video_r1.data.prompts import Prompt
@@ -19,7 +20,8 @@ class Rollout:
 
 @dataclass(slots=True)
 class RolloutGroup:
-    """One question's rollouts, their rewards and advantages. G ordered completions, G_s shuffled ones.
+    """One question's rollouts, their rewards and advantages. G ordered completions of L tokens each, G_s
+    shuffled ones.
 
     Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
     their weighted sum, of which advantages are made. Only the ordered completions are trained on: the
@@ -39,7 +41,8 @@ class RolloutGroup:
     shuffled_rewards: dict[str, Tensor] = field(default_factory=dict)  # each term [G_s] float32
     p: float = float("nan")             # share of correct ordered completions
     p_shuffled: float | None = None     # share of correct shuffled completions; None: not sampled
-    drops: Tensor | None = None         # [G] float32, nats a token lost with the contrast; None: not asked
+    token_drops: list[Tensor] | None = None  # G of [L] float32, nats that each token loses with the contrast
+    token_weights: list[Tensor] | None = None  # G of [L] float32, of the temporal rule `tokens`; None: all 1
     base_reward: Tensor | None = None   # [G] float32; None as `base_advantages`: nothing was compared yet
     base_advantages: Tensor | None = None  # [G] float32
     # fmt: on
@@ -48,3 +51,10 @@ class RolloutGroup:
     def margin(self) -> float | None:
         """p − p̃; None where no contrast was sampled."""
         return None if self.p_shuffled is None else self.p - self.p_shuffled
+
+    @property
+    def drops(self) -> Tensor | None:
+        """[G] float32, nats a token that each response loses with the contrast; None: not asked."""
+        if self.token_drops is None:
+            return None
+        return torch.stack([drops.sum() / max(1, len(drops)) for drops in self.token_drops])

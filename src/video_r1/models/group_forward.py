@@ -55,6 +55,18 @@ class VisionFeatures:
     embeddings: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
+    def permuted(self, patches: Tensor, count: int) -> VisionFeatures:
+        """Those of a prompt that shows the temporal patches of this one's only clip in another order.
+
+        patches: [T'] int64, by number; count: how many this clip has. The towers attend within one temporal
+        patch (their `cu_seqlens`), and nothing in them depends on its place in the clip.
+        """
+
+        def turned(features: Tensor) -> Tensor:
+            return features.unflatten(0, (count, -1))[patches.to(features.device)].flatten(0, 1)
+
+        return VisionFeatures(turned(self.embeddings), tuple(map(turned, self.deepstack)))
+
 
 def group_logprobs(
     model: nn.Module,

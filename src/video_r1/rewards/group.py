@@ -92,12 +92,12 @@ def score_groups(
     terms: RewardTerms,
     settings: TGRPOSettings,
     question_text: Callable[[Sample], str],
-    drops: Sequence[Tensor | None] | None = None,
+    drops: Sequence[list[Tensor] | None] | None = None,
 ) -> list[RolloutGroup]:
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
-    drops: for the temporal rules by likelihood, of each question (see `logprob_drops`). `question_text` gives
-    a sample's text to the user's functions. Raises RewardError when one of them fails.
+    drops: of each question, for the temporal rules that need them (see `logprob_drops`). `question_text`
+    gives a sample's text to the user's functions. Raises RewardError when one of them fails.
     """
     drops = [None] * len(questions) if drops is None else drops
     groups = [
@@ -129,7 +129,7 @@ def score_group(
     shuffled: list[Rollout],
     terms: RewardTerms,
     settings: TGRPOSettings,
-    drops: Tensor | None = None,
+    drops: list[Tensor] | None = None,
 ) -> RolloutGroup:
     """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
 
@@ -146,24 +146,20 @@ def score_group(
         settings.temporal_alpha,
         settings.temporal_threshold_mu,
     )
-    bonus = temporal.bonus
-    if drops is not None:
-        bonus = likelihood_reward(correct, drops, settings.temporal_rule, settings.temporal_alpha)
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
         "accuracy": accuracy,
         "format": format_scores(ordered),
         "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
-        "temporal": bonus,
+        "temporal": temporal.bonus,
     }
-    rewards = {name: every[name] for name in terms.built_in}
-    return RolloutGroup(
+    group = RolloutGroup(
         sample=sample,
         prompt=question.ordered,
         ordered=ordered,
         shuffled_prompt=question.shuffled,
         shuffled=shuffled,
-        rewards=rewards,
+        rewards={},
         total_reward=torch.zeros(len(ordered)),
         advantages=torch.zeros(len(ordered)),
         shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(shuffled)}
@@ -171,8 +167,14 @@ def score_group(
         else {},
         p=temporal.p,
         p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
-        drops=drops,
+        token_drops=drops,
     )
+    if group.drops is not None and settings.pays_temporal:
+        every["temporal"] = likelihood_reward(
+            correct, group.drops, settings.temporal_rule, settings.temporal_alpha
+        )
+    group.rewards = {name: every[name] for name in terms.built_in}
+    return group
 
 
 def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:

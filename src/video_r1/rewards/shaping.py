@@ -44,7 +44,8 @@ def temporal_reward(
     correct: [G] bool; correct_shuffled: [H] bool, H = 0 for an image, which earns nothing.
     margin:    r_t = α·(p − p̃) if p > p̃, else 0
     threshold: r_t = α          if p ≥ μ·p̃, else 0   (arXiv 2503.21776 v4; μ = 1)
-    others:    r_t = 0  (`weight` multiplies advantages: training/advantages.py; see `likelihood_reward`)
+    others:    r_t = 0  (`weight` and `tokens` multiply advantages: training/advantages.py; by likelihood:
+               `likelihood_reward`)
     """
     p = _share(correct)
     p_shuffled = _share(correct_shuffled)

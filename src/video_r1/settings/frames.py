@@ -8,6 +8,8 @@ from video_r1.errors import ConfigError
 
 Contrast = Literal["shuffled", "reversed", "frozen", "dropped", "blind"]
 """What a clip in its own frame order is compared with (data/contrasts.py)."""
+ContrastUnit = Literal["frame", "patch"]
+"""What a contrast permutes: single frames, or the pairs that make temporal patches."""
 Order = Literal["ordered", "shuffled", "reversed", "frozen", "dropped", "blind"]
 """The clip's own order, and each contrast."""
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.frames import Contrast
+from video_r1.settings.frames import Contrast, ContrastUnit
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -15,7 +15,7 @@ Schedule = Literal[
 """Those of `transformers.SchedulerType`."""
 
 AdvantageScale = Literal["group", "batch", "task", "none"]
-TemporalRule = Literal["margin", "threshold", "weight", "likelihood", "likelihood_step", "off"]
+TemporalRule = Literal["margin", "threshold", "weight", "likelihood", "likelihood_step", "tokens", "off"]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -97,14 +97,19 @@ class TGRPOSettings(TrainingSettings):
         "margin",
         "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
         "advantages weighted by 1 + kappa·(p − p_shuffled); alpha·(1 − exp(−drop)) by each response's drop "
-        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; none",
+        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; none, but the "
+        "fifth of a response's tokens whose log-probs the contrast changes most weighted by 1 + kappa; none",
     )
     temporal_contrast: Contrast = setting(
         "shuffled", "the clip that p_shuffled is of: frames shuffled, reversed, frozen, half dropped, or none"
     )
+    contrast_unit: ContrastUnit = setting(
+        "frame",
+        "what shuffled and reversed permute; patch: pairs of frames, so that a vision tower runs once",
+    )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
-    temporal_weight_kappa: float = setting(1.0, "kappa of the rule 'weight'", at_least=0)
+    temporal_weight_kappa: float = setting(1.0, "kappa of the rules 'weight' and 'tokens'", at_least=0)
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     length_reward: float = setting(0.2, "added to a correct response of a length in length_range", at_least=0)
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
@@ -127,6 +132,12 @@ class TGRPOSettings(TrainingSettings):
                 "num_shuffled_generations",
                 f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
                 "use at least 1, or temporal_rule off",
+            )
+        if self.contrast_unit == "patch" and self.temporal_contrast not in ("shuffled", "reversed"):
+            yield (
+                "contrast_unit",
+                f"is patch while temporal_contrast is {self.temporal_contrast}, which permutes nothing; "
+                "leave it at frame",
             )
         for name, off in (("top_p", 1), ("top_k", 0)):
             if getattr(self, name) != off:
@@ -164,7 +175,7 @@ class TGRPOSettings(TrainingSettings):
     @property
     def pays_temporal(self) -> bool:
         """Whether the temporal rule adds to the reward."""
-        return self.temporal_rule not in ("weight", "off")
+        return self.temporal_rule not in ("weight", "tokens", "off")
 
     @property
     def samples_contrast(self) -> bool:
@@ -174,7 +185,7 @@ class TGRPOSettings(TrainingSettings):
     @property
     def needs_drops(self) -> bool:
         """Whether it needs the log-probs of the ordered completions behind the contrast clip."""
-        return self.temporal_rule in ("likelihood", "likelihood_step")
+        return self.temporal_rule in ("likelihood", "likelihood_step", "tokens")
 
     @property
     def shuffled_generations(self) -> int:

@@ -2,7 +2,8 @@
 
     A = w · (R − mean) ÷ (std + eps)
 
-The mean is the group's; std is that of `scale_rewards`, and w that of the temporal rule `weight` (else 1).
+The mean is the group's; std is that of `scale_rewards`, and w that of the temporal rule `weight` or, for each
+token, `tokens` (else 1).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from video_r1.settings.training import AdvantageScale
 
 SCALED_BOUND = 5.0  # beyond which an advantage scaled by its task is scaled by its group instead
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
+KEY_TOKENS = 5  # one token in so many of a response
 Moments = tuple[float, float]
 """E[R] and E[R²] of a task."""
 
@@ -95,6 +97,20 @@ def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
     videos = [weight for weight in raw if weight is not None]
     mean = math.fsum(videos) / len(videos) if videos else 1.0
     return torch.tensor([1.0 if weight is None else weight / mean for weight in raw], dtype=torch.float32)
+
+
+def token_weights(drops: Tensor, kappa: float) -> Tensor:
+    """w_t = (1 + κ·key_t) ÷ its mean over the response: tokens that need the frame order count more.
+
+    drops: [L] float, d_t = log π(o_t | V) − log π(o_t | Ṽ) of one response (training/drops.py). key_t is 1
+    where |d_t| is among the largest fifth (⌈L/5⌉ tokens and those that equal the least of them), else 0.
+    Returns [L] of mean 1: a response counts the same whatever its length. Video-KTR (arXiv 2601.19686) trains
+    the largest fifth alone, κ → ∞, joined with those of masked frames and of entropy.
+    """
+    change = drops.abs()
+    least = change.sort(descending=True).values[: -(-len(drops) // KEY_TOKENS)][-1:]
+    raw = 1.0 + kappa * (change >= least).to(drops.dtype)
+    return raw / raw.mean()
 
 
 def without_variance(rewards: Tensor) -> Tensor:

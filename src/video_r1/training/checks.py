@@ -52,8 +52,8 @@ def warn_of_cancelled_bonus(terms: RewardTerms, settings: TGRPOSettings) -> None
         logger.warning(
             "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
             "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
-            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight or "
-            "likelihood, which reach the gradient, or to off to save the shuffled completions"
+            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, "
+            "tokens or likelihood, which reach the gradient, or to off to save the shuffled completions"
         )
 
 

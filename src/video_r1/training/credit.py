@@ -1,7 +1,8 @@
 """What a step's responses are worth: rewards become advantages, compared over all processes.
 
-rewards R, shares p and p̃ of all processes ─► A = w · (R − mean) ÷ (std + eps)     (advantages.py)
+rewards R, shares p and p̃ of all processes ─┬► A = w · (R − mean) ÷ (std + eps)     (advantages.py)
                                             └► A without the temporal term, for the series temporal/credit
+drops d of a response's own tokens ──────────► w of each token, by which its A is multiplied
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from video_r1.training.advantages import (
     deviation,
     group_advantages,
     question_weights,
+    token_weights,
     updated_moments,
 )
 
@@ -53,7 +55,8 @@ class TaskMoments(TrainerCallback, ExportableState):
 def give_advantages(
     groups: Sequence[RolloutGroup], settings: TGRPOSettings, tasks: TaskMoments | None = None
 ) -> None:
-    """Gives a step's groups their advantages, and those that they would have without the temporal term.
+    """Gives a step's groups their advantages, those that they would have without the temporal term, and the
+    weights of their tokens.
 
     Every process calls it with its own groups. tasks: for `scale_rewards` task.
     """
@@ -70,3 +73,6 @@ def give_advantages(
     without = group_advantages(without, settings.scale_rewards, task_deviations=deviations)
     for group, own, base in zip(groups, advantages[mine], without[mine], strict=True):
         group.advantages, group.base_advantages = own, base
+        if settings.temporal_rule == "tokens" and group.token_drops is not None:
+            kappa = settings.temporal_weight_kappa
+            group.token_weights = [token_weights(drops, kappa) for drops in group.token_drops]

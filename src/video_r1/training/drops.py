@@ -1,9 +1,9 @@
 """What a contrast clip takes from a response that is there already: its log-probabilities behind both clips.
 
-    Δ_i = mean over tokens t of [ log π(o_it | V) − log π(o_it | Ṽ) ],   V the clip in order, Ṽ its contrast
+    d_it = log π(o_it | V) − log π(o_it | Ṽ),   Δ_i = mean over tokens t of d_it,   V in order, Ṽ its contrast
 
 log π(o_it | V) has been sampled with. log π(o_it | Ṽ) takes one forward of the group in one row, without
-gradient; nothing is sampled from the contrast clip (TaRO, arXiv 2606.09248).
+gradient; nothing is sampled from the contrast clip (TaRO, arXiv 2606.09248; Video-KTR, arXiv 2601.19686).
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
-from video_r1.models.group_forward import group_logprobs
+from video_r1.models.group_forward import VisionFeatures, group_logprobs
 from video_r1.rollout.transformers import eval_mode
+from video_r1.settings.frames import TEMPORAL_PATCH
 
 
 @torch.no_grad()
@@ -27,23 +28,34 @@ def logprob_drops(
     ordered: Sequence[list[Rollout]],
     temperature: float,
     batch_size: int,
-) -> list[Tensor | None]:
-    """Δ [G] float32 in nats of each question's ordered completions; None where it has no contrast clip.
+    vision: Sequence[VisionFeatures | None] | None = None,
+) -> list[list[Tensor] | None]:
+    """d [L] float32 in nats of each of a question's G ordered completions; None where it has no contrast.
 
     model: whole, within the trainer's autocast. temperature: that was sampled with. batch_size: questions of
-    one forward.
+    one forward. vision: features of all ordered prompts, where contrasts permute temporal patches: theirs are
+    permutations of these, and nothing is encoded.
     """
-    drops: list[Tensor | None] = [None] * len(questions)
+    drops: list[list[Tensor] | None] = [None] * len(questions)
     places = [place for place, question in enumerate(questions) if question.shuffled is not None]
     with eval_mode(model):
         for start in range(0, len(places), batch_size):
             chosen = places[start : start + batch_size]
             prompts = [prompt for place in chosen if (prompt := questions[place].shuffled) is not None]
             completions = [[rollout.token_ids for rollout in ordered[place]] for place in chosen]
-            scored = group_logprobs(model, prompts, completions, temperature=temperature)
+            features = vision and [_permuted(questions[place], vision[place]) for place in chosen]
+            scored = group_logprobs(
+                model, prompts, completions, temperature=temperature, vision_features=features
+            )
             behind = iter(scored.logprobs.float().cpu().split(scored.lengths.tolist()))
             for place in chosen:
-                drops[place] = torch.stack(
-                    [(rollout.logprobs - next(behind)).mean() for rollout in ordered[place]]
-                )
+                drops[place] = [rollout.logprobs - next(behind) for rollout in ordered[place]]
     return drops
+
+
+def _permuted(question: Question, vision: VisionFeatures | None) -> VisionFeatures:
+    """The features of the question's contrast clip from those of the clip in order."""
+    assert vision is not None and question.shuffled is not None
+    patches = question.shuffled.patches
+    assert patches is not None, "the contrast does not permute temporal patches"
+    return vision.permuted(patches, len(question.ordered.media.frames) // TEMPORAL_PATCH)

@@ -127,14 +127,20 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
 
 def describe_credit(meter: Meter, group: RolloutGroup) -> None:
     """Adds what the temporal term has done to a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
-    and whether it has changed one of a group that it pays.
+    and whether it has changed one of a group that it pays. Where it weighs tokens, A is that of each token.
     """
     if group.base_advantages is None:
         return
-    change = group.advantages - group.base_advantages
-    meter.norms("temporal/credit", change, group.base_advantages)
+    advantages, without, weights = group.advantages, group.base_advantages, group.token_weights
+    if weights is not None:
+        lengths = torch.tensor([len(each) for each in weights])
+        advantages, without = (values.repeat_interleave(lengths) for values in (advantages, without))
+        advantages = torch.cat(weights) * advantages
+    change = advantages - without
+    meter.norms("temporal/credit", change, without)
     bonus = group.rewards.get("temporal")
-    if bool(bonus.any()) if bonus is not None else (group.margin or 0.0) > 0:
+    paid = bool(bonus.any()) if bonus is not None else (group.margin or 0.0) > 0
+    if paid or weights is not None:
         meter.add("temporal/credit_groups", float(change.abs().max()) > VISIBLE_CHANGE)
 
 

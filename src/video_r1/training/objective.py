@@ -2,11 +2,11 @@
 
 N completion tokens of R responses lie one response after another; `lengths` [R] says where each ends.
 
-    L = Σ_r w_r Σ_t [ −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·k3 ] ÷ normaliser
+    L = Σ_r v_r Σ_t [ −w min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·k3 ] ÷ normaliser
 
-ρ = π/π_old of the token, A the response's advantage, w and normaliser by the loss type. The normaliser is
-that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts add up to
-the loss of the whole.
+ρ = π/π_old of the token, w its weight (1 where none is given), A the response's advantage, v and normaliser
+by the loss type. The normaliser is that of the whole optimizer step (all micro-batches, all ranks), so that
+the losses of the parts add up to the loss of the whole.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def policy_loss(
     epsilon_high: float | None = None,
     beta: float = 0.0,
     ref_logprobs: Tensor | None = None,
-    importance_weights: Tensor | None = None,
+    token_weights: Tensor | None = None,
 ) -> PolicyLoss:
     """Clipped policy loss with a KL term.
 
@@ -58,8 +58,7 @@ def policy_loss(
     None on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
     with the sum N. normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where
     gradients are averaged over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta:
-    weight of the KL; needs ref_logprobs [N]. importance_weights: [N], multiplies the policy term of each
-    token.
+    weight of the KL; needs ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token.
     Raises ValueError when the lengths don't add up to N.
     """
     if len(advantages) != len(lengths):
@@ -73,8 +72,8 @@ def policy_loss(
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
     token_loss = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
-    if importance_weights is not None:
-        token_loss = token_loss * importance_weights
+    if token_weights is not None:
+        token_loss = token_loss * token_weights.to(token_loss)
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
     if beta != 0.0:
         if ref_logprobs is None:

@@ -136,20 +136,45 @@ class PolicyBatch:
         return torch.cat([group.advantages for group in self.trained])
 
     @property
+    def token_weights(self) -> Tensor | None:
+        """[N], by which the policy term of each token is multiplied: the temporal rule's weight, which is 1
+        where a group has none, times the sampler's. None: all 1.
+        """
+        weights = [group.token_weights for group in self.trained]
+        if all(each is None for each in weights):
+            return self.sampler_weights
+        temporal = torch.cat(
+            [
+                torch.ones(len(rollout.token_ids)) if own is None else own[place]
+                for group, own in zip(self.trained, weights, strict=True)
+                for place, rollout in enumerate(group.ordered)
+            ]
+        )
+        sampler = self.sampler_weights
+        return temporal if sampler is None else temporal.to(sampler) * sampler
+
+    @property
     def problem_ids(self) -> list[str | int]:
         return [group.sample.problem_id for group in self.trained]
 
 
-def policy_batches(groups: Sequence[RolloutGroup], sizes: Sequence[int], with_kl: bool) -> list[PolicyBatch]:
-    """Scored groups in their micro-batches of these sizes.
+def policy_batches(
+    groups: Sequence[RolloutGroup],
+    sizes: Sequence[int],
+    with_kl: bool,
+    vision: Sequence[VisionFeatures | None] | None = None,
+) -> list[PolicyBatch]:
+    """Scored groups in their micro-batches of these sizes. vision: features of their prompts that are there.
 
     At least one group of each meets the model, so that every process has a loss.
     """
-    remaining, batches = iter(groups), []
+    remaining, batches = iter(range(len(groups))), []
     for size in sizes:
         part = [next(remaining) for _ in range(size)]
-        taught = [group for group in part if with_kl or bool(group.advantages.any())]
-        batches.append(PolicyBatch(part, taught or part[:1]))
+        taught = [n for n in part if with_kl or bool(groups[n].advantages.any())] or part[:1]
+        batch = PolicyBatch([groups[n] for n in part], [groups[n] for n in taught])
+        batch.vision = None if vision is None else [vision[n] for n in taught]
+        batches.append(batch)
     return batches
 
 

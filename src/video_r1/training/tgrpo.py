@@ -11,7 +11,8 @@ schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
  1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
-    `temporal_rule="threshold"`. Both cancel in groups of right and wrong; `weight` and `likelihood` do not.
+    `temporal_rule="threshold"`. Both cancel in groups of right and wrong; `weight`, `likelihood` and
+    `tokens` do not.
  2. p and p̃ belong to one question. The reference code takes them over the batch, of one prompt a device.
  3. Ordered and shuffled completions are sampled alike, without top-p: what is scored is what was sampled.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
@@ -44,7 +45,13 @@ from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
+from video_r1.models.group_forward import (
+    GroupLogprobs,
+    VisionFeatures,
+    encode_vision,
+    group_logprobs,
+    vision_language_model,
+)
 from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
@@ -169,8 +176,9 @@ class TGRPOTrainer(QuestionTrainer):
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
         ordered, shuffled = self.rollouts.of_step(questions)
 
-        # Δ_i = mean over t of log π(o_i,t | V) − log π(o_i,t | Ṽ), where r_t is by likelihood
-        drops = self.drops(questions, ordered) if args.needs_drops else None
+        # d_i,t = log π(o_i,t | V) − log π(o_i,t | Ṽ), where r_t is by likelihood or tokens are weighed by it
+        vision = self.shared_vision(questions)
+        drops = self.drops(questions, ordered, vision) if args.needs_drops else None
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         groups = self.score(questions, ordered, shuffled, drops)
@@ -178,7 +186,7 @@ class TGRPOTrainer(QuestionTrainer):
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         give_advantages(groups, args, self.task_moments())
         describe_groups(self.meter, groups, args.self_reflection_phrases)
-        return policy_batches(groups, [len(batch) for batch in pending], with_kl=args.beta != 0)
+        return policy_batches(groups, [len(batch) for batch in pending], args.beta != 0, vision)
 
     # ---- One optimizer step: learn
 
@@ -192,10 +200,10 @@ class TGRPOTrainer(QuestionTrainer):
         # log π(o_i,t) of the ordered completions only
         policy = self.logprobs(model, batch, with_entropy=True)
 
-        # log π_old, log π_ref and w = min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
+        # log π_old, log π_ref and min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
         self.complete(batch, model, policy.logprobs.detach())
 
-        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old
+        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens` and π_vLLM
         result = policy_loss(
             policy.logprobs,
             batch.old_logprobs,
@@ -207,7 +215,7 @@ class TGRPOTrainer(QuestionTrainer):
             epsilon_high=args.epsilon_high,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
-            importance_weights=batch.sampler_weights,
+            token_weights=batch.token_weights,
         )
         describe_update(self.meter, policy, result)
         loss = self.watched(result.loss, batch.problem_ids)
@@ -234,12 +242,29 @@ class TGRPOTrainer(QuestionTrainer):
         handlers = self.callback_handler.callbacks
         return next((one for one in handlers if isinstance(one, TaskMoments)), None)
 
-    def drops(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> list[Tensor | None]:
-        """[G] of each question that has a contrast clip: what it takes from the completions' log-probs."""
+    def shared_vision(self, questions: Sequence[Question]) -> list[VisionFeatures | None] | None:
+        """Features of the ordered prompts, where drops and updates share them: those of a frozen tower, which
+        a contrast of temporal patches permutes.
+        """
+        args, size = self.settings, self.settings.per_device_train_batch_size
+        if not (self.vision_is_frozen and args.needs_drops and args.contrast_unit == "patch"):
+            return None
+        prompts = [question.ordered for question in questions]
+        with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
+            parts = [encode_vision(model, prompts[n : n + size]) for n in range(0, len(prompts), size)]
+        return list(chain(*parts))
+
+    def drops(
+        self,
+        questions: Sequence[Question],
+        ordered: list[list[Rollout]],
+        vision: list[VisionFeatures | None] | None,
+    ) -> list[list[Tensor] | None]:
+        """Of each question that has a contrast clip: what it takes from its completions' log-probs."""
         args = self.settings
         with self.meter.seconds("contrast"), self.whole_policy() as model:
             return logprob_drops(
-                model, questions, ordered, args.temperature, args.per_device_train_batch_size
+                model, questions, ordered, args.temperature, args.per_device_train_batch_size, vision
             )
 
     def score(
@@ -247,7 +272,7 @@ class TGRPOTrainer(QuestionTrainer):
         questions: Sequence[Question],
         ordered: list[list[Rollout]],
         shuffled: list[list[Rollout]],
-        drops: list[Tensor | None] | None = None,
+        drops: list[list[Tensor] | None] | None = None,
     ) -> list[RolloutGroup]:
         with self.meter.seconds("reward"):
             return score_groups(
@@ -291,7 +316,7 @@ class TGRPOTrainer(QuestionTrainer):
         """A sample with both its prompts; with `temporal_rule` off there is none of a contrast clip."""
         args = self.settings
         contrast = args.temporal_contrast if args.temporal_rule != "off" else None
-        return build_question(sample, loaded, self.builder, generator, contrast)
+        return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
         """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) read nothing."""

@@ -68,7 +68,8 @@ def temporal_accuracy(
 
     def build(sample: Sample, media: Media) -> Question:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
-        return build_question(sample, media, builder, generator, settings.temporal_contrast)
+        contrast, unit = settings.temporal_contrast, settings.contrast_unit
+        return build_question(sample, media, builder, generator, contrast, unit)
 
     answered = [
         entry
