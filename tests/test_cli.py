@@ -71,7 +71,10 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     main(["rl", "-h"])
     text = " ".join(capsys.readouterr().out.split())
     assert "--num_generations int G: completions per question with its frames in order [8]" in text
-    assert "--temporal_rule margin | threshold | weight | likelihood | likelihood_step | tokens | off" in text
+    assert (
+        "--temporal_rule margin | threshold | weight | likelihood | likelihood_step | likelihood_apart"
+        in text
+    )
     assert "JSON or JSON-lines file or its address, or a Hugging Face data set id [required]" in text
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text
@@ -185,7 +188,7 @@ def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "video-r1: temporal_rule (option --temporal_rule) is 'never'; it must be "
-        "margin | threshold | weight | likelihood | likelihood_step | tokens | off\n"
+        "margin | threshold | weight | likelihood | likelihood_step | likelihood_apart | tokens | off\n"
     )
 
 

@@ -229,6 +229,23 @@ def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
     assert seen["temporal/credit"] > 0.05 and seen["temporal/credit_groups"] == 1.0
 
 
+def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
+    """Right throughout: bonuses 0.3, 0.1, 0, 0 have the mean 0.1, and nothing divides them. In a mixed group
+    they are added to the advantages of plain GRPO."""
+    settings = TGRPOSettings(temporal_rule="likelihood_apart", length_reward=0)
+    alike, mixed = group("1111"), group("1100")
+    for each, bonus in ((alike, [0.3, 0.1, 0.0, 0.0]), (mixed, [0.2, 0.0, 0.0, 0.0])):
+        each.rewards["temporal"] = torch.tensor(bonus)
+        each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
+    give_advantages([alike, mixed], settings)
+    assert alike.advantages.tolist() == pytest.approx([0.2, 0.0, -0.1, -0.1], abs=1e-6)
+    plain = 0.5 / ((4 * 0.25 / 3) ** 0.5 + 1e-4)
+    added = [plain + 0.15, plain - 0.05, -plain - 0.05, -plain - 0.05]
+    assert mixed.advantages.tolist() == pytest.approx(added, abs=1e-6)
+    assert mixed.base_advantages is not None
+    assert mixed.base_advantages.tolist() == pytest.approx([plain, plain, -plain, -plain], abs=1e-6)
+
+
 @pytest.mark.parametrize("contrast", ["shuffled", "frozen", "dropped"])
 def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: Path, contrast: str) -> None:
     """Δ by transformers' own forward, one response at a time in float64; no samples from the contrast."""

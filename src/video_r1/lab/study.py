@@ -28,7 +28,7 @@ from video_r1.lab.study_tables import study_tables
 from video_r1.progress import Progress
 from video_r1.recipe import load_recipe
 from video_r1.settings.commands import LabSettings, StudySettings
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.decoding import AuditSettings, EvalSettings
 
 CONTROL = "grpo"
 ARMS: dict[str, dict[str, Any]] = {
@@ -41,6 +41,9 @@ ARMS: dict[str, dict[str, Any]] = {
     "likelihood": {"temporal_rule": "likelihood"},
     "likelihood-reversed": {"temporal_rule": "likelihood", "temporal_contrast": "reversed"},
     "likelihood-frozen": {"temporal_rule": "likelihood", "temporal_contrast": "frozen"},
+    "apart": {"temporal_rule": "likelihood_apart", "temporal_alpha": 1.0},
+    "tokens": {"temporal_rule": "tokens"},
+    "audit": {"temporal_rule": "off", "keep": "ordered - shuffled > 0.1"},
 }
 """What each arm sets beside the recipe lab-tgrpo."""
 HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
@@ -184,6 +187,8 @@ def make_run(settings: StudySettings, job: Job) -> None:
 
     folder, cold = begun_anew(job.folder), job.seed_folder / "cold-start"
     manifest = job.seed_folder / f"rl-{job.rate:g}" / "rl.json"
+    if "keep" in ARMS[job.arm]:
+        manifest = audited(manifest, cold / "run", job.seed)
     overrides = {
         **ARMS[job.arm],
         "model_name_or_path": str(cold / "run"),
@@ -219,6 +224,15 @@ def begun_anew(folder: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     return folder
+
+
+def audited(manifest: Path, model: Path, seed: int) -> Path:
+    """The manifest with the pass rates of a model, beside it."""
+    from video_r1.evaluation.audit import run_audit
+
+    values = {"manifest": str(manifest), "model": str(model), "seed": seed, "samples": 4, "temperature": 0.7}
+    values |= {"batch_size": 64, "max_new_tokens": 64}
+    return Path(run_audit(load_recipe("data audit", None, values).section(AuditSettings))["manifest"])
 
 
 def tested(folder: Path) -> dict[str, Any]:

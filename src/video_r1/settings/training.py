@@ -15,7 +15,9 @@ Schedule = Literal[
 """Those of `transformers.SchedulerType`."""
 
 AdvantageScale = Literal["group", "batch", "task", "none"]
-TemporalRule = Literal["margin", "threshold", "weight", "likelihood", "likelihood_step", "tokens", "off"]
+TemporalRule = Literal[
+    "margin", "threshold", "weight", "likelihood", "likelihood_step", "likelihood_apart", "tokens", "off"
+]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -97,8 +99,8 @@ class TGRPOSettings(TrainingSettings):
         "margin",
         "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
         "advantages weighted by 1 + kappa·(p − p_shuffled); alpha·(1 − exp(−drop)) by each response's drop "
-        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; none, but the "
-        "fifth of a response's tokens whose log-probs the contrast changes most weighted by 1 + kappa; none",
+        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; as likelihood, "
+        "but added after the division of advantages; none, but the fifth of a response's tokens whose log-probs the contrast changes most weighted by 1 + kappa; none",
     )
     temporal_contrast: Contrast = setting(
         "shuffled", "the clip that p_shuffled is of: frames shuffled, reversed, frozen, half dropped, or none"
@@ -185,7 +187,7 @@ class TGRPOSettings(TrainingSettings):
     @property
     def needs_drops(self) -> bool:
         """Whether it needs the log-probs of the ordered completions behind the contrast clip."""
-        return self.temporal_rule in ("likelihood", "likelihood_step", "tokens")
+        return self.temporal_rule in ("likelihood", "likelihood_step", "likelihood_apart", "tokens")
 
     @property
     def shuffled_generations(self) -> int:

@@ -60,6 +60,15 @@ def group_advantages(
     return centred / (std + eps)
 
 
+def added_apart(advantages: Tensor, bonus: Tensor) -> Tensor:
+    """A + (b − mean(b)): a bonus beside advantages that are divided already.
+
+    advantages, bonus: [Q, G]. The division can neither cancel the bonus nor blow up small differences of it
+    in a group that is right throughout: it counts in its own unit.
+    """
+    return advantages + bonus - bonus.mean(dim=1, keepdim=True)
+
+
 def updated_moments(
     moments: Mapping[str, Moments], rewards: Tensor, tasks: Sequence[str], decay: float = 0.99
 ) -> dict[str, Moments]:

@@ -20,6 +20,7 @@ from video_r1.processes import gather_lists
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import (
     Moments,
+    added_apart,
     deviation,
     group_advantages,
     question_weights,
@@ -66,13 +67,16 @@ def give_advantages(
     rewards, without, types, margins = zip(*everyone, strict=True)
     rewards, without = torch.stack(rewards), torch.stack(without)  # [Q, G]
     deviations = None if tasks is None else tasks.deviations(rewards, types)
-    advantages = group_advantages(rewards, settings.scale_rewards, task_deviations=deviations)
+    # The deviation of a task is that of the rewards with the temporal term, here as well
+    base = group_advantages(without, settings.scale_rewards, task_deviations=deviations)
+    if settings.temporal_rule == "likelihood_apart":
+        advantages = added_apart(base, rewards - without)
+    else:
+        advantages = group_advantages(rewards, settings.scale_rewards, task_deviations=deviations)
     if settings.temporal_rule == "weight":
         advantages = advantages * question_weights(margins, settings.temporal_weight_kappa)[:, None]
-    # The deviation of a task is that of the rewards with the temporal term, here as well
-    without = group_advantages(without, settings.scale_rewards, task_deviations=deviations)
-    for group, own, base in zip(groups, advantages[mine], without[mine], strict=True):
-        group.advantages, group.base_advantages = own, base
+    for group, own, plain in zip(groups, advantages[mine], base[mine], strict=True):
+        group.advantages, group.base_advantages = own, plain
         if settings.temporal_rule == "tokens" and group.token_drops is not None:
             kappa = settings.temporal_weight_kappa
             group.token_weights = [token_weights(drops, kappa) for drops in group.token_drops]
