@@ -97,10 +97,10 @@ class TGRPOSettings(TrainingSettings):
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
         "margin",
-        "temporal reward: alpha·(p − p_shuffled) when above 0; alpha when p ≥ mu·p_shuffled; none, but "
-        "advantages weighted by 1 + kappa·(p − p_shuffled); alpha·(1 − exp(−drop)) by each response's drop "
-        "in log-prob with the contrast clip; alpha where the drop is above the group's mean; as likelihood, "
-        "but added after the division of advantages; none, but the fifth of a response's tokens whose log-probs the contrast changes most weighted by 1 + kappa; none",
+        "what pays for the frame order: margin, alpha·(p − p_shuffled); threshold, alpha when p ≥ "
+        "mu·p_shuffled; weight, advantages × (1 + kappa·(p − p_shuffled)); likelihood, "
+        "alpha·(1 − exp(−drop)) by each response's drop in log-prob with the contrast clip (step: alpha above the group's mean; "
+        "apart: added to advantages); tokens, the fifth of a response's tokens that drop most times 1 + kappa",
     )
     temporal_contrast: Contrast = setting(
         "shuffled", "the clip that p_shuffled is of: frames shuffled, reversed, frozen, half dropped, or none"
