@@ -97,8 +97,8 @@ class TGRPOSettings(TrainingSettings):
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
         "margin",
-        "what pays for the frame order: margin, alpha·(p − p_shuffled); threshold, alpha when p ≥ "
-        "mu·p_shuffled; weight, advantages × (1 + kappa·(p − p_shuffled)); likelihood, alpha·(1 − exp(−drop)) "
+        "what pays for the frame order: margin alpha·(p − p_shuffled); threshold alpha when p ≥ "
+        "mu·p_shuffled; weight advantages × (1 + kappa·(p − p_shuffled)); likelihood alpha·(1 − exp(−drop)) "
         "by each response's drop in log-prob with the contrast clip (step: alpha above the group's mean; "
         "apart: added to advantages); tokens, the fifth of its tokens that drop most × (1 + kappa)",
     )
