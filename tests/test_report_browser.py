@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from browser import Browser, chromium, find_chromium
 from report_runs import (
     HOSTILE,
@@ -151,6 +152,7 @@ def test_which_series_share_a_chart(browser: Browser, rl_page: Path) -> None:
             "temporal/p",
         ),
         *("loss", "eval_accuracy", "eval_accuracy_shuffled", "eval_accuracy_video", "logged once"),
+        *("eval_b", "eval_b_reversed"),
         *("reward/a/b/c", "__proto__"),
     ]
     values = {name: [1] if name == "logged once" else [1, 2] for name in names}
@@ -159,16 +161,17 @@ def test_which_series_share_a_chart(browser: Browser, rl_page: Path) -> None:
     )
     browser.open(rl_page)
     specs = browser.run(
-        f"chartSpecs({{axes: [[1, 2]], series: {{{series}}}}})"
+        f"chartSpecs({{config: {{temporal_contrast: 'blind'}}, axes: [[1, 2]], series: {{{series}}}}})"
         ".map(s => [s.group, s.base, s.lines.map(l => l.label)])"
     )
     assert specs == [
         ["reward", "reward/accuracy", ["", "OCR"]],
         ["reward", "reward/format", ["video"]],
-        ["temporal", "temporal/p", ["ordered", "shuffled"]],
+        ["temporal", "temporal/p", ["ordered", "blind"]],
         ["", "loss", [""]],
         ["eval", "eval_accuracy", [""]],
         ["eval", "eval_accuracy_video", ["ordered", "shuffled"]],
+        ["eval", "eval_b", ["ordered", "reversed"]],
         ["reward", "reward/a", ["b/c"]],
         ["", "__proto__", [""]],
     ]
@@ -221,6 +224,22 @@ def test_frames_of_both_orders_stand_beside_the_completions(browser: Browser, tm
         "B"
     ]
     assert texts(browser, ".shuffled .advantage") == []
+
+
+def test_the_contrast_is_named(browser: Browser, tmp_path: Path) -> None:
+    group = group_of()
+    assert group.shuffled_prompt is not None
+    for step, contrast, shown in ((1, "reversed", [2, 1, 0]), (2, "blind", [])):
+        order = torch.tensor(shown, dtype=torch.long)
+        prompt = replace(group.shuffled_prompt, permutation=order, contrast=contrast)
+        record_group(tmp_path, step, replace(group, shuffled_prompt=prompt), p=0.5, p_shuffled=0.0)
+    browser.open(build_report(tmp_path))
+    pick(browser, "pick-step", "1")
+    assert texts(browser, ".shuffled h4")[0].startswith("Frames reversed")
+    pick(browser, "pick-step", "2")
+    assert texts(browser, "h4") == ["Frames in order", "No frames"]
+    assert texts(browser, ".shuffled canvas") == []
+    check_healthy(browser)
 
 
 def test_a_frame_can_be_shown_large(browser: Browser, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,7 @@ def test_recorded_group(tmp_path: Path) -> None:
             "height": 28,
             "timestamps": [0.0, 0.5, 1.0],
         },
+        "contrast": "shuffled",
         "permutation": [2, 0, 1],
         "ordered": [
             {
@@ -103,9 +105,30 @@ def test_recorded_group(tmp_path: Path) -> None:
     assert [strip.getpixel((28 * i + 14, 14)) for i in range(3)] == [(v, v, v) for v in (10, 120, 240)]
 
 
+def test_a_contrast_has_its_name(tmp_path: Path) -> None:
+    """In the record and in the page's data; a record of an older run has none, and is of shuffled frames."""
+    group = group_of()
+    assert group.shuffled_prompt is not None
+    blind = replace(group.shuffled_prompt, permutation=torch.tensor([], dtype=torch.long), contrast="blind")
+    record_group(tmp_path, 1, replace(group, shuffled_prompt=blind), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 2, group, p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 3, group, p=0.5, p_shuffled=0.0)
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(line["contrast"], line["permutation"]) for line in lines[:2]] == [
+        ("blind", []),
+        ("shuffled", [2, 0, 1]),
+    ]
+    lines[1]["contrast"] = "<b>"
+    del lines[2]["contrast"]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    groups, _ = read_groups(read_run(tmp_path, tmp_path), 1_000_000)
+    assert [shown["contrast"] for shown in groups] == ["blind", "shuffled", "shuffled"]
+
+
 def test_recorded_image_has_no_second_order(tmp_path: Path) -> None:
     record_group(tmp_path, 1, group_of(video=False), p=0.5, p_shuffled=None)
     line = json.loads((tmp_path / "rollouts.jsonl").read_text())
+    assert line["contrast"] is None
     assert (line["permutation"], line["shuffled"], line["p_shuffled"], line["frames"]["count"]) == (
         None,
         [],

@@ -90,6 +90,8 @@ def test_lists_of_numbers_survive_being_written_as_text(numbers: list[float]) ->
     (TGRPOSettings, {"num_shuffled_generations": 0, "temporal_rule": "off"}, []),
     (TGRPOSettings, {"temperature": 0.0}, ["temperature"]),
     (TGRPOSettings, {"temporal_rule": "sometimes"}, ["temporal_rule"]),
+    (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "frozen"}, ["contrast_unit"]),
+    (TGRPOSettings, {"contrast_unit": "patch", "temporal_contrast": "reversed"}, []),
     (TGRPOSettings, {"epsilon": 0.2, "epsilon_high": 0.1}, ["epsilon_high"]),
     (TGRPOSettings, {"epsilon_high": 0.28}, []),
     (TGRPOSettings, {"num_iterations": 0}, ["num_iterations"]),
@@ -130,6 +132,7 @@ def test_settings_check_themselves_when_they_are_built(
         ("off", 8, None, 0),
         ("weight", 8, None, 4),
         ("likelihood", 8, None, 0),
+        ("tokens", 8, None, 0),
         ("margin", 3, None, 1),
     ],
 )

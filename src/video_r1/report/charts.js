@@ -85,26 +85,31 @@ const LINE_COLOURS = new Map(
 );
 
 function lineColour(label) {
-  if (label === "ordered" || label === "shuffled") return `var(--${label})`;
+  if (label === "ordered") return "var(--ordered)";
+  if (Object.hasOwn(CONTRASTS, label)) return "var(--shuffled)";
   if (!LINE_COLOURS.has(label)) LINE_COLOURS.set(label, LINE_COLOURS.size);
   return `var(--line${LINE_COLOURS.get(label) % 8})`;
 }
 
 /**
- * Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled` (or `x_video`
- * with it, where `x` is over images, too). Validation is logged as `eval_x`.
+ * Which series share a chart: `group/name` with its `group/name/part` lines, and `x` with `x_shuffled` or another
+ * contrast (or `x_video` with it, where `x` is over images, too). Validation is logged as `eval_x`.
  */
 function chartSpecs(run) {
   const names = Object.keys(run.series).filter((name) => run.series[name].y.length > 1);
-  const orderedTwin = (shuffled) => [`${shuffled}_video`, shuffled].find((name) => names.includes(name));
+  const orderedTwin = (stem) => [`${stem}_video`, stem].find((name) => names.includes(name));
+  const contrasts = Object.keys(CONTRASTS);
   const specs = new Map();
   for (const name of names) {
     const parts = name.split("/");
     let base = parts.slice(0, 2).join("/");
     let label = parts.slice(2).join("/");
-    const stem = base.replace(/_(shuffled|video)$/, "");
-    const paired = names.includes(`${stem}_shuffled`) && [orderedTwin(stem), `${stem}_shuffled`].includes(base);
-    if (paired && !label) label = base.endsWith("_shuffled") ? "shuffled" : "ordered";
+    const contrast = contrasts.find((ending) => base.endsWith(`_${ending}`));
+    const stem = base.replace(new RegExp(`_(video|${contrast})$`), "");
+    const compared = contrasts.some((ending) => names.includes(`${stem}_${ending}`));
+    const paired = compared && (contrast !== undefined || base === orderedTwin(stem));
+    if (paired && !label) label = contrast || "ordered";
+    if (base === "temporal/p_shuffled") label = run.config?.temporal_contrast || label; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
     const group = parts.length > 1 ? parts[0] : name.startsWith("eval_") ? "eval" : "";
     if (!specs.has(base)) specs.set(base, { base, group, lines: [] });
@@ -112,7 +117,7 @@ function chartSpecs(run) {
     const colour = label ? lineColour(label) : "var(--ink)";
     specs.get(base).lines.push({ label, colour, main: !label || paired, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
   }
-  const place = (line) => (line.main ? 0 : 2) + (line.label === "shuffled" ? 1 : 0);
+  const place = (line) => (line.main ? 0 : 2) + (Object.hasOwn(CONTRASTS, line.label) ? 1 : 0);
   for (const spec of specs.values()) spec.lines.sort((a, b) => place(a) - place(b));
   return [...specs.values()];
 }

@@ -3,9 +3,10 @@
 import base64
 from bisect import bisect
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, short_path, text, whole
+from video_r1.settings.frames import Contrast
 
 MAX_TEXT = 20_000  # characters of one completion
 
@@ -50,6 +51,7 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     count = whole(frames.get("count"))
     shown = record.get("permutation")  # of a contrast clip, which may have fewer frames or none
     permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
+    contrast = record.get("contrast")
     is_whole = isinstance(shown, list) and len(permutation) == len(shown) <= count
     return {
         "step": whole(record.get("step")),
@@ -67,6 +69,7 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "height": finite(frames.get("height"), 1),
         "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],
         "permutation": permutation if is_whole else None,
+        "contrast": contrast if contrast in get_args(Contrast) else "shuffled",  # of older runs
         "ordered": [_completion(item) for item in as_list(record.get("ordered")) if isinstance(item, dict)],
         "shuffled": [_completion(item) for item in as_list(record.get("shuffled")) if isinstance(item, dict)],
         "p": finite(record.get("p")),

@@ -5,18 +5,25 @@ const OUTCOMES = {
   all: ["all right", (group) => share(group) >= 1],
   some: ["some right", (group) => share(group) > 0 && share(group) < 1],
   none: ["none right", (group) => share(group) === 0],
-  gap: ["more right in order than shuffled", (group) => gap(group) > 0],
+  gap: ["more right in order than with the contrast", (group) => gap(group) > 0],
 };
 const SORTS = {
   step: ["by step", (a, b) => a.step - b.step],
   best: ["highest reward first", (a, b) => meanTotal(b) - meanTotal(a)],
   worst: ["lowest reward first", (a, b) => meanTotal(a) - meanTotal(b)],
-  gap: ["largest gap between orders first", (a, b) => gap(b) - gap(a)],
+  gap: ["largest temporal gap first", (a, b) => gap(b) - gap(a)],
 };
 const COMPLETION_SORTS = {
   reward: ["highest reward first", (a, b) => (b.total ?? accuracy(b)) - (a.total ?? accuracy(a))],
   length: ["longest first", (a, b) => b.tokens - a.tokens],
   sampled: ["as sampled", () => 0],
+};
+const CONTRASTS = {
+  shuffled: "Frames shuffled",
+  reversed: "Frames reversed",
+  frozen: "One frame throughout",
+  dropped: "Half of the frames",
+  blind: "No frames",
 };
 const COLLAPSED_CHARACTERS = 900;
 const SMALL_FRAME = 84; // pixels across
@@ -182,8 +189,8 @@ function column(group, order, sort) {
   const marks = markers(order === "ordered" ? completions : []);
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[sort][1](a.completion, b.completion))
     .map(({ completion, i }) => card(completion, order, marks[i] || []));
-  const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : "Frames shuffled";
-  const hint = order === "shuffled" ? "the bar under a frame is stronger the later it comes in the clip" : "";
+  const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
+  const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
     make("h4", {}, title, make("small", {}, hint)), tiles(group, order),
     make("p", { class: "tally" },
@@ -241,6 +248,7 @@ const clock = (time) => (time === null || time === undefined ? "" : `${time.toFi
 function tiles(group, order) {
   if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
   const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
+  if (!frames.length) return make("p", { class: "quiet" }, "The question alone, without its clip.");
   const picture = new Image();
   picture.src = `data:image/jpeg;base64,${group.strip}`;
   const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {

@@ -51,13 +51,14 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
 def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuffled: float | None) -> None:
     """Appends one group to `run_dir`/rollouts.jsonl and saves its frames in `run_dir`/frames.
 
-    p, p_shuffled: shares of correct completions with ordered and with shuffled frames (None: not sampled).
+    p, p_shuffled: shares of correct completions in order and with the contrast clip (None: not sampled).
     Raises OSError when the folder cannot be written.
     """
     sample, media = group.sample, group.prompt.media
     frames = save_strip(media.frames, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
     frames["timestamps"] = [round(float(t), 3) for t in media.timestamps]
-    permutation = group.shuffled_prompt.permutation if group.shuffled_prompt else None
+    contrast = group.shuffled_prompt
+    permutation = contrast.permutation if contrast else None
     ordered = _completions(group.ordered, group.rewards)
     for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
@@ -67,6 +68,7 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
         # The whole path would tell a reader of the report how its writer's disk is arranged.
         "path": "/".join(PurePath(sample.path).parts[-2:]),
         "frames": frames,
+        "contrast": contrast.order if contrast else None,
         "permutation": None if permutation is None else [int(i) for i in permutation],
         "ordered": ordered,
         "shuffled": _completions(group.shuffled, group.shuffled_rewards),
