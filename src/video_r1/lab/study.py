@@ -16,7 +16,8 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from statistics import fmean, median
@@ -99,33 +100,33 @@ def _missing(settings: StudySettings, seed: int) -> list[Job]:
 
 
 def _make_runs(settings: StudySettings, jobs: dict[int, list[Job]]) -> int:
-    """Runs a seed's jobs once its cold start is there, which is made while the seed before it runs."""
-    jobs = {seed: missing for seed, missing in jobs.items() if missing}
-    failed, seeds = 0, iter(jobs)
+    """Runs a seed's jobs once its cold start is there, which is made while the seed before it runs. Returns
+    the number of jobs that failed."""
+    order = [seed for seed, missing in jobs.items() if missing]
+    failed: list[Job] = []
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=1) as pool,
         Progress(sum(map(len, jobs.values())), "study", "runs") as bar,
+        ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=1) as pool,
     ):
 
-        def prepare(seed: int | None) -> Future[None] | None:
-            return None if seed is None else pool.submit(_logged, make_cold_start, settings, seed)
+        def ended(future: Future[None], its: list[Job]) -> None:
+            if error := future.exception():
+                failed.extend(its)
+                print(f"{its[0].folder}: {type(error).__name__}: {error}", flush=True)
+            bar.update(len(its))
 
-        ahead = {seed: prepare(seed) for seed in itertools.islice(seeds, 2)}
-        runs: dict[Future[Any], Job] = {}
-        for seed in jobs:
-            ready = ahead[seed]
-            assert ready is not None
-            ready.result()
-            runs |= {pool.submit(_logged, make_run, settings, job): job for job in jobs[seed]}
-            if (following := next(seeds, None)) is not None:
-                ahead[following] = prepare(following)
-        for done in as_completed(runs):
-            bar.update()
-            if error := done.exception():
-                failed += 1
-                print(f"{runs[done].folder}: {type(error).__name__}: {error}", flush=True)
-    return failed
+        cold_starts: dict[int, Future[None]] = {}
+        for place, seed in enumerate(order):
+            for near in order[place : place + 2]:
+                if near not in cold_starts:
+                    cold_starts[near] = pool.submit(_logged, make_cold_start, settings, near)
+            if cold_starts[seed].exception():  # waits for it
+                ended(cold_starts[seed], jobs[seed])
+                continue
+            for job in jobs[seed]:
+                pool.submit(_logged, make_run, settings, job).add_done_callback(partial(ended, its=[job]))
+    return len(failed)
 
 
 def _logged(work: Callable[..., None], settings: StudySettings, subject: Any) -> None:
