@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from video_r1.cli import main
 from video_r1.lab import study
+from video_r1.lab.study_figure import study_svg
 from video_r1.lab.study_tables import FIGURES, paired_difference, study_tables, t_quantile
 from video_r1.settings.commands import StudySettings
 
@@ -59,6 +61,19 @@ def test_tables_name_what_excludes_zero() -> None:
     assert "| likelihood | 3 | 0.710 | 0.460 |" in text
     assert "**+0.200 [+0.200, +0.200]**" in text
     assert "| +0.000 [+0.000, +0.000] |" in text  # the lying marks: no difference, not emphasised
+
+
+def test_the_picture_has_every_arm_and_rate() -> None:
+    runs = [
+        result(seed, arm, 0.5 + 0.1 * (arm == "margin")) for seed in range(3) for arm in ("grpo", "margin")
+    ]
+    runs += [run | {"rate": 0.0} for run in runs]
+    picture = ElementTree.fromstring(study_svg(runs, "grpo"))
+    texts = [element.text for element in picture.iter() if element.text]
+    assert "margin" in texts and "grpo" not in texts
+    assert {"0% of the training clips marked", "90% of the training clips marked"} <= set(texts)
+    assert texts.count("+10.0 [+10.0, +10.0], 3 seeds") == 2
+    assert texts.count("+0.0 [+0.0, +0.0], 3 seeds") == 2
 
 
 def test_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,7 +4,7 @@ OUT/seed-S/cold-start/        lab and SFT run from which all arms of the seed be
 OUT/seed-S/test/              test.json, test-cued.json, test-lying.json
 OUT/seed-S/rl-RATE/           training questions, of which RATE carry a mark that gives the answer away
 OUT/seed-S/RATE-ARM/          a run folder, its evaluations, and result.json once all of it is there
-OUT/study.json, OUT/study.md  all results, and the tables made of them
+OUT/study.json, .md, .svg     all results, and the tables and the picture made of them
 
 A run that has its result.json is not made again, so that an ended study goes on where it was, with more
 seeds, rates or arms.
@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json, replace_text
+from video_r1.lab.study_figure import study_svg
 from video_r1.lab.study_tables import study_tables
 from video_r1.progress import Progress
 from video_r1.recipe import load_recipe
@@ -78,7 +79,7 @@ class Job(NamedTuple):
 
 
 def run_study(settings: StudySettings) -> int:
-    """Makes the runs that are missing, then study.json and study.md. Returns the number of runs that failed.
+    """Makes the runs that are missing, then study.json with tables and picture. Returns 1 if a run failed.
 
     Raises RequestError for an arm that there is none of.
     """
@@ -270,7 +271,8 @@ def trained(folder: Path) -> dict[str, Any]:
 
 
 def write_tables(out: Path) -> None:
-    """study.json and study.md from the results that are there."""
+    """study.json, study.md and study.svg from the results that are there."""
     results = [json.loads(path.read_text("utf-8")) for path in sorted(out.glob("seed-*/*/result.json"))]
     replace_json(out / "study.json", results)
     replace_text(out / "study.md", study_tables(results, CONTROL))
+    replace_text(out / "study.svg", study_svg(results, CONTROL))

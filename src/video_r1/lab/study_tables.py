@@ -35,6 +35,10 @@ class Difference(NamedTuple):
     high: float
     seeds: int
 
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
 
 def paired_difference(
     arm: Sequence[Result], control: Sequence[Result], figure: Callable[[Result], float | None], compared: int
@@ -86,23 +90,35 @@ def _within(t: float, freedom: int) -> float:
     return 2 / math.pi * (angle + (math.sin(angle) * total if freedom > 1 else 0.0))
 
 
+def by_rate(results: Sequence[Result]) -> dict[float, dict[str, list[Result]]]:
+    """The runs of each share of marked clips, by arm."""
+    rates: dict[float, dict[str, list[Result]]] = {
+        rate: {} for rate in sorted({run["rate"] for run in results})
+    }
+    for run in results:
+        rates.setdefault(run["rate"], {}).setdefault(run["arm"], []).append(run)
+    return rates
+
+
+def differences_of(
+    arms: Mapping[str, Sequence[Result]], control: str, names: Sequence[str]
+) -> dict[str, dict[str, Difference | None]]:
+    """Of each arm but the control, the differences in these figures."""
+    others = {arm: runs for arm, runs in arms.items() if arm != control}
+    known = arms.get(control, ())
+    return {
+        arm: {name: paired_difference(runs, known, FIGURES[name], len(others)) for name in names}
+        for arm, runs in others.items()
+    }
+
+
 def study_tables(results: Sequence[Result], control: str) -> str:
     """Markdown: for each share of marked clips the means of all arms, and the differences to the control."""
     lines: list[str] = []
-    for rate in sorted({run["rate"] for run in results}):
-        arms: dict[str, list[Result]] = {}
-        for run in results:
-            if run["rate"] == rate:
-                arms.setdefault(run["arm"], []).append(run)
+    for rate, arms in by_rate(results).items():
         lines += [f"## {rate:.0%} of the training clips marked", "", *_means(arms), ""]
-        others = {arm: runs for arm, runs in arms.items() if arm != control}
-        if control in arms and others:
-            lines += [
-                f"Differences to {control}, paired by cold start:",
-                "",
-                *_differences(others, arms[control]),
-                "",
-            ]
+        if differences := differences_of(arms, control, COMPARED):
+            lines += [f"Differences to {control}, paired by cold start:", "", *_differences(differences), ""]
     return "\n".join(lines)
 
 
@@ -117,12 +133,11 @@ def _means(arms: Mapping[str, Sequence[Result]]) -> list[str]:
     return _markdown(rows)
 
 
-def _differences(arms: Mapping[str, Sequence[Result]], control: Sequence[Result]) -> list[str]:
+def _differences(arms: Mapping[str, Mapping[str, Difference | None]]) -> list[str]:
     rows = [["arm", "seeds", *COMPARED]]
-    for arm, runs in arms.items():
-        found = [paired_difference(runs, control, FIGURES[name], len(arms)) for name in COMPARED]
-        seeds = max((each.seeds for each in found if each is not None), default=0)
-        rows.append([arm, str(seeds), *map(_cell, found)])
+    for arm, found in arms.items():
+        seeds = max((each.seeds for each in found.values() if each is not None), default=0)
+        rows.append([arm, str(seeds), *map(_cell, found.values())])
     return _markdown(rows)
 
 
@@ -130,7 +145,7 @@ def _cell(difference: Difference | None) -> str:
     if difference is None:
         return "–"
     text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return f"**{text}**" if difference.low > 0 or difference.high < 0 else text
+    return f"**{text}**" if difference.excludes_zero else text
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
