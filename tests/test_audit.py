@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,9 +20,10 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.evaluation import audit
 from video_r1.evaluation.audit import pass_rates_of, run_audit
-from video_r1.evaluation.audit_summary import audit_figures, audit_sentences
+from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_sentences
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import AuditSettings
+from video_r1.settings.frames import Order
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "media_seconds": 0.0}
 # Of each question's four answers, how many are right: blind, from one frame, shuffled and in order.
@@ -261,6 +262,9 @@ def test_where_it_goes(
     again = audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "twice.json"))
     assert json.loads((tmp_path / "twice.json").read_text()) == json.loads(out.read_text())
     assert again["all"]["questions"] == 6
+    audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "part.json"), limit=2)
+    rows = json.loads((tmp_path / "part.json").read_text())  # rates of another audit are not mixed with these
+    assert [("pass_rates" in row) for row in rows] == [True] * 2 + [False] * 4
     with pytest.raises(RequestError, match="is no file of this machine; say --out"):
         audited(Path("owner/questions"), checkpoint)
     assert main(["data", "audit", str(data)]) == 2
@@ -308,6 +312,7 @@ def test_the_picture(data: Path, checkpoint: Path, engines: list[ScriptedEngine]
 
 
 def test_figures_without_videos_and_with_an_unusual_contrast() -> None:
+    assert set(VIEWS) == set(get_args(Order))
     image = Sample(1, "?", "image", "OCR", "<answer>x</answer>", "/x.png")
     summary = {"contrast": "frozen", "samples": 2, "no_answer": 0.0, "cut_off": 0.1}
     summary |= audit_figures([(image, {"blind": 0.5, "ordered": 1.0})], "frozen", 2)
