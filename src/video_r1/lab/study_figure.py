@@ -7,7 +7,7 @@ from video_r1.evaluation.figures import COLOURS
 from video_r1.lab.study_tables import Difference, Result, by_rate, differences_of
 
 DRAWN = {"ordered": "without marks", "lying marks": "with lying marks"}
-_LEFT, _PANEL, _GAP, _TOP, _LINE = 150, 230, 24, 66, 15  # pixels
+_LEFT, _PANEL, _GAP, _TOP, _LINE = 150, 230, 44, 66, 15  # pixels
 _STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1b1f24}.faint{font-size:12px;fill:#6b7280}"
     ".grid{stroke:#e3e6ea}.zero{stroke:#6b7280}"
