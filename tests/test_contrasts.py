@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -9,8 +11,8 @@ import pytest
 import torch
 from group_batches import build, tokens_of
 from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample
-from tgrpo_trainers import first_step, make_trainer, policy_of
-from tiny_questions import read_lines
+from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of
+from tiny_questions import read_lines, training_arguments
 
 from video_r1.data.contrasts import contrast_frames, contrast_prompt
 from video_r1.data.media import Media
@@ -20,11 +22,14 @@ from video_r1.data.records import load_manifest
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
 from video_r1.models.group_forward import encode_vision
-from video_r1.models.loading import freeze_vision, load_model
+from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm.requests import asks_of, server_request, vllm_prompt
 from video_r1.settings.frames import Contrast, Order
 from video_r1.training.drops import logprob_drops
+from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 CONTRASTS = get_args(Contrast)
 
@@ -239,6 +244,48 @@ def test_contrast_is_sampled_in_training(
     with torch.no_grad():
         scored = trainer.logprobs(policy_of(trainer), batch).logprobs
     torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
+
+
+class Asking(TransformersEngine):
+    """Samples as it does, and keeps what vLLM would be asked, in this process and by a server."""
+
+    def generate(self, prompts: Any, sampling: Any, counts: Any = None, on_token: Any = None) -> Any:
+        self.asked = [
+            (prompts[ask.place], ask, vllm_prompt(prompts[ask.place], None))
+            for ask in asks_of(prompts, sampling, counts, limit=1000, stop_ids=[1])
+        ]
+        return super().generate(prompts, sampling, counts, on_token)
+
+
+@pytest.mark.parametrize("rule", ["margin", "likelihood"])
+def test_blind_questions_to_vllm_in_training(
+    checkpoint: Path, manifest: Path, tmp_path: Path, rule: Any
+) -> None:
+    """They are token ids alone, and none where nothing is sampled from the contrast; the sampler's log-probs
+    are the trainer's."""
+    model, processor = load_model(checkpoint), load_processor(checkpoint)
+    engine = Asking(model, processor)
+    args = TGRPOConfig(
+        **training_arguments(tmp_path, max_steps=1, save_strategy="no"), use_vllm=True, temporal_rule=rule,
+        temporal_contrast="blind", num_generations=4, max_completion_length=6, length_reward=0.0,
+        preflight_questions=0,
+    )  # fmt: skip
+    trainer = TGRPOTrainer(model, many_tokens, args, str(manifest), processing_class=processor, engine=engine)
+    trainer.train()
+    videos = [each for each in trainer.step_batches[0].groups if each.sample.data_type == "video"]
+    blind = [(prompt, ask, asked) for prompt, ask, asked in engine.asked if prompt.order == "blind"]
+    assert len(engine.asked) == 3 + len(blind) and len(blind) == (len(videos) if rule == "margin" else 0)
+    for prompt, ask, asked in engine.asked:
+        if prompt.order == "blind":
+            assert asked == {"prompt_token_ids": prompt.input_ids.tolist()} and ask.count == 2
+            body = server_request(prompt, ask.parameters, torch.bfloat16)
+            assert body == {"token_ids": prompt.input_ids.tolist(), "sampling_params": ask.parameters}
+            assert json.loads(json.dumps(body)) == body
+        else:
+            assert "multi_modal_data" in asked and ask.count == 4
+    (line,) = (line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line)
+    assert line["sampler/logprob_difference_max"] < 1e-4
+    assert math.isfinite(line["temporal/gap" if rule == "margin" else "temporal/drop"])
 
 
 def test_contrast_in_validation(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

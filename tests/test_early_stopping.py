@@ -5,6 +5,7 @@ The accuracies are scripted, so that it is known beforehand where a run has to s
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -29,12 +30,13 @@ def scripted(trainer: TGRPOTrainer, samples: Any) -> dict[str, float]:
     return {"accuracy": ACCURACIES[trainer.state.global_step]}
 
 
-# With save_steps 4 the run ends without a checkpoint of its last step.
+# With save_steps 4 the run ends without a checkpoint of its last step. Adapters are also what is trained with
+# the running deviations of the tasks, which lie in a checkpoint beside what early stopping counts.
 @pytest.fixture(scope="module", params=["all weights, save_steps 2", "adapters, save_steps 4"])
 def recipe(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("early")
     kind, _, save_steps = request.param.partition(", save_steps ")
-    adapters = {"use_peft": True, "lora_r": 4} if kind == "adapters" else {}
+    adapters = {"use_peft": True, "lora_r": 4, "scale_rewards": "task"} if kind == "adapters" else {}
     return write_recipe(
         folder, eval_manifest=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=1,
         eval_on_start=True, metric_for_best_model="eval_accuracy", load_best_model_at_end=True,
@@ -89,6 +91,13 @@ def weights_file(folder: Path) -> bytes:
     return file.read_bytes()
 
 
+def saved_state(run: Path) -> dict[str, Any]:
+    """What the best checkpoint keeps of the run: patience, and the moments of the tasks."""
+    state = json.loads((run / f"checkpoint-{BEST}" / "trainer_state.json").read_text())
+    kept = state["stateful_callbacks"]
+    return {name: kept[name] for name in ("EarlyStoppingCallback", "TaskMoments") if name in kept}
+
+
 def ended_at_the_best(run: Path) -> None:
     lines = read_lines(run / "metrics.jsonl")
     validated = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
@@ -123,6 +132,8 @@ def test_kills_neither_lengthen_patience_nor_lose_the_best_model(whole: Path, re
     ended_at_the_best(run)
     assert comparable(run) == comparable(whole)
     assert weights_file(run) == weights_file(whole)
+    assert saved_state(run) == saved_state(whole)
+    assert ("TaskMoments" in saved_state(run)) == (run / "adapter_config.json").exists()
     shutil.rmtree(run)
 
 

@@ -130,14 +130,14 @@ def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtyp
 
     Raises ConfigError where text stands between the frames (Qwen3-VL), which this interface cannot express.
     """
+    if len(prompt.media.frames) == 0:  # a blind question
+        return {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
     # vLLM's own encoding of tensors; importing it starts no engine.
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (  # pyright: ignore[reportMissingImports]
         encode_mm_kwargs_item,
     )
     from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
-    if len(prompt.media.frames) == 0:  # a blind question
-        return {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
     visual, one_block = visual_tokens(prompt)
     if not one_block:
         raise ConfigError(
