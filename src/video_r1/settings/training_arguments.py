@@ -16,9 +16,8 @@ def training_argument_types() -> dict[str, Any]:
     where the field takes its text too, so that a misspelt choice is found.
     """
     module = _module("training_args")
-    fields = next(node for node in module.body if _is_class(node, "TrainingArguments"))
     types: dict[str, Any] = {}
-    for node in fields.body:
+    for node in _class_body(module, "TrainingArguments"):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_given(node.value):
             types[node.target.id] = _type(node.annotation, module)
     return types
@@ -31,8 +30,10 @@ def _module(name: str) -> ast.Module:
     return ast.parse(Path(package.submodule_search_locations[0], f"{name}.py").read_text(encoding="utf-8"))
 
 
-def _is_class(node: ast.stmt, name: str) -> bool:
-    return isinstance(node, ast.ClassDef) and node.name == name
+def _class_body(module: ast.Module, name: str) -> list[ast.stmt]:
+    """The statements of a class; [] where the module defines none of that name."""
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return classes[0].body if classes else []
 
 
 def _is_given(default: ast.expr | None) -> bool:
@@ -56,14 +57,10 @@ def _type(annotation: ast.expr, module: ast.Module) -> Any:
 
 def _choices(name: str, module: ast.Module) -> Any:
     """The Literal of the values of an enum that the module defines or imports from a neighbour."""
+    lines = (node.value for node in _class_body(module, name) if isinstance(node, ast.Assign))
+    if values := tuple(value.value for value in lines if isinstance(value, ast.Constant)):
+        return Literal[values]
     for node in module.body:
-        if isinstance(node, ast.ClassDef) and node.name == name:
-            values = [line.value.value for line in node.body if _is_constant(line)]  # pyright: ignore
-            return Literal[tuple(values)] if values else None
         if isinstance(node, ast.ImportFrom) and node.level == 1 and name in {one.name for one in node.names}:
             return _choices(name, _module(str(node.module)))
     return None
-
-
-def _is_constant(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
