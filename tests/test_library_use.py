@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
+import torch
 from tiny_models import tiny_checkpoint
 from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 
 from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
 from video_r1.cli import main
 from video_r1.data.records import load_manifest
-from video_r1.errors import ManifestError
+from video_r1.errors import ConfigError, ManifestError
+from video_r1.models.loading import load_model
 
 README = Path(__file__).parents[1] / "README.md"
+T_GRPO = README.parent / "docs" / "t-grpo.md"
 
 
 def taught_checkpoint(folder: Path, manifest: Path) -> Path:
@@ -65,19 +71,24 @@ def test_readme_lines_train(tmp_path: Path) -> None:
 
 def test_data_set_and_reward_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A `datasets.Dataset` of the record fields, paths relative to the current folder, and a function with
-    TRL's signature.
+    TRL's signature, which gets what docs/t-grpo.md says. Its completions are too short for a length reward.
     """
     monkeypatch.chdir(tmp_path)
     rows = json.loads(write_manifest(tmp_path).read_text())
     seen: list[str] = []
+    (told,) = re.findall(r"^\| `prompts`.*?^\| every other", T_GRPO.read_text(), re.DOTALL | re.MULTILINE)
+    documented = {name for line in told.splitlines() for name in re.findall(r"`(\w+)`", line.split("|")[1])}
 
-    def has_think(completions: list[str], problem_type: list[str], **columns: object) -> list[float]:
+    def has_think(completions: list[str], problem_type: list[str], **columns: Any) -> list[float]:
         seen.extend(problem_type)
+        assert {"completions", "problem_type", *columns} == documented
+        assert {len(column) for column in columns.values()} == {len(completions)}
+        assert len(completions) in (8, 6)  # the trial of four questions, and then three a step
+        assert isinstance(completions[0], str) and isinstance(columns["completion_ids"][0][0], int)
+        assert columns["prompts"][0].startswith(columns["problem"][0])
         return [float(len(text) % 3) for text in completions]
 
-    args = TGRPOConfig(
-        **training_arguments(tmp_path / "run", num_generations=2, max_completion_length=8, length_reward=0.0)
-    )
+    args = TGRPOConfig(**training_arguments(tmp_path / "run", num_generations=2, max_completion_length=8))
     trainer = TGRPOTrainer(
         str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model")),
         reward_funcs=["accuracy", has_think],
@@ -100,3 +111,40 @@ def test_rows_are_checked_by_the_constructor(tmp_path: Path, monkeypatch: pytest
         SFTTrainer(model, args, train_dataset=[rows[0] | {"solution": None}])
     with pytest.raises(ManifestError, match="not generator"):
         SFTTrainer(model, args, train_dataset=(row for row in rows))  # pyright: ignore[reportArgumentType]
+
+
+def test_media_root_and_dtype(tmp_path: Path) -> None:
+    """Rows whose clips lie elsewhere, and a model that is loaded in another number format."""
+    (clips := tmp_path / "clips").mkdir()
+    rows = json.loads(write_manifest(clips).read_text())
+    checkpoint = tiny_checkpoint("qwen2_5_vl", tmp_path / "model")
+    args = TGRPOConfig(
+        **training_arguments(tmp_path / "run", max_completion_length=8, length_reward=0.0),
+        media_root=str(clips),
+        dtype="bfloat16",
+    )
+    trainer = TGRPOTrainer(str(checkpoint), args=args, train_dataset=rows, eval_dataset=rows[:2])
+    assert trainer.train_dataset == load_manifest(clips / "manifest.json")
+    assert trainer.model is not None and trainer.model.dtype == torch.bfloat16
+    loaded = load_model(checkpoint)
+    with pytest.raises(ConfigError, match=r"dtype is bfloat16, but .* has torch.float32"):
+        TGRPOTrainer(loaded, args=args, train_dataset=rows)
+
+
+def test_a_length_reward_out_of_reach_is_the_trainers_to_refuse(tmp_path: Path) -> None:
+    """Only the trainer knows its rewards. A recipe of the same settings is refused by TGRPOSettings."""
+    args = TGRPOConfig(**training_arguments(tmp_path / "run", max_completion_length=48))
+    model = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
+    for rewards in (None, ["accuracy", "length"]):
+        with pytest.raises(ConfigError, match="length_range starts at 320 tokens, above max_completion_len"):
+            TGRPOTrainer(model, rewards, args, str(write_manifest(tmp_path)))
+    TGRPOTrainer(model, ["accuracy", "format"], args, str(tmp_path / "manifest.json"))
+
+
+@pytest.mark.parametrize("config", [SFTConfig, TGRPOConfig])
+def test_help_lists_every_setting(config: type[Any]) -> None:
+    told = inspect.getdoc(config) or ""
+    for field in dataclasses.fields(config):
+        assert re.search(rf"^  {field.name}: .*\n      \S", told, re.MULTILINE), field.name
+    assert "lr_scheduler_type: linear | cosine" in told and "learning_rate: float = 1e-06" in told
+    assert "All settings of a" in told

@@ -3,12 +3,11 @@
 import dataclasses
 import textwrap
 from collections.abc import Iterable
-from typing import Any
 
 from video_r1.commands import COMMANDS
 from video_r1.recipe import packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
-from video_r1.settings.types import describe_type
+from video_r1.settings.types import default_text, describe_type
 
 WIDTH = 110
 COLUMN = 44
@@ -63,16 +62,3 @@ def section_help(kind: type[Settings], required: tuple[str, ...]) -> list[str]:
         right = field.metadata["help"] + (f" [{default}]" if default else "")
         lines += textwrap.wrap(right, WIDTH, initial_indent=left.ljust(COLUMN), subsequent_indent=indent)
     return lines
-
-
-def default_text(value: Any) -> str:
-    """A default as it would be written in a recipe; empty for none, which the help text explains."""
-    if value is None or value == []:
-        return ""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={item:g}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(str(item) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)

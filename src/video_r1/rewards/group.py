@@ -15,6 +15,7 @@ from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
 from video_r1.rewards.shaping import format_reward, length_reward, likelihood_reward, temporal_reward
+from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
@@ -39,8 +40,9 @@ def reward_terms(
     """The terms of a run. None: accuracy and format, with the length and temporal rewards of the settings.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name or a weight of
-    a term that is not there (1, which a term has without being named, may stand for a built-in one).
+    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name, a length
+    reward out of reach, or a weight of a term that is not there (1, which a term has without being named,
+    may stand for a built-in one).
     """
     asked_for = {"length": settings.length_reward > 0, "temporal": settings.pays_temporal}
     if reward_funcs is None:
@@ -74,6 +76,8 @@ def reward_terms(
             if name in custom or name in BUILT_IN_TERMS:
                 raise ConfigError(f"reward_funcs: two rewards have the name {name!r}; rename the function")
             custom[name] = function
+    if "length" in built_in:
+        raise_problems(list(settings.length_problems()))
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):

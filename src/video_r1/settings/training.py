@@ -81,6 +81,8 @@ class SFTSettings(TrainingSettings):
 class TGRPOSettings(TrainingSettings):
     """GRPO and T-GRPO"""
 
+    rewards_are_known = True  # not in a config of a trainer, whose reward_funcs may leave some out
+
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
@@ -167,7 +169,12 @@ class TGRPOSettings(TrainingSettings):
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
-        elif self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
+        elif self.rewards_are_known:
+            yield from self.length_problems()
+
+    def length_problems(self) -> Iterator[Problem]:
+        """Why no completion can earn the length reward."""
+        if self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
             yield (
                 "length_range",
                 f"starts at {self.length_range[0]} tokens, above max_completion_length "

@@ -69,6 +69,19 @@ def describe_type(hint: Any) -> str:
     return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 
+def default_text(value: Any) -> str:
+    """A default as it would be written in a recipe; empty for none, which the help text explains."""
+    if value is None or value == []:
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={item:g}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def parse(value: Any, hint: Any) -> Any:
     """Turn a recipe's or an option's value into the type `hint`.
 

@@ -25,7 +25,13 @@ from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, resolved
 from video_r1.settings.carried import BUDGET, RECORD, adopted, read_record
-from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
+from video_r1.settings.shared import (
+    DataSettings,
+    LoadingSettings,
+    ManifestSettings,
+    ModelSettings,
+    PromptSettings,
+)
 from video_r1.training.checkpoints import LAST_FILES, check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -43,8 +49,8 @@ MAY_CHANGE = frozenset(
 
 
 @dataclass
-class RunArguments(PromptSettings, TrainingArguments):
-    """Every field of `TrainingArguments`, and the settings of frames and prompts."""
+class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingArguments):
+    """Every field of `TrainingArguments`, and the settings of frames, prompts, media and loading."""
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
@@ -70,7 +76,15 @@ class RunArguments(PromptSettings, TrainingArguments):
 
 
 def adopt(args: Any, model: Any) -> None:
-    """Gives settings that were not set the values that the model's checkpoint carries."""
+    """Gives settings that were not set the values that the model's checkpoint carries.
+
+    Raises ConfigError where a model that is loaded already has not the number format that is asked for.
+    """
+    if not isinstance(model, str | Path) and args.dtype not in ("auto", str(model.dtype).split(".")[-1]):
+        raise ConfigError(
+            f"dtype is {args.dtype}, but the model that is passed is loaded and has {model.dtype}: pass its "
+            "path, or leave dtype out"
+        )
     source = model if isinstance(model, str | Path) else model.config.name_or_path
     given = {name: getattr(args, name) for name in args.given}
     for name, value in adopted(source, given, (*BUDGET, "prompt_template")).items():
@@ -231,29 +245,35 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
 Questions = str | Path | Sequence[Sample] | Sequence[dict[str, Any]] | datasets.Dataset
 
 
-def as_samples(questions: Questions | dict[str, Questions] | None) -> Any:
+def as_samples(questions: Questions | dict[str, Questions] | None, places: ManifestSettings) -> Any:
     """Samples of a manifest's path, a data set, a list of rows or of samples; by name where there are several
-    sets; None of None. Rows are checked as those of a manifest in the current folder are.
+    sets; None of None. Rows are checked as those of a manifest in `media_root` are (default: the current
+    folder).
 
     Raises ManifestError with every problem.
     """
     if isinstance(questions, dict):
-        return {name: as_samples(part) for name, part in questions.items()}
+        return {name: as_samples(part, places) for name, part in questions.items()}
     if questions is None:
         return None
     if isinstance(questions, (list, tuple)) and all(isinstance(question, Sample) for question in questions):
         return list(questions)
-    return load_manifest(questions)
+    return load_manifest(questions, **places.media_places())
 
 
 def given_model(
-    model: str | Path | PreTrainedModel, processor: ProcessorMixin | None, peft_config: Any = None
+    model: str | Path | PreTrainedModel,
+    processor: ProcessorMixin | None,
+    peft_config: Any,
+    loading: LoadingSettings,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
+    trusted = loading.trust_remote_code
     if processor is None:
         source = model if isinstance(model, (str, Path)) else model.config.name_or_path
         if not source:
             raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
-        processor = load_processor(source)
-    loaded = load_model(model) if isinstance(model, (str, Path)) else model
-    return loaded if peft_config is None else add_lora(loaded, config=peft_config), processor
+        processor = load_processor(source, trusted)
+    if isinstance(model, (str, Path)):
+        model = load_model(model, loading.dtype, loading.attn_implementation, trusted)
+    return model if peft_config is None else add_lora(model, config=peft_config), processor

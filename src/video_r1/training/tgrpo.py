@@ -57,6 +57,7 @@ from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine
+from video_r1.settings.documented import documented
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.checks import (
@@ -82,12 +83,15 @@ from video_r1.training.validation import temporal_accuracy
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 
+@documented
 @dataclass
 class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.
 
     `per_device_train_batch_size` counts questions. Raises ConfigError, naming every problem found.
     """
+
+    rewards_are_known = False
 
 
 class TGRPOTrainer(QuestionTrainer):
@@ -96,10 +100,17 @@ class TGRPOTrainer(QuestionTrainer):
     model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the
     paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
     signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
-    train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample, or a `datasets.Dataset` of the
-    record fields. processing_class: the model's processor (default: the checkpoint's). peft_config: trains
-    adapters only. engine: what samples (default: the model itself, in this process). recipe: what config.yaml
-    is written from (default: `args`).
+    train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
+    `datasets.Dataset` of the record fields. processing_class: the model's processor (default: the
+    checkpoint's). peft_config: trains adapters only. engine: what samples (default: the model itself, in this
+    process). recipe: what config.yaml is written from (default: `args`).
+
+    A function of `reward_funcs` is called once a step with the process's ordered completions (and for the
+    trial before the first step). Each argument is a list with an entry for each: `prompts` and `completions`
+    are texts without chat markup, `completion_ids` lists of ints, and every field of the rows comes by its
+    name (`solution`, `problem_type`, `path`, … and your own; None where a row has it not). It gives a finite
+    number for each, or None where it does not apply. Its name is that of its series `reward/<name>` and of
+    its weight in `reward_weights`.
 
     Raises ConfigError and ManifestError when it is built; `train` raises VideoR1Error when no reward is in
     reach, when media are missing as a whole or the loss stays not finite.

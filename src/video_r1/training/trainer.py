@@ -106,7 +106,7 @@ class QuestionTrainer(Trainer, ABC):
         if recipe is None:  # else the recipe has seen to it
             adopt(args, model)
         set_seed(args.seed)  # new adapters are drawn at random
-        trained, processing_class = given_model(model, processing_class, peft_config)
+        trained, processing_class = given_model(model, processing_class, peft_config, args)
         self.settings = args
         self.folder = Path(args.output_dir)
         self.builder = PromptBuilder(
@@ -129,8 +129,8 @@ class QuestionTrainer(Trainer, ABC):
         super().__init__(
             model=trained,
             args=args,
-            train_dataset=as_samples(train_dataset),
-            eval_dataset=as_samples(eval_dataset),
+            train_dataset=as_samples(train_dataset, args),
+            eval_dataset=as_samples(eval_dataset, args),
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
@@ -229,7 +229,7 @@ class QuestionTrainer(Trainer, ABC):
             for name, part in questions.items():
                 metrics |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return metrics
-        samples = as_samples(questions)
+        samples = as_samples(questions, self.settings)
         if not samples:
             raise ConfigError("evaluation needs an eval_dataset with at least one question")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.validate(samples).items()}
