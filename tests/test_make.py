@@ -11,10 +11,10 @@ import pytest
 from made_tables import make, write_shelf, written
 
 from video_r1.cli import main
-from video_r1.data.layouts import LAYOUTS, layout_of
+from video_r1.data.making.layouts import LAYOUTS, layout_of
+from video_r1.data.making.refusals import REMEDIES
+from video_r1.data.making.subtitles import subtitle_lines
 from video_r1.data.records import load_manifest
-from video_r1.data.refusals import REMEDIES
-from video_r1.data.subtitles import subtitle_lines
 from video_r1.errors import RequestError
 
 

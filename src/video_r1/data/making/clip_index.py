@@ -8,10 +8,10 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 
+from video_r1.data.making.refusals import Refused
+from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
 from video_r1.data.places import IMAGE_ENDINGS, VIDEO_ENDINGS, data_type_of
-from video_r1.data.refusals import Refused
 from video_r1.data.remote import is_address
-from video_r1.data.subtitles import SUBTITLE_ENDINGS
 
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
 _NEIGHBOURS = 100  # names on either side that are compared with one that is missing

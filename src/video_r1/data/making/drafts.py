@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from video_r1.data.answers import LETTERS, parse_number
-from video_r1.data.clip_index import ClipIndex
-from video_r1.data.layouts import Draft
+from video_r1.data.making.clip_index import ClipIndex
+from video_r1.data.making.layouts import Draft
+from video_r1.data.making.refusals import Refused
+from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 from video_r1.data.options import Reading, listed, options_of, read_choice, split_options
 from video_r1.data.places import MediaPlaces, data_type_of
 from video_r1.data.records import DATA_TYPES, FIELDS
-from video_r1.data.refusals import Refused
-from video_r1.data.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 
 SubtitleForm = Literal["off", "text", "timed"]
 _TYPE_NAMES = {

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from video_r1.data.making.refusals import Refused
+from video_r1.data.making.tabular import KEY
 from video_r1.data.options import Reading
-from video_r1.data.refusals import Refused
-from video_r1.data.tabular import KEY
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]
