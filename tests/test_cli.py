@@ -188,7 +188,8 @@ def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
     assert done.returncode == 2
     assert done.stderr == (
         "video-r1: temporal_rule (option --temporal_rule) is 'never'; it must be "
-        "margin | threshold | weight | likelihood | likelihood_step | likelihood_apart | tokens | off\n"
+        "margin | threshold | weight | likelihood | likelihood_step | likelihood_apart | "
+        "likelihood_gate | tokens | off\n"
     )
 
 

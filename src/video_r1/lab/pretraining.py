@@ -4,6 +4,7 @@ The base learns to see and to speak, not to answer: whatever the prompt says, it
 frames, in the order of time. A user's Qwen2.5-VL has learnt as much, and more, before anyone trains it here.
 """
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator
@@ -224,7 +225,7 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
             print(f"step {step}/{steps}  loss {total / count:.4f}  {rate:.2f} steps/s", flush=True)
             total, count = 0.0, 0
         if step % 1000 == 0 or step == steps:
-            model.save_pretrained(folder)
+            copy.deepcopy(model).bfloat16().save_pretrained(folder)  # half the size
             build_processor(tokenizer).save_pretrained(folder)
             replace_json(folder / RECORD, LEARNT)
             follow_umask(folder)

@@ -44,6 +44,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "likelihood-reversed": {"temporal_rule": "likelihood", "temporal_contrast": "reversed"},
     "likelihood-frozen": {"temporal_rule": "likelihood", "temporal_contrast": "frozen"},
     "apart": {"temporal_rule": "likelihood_apart", "temporal_alpha": 1.0},
+    "gate": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9},
+    "gate-frozen": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"},
     "tokens": {"temporal_rule": "tokens"},
     "audit": {"temporal_rule": "off", "keep": "ordered - shuffled > 0.1"},
 }

@@ -69,6 +69,8 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
     correct: [G] bool; drops: [G] float, Δ_i in nats a token (training/drops.py). Returns [G] float32:
     likelihood:      α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0: the share of its tokens' probability that is lost
     likelihood_apart: the same, but added to the advantages (training/advantages.py)
+    likelihood_gate: −α·exp(−Δ_i), at most 0 and at least −α: with α = 1 a correct response keeps of its
+                     accuracy what the contrast clip takes from it
     likelihood_step: α if Δ_i > mean_j Δ_j, else 0                       (TaRO, arXiv 2606.09248)
     Unlike a bonus that all correct responses share, it does not cancel in advantages.
     """
@@ -76,10 +78,12 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
         raise ValueError(f"{len(correct)} responses but {len(drops)} drops")
     if rule in ("likelihood", "likelihood_apart"):
         amounts = -torch.expm1(-drops.clamp(min=0.0))
+    elif rule == "likelihood_gate":
+        amounts = -torch.exp(-drops.clamp(min=0.0))
     elif rule == "likelihood_step":
         amounts = (drops > drops.mean()).to(drops.dtype)
     else:
-        raise ValueError(f"the rule {rule!r} is none of likelihood, likelihood_apart and likelihood_step")
+        raise ValueError(f"the rule {rule!r} is none of those by likelihood")
     return alpha * correct.to(torch.float32) * amounts.to(torch.float32)
 
 

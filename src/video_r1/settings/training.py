@@ -16,8 +16,9 @@ Schedule = Literal[
 
 AdvantageScale = Literal["group", "batch", "task", "none"]
 TemporalRule = Literal[
-    "margin", "threshold", "weight", "likelihood", "likelihood_step", "likelihood_apart", "tokens", "off"
-]
+    "margin", "threshold", "weight", "likelihood", "likelihood_step", "likelihood_apart", "likelihood_gate",
+    "tokens", "off",
+]  # fmt: skip
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -194,7 +195,7 @@ class TGRPOSettings(TrainingSettings):
     @property
     def needs_drops(self) -> bool:
         """Whether it needs the log-probs of the ordered completions behind the contrast clip."""
-        return self.temporal_rule in ("likelihood", "likelihood_step", "likelihood_apart", "tokens")
+        return self.temporal_rule.startswith("likelihood") or self.temporal_rule == "tokens"
 
     @property
     def shuffled_generations(self) -> int:
