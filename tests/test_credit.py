@@ -212,6 +212,9 @@ def test_likelihood_reward() -> None:
     # the mean is 0.623, with the wrong response's in it
     step = likelihood_reward(correct, drops, "likelihood_step", alpha=0.3)
     torch.testing.assert_close(step, torch.tensor([0.3, 0.0, 0.0, 0.0]))
+    # with α = 1 a correct response keeps of its 1 what is lost: 0.5, 0, and 0.259; a wrong one pays nothing
+    gate = likelihood_reward(correct, drops, "likelihood_gate", alpha=1.0)
+    torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.7408182]))
     with pytest.raises(ValueError, match="4 responses but 2 drops"):
         likelihood_reward(correct, drops[:2], "likelihood")
     with pytest.raises(ValueError, match="'margin'"):
@@ -227,6 +230,25 @@ def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
     std = ((0.6125**2 + 0.4625**2 + 2 * 0.5375**2) / 3) ** 0.5
     assert paid.advantages[:2].tolist() == pytest.approx([0.6125 / (std + 1e-4), 0.4625 / (std + 1e-4)])
     assert seen["temporal/credit"] > 0.05 and seen["temporal/credit_groups"] == 1.0
+
+
+def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_does() -> None:
+    """Rewards 0.1, 0.1, 0, 0 are worth what 1, 1, 0, 0 are. With the drops ln 9 and 0 the two correct ones
+    earn 0.9 and 0.1, and the second falls below the group's mean of 0.25."""
+    settings = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.9, length_reward=0)
+    alike, unlike = group("1100"), group("1100")
+    for each, second in ((alike, 0.0), (unlike, math.log(9))):
+        drops = torch.tensor([second, 0.0, 1.0, 1.0])
+        correct = each.rewards["accuracy"] > 0.5
+        each.rewards["temporal"] = likelihood_reward(correct, drops, "likelihood_gate", alpha=0.9)
+        each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
+    give_advantages([alike, unlike], settings)
+    assert alike.base_advantages is not None
+    torch.testing.assert_close(
+        alike.advantages, alike.base_advantages, rtol=0, atol=2e-3
+    )  # eps
+    std = ((0.65**2 + 0.15**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-4
+    assert unlike.advantages.tolist() == pytest.approx([0.65 / std, -0.15 / std, -0.25 / std, -0.25 / std])
 
 
 def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
