@@ -244,9 +244,7 @@ def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_do
         each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
     give_advantages([alike, unlike], settings)
     assert alike.base_advantages is not None
-    torch.testing.assert_close(
-        alike.advantages, alike.base_advantages, rtol=0, atol=2e-3
-    )  # eps
+    torch.testing.assert_close(alike.advantages, alike.base_advantages, rtol=0, atol=2e-3)  # eps
     std = ((0.65**2 + 0.15**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-4
     assert unlike.advantages.tolist() == pytest.approx([0.65 / std, -0.15 / std, -0.25 / std, -0.25 / std])
 
