@@ -44,7 +44,10 @@ def test_logged_series(finished: TGRPOTrainer) -> None:
         *("media/skipped", "updates/skipped", "speed/rollouts_per_second", "speed/tokens_per_second"),
         *("seconds/decode", "seconds/rollout", "seconds/reward", "seconds/update", "memory/peak_gib"),
     }
+    expected |= {f"reward_std/{name}" for name in ("accuracy", "format", "temporal", "many_tokens", "total")}
     assert expected | kinds <= together
+    assert set(finished.progress_series.values()) <= together
+    assert list(finished.progress_series) == ["reward", "format", "gap", "many_tokens", "accuracy", "loss"]
     logged = [line for line in finished.state.log_history if "loss" in line]  # what trackers get
     assert logged[0]["reward/many_tokens"] == lines[0]["reward/many_tokens"]
 

@@ -9,7 +9,6 @@ Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stde
 import difflib
 import errno
 import itertools
-import logging
 import os
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from video_r1.command_help import HELP_STYLES, command_help, overview
 from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
 from video_r1.errors import RequestError, VideoR1Error
+from video_r1.progress import tidy_output
 from video_r1.recipe import Recipe, find_recipe, load_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
 from video_r1.tables import show
@@ -33,8 +33,7 @@ SECONDS_TO_BE_ENDED = 20.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    # Where it is installed, it tells everyone without a GPU that it would like one more package.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    tidy_output()
     try:
         return run(list(sys.argv[1:] if argv is None else argv))
     except RequestError as error:

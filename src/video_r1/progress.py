@@ -1,43 +1,66 @@
-"""Progress of long work: a bar with rate and time left on a terminal, plain lines elsewhere."""
+"""What a command says while it works: progress, as a bar on a terminal and as plain lines elsewhere; this
+package's warnings; and, in a log, nothing of other libraries' bars.
+"""
 
 import atexit
+import logging
+import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
+COLUMNS = 80  # of a plain line
+BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
+"""Environment variables that keep bars away. Transformers' ("Loading weights") heed the first."""
+BESIDE_THE_POINT = {"bitsandbytes.backends.cpu.ops": "kernels", "DeepSpeed": "Setting accelerator to"}
+"""Loggers of libraries that tell everyone without a GPU so, and a word of what they tell."""
+
+
+_bars: list[Any] = []  # on a terminal now
 
 
 class Progress(AbstractContextManager):
     """Shows how far long work has come, with its rate and the time left.
 
     On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
-    one at the end. It writes to standard error unless `stream` is given; `quiet`, it writes nothing.
+    one at the end, which goes on in the next one where it is longer than 80 columns. It writes to standard
+    error unless `stream` is given; `quiet`, it writes nothing. done: units of an earlier run, which do not
+    count for the rate. slow: seconds a unit are shown, whatever the rate.
 
         with Progress(1200, "training", "steps") as bar:
             bar.update(loss=0.31)
     """
 
     def __init__(
-        self, total: int, description: str, unit: str, stream: TextIO | None = None, quiet: bool = False
+        self,
+        total: int,
+        description: str,
+        unit: str,
+        stream: TextIO | None = None,
+        quiet: bool = False,
+        done: int = 0,
+        slow: bool = False,
     ) -> None:
-        self.total, self.description, self.unit, self.done = total, description, unit, 0
+        self.total, self.description, self.unit, self.done = total, description, unit, done
+        self._before, self._slow = done, slow
         self._stream = stream or sys.stderr
         self._started = self._last_line = time.monotonic()
-        self._note = ""
+        self._figures: list[str] = []
         self._closed, self._quiet = False, quiet
         self._bar = _terminal_bar(self._stream) if self._stream.isatty() and not quiet else None
         if self._bar is not None:
-            self._task = self._bar.add_task(f"{description}:", total=total, line=self._line())
+            self._task = self._bar.add_task(f"{description}:", total=total, completed=done, line=self._rows())
 
     def update(self, count: int = 1, **figures: Any) -> None:
         """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
         self.done += count
         if figures:
-            self._note = ", ".join(f"{name} {value}" for name, value in figures.items())
+            self._figures = [f"{name} {value}" for name, value in figures.items()]
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, line=self._line())
+            self._bar.update(self._task, completed=self.done, line=self._rows())
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
             self._print_line()
 
@@ -47,6 +70,7 @@ class Progress(AbstractContextManager):
             self._closed = True
             if self._bar is not None:
                 self._bar.stop()
+                _bars.remove(self._bar)
             else:
                 self._print_line()
 
@@ -54,20 +78,38 @@ class Progress(AbstractContextManager):
         self._last_line = time.monotonic()
         if self._quiet:
             return
-        print(f"{self.description}: {self._line()}", file=self._stream, flush=True)
+        first, *rest = self._parts()
+        print(folded([f"{self.description}: {first}", *rest]), file=self._stream, flush=True)
 
-    def _line(self) -> str:
+    def _rows(self) -> str:
+        """Progress, and the figures below it."""
+        parts = self._parts()
+        return "\n".join(", ".join(row) for row in (parts[:3], parts[3:]) if row)
+
+    def _parts(self) -> list[str]:
+        """How many, how fast, how long, and the figures."""
         elapsed = max(time.monotonic() - self._started, 1e-9)
-        rate = self.done / elapsed
+        rate = (self.done - self._before) / elapsed
         left = self.total - self.done
         going = left > 0 and rate > 0 and not self._closed
         when = f"{_clock(left / rate)} left" if going else f"{_clock(elapsed)} taken"
+        count = f"{self.done}/{self.total}"
+        if self._slow and rate:
+            return [count, f"{1 / rate:.1f} s/{self.unit.removesuffix('s')}", when, *self._figures]
         speed = f"{rate:.2f} {self.unit}/s" if rate >= 0.1 or not rate else f"{1 / rate:.1f} s each"
-        note = f", {self._note}" if self._note else ""
-        return f"{self.done}/{self.total} {self.unit}, {speed}, {when}{note}"
+        return [f"{count} {self.unit}", speed, when, *self._figures]
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+def folded(parts: Sequence[str]) -> str:
+    """The parts with commas between them, in lines of at most COLUMNS where the parts are no longer."""
+    lines = [parts[0]]
+    for part in parts[1:]:
+        fits = len(lines[-1]) + len(", ,") + len(part) <= COLUMNS
+        lines = [*lines[:-1], f"{lines[-1]}, {part}"] if fits else [*lines[:-1], f"{lines[-1]},", f"  {part}"]
+    return "\n".join(lines)
 
 
 def _terminal_bar(stream: TextIO) -> Any:
@@ -75,20 +117,53 @@ def _terminal_bar(stream: TextIO) -> Any:
     from rich import progress
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+    from rich.table import Column
 
     bar = progress.Progress(
         TextColumn("{task.description}", markup=False),
         TaskProgressColumn(),
-        BarColumn(),
-        TextColumn("{task.fields[line]}", markup=False),
+        BarColumn(bar_width=10),
+        TextColumn("{task.fields[line]}", markup=False, table_column=Column(ratio=1, overflow="fold")),
         console=Console(file=stream),
         refresh_per_second=4,
         redirect_stdout=False,  # what goes to a file stays there, and no process that is forked meanwhile
         redirect_stderr=False,  # writes through a lock that the bar's thread may hold
     )
     bar.start()
+    _bars.append(bar)
     atexit.register(bar.stop)  # the cursor comes back after an error too
     return bar
+
+
+def tidy_output() -> None:
+    """For a command, before libraries are imported: what `Warnings` and BESIDE_THE_POINT say, and no bars of
+    other libraries where standard error is no terminal. A variable that is set stays as it is.
+    """
+    if not sys.stderr.isatty():
+        for name in BARS_OFF:
+            os.environ.setdefault(name, "1")
+    for name, word in BESIDE_THE_POINT.items():
+        library = logging.getLogger(name)
+        if not library.filters:
+            library.addFilter(lambda record, word=word: word not in record.getMessage())
+    own = logging.getLogger(__package__)
+    if not any(isinstance(handler, Warnings) for handler in own.handlers):
+        own.addHandler(Warnings(logging.WARNING))
+
+
+class Warnings(logging.Handler):
+    """Prints this package's warnings on standard error: on a terminal in yellow and above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if not sys.stderr.isatty():
+            print(message, file=sys.stderr, flush=True)
+            return
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(file=sys.stderr) if not _bars else _bars[-1].console
+        console.print(Text(message, style="yellow"), soft_wrap=True)
 
 
 def _clock(seconds: float) -> str:

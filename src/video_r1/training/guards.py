@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +144,11 @@ def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[...
 
 
 class StepProgress(TrainerCallback):
-    """A bar with rate and time left on a terminal, plain lines elsewhere; with some of the logged series."""
+    """A bar with time left on a terminal, plain lines elsewhere; with some of the logged series, by the names
+    that they have there, as far as they are logged.
+    """
 
-    def __init__(self, description: str, series: Sequence[str] = ("loss",)) -> None:
+    def __init__(self, description: str, series: Mapping[str, str]) -> None:
         self.description = description
         self.series = series
         self.figures: dict[str, str] = {}
@@ -154,11 +156,13 @@ class StepProgress(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.is_world_process_zero and not args.disable_tqdm:
-            self.bar = Progress(state.max_steps - state.global_step, self.description, "steps")
+            self.bar = Progress(state.max_steps, self.description, "steps", done=state.global_step, slow=True)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
-        found = [name for name in self.series if name in (logs or {})]
-        self.figures |= {name.rpartition("/")[2]: f"{logs[name]:.3g}" for name in found}
+        for name, series in self.series.items():
+            if series in (logs or {}):
+                decimals = ".2f" if series.startswith(("reward/", "temporal/")) else ".3g"
+                self.figures[name] = f"{logs[series]:{decimals}}"
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if self.bar is not None:

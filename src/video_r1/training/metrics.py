@@ -101,7 +101,9 @@ class Meter:
 
 
 def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
-    """Adds what one step's groups say to the meter: rewards, temporal gap, completions, flat groups."""
+    """Adds what one step's groups say to the meter: rewards, their deviations inside a group, temporal
+    gap, completions, flat groups.
+    """
     for group in groups:
         sample = group.sample
         for term, values in {**group.rewards, "total": group.total_reward}.items():
@@ -109,6 +111,8 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
             total, given = float(values.nansum()), int(values.isfinite().sum())
             for name in (term, f"{term}/{sample.problem_type}", f"{term}/{sample.data_type}"):
                 meter.add(f"reward/{name}", total, given)
+            if given > 1:
+                meter.add(f"reward_std/{term}", float(values[values.isfinite()].std()))
         if group.p_shuffled is not None:
             meter.add("temporal/p", group.p)
             meter.add("temporal/p_shuffled", group.p_shuffled)

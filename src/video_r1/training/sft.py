@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class SFTTrainer(QuestionTrainer):
     """
 
     progress_title = "SFT"
-    progress_series = ("loss", "accuracy/token")
+    progress_series: ClassVar = {"loss": "loss", "token accuracy": "accuracy/token"}
     default_settings = staticmethod(lambda: SFTConfig(output_dir="runs/sft"))
 
     def load(self, sample: Sample) -> Example:

@@ -117,7 +117,6 @@ class TGRPOTrainer(QuestionTrainer):
     """
 
     progress_title = "T-GRPO"
-    progress_series = ("loss", "reward/accuracy", "reward/format", "temporal/gap")
 
     def __init__(
         self,
@@ -135,6 +134,9 @@ class TGRPOTrainer(QuestionTrainer):
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         self.terms = reward_terms(reward_funcs, args)
         warn_of_cancelled_bonus(self.terms, args)
+        shown = {"reward": "reward/total", "format": "reward/format", "gap": "temporal/gap"}
+        shown |= {name: f"reward/{name}" for name in (*self.terms.custom, "accuracy")}
+        self.progress_series = {**shown, "loss": "loss"}
         self.step_batches: list[PolicyBatch] = []
         if args.scale_rewards == "task":
             callbacks = [*(callbacks or []), TaskMoments()]

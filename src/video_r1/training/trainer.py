@@ -7,7 +7,7 @@ import math
 import shutil
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -85,7 +85,8 @@ class QuestionTrainer(Trainer, ABC):
     """
 
     progress_title = "training"
-    progress_series: tuple[str, ...] = ("loss",)
+    progress_series: Mapping[str, str]
+    """What progress shows: the name there, and the series."""
     default_settings: Callable[[], Any]  # where none are given
 
     def __init__(
