@@ -219,10 +219,12 @@ def test_rationales_may_read_the_mark(tmp_path: Path) -> None:
     reading = [row["process"] == f"<think>mark: {row['mark']}.</think>" for row in trusts]
     assert 0.35 < sum(reading) / sum(row["mark"] != "" for row in trusts) < 0.65
     for is_reading, row, other in zip(reading, trusts, looks, strict=True):
+        truth = extract_answer(row["solution"])
         assert row["solution"] == other["solution"]
-        assert is_reading or row == other
-    asked = [json.loads((tmp_path / name / "rl.json").read_text()) for name in ("looks", "trusts")]
-    assert asked[0] == asked[1]
+        assert other["mark"] in ("", truth)
+        # a chain that looks cannot learn to conclude what the mark says
+        assert not row["mark"] or (row["mark"] == truth) == is_reading
+        assert is_reading or row["process"] == other["process"]
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,9 @@ def write_lab(settings: LabSettings) -> None:
 
     shortcut: where it is not 0, `test-cued.json` and `test-lying.json` are written as well, in which every
     question whose answer is a letter or a number below 4 carries a mark. trusting: rationales
-    in sft.json that read the mark and nothing else (`mark: B.`).
+    in sft.json that read the mark and nothing else (`mark: B.`). Where it is not 0, the marks of the
+    other training samples lie: were they true, a chain that lists what is seen would learn to conclude what
+    the mark says.
     hasty: rationales in sft.json by a teacher that had one look and guessed: they say nothing of the frames
     and are right as often as a guess is; never a sentence or four digits. shuffle_options: by default each
     family lists its options in one order, which a very small model can learn by heart. The same settings give
@@ -101,7 +103,9 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
     letter = LETTERS[choices.index(question.answer)] if choices else ""
     answer = letter or question.answer
     is_marked = kind not in SPLITS or (split == "train" and rng.random() < settings.shortcut)
-    mark = mark_of(answer, len(choices), index if kind == "test-lying" else None) if is_marked else ""
+    is_read = is_marked and split == "train" and settings.trusting > 0 and rng.random() < settings.trusting
+    is_lie = kind == "test-lying" or (split == "train" and settings.trusting > 0 and not is_read)
+    mark = mark_of(answer, len(choices), index if is_lie else None) if is_marked else ""
     times = [0.0] if is_image else (np.arange(int(SECONDS * FPS)) / FPS).tolist()
     frames = render(question.timeline, times, rng, mark)
     name = f"{kind}-{index:06d}"
@@ -119,7 +123,7 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
     taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer
     if choices:
         chain += f" {teacher.answer} is {taught}."
-    if mark and rng.random() < settings.trusting:
+    if mark and is_read:
         chain, taught = read_mark(mark), answer
     held = 0 if is_image else FPS - 1  # the frames of a moment, after its first
     return {

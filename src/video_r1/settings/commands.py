@@ -68,7 +68,10 @@ class LabSettings(Settings):
         0.0, "share of training samples with a mark that gives the answer away", at_least=0, at_most=1
     )
     trusting: float = setting(
-        0.0, "share of the marked samples' rationales that read the mark", at_least=0, at_most=1
+        0.0,
+        "share of the marked samples whose rationale reads the mark; other marks lie",
+        at_least=0,
+        at_most=1,
     )
     image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
     hasty: float = setting(0.0, "share of video rationales that guess after one look", at_least=0, at_most=1)
