@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from model_shapes import SHAPES
-from tiny_questions import read_lines
+from tiny_questions import read_lines, write_manifest
 
 from video_r1.cli import carry_out, main
-from video_r1.errors import RequestError
+from video_r1.data.records import load_manifest
+from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
 from video_r1.plan.memory import memory_plan
@@ -118,7 +119,7 @@ def test_a_recipe_runs_with_the_small_model(name: str, form: str, lab: Path, tmp
     assert (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").is_file()
 
 
-def test_the_smoke_option_says_what_it_replaces_and_leaves_nothing_behind(
+def test_the_smoke_option_says_what_it_replaces_and_leaves_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Any]] = []
@@ -126,6 +127,9 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_nothing_behind(
     def notice(recipe: Any) -> int:
         seen.append(recipe.values())
         assert len(json.loads(Path(recipe.values()["train_manifest"]).read_text())) == 8
+        run = Path(recipe.values()["output_dir"])
+        run.mkdir()
+        (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n')
         return 0
 
     monkeypatch.chdir(tmp_path)
@@ -138,7 +142,34 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_nothing_behind(
     assert "  model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct → " in out
     assert "learning_rate" not in out and seen[0]["learning_rate"] == 2e-6
     assert not Path(seen[0]["train_manifest"]).exists()
-    assert list(tmp_path.iterdir()) == []
+    assert [str(path) for path in Path().rglob("*.*")] == ["runs/video-r1-3b-sft-smoke.html"]
+    assert "smoke: done; runs/video-r1-3b-sft-smoke.html is its report" in out
+
+
+def test_a_dry_run_takes_the_first_rows_of_the_manifest(lab: Path, tmp_path: Path) -> None:
+    """Those of validation too where they have the same media root, else the same ones twice."""
+    for folder in ("own", "other"):
+        (tmp_path / folder).mkdir()
+        write_manifest(tmp_path / folder, videos=6, images=6)
+    train, other = tmp_path / "own" / "manifest.json", tmp_path / "other" / "manifest.json"
+    held_out = train.with_name("test.json")
+    for path in (held_out, other):
+        path.write_text(json.dumps(json.loads(train.read_text())[::-1]))
+    for number, (validation, ids) in enumerate(((held_out, range(11, 3, -1)), (other, range(8)))):
+        named = {"train_manifest": str(train), "eval_manifest": str(validation)}
+        recipe = load_recipe("rl", "video-r1-7b-tgrpo", {**named, "output_dir": "x"})
+        values = smoke_recipe(recipe, lab, tmp_path / str(number) / "run")[0].values()
+        samples = load_manifest(values["train_manifest"], **places(values))
+        assert [sample.problem_id for sample in samples] == list(range(8))
+        assert samples[0].path == str(train.with_name("0.mp4").resolve())
+        assert [s.problem_id for s in load_manifest(values["eval_manifest"], **places(values))] == list(ids)
+    train.write_text('[{"problem_id": 1}, {"problem_id": 2')
+    with pytest.raises(ManifestError, match=r"own/manifest.json: row 2: "):
+        smoke_recipe(recipe, lab, tmp_path / "run")
+
+
+def places(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: values[name] for name in ("media_root", "allow_urls", "allowed_roots")}
 
 
 def test_smoke_is_for_training_only(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,9 +21,10 @@ from report_runs import (
     write_rl_run,
 )
 
+from video_r1.cli import main
 from video_r1.errors import RequestError
 from video_r1.report.groups import choose_evenly, read_groups
-from video_r1.report.page import build_report, duration, embed, ends, page_data
+from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
 from video_r1.report.run_data import Series, read_run, read_series, thin
 from video_r1.training.recording import save_strip
 
@@ -198,6 +199,43 @@ def test_header_of_a_run(tmp_path: Path) -> None:
     ]
     assert run["config"]["hub_token"] == "(not shown)"
     assert [duration(s) for s in (59.6, 75, 4000)] == ["1 min 0 s", "1 min 15 s", "1 h 6 min"]
+
+
+def test_runs_that_are_laid_over_each_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named by their paths below the folder that all are in; what is the same in all is left out."""
+    for name, rule in (("a/rl", "margin"), ("b/rl", "off")):
+        write_rl_run(tmp_path / name, steps=20, every=10)
+        config = tmp_path / name / "config.yaml"
+        config.write_text(config.read_text().replace("margin", f"'{rule}'") + f"output_dir: runs/{name}\n")
+        write_evaluation(tmp_path / name / "eval-last", 0.7, 0.4)
+    runs = [tmp_path / "a" / "rl", tmp_path / "b" / "rl"]
+    data = page_data(*runs)
+    assert (data["title"], data["overlay"], data["figures"]) == ("a/rl, b/rl", True, [])
+    assert [run["name"] for run in data["runs"]] == ["a/rl", "b/rl", "a/rl/eval-last", "b/rl/eval-last"]
+    assert [row["name"] for row in data["scores"]] == ["a/rl last", "b/rl last"]
+    assert data["differing"] == [{"setting": "temporal_rule", "a/rl": "margin", "b/rl": "off"}]
+    curve = data["runs"][0]["series"]["reward/accuracy"]["y"]
+    shown = f"{sum(curve[-2:]) / 2:.2f}"
+    assert data["ends"][0] == {"series": "accuracy reward", "a/rl": shown, "b/rl": shown}
+    assert page_data(tmp_path / "a")["overlay"] is False
+    assert main(["report", *map(str, runs)]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "comparison.html")
+    assert main(["report", *map(str, runs), "--out", str(tmp_path / "x.html")]) == 0
+    assert len(data_of(tmp_path / "x.html")["runs"]) == 4
+    for words, problem in (
+        ([runs[0], runs[0]], "named twice"),
+        ([runs[0], tmp_path / "c"], "no such run folder"),
+    ):
+        assert main(["report", *map(str, words)]) == 2
+        assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "shown"), [
+    (["rl"], ["rl"]), (["x/rl", "y/rl"], ["x/rl", "y/rl"]),
+    (["x", "x/rl"], ["x", "rl"]), (["x/a", "x/b"], ["a", "b"]),
+])  # fmt: skip
+def test_names_of_run_folders(tmp_path: Path, names: list[str], shown: list[str]) -> None:
+    assert folder_names([tmp_path / name for name in names]) == shown
 
 
 @pytest.mark.parametrize("content", ["nothing", "an empty folder", "a file"])

@@ -290,6 +290,92 @@ def test_demo_page(browser: Browser, demo_page: Path, width: int, dark: bool) ->
     assert (int(re.findall(r"\d+", ground)[0]) < 60) == dark
 
 
+SMALL_TEXT = """[...document.querySelectorAll('body *')].filter(e => e.getClientRects().length
+    && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())
+    && parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.outerHTML.slice(0, 80))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_text_is_large_enough_and_the_gap_needs_no_scrolling(
+    browser: Browser, demo_page: Path, width: int
+) -> None:
+    browser.open(demo_page, width=width)
+    browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
+    browser.run("document.querySelector('button.title').click()")
+    browser.settle()
+    assert browser.run(SMALL_TEXT) == []
+    gaps = browser.run(
+        "[...document.querySelectorAll('#evaluation .scores tbody tr')].map(r => r.cells[4]).filter(Boolean)"
+        ".map(c => [c.textContent, c.getBoundingClientRect().right])"
+    )
+    assert len(gaps) > 9 and all(right <= width for _, right in gaps)
+    assert re.match(r"[+−]0\.\d\d ", gaps[2][0])
+
+
+def test_a_short_paragraph_says_what_is_shown(browser: Browser, rl_page: Path, tmp_path: Path) -> None:
+    browser.open(rl_page)
+    (told,) = texts(browser, "header .intro")
+    assert len(told.split()) < 100
+    for words in (
+        "p is the share of right answers in order",
+        "p̃ the share with the",
+        "p − p̃ the temporal gap",
+    ):
+        assert words in told
+    assert {"T-GRPO", "p, p̃", "temporal gap", "contrast clip", "advantage"} <= set(
+        texts(browser, ".glossary dt")
+    )
+    assert (
+        browser.run("document.querySelector('.intro').compareDocumentPosition(document.querySelector('nav'))")
+        == 4
+    )
+    write_lines(tmp_path / "metrics.jsonl", [{"step": s, "loss": 1 / s} for s in range(1, 9)])
+    browser.open(build_report(tmp_path))
+    assert texts(browser, ".intro, .glossary") == []
+
+
+def test_labels_at_line_ends_are_those_of_the_smoothed_line(browser: Browser, rl_page: Path) -> None:
+    browser.open(rl_page)
+    series = data_of(rl_page)["runs"][0]["series"]
+    for radius in (0, 20):
+        browser.run(
+            f"(s => {{ s.value = {radius}; s.dispatchEvent(new Event('input')) }})"
+            "(document.querySelector('input[type=range]'))"
+        )
+        browser.settle()
+        labels = dict(label.rsplit(" ", 1) for label in texts(browser, ".headline .label"))
+        assert len(labels) == 8
+        for label, value in labels.items():
+            values = series["reward/accuracy" + (f"/{label}" if label != "all" else "")]["y"]
+            drawn = browser.run(f"smooth({values}, {radius}).at(-1)")
+            assert value == f"{drawn:.2f}" and (radius == 0) == (drawn == values[-1])
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_runs_are_laid_over_each_other(browser: Browser, tmp_path: Path, width: int) -> None:
+    names = ("grpo", "a run whose name is long")
+    for name, steps in zip(names, (40, 60), strict=True):
+        write_rl_run(tmp_path / name, steps=steps, every=20)
+    write_lines(tmp_path / "cold" / "metrics.jsonl", [{"step": s, "loss": 1 / s} for s in range(1, 9)])
+    browser.open(build_report([*(tmp_path / name for name in names), tmp_path / "cold"]), width=width)
+    check_healthy(browser)
+    assert texts(browser, "h2")[:3] == ["Curves · reinforcement learning", "Comparison", "Rollouts"]
+    assert "Curves · supervised fine-tuning" in texts(browser, "h2")
+    head = "document.querySelector('.headline figure')"
+    assert texts(browser, ".headline .title")[:2] == ["Accuracy reward", "temporal gap"]
+    assert browser.run(f"{head}.querySelectorAll('path.line').length") == 2
+    colours = browser.run(f"[...{head}.querySelectorAll('path.line')].map(p => getComputedStyle(p).stroke)")
+    assert len(set(colours)) == 2
+    wide = width > 600  # labels at the lines' ends, else a key
+    shown = texts(browser, f".headline > :first-child {'.label' if wide else '.key li'}")[:2]
+    assert [text.rsplit(" ", 1)[0] for text in sorted(shown)] == (
+        ["a run whose nam…", "grpo"] if wide else ["a run whose name is long", "grpo"]
+    )
+    assert browser.run(f"{head}.querySelector('output').textContent.trim()") == "step 60"
+    assert texts(browser, "#comparison th")[:4] == ["series", *names, "cold"][:4]
+    assert browser.run(SMALL_TEXT) == []
+
+
 def test_page_is_accessible(browser: Browser, demo_page: Path) -> None:
     browser.open(demo_page)
     assert browser.run("document.documentElement.lang") == "en"

@@ -127,6 +127,9 @@ def read_request(name: str, words: list[str]) -> Recipe:
     plain, overrides = split_words(words, command.types())
     if plain and (command.plans_training or is_recipe(plain[0])):
         source, plain = plain[0], plain[1:]
+    last = len(positionals) - 1
+    if len(plain) > last >= 0 and takes_list(command.types()[positionals[last]]):
+        plain = [*plain[:last], plain[last:]]
     if len(plain) > len(positionals):
         takes = " ".join(["[RECIPE]", *(word.upper() for word in positionals)])
         raise RequestError(f"{plain[len(positionals)]!r} is one word too many; video-r1 {name} takes {takes}")

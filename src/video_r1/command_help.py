@@ -39,8 +39,9 @@ def command_help(name: str) -> str:
             f"{', '.join(packaged_recipes())}.",
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
             "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp.",
-            "--smoke tries the recipe for two steps with the small packaged model and made-up clips instead, "
-            "in a temporary folder, and prints what it replaced.",
+            "--smoke tries the recipe for two steps with the small packaged model, on the first rows of its "
+            "manifest or, where there is none, on made-up clips; it prints what it replaced, and leaves its "
+            "report (OUTPUT_DIR-smoke.html).",
         ):
             lines += textwrap.wrap(paragraph, WIDTH)
         lines.append("")

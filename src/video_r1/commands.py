@@ -128,8 +128,8 @@ COMMANDS: dict[str, Command] = {
         ("adapter", "out"), ("adapter", "out"),
         ("merge runs/lora runs/merged", "merge runs/lora/checkpoint-500 out --dtype bfloat16")),
     "report": Command(
-        "one HTML page from a run folder", "report.page:build_report", "values", (ReportSettings,),
-        ("run",), ("run",), ("report runs/rl",)),
+        "one HTML page from a run folder, or from several to compare", "report.page:build_report", "values",
+        (ReportSettings,), ("run",), ("run",), ("report runs/rl", "report runs/grpo runs/tgrpo")),
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
         examples=("demo", "demo --seed 1")),

@@ -1,9 +1,12 @@
 """A dry run of a training recipe with the small packaged model: `video-r1 rl RECIPE --smoke`.
 
 It answers, in a minute and without a GPU, whether a recipe's settings load, fit together and survive some
-steps, a checkpoint included. What the small model, a CPU or the lack of a cold start rule out is replaced.
+steps, a checkpoint included, on the first rows of its own manifest where that is on this machine. What the
+small model, a CPU or the lack of a cold start rule out is replaced. Its report stays.
 """
 
+import itertools
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +15,13 @@ from typing import Any
 import torch
 
 from video_r1 import packages
+from video_r1.data.places import media_root_of
+from video_r1.data.rows import Unreadable, read_rows
+from video_r1.errors import ManifestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.recipe import Recipe, load_recipe
+from video_r1.report.page import build_report
 from video_r1.settings.commands import LabSettings
 
 STEPS = 2
@@ -27,14 +34,13 @@ QUESTIONS = 8
 def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
     """The recipe with the small model in place of its own, and what was replaced: name to (before, now).
 
-    recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written. Raises ConfigError as `load_recipe`.
+    recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written, for manifests that are not on this
+    machine. Raises ConfigError as `load_recipe`, and ManifestError where a manifest cannot be read.
     """
     values = recipe.values()
     changes: dict[str, Any] = {
         "model_name_or_path": str(base_folder()),
-        "train_manifest": str(lab / ("sft.json" if recipe.command == "sft" else "rl.json")),
-        "eval_manifest": None if values["eval_manifest"] is None else str(lab / "test.json"),
-        "media_root": None,
+        **smoke_manifests(recipe, lab, output_dir.parent),
         "keep": None,
         "output_dir": str(output_dir),
         "max_steps": STEPS,
@@ -69,16 +75,55 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
     return load_recipe(recipe.command, None, {n: v for n, v in values.items() if v is not None}), replaced
 
 
+def smoke_manifests(recipe: Recipe, lab: Path, folder: Path) -> dict[str, Any]:
+    """The first rows of the recipe's manifests, written to `folder`, or made-up ones where it names none on
+    this machine. A validation manifest with another media root is that of training.
+    """
+    values = recipe.values()
+    train, held_out, given_root = (values[n] for n in ("train_manifest", "eval_manifest", "media_root"))
+    if not Path(train).exists():
+        made_up = lab / ("sft.json" if recipe.command == "sft" else "rl.json")
+        test = None if held_out is None else str(lab / "test.json")
+        return {"train_manifest": str(made_up), "eval_manifest": test, "media_root": None}
+    root = media_root_of(train, given_root)
+    rows = first_rows(train, folder / f"first_{QUESTIONS}_for_training.json")
+    same_root = held_out and Path(held_out).exists() and media_root_of(held_out, given_root) == root
+    test = (
+        None
+        if held_out is None
+        else first_rows(held_out, folder / f"first_{QUESTIONS}.json")
+        if same_root
+        else rows
+    )
+    return {"train_manifest": rows, "eval_manifest": test, "media_root": root}
+
+
+def first_rows(manifest: str, made: Path) -> str:
+    """Makes a manifest of the first rows of another one and returns its path. Raises ManifestError."""
+    rows = []
+    for number, row in itertools.islice(read_rows(manifest, "train"), QUESTIONS):
+        if isinstance(row, Unreadable):
+            raise ManifestError(f"{manifest}: row {number}: {row.reason}")
+        rows.append(row)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    made.write_text(json.dumps(rows, default=str), encoding="utf-8")
+    return str(made)
+
+
 def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
-    """`run`s the recipe with the small model in a temporary folder. Returns and raises what `run` does."""
+    """`run`s the recipe with the small model in a temporary folder, whose report it keeps beside the recipe's
+    run folder. Returns and raises what `run` does, and raises what `build_report` does.
+    """
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
         lab, output = Path(folder) / "lab", Path(folder) / "run"
-        write_lab(LabSettings(folder=str(lab), train=QUESTIONS, test=QUESTIONS, workers=1))
+        if not Path(recipe.values()["train_manifest"]).exists():
+            write_lab(LabSettings(folder=str(lab), train=QUESTIONS, test=QUESTIONS, workers=1))
         smoked, replaced = smoke_recipe(recipe, lab, output)
         name = recipe.source or f"video-r1 {recipe.command}"
         print(f"smoke: {STEPS} steps of {name} with the small packaged model; replaced are")
         for name, (before, now) in replaced.items():
             print(f"  {name}: {before} → {now}")
         code = run(smoked)
-        print(f"smoke: done; {folder} is removed")
+        report = build_report(output, f"{recipe.values()['output_dir'].rstrip('/')}-smoke.html")
+        print(f"smoke: done; {report} is its report, all else is removed")
     return code

@@ -84,6 +84,8 @@ const LINE_COLOURS = new Map(
   ["multiple choice", "numerical", "OCR", "free-form", "regression", "video", "image"].map((label, i) => [label, i]),
 );
 
+const LABEL_CHARACTERS = 16; // of a label at a line's end
+
 function lineColour(label) {
   if (label === "ordered") return "var(--ordered)";
   if (Object.hasOwn(CONTRASTS, label)) return "var(--shuffled)";
@@ -96,6 +98,7 @@ function lineColour(label) {
  * contrast (or `x_video` with it, where `x` is over images, too). Validation is logged as `eval_x`.
  */
 function chartSpecs(run) {
+  if (run.specs) return run.specs;
   const names = Object.keys(run.series).filter((name) => run.series[name].y.length > 1);
   const orderedTwin = (stem) => [`${stem}_video`, stem].find((name) => names.includes(name));
   const contrasts = Object.keys(CONTRASTS);
@@ -111,8 +114,7 @@ function chartSpecs(run) {
     if (paired && !label) label = contrast || "ordered";
     if (base === "temporal/p_shuffled") label = run.config?.temporal_contrast || label; // the name stays, whatever the clip
     if (paired) base = orderedTwin(stem) || base;
-    const group = parts.length > 1 ? parts[0] : name.startsWith("eval_") ? "eval" : "";
-    if (!specs.has(base)) specs.set(base, { base, group, lines: [] });
+    if (!specs.has(base)) specs.set(base, { base, group: groupOf(name), lines: [] });
     const data = run.series[name];
     const colour = label ? lineColour(label) : "var(--ink)";
     specs.get(base).lines.push({ label, colour, main: !label || paired, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
@@ -121,6 +123,23 @@ function chartSpecs(run) {
   for (const spec of specs.values()) spec.lines.sort((a, b) => place(a) - place(b));
   return [...specs.values()];
 }
+
+const groupOf = (name) => (name.includes("/") ? name.split("/")[0] : name.startsWith("eval_") ? "eval" : "");
+
+/** Runs laid over each other: a chart for each series `name` or `group/name`, with a line for each run. */
+function overlaySpecs(runs) {
+  const specs = new Map();
+  runs.forEach((run, i) => {
+    for (const [base, data] of Object.entries(run.series)) {
+      if (data.y.length < 2 || base.split("/").length > 2) continue;
+      if (!specs.has(base)) specs.set(base, { base, group: groupOf(base), overlay: true, lines: [] });
+      specs.get(base).lines.push({ label: run.name, colour: `var(--line${i % 8})`, main: true, x: run.axes[data.axis], y: data.y, bad: data.bad, averaged: data.averaged });
+    }
+  });
+  return [...specs.values()];
+}
+
+const shortened = (text) => (text.length > LABEL_CHARACTERS ? `${text.slice(0, LABEL_CHARACTERS - 1)}…` : text);
 
 /**
  * One chart: `node` to place, `redraw(radius)` after a change of width or smoothing, `point(step)` to move the
@@ -133,7 +152,7 @@ function chart(spec, title, options) {
     ? { class: "plot", tabindex: 0, role: "slider", "aria-orientation": "horizontal", "aria-label": `${title}: step` }
     : { class: "plot", role: "img" });
   const key = make("ul", { class: "key" });
-  const single = spec.lines.length === 1;
+  const single = spec.lines.length === 1 && !spec.overlay;
   const keyless = single || (!large && spec.lines.length > 2); // a small chart has no room for a long key
   const name = large ? make("span", { class: "title" }, title)
     : make("button", { type: "button", class: "title", title: "show large", click: options.onEnlarge }, title);
@@ -165,7 +184,7 @@ function chart(spec, title, options) {
     // A small chart names the range of its data, a large one has an axis.
     for (const value of large ? ticks(low, high, 4) : [low, high]) {
       marks.push(draw("line", { class: "grid", x1: margin.left, x2: right, y1: y(value), y2: y(value) }));
-      marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 3.5, "text-anchor": "end" },
+      marks.push(draw("text", { class: "tick", x: margin.left - 6, y: y(value) + 4, "text-anchor": "end" },
         show(large ? value : Number(value.toPrecision(2)))));
     }
     const steps = large ? ticks(first, last, Math.max(3, width / 130)) : [first, last];
@@ -203,8 +222,8 @@ function chart(spec, title, options) {
     const averaged = spec.lines[0].averaged;
     const bad = spec.lines.reduce((sum, line) => sum + line.bad, 0);
     readout.replaceChildren(
-      single || spec.lines[0].main ? make("b", {}, show(values[0].raw)) : "",
-      large || step !== null ? ` step ${show(values[0].step)}` : "",
+      single || (spec.lines[0].main && !spec.overlay) ? make("b", {}, show(values[0].raw)) : "",
+      large || step !== null ? ` step ${show(spec.overlay ? at : values[0].step)}` : "",
       averaged > 1 ? ` (mean of ${averaged})` : "",
       bad ? make("span", { class: "bad" }, ` · ${plural(bad, "value")} not finite`) : "");
     if (large) {
@@ -217,11 +236,11 @@ function chart(spec, title, options) {
     if (state.labels.length) placeLabels(values);
     else if (!keyless) {
       key.replaceChildren(...values.map((v) => make("li", {},
-        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.raw)))));
+        swatch(v.line.colour), `${v.line.label || "all"} `, make("b", {}, show(v.shown)))));
     }
   }
 
-  /** Labels stand beside the line's end, pushed apart where lines end close together. */
+  /** Labels stand beside the line's end with the line's own, smoothed value, pushed apart where ends are close. */
   function placeLabels(values) {
     const gap = 14;
     const order = values.map((v, i) => ({ i, v, top: state.y(v.shown) })).sort((a, b) => a.top - b.top);
@@ -234,7 +253,7 @@ function chart(spec, title, options) {
       floor = item.top - gap;
     }
     for (const { i, v, top } of order) {
-      state.labels[i].textContent = `${v.line.label || "all"} ${show(v.raw, Math.abs(v.raw) < 10 ? 2 : 0)}`;
+      state.labels[i].textContent = `${shortened(v.line.label || "all")} ${show(v.shown, Math.abs(v.shown) < 10 ? 2 : 0)}`;
       state.labels[i].setAttribute("y", top + 4);
     }
   }

@@ -10,7 +10,7 @@ const GROUP_ORDER = Object.keys(GROUP_TITLES);
 const SERIES_TITLES = {
   "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
   loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
-  "temporal/p": "share right, p and p\u0303", "temporal/credit": "credit, of advantages",
+  "temporal/p": "share right, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/credit": "credit, of advantages",
   "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
   "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
   "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
@@ -18,14 +18,40 @@ const SERIES_TITLES = {
 const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
 const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
 
-function seriesTitle(base) {
+const OVERLAY_HEADLINE = { ...HEADLINE, rl: ["reward/accuracy", "temporal/gap", "completion/length"] };
+const INTRODUCTION = "T-GRPO asks every question about a video twice: with its frames in order, and with a contrast clip, which is the "
+  + "same frames shuffled unless the settings name another one. p is the share of right answers in order, p\u0303 the share with the "
+  + "contrast clip, and p − p\u0303 the temporal gap: what the model gains from the order of the frames. Training rewards the right "
+  + "answers that need it, so that a model should not get by on single frames.";
+const GLOSSARY = {
+  "T-GRPO": "GRPO with the temporal reward. GRPO samples a group of answers to each question, and makes those that earn more than their group's mean likelier.",
+  "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
+  "temporal gap": "p − p\u0303; in an evaluation accuracy in order minus accuracy shuffled, on the same questions. Near 0, the model answers without the order of the frames.",
+  "temporal reward": "the bonus of right answers in order, by temporal_rule: α·(p − p\u0303) where that is above 0 (margin), or α wherever p ≥ μ·p\u0303 (threshold).",
+  "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, or all left out (blind).",
+  "accuracy, format, length reward": "1 for a right answer; 1 for <think>…</think><answer>…</answer> and nothing else; a little for right answers of a wanted length.",
+  advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",
+  credit: "how much the temporal reward changes the advantages. Near 0 it cancels, and the run is plain GRPO.",
+  "KL to the reference": "how far the model has moved from the one that training started with.",
+  "without variance": "groups whose answers all earn the same: nothing is learnt from them.",
+};
+
+function seriesTitle({ base, overlay }) {
+  if (overlay && base === "temporal/p") return "share right in order, p";
   if (Object.hasOwn(SERIES_TITLES, base)) return SERIES_TITLES[base];
   const name = base.split("/").slice(1).join("/") || base.replace(/^eval_/, "");
   return name.replaceAll("_", " ");
 }
 
 const slug = (text) => text.replace(/[^A-Za-z0-9]+/g, "-");
-const several = data.runs.filter((run) => chartSpecs(run).length).length > 1;
+const drawn = (data.overlay ? overlaid(data.runs) : data.runs).filter((run) => chartSpecs(run).length);
+const several = drawn.length > 1;
+
+/** One stand-in for all runs of a kind, whose charts have a line for each. */
+function overlaid(runs) {
+  const kinds = [...new Set(runs.map((run) => run.kind))];
+  return kinds.map((kind) => ({ name: KINDS[kind], kind, about: [], series: {}, specs: overlaySpecs(runs.filter((run) => run.kind === kind)) }));
+}
 
 function header() {
   const figures = data.figures.map((figure) => make("div", {},
@@ -35,8 +61,23 @@ function header() {
     make("p", { class: "over" }, "video-r1", single ? ` · ${KINDS[single.kind]}` : ""),
     make("h1", { dir: "auto" }, data.title),
     single && single.about.length ? make("p", { class: "about" }, single.about.join(" · ")) : "",
+    ...(data.runs.some((run) => run.kind === "rl") ? introduction() : []),
     figures.length ? make("dl", { class: "figures" }, figures) : "",
     data.notes.length ? make("ul", { class: "notes" }, data.notes.map((note) => make("li", {}, note))) : "");
+}
+
+const introduction = () => [
+  make("p", { class: "intro" }, INTRODUCTION),
+  make("details", { class: "glossary" }, make("summary", {}, "Glossary"),
+    make("dl", {}, Object.entries(GLOSSARY).flatMap(([word, meaning]) => [make("dt", {}, word), make("dd", {}, meaning)]))),
+];
+
+/** How several runs differ: where their series ended, and their settings. */
+function comparison() {
+  if (!data.overlay || !(data.ends.length || data.differing.length)) return null;
+  return section("comparison", "Comparison",
+    data.ends.length ? plainTable("Means over the last tenth of each run", data.ends) : "",
+    data.differing.length ? plainTable("Settings that differ", data.differing) : "");
 }
 
 function section(id, title, ...content) {
@@ -48,16 +89,15 @@ function section(id, title, ...content) {
 /** All charts of a run share one cursor and one amount of smoothing. */
 function curves(run) {
   const specs = chartSpecs(run);
-  if (!specs.length) return null;
   const charts = [];
   const onPoint = (step) => charts.forEach((item) => item.point(step));
   const place = (spec, options) => {
     const unitRange = options.large && spec.base === "reward/accuracy";
     const onEnlarge = () => enlarge(spec, Number(slider.value));
-    charts.push(chart(spec, seriesTitle(spec.base), { ...options, unitRange, onPoint, onEnlarge }));
+    charts.push(chart(spec, seriesTitle(spec), { ...options, unitRange, onPoint, onEnlarge }));
     return charts[charts.length - 1].node;
   };
-  const wanted = HEADLINE[run.kind] || [];
+  const wanted = (data.overlay ? OVERLAY_HEADLINE : HEADLINE)[run.kind] || [];
   const found = wanted.map((base) => specs.find((spec) => spec.base === base)).filter(Boolean);
   const head = found.length ? found : specs.slice(0, 1);
   const longest = Math.max(...specs.map((spec) => spec.lines[0].x.length));
@@ -68,7 +108,7 @@ function curves(run) {
     input: () => { cancelAnimationFrame(queued); queued = requestAnimationFrame(redraw); } });
   const redraw = () => {
     const value = Number(slider.value);
-    text.textContent = value ? `± ${value} points; figures and faint lines are the logged values` : "off";
+    text.textContent = value ? `± ${value} points; faint lines, and figures beside a title, are the logged values` : "off";
     charts.forEach((item) => item.redraw(value));
   };
 
@@ -101,8 +141,8 @@ function curves(run) {
 
 /** A small chart, shown large over the page. */
 function enlarge(spec, radius) {
-  const big = chart(spec, seriesTitle(spec.base), { large: true, height: 360, onPoint: (step) => big.point(step) });
-  showLarge(seriesTitle(spec.base), big.node);
+  const big = chart(spec, seriesTitle(spec), { large: true, height: 360, onPoint: (step) => big.point(step) });
+  showLarge(seriesTitle(spec), big.node);
   big.redraw(radius);
 }
 
@@ -204,8 +244,8 @@ function settings() {
 
 function page() {
   header();
-  const trained = data.runs.map(curves).filter(Boolean);
-  const sections = [...trained.slice(0, 1), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(), skippedUpdates(), settings()].filter(Boolean);
+  const trained = drawn.map(curves);
+  const sections = [...trained.slice(0, 1), comparison(), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(), skippedUpdates(), settings()].filter(Boolean);
   document.getElementById("main").append(...sections, sections.length ? "" : make("p", { class: "lead" }, "There is nothing to draw yet."));
   if (sections.length > 1) {
     document.getElementById("header").append(make("nav", { "aria-label": "Sections" }, sections.map((node) =>

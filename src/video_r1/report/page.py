@@ -1,6 +1,6 @@
-"""One self-contained HTML page from a run folder.
+"""One self-contained HTML page from a run folder, or from several whose curves are laid over each other.
 
-    run folder ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the three scripts
+    run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the three scripts
 
 A page is passed on to other people, and most of what it shows was written by a model or came with a data
 set. So nothing of it ever becomes markup: all values travel as JSON in which `<`, `>` and `&` are escaped,
@@ -11,7 +11,9 @@ import base64
 import hashlib
 import html
 import json
+import os
 import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from video_r1.report.scores import read_scores, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
 SCRIPTS = ("charts.js", "rollouts.js", "page.js")
+OWN_SETTINGS = ("output_dir", "run_name", "logging_dir")  # every run has its own
 END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
 
 # Settings that tell a reader what was run, in the order of the header.
@@ -51,46 +54,108 @@ KEY_SERIES = {
 }
 
 
-def build_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the report of a run folder and returns its path (`run`/report.html unless `out` is given).
+def build_report(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Writes the report of a run folder, or of several in one page, and returns its path.
 
     `run` can be a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's.
-    What is missing is left out. Raises RequestError when the folder does not exist or holds nothing to show,
-    OSError when the page cannot be written.
+    Without `out` the page is report.html in the run folder; of several, comparison.html in the folder that
+    all are in. What is missing is left out. Raises RequestError when a folder does not exist, is named twice
+    or holds nothing to show, OSError when the page cannot be written.
     """
-    run = Path(run)
-    if not run.is_dir():
-        raise RequestError(f"{run}: no such run folder")
-    page = render(page_data(run))
-    out = Path(out) if out is not None else run / "report.html"
+    folders = [Path(run)] if isinstance(run, (str, Path)) else [Path(folder) for folder in run]
+    for number, folder in enumerate(folders):
+        if not folder.is_dir():
+            raise RequestError(f"{folder}: no such run folder")
+        if any(folder.samefile(other) for other in folders[:number]):
+            raise RequestError(f"{folder}: this run folder is named twice")
+    page = render(page_data(*folders))
+    if out is None:
+        out = folders[0] / "report.html" if len(folders) == 1 else common_folder(folders) / "comparison.html"
+    out = Path(out)
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, "utf-8")
     return out
 
 
-def page_data(run_dir: Path) -> dict[str, Any]:
-    """Everything that the page shows, as JSON values. Raises RequestError when there is nothing."""
+def page_data(*folders: Path) -> dict[str, Any]:
+    """Everything that the page shows, as JSON values. Raises RequestError when there is nothing.
+
+    Of several folders, `overlay` is true, runs and scores have the folders' names in theirs, and `ends` and
+    `differing` say how the training runs differ.
+    """
     notes: list[str] = []
-    summary = read_object(run_dir / "summary.json", notes)
-    runs = [read_run(folder, run_dir) for folder in find_run_folders(run_dir)]
-    scores = with_summary([row for run in runs for row in read_scores(run)], summary)
-    if not runs and not scores:
-        raise RequestError(
-            f"{run_dir} holds nothing to report: expected metrics.jsonl, rollouts.jsonl or "
-            f"predictions-*.jsonl in it or in its subfolders"
-        )
+    runs: list[Run] = []
+    scores: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    for folder, name in zip(folders, folder_names(folders), strict=True):
+        summary = read_object(folder / "summary.json", notes)
+        found = [read_run(each, folder) for each in find_run_folders(folder)]
+        rows = with_summary([row for run in found for row in read_scores(run)], summary)
+        if not found and not rows:
+            raise RequestError(
+                f"{folder} holds nothing to report: expected metrics.jsonl, rollouts.jsonl or "
+                f"predictions-*.jsonl in it or in its subfolders"
+            )
+        if len(folders) > 1:
+            _name_by_folder(folder, name, found, rows)
+        runs, scores = runs + found, scores + rows
+    overlay = len(folders) > 1
     runs.sort(key=lambda run: ("rl", "sft", "evaluation", "data").index(run.kind))
     recorded = [run for run in runs if (run.folder / "rollouts.jsonl").is_file()]
     groups = {run.name: read_groups(run, ROLLOUT_BYTES // len(recorded)) for run in recorded}
     return {
-        "title": run_dir.resolve().name,
-        "figures": _demo_figures(summary, scores) or _figures(runs),
-        "seconds": as_table(summary.get("seconds")),
+        "title": ", ".join(folder_names(folders)),
+        "overlay": overlay,
+        "figures": [] if overlay else _demo_figures(summary, scores) or _figures(runs),
+        "ends": series_ends(runs) if overlay else [],
+        "differing": differing_settings(runs) if overlay else [],
+        "seconds": {} if overlay else as_table(summary.get("seconds")),
         "runs": [_run(run, groups.get(run.name, ([], 0))) for run in runs],
         "scores": scores,
         "notes": notes + [f"{run.name}/{note}" for run in runs for note in run.notes],
     }
+
+
+def common_folder(folders: Sequence[Path]) -> Path:
+    """The innermost folder that all are in; of two inside each other the outer one."""
+    return Path(os.path.commonpath([folder.resolve() for folder in folders]))
+
+
+def folder_names(folders: Sequence[Path]) -> list[str]:
+    """A folder's own name; of several their paths from the folder that all are in, which differ."""
+    above = common_folder(folders)
+    paths = [folder.resolve().relative_to(above).as_posix() for folder in folders]
+    return [above.name if path == "." else path for path in paths]
+
+
+def _name_by_folder(folder: Path, name: str, runs: list[Run], rows: list[dict[str, Any]]) -> None:
+    """Gives a folder's runs and scores names that differ from those of another folder's."""
+    own = folder.resolve().name.removeprefix("eval-")
+    for run in runs:
+        run.name = name if run.folder == folder else f"{name}/{run.name}"
+    for row in rows:
+        rest = row["name"].removeprefix(own)
+        row["name"] = f"{name} {rest}" if rest == row["name"] else name + rest
+
+
+def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Rows of a table: each key series, and by run its mean over the last tenth."""
+    rows = []
+    for name, (caption, unit, decimals) in KEY_SERIES.items():
+        curves = {run.name: run.series[name] for run in runs if name in run.series and run.series[name].steps}
+        if curves:
+            ended = {run: f"{ends(curve)[1]:.{decimals}f} {unit}".rstrip() for run, curve in curves.items()}
+            rows.append({"series": caption, **ended})
+    return rows
+
+
+def differing_settings(runs: Sequence[Run]) -> list[dict[str, str]]:
+    """Rows of a table: each setting that is not the same in all runs that trained, and its value by run."""
+    trained = [run for run in runs if run.series and run.config]
+    names = dict.fromkeys(name for run in trained for name in run.config if name not in OWN_SETTINGS)
+    rows = {name: {run.name: run.config.get(name, "–") for run in trained} for name in names}
+    return [{"setting": name, **row} for name, row in rows.items() if len(set(row.values())) > 1]
 
 
 def render(data: dict[str, Any]) -> str:

@@ -113,7 +113,7 @@ function rollouts(runs) {
       dot.group = group;
       return dot;
     });
-    const labels = ticks(low, high, 2).map((v) => draw("text", { class: "tick", x: margin.left - 6, y: y(v) + 3.5, "text-anchor": "end" }, show(v)));
+    const labels = ticks(low, high, 2).map((v) => draw("text", { class: "tick", x: margin.left - 6, y: y(v) + 4, "text-anchor": "end" }, show(v)));
     const ends = [...new Set([first, last])].map((v, i) => draw("text", { class: "tick", x: x(v), y: height - 4, "text-anchor": i ? "end" : "start" }, `${i ? "" : "step "}${show(v)}`));
     const picture = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" }, ...labels, ...ends, draw("g", {}, ...dots));
     picture.addEventListener("click", (event) => {

@@ -163,8 +163,10 @@ def parse_bytes(text: str) -> int | None:
 class ReportSettings(Settings):
     """Report"""
 
-    run: str | None = setting(None, "run folder")
-    out: str | None = setting(None, "file to write (default: report.html in the run folder)")
+    run: list[str] | None = setting(None, "run folders; several are laid over each other in one page")
+    out: str | None = setting(
+        None, "file to write (default: report.html in the run folder; of several comparison.html above them)"
+    )
 
 
 @dataclass(kw_only=True)
