@@ -49,7 +49,14 @@ else
 fi
 "$venv/bin/python" -c 'import torchvision.transforms.v2, transformers; transformers.Qwen2VLVideoProcessor'
 
-if [ "$accelerator" = cuda ]; then "$venv/bin/python" setup/check_cuda.py; fi
+if [ "$accelerator" = cuda ]; then
+    if command -v nvidia-smi >/dev/null; then
+        "$venv/bin/python" setup/check_cuda.py
+    else
+        say "there is no nvidia-smi here, so the driver is not checked"
+    fi
+fi
+VENV=$venv setup/hooks.sh
 
 echo "$wanted" >"$stamp"
 say "done"

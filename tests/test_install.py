@@ -1,15 +1,18 @@
-"""The set-up on a machine with an NVIDIA GPU, as far as it can be tried on one without."""
+"""The set-up, on a machine with an NVIDIA GPU and as an image too, as far as they can be tried without."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = (ROOT / "setup" / "install.sh").read_text(encoding="utf-8")
@@ -109,4 +112,81 @@ def test_the_set_up_ends_with_a_check_of_the_gpu(
     )  # fmt: skip
     assert done.returncode == code and said in done.stderr
     assert ("update the NVIDIA driver" in done.stderr) == (code == 1)
-    assert 'if [ "$accelerator" = cuda ]; then "$venv/bin/python" setup/check_cuda.py; fi' in SCRIPT
+    assert '"$venv/bin/python" setup/check_cuda.py\n' in SCRIPT
+
+
+# ---- Hooks, the image and how to cite
+
+
+@pytest.mark.parametrize(("clone", "environment", "elsewhere", "installs"), [
+    (True, {}, False, True), (False, {}, False, False), (True, {"VENV": "other"}, False, False),
+    (True, {}, True, False),
+])  # fmt: skip
+def test_hooks_are_those_of_a_clone(
+    tmp_path: Path, clone: bool, environment: dict[str, str], elsewhere: bool, installs: bool
+) -> None:
+    for folder in ("setup", ".venv/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(ROOT / "setup" / "hooks.sh", tmp_path / "setup")
+    program = tmp_path / ".venv" / "bin" / "pre-commit"
+    program.write_text('#!/bin/sh\necho "$@" >called\n')
+    program.chmod(0o755)
+    free = {name: value for name, value in os.environ.items() if name != "VENV"}
+    free |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
+    if clone:
+        subprocess.run(["git", "init", "-q", tmp_path], check=True, env=free)
+    if elsewhere:
+        subprocess.run(["git", "config", "core.hooksPath", "x"], check=True, cwd=tmp_path, env=free)
+    subprocess.run([tmp_path / "setup" / "hooks.sh"], check=True, env={**free, **environment})
+    called = tmp_path / "called"
+    assert (called.read_text().split() if called.exists() else []) == (["install"] if installs else [])
+    assert "\nVENV=$venv setup/hooks.sh\n" in SCRIPT
+
+
+def instructions() -> list[tuple[str, str]]:
+    """The Dockerfile's instructions, continued lines joined, without comments."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    lines = re.sub(r"(?m)^#.*\n", "", text).replace("\\\n", " ").splitlines()
+    return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
+
+
+def test_the_images_instructions_are_well_formed() -> None:
+    """No machine here builds it; what can be known of a Dockerfile without Docker is checked."""
+    found = instructions()
+    known = {"FROM", "RUN", "COPY", "WORKDIR", "ENV", "ARG", "ENTRYPOINT", "CMD"}
+    assert {word for word, _ in found} <= known and found[0][0] == "FROM"
+    assert re.fullmatch(r"nvidia/cuda:13\.0\.\d-cudnn-runtime-ubuntu24\.04", found[0][1])
+    for word, rest in found:
+        if word == "RUN":
+            subprocess.run(["sh", "-n", "-c", rest], check=True)
+        elif word in ("ENTRYPOINT", "CMD"):
+            assert isinstance(json.loads(rest), list)
+        elif word == "ENV":
+            assert all("=" in pair for pair in rest.split())
+    assert ("RUN", "ACCELERATOR=$ACCELERATOR setup/install.sh") in found
+
+
+def test_the_image_has_what_its_steps_need() -> None:
+    """What is copied is there and not left out by .dockerignore; the set-up and the build need no more."""
+    copied = {name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]}
+    assert all((ROOT / name).exists() for name in copied)
+    kept = (ROOT / ".dockerignore").read_text().splitlines()
+    assert kept[0] == "*" and copied == {line[1:] for line in kept if line.startswith("!")}
+    named = re.findall(r"[\w-]+\.(?:toml|txt)", SCRIPT) + ["setup", "src"]
+    assert {name for name in named if (ROOT / name).exists()} <= copied
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {about["readme"], *about["license-files"]} <= copied
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
+    assert (citation["title"], citation["version"], citation["license"]) == (
+        about["name"], about["version"], about["license"],
+    )  # fmt: skip
+    assert citation["message"] and all(
+        "name" in author or "family-names" in author for author in citation["authors"]
+    )
+    (paper,) = citation["references"]
+    assert paper["identifiers"][0]["value"].endswith("2503.21776") and len(paper["authors"]) == 8
