@@ -20,7 +20,7 @@ from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.group import reward_terms
-from video_r1.rewards.shaping import likelihood_reward
+from video_r1.rewards.shaping import key_drops, likelihood_reward
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import (
     deviation,
@@ -230,6 +230,18 @@ def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
     std = ((0.6125**2 + 0.4625**2 + 2 * 0.5375**2) / 3) ** 0.5
     assert paid.advantages[:2].tolist() == pytest.approx([0.6125 / (std + 1e-4), 0.4625 / (std + 1e-4)])
     assert seen["temporal/credit"] > 0.05 and seen["temporal/credit_groups"] == 1.0
+
+
+def test_key_drops() -> None:
+    """The largest fifth: 2 of 6 tokens (3 and 1), 1 of 3 (−0.1), none of none."""
+    given = [
+        torch.tensor([0.0, 3.0, 0.1, 1.0, -4.0, 0.2]),
+        torch.tensor([-0.3, -0.1, -2.0]),
+        torch.tensor([]),
+    ]
+    torch.testing.assert_close(
+        key_drops([torch.tensor(each) for each in given]), torch.tensor([2.0, -0.1, 0.0])
+    )
 
 
 def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_does() -> None:

@@ -14,7 +14,13 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, call_reward_function
-from video_r1.rewards.shaping import format_reward, length_reward, likelihood_reward, temporal_reward
+from video_r1.rewards.shaping import (
+    format_reward,
+    key_drops,
+    length_reward,
+    likelihood_reward,
+    temporal_reward,
+)
 from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
@@ -173,10 +179,10 @@ def score_group(
         p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
         token_drops=drops,
     )
-    if group.drops is not None and settings.pays_temporal:
-        every["temporal"] = likelihood_reward(
-            correct, group.drops, settings.temporal_rule, settings.temporal_alpha
-        )
+    if drops is not None and group.drops is not None and settings.pays_temporal:
+        rule = settings.temporal_rule
+        paid_by = key_drops(drops) if rule == "likelihood_gate" else group.drops
+        every["temporal"] = likelihood_reward(correct, paid_by, rule, settings.temporal_alpha)
     group.rewards = {name: every[name] for name in terms.built_in}
     return group
 

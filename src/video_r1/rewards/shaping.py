@@ -17,6 +17,9 @@ _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
+KEY_TOKENS = 5  # one token in so many of a response is a key token of its contrast
+
+
 class TemporalReward(NamedTuple):
     bonus: Tensor  # [G] float32
     p: float  # share of correct ordered responses
@@ -69,8 +72,8 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
     correct: [G] bool; drops: [G] float, Δ_i in nats a token (training/drops.py). Returns [G] float32:
     likelihood:      α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0: the share of its tokens' probability that is lost
     likelihood_apart: the same, but added to the advantages (training/advantages.py)
-    likelihood_gate: −α·exp(−Δ_i), at most 0 and at least −α: with α = 1 a correct response keeps of its
-                     accuracy what the contrast clip takes from it
+    likelihood_gate: −α·exp(−Δ_i) with Δ of the key tokens (`key_drops`), at most 0 and at least −α: with
+                     α = 1 a correct response keeps of its accuracy what the contrast clip takes from it
     likelihood_step: α if Δ_i > mean_j Δ_j, else 0                       (TaRO, arXiv 2606.09248)
     Unlike a bonus that all correct responses share, it does not cancel in advantages.
     """
@@ -85,6 +88,15 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
     else:
         raise ValueError(f"the rule {rule!r} is none of those by likelihood")
     return alpha * correct.to(torch.float32) * amounts.to(torch.float32)
+
+
+def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
+    """[G] float32: the mean of the largest fifth (⌈L/5⌉) of each response's drops d_t [L], in nats.
+
+    Most tokens of a response say nothing of the frames; a mean over all of them dilutes those that do.
+    """
+    largest = (drops.sort(descending=True).values[: -(-len(drops) // KEY_TOKENS)] for drops in token_drops)
+    return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
 
 
 def length_reward(

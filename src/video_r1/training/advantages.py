@@ -14,11 +14,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from video_r1.rewards.shaping import KEY_TOKENS
 from video_r1.settings.training import AdvantageScale
 
 SCALED_BOUND = 5.0  # beyond which an advantage scaled by its task is scaled by its group instead
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
-KEY_TOKENS = 5  # one token in so many of a response
 Moments = tuple[float, float]
 """E[R] and E[R²] of a task."""
 
