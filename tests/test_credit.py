@@ -234,14 +234,9 @@ def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
 
 def test_key_drops() -> None:
     """The largest fifth: 2 of 6 tokens (3 and 1), 1 of 3 (−0.1), none of none."""
-    given = [
-        torch.tensor([0.0, 3.0, 0.1, 1.0, -4.0, 0.2]),
-        torch.tensor([-0.3, -0.1, -2.0]),
-        torch.tensor([]),
-    ]
-    torch.testing.assert_close(
-        key_drops([torch.tensor(each) for each in given]), torch.tensor([2.0, -0.1, 0.0])
-    )
+    given = [[0.0, 3.0, 0.1, 1.0, -4.0, 0.2], [-0.3, -0.1, -2.0], []]
+    found = key_drops([torch.tensor(each) for each in given])
+    torch.testing.assert_close(found, torch.tensor([2.0, -0.1, 0.0]))
 
 
 def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_does() -> None:
