@@ -1,6 +1,7 @@
 """Sampling a group of completions: one prefill a question against `model.generate(num_return_sequences=G)`.
 
     python -m benchmarks.rollout --json [--size lab|small|3b|7b] [--completion 64] [--group 8] [--questions 1]
+                                 [--family qwen2_5_vl|qwen3_5]
 
 `generate` repeats pixels and prompt for every completion. Both sample at temperature 1 and never stop early.
 On a CPU, `ratio_onednn` is what the engine gains by multiplying through oneDNN (models/onednn.py).
@@ -19,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from benchmarks._command import benchmark_parser
-from benchmarks._sizes import IMAGE, SIZES, VIDEO, build_model, question
+from benchmarks._sizes import FAMILIES, IMAGE, SIZES, VIDEO, build_model, question
 from benchmarks._timing import compare, flops, machine
 from benchmarks.update import TOLERANCES, expanded_logprobs
 from video_r1.rollout import transformers
@@ -50,14 +51,17 @@ def largest_difference(
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
-    model: Any = build_model(SIZES[arguments.size], device, dtype).eval()
+    model: Any = build_model(SIZES[arguments.size], device, dtype, arguments.family).eval()
     model.generation_config.eos_token_id = None
     generator = torch.Generator().manual_seed(1)
-    prompts = [question(SIZES[arguments.size], generator) for _ in range(arguments.questions)]
+    size = SIZES[arguments.size]
+    prompts = [question(size, generator, arguments.family) for _ in range(arguments.questions)]
     engine = TransformersEngine(model, TOKENIZER)
     sampling = SamplingSettings(n=arguments.group, max_tokens=arguments.completion, seed=0)
-    names = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts", "mm_token_type_ids")
-    inputs = {name: torch.cat([prompt.features[name] for prompt in prompts]).to(device) for name in names}
+    inputs = {
+        name: torch.cat([prompt.features[name] for prompt in prompts]).to(device)
+        for name in prompts[0].features
+    }
     inputs["input_ids"] = torch.stack([prompt.input_ids for prompt in prompts]).to(device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 
@@ -94,6 +98,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
             "tokens_per_second": round(tokens / result["seconds"]),
             "sizes": {
                 "model": arguments.size,
+                "family": arguments.family,
                 "weights": sum(p.numel() for p in model.parameters()),
                 "prompt": len(prompts[0].input_ids),
                 "completion": arguments.completion,
@@ -109,6 +114,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--completion", type=int, default=64, help="tokens of a completion")
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--questions", type=int, default=1)

@@ -1,6 +1,7 @@
 """Log-probabilities and gradients of groups of completions: one row against the expanded batch.
 
     python -m benchmarks.update --json [--size lab|small|3b|7b] [--completion 64] [--group 8] [--questions 1]
+                                [--family qwen2_5_vl|qwen3_5]
 
 The expanded batch repeats pixels and prompt for every completion and computes logits at every position, as
 GRPO trainers commonly do. Both get the same loss, and their log-probabilities and gradients are compared.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks._command import benchmark_parser
-from benchmarks._sizes import SIZES, build_model, question, text
+from benchmarks._sizes import FAMILIES, SIZES, build_model, question, text
 from benchmarks._timing import compare, flops, machine, matrix_rate
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import group_logprobs
@@ -44,6 +45,7 @@ def expanded_logprobs(
     features = {
         name: torch.cat([prompt.features[name] for prompt, group in groups for _ in group]).to(device)
         for name in ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
+        if name in prompts[0].features
     }
     kinds = torch.where(ids == model.config.video_token_id, 2, 0).to(device)
     ids = ids.to(device)
@@ -74,12 +76,12 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     device = torch.device(arguments.device)
     dtype = getattr(torch, arguments.dtype)
     size = SIZES[arguments.size]
-    model = build_model(size, device, dtype)
+    model = build_model(size, device, dtype, arguments.family)
     if arguments.gradient_checkpointing:
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     generator = torch.Generator().manual_seed(1)
-    prompts = [question(size, generator) for _ in range(arguments.questions)]
+    prompts = [question(size, generator, arguments.family) for _ in range(arguments.questions)]
     lengths = [arguments.completion - (g % 4) * arguments.ragged for g in range(arguments.group)]
     completions = [[text(size, length, generator) for length in lengths] for _ in prompts]
     upstream = torch.randn(sum(lengths) * len(prompts), generator=generator).to(device)
@@ -110,6 +112,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
         "largest_gradient_error": error,
         "sizes": {
             "model": arguments.size,
+            "family": arguments.family,
             "weights": sum(p.numel() for p in model.parameters()),
             "prompt": len(prompts[0].input_ids),
             "completions": lengths,
@@ -129,6 +132,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
 def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen2_5_vl")
     parser.add_argument("--completion", type=int, default=64, help="tokens of the longest completion")
     parser.add_argument("--ragged", type=int, default=0, help="tokens by which neighbours differ in length")
     parser.add_argument("--group", type=int, default=8)

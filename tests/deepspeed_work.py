@@ -19,7 +19,8 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from transformers import training_args
 
-from video_r1.models.loading import TEXT_LAYERS, freeze_vision, load_model
+from video_r1.models.family import family_of
+from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.training.sft import SFTConfig, SFTTrainer
 from video_r1.training.sharded import parameter_count
@@ -173,7 +174,7 @@ def variant(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) 
     if kind == "lora":
         torch.manual_seed(0)  # of the adapters
         adapters = peft.LoraConfig(  # that add something from the start
-            r=4, target_modules=TEXT_LAYERS, task_type="CAUSAL_LM", init_lora_weights=False
+            r=4, target_modules=family_of(model).text_layers, task_type="CAUSAL_LM", init_lora_weights=False
         )
         settings["learning_rate"] = 1.0
     else:

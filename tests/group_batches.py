@@ -1,11 +1,11 @@
-"""Prompts of three model families by hand, and the expanded batch: the group as transformers runs it."""
+"""Prompts of the model families by hand, and the expanded batch: the group as transformers runs it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from tiny_models import tiny_model, tiny_tokenizer
+from tiny_models import has_timestamps, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from video_r1.data.media import Media
@@ -17,7 +17,6 @@ SPECIAL: list[int] = TOKENIZER.convert_tokens_to_ids(  # pyright: ignore[reportA
 )
 VISION_START, VISION_END, IMAGE, VIDEO = SPECIAL
 TEXT = 300  # ids below it are text
-PATCH = {"qwen2_vl": 14, "qwen2_5_vl": 14, "qwen3_vl": 16}
 
 
 def build(family: str) -> Any:
@@ -33,13 +32,13 @@ def visual(
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Placeholder ids and features of one image or video of grid (time, height, width) in patches."""
     frames, height, width = grid
-    patches = torch.randn(frames * height * width, 3 * 2 * PATCH[family] ** 2)
+    patches = torch.randn(frames * height * width, 3 * 2 * (16 if has_timestamps(family) else 14) ** 2)
     tokens = height * width // 4
     if kind == "image":
         ids = [VISION_START, *[IMAGE] * tokens, VISION_END]
         return ids, {"pixel_values": patches, "image_grid_thw": torch.tensor([grid])}
     features = {"pixel_values_videos": patches, "video_grid_thw": torch.tensor([grid])}
-    if family == "qwen3_vl":  # a text timestamp, then the frame
+    if has_timestamps(family):  # a text timestamp, then the frame
         ids = [x for t in range(frames) for x in (10 + t, VISION_START, *[VIDEO] * tokens, VISION_END)]
     else:
         ids = [VISION_START, *[VIDEO] * (frames * tokens), VISION_END]

@@ -68,6 +68,23 @@ def test_rl_equals_one_process(folder: Path, kind: str, environment: dict[str, s
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
 
 
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hybrid")
+    tiny_checkpoint("qwen3_5", folder / "model")
+    write_manifest(folder)
+    run_processes(1, "distributed_work:rl", folder, 1, "rl-1")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
+def test_hybrid_rl_equals_one_process(hybrid: Path, kind: str, environment: dict[str, str]) -> None:
+    """Layers whose states are forked, within the hooks of both wrappers."""
+    run = hybrid / f"rl-{kind}"
+    run_processes(2, "distributed_work:rl", hybrid, 2, run.name, environment=environment)
+    same_run(hybrid / "rl-1", run)
+
+
 @pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
 def test_sft_equals_one_process(folder: Path, kind: str, environment: dict[str, str]) -> None:
     run = folder / f"sft-{kind}"

@@ -20,7 +20,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: tiny_checkpoint(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
-@pytest.mark.parametrize(("family", "multiple"), [("qwen2_vl", 28), ("qwen2_5_vl", 28), ("qwen3_vl", 32)])
+@pytest.mark.parametrize(
+    ("family", "multiple"), [(family, 28 if family in FAMILIES[:2] else 32) for family in FAMILIES]
+)
 def test_loads_each_family(checkpoints: dict[str, Path], family: str, multiple: int) -> None:
     model = load_model(checkpoints[family], dtype="bfloat16")
     assert model.config.model_type == family
@@ -114,6 +116,7 @@ def test_what_trains(checkpoints: dict[str, Path], family: str) -> None:
     assert all(p.requires_grad == (".visual." not in n) for n, p in model.named_parameters())
     adapted = add_lora(model, rank=4, alpha=8)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    layers = model.config.text_config.num_hidden_layers
-    assert len(trainable) == layers * 7 * 2
+    text = model.get_submodule("model.language_model").named_modules()
+    linear = [name for name, part in text if hasattr(part, "lora_A")]
+    assert len(trainable) == len(linear) * 2 >= 24
     assert all("language_model" in name and "lora_" in name for name in trainable)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
+from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import PromptBuilder, load_template, response_text, subtitle_text
@@ -30,7 +30,7 @@ def make_sample(problem_type: ProblemType = "multiple choice", **fields) -> Samp
 
 
 def side(family: str) -> int:
-    return 64 if family == "qwen3_vl" else 56
+    return 64 if has_timestamps(family) else 56
 
 
 def make_clip(family: str, frames: int = 8, duration: float = 4.0) -> Media:

@@ -1,4 +1,4 @@
-"""The in-process engine against `model.generate` and a plain forward, for the three families."""
+"""The in-process engine against `model.generate` and a plain forward, for all families."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import FAMILIES, moving_square, tiny_model, tiny_processor
+from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
 
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
@@ -38,7 +38,7 @@ SHORT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")
 def build_prompts(family: str) -> list[Prompt]:
     """A clip, an image and a shorter shuffled clip: three lengths, both modalities."""
     builder = PromptBuilder(PROCESSORS[family])
-    size = 64 if family == "qwen3_vl" else 56
+    size = 64 if has_timestamps(family) else 56
     frames = torch.from_numpy(moving_square(8, size, size)).permute(0, 3, 1, 2).contiguous()
     times = torch.arange(8, dtype=torch.float64) / 2
     return [
@@ -343,7 +343,8 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
 
     def looking(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
         cache = decoding.cache
-        kept.update(x.dtype for x in (*cache.prefix_keys, *cache.prefix_values, *cache.keys, *cache.values))
+        states = (cache.prefix_keys, cache.prefix_values, cache.keys, cache.values)
+        kept.update(tensor.dtype for layers in states for tensor in layers.values())
         return plain(tokens, position, decoding)
 
     monkeypatch.setattr(captured, "plain_step", looking)

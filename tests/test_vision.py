@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from group_batches import build, make_prompt
+from tiny_models import FAMILIES
 from torch import Tensor, nn
 
 from benchmarks.launches import counted
@@ -17,8 +18,6 @@ from video_r1.models import vision
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import encode_vision
 from video_r1.models.vision import PatchProjection, Segments, attention_by_length
-
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def prompts_of(family: str) -> list[Prompt]:

@@ -24,15 +24,29 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
 
 from video_r1.lab import model as lab
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+DENSE = tuple(family for family in FAMILIES if not family.endswith("_moe"))  # without experts
+HYBRID = ("qwen3_5", "qwen3_5_moe")  # with Gated DeltaNet layers
+LATER: dict[str, tuple[Any, Any]] = {
+    "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
+    "qwen3_vl_moe": (Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig),
+    "qwen3_5": (Qwen3_5ForConditionalGeneration, Qwen3_5Config),
+    "qwen3_5_moe": (Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig),
+}
 CORPUS = (
     "You are a helpful assistant. Think within <think></think>, then answer within <answer></answer>.",
     "Which way does the red square move? Options: A. left B. right C. up D. down. Give the letter only.",
@@ -51,8 +65,13 @@ You are a helpful assistant.<|im_end|>
 
 
 def chat_template(family: str) -> str:
-    """Qwen2-VL and Qwen2.5-VL add a default system message, Qwen3-VL does not."""
-    return f"{{%- set default_system = {str(family != 'qwen3_vl').lower()} -%}}\n" + CHAT_TEMPLATE
+    """Qwen2-VL and Qwen2.5-VL add a default system message, later ones do not."""
+    return f"{{%- set default_system = {str(not has_timestamps(family)).lower()} -%}}\n" + CHAT_TEMPLATE
+
+
+def has_timestamps(family: str) -> bool:
+    """Whether a text with its time stands before each temporal patch; such models' patches are 16 wide."""
+    return family not in ("qwen2_vl", "qwen2_5_vl")
 
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
@@ -63,7 +82,7 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
 def tiny_processor(family: str) -> Any:
     """The family's own processor; one merged patch is 28 (Qwen2-VL, Qwen2.5-VL) or 32 pixels wide."""
     tokenizer, template = tiny_tokenizer(), chat_template(family)
-    if family == "qwen3_vl":
+    if has_timestamps(family):
         pixels = {"shortest_edge": 32 * 32, "longest_edge": 64 * 64}
         return Qwen3VLProcessor(
             Qwen2VLImageProcessor(size=pixels, patch_size=16, image_mean=[0.5] * 3, image_std=[0.5] * 3),
@@ -78,7 +97,7 @@ def tiny_processor(family: str) -> Any:
 
 
 def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrainedModel:
-    """About 0.1 M random float32 weights: 2 text layers (3 for Qwen3-VL), grouped-query attention.
+    """About 0.1 M random float32 weights: 2 text layers (3 from Qwen3-VL on), grouped-query attention.
 
     The weights are larger than transformers' initial ones, so that greedy tokens differ from step to step.
     """
@@ -94,7 +113,7 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
         "vocab_size": 448,
         "hidden_size": 64,
         "intermediate_size": 96,
-        "num_hidden_layers": 3 if family == "qwen3_vl" else 2,
+        "num_hidden_layers": 3 if has_timestamps(family) else 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
@@ -114,15 +133,31 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48, "window_size": 56,
                    "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts))
-    elif family == "qwen3_vl":
+    elif family in LATER:
         text["head_dim"] = 16
         text["rope_parameters"]["mrope_interleaved"] = True
-        text.pop("bos_token_id")
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
-                   "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}  # fmt: skip
-        model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts))
+                   "num_position_embeddings": 16}  # fmt: skip
+        if family in HYBRID:  # half of each head is rotated; two of three layers have a state
+            text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+            text |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"],
+                     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12,
+                     "linear_value_head_dim": 8, "initializer_range": 0.1}  # fmt: skip
+        else:
+            text.pop("bos_token_id")
+            vision["deepstack_visual_indexes"] = [0, 1]
+        if family.endswith("_moe"):
+            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+                     "shared_expert_intermediate_size": 32}  # fmt: skip
+        kind, configuration = LATER[family]
+        model = kind(configuration(**parts))
     else:
         raise ValueError(f"family {family!r} is none of {FAMILIES}")
+    # States that fade slowly. With transformers' first values its chunked rule, which adds up logarithms over
+    # 64 tokens in float32, is itself wrong by 3e-4 of a gradient.
+    for name, weight in model.named_parameters():
+        if name.endswith("A_log"):
+            weight.data.uniform_(0.01, 2).log_()
     model.generation_config = GenerationConfig(
         eos_token_id=[ids["im_end"], ids["endoftext"]], pad_token_id=ids["endoftext"], do_sample=False
     )

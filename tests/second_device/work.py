@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig
 from test_rollout_transformers import PROCESSORS, build_model, build_prompts
 from tgrpo_trainers import make_trainer
-from tiny_models import FAMILIES, tiny_checkpoint
+from tiny_models import DENSE, tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,8 +130,8 @@ def work() -> None:
         except RuntimeError as error:
             mixed = str(error)
     found: dict[str, Any] = {"mixed": mixed}
-    found["families"] = {family: rollouts_and_update(family, device) for family in FAMILIES}
-    found["questions"] = {family: questions(family, device) for family in FAMILIES}
+    found["families"] = {family: rollouts_and_update(family, device) for family in DENSE}
+    found["questions"] = {family: questions(family, device) for family in DENSE}
     torch.save(found | {"runs": runs(device, folder)}, folder / "results.pt")
 
 

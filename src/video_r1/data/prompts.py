@@ -213,7 +213,7 @@ class PromptBuilder(TextPrompts):
     """Turns samples and their frames into model inputs, with the model's own processor and chat template.
     Thread-safe: prompts are made one at a time.
 
-    processor: a Qwen2-VL, Qwen2.5-VL or Qwen3-VL processor with a chat template.
+    processor: of a Qwen-VL model (docs/models.md has which), with a chat template.
     template: path of a template file; None for the built-in template.
     max_prompt_length: tokens, visual ones included. A longer prompt is an error, it is never cut.
     subtitles: whether the template gets a line for them.

@@ -19,16 +19,22 @@ logger = logging.getLogger(__name__)
 def merged_weight(layer: Any) -> Tensor:
     """The weight of a PEFT layer with its active adapters added, in the base weight's number format.
 
-    The layer is left as it is. Weights in 4 bits are given in full, sharded ones (FSDP2) whole.
+    The layer is left as it is. Weights in 4 bits are given in full, sharded ones (FSDP2) whole. A layer may
+    also adapt a tensor of all experts: see `adapted_name`.
     """
-    base = layer.base_layer
-    weight = dense_weight(base) if is_four_bit(base) else whole(base.weight)
+    base = layer.get_base_layer()
+    weight = dense_weight(base) if is_four_bit(base) else whole(getattr(base, adapted_name(layer)))
     if layer.merged or layer.disable_adapters:
         return weight
     for adapter in layer.active_adapters:
         if adapter in layer.lora_A:
             weight = weight + layer.get_delta_weight(adapter).to(weight)
     return weight
+
+
+def adapted_name(layer: Any) -> str:
+    """Which parameter of its module a PEFT layer adapts: the weight, or the one of `target_parameters`."""
+    return getattr(layer, "parameter_name", "weight")
 
 
 def whole(tensor: Tensor) -> Tensor:

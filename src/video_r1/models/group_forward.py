@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION
+from video_r1.models.family import family_of, text_of
+from video_r1.models.gated_delta import fork_states
 from video_r1.models.head import token_logprobs
 from video_r1.models.packing import row_layout
 from video_r1.models.vision import encode_visuals
@@ -79,8 +81,8 @@ def group_logprobs(
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
-    model: Qwen2-VL, Qwen2.5-VL or Qwen3-VL for conditional generation, also inside PEFT, DDP or FSDP; its
-    text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. With
+    model: for conditional generation, of a known family (models/family.py), also inside PEFT, DDP or FSDP;
+    its text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. With
     autocast, call within its context. completions[q][g]: token ids [L_qg] int64 of any lengths.
     vision_features: from `encode_vision`, one a prompt, to share a frozen tower's output; else it runs here.
     Raises PromptError when a prompt's placeholders and its pixels do not match, ConfigError for other models.
@@ -108,11 +110,11 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFea
 
     It is called once, for images and videos together. Gradients follow grad mode and whether it is frozen.
     """
-    return through_wrapper(model, lambda: visual_features(vision_language_model(model).model, prompts))
+    return through_wrapper(model, lambda: visual_features(vision_language_model(model), prompts))
 
 
-def visual_features(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """As `encode_vision`, for the inner model of transformers, called here and now.
+def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
+    """As `encode_vision`, for the transformers model within the wrappers, called here and now.
 
     Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each kind
     that a batch happens to have, is what all processes of a sharded model make alike.
@@ -123,7 +125,7 @@ def visual_features(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures
     having = [(prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds]
     pixels = torch.cat([features[name] for features, (name, _) in having])
     grids = torch.cat([features[name] for features, (_, name) in having]).cpu()
-    output = encode_visuals(core, pixels, grids)
+    output = encode_visuals(model, pixels, grids)
     layers = getattr(output, "deepstack_features", None) or []
     visuals = zip(output.pooler_output, *layers, strict=True)
     encoded: list[VisionFeatures | None] = []
@@ -135,8 +137,8 @@ def visual_features(core: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures
         found = list(itertools.islice(visuals, count))
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
         if len(kinds) > 1:  # its images come first, wherever they stand in the prompt
-            visual = prompt.input_ids[_is_visual(core.config, prompt.input_ids)]
-            is_video = visual == core.config.video_token_id
+            visual = prompt.input_ids[_is_visual(model.config, prompt.input_ids)]
+            is_video = visual == model.config.video_token_id
             images = sum(len(image) for image, *_ in found[: len(prompt.features[kinds[0][1]])])
             if (len(visual), int(is_video.sum())) != (len(parts[0]), len(parts[0]) - images):
                 raise PromptError("the placeholders of images and videos are not as many as their features")
@@ -156,11 +158,7 @@ def vision_language_model(model: nn.Module) -> Any:
     inner = _inside(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    core = getattr(inner, "model", None)
-    if not (hasattr(core, "language_model") and hasattr(core, "visual") and hasattr(core, "get_rope_index")):
-        raise ConfigError(
-            f"{type(inner).__name__} cannot take a group in one row; use Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
-        )
+    family_of(inner)
     return inner
 
 
@@ -196,7 +194,7 @@ def _predicting_states(
     vision_features: Sequence[VisionFeatures | None] | None,
 ) -> Tensor:
     """The last hidden states [N, d] at the positions that predict completion tokens."""
-    text = model.model.language_model
+    text = text_of(model)
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
         raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
     text.config._attn_implementation = IMPLEMENTATION
@@ -205,13 +203,16 @@ def _predicting_states(
     inputs = [[tokens[:-1] for tokens in group] for group in completions]
     row_ids = torch.cat([t for p, group in zip(prompts, inputs, strict=True) for t in (p.input_ids, *group)])
     row_ids = row_ids.to(device)
-    layout = row_layout(
-        [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs], device
-    )
+    lengths = [len(prompt.input_ids) for prompt in prompts], [[len(t) for t in group] for group in inputs]
+    kernel = None
+    if states := family_of(model).state_functions:
+        fork_states(states)
+        kernel = text.config.linear_conv_kernel_dim
+    layout = row_layout(*lengths, device, kernel)
     in_prompt = torch.zeros(1, len(row_ids), dtype=torch.bool)
     for span in layout.groups:
         in_prompt[0, span.start : span.prompt_end] = True
-    features = visual_features(model.model, prompts) if vision_features is None else vision_features
+    features = visual_features(model, prompts) if vision_features is None else vision_features
     hidden = text(
         **embedded(model, prompts, features, row_ids[None], in_prompt.to(device)),
         position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],

@@ -22,17 +22,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
+from video_r1.models.family import family_of, tower_of
 from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
 from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.shared import ModelSettings
 
-TEXT_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-# Qwen2-VL has fc1 and fc2, Qwen2.5-VL gate, up and down, Qwen3-VL linear_fc1 and linear_fc2.
-VISION_LAYERS = (
-    r".*visual\.(blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2|gate_proj|up_proj|down_proj|linear_fc[12]))"
-    r"|(merger|deepstack_merger_list\.\d+)\.(mlp\.[02]|linear_fc[12]))"
-)
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+"""Weights of the experts that a router chooses from, as LoRA's targets; adapted only where they are named."""
 
 
 def load_model(
@@ -120,7 +117,7 @@ def size_multiple(processor: ProcessorMixin) -> int:
 
 def freeze_vision(model: nn.Module) -> int:
     """Freeze the vision tower (merger included) and return its number of weights."""
-    tower = vision_language_model(model).model.visual
+    tower = tower_of(vision_language_model(model))
     tower.requires_grad_(False)
     return sum(parameter.numel() for parameter in tower.parameters())
 
@@ -168,18 +165,26 @@ def add_lora(
     """The model with LoRA adapters: all other weights are frozen.
 
     targets: names of the modules to adapt; None for every linear layer of the text model, with vision_tower
-    of the tower too. config: a peft one in place of these. Raises ConfigError when peft is not installed.
+    of the tower too; in models with experts also EXPERTS, the tensors that hold those of a layer. config: a
+    peft one in place of these. Raises ConfigError when peft is not installed.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
     if config is None:
-        layers = f"{TEXT_LAYERS}|{VISION_LAYERS}" if vision_tower else TEXT_LAYERS
-        modules = list(targets) if targets else layers
+        family = family_of(model)
+        layers = f"{family.text_layers}|{family.tower_layers}" if vision_tower else family.text_layers
+        experts = [name for name in targets or () if name in EXPERTS]
+        if experts and dropout:
+            raise ConfigError(
+                f"lora_dropout is {dropout}; adapters of {experts[0]} work without dropout only"
+            )
+        modules = [name for name in targets if name not in EXPERTS] if targets else layers
         config = peft.LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules, task_type="CAUSAL_LM"
-        )
+            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules or None,
+            target_parameters=experts or None, task_type="CAUSAL_LM",
+        )  # fmt: skip
     return peft.get_peft_model(model, config)
 
 

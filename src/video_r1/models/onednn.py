@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from video_r1.models.family import text_of, tower_of
 from video_r1.models.vision import PatchProjection
 
 LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN takes 10 µs longer than the product of few
@@ -35,10 +36,10 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
     decoding: list[Any] = []
     once: list[Any] = []
     if torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu"):
-        text = [*model.model.language_model.modules(), model.get_output_embeddings()]
+        text = [*text_of(model).modules(), model.get_output_embeddings()]
         plain = [layer for layer in text if _plain(layer)]
         decoding = [layer for layer in plain if rows * layer.weight.numel() >= LEAST_PRODUCTS]
-        tower = model.model.visual.modules() if decoding else ()
+        tower = tower_of(model).modules() if decoding else ()
         once = [layer for layer in tower if _plain(layer)]
     copied = sum(layer.weight.nbytes for layer in decoding) <= MOST_ARRANGED_BYTES
     for layer in decoding:

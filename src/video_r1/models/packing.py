@@ -37,6 +37,30 @@ class GroupSpan:
 
 
 @dataclass(frozen=True, slots=True)
+class ForkLayout:
+    """The same row for layers with a state: prompts first, then completions that start from their states.
+
+    `prompts`, `completions`: [n, L] row indices, similar lengths together; short ones repeat their last.
+    `in_prompts`: [n, L] bool for each of `prompts`, False where a token is such a repeat. `states`: [groups],
+    for each group the place of its prompt's state among those of `prompts`, one bucket after the other.
+    `forks`: [n] for each of `completions`, the groups that they belong to. `back`: [N], for each token its
+    place in the flattened prompts and completions.
+
+    A convolution over K tokens runs over the row in which every segment has its K - 1 predecessors before it:
+    `inputs`: [M] indices of that row's tokens, N for none; `outputs`: [N], where each token is in it.
+    """
+
+    prompts: tuple[Tensor, ...]
+    in_prompts: tuple[Tensor, ...]
+    completions: tuple[Tensor, ...]
+    states: Tensor
+    forks: tuple[Tensor, ...]
+    back: Tensor
+    inputs: Tensor
+    outputs: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class RowLayout:
     """Which token of a row of N tokens sees which; made once a row and used by every layer.
 
@@ -44,7 +68,7 @@ class RowLayout:
     each group's first. `buckets`: [n, L] row indices of those completions, similar lengths together; short
     ones repeat their last token. `bucket_masks`: [n * L] bool, False where a token is such a repeat.
     `from_buckets`: [C], for each of `others` its index in the flattened, concatenated buckets. `block_mask`:
-    the same rule for FlexAttention; None on the CPU.
+    the same rule for FlexAttention; None on the CPU. `forks`: for models with a state, else None.
     """
 
     groups: tuple[GroupSpan, ...]
@@ -53,14 +77,19 @@ class RowLayout:
     bucket_masks: tuple[Tensor, ...]
     from_buckets: Tensor
     block_mask: BlockMask | None
+    forks: ForkLayout | None = None
 
 
 def row_layout(
-    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    device: torch.device,
+    kernel: int | None = None,
 ) -> RowLayout:
     """The layout of a row of groups.
 
     prompt_lengths: P of each group. completion_lengths: the tokens of its completions that are in the row.
+    kernel: K of the convolution in layers with a state; None for a model without such layers.
     """
     groups: list[GroupSpan] = []
     segments: list[tuple[int, int]] = []  # completions that are not the first of their group
@@ -84,6 +113,52 @@ def row_layout(
         bucket_masks=tuple(mask.to(device) for mask in masks),
         from_buckets=valid[order].to(device),
         block_mask=block_mask(prompt_lengths, completion_lengths, device) if on_gpu else None,
+        forks=None if kernel is None else fork_layout(prompt_lengths, completion_lengths, kernel, device),
+    )
+
+
+def fork_layout(
+    prompt_lengths: Sequence[int],
+    completion_lengths: Sequence[Sequence[int]],
+    kernel: int,
+    device: torch.device,
+) -> ForkLayout:
+    """Arguments as `row_layout` has them."""
+    prompts: list[tuple[int, int]] = []
+    completions: list[tuple[int, int]] = []
+    inputs: list[Tensor] = []
+    total = sum(prompt_lengths) + sum(map(sum, completion_lengths))
+    nothing = torch.full((kernel - 1,), total)
+    position = 0
+    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
+        start, prompt_end = position, position + prompt
+        ends = list(itertools.accumulate(lengths, initial=prompt_end))
+        own = torch.cat([nothing, torch.arange(start, prompt_end)])
+        inputs.append(own)
+        inputs += [torch.cat([own[1 - kernel :], torch.arange(a, b)]) for a, b in itertools.pairwise(ends)]
+        prompts.append((start, prompt_end))
+        completions += [(a, b) for a, b in itertools.pairwise(ends) if b > a]
+        position = ends[-1]
+    lengths = torch.tensor([len(part) for part in inputs])
+    after = lengths.cumsum(0).repeat_interleave(lengths - kernel + 1)  # where the segment of each token ends
+    left = torch.cat([torch.arange(len(part) - kernel + 1, 0, -1) for part in inputs])
+    prompt_buckets, prompt_masks, prompt_rows = _buckets(prompts)
+    buckets, masks, rows = _buckets(completions)
+    flat = torch.cat([*prompt_masks, *masks]).nonzero()[:, 0]
+    starts = torch.tensor([start for start, _ in prompts])
+    first = [part[:, 0].contiguous() for part in (*prompt_buckets, *buckets)]
+    group_of = [torch.searchsorted(starts, tokens, right=True) - 1 for tokens in first]
+    return ForkLayout(
+        prompts=tuple(part.to(device) for part in prompt_buckets),
+        in_prompts=tuple(
+            m.view(p.shape).to(device) for m, p in zip(prompt_masks, prompt_buckets, strict=True)
+        ),
+        completions=tuple(part.to(device) for part in buckets),
+        states=torch.argsort(torch.cat(group_of[: len(prompt_buckets)])).to(device),
+        forks=tuple(part.to(device) for part in group_of[len(prompt_buckets) :]),
+        back=flat[torch.argsort(torch.cat([prompt_rows, rows]))].to(device),
+        inputs=torch.cat(inputs).to(device),
+        outputs=(after - left).to(device),
     )
 
 

@@ -26,6 +26,7 @@ from transformers.vision_utils import (
 )
 
 from video_r1.models.checked import Checked
+from video_r1.models.family import Family, family_of, tower_of
 
 IMPLEMENTATION = "video_r1_vision_flash"
 """With "flash" in its name an implementation is given all segments at once; transformers calls any other one
@@ -78,13 +79,13 @@ def _as_product(patches: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 patch_projection = Checked("the patch embedding as a matrix product", _as_product, F.conv3d)
 
 
-def encode_visuals(core: Any, pixels: Tensor, grids: Tensor) -> Any:
-    """What `core.get_image_features` returns for images and videos alike, in few calls.
+def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
+    """What the inner model's `get_image_features` returns for images and videos alike, in few calls.
 
-    core: the inner model of transformers with its tower as `visual`. pixels: [patches, values of a patch] on
+    model: of transformers, for conditional generation. pixels: [patches, values of a patch] on
     any device. grids: [visuals, 3] int64 on the CPU: time, height and width in patches.
     """
-    visual = core.visual
+    visual = tower_of(model)
     projection = visual.patch_embed.proj
     if type(projection) is nn.Conv3d:
         projection.__class__ = PatchProjection
@@ -97,12 +98,12 @@ def encode_visuals(core: Any, pixels: Tensor, grids: Tensor) -> Any:
             ):  # which others read: a model that is made of it, for example
                 block.attn.config = copy.copy(visual.config)
                 block.attn.config._attn_implementation = IMPLEMENTATION
-        arguments = tower_arguments(visual, grids, device)
-    return core.get_image_features(pixels.to(device), grids, return_dict=True, **arguments)
+        arguments = tower_arguments(family_of(model), visual, grids, device)
+    return model.model.get_image_features(pixels.to(device), grids, return_dict=True, **arguments)
 
 
-def tower_arguments(visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
-    """What the tower of any family computes from the grids, by the names under which it takes them."""
+def tower_arguments(family: Family, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
+    """What a family's tower computes from the grids, by the names under which it takes them."""
     merge = visual.spatial_merge_size
     frames = Segments.of(get_vision_cu_seqlens(grids), device)
     arguments: dict[str, Any] = {
@@ -111,12 +112,12 @@ def tower_arguments(visual: Any, grids: Tensor, device: torch.device) -> dict[st
         "max_seqlen": frames.longest,
         "segments": [frames],
     }
-    if hasattr(visual, "window_size"):
+    if family.windows:
         index, starts = get_vision_window_index(grids, merge, visual.window_size, visual.patch_size)
         windows = Segments.of(starts, device)
         arguments |= {"window_index": index.to(device), "cu_window_seqlens": windows.starts}
         arguments |= {"max_window_seqlen": windows.longest, "segments": [frames, windows]}
-    if hasattr(visual, "num_grid_per_side"):
+    if family.resampled_positions:
         indices, weights = get_vision_interpolation_indices_and_weights(
             grids,
             num_grid_per_side=visual.num_grid_per_side,

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from video_r1.errors import ConfigError, first_line
+from video_r1.models.family import family_of
 from video_r1.models.loading import checked_source
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
 from video_r1.plan.estimate import described as describe_estimate
@@ -31,7 +32,6 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 
 ADAM_STATES = 2
-TIMESTAMP_TOKENS = 10  # Qwen3-VL writes a time and two marks before every temporal patch
 FSDP_LAYERS = 3  # one at work, the next one as it arrives and in its place
 SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
 
@@ -146,7 +146,7 @@ def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, tex
             f"the frames of a clip are {visual} tokens, which max_prompt_length ({frames.max_prompt_length}) "
             "does not allow; lower max_frames, frame_pixels or image_pixels, or raise max_prompt_length"
         )
-    marks = TIMESTAMP_TOKENS * grid[0] if config.model_type.startswith("qwen3") else 0
+    marks = family_of(config).timestamp_tokens * grid[0]
     prompt = min(visual + marks + text_tokens, frames.max_prompt_length)
     completions, completion = (
         (training.num_generations, training.max_completion_length)
@@ -203,16 +203,19 @@ def _sampling(
     """
     waves = math.ceil(sequences / MAX_SEQUENCES)
     of_a_token = traced.prompt_cache / (prefill.questions * prefill.prompt) / waves
+    state = traced.prompt_states / prefill.questions / waves
     room = FIRST_CAPACITY * 2 ** max(0, math.ceil(math.log2(row.completion / FIRST_CAPACITY)))
-    ours, theirs = int(prompts * row.prompt * of_a_token), int(sequences * room * of_a_token)
+    ours = int(prompts * (row.prompt * of_a_token + state))
+    theirs = int(sequences * (room * of_a_token + state))
     decoding = SAMPLING_COPIES * 4 * min(sequences, MAX_SEQUENCES) * config.get_text_config().vocab_size
-    joined = 2 * ours if ours > traced.prompt_cache else 0
+    cached = traced.prompt_cache + traced.prompt_states
+    joined = 2 * ours if ours > cached else 0
     arranged = 0  # oneDNN's copies of weights
     if policy.device_type == "cpu" and policy.dtype == torch.float32 and policy.autocast is None:
         arranged = 4 * sum(size for size in traced.text_linear if sequences * size >= LEAST_PRODUCTS)
         arranged = arranged if arranged <= MOST_ARRANGED_BYTES else 0
     most = max(
-        ours + traced.prefill_peak - traced.prompt_cache,
+        ours + traced.prefill_peak - cached,
         traced.prefill_copies + max(joined, ours + theirs + decoding),
     )
     return ours + theirs, arranged + most

@@ -3,8 +3,9 @@
 Both are run on tensors that have shapes but no storage (torch's FakeTensorMode), through the model's own
 transformers code and this project's head, and every allocation is added up while it lives. What a model
 keeps for its backward pass, with or without gradient checkpointing, adapters or mixed precision, is therefore
-not estimated from formulas. Two things are stand-ins: attention, whose kernels depend on values, and the
-pixels' way into windows and positions, which is computed beforehand from the grid.
+not estimated from formulas. Three things are stand-ins: attention, whose kernels depend on values, experts,
+which tokens choose by value, and the pixels' way into windows and positions, which is computed beforehand
+from the grid.
 """
 
 import copy
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -26,6 +28,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
+from video_r1.models.family import family_of, text_of, tower_of
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
 from video_r1.models.loading import with_trained_parts
@@ -35,6 +38,7 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 # "flash": transformers then hands vision attention whole sequences, without reading their lengths.
 ATTENTION_NAME = "video_r1_flash_without_storage"
+EXPERTS_NAME = "video_r1_experts_without_storage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,7 @@ class Traced:
     update_peak: int = 0  # beyond weights, optimizer and reference
     prefill_peak: int = 0  # of one chunk of prompts, their keys and values included
     prompt_cache: int = 0  # keys and values of that chunk
+    prompt_states: int = 0  # recurrent states of that chunk
     prefill_copies: int = 0  # weights in autocast's number format, which last as long as sampling does
 
 
@@ -164,7 +169,7 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | Non
         if prefill is not None:
             with live, torch.no_grad(), autocast:
                 model.eval()
-                traced.prompt_cache = _prefill(model, prefill, prefill_indices)
+                traced.prompt_cache, traced.prompt_states = _prefill(model, prefill, prefill_indices)
                 traced.prefill_copies = live.live
             traced.prefill_peak = live.peak
             live.peak = live.live
@@ -195,6 +200,7 @@ def _build(config: PreTrainedConfig, policy: Policy) -> Any:
 def _untrained(config: PreTrainedConfig, policy: Policy) -> Any:
     model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=policy.dtype)
     model.config._attn_implementation = ATTENTION_NAME
+    model.config._experts_implementation = EXPERTS_NAME
     return model
 
 
@@ -207,13 +213,14 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     traced.trainable, traced.gradients = sum(w.numel() for w in trained), sum(w.nbytes for w in trained)
     inner = vision_language_model(model)
-    layers = [*inner.model.language_model.layers, *inner.model.visual.blocks]
+    text, tower = text_of(inner), tower_of(inner)
+    layers = [*text.layers, *tower.blocks]
     embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
     apart = [*layers, *([embedding] if embedding.weight is not head.weight else [])]
     traced.largest_layer = _bytes(layers[0])
-    text = [*inner.model.language_model.modules(), head]
-    traced.text_linear = tuple(module.weight.numel() for module in text if type(module) is nn.Linear)
-    traced.vision_linear = sum(_products(inner.model.visual).values())
+    linear = [module for module in [*text.modules(), head] if type(module) is nn.Linear]
+    traced.text_linear = tuple(module.weight.numel() for module in linear)
+    traced.vision_linear = sum(_products(tower).values())
     weights = _products(inner)
     traced.linear = sum(weights.values()) - weights.get(id(embedding.weight), 0)  # one that the head shares
     traced.outside_layers = _bytes(model) - sum(_bytes(module) for module in apart)
@@ -269,7 +276,8 @@ def _vision(model: Any, row: Row, indices: dict[str, Any]) -> tuple[Tensor, ...]
     across = vision.temporal_patch_size * vision.patch_size**2
     pixels = torch.empty(len(indices["position_ids"]), vision.in_channels * across)
     grid = torch.tensor([row.grid] * row.questions)
-    output = model.model.visual(pixels.to(model.model.visual.dtype), grid, return_dict=True, **indices)
+    tower = tower_of(model)
+    output = tower(pixels.to(tower.dtype), grid, return_dict=True, **indices)
     return (output.pooler_output, *(getattr(output, "deepstack_features", None) or ()))
 
 
@@ -282,7 +290,7 @@ def _embeddings(model: Any, rows: int, tokens: int, features: tuple[Tensor, ...]
 
 def _hidden(model: Any, row: Row, features: tuple[Tensor, ...]) -> Tensor:
     """The last hidden states [1, tokens, d]. DeepStack features are held and get a gradient."""
-    states = model.model.language_model(
+    states = text_of(model)(
         inputs_embeds=_embeddings(model, 1, row.tokens, features),
         position_ids=torch.zeros(3, 1, row.tokens, dtype=torch.long),
         use_cache=False,
@@ -301,21 +309,29 @@ def _loss(model: Any, policy: Policy, row: Row, states: Tensor) -> Tensor:
     return token_logprobs(head, states[0][chosen], chosen, 1.0, rl, vocabulary, chunk, not rl).logprobs.mean()
 
 
-def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> int:
-    """One forward of `row.questions` prompts with a cache. Returns its bytes in the format that computes."""
+def _prefill(model: Any, row: Row, indices: dict[str, Any]) -> tuple[int, int]:
+    """One forward of `row.questions` prompts with a cache. Returns the bytes of its keys and values, in the
+    format that computes, and of its recurrent states."""
     inner = vision_language_model(model)
-    cache: Any = DynamicCache(config=inner.model.language_model.config)
-    states = inner.model.language_model(
+    cache: Any = DynamicCache(config=text_of(inner).config)
+    states = text_of(inner)(
         inputs_embeds=_embeddings(inner, row.questions, row.prompt, _vision(inner, row, indices)),
         position_ids=torch.zeros(3, row.questions, row.prompt, dtype=torch.long),
         past_key_values=cache,
         use_cache=True,
     ).last_hidden_state
-    pairs = [state for layer in cache.layers for state in (layer.keys, layer.values)]
+    stateful = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    states_kept = [state for layer in stateful for state in (layer.conv_states[0], layer.recurrent_states[0])]
+    attention = [layer for layer in cache.layers if layer not in stateful]
+    pairs = [state for layer in attention for state in (layer.keys, layer.values)]
     mixed = torch.is_autocast_enabled("cpu")
     kept = [state.to(torch.get_autocast_dtype("cpu")) if mixed else state for state in pairs]
     inner.get_output_embeddings()(states[:, -1])
-    return sum(state.untyped_storage().nbytes() for state in kept)
+    return _storage(kept), _storage(states_kept)
+
+
+def _storage(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
@@ -329,11 +345,11 @@ def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
         "cu_seqlens": get_vision_cu_seqlens(grid),
         "max_seqlen": patches,
     }
-    if hasattr(vision, "fullatt_block_indexes"):
+    if family_of(config).windows:
         window = get_vision_window_index(grid, merge, vision.window_size, vision.patch_size)
         found |= dict(zip(("window_index", "cu_window_seqlens"), window, strict=True))
         found["max_window_seqlen"] = patches
-    if hasattr(vision, "num_position_embeddings"):
+    if family_of(config).resampled_positions:
         side = int(vision.num_position_embeddings**0.5)
         taps = get_vision_interpolation_indices_and_weights(grid, side, spatial_merge_size=merge)
         found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
@@ -364,4 +380,14 @@ class _KernelMemory(torch.autograd.Function):
         return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
 
 
+def _experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The memory of grouped products, where one expert stands for those that the router would choose: states
+    [S, d], chosen and weights [S, k] -> [S, d]."""
+    rows = states.repeat_interleave(chosen.shape[1], 0)
+    gate, up = nn.functional.linear(rows, module.gate_up_proj[0]).chunk(2, dim=-1)
+    out = nn.functional.linear(module.act_fn(gate) * up, module.down_proj[0])
+    return (out.unflatten(0, chosen.shape) * weights[..., None]).sum(1).to(states.dtype)
+
+
 AttentionInterface.register(ATTENTION_NAME, _attention)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _experts)

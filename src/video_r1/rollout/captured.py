@@ -29,17 +29,23 @@ class DecodingStep:
     ) -> None:
         self.step, self.cache = step, cache
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.buffers: list[Tensor] = []
+        self.buffers: dict[int, Tensor] = {}
 
     def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
         """Logits [B, V] after `tokens` [B] at `position` [B], for which the cache has room."""
-        way = replayed_step if tokens.device.type in RECORDED_ON else plain_step
-        return way(tokens, position, self)
+        recorded = tokens.device.type in RECORDED_ON
+        self.cache.remember(recorded and replayed_step.agrees is not False and self.outdated)
+        return (replayed_step if recorded else plain_step)(tokens, position, self)
+
+    @property
+    def outdated(self) -> bool:
+        """Whether there is no recording of these shapes."""
+        return self.graph is None or self.buffers is not self.cache.keys
 
     def record(self, tokens: Tensor, position: Tensor) -> None:
         """Records the step for these shapes and the cache's present buffers."""
         self.graph = None  # before the next one is made: its memory can serve again
-        self.step(tokens, position, self.cache)  # sets up what kernels keep
+        plain_step(tokens, position, self)  # sets up what kernels keep
         self.tokens, self.position = tokens.clone(), position.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -48,15 +54,17 @@ class DecodingStep:
 
 
 def plain_step(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
+    decoding.cache.rewind()
     return decoding.step(tokens, position, decoding.cache)
 
 
 def _replayed(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
-    if decoding.graph is None or decoding.buffers is not decoding.cache.keys:
+    if decoding.outdated:
         decoding.record(tokens, position)
     assert decoding.graph is not None
     decoding.tokens.copy_(tokens)
     decoding.position.copy_(position)
+    decoding.cache.rewind()
     decoding.graph.replay()
     return decoding.logits
 

@@ -7,12 +7,13 @@ registered with transformers' AttentionInterface and is in force within `shared_
 
 Letters: R prompts (rows), P prompt tokens, B completions, K key-value heads, g query heads per key-value
 head, D head size, w slots a row. A decoding step has the same shapes whichever token it is at: a completion's
-keys have room for `capacity` tokens, of which the empty ones are hidden.
+keys have room for `capacity` tokens, of which the empty ones are hidden. A layer with a recurrent state has
+no keys: every completion gets a copy of its prompt's state, which each token changes in place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,28 +25,56 @@ ATTENTION_NAME = "video_r1_shared_prefix"
 FIRST_CAPACITY = 64  # tokens of a completion; doubled when full
 
 
+class ForkedState:
+    """What a layer with a state looks for in its cache, by transformers' names: the last inputs of its
+    convolution [B, C, K] and its recurrent state [B, H, Dk, Dv]. Both are written in place.
+    """
+
+    record_past = False
+
+    def __init__(self, inputs: Tensor, state: Tensor) -> None:
+        self.conv_states, self.recurrent_states = [inputs], [state]
+        self.remembered: tuple[Tensor, Tensor] | None = None
+
+    def select(self, rows: Tensor) -> ForkedState:
+        """The states of `rows`, copied."""
+        return ForkedState(*(x.index_select(0, rows) for (x,) in (self.conv_states, self.recurrent_states)))
+
+
 class SharedPrefixCache:
     """Keys and values of R prompts and of the completions that continue them, for all layers.
 
-    prefix_keys, prefix_values: one tensor [R, K, P, D] a layer; prompts shorter than P are padded at the end.
+    layers: two tensors for each: keys and values [R, K, P, D], prompts shorter than P padded at the end; for
+        those numbered in `stateful` what ForkedState takes, of the prompts.
     lengths: [R] int64, prompt tokens.
     rows: [B] int64, the prompt of each completion.
     """
 
     def __init__(
-        self, prefix_keys: Sequence[Tensor], prefix_values: Sequence[Tensor], lengths: Tensor, rows: Tensor
+        self,
+        layers: Sequence[tuple[Tensor, Tensor]],
+        lengths: Tensor,
+        rows: Tensor,
+        stateful: Collection[int] = (),
     ) -> None:
-        self.prefix_keys, self.prefix_values = list(prefix_keys), list(prefix_values)
-        _, heads, _, size = prefix_keys[0].shape
-        room = [layer.new_zeros(len(rows), heads, FIRST_CAPACITY, size) for layer in prefix_keys]
-        self.keys = room  # [B, K, capacity, D] a layer
-        self.values = [torch.zeros_like(layer) for layer in room]
+        attention = {number: pair for number, pair in enumerate(layers) if number not in stateful}
+        self.layers = {number: ForkedState(*layers[number]).select(rows) for number in stateful}
+        self.first = min(attention)  # the first layer with keys
+        self.prefix_keys = {number: keys for number, (keys, _) in attention.items()}
+        self.prefix_values = {number: values for number, (_, values) in attention.items()}
+        prefix = self.prefix_keys[self.first]
+        _, heads, prompt, size = prefix.shape
+        self.keys = {  # [B, K, capacity, D] a layer
+            number: keys.new_zeros(len(rows), heads, FIRST_CAPACITY, size)
+            for number, keys in self.prefix_keys.items()
+        }
+        self.values = _each(torch.zeros_like, self.keys)
         self.length = 0  # t, the same for every completion in the batch
         self.place = torch.full((1,), -1, device=rows.device)  # of the newest token, where the device sees it
         self.used = 0  # tokens of the room that are attended to
         self.own_bias: Tensor | None = None  # [capacity], -inf where the room is empty
-        padding = torch.arange(prefix_keys[0].shape[2], device=lengths.device) >= lengths[:, None]
-        self.bias = torch.zeros_like(padding, dtype=prefix_keys[0].dtype).masked_fill_(padding, -torch.inf)
+        padding = torch.arange(prompt, device=lengths.device) >= lengths[:, None]
+        self.bias = torch.zeros_like(padding, dtype=prefix.dtype).masked_fill_(padding, -torch.inf)
         self.padded = bool(padding.any())
         self._place(rows)
 
@@ -64,13 +93,16 @@ class SharedPrefixCache:
     def keep(self, kept: Tensor) -> None:
         """Leaves only the completions `kept` ([B'] int64 indices), and the prompts that they still need."""
         self.keys, self.values = (
-            [layer.index_select(0, kept) for layer in states] for states in (self.keys, self.values)
+            _each(lambda room: room.index_select(0, kept), states) for states in (self.keys, self.values)
         )
+        self.layers = {number: layer.select(kept) for number, layer in self.layers.items()}
         rows = self.rows[kept]
         needed = rows.unique()
         if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many of them are done
-            self.prefix_keys = [tensor.index_select(0, needed) for tensor in self.prefix_keys]
-            self.prefix_values = [tensor.index_select(0, needed) for tensor in self.prefix_values]
+            self.prefix_keys, self.prefix_values = (
+                _each(lambda prefix: prefix.index_select(0, needed), states)
+                for states in (self.prefix_keys, self.prefix_values)
+            )
             self.bias = self.bias.index_select(0, needed)
             rows = torch.searchsorted(needed, rows)
         self._place(rows)
@@ -79,9 +111,9 @@ class SharedPrefixCache:
         """For one more token of every completion, before each decoding step."""
         self.length += 1
         self.place += 1
-        if self.length > self.keys[0].shape[2]:
+        if self.length > self.keys[self.first].shape[2]:
             self.keys, self.values = (
-                [torch.cat([layer, torch.zeros_like(layer)], dim=2) for layer in states]
+                _each(lambda room: torch.cat([room, torch.zeros_like(room)], dim=2), states)
                 for states in (self.keys, self.values)
             )
 
@@ -89,25 +121,50 @@ class SharedPrefixCache:
         """Notes which of the room is empty, for all layers of a decoding step. On a CPU, where nothing is
         recorded, the used part is given out alone.
         """
-        self.own_bias, self.used = None, self.keys[0].shape[2]
+        self.own_bias, self.used = None, self.keys[self.first].shape[2]
         if self.place.device.type == "cpu":
             self.used = self.length
             return
-        empty = torch.arange(self.keys[0].shape[2], device=self.place.device) > self.place
+        empty = torch.arange(self.used, device=self.place.device) > self.place
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
         """Puts one token's keys and values [B, K, 1, D] in place; returns the room, [B, K, capacity, D],
         whose shape and address stay while it lasts.
         """
-        if layer == 0:
+        if layer == self.first:
             self.hide_empty()
         for room, new in ((self.keys[layer], keys), (self.values[layer], values)):
             room.index_copy_(2, self.place, new.to(room.dtype))  # under autocast keys come in float32
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
+    def has_previous_state(self, layer: int, *args: Any, **kwargs: Any) -> bool:
+        """For a layer with a state: whether its prompt has been read."""
+        return True
+
+    def update_recurrent_state(self, state: Tensor, layer: int) -> None:
+        self.layers[layer].recurrent_states[0].copy_(state)
+
+    def remember(self, wanted: bool) -> None:
+        """Before a token. wanted: its step may run more than once, each time from the present states."""
+        for layer in self.layers.values():
+            layer.remembered = (
+                (layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) if wanted else None
+            )
+
+    def rewind(self) -> None:
+        """Back to the states that are remembered, if any."""
+        for layer in self.layers.values():
+            if layer.remembered is not None:
+                layer.conv_states[0].copy_(layer.remembered[0])
+                layer.recurrent_states[0].copy_(layer.remembered[1])
+
     def get_seq_length(self, layer: int = 0) -> int:
         return self.bias.shape[1] + self.length
+
+
+def _each(function: Callable[[Tensor], Tensor], layers: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    return {number: function(tensor) for number, tensor in layers.items()}
 
 
 def attend(

@@ -21,6 +21,7 @@ from video_r1.data.prompts import Prompt, end_token_id
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.adapters import merged_adapters
+from video_r1.models.family import text_of
 from video_r1.models.group_forward import (
     embedded,
     prompt_positions,
@@ -44,18 +45,18 @@ MAX_PREFILL_TOKENS = 16384
 
 
 class _Prefilled(NamedTuple):
-    """R prompts after their prefill. keys, values: one [R, K, P, D] a layer; logits: [R, V] of the first
-    completion token; lengths: [R] int64; next_position: [R] int64, where the completion starts."""
+    """R prompts after their prefill. layers: keys and values [R, K, P, D] of each, or its convolution's last
+    inputs and its state; logits: [R, V] of the first completion token; lengths: [R] int64; next_position: [R]
+    int64, where the completion starts."""
 
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
+    layers: Sequence[tuple[Tensor, Tensor]]
     logits: Tensor
     lengths: Tensor
     next_position: Tensor
 
 
 class TransformersEngine:
-    """Samples with a transformers Qwen2-VL, Qwen2.5-VL or Qwen3-VL model, sharing each prompt's prefill.
+    """Samples with a transformers model of a known family, sharing each prompt's prefill.
 
     model: for conditional generation, also within PEFT or DistributedDataParallel. It is in eval mode while
         sampling. Under mixed precision call `generate` within the trainer's autocast.
@@ -81,10 +82,12 @@ class TransformersEngine:
     def update_weights(self, model: Any) -> None:
         """The weights are the trained model's own; another model object is taken over as it is."""
         self.model = vision_language_model(model)
-        self._core = self.model.model  # vision tower and language model, without the head
-        self._text_config = self._core.language_model.config
-        if "sliding_attention" in (getattr(self._text_config, "layer_types", None) or ()):
+        self._text = text_of(self.model)
+        self._text_config = self._text.config
+        kinds = getattr(self._text_config, "layer_types", None) or ()
+        if "sliding_attention" in kinds:
             raise ConfigError("rollouts: models with sliding-window attention are not supported")
+        self._stateful = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
         self._stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
 
     def rest(self) -> None:
@@ -130,42 +133,53 @@ class TransformersEngine:
         """One forward for each chunk of prompts of similar length."""
 
         def tokens(chunk: Sequence[Prompt]) -> int:
-            return len(chunk) * max(len(prompt.input_ids) for prompt in chunk)
+            lengths = [len(prompt.input_ids) for prompt in chunk]
+            if self._stateful and len(set(lengths)) > 1:  # padding would change the states
+                return self.max_prefill_tokens + 1
+            return len(chunk) * max(lengths)
 
         parts = [self._prefill_chunk(chunk) for chunk in _cut(prompts, tokens, self.max_prefill_tokens)]
         if len(parts) == 1:
             return parts[0]
-        keys, values, *others = zip(*parts, strict=True)
-        keys, values = ([_stack(layer) for layer in zip(*states, strict=True)] for states in (keys, values))
-        return _Prefilled(keys, values, *map(torch.cat, others))
+        layers, *others = zip(*parts, strict=True)
+        stacked = []
+        for chunks in zip(*layers, strict=True):
+            first, second = zip(*chunks, strict=True)
+            stacked.append((_stack(first), _stack(second)))
+        return _Prefilled(stacked, *map(torch.cat, others))
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
         """Padding stands at the end: causal attention hides it from every real token without a mask."""
-        device = self._core.device
+        device = self._text.device
         rows = torch.arange(len(prompts), device=device)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True).to(device)
         in_prompt = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
         places, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
         positions = pad_sequence([place.T for place in places]).permute(2, 1, 0)  # [3, R, P]
-        features = visual_features(self._core, prompts)
+        features = visual_features(self.model, prompts)
         cache: Any = DynamicCache(config=self._text_config)
-        hidden = self._core.language_model(
+        hidden = self._text(
             **embedded(self.model, prompts, features, input_ids, in_prompt),
             position_ids=positions.to(device),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        dtype = cache.layers[0].keys.dtype
-        if torch.is_autocast_enabled(device.type):  # rotation leaves keys in float32, and the cache follows
-            dtype = torch.get_autocast_dtype(device.type)
         return _Prefilled(
-            keys=[layer.keys.to(dtype) for layer in cache.layers],
-            values=[layer.values.to(dtype) for layer in cache.layers],
+            layers=[self._kept(layer) for layer in cache.layers],
             logits=self.model.get_output_embeddings()(hidden[rows, lengths - 1]),
             lengths=lengths,
             next_position=torch.tensor(following, device=device),
         )
+
+    def _kept(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """What a layer of the prefill's cache holds, as `_Prefilled` has it."""
+        if hasattr(layer, "recurrent_states"):
+            return layer.conv_states[0], layer.recurrent_states[0]
+        dtype = layer.keys.dtype
+        if torch.is_autocast_enabled(layer.keys.device.type):  # rotation leaves keys in float32
+            dtype = torch.get_autocast_dtype(layer.keys.device.type)
+        return layer.keys.to(dtype), layer.values.to(dtype)
 
     def _decode(
         self,
@@ -185,7 +199,7 @@ class TransformersEngine:
         rows = torch.unique_consecutive(prompt_of, return_inverse=True)[1]  # [S] in the prefill's order
         stop = torch.zeros(prefilled.logits.shape[-1], dtype=torch.bool, device=device)
         stop[self._stop_ids] = True
-        cache = SharedPrefixCache(prefilled.keys, prefilled.values, prefilled.lengths, rows)
+        cache = SharedPrefixCache(prefilled.layers, prefilled.lengths, rows, self._stateful)
         logits, position = prefilled.logits[rows], prefilled.next_position[rows]
         token_ids = torch.zeros(len(rows), sampling.max_tokens, dtype=torch.long, device=device)
         logprobs = torch.zeros(len(rows), sampling.max_tokens, device=device)
@@ -227,7 +241,7 @@ class TransformersEngine:
 
     def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
         """[B, V] after `tokens` [B] at `position` [B], which the cache takes in."""
-        output = self._core.language_model(
+        output = self._text(
             inputs_embeds=self.model.get_input_embeddings()(tokens[:, None]),
             position_ids=position[None, :, None].expand(3, -1, 1),
             past_key_values=cache,
@@ -278,8 +292,12 @@ def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [R_i, K, P_i, D] as one [sum R_i, K, max P_i, D], padded with zeros at the end of P."""
+    """Tensors [R_i, K, P_i, D] as one [sum R_i, K, max P_i, D], padded with zeros at the end of P. States,
+    which differ in R_i alone, need no padding.
+    """
     longest = max(tensor.shape[2] for tensor in tensors)
+    if all(tensor.shape[2] == longest for tensor in tensors):
+        return torch.cat(list(tensors))
     return torch.cat([nn.functional.pad(tensor, (0, 0, 0, longest - tensor.shape[2])) for tensor in tensors])
 
 

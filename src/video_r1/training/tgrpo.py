@@ -45,6 +45,7 @@ from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.models.family import tower_of
 from video_r1.models.group_forward import (
     GroupLogprobs,
     VisionFeatures,
@@ -97,7 +98,7 @@ class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
 class TGRPOTrainer(QuestionTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
-    model: checkpoint folder, hub id or model (Qwen2-VL, Qwen2.5-VL, Qwen3-VL). reward_funcs: None for the
+    model: checkpoint folder, hub id or model of a family in docs/models.md. reward_funcs: None for the
     paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
     signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
     train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
@@ -150,7 +151,7 @@ class TGRPOTrainer(QuestionTrainer):
         policy = cast(PreTrainedModel, self.model)
         self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.vision_is_frozen = not any(
-            p.requires_grad for p in vision_language_model(policy).model.visual.parameters()
+            p.requires_grad for p in tower_of(vision_language_model(policy)).parameters()
         )
         self.engine = engine or training_engine(
             policy,

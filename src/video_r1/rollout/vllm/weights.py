@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from video_r1.models.adapters import merged_weight, whole
+from video_r1.models.adapters import adapted_name, merged_weight, whole
 from video_r1.models.four_bits import dense_weight, is_four_bit
 from video_r1.models.group_forward import vision_language_model
 
@@ -27,8 +27,12 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     inner = vision_language_model(model)
     layers = dict(inner.named_modules())
-    merged = {name: layer for name, layer in layers.items() if hasattr(layer, "get_delta_weight")}
-    small = {name.removesuffix(".base_layer"): layer for name, layer in layers.items() if is_four_bit(layer)}
+    merged = {
+        f"{_without_layers(name)}.{adapted_name(layer)}": layer
+        for name, layer in layers.items()
+        if hasattr(layer, "get_delta_weight")
+    }
+    small = {f"{_without_layers(name)}.weight": layer for name, layer in layers.items() if is_four_bit(layer)}
     names = set()
     for (
         name,
@@ -37,12 +41,11 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         plain = _plain_name(name)
         if plain is None:
             continue
-        owner = plain.removesuffix(".weight")
         names.add(plain)
-        if plain.endswith(".weight") and owner in merged:
-            yield plain, merged_weight(merged[owner])
-        elif plain.endswith(".weight") and owner in small:
-            yield plain, dense_weight(small[owner])
+        if plain in merged:
+            yield plain, merged_weight(merged[plain])
+        elif plain in small:
+            yield plain, dense_weight(small[plain])
         else:
             yield plain, whole(tensor)
     if HEAD not in names:
@@ -56,4 +59,9 @@ def _plain_name(name: str) -> str | None:
     if ".modules_to_save." in name:
         before, after = name.split(".modules_to_save.")
         return f"{before}.{after.split('.', 1)[1]}"
-    return name.replace(".base_layer.", ".")
+    return _without_layers(name)
+
+
+def _without_layers(name: str) -> str:
+    """Without PEFT's wrappers, of which the experts of a layer may have several."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")

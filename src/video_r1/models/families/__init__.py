@@ -1,0 +1,1 @@
+"""One file a model family, named by its `model_type`; see `models/family.py`."""

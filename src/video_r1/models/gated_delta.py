@@ -1,0 +1,87 @@
+"""Gated DeltaNet layers (arXiv 2412.06464) in a row of groups: the prompt runs once, its state is forked.
+
+                                                                           ┌─► completion 1
+    prompt ─► state [H, Dk, Dv] and the last K - 1 inputs of a convolution ┼─► …
+                                                                           └─► completion G
+
+Models run with unmodified transformers classes: their layers look a convolution and a rule up in their module
+by name. `fork_states` puts functions in their places that follow a row's layout. A call without one goes to
+what was there: the kernels that transformers has picked (`causal_conv1d`, `fla`), or torch's own functions.
+Gradients of all completions flow back through the forked state into the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from video_r1.models.packing import RowLayout
+
+CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
+
+
+@cache
+def fork_states(module: str) -> None:
+    """Replaces the two functions of transformers' module of that name; once in a process."""
+    found = import_module(module)
+    setattr(found, CONVOLUTION, forked_convolution(getattr(found, CONVOLUTION)))
+    setattr(found, RULE, forked_rule(getattr(found, RULE)))
+
+
+def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A causal convolution that is given a row [1, C, N]: completions see their prompts' last tokens."""
+
+    @wraps(convolve)
+    def forked(states: Tensor, *args: Any, group_layout: RowLayout | None = None, **kwargs: Any) -> Tensor:
+        if group_layout is None or group_layout.forks is None:
+            return convolve(states, *args, **kwargs)
+        layout = group_layout.forks
+        padded = functional.pad(states, (0, 1)).index_select(2, layout.inputs)
+        return convolve(padded, *args, **kwargs).index_select(2, layout.outputs)
+
+    return forked
+
+
+def forked_rule(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Any]:
+    """A chunked rule that is given a row: query, key [1, N, H, Dk], value [1, N, H, Dv], g, beta [1, N, H].
+
+    Prompts of similar length run as a batch, and so do completions, from their prompts' states.
+    A token that pads a prompt changes no state: it decays nothing (g 0) and writes nothing (beta 0).
+    """
+
+    @wraps(rule)
+    def forked(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        g: Tensor,
+        beta: Tensor,
+        group_layout: RowLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if group_layout is None or group_layout.forks is None:
+            return rule(query, key, value, g=g, beta=beta, **kwargs)
+        layout = group_layout.forks
+        kwargs |= {"initial_state": None, "output_final_state": False, "cu_seqlens": None}
+        outputs, states = [], []
+        for rows, mask in zip(layout.prompts, layout.in_prompts, strict=True):
+            parts = [x[0][rows] for x in (query, key, value)]
+            gates = {"g": g[0][rows] * mask[..., None], "beta": beta[0][rows] * mask[..., None]}
+            output, state = rule(*parts, **gates, **kwargs | {"output_final_state": True})
+            outputs.append(output.flatten(0, 1))
+            states.append(state)
+        ends = torch.cat(states)[layout.states]  # [groups, H, Dk, Dv]
+        for rows, groups in zip(layout.completions, layout.forks, strict=True):
+            parts = [x[0][rows] for x in (query, key, value)]
+            gates = {"g": g[0][rows], "beta": beta[0][rows], "initial_state": ends[groups]}
+            outputs.append(rule(*parts, **kwargs | gates)[0].flatten(0, 1))
+        return torch.cat(outputs).index_select(0, layout.back)[None], None
+
+    return forked

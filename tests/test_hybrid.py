@@ -1,0 +1,157 @@
+"""Models with Gated DeltaNet layers: a prompt's state is made once and forked, and gradients flow back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from group_batches import build, expanded_logprobs, make_prompt, tokens_of
+from test_group_forward import assert_same_gradients, gradients
+from test_rollout_transformers import PROCESSORS, assert_same, build_model, build_prompts
+from tiny_models import HYBRID
+from torch import Tensor
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from video_r1.models import gated_delta
+from video_r1.models.checked import Checked
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.packing import fork_layout
+from video_r1.rollout import captured
+from video_r1.rollout.captured import DecodingStep
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.transformers import TransformersEngine
+
+CLIP = ("video", (2, 4, 4))
+
+
+def test_fork_layout_by_hand() -> None:
+    """Two groups in a row of 10 tokens, and a convolution over 3.
+
+    token   0 1 2 3 4 5 6 7 8 9
+            P P P c c d|Q Q e e
+    """
+    layout = fork_layout([3, 2], [[2, 1], [2, 0]], 3, torch.device("cpu"))
+    # The shorter prompt stands first and repeats its last token; its state belongs to group 1.
+    assert [part.tolist() for part in layout.prompts] == [[[6, 7, 7], [0, 1, 2]]]
+    assert [part.tolist() for part in layout.in_prompts] == [[[True, True, False], [True] * 3]]
+    assert layout.states.tolist() == [1, 0]
+    assert [part.tolist() for part in layout.completions] == [[[5, 5], [3, 4], [8, 9]]]
+    assert [part.tolist() for part in layout.forks] == [[0, 0, 1]]
+    flat = [6, 7, 7, 0, 1, 2, 5, 5, 3, 4, 8, 9]
+    assert [flat[place] for place in layout.back.tolist()] == list(range(10))
+    none = 10  # two predecessors, then the segment itself
+    expected = [none, none, 0, 1, 2, 1, 2, 3, 4, 1, 2, 5, none, none, 6, 7, 6, 7, 8, 9, 6, 7]
+    assert layout.inputs.tolist() == expected
+    assert [expected[place] for place in layout.outputs.tolist()] == list(range(10))
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_a_prompt_shorter_than_the_convolution(family: str) -> None:
+    model = build(family)
+    prompts = [make_prompt(family, 1), make_prompt(family, 2), make_prompt(family, 70)]
+    completions = [tokens_of(6, 2), tokens_of(1, 5), tokens_of(3, 80)]
+    expected = torch.cat(
+        [expanded_logprobs(model, p, c, 1.0)[0] for p, c in zip(prompts, completions, strict=True)]
+    )
+    weights = torch.randn(len(expected))
+    result = group_logprobs(model, prompts, completions).logprobs
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    ours = gradients(model, result, weights)
+    assert_same_gradients(ours, gradients(model, expected, weights))
+
+
+def test_states_alone_carry_gradients_into_the_prompt() -> None:
+    """Where attention adds nothing, what a completion knows of its prompt went through the forked state."""
+    torch.manual_seed(0)
+    model: Any = build("qwen3_5")
+    torch.nn.init.zeros_(model.model.language_model.layers[1].self_attn.o_proj.weight)
+    prompt, completions = make_prompt("qwen3_5", 3, CLIP, 4), tokens_of(7, 5, 6)
+    found = []
+    for score in (
+        lambda: group_logprobs(model, [prompt], [completions]).logprobs,
+        lambda: expanded_logprobs(model, prompt, completions, 1.0)[0],
+    ):
+        logprobs = score()
+        later = torch.cat([part[2:] for part in logprobs.split([7, 5, 6])])  # not the first token's
+        found.append(gradients(model, later, torch.ones(len(later))))
+    assert_same_gradients(found[0], found[1])
+    for name in ("visual.merger.linear_fc2.weight", "layers.0.linear_attn.conv1d.weight"):
+        (gradient,) = (grad for key, grad in found[0].items() if key.endswith(name))
+        assert float(gradient.abs().max()) > 0
+
+
+def test_the_prompt_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens through the rule of a row: the prompt and the completions, and not a prompt for each of them."""
+    model = build("qwen3_5")
+    prompt, completions = make_prompt("qwen3_5", 100), tokens_of(*[9] * 8)
+    group_logprobs(model, [prompt], [completions])  # puts the functions in place
+    seen: list[tuple[int, int]] = []
+    rule = getattr(modeling_qwen3_5, gated_delta.RULE).__wrapped__
+
+    def counting(query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((query.shape[0], query.shape[1]))
+        return rule(query, *args, **kwargs)
+
+    monkeypatch.setattr(modeling_qwen3_5, gated_delta.RULE, gated_delta.forked_rule(counting))
+    group_logprobs(model, [prompt], [completions])
+    assert seen == [(1, 100), (8, 8)] * 2
+
+
+def test_a_hybrid_model_generates_as_before() -> None:
+    """The functions in transformers' module change nothing for calls without a row, however often."""
+    model = build("qwen3_5")
+    prompt = make_prompt("qwen3_5", 3, CLIP, 2)
+    features = {name: value for name, value in prompt.features.items()}
+    before = model.generate(prompt.input_ids[None], **features, max_new_tokens=8, do_sample=False)
+    for _ in range(2):
+        group_logprobs(model, [prompt], [tokens_of(4, 4)])
+    after = model.generate(prompt.input_ids[None], **features, max_new_tokens=8, do_sample=False)
+    assert torch.equal(before, after)
+    assert "video_r1" not in model.config.to_json_string()
+
+
+@pytest.mark.parametrize("family", HYBRID)
+def test_hybrid_completions_do_not_depend_on_the_batch(family: str) -> None:
+    """Prompts of three lengths are prefilled apart, and completions that end take their states with them."""
+    model, prompts = build_model(family, stop_share=0.05), build_prompts(family)
+    settings = SamplingSettings(n=4, max_tokens=20, seed=11)
+    together = TransformersEngine(model, PROCESSORS[family]).generate(prompts, settings)
+    assert len({len(rollout.token_ids) for group in together for rollout in group}) > 3
+    narrow = TransformersEngine(model, PROCESSORS[family], max_sequences=4)
+    assert_same(together, narrow.generate(prompts, settings))
+    assert_same(
+        together[1:2],
+        TransformersEngine(model, PROCESSORS[family]).generate(prompts, settings, [0, 4, 0])[1:2],
+    )
+    prefills: list[tuple[int, ...]] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: prefills.append(tuple(kwargs["inputs_embeds"].shape[:2])),
+        with_kwargs=True,
+    )
+    twins = [prompts[0], prompts[2], prompts[0]]
+    TransformersEngine(model, PROCESSORS[family]).generate(twins, SamplingSettings(n=2, max_tokens=1, seed=1))
+    hook.remove()
+    short, long = sorted({len(prompt.input_ids) for prompt in twins})
+    assert prefills == [(1, short), (2, long)]  # equal lengths together
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_recorded_hybrid_steps_begin_at_the_same_state(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where the first step runs several times: each begins where the token before it ended."""
+
+    def replayed(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
+        if decoding.outdated:  # as a recording does: once to set up, then for good
+            captured.plain_step(tokens, position, decoding)
+            decoding.graph, decoding.buffers = object(), decoding.cache.keys  # pyright: ignore[reportAttributeAccessIssue]
+        logits = captured.plain_step(tokens, position, decoding)
+        return logits + 1 if broken else logits
+
+    checked = Checked("decoding by a CUDA graph", replayed, captured.plain_step)
+    engine = TransformersEngine(build_model("qwen3_5", stop_share=0.1), PROCESSORS["qwen3_5"])
+    prompts, settings = build_prompts("qwen3_5"), SamplingSettings(n=3, max_tokens=40, seed=1)
+    expected = engine.generate(prompts, settings)
+    monkeypatch.setattr(captured, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(captured, "replayed_step", checked)
+    assert_same(engine.generate(prompts, settings), expected)
+    assert checked.agrees is not broken
