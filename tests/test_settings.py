@@ -380,7 +380,11 @@ def test_training_arguments_are_read_from_the_source_as_python_reads_them() -> N
     hints, read = get_type_hints(TrainingArguments), training_argument_types()
     assert read.keys() == fields
     for name, hint in read.items():
-        enums = [kind for kind in alternatives(hints[name]) if isinstance(kind, enum.EnumMeta)]
+        enums = [
+            kind
+            for kind in alternatives(hints[name])
+            if isinstance(kind, type) and issubclass(kind, enum.Enum)
+        ]
         if enums:
             assert get_args(hint) == tuple(choice.value for choice in enums[0])
         elif name not in ("parallelism_config", "debug"):  # objects, which no option can give
