@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import typing
@@ -19,10 +20,12 @@ import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
 from video_r1.commands import COMMANDS
 from video_r1.errors import MediaError, RequestError
+from video_r1.recipe import load_recipe
 from video_r1.settings.commands import CheckSettings, LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.types import alternatives
+from video_r1.signals import Interrupted
 
 
 def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -31,7 +34,16 @@ def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str
     )
 
 
-@pytest.mark.parametrize("words", [["--help"], ["rl", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["rl", "--help"],
+        ["rl", "lab-tgrpo", "--print_config"],
+        ["recipes"],
+        ["completion", "bash"],
+    ],
+)
 def test_help_answers_at_once_without_torch(words: list[str]) -> None:
     code = (
         "import sys\nfrom video_r1.cli import main\ncode = main(sys.argv[1:])\n"
@@ -198,7 +210,8 @@ def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
     [
         (MediaError("clip.mp4", "no video stream"), 1, "video-r1: clip.mp4: no video stream\n"),
         (RequestError("two\nlines"), 2, "video-r1: two lines\n"),
-        (KeyboardInterrupt(), 1, "video-r1: interrupted\n"),
+        (KeyboardInterrupt(), 130, "video-r1: interrupted\n"),
+        (Interrupted(signal.SIGTERM), 143, "video-r1: interrupted\n"),
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/e/a"),
             1,
@@ -249,6 +262,40 @@ def test_a_reader_that_stops_is_no_failure() -> None:
     )
     assert done.stdout.startswith("usage: video-r1 rl")
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_what_is_required(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*name.split(), "--help"])
+    head, _, rest = capsys.readouterr().out.partition("examples:")
+    assert head.startswith(f"usage: video-r1 {name}")
+    for setting in COMMANDS[name].required:
+        assert f"\n  --{setting} " in head and f"\n  --{setting} " not in rest
+    assert ("\nrequired " in head) == bool(COMMANDS[name].required)
+
+
+def test_the_usage_of_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["ask", "--help"])
+    assert capsys.readouterr().out.startswith(
+        "usage: video-r1 ask [RECIPE] MODEL PATH QUESTION [--key value ...]\n"
+    )
+
+
+def test_what_would_run_is_printed_as_a_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("video_r1.cli.carry_out", lambda recipe: pytest.fail("it ran"))
+    words = ["rl", "lab-tgrpo", "--learning_rate", "3e-5", "--warmup_steps", "7"]
+    assert main([*words, "--print_config"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# video-r1 rl, from lab-tgrpo; video-r1 ")
+    (tmp_path / "printed.yaml").write_text(text)
+    printed = load_recipe("rl", tmp_path / "printed.yaml")
+    assert printed.values() == read_request("rl", words[1:]).values()
+    assert printed.values()["warmup_steps"] == 7
+    assert main(["data", "check", "m.json", "--print-config"]) == 0
+    assert "\nmanifest: m.json\n" in capsys.readouterr().out
+    assert main(["rl", "lab-tgrpo", "--print_config", "--betta", "1"]) == 2
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.loading import load_model, load_processor
-from video_r1.plan.memory import model_config
+from video_r1.plan.shapes import model_config
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from distributed_process import run_processes
 from measured_memory import (
     COMPLETIONS,
@@ -67,10 +66,15 @@ def test_a_plan_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tm
     words = ["plan", "lab-tgrpo", "--model_config", str(tmp_path), "--gpu_memory"]
     assert main([*words, "80GB"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("rl of runs/lab-sft: 0.00 billion weights")
+    assert text.startswith(f"shape of {tmp_path}; on one GPU\nrl of runs/lab-sft: 0.00 billion weights")
     assert "8 completions of up to 64" in text and "\nfits: " in text
     assert main([*words, "1MB", "--max_completion_length", "32"]) == 1
-    assert "\ndoes not fit: " in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "\ndoes not fit: " in text
+    assert text.endswith(
+        "it does not fit 1 GPU of 0.001 GB; it does with (most at once, GiB):\n  nothing that was tried\n"
+        "no recipe that comes with the package is for rl on it\n"
+    )
 
 
 def test_an_unknown_shape_is_refused_with_a_remedy(
@@ -105,24 +109,21 @@ def test_sizes_of_gpus(text: str, size: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("training", "launch", "shared"),
+    ("training", "gpus", "kind", "shared"),
     [
-        ({}, {}, (1, False, False, False)),
-        ({}, {"num_processes": 4, "distributed_type": "MULTI_GPU"}, (4, False, False, False)),
-        ({}, {"num_processes": 4, "distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2}},
-         (4, True, True, True)),
-        ({"fsdp": "shard_grad_op"}, {"num_processes": 2}, (2, True, True, True)),
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, {"num_processes": 8}, (8, True, True, True)),
-        ({}, {"num_processes": 8, "distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2}},
-         (8, False, True, True)),
+        ({}, 1, None, (1, False, False, False)),
+        ({}, 4, "none", (4, False, False, False)),
+        ({}, 4, "fsdp2", (4, True, True, True)),
+        ({"fsdp": "shard_grad_op"}, 2, None, (2, True, True, True)),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 8, None, (8, True, True, True)),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 8, "zero2", (8, False, True, True)),
+        ({}, 8, "zero3", (8, True, True, True)),
     ],
-)  # fmt: skip
-def test_sharding_is_what_settings_and_launcher_say(
-    training: dict[str, Any], launch: dict[str, Any], shared: tuple[Any, ...], tmp_path: Path
+)
+def test_sharding_is_what_settings_and_options_say(
+    training: dict[str, Any], gpus: int, kind: Any, shared: tuple[Any, ...]
 ) -> None:
-    path = tmp_path / "launch.yaml"
-    path.write_text(yaml.safe_dump(launch or {"num_processes": 1}))
-    sharding = sharding_of(training, accelerate_config=path)
+    sharding = sharding_of(training, gpus, kind)
     assert (sharding.processes, sharding.weights, sharding.gradients, sharding.optimizer) == shared
 
 

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from model_shapes import SHAPES
 from tiny_questions import read_lines, write_manifest
 
+from video_r1.catalogue import catalogue
 from video_r1.cli import carry_out, main
 from video_r1.data.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
 from video_r1.plan.memory import memory_plan
-from video_r1.plan.sharding import Sharding
-from video_r1.recipe import find_recipe, load_recipe, packaged_recipes, read_one_recipe, read_recipe
+from video_r1.plan.shapes import published, published_config
+from video_r1.plan.sharding import sharding_of
+from video_r1.recipe import load_recipe
+from video_r1.recipe_files import MadeFor, find_recipe, packaged_recipes, read_one_recipe, read_recipe
 from video_r1.settings.commands import LabSettings
 
 GB = 10**9
@@ -76,6 +79,76 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
 
 
 @pytest.mark.parametrize(("name", "form"), RECIPES)
+def test_a_recipe_says_what_it_is_for(name: str, form: str) -> None:
+    checkpoint, (gpus, memory) = MACHINES[form]
+    entry = next(entry for entry in catalogue() if entry.name == name)
+    assert entry.made_for == MadeFor(command_of(name), gpus, f"{memory}GB", "fsdp2" if gpus > 1 else "none")
+    assert entry.checkpoint == checkpoint
+    assert ("LoRA" in entry.about) == name.endswith("-lora")
+    assert load_recipe(command_of(name), name).made_for == entry.made_for
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line for line in lines if line}
+    assert {*packaged_recipes(), "recipe"} < {*rows}
+    assert all(entry.about and entry.about in rows[entry.name] for entry in catalogue())
+    for name, words in {
+        "video-r1-7b-tgrpo-4x96": "rl       4 × 96 GB  Qwen/Qwen2.5-VL-7B-Instruct ",
+        "qwen3-vl-4b-tgrpo-lora": "rl       1 × 24 GB  Qwen/Qwen3-VL-4B-Instruct ",
+        "lab-tgrpo": "rl       CPU        lab-base ",
+    }.items():  # fmt: skip
+        assert words in rows[name]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("sft video-r1-7b-tgrpo", "for rl, not for sft; video-r1-7b-sft is the one for sft"),
+        (
+            "rl qwen3-vl-4b-sft-lora --betta 1",
+            "for sft, not for rl; qwen3-vl-4b-tgrpo-lora is the one for rl",
+        ),
+        ("eval lab-tgrpo", "for rl, not for eval; lab-eval is the one for eval"),
+        ("annotate lab-tgrpo", "for rl, not for annotate; video-r1 recipes lists those that there are"),
+        ("sft mine.yaml", "for rl, not for sft; video-r1-7b-sft is the one for sft"),
+        ("sft bare.yaml", "for rl, not for sft; video-r1 recipes lists those that there are"),
+        ("rl bare-sft.yaml", "for sft, not for rl; video-r1 recipes"),
+        ("plan lab-eval", "for eval; a plan is of one for sft or rl"),
+    ],
+)
+def test_a_recipe_of_another_command_is_one_sentence(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("base: video-r1-7b-tgrpo\nbetta: 1\n")
+    Path("bare.yaml").write_text("num_generations: 8\nepsilon: 0.1\n")
+    Path("bare-sft.yaml").write_text("max_response_length: 8\n")
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == f"video-r1: {words.split()[1]} is a recipe {said}" + (
+        " lists those that there are\n" if said.endswith("video-r1 recipes") else "\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("made_for: rl", "made_for is rl; it is a mapping of some of command, gpus, gpu_memory, sharding"),
+        ("made_for: {gpu: 8}", "'gpu': 8}; it is a mapping of some of command, gpus, gpu_memory, sharding"),
+        ("made_for: {gpus: many}", "made_for: gpus is 'many'; it must be int or none"),
+        ("made_for: {sharding: fsdp3}", "sharding is 'fsdp3'; it must be none | fsdp2 | zero2 | zero3"),
+        ("made_for: {gpu_memory: 80}", "gpu_memory is '80'; write 80GB or 24GiB"),
+    ],
+)
+def test_what_a_recipe_says_of_itself_is_checked(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "a.yaml").write_text(f"base: video-r1-7b-tgrpo\n{line}\n")
+    with pytest.raises(RequestError, match=re.escape("recipe a.yaml, line 2: made_for")) as caught:
+        load_recipe("rl", tmp_path / "a.yaml")
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "form"), RECIPES)
 def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
     path = find_recipe(name)
     assert path is not None
@@ -88,9 +161,11 @@ def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
 @pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft",)))
 def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     checkpoint, (gpus, memory) = MACHINES[form]
-    billions, config = SHAPES[checkpoint]
-    sharded = gpus > 1  # FSDP2
-    sharding = Sharding("FSDP2", gpus, sharded, sharded, sharded)
+    billions, config = (
+        published()[checkpoint.removesuffix("-Instruct")]["total"],
+        published_config(checkpoint),
+    )
+    sharding = sharding_of({}, gpus, "fsdp2" if gpus > 1 else "none")
     plan = memory_plan(config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding)
     adapters = plan.traced.trainable if name.endswith("-lora") else 0
     assert (plan.traced.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)

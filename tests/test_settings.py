@@ -17,7 +17,8 @@ from transformers import TrainingArguments
 
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError
-from video_r1.recipe import load_recipe, packaged_recipes, save_resolved
+from video_r1.recipe import load_recipe, save_resolved
+from video_r1.recipe_files import packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings

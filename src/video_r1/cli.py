@@ -3,7 +3,8 @@
 Words are split into setting names and text here, `recipe` turns them into checked settings, and the function
 that `commands` names for them does the work. It is imported then, so that help and refusals come at once.
 
-Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr).
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr); 130 and 143 it was
+ended by Ctrl-C or SIGTERM.
 """
 
 import difflib
@@ -20,9 +21,12 @@ from typing import Any
 from video_r1.command_help import HELP_STYLES, command_help, overview
 from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
 from video_r1.errors import RequestError, VideoR1Error
+from video_r1.next_steps import again, next_steps
 from video_r1.progress import tidy_output
-from video_r1.recipe import Recipe, find_recipe, load_recipe
+from video_r1.recipe import Recipe, load_recipe, resolved_text
+from video_r1.recipe_files import find_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
+from video_r1.signals import Interrupted, ended_by_signals, number_of
 from video_r1.tables import show
 
 # Not the program's fault: a folder without permission, a file in a folder's place, a full or read-only disk.
@@ -35,13 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     tidy_output()
     try:
-        return run(list(sys.argv[1:] if argv is None else argv))
+        with ended_by_signals():
+            return run(list(sys.argv[1:] if argv is None else argv))
     except RequestError as error:
         return failed(error, 2)
     except VideoR1Error as error:
         return failed(error, 1)
-    except KeyboardInterrupt:
-        return failed("interrupted", 1)
+    except KeyboardInterrupt as stop:
+        return failed(str(stop) or "interrupted", 128 + number_of(stop))
     except BrokenPipeError:  # the reader (`| head`) has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -60,7 +65,8 @@ def failed(message: object, code: int) -> int:
     """
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_TO_BE_ENDED)
-    show(f"video-r1: {' '.join(str(message).split())}", {"^video-r1:": "bold red"}, sys.stderr)
+    if code < 128 or os.environ.get("LOCAL_RANK", "0") == "0":  # a signal reaches all processes
+        show(f"video-r1: {' '.join(str(message).split())}", {"^video-r1:": "bold red"}, sys.stderr)
     return code
 
 
@@ -76,13 +82,23 @@ def run(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         show(command_help(name), HELP_STYLES, sys.stdout)
         return 0
-    smoke = name in TRAINS and "--smoke" in rest
-    recipe = read_request(name, [word for word in rest if not smoke or word != "--smoke"])
-    if smoke:
+    flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
+    recipe = read_request(name, [word for word in rest if word not in flags])
+    if flags - {"--smoke"}:
+        print(resolved_text(recipe), end="")
+        return 0
+    if flags:
         from video_r1.lab.smoke import run_smoke
 
         return run_smoke(recipe, carry_out)
-    return carry_out(recipe)
+    try:
+        code = carry_out(recipe)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(number_of(stop), again(name, words, str(stop))) from stop
+    if code == 0 and os.environ.get("RANK", "0") == "0":
+        for line in next_steps(recipe):
+            print(line)
+    return code
 
 
 def carry_out(recipe: Recipe) -> int:

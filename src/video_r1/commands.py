@@ -13,6 +13,7 @@ from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.commands import (
     BaseSettings,
     CheckSettings,
+    CompletionSettings,
     DemoSettings,
     LabSettings,
     MakeSettings,
@@ -104,10 +105,13 @@ COMMANDS: dict[str, Command] = {
          "rl video-r1-7b-tgrpo --model_name_or_path runs/sft --max_steps 1000",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
-        "tokens and GPU memory that a recipe of sft or rl needs", "plan.memory:run_plan", "recipe",
+        "tokens and GPU memory that a recipe of sft or rl needs", "plan.command:run_plan", "recipe",
         (PlanSettings, ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), (),
-        ("plan video-r1-7b-tgrpo --model_config Qwen/Qwen2.5-VL-7B-Instruct --gpu_memory 80GB",
-         "plan my.yaml --gpu_memory 24GB --processes 4 --use_peft")),
+        ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",
+         "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
+    "recipes": Command(
+        "the recipes that come with the package: machine, model and what for", "catalogue:run_recipes",
+        "sections", (), examples=("recipes",)),
     "eval": Command(
         "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
         "evaluation.command:run_eval", "sections", (EvalSettings, BenchmarkSettings),
@@ -133,6 +137,10 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
         examples=("demo", "demo --seed 1")),
+    "completion": Command(
+        "a script by which a shell completes commands, settings and recipes", "completion:run_completion",
+        "sections", (CompletionSettings,), ("shell",), ("shell",),
+        ("completion bash", "completion zsh")),
 }
 # fmt: on
 EARLIER_NAMES = {"data lab": "lab make", "data base": "lab base"}

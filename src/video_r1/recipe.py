@@ -10,24 +10,21 @@ import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from video_r1.commands import COMMANDS
+from video_r1.catalogue import counterpart
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError
 from video_r1.files import replace_text
+from video_r1.recipe_files import MadeFor, model_folder, read_recipe, take_facts
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
 from video_r1.settings.carried import adopted
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.types import parse
-
-PACKAGE = Path(str(resources.files("video_r1")))
-RECIPES = PACKAGE / "recipes"
-PACKAGED_MODEL = "lab-base"
-"""The name by which the small pretrained base that comes with the package may be called."""
 
 S = TypeVar("S", bound=Settings)
 
@@ -40,6 +37,7 @@ class Recipe:
     sections: tuple[Settings, ...]
     training: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
+    made_for: MadeFor = field(default_factory=MadeFor)
 
     def section(self, kind: type[S]) -> S:
         """The section of the class `kind` (or of a class made from it). KeyError when there is none."""
@@ -76,6 +74,10 @@ def load_recipe(
     RequestError when the recipe cannot be read.
     """
     values, origins = read_recipe(source) if source is not None else ({}, {})
+    made_for = take_facts(values, origins)
+    if source is not None:
+        made_for = dataclasses.replace(made_for, command=made_for.command or stage_of(values))
+        check_command(command, str(source), made_for, values.get("model_name_or_path"))
     for name, value in (overrides or {}).items():
         values[name.replace("-", "_")] = value
         origins[name.replace("-", "_")] = f"option --{name}"
@@ -84,8 +86,8 @@ def load_recipe(
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
     settings, found = parse_values(command, values, {**imported, **types})
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
-        if settings.get(name) == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists():
-            settings[name] = str(PACKAGE / "lab" / "base")
+        if name in settings:
+            settings[name] = model_folder(settings[name])
     checkpoint = settings.get("model_name_or_path") or settings.get("model") or settings.get("teacher")
     carried = types.keys() - ({"dtype"} if trains else set())  # updates need the file's own number format
     settings |= adopted(checkpoint, settings, carried)
@@ -101,7 +103,26 @@ def load_recipe(
             found.append((name, f"is missing; set it in the recipe or with --{name}"))
     raise_problems(found, origins)
     extra = {name: value for name, value in settings.items() if name not in types}
-    return Recipe(command, tuple(sections), extra, None if source is None else str(source))
+    return Recipe(command, tuple(sections), extra, None if source is None else str(source), made_for)
+
+
+def stage_of(values: Mapping[str, Any]) -> str | None:
+    """sft or rl, whichever alone has some of these settings."""
+    own = {command: COMMANDS[command].types().keys() for command in TRAINS}
+    sft, rl = own["sft"] & values.keys() - own["rl"], own["rl"] & values.keys() - own["sft"]
+    return "rl" if rl and not sft else "sft" if sft and not rl else None
+
+
+def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> None:
+    """Raises RequestError for a recipe of another command."""
+    theirs = made_for.command
+    if theirs in (None, command) or (command == "plan" and theirs in TRAINS):
+        return
+    if command == "plan":
+        raise RequestError(f"{source} is a recipe for {theirs}; a plan is of one for {' or '.join(TRAINS)}")
+    other = counterpart(command, start, made_for)
+    instead = f"{other} is the one for {command}" if other else "video-r1 recipes lists those that there are"
+    raise RequestError(f"{source} is a recipe for {theirs}, not for {command}; {instead}")
 
 
 def parse_values(
@@ -130,87 +151,30 @@ def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
     return f"is not a setting of {command}; {hint}{belongs}see video-r1 {command} --help"
 
 
-def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def find_recipe(source: str | Path) -> Path | None:
-    """The file that a path or a packaged recipe's name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`) stands for."""
-    path = Path(source)
-    if path.is_file():
-        return path
-    packaged = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
-    return packaged if path.parent in (Path("."), Path("recipes")) and packaged.is_file() else None
-
-
-def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a recipe and of its bases, and where each stands (`recipe a.yaml, line 3`)."""
-    path = find_recipe(source)
-    if path is None:
-        close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        names = ", ".join(packaged_recipes())
-        raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
-    values, origins = read_one_recipe(path)
-    seen = [path.resolve()]
-    while (base := values.pop("base", None)) is not None:
-        origin = origins.pop("base")
-        if not isinstance(base, str):
-            raise RequestError(f"{origin}: base is {base!r}; it must be the name of a recipe or a YAML file")
-        beside = path.parent / base
-        path = beside if beside.is_file() else find_recipe(base)
-        if path is None:
-            raise RequestError(f"{origin}: base is {base}; no file {beside} nor a packaged recipe")
-        if path.resolve() in seen:
-            raise RequestError(f"{origin}: base leads back to {path.name}; remove one of the lines")
-        seen.append(path.resolve())
-        below, below_origins = read_one_recipe(path)
-        values, origins = below | values, below_origins | origins
-    return values, origins
-
-
-def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `read_recipe`, of a file without what it is based on."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise RequestError(f"{path}: cannot be read as a recipe: {reason}") from error
-    if node is None:
-        return {}, {}
-    if not isinstance(node, yaml.MappingNode) or not all(isinstance(name, str) for name in values):
-        raise RequestError(f"{path}: a recipe is a YAML mapping with lines such as 'learning_rate: 1e-6'")
-    origins: dict[str, str] = {}
-    for key, _ in node.value:
-        name, line = key.value.replace("-", "_"), key.start_mark.line + 1
-        if name in origins:
-            raise RequestError(f"{path}, line {line}: {name} stands there a second time; keep one")
-        origins[name] = f"recipe {path.name}, line {line}"
-    return {name.replace("-", "_"): value for name, value in values.items()}, origins
-
-
 def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
     """Write `config.yaml`, the resolved settings as a recipe that can be run again. Returns its path.
 
     Takes a Recipe or one settings object (a TGRPOConfig, for example). The file is replaced in one step.
     Raises RequestError when the folder cannot be written.
     """
-    if isinstance(settings, Recipe):
-        title = f"video-r1 {settings.command}" + (f", from {settings.source}" if settings.source else "")
-    else:
-        title = type(settings).__name__
     path = Path(folder) / "config.yaml"
-    text = yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True, default_flow_style=None)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}")
+        replace_text(path, resolved_text(settings))
     except OSError as error:
         reason = error.strerror or error
         raise RequestError(f"{path}: cannot be written: {reason}; choose another output_dir") from error
     return path
+
+
+def resolved_text(settings: Recipe | Settings) -> str:
+    """All settings as a recipe that can be run again."""
+    if isinstance(settings, Recipe):
+        title = f"video-r1 {settings.command}" + (f", from {settings.source}" if settings.source else "")
+    else:
+        title = type(settings).__name__
+    text = yaml.safe_dump(resolved(settings), sort_keys=False, allow_unicode=True, default_flow_style=None)
+    return f"# {title}; video-r1 {metadata.version('video-r1')}\n{text}"
 
 
 def resolved(settings: Recipe | Settings) -> dict[str, Any]:

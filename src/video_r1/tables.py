@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from typing import TextIO
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """The rows as lines below `head`: the first column to the left, the others to the right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False) -> str:
+    """The rows as lines below `head`: the first column to the left, the others to the right (words: left)."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for name in head:
-        grid.add_column(Text(name), justify="right" if grid.columns else "left", no_wrap=True)
+        grid.add_column(Text(name), justify="right" if grid.columns and not words else "left", no_wrap=True)
     for row in rows:
         grid.add_row(*map(Text, row))
     text = io.StringIO()

@@ -33,6 +33,7 @@ from video_r1.processes import decided_by_first, own_share, process_count, proce
 from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings
+from video_r1.signals import Interrupted, number_of
 from video_r1.tables import table
 
 FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
@@ -102,9 +103,8 @@ def annotate(
             try:
                 with own_journal(path, drawn_with, journals) as own:
                     ask(samples, done, teacher, own, settings)
-            except KeyboardInterrupt:
-                print(f"\nthe answers so far are in {path}; the same command continues", file=sys.stderr)
-                raise
+            except KeyboardInterrupt as stop:
+                raise Interrupted(number_of(stop), f"the answers so far are in {path}") from stop
             wait_for_everyone()
         return decided_by_first(finish)
 

@@ -11,22 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from video_r1.errors import ConfigError, first_line
+from video_r1.errors import ConfigError
 from video_r1.models.family import family_of
-from video_r1.models.loading import checked_source
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
-from video_r1.plan.estimate import described as describe_estimate
-from video_r1.plan.estimate import estimate
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.plan.trace import Policy, Row, Traced, trace
 from video_r1.plan.vllm_share import VLLMShare, vllm_share
-from video_r1.recipe import Recipe, read_recipe
+from video_r1.recipe import Recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
-from video_r1.settings.base import own_field_types
-from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
@@ -251,81 +246,3 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
             layers += int(traced.outside_layers * (1 - policy.gradients_kept))
     update = traced.weights if sharding.whole_in_step else layers
     return update + left, left, traced.weights + left
-
-
-def model_config(source: str | None) -> PreTrainedConfig:
-    """The config of a checkpoint folder or hub id. Raises ConfigError and says what to do instead."""
-    if not source:
-        raise ConfigError(
-            "a plan needs the model's config.json: name a folder or hub id that has it in model_name_or_path "
-            "or with --model_config"
-        )
-    try:
-        config = AutoConfig.from_pretrained(checked_source(source, with_weights=False))
-    except (OSError, ValueError, ConfigError) as error:
-        reason = first_line(error).removeprefix(f"{source}: ")
-        raise ConfigError(
-            f"{source}: its config.json cannot be read ({reason}); it is all "
-            "that a plan needs: if the checkpoint does not exist yet or the hub is out of reach, name a "
-            "folder with the config.json of a model of the same shape in --model_config"
-        ) from error
-    if not hasattr(config, "vision_config"):
-        raise ConfigError(f"{source}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
-    return config
-
-
-def run_plan(recipe: Recipe) -> int:
-    """Prints the plan. Returns 1 when it does not fit the GPU, else 0. Raises ConfigError without a shape."""
-    settings = recipe.section(PlanSettings)
-    stage = settings.stage
-    if stage is None:  # rl when the recipe file has a setting that only rl has, or there is no file
-        only_rl = TGRPOSettings.__dataclass_fields__.keys() - SFTSettings.__dataclass_fields__.keys()
-        stage = "rl" if recipe.source is None or only_rl & read_recipe(recipe.source)[0].keys() else "sft"
-    config = model_config(settings.model_config or recipe.section(ModelSettings).model_name_or_path)
-    memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
-    if memory is None and settings.gpu is not None:
-        memory = int(1e9 * GPUS[settings.gpu].gigabytes)
-    if memory is None and torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory
-    recipe = replace(recipe, command=stage)
-    if stage == "sft":
-        values = {name: recipe.values()[name] for name in own_field_types(SFTSettings)}
-        recipe = replace(recipe, sections=(*recipe.sections, SFTSettings(**values)))
-    sharding = sharding_of(recipe.training, settings.processes, settings.accelerate_config)
-    plan = memory_plan(config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens)
-    print(described(plan))
-    if settings.gpu is not None and stage == "rl":
-        found = estimate(config, recipe, plan.traced, plan.row, sharding, settings.gpu)
-        print("", *describe_estimate(found), sep="\n")
-    return 1 if plan.fits is False else 0
-
-
-def described(plan: MemoryPlan) -> str:
-    """The plan as text."""
-    unit, name_of_unit = (2**30, "GiB") if plan.peak >= 2**30 else (2**20, "MiB")
-    row, stage, model = plan.row, plan.recipe.command, plan.recipe.section(ModelSettings).model_name_or_path
-    answers = "completions" if stage == "rl" else "response"
-    lines = [
-        f"{stage} of {model}: {plan.traced.parameters / 1e9:.2f} billion weights, "
-        f"{plan.traced.trainable / 1e9:.2f} trained; {plan.sharding.name}",
-        f"a question has up to {row.prompt:,} prompt tokens ({row.visual:,} visual) and "
-        f"{row.completions} {answers} of up to {row.completion:,}; a pass has up to {row.tokens:,} tokens",
-        "",
-        f"on each GPU, {name_of_unit}",
-        *(f"  {name:<15}{size / unit:9.2f}" for name, size in plan.parts.items()),
-        f"most at once, {name_of_unit}",
-        *(f"  {name:<15}{size / unit:9.2f}" for name, size in plan.phases.items()),
-    ]
-    if plan.gpu_memory is not None and plan.vllm is not None:
-        beside = plan.vllm
-        lines.append(
-            f"vLLM: weights {beside.weights / unit:.2f}, profiling run {beside.profile / unit:.2f}, keys and "
-            f"values of {beside.questions} questions at once"
-        )
-        if not beside.questions:
-            least = math.ceil(100 * beside.least / plan.gpu_memory) / 100
-            lines.append(f"its share is too small: vllm_gpu_memory_utilization {least:.2f} would do")
-    if plan.gpu_memory is not None:
-        verdict = "fits" if plan.fits else "does not fit"
-        lines += ["", f"{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"]
-    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""How the processes of a run share the model, read from its settings and from accelerate's file."""
+"""How the processes of a run share the model."""
 
 import json
 from collections.abc import Mapping
@@ -9,13 +9,14 @@ from typing import Any
 import yaml
 
 from video_r1.errors import ConfigError
+from video_r1.settings.commands import GPUSharding
 
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
     """Which parts each process has a share of only."""
 
-    name: str = "one process"
+    name: str = "one GPU"
     processes: int = 1
     weights: bool = False
     gradients: bool = False
@@ -38,36 +39,28 @@ class Sharding:
         return 1 / self.processes if shared else 1.0
 
 
-def sharding_of(
-    training: Mapping[str, Any], processes: int | None = None, accelerate_config: str | Path | None = None
-) -> Sharding:
-    """The sharding that the TrainingArguments or accelerate's file ask for. Raises ConfigError."""
-    launch = {} if accelerate_config is None else read_mapping(accelerate_config)
-    count = processes or int(launch.get("num_processes", 1))
-    if training.get("deepspeed"):
+def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | None = None) -> Sharding:
+    """The sharding of this kind; without one, what TrainingArguments ask for. Raises ConfigError."""
+    if kind in ("zero2", "zero3"):
+        return _deepspeed(gpus, int(kind[-1]), offload=False)
+    if kind is None and training.get("deepspeed"):
         given = training["deepspeed"]
         zero = (given if isinstance(given, Mapping) else read_mapping(given)).get("zero_optimization", {})
         offload = bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
-        return _deepspeed(count, int(zero.get("stage", 0)), offload)
-    kind = str(launch.get("distributed_type", "")).upper()
-    if kind == "DEEPSPEED":
-        deepspeed = launch.get("deepspeed_config", {})
-        if deepspeed.get("deepspeed_config_file"):
-            return sharding_of({"deepspeed": deepspeed["deepspeed_config_file"]}, count)
-        offload = deepspeed.get("offload_optimizer_device", "none") not in ("none", None)
-        return _deepspeed(count, int(deepspeed.get("zero_stage", 2)), offload)
-    if training.get("fsdp") or kind == "FSDP":
+        return _deepspeed(gpus, int(zero.get("stage", 0)), offload)
+    if kind == "fsdp2":
+        return Sharding(f"{gpus} GPUs, FSDP2", gpus, True, True, True)
+    if kind is None and training.get("fsdp"):
         options = training.get("fsdp_config") or {}
         options = dict(options) if isinstance(options, Mapping) else read_mapping(options)
-        options |= launch.get("fsdp_config", {}) if kind == "FSDP" else {}
         options = {name.removeprefix("fsdp_"): value for name, value in options.items()}
         asked = f"{training.get('fsdp', '')} {options.get('sharding_strategy', '')}".lower()
         keeps = options.get("reshard_after_forward") in (False, "false", "SHARD_GRAD_OP")
         keeps = keeps or "shard_grad_op" in asked
         offload = "offload" in asked or bool(options.get("offload_params", False))
-        name = f"{count} processes, FSDP" + (" (weights whole in a step)" if keeps else "")
-        return Sharding(name, count, True, True, True, whole_in_step=keeps, offload=offload)
-    return Sharding(f"{count} processes, each with all weights" if count > 1 else "one process", count)
+        name = f"{gpus} GPUs, FSDP" + (" (weights whole in a step)" if keeps else "")
+        return Sharding(name, gpus, True, True, True, whole_in_step=keeps, offload=offload)
+    return Sharding(f"{gpus} GPUs, each with all weights" if gpus > 1 else "one GPU", gpus)
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
@@ -83,5 +76,5 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
 
 
 def _deepspeed(processes: int, stage: int, offload: bool) -> Sharding:
-    name = f"{processes} processes, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
+    name = f"{processes} GPUs, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
     return Sharding(name, processes, stage >= 3, stage >= 2, stage >= 1, master=True, offload=offload)

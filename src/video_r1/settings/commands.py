@@ -8,6 +8,9 @@ from typing import Literal, NamedTuple
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import ManifestSettings, RemoteSettings, problems_of_out
 
+GPUSharding = Literal["none", "fsdp2", "zero2", "zero3"]
+"""How the GPUs of a run share the model; none: each has all of it."""
+
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -132,13 +135,17 @@ class PlanSettings(Settings):
     gpu: Literal["a100", "h100", "h200", "b200", "rtx-pro-6000", "l40s", "rtx-4090"] | None = setting(
         None, "kind of GPU: its memory, and an estimate of a step's seconds"
     )
-    gpu_memory: str | None = setting(None, "memory of one GPU: 80GB or 24GiB, say (default: this machine's)")
+    gpu_memory: str | None = setting(
+        None, "memory of one GPU: 80GB or 24GiB, say (default: the recipe's machine, else this one)"
+    )
+    gpus: int | None = setting(None, "GPUs that train (default: the recipe's machine, else 1)", above=0)
+    sharding: GPUSharding | None = setting(
+        None, "how they share the model; none: each has all of it (default: as the recipe is made for)"
+    )
     model_config: str | None = setting(
-        None, "folder or hub id whose config.json says the model's shape (default: model_name_or_path)"
+        None, "model whose shape is planned: a folder or a hub id (default: that of the recipe)"
     )
     stage: Literal["rl", "sft"] | None = setting(None, "what the recipe is for (default: by its settings)")
-    processes: int | None = setting(None, "GPUs that train (default: the accelerate file's, or 1)", above=0)
-    accelerate_config: str | None = setting(None, "the file that accelerate launch is given")
     text_tokens: int = setting(300, "tokens of a prompt's text: question, options, instruction", above=0)
     max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft", above=0)
 
@@ -157,6 +164,13 @@ def parse_bytes(text: str) -> int | None:
         return int(float(found[1]) * UNITS[found[2].upper()]) or None
     except ValueError:
         return None
+
+
+@dataclass(kw_only=True)
+class CompletionSettings(Settings):
+    """Completion"""
+
+    shell: Literal["bash", "zsh", "tcsh"] | None = setting(None, "shell that is to complete video-r1's words")
 
 
 @dataclass(kw_only=True)

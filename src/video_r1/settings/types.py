@@ -91,7 +91,8 @@ def parse(value: Any, hint: Any) -> Any:
     """
     options = alternatives(hint)
     if type(None) in options and (value is None or str(value).strip().lower() in NONE_WORDS):
-        return None
+        chosen = [option for option in options if value in _choices(option)]  # sharding: none
+        return value if chosen else None
     if len(options) == 1:
         return _parse_one(value, hint)
     # Numbers and choices before text, which takes anything, and text before a list, unless the value looks

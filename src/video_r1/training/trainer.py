@@ -71,6 +71,7 @@ from video_r1.training.sharded import (
     parameter_count,
     whole_weights,
 )
+from video_r1.training.stopping import StopWhenAsked
 from video_r1.training.trackers import describe_run
 from video_r1.training.validation import BestCheckpoint, best_checkpoint, stopped_early
 
@@ -146,6 +147,8 @@ class QuestionTrainer(Trainer, ABC):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StepProgress(self.progress_title, self.progress_series))
+        self.stop = StopWhenAsked(self.folder, getattr(args, "num_iterations", 1))
+        self.add_callback(self.stop)  # behind all others, since its on_save ends the run
 
     @abstractmethod
     def load(self, sample: Sample) -> Any:
@@ -383,8 +386,10 @@ class QuestionTrainer(Trainer, ABC):
             check_kind(checkpoint, "FSDP" * self.is_fsdp_enabled or "DeepSpeed" * self.is_deepspeed_enabled)
             if self.is_deepspeed_enabled:
                 check_training_state(checkpoint)
+        on_train_end = self.callback_handler.on_train_end
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with self.stop.listening(lambda: on_train_end(self.args, self.state, self.control)):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except OSError as error:
             raise VideoR1Error(
                 f"training stopped: {error}. When its cause is mended, start the same command again: it goes "

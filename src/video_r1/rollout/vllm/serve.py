@@ -10,7 +10,9 @@ from collections.abc import Mapping, Sequence
 from importlib import metadata, util
 from typing import Any
 
+from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
+from video_r1.recipe_files import MadeFor
 from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions
 from video_r1.settings.vllm import ServeSettings
 
@@ -93,7 +95,24 @@ def run_serve(settings: ServeSettings) -> None:
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
+    print(*while_served(settings), sep="\n", file=sys.stderr, flush=True)
     os.execve(words[0], words, environment | dict(os.environ))
+
+
+def while_served(settings: ServeSettings) -> list[str]:
+    """What to do with the server, in another shell."""
+    model, host = str(settings.model), settings.host.replace("0.0.0.0", "127.0.0.1")
+    url = f"http://{host}:{settings.port}"
+    use = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", url]
+    recipe = counterpart("rl", checkpoint_behind(model), MadeFor(gpus=8, gpu_memory="80GB")) or "RECIPE"
+    commands = [
+        ["rl", recipe, "--model_name_or_path", model, *use],
+        ["eval", model, "--bench", "mvbench", "--engine", url],
+    ]
+    return [
+        "once it listens, in another shell (Ctrl-C ends it here; the same command starts it again):",
+        *(f"  {shlex.join(['video-r1', *words])}" for words in commands),
+    ]
 
 
 def shape(architecture: str, config: Any) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Recipe files: found by path or name, read together with the recipes that they are based on.
+
+Beside settings a file may say what it is for, `about` in one line and `made_for` the command and the machine:
+
+    about: T-GRPO by LoRA
+    made_for: {command: rl, gpus: 1, gpu_memory: 80GB, sharding: none}
+"""
+
+import difflib
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from video_r1.errors import RequestError
+from video_r1.settings.commands import GPUSharding, parse_bytes
+from video_r1.settings.types import parse
+
+PACKAGE = Path(str(resources.files("video_r1")))
+RECIPES = PACKAGE / "recipes"
+PACKAGED_MODEL = "lab-base"
+"""The name by which the small pretrained base that comes with the package may be called."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeFor:
+    """The command and the machine of a recipe. gpus: 0 for CPUs, None where it does not say. gpu_memory: of
+    each, as text (80GB)."""
+
+    command: str | None = None
+    gpus: int | None = None
+    gpu_memory: str | None = None
+    sharding: GPUSharding = "none"
+
+    @property
+    def machine(self) -> str:
+        """ "8 × 80 GB" """
+        if not self.gpus:
+            return "CPU" if self.gpus == 0 else ""
+        memory = "" if self.gpu_memory is None else f"{(parse_bytes(self.gpu_memory) or 0) / 1e9:g} GB"
+        return f"{self.gpus} × {memory or 'GPU'}"
+
+
+def model_folder(name: str | None) -> str | None:
+    """The packaged base's folder for its name; any other name as it is."""
+    is_packaged = name == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists()
+    return str(PACKAGE / "lab" / "base") if is_packaged else name
+
+
+def packaged_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_recipe(source: str | Path) -> Path | None:
+    """The file that a path or a packaged recipe's name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`) stands for."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    packaged = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
+    return packaged if path.parent in (Path("."), Path("recipes")) and packaged.is_file() else None
+
+
+def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a recipe and of its bases, with `about` and `made_for`, and where each stands (`recipe
+    a.yaml, line 3`).
+    """
+    path = find_recipe(source)
+    if path is None:
+        close = difflib.get_close_matches(Path(source).name.removesuffix(".yaml"), packaged_recipes(), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        names = ", ".join(packaged_recipes())
+        raise RequestError(f"{source}: no such recipe; {hint}give a YAML file or one of these names: {names}")
+    values, origins = read_one_recipe(path)
+    seen = [path.resolve()]
+    while (base := values.pop("base", None)) is not None:
+        origin = origins.pop("base")
+        if not isinstance(base, str):
+            raise RequestError(f"{origin}: base is {base!r}; it must be the name of a recipe or a YAML file")
+        beside = path.parent / base
+        path = beside if beside.is_file() else find_recipe(base)
+        if path is None:
+            raise RequestError(f"{origin}: base is {base}; no file {beside} nor a packaged recipe")
+        if path.resolve() in seen:
+            raise RequestError(f"{origin}: base leads back to {path.name}; remove one of the lines")
+        seen.append(path.resolve())
+        below, below_origins = read_one_recipe(path)
+        machines = [part["made_for"] for part in (below, values) if isinstance(part.get("made_for"), dict)]
+        values, origins = below | values, below_origins | origins
+        if len(machines) == 2:
+            values["made_for"] = machines[0] | machines[1]
+    return values, origins
+
+
+def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `read_recipe`, of a file without what it is based on."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise RequestError(f"{path}: cannot be read as a recipe: {reason}") from error
+    if node is None:
+        return {}, {}
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(name, str) for name in values):
+        raise RequestError(f"{path}: a recipe is a YAML mapping with lines such as 'learning_rate: 1e-6'")
+    origins: dict[str, str] = {}
+    for key, _ in node.value:
+        name, line = key.value.replace("-", "_"), key.start_mark.line + 1
+        if name in origins:
+            raise RequestError(f"{path}, line {line}: {name} stands there a second time; keep one")
+        origins[name] = f"recipe {path.name}, line {line}"
+    return {name.replace("-", "_"): value for name, value in values.items()}, origins
+
+
+def take_facts(values: dict[str, Any], origins: Mapping[str, str]) -> MadeFor:
+    """What a recipe is made for; `made_for` and `about` are taken out of its values. Raises RequestError."""
+    values.pop("about", None)
+    given = values.pop("made_for", None)
+    if given is None:
+        return MadeFor()
+    types = typing.get_type_hints(MadeFor)
+    place = f"{origins['made_for']}: made_for"
+    if not isinstance(given, dict) or given.keys() - types.keys():
+        raise RequestError(f"{place} is {given}; it is a mapping of some of {', '.join(types)}")
+    facts = {}
+    for name, value in given.items():
+        try:
+            facts[name] = parse(value, types[name])
+        except ValueError as error:
+            raise RequestError(f"{place}: {name} is {value!r}; it must be {error}") from error
+    if facts.get("gpu_memory") and parse_bytes(facts["gpu_memory"]) is None:
+        raise RequestError(f"{place}: gpu_memory is {facts['gpu_memory']!r}; write 80GB or 24GiB")
+    return MadeFor(**facts)

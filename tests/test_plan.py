@@ -1,0 +1,146 @@
+"""`video-r1 plan RECIPE`: the recipe's own machine, shapes without the hub, and options that make it fit."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from measured_memory import model_of
+from transformers import AutoModelForImageTextToText
+
+from video_r1.cli import main
+from video_r1.plan.command import gpu_memory, of_stage, planned_sharding
+from video_r1.plan.shapes import is_published, model_config, published, published_config
+from video_r1.recipe import load_recipe
+from video_r1.recipe_files import packaged_recipes
+
+GB = 10**9
+SETTINGS: dict[str, Any] = {
+    "model_name_or_path": "x", "train_manifest": "x", "output_dir": "x", "dtype": "float32", "bf16": False,
+    "max_frames": 8, "frame_pixels": (4 * 28) ** 2, "image_pixels": 28**2, "num_generations": 4,
+    "max_completion_length": 256, "gradient_accumulation_steps": 4, "length_range": [10, 250],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "machine"),
+    [
+        ("video-r1-7b-tgrpo", (8, True, 80 * GB, "rl")),
+        ("video-r1-7b-sft-4x96", (4, True, 96 * GB, "sft")),
+        ("qwen3-vl-4b-tgrpo-lora", (1, False, 24 * GB, "rl")),
+        ("video-r1-7b-tgrpo --gpus 2", (2, True, 80 * GB, "rl")),
+        ("video-r1-7b-tgrpo --gpus 1", (1, False, 80 * GB, "rl")),
+        ("video-r1-7b-tgrpo --sharding none --gpu h200", (8, False, 141 * GB, "rl")),
+        ("video-r1-7b-tgrpo-lora --gpus 4 --gpu_memory 24GB", (4, False, 24 * GB, "rl")),
+        ("video-r1-7b-tgrpo-lora --gpus 4 --sharding zero3", (4, True, 80 * GB, "rl")),
+        ("lab-sft", (1, False, None, "sft")),
+        ("mine.yaml", (8, True, 48 * GB, "sft")),
+        ("bare.yaml --gpu_memory 24GB", (1, False, 24 * GB, "rl")),
+    ],
+)
+def test_a_plan_is_for_the_recipes_machine_unless_told_otherwise(
+    words: str, machine: tuple[Any, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("mine.yaml").write_text("base: video-r1-7b-sft\nmade_for: {gpu_memory: 48GB}\n")
+    Path("bare.yaml").write_text("epsilon: 0.1\n")
+    name, *options = words.split()
+    pairs = dict(zip((option[2:] for option in options[::2]), options[1::2], strict=True))
+    recipe = load_recipe("plan", name, pairs)
+    sharding = planned_sharding(recipe)
+    found = sharding.processes, sharding.weights, gpu_memory(recipe), of_stage(recipe).command
+    assert found == machine
+
+
+@pytest.mark.parametrize("name", [name for name in published() if name != "families"])
+def test_the_table_has_the_shapes_of_published_checkpoints(name: str) -> None:
+    entry = published()[name]
+    config = published_config(f"{name}-Instruct")
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert weights / 1e9 == pytest.approx(entry["total"], abs=0.006)
+    assert config.dtype == torch.bfloat16
+    assert config.model_type == entry["model_type"]
+
+
+def test_packaged_recipes_need_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", asked)
+    monkeypatch.setattr("video_r1.plan.command.memory_plan", lambda config, recipe, **_: (config, recipe))
+    seen = []
+    monkeypatch.setattr("video_r1.plan.command.described", lambda plan: seen.append(plan[0]) or "x")
+    for name in packaged_recipes():
+        if name != "lab-eval":
+            with pytest.raises(AttributeError):  # there is no plan
+                main(["plan", name])
+    assert len(seen) == 22 and all(config.vision_config for config in seen)
+
+
+def test_a_folder_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert is_published("Qwen/Qwen3-VL-8B-Thinking") and not is_published("Qwen/Qwen3-VL-8B-Instruct-FP8")
+    model_of(128, 4, 2048).config.save_pretrained("Qwen/Qwen3-VL-8B-Thinking")
+    assert not is_published("Qwen/Qwen3-VL-8B-Thinking")
+    assert model_config("Qwen/Qwen3-VL-8B-Thinking").get_text_config().hidden_size == 128
+
+
+def remedies(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> tuple[float, list[tuple[list[str], float]]]:
+    """The peak of a plan that does not fit, and its remedies: options and the peak with them, in MiB."""
+    assert main(words) == 1
+    head, _, tail = capsys.readouterr().out.partition("\nit does not fit ")
+    peak = float(head.partition("does not fit: ")[2].split()[0].replace(",", ""))
+    rows = [line.rsplit(maxsplit=1) for line in tail.splitlines() if line.startswith("  --")]
+    return peak, [(shlex.split(options), 1024 * float(most)) for options, most in rows]
+
+
+def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_of(256, 4, 8192).config.save_pretrained(tmp_path)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
+    words = ["plan", str(tmp_path / "my.yaml"), "--model_config", str(tmp_path), "--gpu_memory"]
+    peak, _ = remedies([*words, "1MB"], capsys)
+    _, found = remedies([*words, f"{0.8 * peak:.0f}MiB"], capsys)
+    names = {" ".join(word for word in options if word.startswith("--")) for options, _ in found}
+    assert "--gradient_checkpointing" in names
+    assert "--max_completion_length --length_range" in names
+    for options, most in found:
+        assert main([*words, f"{0.8 * peak:.0f}MiB", *options]) == 0
+        out = capsys.readouterr().out
+        assert float(out.rpartition("\nfits: ")[2].split()[0]) == pytest.approx(
+            most, abs=6
+        )  # two decimals of GiB
+
+
+def test_several_changes_where_one_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model_of(128, 4, 2048).config.save_pretrained(tmp_path)
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
+    words = ["plan", str(tmp_path / "my.yaml"), "--model_config", str(tmp_path), "--gpu_memory"]
+    peak, _ = remedies([*words, "1MB"], capsys)
+    _, found = remedies([*words, f"{0.4 * peak:.0f}MiB"], capsys)
+    ((options, _),) = found
+    assert {"--use_peft", "--load_in_4bit", "--max_frames", "--max_completion_length"} < {*options}
+    assert main([*words, f"{0.4 * peak:.0f}MiB", *options]) == 0
+
+
+def test_recipes_that_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    model_of(128, 4, 2048).config.save_pretrained(tmp_path)
+    monkeypatch.setattr("video_r1.plan.command.fitting_changes", lambda *_: [])
+    words = ["plan", "video-r1-7b-tgrpo", "--model_config", str(tmp_path)]
+    assert (
+        main([*words, "--gpus", "1", "--gpu_memory", "24GB", "--vllm_gpu_memory_utilization", "0.0001"]) == 1
+    )
+    out = capsys.readouterr().out
+    assert (
+        "\nrecipes for rl on it:\n  video-r1 rl qwen3-vl-4b-tgrpo-lora   Qwen/Qwen3-VL-4B-Instruct: " in out
+    )
+    assert "3b-tgrpo-lora" in out and "tgrpo " not in out.partition("on it:")[2]

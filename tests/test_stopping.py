@@ -1,0 +1,210 @@
+"""Ctrl-C and SIGTERM in a run: a checkpoint after the step, exit code 130 or 143, and the way to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from distributed_runs import Run
+from resume_runs import SERVER, command, comparable, finish, wait_for_phase, write_recipe
+from test_resume import same_run
+from tiny_questions import read_lines
+from transformers import TrainerControl, TrainerState
+
+from video_r1.signals import Interrupted, ended_by_signals, told_of_signals
+from video_r1.training.runs import is_finished
+from video_r1.training.stopping import StopWhenAsked
+
+SLOW = 60.0
+
+
+def stoppable(words: list[str], output: str, phase: Any, slow: bool) -> None:
+    """As `resume_runs.command`, open to Ctrl-C, which a shell's background jobs ignore. slow: rollouts last
+    for a minute from the third one on.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if slow:
+        from video_r1.rollout.transformers import TransformersEngine
+
+        generate, calls = TransformersEngine.generate, []
+
+        def slowly(*args: Any, **kwargs: Any) -> Any:
+            calls.append(None)
+            if len(calls) > 2:
+                time.sleep(SLOW)
+            return generate(*args, **kwargs)
+
+        TransformersEngine.generate = slowly  # pyright: ignore[reportAttributeAccessIssue]
+    command(words, output, phase)
+
+
+def begin(recipe: Path, run: Path, slow: bool = False) -> Any:
+    phase = SERVER.Value("i", 0)
+    words = ["rl", str(recipe), "--output_dir", str(run)]
+    log = run.with_suffix(".log")
+    process: Any = SERVER.Process(target=stoppable, args=(words, str(log), phase, slow))
+    process.start()
+    process.phase = phase
+    return process
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its only regular checkpoint is the last one."""
+    return write_recipe(tmp_path_factory.mktemp("stopped"), save_steps=8)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Path) -> Path:
+    run = recipe.with_name("whole")
+    finish(recipe, run)
+    return run
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_goes_on_as_if_nothing_had_been(
+    recipe: Path, whole: Path, number: signal.Signals, code: int
+) -> None:
+    run = recipe.with_name(f"stopped-{code}")
+    process = begin(recipe, run)
+    for _ in range(3):
+        wait_for_phase("rollout", process)
+        wait_for_phase("update", process)
+    os.kill(process.pid, number)
+    process.join(120)
+    said = run.with_suffix(".log").read_text()
+    assert process.exitcode == code, said[-3000:]
+    (checkpoint,) = run.glob("checkpoint-*")
+    step = int(checkpoint.name.partition("-")[2])
+    assert 3 <= step < 8
+    assert f"video-r1: {number.name}: this step is finished" in said
+    words = f"video-r1 rl {recipe} --output_dir {run}"
+    last = f"interrupted; {checkpoint} is the last checkpoint; the same command goes on from there: {words}\n"
+    assert said.endswith(f"video-r1: {last}") and "Traceback" not in said
+    assert not is_finished(run) and not (run / "unfinished").exists()
+    assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, step + 1))
+    finish(recipe, run)
+    same_run(run, whole)
+
+
+def test_a_second_ctrl_c_ends_it_at_once(recipe: Path, whole: Path) -> None:
+    run = recipe.with_name("at-once")
+    process = begin(recipe, run, slow=True)
+    while process.is_alive() and not (run / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    for _ in range(2):  # amid a rollout that lasts for a minute
+        os.kill(process.pid, signal.SIGINT)
+        asked = time.monotonic()
+        process.join(2)
+    process.join(20)
+    said = run.with_suffix(".log").read_text()
+    assert process.exitcode == 130, said[-3000:]
+    assert time.monotonic() - asked < 10
+    assert "interrupted; there is no checkpoint yet; the same command goes on from there" in said
+    assert not [*run.glob("checkpoint-*")]
+    finish(recipe, run)
+    same_run(run, whole)
+
+
+@pytest.mark.dist
+def test_all_processes_stop_where_one_of_them_is_told(tmp_path: Path) -> None:
+    settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 1, "max_steps": 6, "save_steps": 6}
+    recipe = write_recipe(tmp_path, **settings)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    Run(recipe, whole, {}).finish()
+    run = Run(recipe, stopped, {})
+    wait_for_phase("update", run.processes[0])
+    os.kill(run.processes[1].pid, signal.SIGTERM)
+    for process in run.processes:
+        process.join(120)
+    assert [process.exitcode for process in run.processes] == [143, 143], run.logs[0].read_text()[-2000:]
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    said = run.logs[0].read_text()
+    assert (
+        f"{checkpoint} is the last checkpoint; the same command, by the same launcher on every machine"
+        in said
+    )
+    Run(recipe, stopped, {}).finish()
+    assert comparable(whole) == comparable(stopped)
+    assert (whole / "model.safetensors").read_bytes() == (stopped / "model.safetensors").read_bytes()
+
+
+def stopped_at(every: int, folder: Path, **environment: str) -> tuple[StopWhenAsked, int]:
+    """The callback, and the step of ten at which it stops when the signal comes in the fourth."""
+    stop, state, control = StopWhenAsked(folder, every), TrainerState(), TrainerControl()
+    for state.global_step in range(1, 11):
+        stop.on_step_begin(None, state, control)
+        if state.global_step == 4:
+            stop.ask(signal.SIGTERM)
+        stop.on_step_end(None, state, control)
+        if control.should_training_stop:
+            break
+    return stop, state.global_step
+
+
+@pytest.mark.parametrize(("every", "step"), [(1, 4), (3, 6), (4, 4)])
+def test_it_stops_where_a_checkpoint_can_be_continued(every: int, step: int, tmp_path: Path) -> None:
+    stop, stopped = stopped_at(every, tmp_path)
+    assert stopped == step
+    with pytest.raises(Interrupted, match="there is no checkpoint yet") as caught:
+        stop.on_save(None, TrainerState(), None)
+    assert caught.value.number == signal.SIGTERM
+
+
+def test_what_a_launcher_passes_on_is_not_a_second_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    stop = StopWhenAsked(tmp_path)
+    for number in (signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        stop.ask(number)
+    stop.asked_at -= 2
+    with pytest.raises(Interrupted):
+        stop.ask(signal.SIGINT)
+    monkeypatch.delenv("LOCAL_RANK")
+    alone = StopWhenAsked(tmp_path)
+    alone.ask(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        alone.ask(signal.SIGINT)
+
+
+def test_a_library_keeps_its_handlers() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with told_of_signals(lambda number: None):
+        assert {number: signal.getsignal(number) for number in before} == before
+    heard: list[int] = []
+    with ended_by_signals():
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+        with told_of_signals(heard.append):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Interrupted):
+            signal.raise_signal(signal.SIGTERM)
+    assert heard == [signal.SIGTERM]
+    assert {number: signal.getsignal(number) for number in before} == before
+    thread = threading.Thread(target=lambda: ended_by_signals().__enter__())
+    thread.start()  # where Python allows no handlers
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
+
+
+def test_a_child_ends_by_the_signal_as_ever() -> None:
+    code = (
+        "import os, signal, time\nfrom video_r1.signals import ended_by_signals\n"
+        "with ended_by_signals():\n"
+        "    child = os.fork()\n"
+        "    if not child: time.sleep(60)\n"
+        "    time.sleep(0.5)\n"
+        "    os.kill(child, signal.SIGTERM)\n"
+        "    print(os.WTERMSIG(os.waitpid(child, 0)[1]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == (f"{int(signal.SIGTERM)}\n", "")
