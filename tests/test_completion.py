@@ -26,7 +26,10 @@ complete_word() {
         (("data", ""), "make check audit"),
         (("rl", "video-r1-3"), "video-r1-3b-tgrpo video-r1-3b-tgrpo-lora"),
         (("rl", "lab-tgrpo", "--temporal_ru"), "--temporal_rule"),
-        (("rl", "lab-tgrpo", "--temporal_contrast", "re"), "reversed"),
+        (
+            ("rl", "lab-tgrpo", "--temporal_rule", "likelihood_"),
+            "likelihood_step likelihood_apart likelihood_gate",
+        ),
         (("rl", "lab-tgrpo", "--warmup_st"), "--warmup_steps"),
         (("plan", "lab-tgrpo", "--sharding", "z"), "zero2 zero3"),
     ],
