@@ -70,7 +70,7 @@ def check_hand_over(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]
                 if "lora_" in name:
                     torch.nn.init.normal_(parameter, std=0.05)
         else:
-            change(model)
+            change(model, 0.1)
         stale = differences(model, prompts, engine.generate(prompts, settings))
         assert stale.mean() > 0.02 and stale.max() > 0.3
         engine.update_weights(model)

@@ -155,6 +155,8 @@ class Warnings(logging.Handler):
     """Prints this package's warnings on standard error: on a terminal in yellow and above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if any(getattr(other, "stream", None) is sys.stderr for other in logging.getLogger().handlers):
+            return  # a library (wandb, for one) has set up logging, and prints it
         message = record.getMessage()
         if not sys.stderr.isatty():
             print(message, file=sys.stderr, flush=True)
