@@ -1,7 +1,7 @@
 # video-r1 on NVIDIA GPUs, with vLLM: the versions and the script of `make install`.
 #
 #   docker build -t video-r1-cuda .
-#   docker run --rm --gpus all --shm-size 16g -v "$PWD":/work video-r1-cuda rl my.yaml
+#   docker run --rm --gpus all --shm-size 16g -v "$PWD":/data video-r1-cuda rl my.yaml
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
 # gcc and Python's headers: Triton compiles its kernels where they run.
@@ -19,7 +19,7 @@ ARG ACCELERATOR=cuda
 RUN ACCELERATOR=$ACCELERATOR setup/install.sh
 RUN if [ "$ACCELERATOR" = cuda ]; then .venv/bin/pip install -q -c .venv/constraints.txt -e '.[qlora,deepspeed,vllm,trackers]'; fi
 
-ENV PATH=/opt/video-r1/.venv/bin:$PATH HF_HOME=/work/.cache/huggingface
-WORKDIR /work
+ENV PATH=/opt/video-r1/.venv/bin:$PATH HF_HOME=/data/.cache/huggingface
+WORKDIR /data
 ENTRYPOINT ["video-r1"]
 CMD ["--help"]

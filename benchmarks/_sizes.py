@@ -83,12 +83,8 @@ def qwen2_5_vl(size: Size) -> PreTrainedConfig:
     return Qwen2_5_VLConfig(
         text_config=text_settings(size)
         | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}},
-        vision_config={
-            "depth": size.vision_layers,
-            "hidden_size": size.vision_hidden,
-            "num_heads": size.vision_heads,
-            "intermediate_size": size.vision_feed_forward,
-            "out_hidden_size": size.hidden,
+        vision_config=vision_settings(size)
+        | {
             "fullatt_block_indexes": [i for i in range(size.vision_layers) if i % 8 == 7] or [0],
             "window_size": 112,
             "tokens_per_second": 2,
@@ -113,16 +109,19 @@ def qwen3_5(size: Size) -> PreTrainedConfig:
             "rope_parameters": rope
             | {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
         },
-        vision_config={
-            "depth": size.vision_layers,
-            "hidden_size": size.vision_hidden,
-            "num_heads": size.vision_heads,
-            "intermediate_size": size.vision_feed_forward,
-            "out_hidden_size": size.hidden,
-            "num_position_embeddings": 2304,
-        },
+        vision_config=vision_settings(size) | {"num_position_embeddings": 2304},
         **settings(size),
     )
+
+
+def vision_settings(size: Size) -> dict[str, Any]:
+    return {
+        "depth": size.vision_layers,
+        "hidden_size": size.vision_hidden,
+        "num_heads": size.vision_heads,
+        "intermediate_size": size.vision_feed_forward,
+        "out_hidden_size": size.hidden,
+    }
 
 
 def text_settings(size: Size) -> dict[str, Any]:

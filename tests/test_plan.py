@@ -104,10 +104,15 @@ def remedies(
     return peak, [(shlex.split(options), 1024 * float(most)) for options, most in rows]
 
 
+def plan_of(folder: Path, *shape: int) -> list[str]:
+    """The command for a recipe and a model of this shape in the folder, but for the GPU's memory."""
+    model_of(*shape).config.save_pretrained(folder)
+    (folder / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
+    return ["plan", str(folder / "my.yaml"), "--model_config", str(folder), "--gpu_memory"]
+
+
 def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model_of(256, 4, 8192).config.save_pretrained(tmp_path)
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
-    words = ["plan", str(tmp_path / "my.yaml"), "--model_config", str(tmp_path), "--gpu_memory"]
+    words = plan_of(tmp_path, 256, 4, 8192)
     peak, _ = remedies([*words, "1MB"], capsys)
     _, found = remedies([*words, f"{0.8 * peak:.0f}MiB"], capsys)
     names = {" ".join(word for word in options if word.startswith("--")) for options, _ in found}
@@ -122,9 +127,7 @@ def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_several_changes_where_one_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model_of(128, 4, 2048).config.save_pretrained(tmp_path)
-    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
-    words = ["plan", str(tmp_path / "my.yaml"), "--model_config", str(tmp_path), "--gpu_memory"]
+    words = plan_of(tmp_path, 128, 4, 2048)
     peak, _ = remedies([*words, "1MB"], capsys)
     _, found = remedies([*words, f"{0.4 * peak:.0f}MiB"], capsys)
     ((options, _),) = found

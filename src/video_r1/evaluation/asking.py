@@ -14,6 +14,7 @@ no trace. What is asked for and what is kept of the answers is said by evaluatio
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -64,7 +65,7 @@ def asked_with(
 
 
 @dataclass(frozen=True)
-class Asking:
+class Asking(ABC):
     """Asks every sample in each of `orders` with each of `counts` frames at most.
 
     sampling: of each answer, without a seed; seed: of the contrast clips and all answers. batch_size:
@@ -89,11 +90,11 @@ class Asking:
     settings_file: ClassVar[str]
     needed: ClassVar[Set[str]]  # fields of a record
 
+    @abstractmethod
     def record(
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
         """What is kept of the answers to one prompt: `problem_id`, `order` and whatever is `needed`."""
-        raise NotImplementedError
 
     def orders_of(self, sample: Sample) -> list[Order]:
         """An image has no order but its own."""

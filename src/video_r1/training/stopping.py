@@ -16,9 +16,8 @@ from video_r1.processes import gather, process_index
 from video_r1.signals import Interrupted, told_of_signals
 from video_r1.training.checkpoints import last_whole_checkpoint
 
-SAME_PRESS = (
-    1.0  # seconds in which a launcher passes on the Ctrl-C that the terminal has sent to all processes
-)
+# Seconds in which a launcher passes on the Ctrl-C that the terminal has sent to all processes.
+SAME_PRESS = 1.0
 
 
 class StopWhenAsked(TrainerCallback):
