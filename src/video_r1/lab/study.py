@@ -2,7 +2,7 @@
 
 OUT/seed-S/cold-start/        lab and SFT run from which all arms of the seed begin
 OUT/seed-S/test/              test.json, test-cued.json, test-lying.json
-OUT/seed-S/rl-RATE/           training questions, of which RATE carry a mark that gives the answer away
+OUT/seed-S/rl-RATE/           training questions, of which RATE carry a mark that says the answer: videos.json
 OUT/seed-S/RATE-ARM/          a run folder, its evaluations, and result.json once all of it is there
 OUT/study.json, .md, .svg     all results, and the tables and the picture made of them
 
@@ -47,12 +47,13 @@ ARMS: dict[str, dict[str, Any]] = {
     "gate": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9},
     "gate-frozen": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"},
     "tokens": {"temporal_rule": "tokens", "temporal_alpha": 10.0},
-    "audit": {"temporal_rule": "off", "keep": "ordered - shuffled > 0.1"},
+    "audit": {"temporal_rule": "off", "keep": "shuffled < 0.3 and frozen < 0.3"},
 }
 """What each arm sets beside the recipe lab-tgrpo."""
 HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
-QUESTIONS = 16  # of a step, as in the recipe
+QUESTIONS = 20  # made for each of a step's 16; those about images, one of five, are left out
 OTHER_QUESTIONS = 1000  # added to a seed for the training questions, which no cold start has seen
+VIDEOS = "videos.json"
 TESTS = {
     "test": ("ordered", "shuffled", "reversed", "frozen"),
     "test-cued": ("ordered",),
@@ -170,8 +171,11 @@ def make_cold_start(settings: StudySettings, seed: int) -> None:
         }
         labs[folder / f"rl-{rate:g}"] = asked
     for lab, made in labs.items():
-        if not (lab / "test.json").is_file():  # the last that is written
+        if not (lab / VIDEOS).is_file():  # the last that is written
             write_lab(LabSettings(folder=str(lab), workers=1, **made))
+            questions = json.loads((lab / "rl.json").read_text("utf-8"))
+            # No temporal reward reaches an image, and marked images teach to read marks.
+            replace_json(lab / VIDEOS, [row for row in questions if row["data_type"] == "video"])
     if (cold / "weights.json").is_file():
         return
     run = begun_anew(cold / "run")
@@ -190,7 +194,7 @@ def make_run(settings: StudySettings, job: Job) -> None:
     from video_r1.training.tgrpo import run_rl
 
     folder, cold = begun_anew(job.folder), job.seed_folder / "cold-start"
-    manifest = job.seed_folder / f"rl-{job.rate:g}" / "rl.json"
+    manifest = job.seed_folder / f"rl-{job.rate:g}" / VIDEOS
     if "keep" in ARMS[job.arm]:
         manifest = audited(manifest, cold / "run", job.seed)
     overrides = {
