@@ -106,6 +106,36 @@ def test_other_files(kind: str, shelf: Path, tmp_path: Path) -> None:
     assert rows[0]["vec"] == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("column", "several", "layout"),
+    [
+        ("image", False, "table"),
+        ("picture", False, "table"),
+        ("images", True, "table"),
+        ("image", False, "swift"),
+    ],
+)
+def test_a_table_with_the_files_themselves(
+    column: str, several: bool, layout: str, shelf: Path, tmp_path: Path
+) -> None:
+    """As data sets of the hub have them: it says so, and how to have names; a column of names will do."""
+    kind = datasets.List(datasets.Image()) if several else datasets.Image()
+    pixels = {"bytes": (shelf / "sign.png").read_bytes(), "path": "sign.png"}
+    rows = {
+        "messages": [[{"role": "user", "content": "q"}]] if layout == "swift" else None,
+        "question": ["q"], "answer": ["yes"], "shown": ["sign"], column: [[pixels] if several else pixels],
+    }  # fmt: skip
+    made = datasets.Dataset.from_dict({name: values for name, values in rows.items() if values})
+    table = tmp_path / "t.parquet"
+    made.cast_column(column, kind).to_parquet(table)
+    taken, (line,) = make(shelf, table, code=1)
+    assert (
+        taken == [] and line["reason"] == "media inside the table" and "row[NAME]['bytes']" in line["remedy"]
+    )
+    taken, refused = make(shelf, table, "--columns", "path=shown")
+    assert refused == [] and taken[0]["path"] == "sign.png" and column not in taken[0]
+
+
 def test_jsonl_out_and_ids_that_repeat(
     shelf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from video_r1.plan.command import gpu_memory, of_stage, planned_sharding
 from video_r1.plan.shapes import is_published, model_config, published, published_config
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import packaged_recipes
+from video_r1.settings.training import SFTSettings
 
 GB = 10**9
 SETTINGS: dict[str, Any] = {
@@ -56,6 +57,15 @@ def test_a_plan_is_for_the_recipes_machine_unless_told_otherwise(
     sharding = planned_sharding(recipe)
     found = sharding.processes, sharding.weights, gpu_memory(recipe), of_stage(recipe).command
     assert found == machine
+
+
+@pytest.mark.parametrize(("line", "passes"), [("", 2), ("gradient_accumulation_steps: 5\n", 5)])
+def test_a_plan_of_sft_has_the_defaults_of_sft(line: str, passes: int, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"made_for: {{command: sft}}\n{line}")
+    recipe = of_stage(load_recipe("plan", tmp_path / "mine.yaml", {"max_response_length": "99"}))
+    assert recipe.values()["gradient_accumulation_steps"] == passes
+    training = recipe.section(SFTSettings)
+    assert (training.gradient_accumulation_steps, training.max_response_length) == (passes, 99)
 
 
 @pytest.mark.parametrize("name", [name for name in published() if name != "families"])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tiny_questions import read_lines, write_manifest
 
 from video_r1.catalogue import catalogue
@@ -219,6 +220,19 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_its_report(
     assert not Path(seen[0]["train_manifest"]).exists()
     assert [str(path) for path in Path().rglob("*.*")] == ["runs/video-r1-3b-sft-smoke.html"]
     assert "smoke: done; runs/video-r1-3b-sft-smoke.html is its report" in out
+
+
+def test_a_dry_run_prints_the_settings_that_it_would_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["rl", "video-r1-7b-tgrpo", "--learning_rate", "3e-5", "--smoke", "--print_config"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("# video-r1 rl, from video-r1-7b-tgrpo --smoke; ")
+    values = yaml.safe_load(text)
+    assert (values["max_steps"], values["learning_rate"], values["use_vllm"]) == (2, 3e-5, False)
+    assert values["model_name_or_path"].endswith("lab/base") and list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_takes_the_first_rows_of_the_manifest(lab: Path, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import errno
 import itertools
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,7 +87,7 @@ def run(words: list[str]) -> int:
     flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
     recipe = read_request(name, [word for word in rest if word not in flags])
     if flags - {"--smoke"}:
-        print(resolved_text(recipe), end="")
+        print(resolved_text(smoke_settings(recipe) if "--smoke" in flags else recipe), end="")
         return 0
     if flags:
         from video_r1.lab.smoke import run_smoke
@@ -99,6 +101,15 @@ def run(words: list[str]) -> int:
         for line in next_steps(recipe):
             print(line)
     return code
+
+
+def smoke_settings(recipe: Recipe) -> Recipe:
+    """What `--smoke` would run; its manifest and run folder lie in a folder that is gone."""
+    from video_r1.lab.smoke import smoke_recipe
+
+    with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
+        smoked, _ = smoke_recipe(recipe, Path(folder, "lab"), Path(folder, "run"))
+    return replace(smoked, source=" ".join([*filter(None, [recipe.source]), "--smoke"]))
 
 
 def carry_out(recipe: Recipe) -> int:

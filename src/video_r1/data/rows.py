@@ -35,17 +35,25 @@ class Unreadable:
     reason: str
 
 
-def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
+class InTable:
+    """Stands where a table has a file itself (an Image or Video of `datasets`), not its name."""
+
+    def __str__(self) -> str:
+        return "a file in the table"
+
+
+def read_rows(source: Any, split: str, *, stand_ins: bool = False) -> Iterator[tuple[int, Any]]:
     """Numbered rows of a manifest: (row number from 1, whatever stands there or `Unreadable`).
 
-    In JSON lines the row number is the line number. source, split: as for `records.load_manifest`. Raises
-    ManifestError when the source cannot be opened at all.
+    In JSON lines the row number is the line number. source, split: as for `records.load_manifest`. stand_ins:
+    columns that hold files are `InTable`; else they are left out, as media are found through `path` alone.
+    Raises ManifestError when the source cannot be opened at all.
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         yield from enumerate(source, start=1)
         return
     if not isinstance(source, (str, Path)):
-        yield from _dataset_rows(source, split)
+        yield from _dataset_rows(source, split, stand_ins)
         return
     source = on_this_machine(str(source))
     if is_address(source):
@@ -55,23 +63,23 @@ def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
                 fetch(source, copy)
             except MediaError as error:
                 raise ManifestError(str(error)) from error
-            yield from read_rows(copy, split)
+            yield from read_rows(copy, split, stand_ins=stand_ins)
         return
     path = Path(source)
     if path.is_file():
         if path.suffix == ".parquet":
-            yield from _dataset_rows(_load("parquet", split="train", data_files=str(path)), split)
+            yield from _dataset_rows(_load("parquet", split="train", data_files=str(path)), split, stand_ins)
         else:
             yield from _file_rows(path)
     elif path.suffix in (".json", ".jsonl", ".ndjson", ".parquet") or path.is_absolute():
         if not path.is_dir():
             lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
             raise ManifestError(f"{path}: no such manifest file{lab}")
-        yield from _dataset_rows(_load(str(path)), split)
+        yield from _dataset_rows(_load(str(path)), split, stand_ins)
     elif not path.exists() and "/" in source and not is_hub_id(source):
         raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
     else:
-        yield from _dataset_rows(_load(source), split)
+        yield from _dataset_rows(_load(source), split, stand_ins)
 
 
 def _load(name: str, **arguments: Any) -> Any:
@@ -89,7 +97,7 @@ def _load(name: str, **arguments: Any) -> Any:
         ) from error
 
 
-def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple[int, Any]]:
+def _dataset_rows(dataset: datasets.Dataset | Any, split: str, stand_ins: bool) -> Iterator[tuple[int, Any]]:
     import datasets
 
     if isinstance(dataset, dict):  # one data set per split
@@ -103,13 +111,16 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str) -> Iterator[tuple
     media_columns = [
         name
         for name, feature in dataset.features.items()
-        if isinstance(feature, (datasets.Image, datasets.Audio, datasets.Video))
+        if isinstance(
+            getattr(feature, "feature", feature), (datasets.Image, datasets.Audio, datasets.Video)
+        )  # one, or a list of them
     ]
-    dataset = dataset.remove_columns(media_columns).with_format(None)  # media are found through `path` alone
+    dataset = dataset.remove_columns(media_columns).with_format(None)
+    held = dict.fromkeys(media_columns if stand_ins else (), InTable())
     batches = cast("Iterator[dict[str, list]]", dataset.iter(_ROWS_PER_BATCH))
     yield from enumerate(
         (
-            dict(zip(batch, values, strict=True))
+            dict(zip(batch, values, strict=True)) | held
             for batch in batches
             for values in zip(*batch.values(), strict=True)
         ),

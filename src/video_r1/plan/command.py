@@ -68,11 +68,12 @@ def planned_sharding(recipe: Recipe) -> Sharding:
 
 
 def of_stage(recipe: Recipe) -> Recipe:
-    """The recipe as one of the command that it is for."""
+    """The recipe as one of the command that it is for, with that one's defaults."""
     own = recipe.made_for.command or ("rl" if recipe.source is None else "sft")
     recipe = replace(recipe, command=recipe.section(PlanSettings).stage or own)
     if recipe.command == "sft":
-        values = {name: recipe.values()[name] for name in own_field_types(SFTSettings)}
+        given = frozenset[str]().union(*(section.given for section in recipe.sections))
+        values = {name: recipe.values()[name] for name in own_field_types(SFTSettings) if name in given}
         recipe = replace(recipe, sections=(*recipe.sections, SFTSettings(**values)))
     return recipe
 

@@ -18,6 +18,7 @@ from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 from video_r1.data.options import Reading, listed, options_of, read_choice, split_options
 from video_r1.data.places import MediaPlaces, data_type_of
 from video_r1.data.records import DATA_TYPES, FIELDS
+from video_r1.data.rows import InTable
 
 SubtitleForm = Literal["off", "text", "timed"]
 _TYPE_NAMES = {
@@ -94,7 +95,9 @@ def manifest_row(draft: Draft, making: Making, reading: Reading) -> dict[str, An
     if spoken := _subtitles(draft, making, row):
         row["subtitles"] = spoken
     rest = {
-        name: value for name, value in draft.items() if name not in (*FIELDS, "answer") and value is not None
+        name: value
+        for name, value in draft.items()
+        if name not in (*FIELDS, "answer") and value is not None and not isinstance(value, InTable)
     }
     return {**row, **rest}
 
@@ -123,7 +126,10 @@ def _problem_type(said: Any, options: list[str], answer: str) -> str:
 
 
 def _media(draft: Draft, making: Making) -> dict[str, str]:
-    path = plain_text(draft.get("path"))
+    named = draft.get("path")
+    if isinstance(named, InTable) or (not named and any(isinstance(v, InTable) for v in draft.values())):
+        raise Refused("media inside the table", "the table holds the file itself, and no name of one")
+    path = plain_text(named)
     if not path:
         raise Refused("no clip named", "there is no file's name")
     data_type = plain_text(draft.get("data_type")).lower().removesuffix("s") or None

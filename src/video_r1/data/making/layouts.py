@@ -74,7 +74,7 @@ def nextqa(row: Row) -> Iterator[Draft]:
         "problem": row.get("question"),
         "options": options or None,
         "answer": row.get("answer"),
-        "path": str(row.get("video", "")),
+        "path": row.get("video"),
         "data_source": "NExT-QA",
         "question_type": row.get("type"),
     }

@@ -16,7 +16,8 @@ REMEDIES = {
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question is about one file: join the files, or leave the row out",
     "several questions": "write one row for each question",
-    "media inside the table": "write the images to files and name these in a column",
+    "media inside the table": "write the files out (datasets: cast_column(NAME, Video(decode=False)), then "
+    "row[NAME]['bytes']) and name them in a column, or name a column that has names: --columns path=COLUMN",
     "subtitles": "convert them to .srt or .vtt in UTF-8",
     "media": "fetch the file again or encode it anew (ffmpeg -i OLD NEW.mp4), or leave the row out",
     "no manifest row": "correct what it says in the table; docs/data-format.md has what each field must be",

@@ -17,7 +17,8 @@ _LONGEST_CELL = 1 << 27
 
 def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
     """Numbered rows: (row from 1, its fields by name or `Unreadable`). A CSV's header is no row; JSON lines
-    count their lines. table: a file, an address or a data set id, as for a manifest.
+    count their lines. table: a file, an address or a data set id, as for a manifest; a column that holds the
+    files themselves is `InTable`.
 
     Raises ManifestError when it cannot be opened at all.
     """
@@ -26,7 +27,7 @@ def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
         return _csv_rows(path)
     if path.suffix.lower() == ".json" and path.is_file() and (named := _named_rows(path)) is not None:
         return enumerate(named, start=1)
-    return read_rows(table, split)
+    return read_rows(table, split, stand_ins=True)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
