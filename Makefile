@@ -34,7 +34,6 @@ check: install-test ## ruff, pyright and the layers of docs/design.md
 gpu-check: install-test ## on a machine with a GPU: everything that tests on CPUs cannot show, in ten minutes
 	@$(PY) tests/gpu_check.py $(ARGS)
 
-bench: install-test ## every benchmark, each prints one JSON object
+bench: install-test ## every benchmark (ARGS="update rollout": some); figures and tables of docs/ follow
 	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[bench]'
-	@for name in $$(ls benchmarks/*.py 2>/dev/null | xargs -rn1 basename -s .py | grep -vE '^(_|compare_)'); do \
-		$(PY) -m benchmarks.$$name --json || exit 1; done
+	@$(PY) -m benchmarks.docs_tables $(or $(ARGS),all)

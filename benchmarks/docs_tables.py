@@ -1,0 +1,263 @@
+"""The tables of figures in docs/, from the JSON files that commands wrote.
+
+    python -m benchmarks.docs_tables [NAME … | all]
+
+A table stands behind a comment that says what makes it and of which files, beside the page:
+
+    <!-- figures demo: demo/seed-0.json demo/seed-1.json demo/seed-2.json -->
+
+Without a name every table whose files are there is written anew. A NAME of RUNS (`all`: each of them) is run
+first, and what it prints becomes docs/figures/NAME.json. A demo's file is its summary.json, an audit's its
+audit.json, as they were written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from video_r1.evaluation.audit_summary import audit_sentences
+from video_r1.files import replace_json, replace_text
+
+DOCS = Path(__file__).parents[1] / "docs"
+RUNS = {
+    "update": "update",
+    "update-256": "update --completion 256",
+    "update-lab": "update --size lab --completion 60 --questions 8",
+    "update-lab-256": "update --size lab --completion 256",
+    "update-lab-ragged": "update --size lab --completion 256 --ragged 39 --questions 4",
+    "update-qwen3_5": "update --family qwen3_5 --rounds 3",
+    "rollout": "rollout",
+    "rollout-4": "rollout --questions 4",
+    "rollout-qwen3_5": "rollout --family qwen3_5 --rounds 3",
+    "annotation": "annotation", "complexity": "complexity", "contrast_units": "contrast_units",
+    "decode": "decode", "evaluation": "evaluation", "launches": "launches", "manifest": "manifest",
+    "memory": "memory", "scale": "scale", "sft": "sft", "step": "step", "trl": "trl", "vllm": "vllm",
+    "workers": "workers",
+}  # fmt: skip
+"""Figures by name, and the words behind `python -m benchmarks.` that print them."""
+ONE_THREAD = ("sft", "evaluation")
+Figures = dict[str, Any]
+_BLOCK = re.compile(
+    r"^<!-- figures (?P<maker>\w+): (?P<files>[^\n]+?) -->\n(?P<body>(?:\|[^\n]*\n)+|```\w*\n.*?^```\n)",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    """A table of a page, or a block of text, and what makes it."""
+
+    maker: str
+    files: tuple[Path, ...]
+    body: str
+    place: slice  # of the body in the page
+
+    @property
+    def is_there(self) -> bool:
+        """Whether somebody has its files."""
+        return all(path.is_file() for path in self.files)
+
+    def made(self) -> str:
+        """The body as its files say. Raises KeyError where they are of another form."""
+        return MAKERS[self.maker]([json.loads(path.read_text(encoding="utf-8")) for path in self.files])
+
+
+def blocks(text: str, folder: Path = DOCS) -> Iterator[Block]:
+    """Every block of figures of a page in this folder."""
+    for found in _BLOCK.finditer(text):
+        files = tuple(folder / name for name in found["files"].split())
+        yield Block(found["maker"], files, found["body"], slice(*found.span("body")))
+
+
+def written_anew(text: str, folder: Path = DOCS) -> str:
+    """A page with its blocks as their files say; those without files stay as they are."""
+    for block in reversed([*blocks(text, folder)]):
+        if block.is_there and block.maker in MAKERS:
+            text = text[: block.place.start] + block.made() + text[block.place.stop :]
+    return text
+
+
+def rows_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown."""
+    lines = [head, *rows]
+    texts = ["|" + "|".join(f" {cell} " if cell else " " for cell in line) + "|" for line in lines]
+    return "\n".join([texts[0], "|" + "---|" * len(head), *texts[1:]]) + "\n"
+
+
+def with_interval(value: float, interval: Sequence[float]) -> str:
+    """`0.464 [0.419, 0.509]`"""
+    low, high = interval
+    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def ratio(found: Figures, digits: int = 2) -> str:
+    """`6.20 (5.89 to 6.27)`"""
+    middle, low, high = (f"{found[name]:.{digits}f}" for name in ("ratio", "ratio_min", "ratio_max"))
+    return f"{middle} ({low} to {high})"
+
+
+# --- what makes which table -----------------------------------------------------------------------
+
+
+def demo(seeds: Sequence[Figures]) -> str:
+    """Accuracies and gaps of the demo's three checkpoints."""
+    rows = [
+        [
+            str(seed),
+            {"base": "base"}.get(stage, stage.upper()),
+            *(
+                with_interval(found["accuracy"][stage][order], found["interval95"][stage][order])
+                for order in ("ordered", "shuffled")
+            ),
+            with_interval(found["temporal_gap"][stage]["gap"], found["temporal_gap"][stage]["interval95"]),
+            f"{found['format_rate'][stage]['ordered']:.2f}",
+        ]
+        for seed, found in enumerate(seeds)
+        for stage in ("base", "sft", "rl")
+    ]
+    return rows_of(("seed", "checkpoint", "ordered", "shuffled", "temporal gap", "answer format"), rows)
+
+
+def demo_seconds(seeds: Sequence[Figures]) -> str:
+    """Seconds of the demo's stages."""
+    rows = []
+    for seed, found in enumerate(seeds):
+        took = found["seconds"]
+        evaluations = sum(value for name, value in took.items() if name.startswith("eval"))
+        stages = (took["total"], took["lab"], took["sft"], took["rl"], evaluations, found["test_questions"])
+        rows.append([str(seed), *(f"{value:.0f}" for value in stages)])
+    return rows_of(("seed", "seconds in all", "lab", "SFT", "RL", "evaluations", "test questions"), rows)
+
+
+def audit(found: Sequence[Figures]) -> str:
+    """What an audit says in sentences."""
+    return "\n".join(["```text", *audit_sentences(found[0]), "```\n"])
+
+
+def update(runs: Sequence[Figures]) -> str:
+    """A group in one row against the expanded batch."""
+    rows = []
+    for found in runs:
+        sizes, lengths = found["sizes"], found["sizes"]["completions"]
+        longest = f"{min(lengths)} to {max(lengths)}" if min(lengths) < max(lengths) else str(max(lengths))
+        questions = f", {sizes['questions']} questions" if sizes["questions"] > 1 else ""
+        said = f"{sizes['model']}: prompt {sizes['prompt']}, completions of {longest}, G = {len(lengths)}"
+        measured = [ratio(found), *(f"{found[n]:.2f}" for n in ("flop_ratio", "share_of_flop_ratio"))]
+        differ = (f"{found[name]:.0e}" for name in ("largest_logprob_difference", "largest_gradient_error"))
+        rows.append([said + questions, *measured, f"{found['peak_memory_ratio']:.3f}", *differ])
+    head = ("size", "time ratio", "FLOP ratio", "share of it", "peak memory", "log-probs differ by")
+    return rows_of((*head, "gradients, relative"), rows)
+
+
+def states(runs: Sequence[Figures]) -> str:
+    """An update and a rollout of a family whose layers have a state."""
+    rows = [
+        [
+            f"`python -m benchmarks.{name} --json --family {found['sizes']['family']} "
+            f"--rounds {found['rounds']}`",
+            f"{found['seconds']:.1f} s",
+            f"{found['seconds_other']:.1f} s",
+            ratio(found, 1),
+        ]
+        for name, found in zip(("update", "rollout"), runs, strict=True)
+    ]
+    head = ("", "group in one row or shared prefill", "separate rows or `generate`")
+    return rows_of((*head, "ratio (lowest to highest)"), rows)
+
+
+def sft(found: Sequence[Figures]) -> str:
+    """The head and the whole step of SFT."""
+    parts = {
+        "head: logits, loss and their gradients": found[0]["head"],
+        "the whole step, forward and backward": found[0],
+    }
+    rows = [
+        [
+            name,
+            f"{part['peak_mib']:,.0f} MiB",
+            f"{part['peak_mib_other']:,.0f} MiB, {1 / part['peak_memory_ratio']:.1f} times",
+            ratio(part),
+        ]
+        for name, part in parts.items()
+    ]
+    return rows_of(("part", "peak memory", "against the padded batch", "time ratio"), rows)
+
+
+def launches(found: Sequence[Figures]) -> str:
+    """What is dispatched."""
+
+    def said(name: str) -> str:
+        return f"{found[0][name]['kernels']:,} kernels, {found[0][name]['views']:,} views"
+
+    tower, calls = (
+        "vision tower, a clip of 16 frames, forward, recomputation and backward",
+        "its calls of attention",
+    )
+    rows = [
+        ["a decoded token, all weights", "", f"{said('decode')}; on a GPU one recorded step"],
+        ["a decoded token, LoRA on all linear layers", "", said("decode_lora")],
+        [tower, said("vision_transformers"), said("vision")],
+        [calls, *(f"{found[0][name]['calls']:,}" for name in ("vision_transformers", "vision"))],
+        ["update of a group in one row, forward, recomputation and backward", "", said("update")],
+    ]
+    return rows_of(("", "transformers alone", "here"), rows)
+
+
+def gpu_steps(found: Sequence[Figures]) -> str:
+    """A step on GPUs as it is estimated."""
+    recipes = (
+        "`video-r1-7b-tgrpo` on 8 H100",
+        "`video-r1-7b-tgrpo-lora` on one H100",
+        "`video-r1-3b-tgrpo` on one H100",
+    )
+    rows = []
+    for recipe, case in zip(recipes, found[0]["estimated, not measured"].values(), strict=True):
+        steps = [case[when] for when in ("before", "after")]
+        decoding = " → ".join(f"{step['parts']['decoding']:.1f}" for step in steps)
+        cells = [f"{step['seconds']:.1f} s, {100 * step['mfu']:.0f} %" for step in steps]
+        rows.append([recipe, *cells, f"{decoding} s"])
+    return rows_of(("recipe", "before: seconds, MFU", "now", "of which decoding"), rows)
+
+
+MAKERS: dict[str, Callable[[Sequence[Figures]], str]] = {
+    made.__name__: made for made in (demo, demo_seconds, audit, update, states, sft, launches, gpu_steps)
+}
+"""By the name behind `figures`."""
+
+
+def run(name: str) -> None:
+    """Runs a benchmark and keeps what it prints."""
+    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if name in ONE_THREAD else {})
+    words = [sys.executable, "-m", *f"benchmarks.{RUNS[name]} --json".split()]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        sys.exit(f"benchmarks.{RUNS[name]} failed:\n{done.stderr}")
+    print(done.stdout, end="", flush=True)
+    (DOCS / "figures").mkdir(exist_ok=True)
+    replace_json(DOCS / "figures" / f"{name}.json", json.loads(done.stdout.splitlines()[-1]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=[*RUNS, "all", []], metavar="NAME")
+    names = parser.parse_args().names
+    for name in RUNS if "all" in names else names:
+        run(name)
+    for page in sorted(DOCS.glob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (anew := written_anew(text)) != text:
+            replace_text(page, anew)
+            print(f"{page.name}: written anew")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Figures in the documents are those of JSON files that commands wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import docs_tables, rollout, sft, update
+from benchmarks.docs_tables import DOCS, MAKERS, RUNS, blocks, written_anew
+
+PAGES = sorted(DOCS.glob("*.md"))
+MEASURED = ("demo.md", "models.md", "performance.md")
+"""Pages on which every table of figures says where they are from."""
+WITHOUT_JSON = {
+    "demo.md demo_seconds",
+    "models.md states",
+    "performance.md annotation",
+    "performance.md decode",
+    "performance.md likelihood_flops",
+    "performance.md ratios",
+    "performance.md sft",
+    "performance.md update",
+}
+"""Tables that were written by hand: nobody has the files, or nothing makes the table of them yet."""
+TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_are_those_of_their_files(page: Path) -> None:
+    for block in blocks(page.read_text(encoding="utf-8")):
+        made = block.is_there and block.maker in MAKERS
+        assert made == (f"{page.name} {block.maker}" not in WITHOUT_JSON)
+        if made:
+            assert block.body == block.made(), "python -m benchmarks.docs_tables writes it anew"
+
+
+def test_what_has_no_files_is_in_a_page() -> None:
+    found = {f"{page.name} {block.maker}" for page in PAGES for block in blocks(page.read_text("utf-8"))}
+    assert found >= WITHOUT_JSON
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_table_of_figures_says_what_makes_it(name: str) -> None:
+    """One with a decimal fraction below its head."""
+    text = (DOCS / name).read_text(encoding="utf-8")
+    marked = {block.place.start for block in blocks(text)}
+    tables = list(TABLE.finditer(text))
+    assert tables
+    for table in tables:
+        if re.search(r"(?<![\w.])\d[\d,]*\.\d", "".join(table[0].splitlines()[2:])):
+            assert table.start() in marked, table[0].splitlines()[0]
+
+
+def test_files_of_benchmarks_are_among_the_runs() -> None:
+    """Their files have the names of runs, and the runs are of benchmarks that there are."""
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8")):
+            names = {path.stem for path in block.files if path.parent.name == "figures"}
+            assert names <= {*RUNS, "audit"}
+    benchmarks = {path.stem for path in Path(docs_tables.__file__).parent.glob("[a-z]*.py")}
+    assert {words.split()[0] for words in RUNS.values()} == benchmarks - {"docs_tables", "compare_commits"}
+
+
+def test_a_page_is_written_anew(tmp_path: Path) -> None:
+    summary = json.loads((DOCS / "demo" / "seed-0.json").read_text())
+    summary["temporal_gap"]["rl"] |= {"gap": 0.1234, "interval95": [0, 0.5]}
+    (tmp_path / "a.json").write_text(json.dumps(summary))
+    old = "| seed | checkpoint |\n|---|---|\n| 0 | base |\n"
+    page = f"# A\n\n{old}\n<!-- figures demo: a.json -->\n{old}\n<!-- figures demo: b.json -->\n{old}End\n"
+    anew = written_anew(page, tmp_path)
+    before, _, rest = anew.partition("<!-- figures demo: a.json -->\n")
+    made, _, after = rest.partition("\n\n")
+    assert before == f"# A\n\n{old}\n" and after == f"<!-- figures demo: b.json -->\n{old}End\n"
+    assert made.splitlines()[1] == "|---|---|---|---|---|---|"
+    assert made.endswith(" | 0.123 [0.000, 0.500] | 1.00 |")
+    assert written_anew(anew, tmp_path) == anew
+
+
+def printed(module: Any, words: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> dict[str, Any]:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [module.__name__, *words.split()])
+    module.main()
+    torch.set_num_threads(threads)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_tables_of_what_the_benchmarks_print(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The makers whose files nobody has yet take what is printed today."""
+    small = "--size lab --completion 4 --group 2 --rounds 1"
+    updated = printed(update, f"{small} --ragged 1", monkeypatch, capsys)
+    rolled_out = printed(rollout, small, monkeypatch, capsys)
+    fine_tuned = printed(sft, "--rounds 1 --response 8 --vocabulary 256", monkeypatch, capsys)
+    row = docs_tables.update([updated]).splitlines()[2]
+    assert row.startswith("| lab: prompt ") and ", completions of 3 to 4, G = 2 | " in row
+    first, second = docs_tables.states([updated, rolled_out]).splitlines()[2:]
+    assert (
+        f"| {updated['ratio']:.1f} (" in first and "benchmarks.rollout --json --family qwen2_5_vl" in second
+    )
+    assert docs_tables.sft([fine_tuned]).count(" MiB | ") == 2
