@@ -136,7 +136,7 @@ COMMANDS: dict[str, Command] = {
         (ReportSettings,), ("run",), ("run",), ("report runs/rl", "report runs/grpo runs/tgrpo")),
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
-        examples=("demo", "demo --seed 1")),
+        examples=("demo", "demo --quick", "demo --seed 1")),
     "completion": Command(
         "a script by which a shell completes commands, settings and recipes", "completion:run_completion",
         "sections", (CompletionSettings,), ("shell",), ("shell",),

@@ -9,19 +9,34 @@ OUT/summary.json, OUT/report.html
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, VideoR1Error
 from video_r1.files import claimed, replace_json
-from video_r1.recipe import Recipe, load_recipe
+from video_r1.progress import tidy_output
+from video_r1.recipe import load_recipe
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
+from video_r1.signals import Interrupted
 
-TRAIN, TEST = 3200, 560
+
+class Size(NamedTuple):
+    """How much of everything: questions to train and to test on, steps of SFT and of RL."""
+
+    train: int
+    test: int
+    sft: int
+    rl: int
+
+
+FULL = Size(train=3200, test=560, sft=320, rl=220)
+QUICK = Size(train=480, test=100, sft=100, rl=10)
+PROCESSES = 2  # of training, one thread each: for so small a model worth more than threads
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("base", "sft", "rl")
@@ -30,19 +45,17 @@ MARK = ".demo"
 FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
-def run_demo(out: str | Path, seed: int = 0) -> dict[str, Any]:
+def run_demo(out: str | Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
-    Raises RequestError when a folder of `out` that it would replace is not an earlier demo's.
+    quick: a few steps of everything, which show that it runs and prove nothing. Raises RequestError when a
+    folder of `out` that it would replace is not an earlier demo's, VideoR1Error when training fails.
     """
-    import torch
-
     out = Path(out)
-    torch.set_num_threads(1)  # no slower for so small a model, and the figures do not depend on the cores
     with claimed(out):
         begin_anew(out)
-        return _run_stages(out, seed)
+        return _run_stages(out, seed, QUICK if quick else FULL)
 
 
 def begin_anew(out: Path) -> None:
@@ -64,30 +77,34 @@ def begin_anew(out: Path) -> None:
         (path / MARK).touch()
 
 
-def _run_stages(out: Path, seed: int) -> dict[str, Any]:
+def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    import torch
+
     from video_r1.evaluation.command import run_eval
     from video_r1.lab.clips import write_lab
     from video_r1.lab.model import base_folder
     from video_r1.report.page import build_report
-    from video_r1.training.sft import run_sft
-    from video_r1.training.tgrpo import run_rl
 
+    torch.set_num_threads(1)  # the figures do not depend on the number of cores
     seconds: dict[str, float] = {}
     checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
     start = time.perf_counter()
     with _timed(seconds, "lab"):
-        write_lab(LabSettings(folder=str(lab), train=TRAIN, test=TEST, seed=seed, hasty=HASTY))
+        made = LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, hasty=HASTY)
+        write_lab(made)
     with _timed(seconds, "sft"):
-        run_sft(_recipe("sft", seed, train_manifest=lab / "sft.json", output_dir=checkpoints["sft"]))
+        asked = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
+        _train("sft", size.sft, seed=seed, **asked)
     with _timed(seconds, "rl"):
-        overrides = {"model_name_or_path": checkpoints["sft"], "train_manifest": lab / "rl.json"}
-        run_rl(_recipe("rl", seed, **overrides, output_dir=checkpoints["rl"]))
+        asked = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
+        _train("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            recipe = _recipe("eval", seed, model=checkpoint, manifest=lab / "test.json", out=folder)
+            asked = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "seed": seed}
+            recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in asked.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         (figures[stage],) = summary["frames"].values()
@@ -106,6 +123,8 @@ def _run_stages(out: Path, seed: int) -> dict[str, Any]:
     page = build_report(out)
     print(json.dumps(summary, indent=1))
     print(f"report: {page}")
+    if size == QUICK:
+        print("A quick demo shows that every stage runs. It learns nothing: video-r1 demo does, in minutes.")
     return summary
 
 
@@ -117,9 +136,38 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _recipe(command: str, seed: int, **overrides: Any) -> Recipe:
-    settings = {name: str(value) for name, value in overrides.items()} | {"seed": seed}
-    return load_recipe(command, RECIPES[command], settings)
+def _train(command: str, steps: int, **settings: Any) -> None:
+    """A training command in processes of its own, as torchrun starts them."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    in_all = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
+    settings |= {"max_steps": steps, "per_device_train_batch_size": in_all // PROCESSES}
+    texts = {name: str(value) for name, value in settings.items()}
+    config = LaunchConfig(1, 1, PROCESSES, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    try:
+        elastic_launch(config, train_share)(command, texts)
+    except SignalException as signal:
+        raise Interrupted(signal.sigval) from None
+    except ChildFailedError as failed:
+        raise VideoR1Error(f"{command}: training failed; what it said stands above") from failed
+
+
+def train_share(command: str, settings: dict[str, str]) -> None:
+    """What one of the processes does."""
+    import torch
+
+    from video_r1.training.sft import run_sft
+    from video_r1.training.tgrpo import run_rl
+
+    torch.set_num_threads(1)
+    tidy_output()
+    recipe = load_recipe(command, RECIPES[command], settings)
+    try:
+        run_rl(recipe) if command == "rl" else run_sft(recipe)
+    except VideoR1Error as error:
+        sys.exit(f"video-r1: {error}")
 
 
 def _of_stages(figures: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:

@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each arm sets beside the recipe lab-tgrpo."""
 HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
-QUESTIONS = 20  # made for each of a step's 16; those about images, one of five, are left out
+QUESTIONS = 2400  # made for RL; those about images, one of five, are left out
 OTHER_QUESTIONS = 1000  # added to a seed for the training questions, which no cold start has seen
 VIDEOS = "videos.json"
 TESTS = {
@@ -164,7 +164,7 @@ def make_cold_start(settings: StudySettings, seed: int) -> None:
     }
     for rate in settings.rates:
         asked = {
-            "train": settings.steps * QUESTIONS,
+            "train": QUESTIONS,
             "test": 0,
             "seed": seed + OTHER_QUESTIONS,
             "shortcut": rate,

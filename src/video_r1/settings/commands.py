@@ -200,3 +200,4 @@ class DemoSettings(Settings):
 
     out: str = setting("runs/demo", "folder for data, checkpoints, summary.json and report.html")
     seed: int = setting(0, "seed of data and training")
+    quick: bool = setting(False, "a few steps of every stage, in a minute and a half; nothing is learnt")
