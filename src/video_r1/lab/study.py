@@ -15,8 +15,9 @@ import json
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -112,6 +113,7 @@ def _make_runs(settings: StudySettings, jobs: dict[int, list[Job]]) -> int:
     with (
         Progress(sum(map(len, jobs.values())), "study", "runs") as bar,
         ProcessPoolExecutor(settings.workers, mp_context=context, max_tasks_per_child=1) as pool,
+        _ended_with_us(pool),
     ):
 
         def ended(future: Future[None], its: list[Job]) -> None:
@@ -121,6 +123,7 @@ def _make_runs(settings: StudySettings, jobs: dict[int, list[Job]]) -> int:
             bar.update(len(its))
 
         cold_starts: dict[int, Future[None]] = {}
+        runs: list[Future[None]] = []
         for place, seed in enumerate(order):
             for near in order[place : place + 2]:
                 if near not in cold_starts:
@@ -129,8 +132,22 @@ def _make_runs(settings: StudySettings, jobs: dict[int, list[Job]]) -> int:
                 ended(cold_starts[seed], jobs[seed])
                 continue
             for job in jobs[seed]:
-                pool.submit(_logged, make_run, settings, job).add_done_callback(partial(ended, its=[job]))
+                runs.append(pool.submit(_logged, make_run, settings, job))
+                runs[-1].add_done_callback(partial(ended, its=[job]))
+        wait(runs)
     return len(failed)
+
+
+@contextmanager
+def _ended_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Where something is raised inside, Ctrl-C above all, the pool's work ends at once, begun or not."""
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        raise
 
 
 def _logged(work: Callable[..., None], settings: StudySettings, subject: Any) -> None:
