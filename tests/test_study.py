@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -79,6 +82,32 @@ def test_the_picture_has_every_arm_and_rate() -> None:
 def test_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["lab", "study", str(tmp_path / "study"), "--arms", "grpo,best-ever"]) == 2
     assert "best-ever is none of grpo, margin" in capsys.readouterr().err
+
+
+def test_a_study_that_is_told_to_end_ends_with_its_work(tmp_path: Path) -> None:
+    words = [
+        "lab",
+        "study",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--rates",
+        "0,0.9",
+        "--arms",
+        "grpo",
+        "--workers",
+        "1",
+    ]
+    running = subprocess.Popen([sys.executable, "-m", "video_r1", *words], stderr=subprocess.PIPE, text=True)
+    cold_start = tmp_path / "seed-0/cold-start"
+    deadline = time.monotonic() + 60
+    while not cold_start.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert cold_start.is_dir() or (tmp_path / "seed-0/test").is_dir()
+    running.terminate()
+    _, errors = running.communicate(timeout=20)  # a cold start takes minutes
+    assert running.returncode == 143
+    assert "the same command goes on with the runs that are left" in errors
 
 
 @pytest.mark.slow

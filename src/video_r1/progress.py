@@ -142,6 +142,7 @@ def tidy_output() -> None:
     if not sys.stderr.isatty():
         for name in BARS_OFF:
             os.environ.setdefault(name, "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where no parameter is unused
     for name, word in BESIDE_THE_POINT.items():
         library = logging.getLogger(name)
         if not library.filters:

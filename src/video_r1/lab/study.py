@@ -15,9 +15,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -146,13 +147,20 @@ def _ended_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
     except BaseException:
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
+            assert process.pid
+            with suppress(ProcessLookupError):  # one that has only just been started leads no group yet
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         raise
 
 
 def _logged(work: Callable[..., None], settings: StudySettings, subject: Any) -> None:
-    """Calls `work` in a process of one thread, which writes to a file beside its folder."""
+    """Calls `work` in a process of one thread, which writes to a file beside its folder and leads a group of
+    those that it starts.
+    """
     import torch
+
+    os.setpgid(0, 0)
 
     torch.set_num_threads(1)
     folder = (
