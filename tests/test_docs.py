@@ -8,44 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from doc_commands import FENCED, PAGES, ROOT, command_lines, request
 
 from video_r1.cli import find_command, read_request, split_words
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import RequestError
 from video_r1.settings.training_arguments import training_argument_types
 
-ROOT = Path(__file__).parents[1]
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "CHANGELOG.md",
-    *(ROOT / "docs").glob("*.md"),
-]
-FENCED = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
+DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-STAND_INS = {"RECIPE": "video-r1-7b-tgrpo", "SFT_RECIPE": "video-r1-7b-sft", "N": "1", "M": "1", "S": "1"}
-ENDS = ("&", "|", ";", "&&", ">")  # of a command, in a shell's line
 FILE_NAME = re.compile(r"[\w./-]+\.(?:py|yaml)")
 ELSEWHERE = {"my.yaml"}  # the reader's own
-
-
-def command_lines(text: str) -> Iterator[list[str]]:
-    """The words of every line of a code block that is a shell's, continued lines joined, comments gone."""
-    for block in [*(block for _, block in FENCED.findall(text)), *INDENTED.findall(text)]:
-        for line in block.replace("\\\n", " ").splitlines():
-            if "video-r1 " in line or "-m " in line:
-                yield shlex.split(line, comments=True)
-
-
-def request(words: list[str]) -> list[str] | None:
-    """The words after `video-r1` or `-m video_r1`; None where the line runs something else."""
-    at = next((i for i, word in enumerate(words) if word in ("video-r1", "video_r1")), None)
-    if at is None or (words[at] == "video_r1" and words[at - 1] != "-m"):
-        return None
-    rest = [STAND_INS.get(word, word) for word in words[at + 1 :]]
-    end = next((i for i, word in enumerate(rest) if word in ENDS), len(rest))
-    return [word for word in rest[:end] if word != "--smoke"]
 
 
 def complaints(path: Path, text: str) -> Iterator[str]:
@@ -55,7 +28,7 @@ def complaints(path: Path, text: str) -> Iterator[str]:
             continue
         try:
             name, rest = find_command(found)
-            read_request(name, rest)
+            read_request(name, [word for word in rest if word != "--smoke"])
         except RequestError as error:
             yield f"{shlex.join(words)}: {error}"
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", FENCED.sub("", text))

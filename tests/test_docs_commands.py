@@ -1,0 +1,241 @@
+"""Every command line in a code block of README.md and docs/ runs in a short form, or is read and planned.
+
+runs      on a CPU, in a folder that has what its block names: tables, clips and manifests of some questions.
+          SHORT is added to its words; models are the packaged one, engines the process itself, and /data is
+          that folder.
+planned   recipes of sft and rl for GPUs: read by the real parser, then `plan`ned with a model of four narrow
+          layers on the GPUs, and with the sharding, of its launcher.
+read      by the real parser alone; READ says why.
+a shell's what is no command of this project; SHELL says what is looked at.
+
+A line that has no rule fails. Those of first-day.md run in test_first_day.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import shlex
+import shutil
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doc_commands import PAGES, ROOT, request, shell_blocks
+from measured_memory import model_of
+from tiny_questions import write_manifest
+
+from video_r1.cli import find_command, main, read_request
+from video_r1.commands import TRAINS
+from video_r1.errors import RequestError
+from video_r1.recipe_files import RECIPES
+
+SHORT = {
+    "data make": "--workers 1",
+    "data check": "--workers 1",
+    "data audit": "--limit 2 --samples 1 --max_new_tokens 4 --frame_pixels 3136",
+    "lab make": "--train 4 --test 4 --workers 1",
+    "lab base": "--steps 1",
+    "sft": "--max_steps 1 --per_device_train_batch_size 2",
+    "rl": "--num_generations 2",
+    "plan": "--model_config narrow",
+    "recipes": "",
+    "eval": "--limit 2 --max_new_tokens 4 --frame_pixels 3136",
+    "ask": "--max_new_tokens 4 --frame_pixels 3136",
+    "report": "",
+}
+"""What is added to a command that runs."""
+READ = {
+    "annotate": "its teacher answers in tags, which the packaged model has not learnt",
+    "merge": "it needs the adapters of a run for a GPU",
+    "serve": "it needs vLLM, and does not end",
+    "lab study": "it takes hours",
+    "demo": "it takes minutes",
+}
+"""Commands that are read alone, and why. They have tests of their own."""
+MODELS = ("model", "model_name_or_path")
+MANIFESTS = ("manifest", "train_manifest", "eval_manifest")
+
+
+def target_is_there(name: str) -> None:
+    assert re.search(rf"^{name}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+def extras_are_there(names: str) -> None:
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {*names.split(",")} <= known.keys()
+
+
+def prints_the_recipes(code: str) -> None:
+    said: list[Path] = []
+    exec(code, {"print": said.append})
+    assert said == [RECIPES]
+
+
+def benchmark_takes(module: str, words: str) -> None:
+    """The benchmark's own parser does."""
+
+    class Read(Exception):
+        pass
+
+    real = argparse.ArgumentParser.parse_args
+
+    def read(parser: argparse.ArgumentParser) -> None:
+        real(parser, shlex.split(words))
+        raise Read
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Read):
+        patch.setattr(argparse.ArgumentParser, "parse_args", read)
+        importlib.import_module(f"benchmarks.{module}").main()
+
+
+SHELL: dict[str, Callable[..., None]] = {
+    r"make ([a-z-]+)": target_is_there,
+    r"source \.venv/bin/activate": lambda: target_is_there("install"),
+    r"pip install '\.\[(.+)\]'": extras_are_there,
+    r'pip install "video-r1\[(.+)\] @ git\+\$\(git remote get-url origin\)"': extras_are_there,
+    r"docker build -t \S+ \.": lambda: (ROOT / "Dockerfile").stat() and None,
+    r"R=\$\(python -c '(.+)'\)": prints_the_recipes,
+    r"python -m benchmarks\.(\w+)(.*)": benchmark_takes,
+    r"(?:hf download|cd \S+ && unzip|python -m lmms_eval) .*": lambda: None,  # others' tools and data
+}
+"""Lines of a shell, and what looks at their groups."""
+
+BLOCKS = [
+    pytest.param(block, id=f"{page.name}-{number}")
+    for page in PAGES
+    if page.name != "first-day.md"
+    for number, block in enumerate(shell_blocks(page.read_text(encoding="utf-8")))
+]
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the pages name."""
+    folder = tmp_path_factory.mktemp("shelf")
+    for name in ("clips", "Video-R1-data", "NExTVideo/1164", "runs/mine", "runs/grpo"):
+        (folder / name).mkdir(parents=True)
+    rows = json.loads(write_manifest(folder / "clips").read_text())
+    (folder / "clips" / "manifest.json").unlink()
+    (folder / "clips" / "0.mp4").rename(folder / "clips" / "kitchen.mp4")
+    rows[0]["path"] = "kitchen.mp4"
+    there = [{**row, "path": f"clips/{row['path']}"} for row in rows]
+    (folder / "questions.json").write_text(json.dumps(there))
+    table = [f"Which way?,left,right,{'AB'[n % 2]},{row['path']}" for n, row in enumerate(rows[:5])]
+    (folder / "questions.csv").write_text("\n".join(["question,option_a,option_b,answer,video", *table]))
+    shutil.copy(folder / "clips" / "1.mp4", folder / "Video-R1-data" / "a.mp4")
+    (folder / "Video-R1-260k.json").write_text(json.dumps([{**rows[1], "path": "./a.mp4"}]))
+    shutil.copy(folder / "clips" / "1.mp4", folder / "NExTVideo" / "1164" / "4010069381.mp4")
+    (folder / "mc.csv").write_text(
+        "video,question,answer,qid,type,a0,a1,a2,a3,a4\n4010069381,which way,0,1,CW,left,right,up,down,out\n"
+    )
+    for run in ("mine", "grpo"):
+        (folder / "runs" / run / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
+        )
+    (folder / "my.yaml").write_text("model_name_or_path: m\ntrain_manifest: t\noutput_dir: o\n")
+    model_of(128, 4, 2048).config.save_pretrained(folder / "narrow")
+    return folder
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_each_line_of_a_block(
+    block: list[str], shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(shelf, tmp_path / "day"))
+    for line in block:
+        follow(line)
+
+
+def follow(line: str) -> None:
+    """Does with a line what its rule says. AssertionError: it has none, or does not work."""
+    words = shlex.split(line.replace("$R/", f"{RECIPES}/"), comments=True)
+    found = request(words)
+    if found is None:
+        plain = re.sub(r"\s+# .*", "", line)
+        looks = [(look, match) for rule, look in SHELL.items() if (match := re.fullmatch(rule, plain))]
+        assert looks, f"no rule for the line: {line}"
+        for look, match in looks:
+            look(*match.groups())
+        return
+    command, rest = find_command(found)
+    recipe = read_request(command, [word for word in rest if word != "--smoke"])
+    launcher = words[: words.index("video_r1")] if "video_r1" in words else []
+    values = recipe.values()
+    if command in TRAINS and "--smoke" not in rest and (recipe.made_for.gpus != 0 or values.get("use_vllm")):
+        assert main(["plan", *rest, "--model_config", "narrow", *machine(launcher)]) == 0
+    elif command not in READ and not launcher and not out_of_reach(values):
+        assert command in SHORT, f"no rule for the command {command}"
+        run_short(command, rest, values)
+
+
+def out_of_reach(values: Mapping[str, Any]) -> bool:
+    """What no test has: addresses, and the files of benchmarks."""
+    return bool(values.get("bench")) or any(
+        "://" in value for value in values.values() if isinstance(value, str)
+    )
+
+
+def machine(launcher: list[str]) -> list[str]:
+    """The options of `plan` for the GPUs that a launcher starts on, by its options and its file."""
+    given = {
+        word[2:]: launcher[place + 1] for place, word in enumerate(launcher[:-1]) if word.startswith("--")
+    }
+    file = Path(given.get("config_file", ""))
+    kind = file.stem.partition("-")[0]
+    machines = int(given.get("nnodes", 1))
+    gpus = given.get("num_processes") or given.get("nproc_per_node")
+    if file.suffix:
+        assert file.is_file()
+        gpus = gpus or re.findall(r"^num_processes: (\d+)", file.read_text(), re.MULTILINE)[0]
+    sharding = ["--sharding", {"ddp": "none"}.get(kind, kind)] if kind else []
+    return [*(["--gpus", str(machines * int(gpus))] if gpus else []), *sharding]
+
+
+def run_short(command: str, words: list[str], values: Mapping[str, Any]) -> None:
+    """Runs it on what is there: other models are the packaged one, other manifests the folder's."""
+    models = {values[name] for name in MODELS if values.get(name)}
+    instead = {model: "lab-base" for model in models if not Path(model, "config.json").is_file()}
+    for name in MANIFESTS:
+        if values.get(name) in words and not Path(values[name]).exists():
+            shutil.copy("questions.json", values[name])
+    words = [(instead | {"/data": "."}).get(word, word) for word in words]
+    extra = [*SHORT[command].split(), *(["--engine", "transformers"] if values.get("engine") else [])]
+    assert main([*command.split(), *words, *extra]) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("curl https://example.org", "no rule for the line"),
+        ("make coffee   # or tea", "assert None"),
+        ("pip install '.[nothing]'", "nothing"),
+        ("video-r1 completion bash", "no rule for the command completion"),
+        ("video-r1 report runs/nobodys", "runs/nobodys"),
+        ("torchrun --nproc_per_node 2 -m video_r1 rl video-r1-7b-tgrpo --betta 1", "betta"),
+        ("accelerate launch --config_file $R/accelerate/no.yaml -m video_r1 rl video-r1-7b-tgrpo", "is_file"),
+        ("video-r1 rl video-r1-7b-tgrpo --max_frames 9999", "assert 2 == 0"),
+        ("python -m benchmarks.scale --no_such", "2"),
+    ],
+)
+def test_a_line_that_does_not_work_is_noticed(
+    line: str, said: str, shelf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(shelf)
+    with pytest.raises((AssertionError, RequestError, SystemExit)) as found:
+        follow(line)
+    assert said in str(found.value) + capsys.readouterr().err
+
+
+def test_no_rule_is_left_over() -> None:
+    lines = [line for block in BLOCKS for line in block.values[0]]  # type: ignore[union-attr]
+    commands = {
+        find_command(found)[0] for line in lines if (found := request(shlex.split(line, comments=True)))
+    }
+    assert SHORT.keys() <= commands <= SHORT.keys() | READ.keys()
+    plain = [re.sub(r"\s+# .*", "", line) for line in lines]
+    assert all(any(re.fullmatch(rule, line) for line in plain) for rule in SHELL)
