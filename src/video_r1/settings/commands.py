@@ -102,8 +102,8 @@ class StudySettings(Settings):
     rates: list[float] = setting([0.0, 0.5, 0.9], "shares of the training clips that carry a mark")
     seeds: int = setting(5, "cold starts, and runs of every arm and rate", above=0)
     first_seed: int = setting(0, "the first of them", at_least=0)
-    steps: int = setting(120, "optimizer steps of a run", above=0)
-    train: int = setting(3200, "questions of a cold start; half as many are asked in a run", above=0)
+    steps: int = setting(160, "optimizer steps of a run", above=0)
+    train: int = setting(3200, "questions of a cold start", above=0)
     test: int = setting(400, "questions of a test", above=0)
     workers: int = setting(2, "runs at a time, of one thread each", above=0)
 
