@@ -27,14 +27,18 @@ from test_distributed import FSDP2
 from tgrpo_trainers import make_trainer, policy_of
 from tiny_models import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 from tiny_questions import write_manifest
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
 from video_r1.models.four_bits import is_four_bit
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model
+from video_r1.plan.kernels import gated_delta_rule, states_without_storage
 from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.plan.sharding import sharding_of
+from video_r1.plan.trace import LiveBytes
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -139,6 +143,31 @@ def test_every_family_has_a_plan(family: str, stage: str) -> None:
     assert plan.parts["weights"] == tensor_bytes([*model.parameters(), *model.buffers()])
     assert set(plan.phases) == {"update", "optimizer step", *(["rollout"] if stage == "rl" else [])}
     assert plan.peak > plan.parts["weights"] + plan.parts["optimizer"] + plan.parts["activations"]
+
+
+def test_a_layer_with_a_state_needs_what_its_kernel_needs() -> None:
+    tokens, heads, keys, values = 130, 2, 8, 16  # three chunks of up to 64 tokens
+    with FakeTensorMode() as mode:
+        shapes = [(1, tokens, heads, size) for size in (keys, keys, values)] + [(1, tokens, heads)] * 2
+        query, key, value, g, beta = (
+            mode.from_tensor(torch.rand(shape)).requires_grad_() for shape in shapes
+        )
+        live = LiveBytes(1.0)
+        with live:
+            result, state = gated_delta_rule(query, key, value, g=g, beta=beta)
+        assert state.shape == (1, heads, keys, values) and result.shape == value.shape
+        kept = tokens * heads * (2 * keys + 64) * 4  # normalised queries and keys, products within chunks
+        assert live.live == kept + 4 * (result.numel() + state.numel())
+        states = 3 * heads * keys * values * 4
+        assert live.peak == kept + states + tokens * heads * (keys + 2 * values) * 4
+
+
+def test_layers_with_a_state_have_their_own_rule_again_after_a_plan() -> None:
+    real = qwen3_5.torch_chunk_gated_delta_rule
+    with pytest.raises(ZeroDivisionError), states_without_storage(qwen3_5.__name__):
+        assert qwen3_5.torch_chunk_gated_delta_rule is gated_delta_rule
+        raise ZeroDivisionError
+    assert qwen3_5.torch_chunk_gated_delta_rule is real
 
 
 def test_the_plan_agrees_with_a_measured_rollout() -> None:

@@ -38,6 +38,9 @@ MACHINES = {
     "qwen3-vl-8b-{}-lora": ("Qwen/Qwen3-VL-8B-Instruct", ONE),
     "qwen3-vl-4b-{}": ("Qwen/Qwen3-VL-4B-Instruct", ONE),
     "qwen3-vl-4b-{}-lora": ("Qwen/Qwen3-VL-4B-Instruct", SMALL),
+    "qwen3.5-9b-{}": ("Qwen/Qwen3.5-9B", EIGHT),
+    "qwen3.5-9b-{}-lora": ("Qwen/Qwen3.5-9B", ONE),
+    "qwen3.5-4b-{}-lora": ("Qwen/Qwen3.5-4B", SMALL),
 }
 RECIPES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
 

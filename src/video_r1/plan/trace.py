@@ -3,9 +3,8 @@
 Both are run on tensors that have shapes but no storage (torch's FakeTensorMode), through the model's own
 transformers code and this project's head, and every allocation is added up while it lives. What a model
 keeps for its backward pass, with or without gradient checkpointing, adapters or mixed precision, is therefore
-not estimated from formulas. Three things are stand-ins: attention, whose kernels depend on values, experts,
-which tokens choose by value, and the pixels' way into windows and positions, which is computed beforehand
-from the grid.
+not estimated from formulas. Stand-ins (plan/kernels.py) are attention, experts and layers with a state; and
+the pixels' way into windows and positions is computed beforehand from the grid.
 """
 
 import copy
@@ -19,8 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedConfig
 from transformers.vision_utils import (
     get_vision_cu_seqlens,
     get_vision_interpolation_indices_and_weights,
@@ -32,13 +30,10 @@ from video_r1.models.family import family_of, text_of, tower_of
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
 from video_r1.models.loading import with_trained_parts
+from video_r1.plan.kernels import ATTENTION_NAME, EXPERTS_NAME, states_without_storage
 from video_r1.plan.low_bits import eight_bit_states, in_four_bits
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
-
-# "flash": transformers then hands vision attention whole sequences, without reading their lengths.
-ATTENTION_NAME = "video_r1_flash_without_storage"
-EXPERTS_NAME = "video_r1_experts_without_storage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +151,8 @@ def trace(config: PreTrainedConfig, policy: Policy, row: Row, prefill: Row | Non
     with torch.device("meta"):
         model = _build(config, policy)
         judge = _untrained(config, policy).requires_grad_(False).eval() if policy.copied else model
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    states = states_without_storage(family_of(config).state_functions)
+    with states, FakeTensorMode(allow_non_fake_inputs=True) as mode:
         for module in {model, judge}:  # weights that say they are on the CPU
             module.to_empty(device="cpu")
             vision_language_model(module).tie_weights()
@@ -354,40 +350,3 @@ def _vision_indices(config: Any, row: Row) -> dict[str, Any]:
         taps = get_vision_interpolation_indices_and_weights(grid, side, spatial_merge_size=merge)
         found |= dict(zip(("interp_indices", "interp_weights"), taps, strict=True))
     return found
-
-
-def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
-) -> tuple[Tensor, None]:
-    """The memory of an attention kernel that writes no score matrix: [B, H, S, D] -> [B, S, H, D]."""
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    return _KernelMemory.apply(query, key, value), None  # pyright: ignore[reportReturnType]
-
-
-class _KernelMemory(torch.autograd.Function):
-    """Keeps query, key, value, the result and its log-sum-exp; backward makes one gradient for each."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        batch, heads, length, size = query.shape
-        out = query.new_empty(batch, length, heads, size)
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
-
-
-def _experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The memory of grouped products, where one expert stands for those that the router would choose: states
-    [S, d], chosen and weights [S, k] -> [S, d]."""
-    rows = states.repeat_interleave(chosen.shape[1], 0)
-    gate, up = nn.functional.linear(rows, module.gate_up_proj[0]).chunk(2, dim=-1)
-    out = nn.functional.linear(module.act_fn(gate) * up, module.down_proj[0])
-    return (out.unflatten(0, chosen.shape) * weights[..., None]).sum(1).to(states.dtype)
-
-
-AttentionInterface.register(ATTENTION_NAME, _attention)
-ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, _experts)
