@@ -41,14 +41,14 @@ ARMS: dict[str, dict[str, Any]] = {
     "threshold": {"temporal_rule": "threshold"},
     "margin-none": {"temporal_rule": "margin", "scale_rewards": "none"},
     "margin-task": {"temporal_rule": "margin", "scale_rewards": "task"},
-    "weight": {"temporal_rule": "weight", "temporal_alpha": 10.0},
+    "weight": {"temporal_rule": "weight", "temporal_weight_kappa": 10.0},
     "likelihood": {"temporal_rule": "likelihood"},
     "likelihood-reversed": {"temporal_rule": "likelihood", "temporal_contrast": "reversed"},
     "likelihood-frozen": {"temporal_rule": "likelihood", "temporal_contrast": "frozen"},
     "apart": {"temporal_rule": "likelihood_apart", "temporal_alpha": 1.0},
     "gate": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9},
     "gate-frozen": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"},
-    "tokens": {"temporal_rule": "tokens", "temporal_alpha": 10.0},
+    "tokens": {"temporal_rule": "tokens", "temporal_weight_kappa": 10.0},
     "audit": {"temporal_rule": "off", "keep": "shuffled < 0.3 and frozen < 0.3"},
 }
 """What each arm sets beside the recipe lab-tgrpo."""
