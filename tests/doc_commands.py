@@ -53,4 +53,4 @@ def request(words: list[str]) -> list[str] | None:
         return None
     rest = [STAND_INS.get(word, word) for word in words[at + 1 :]]
     end = next((i for i, word in enumerate(rest) if word in ENDS), len(rest))
-    return rest[:end]
+    return rest[:end] or None
