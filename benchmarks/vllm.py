@@ -3,7 +3,8 @@
     python -m benchmarks.vllm --json [--model FOLDER] [--questions 16] [--group 8] [--completion 64]
 
 Both use the same vLLM in turns, with its caches emptied before each call: what is measured is what the engine
-adds (requests made of prompts, checks, Rollouts). `equal` says that the engine's tokens are those of the bare
+adds (requests made of prompts, checks, Rollouts) and what it saves (its requests are tokenised and processed
+already). `equal` says that the engine's tokens are those of the bare
 call, `tokens_per_second_transformers` is the rate of the engine without vLLM on the same prompts. Where vLLM
 is not installed it says so and succeeds.
 """
@@ -24,7 +25,7 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, seconds, spread
 from video_r1.data.decoders import read_media
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.prompts import Prompt, PromptBuilder, video_metadata
 from video_r1.data.records import load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
@@ -33,7 +34,7 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seeds
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
-from video_r1.rollout.vllm.requests import sampling_parameters, vllm_prompt
+from video_r1.rollout.vllm.requests import sampling_parameters
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
@@ -50,6 +51,14 @@ def lab_prompts(processor: Any, count: int, frame_pixels: int) -> list[Prompt]:
         return [builder.build(sample, read_media(sample, budget)) for sample in samples]
 
 
+def plain_request(prompt: Prompt, processor: Any) -> dict[str, Any]:
+    """The question as one gives it to `LLM.generate`: text and frames, which vLLM tokenises and processes."""
+    text = processor.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
+    frames = prompt.media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
+    metadata = {**video_metadata(prompt.media), "do_sample_frames": False}
+    return {"prompt": text, "multi_modal_data": {"video": (frames, metadata)}}
+
+
 def run(arguments: argparse.Namespace) -> dict[str, object]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(arguments.model)
@@ -59,7 +68,7 @@ def run(arguments: argparse.Namespace) -> dict[str, object]:
     longest = max(len(prompt.input_ids) for prompt in prompts) + arguments.completion
     engine = VLLMEngine(model, processor, max_model_len=longest, max_sequences=arguments.sequences)
 
-    requests = [vllm_prompt(prompt, processor) for prompt in prompts]
+    requests = [plain_request(prompt, processor) for prompt in prompts]
     seeds = prompt_seeds(sampling.seed, len(prompts))
     vllm = importlib.import_module("vllm")
     parameters = [

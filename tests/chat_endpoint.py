@@ -52,6 +52,7 @@ class ChatEndpoint:
         self.under_way = self.most_under_way = self.answered = 0
         self.changed = threading.Condition()
         self.listed = self.takes_video = True
+        self.positions: str | None = None  # what it says of its rule of positions
         owner_ = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,6 +64,9 @@ class ChatEndpoint:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if self.path == "/collective_rpc":  # of servers that video-r1 has started
+                    told = {"results": [{"positions": owner_.positions}]}
+                    return owner_.reply(self, 200 if owner_.positions else 404, told)
                 owner_.headers.append(dict(self.headers))
                 owner_.chat(self, body)
 

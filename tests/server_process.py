@@ -11,9 +11,12 @@ import time
 import urllib.error
 import urllib.request
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from video_r1.lab.model import base_folder
-from video_r1.rollout.vllm.serve import runnable, server_command
+from video_r1.rollout.vllm.serve import cpu_options, runnable, server_command
 from video_r1.settings.vllm import ServeSettings
 
 FAILURE = "fails for the test"
@@ -24,30 +27,33 @@ import uuid
 
 def plugin():
     import torch
-    from vllm.model_executor.models import qwen2_5_vl
+    from vllm.model_executor.models import qwen2_5_vl, qwen3_vl
 
-    kind = qwen2_5_vl.Qwen2_5_VLForConditionalGeneration
-    embed = kind.embed_multimodal
+    def record(kind):
+        embed = kind.embed_multimodal
 
-    def recorded(self, **given):
-        if os.path.exists(os.environ["RECORDED"] + "/fail"):
-            raise MemoryError("FAILURE")
-        name = os.path.join(os.environ["RECORDED"], uuid.uuid4().hex)
-        torch.save({name: value.clone() for name, value in given.items()}, name + ".part")
-        os.rename(name + ".part", name + ".pt")
-        return embed(self, **given)
+        def recorded(self, **given):
+            if os.path.exists(os.environ["RECORDED"] + "/fail"):
+                raise MemoryError("FAILURE")
+            name = os.path.join(os.environ["RECORDED"], uuid.uuid4().hex)
+            torch.save({name: value.clone() for name, value in given.items()}, name + ".part")
+            os.rename(name + ".part", name + ".pt")
+            return embed(self, **given)
 
-    kind.embed_multimodal = recorded
+        kind.embed_multimodal = recorded
+
+    record(qwen2_5_vl.Qwen2_5_VLForConditionalGeneration)
+    record(qwen3_vl.Qwen3VLForConditionalGeneration)
 '''.replace("FAILURE", FAILURE)
 
 
 class ServerProcess:
-    """Serves the lab's base in float32, up to 1,024 tokens.
+    """Serves a checkpoint (default: the lab's base), up to 1,024 tokens.
 
     folder: for its log, and for `recorded/`, where each call of the model's encoder leaves what it was given.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: Path | None = None, dtype: Any = "float32") -> None:
         self.log = folder / "server.log"
         self.recorded = folder / "recorded"
         self.recorded.mkdir()
@@ -65,13 +71,14 @@ class ServerProcess:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         settings = ServeSettings(
-            model=str(base_folder()),
+            model=str(model or base_folder()),
             port=self.port,
-            dtype="float32",
+            dtype=dtype,
             max_model_len=1024,
             vllm_options="--max-num-seqs 64",
         )
-        command, variables = server_command(settings, on_cpu=True)
+        options = cpu_options(AutoConfig.from_pretrained(str(settings.model)), dtype)
+        command, variables = server_command(settings, options)
         self.command = runnable(command)
         paths = [str(plugin), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {

@@ -27,7 +27,7 @@ from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm.requests import asks_of, server_request, vllm_prompt
+from video_r1.rollout.vllm.requests import asks_of, engine_input, server_request, visuals_of
 from video_r1.settings.frames import Contrast, Order
 from video_r1.training.drops import logprob_drops
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
@@ -252,8 +252,7 @@ class Asking(TransformersEngine):
 
     def generate(self, prompts: Any, sampling: Any, counts: Any = None, on_token: Any = None) -> Any:
         self.asked = [
-            (prompts[ask.place], ask, vllm_prompt(prompts[ask.place], None))
-            for ask in asks_of(prompts, sampling, counts, limit=1000, stop_ids=[1])
+            (prompts[ask.place], ask) for ask in asks_of(prompts, sampling, counts, limit=1000, stop_ids=[1])
         ]
         return super().generate(prompts, sampling, counts, on_token)
 
@@ -274,16 +273,18 @@ def test_blind_questions_to_vllm_in_training(
     trainer = TGRPOTrainer(model, many_tokens, args, str(manifest), processing_class=processor, engine=engine)
     trainer.train()
     videos = [each for each in trainer.step_batches[0].groups if each.sample.data_type == "video"]
-    blind = [(prompt, ask, asked) for prompt, ask, asked in engine.asked if prompt.order == "blind"]
+    blind = [prompt for prompt, _ in engine.asked if prompt.order == "blind"]
     assert len(engine.asked) == 3 + len(blind) and len(blind) == (len(videos) if rule == "margin" else 0)
-    for prompt, ask, asked in engine.asked:
+    for prompt, ask in engine.asked:
         if prompt.order == "blind":
-            assert asked == {"prompt_token_ids": prompt.input_ids.tolist()} and ask.count == 2
+            ids = prompt.input_ids.tolist()
+            given = engine_input(prompt, torch.bfloat16)
+            assert given == {"type": "token", "prompt_token_ids": ids} and ask.count == 2
             body = server_request(prompt, ask.parameters, torch.bfloat16)
-            assert body == {"token_ids": prompt.input_ids.tolist(), "sampling_params": ask.parameters}
+            assert body == {"token_ids": ids, "sampling_params": ask.parameters}
             assert json.loads(json.dumps(body)) == body
         else:
-            assert "multi_modal_data" in asked and ask.count == 4
+            assert len(visuals_of(prompt, torch.bfloat16)) == 1 and ask.count == 4
     (line,) = (line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line)
     assert line["sampler/logprob_difference_max"] < 1e-4
     assert math.isfinite(line["temporal/gap" if rule == "margin" else "temporal/drop"])

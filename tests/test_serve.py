@@ -12,7 +12,7 @@ import pytest
 from video_r1.errors import ConfigError
 from video_r1.lab.model import base_folder
 from video_r1.rollout.vllm import serve as vllm_serve
-from video_r1.rollout.vllm.serve import run_serve, runnable, server_command
+from video_r1.rollout.vllm.serve import CPU_OPTIONS, run_serve, runnable, server_command
 from video_r1.settings.vllm import ServeSettings
 
 
@@ -24,7 +24,7 @@ def test_words_and_variables() -> None:
     settings = ServeSettings(
         model="runs/sft", port=8001, host="0.0.0.0", hand_over="nccl", vllm_options="-tp 2"
     )
-    words, variables = server_command(settings, on_cpu=False)
+    words, variables = server_command(settings)
     assert words[:3] == ["vllm", "serve", "runs/sft"] and words[-2:] == ["-tp", "2"]
     assert after(words, "--port") == "8001" and after(words, "--host") == "0.0.0.0"
     assert after(words, "--logprobs-mode") == "processed_logprobs"
@@ -32,7 +32,7 @@ def test_words_and_variables() -> None:
     module, _, name = after(words, "--worker-extension-cls").rpartition(".")
     assert hasattr(sys.modules[module], name)
     assert variables == {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
-    words, variables = server_command(ServeSettings(model="runs/sft"), on_cpu=True)
+    words, variables = server_command(ServeSettings(model="runs/sft"), CPU_OPTIONS)
     assert "--weight-transfer-config" not in words and "--enforce-eager" in words
     assert "--no-enable-chunked-prefill" in words and after(words, "--block-size") == "32"
     assert variables["VLLM_CPU_KVCACHE_SPACE"] == "1"

@@ -96,11 +96,15 @@ def tiny_processor(family: str) -> Any:
     return kind(images, tokenizer, videos, chat_template=template)
 
 
-def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    family: str, tokenizer: Qwen2Tokenizer, seed: int = 0, *, for_vllm: bool = False
+) -> PreTrainedModel:
     """About 0.1 M random float32 weights: 2 text layers (3 from Qwen3-VL on), grouped-query attention.
 
     The weights are larger than transformers' initial ones, so that greedy tokens differ from step to step.
+    for_vllm: heads of 32 in place of 16, and states of 64 x 64: the smallest that its CPU kernels take.
     """
+    times = 2 if for_vllm else 1
     ids = {name: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in
            ("image_pad", "video_pad", "vision_start", "vision_end", "im_end", "endoftext")}  # fmt: skip
     parts: dict[str, Any] = {
@@ -114,11 +118,15 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": 3 if has_timestamps(family) else 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 4 // times,
+        "num_key_value_heads": 2 // times,
         "max_position_embeddings": 4096,
         "initializer_range": 0.2,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2 * times, 3 * times, 3 * times],
+        },
         "bos_token_id": None,
         "eos_token_id": ids["im_end"],
         "pad_token_id": ids["endoftext"],
@@ -134,21 +142,25 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
                    "fullatt_block_indexes": [1], "tokens_per_second": 2}  # fmt: skip
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**parts))
     elif family in LATER:
-        text["head_dim"] = 16
+        text["head_dim"] = 16 * times
         text["rope_parameters"]["mrope_interleaved"] = True
         vision |= {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 48,
                    "num_position_embeddings": 16}  # fmt: skip
         if family in HYBRID:  # half of each head is rotated; two of three layers have a state
-            text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}
+            text["rope_parameters"] |= {
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2 * times, times, times],
+            }
             text |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"],
-                     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12,
-                     "linear_value_head_dim": 8, "initializer_range": 0.1}  # fmt: skip
+                     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                     "linear_key_head_dim": 64 if for_vllm else 12,
+                     "linear_value_head_dim": 64 if for_vllm else 8, "initializer_range": 0.1}  # fmt: skip
         else:
             text.pop("bos_token_id")
             vision["deepstack_visual_indexes"] = [0, 1]
         if family.endswith("_moe"):
             text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                     "shared_expert_intermediate_size": 32}  # fmt: skip
+                     "shared_expert_intermediate_size": 32, "norm_topk_prob": True}  # fmt: skip
         kind, configuration = LATER[family]
         model = kind(configuration(**parts))
     else:
@@ -164,10 +176,10 @@ def tiny_model(family: str, tokenizer: Qwen2Tokenizer, seed: int = 0) -> PreTrai
     return model.eval()
 
 
-def tiny_checkpoint(family: str, folder: Path, seed: int = 0) -> Path:
+def tiny_checkpoint(family: str, folder: Path, seed: int = 0, *, for_vllm: bool = False) -> Path:
     """Writes model, processor and chat template of a family (see FAMILIES) into `folder`; returns it."""
     processor = tiny_processor(family)
-    tiny_model(family, processor.tokenizer, seed).save_pretrained(folder)
+    tiny_model(family, processor.tokenizer, seed, for_vllm=for_vllm).save_pretrained(folder)
     processor.save_pretrained(folder)
     return Path(folder)
 

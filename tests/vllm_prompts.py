@@ -17,19 +17,20 @@ from video_r1.data.records import Sample, load_manifest
 from video_r1.data.rollouts import Rollout
 from video_r1.lab.clips import write_lab
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.loading import add_lora
+from video_r1.models.loading import add_lora, size_multiple
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
+Rounding = tuple[float, float]
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
 COUNT = Sample(2, "How many?", "image", "numerical", "<answer>1</answer>", "x")
 
 
 def clip_prompts(processor: Any) -> list[Prompt]:
     """A clip, the clip shuffled, an image, and the clip's frames at times of more than the trained size."""
-    builder = PromptBuilder(processor)
-    frames = torch.from_numpy(moving_square(8, 56, 84)).permute(0, 3, 1, 2).contiguous()
+    builder, side = PromptBuilder(processor), size_multiple(processor)
+    frames = torch.from_numpy(moving_square(8, 2 * side, 3 * side)).permute(0, 3, 1, 2).contiguous()
     times = torch.arange(8, dtype=torch.float64) / 2
     clip = Media(frames, times, 4.0, "video")
     return [
@@ -37,6 +38,16 @@ def clip_prompts(processor: Any) -> list[Prompt]:
         builder.build(QUESTION, clip, torch.tensor([2, 0, 3, 1, 7, 6, 5, 4])),
         builder.build(COUNT, Media(frames[3:4], times[:1], 0.0, "image")),
         builder.build(QUESTION, Media(frames, times * 2.8, 11.2, "video")),
+    ]
+
+
+def rare_prompts(processor: Any) -> list[Prompt]:
+    """A clip of one time step, one whose frames are all the same, and a question without frames."""
+    builder, clip = PromptBuilder(processor), clip_prompts(processor)[0].media
+    return [
+        builder.build(QUESTION, Media(clip.frames[:2], clip.timestamps[:2], 1.0, "video")),
+        builder.build(QUESTION, clip, torch.full((8,), 3), "frozen"),
+        builder.build(QUESTION, clip, torch.tensor([], dtype=torch.long), "blind"),
     ]
 
 
@@ -57,12 +68,19 @@ def change(model: torch.nn.Module, size: float = 0.05) -> None:
             parameter.add_(noise * size * parameter.std(unbiased=False))
 
 
-def check_hand_over(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt], peft: bool) -> None:
+def check_hand_over(
+    engine: RolloutEngine,
+    model: Any,
+    prompts: Sequence[Prompt],
+    peft: bool,
+    rounding: Rounding = (1e-4, 1e-3),
+) -> None:
     """The engine, which has the model's weights, samples from them, from stale ones after a change, and from
     the changed ones after a hand-over: all weights twice (a second one can fail where the first did not), or
-    those of an adapter once."""
+    those of an adapter once. rounding: of log-probs, the mean and the largest."""
     settings = SamplingSettings(n=4, max_tokens=24, seed=1)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-3
+    same = differences(model, prompts, engine.generate(prompts, settings))
+    assert same.mean() < rounding[0] and same.max() < rounding[1]
     for _ in range(1 if peft else 2):
         if peft:
             model = add_lora(model, rank=4, alpha=8)
@@ -75,7 +93,7 @@ def check_hand_over(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]
         assert stale.mean() > 0.02 and stale.max() > 0.3
         engine.update_weights(model)
         fresh = differences(model, prompts, engine.generate(prompts, settings))
-        assert fresh.mean() < 1e-3 and fresh.max() < 1e-2
+        assert fresh.mean() < rounding[0] and fresh.max() < rounding[1]
 
 
 def check_hand_over_of_vision(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]) -> None:

@@ -32,6 +32,8 @@ class Family:
     tower_linear: those of the tower, a regular expression for their names within it.
     windows: whether layers of the tower attend within windows of a frame.
     resampled_positions: whether the tower resamples learnt positions to each frame's grid.
+    transposed_experts: whether the experts' tensors of the published checkpoints are the transposes of
+        transformers' own; vLLM takes the published ones.
     state_functions: for models whose layers have a recurrent state, transformers' module with the functions
         that they call (models/gated_delta.py).
     """
@@ -42,6 +44,7 @@ class Family:
     timestamp_tokens: int = 0
     windows: bool = False
     resampled_positions: bool = False
+    transposed_experts: bool = False
     state_functions: str | None = None
     text: str = "model.language_model"
     tower: str = "model.visual"

@@ -14,9 +14,11 @@ from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.processes import process_count
 from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_urls, open_endpoint
 from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
-from video_r1.rollout.vllm.server import ServerEngine
+from video_r1.rollout.vllm.positions import recorded_rule, warn_of_positions
+from video_r1.rollout.vllm.server import ServerEngine, describe
 from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses, has_path
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
@@ -53,7 +55,11 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         key = os.environ.get(settings.key_variable)
         endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout)
         model, frames_as = open_endpoint(endpoint, settings.model, "auto")
+        if recorded_rule(settings.model):  # then it is a checkpoint of ours, and vLLM serves it
+            for one in endpoint.each():
+                warn_of_positions(settings.model, positions_of(one), one.url)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
+    warn_of_positions(settings.model, "transformers", "this engine")
     if settings.engine.startswith("http"):
         ends = generation_config(settings.model)
         return ServerEngine(addresses(settings.engine), processor, ends, model=settings.model)
@@ -75,6 +81,14 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     if settings.dtype == "auto" and model.dtype == torch.float32 and computes_in_bf16(device):
         model = model.bfloat16()  # half the memory and several times the speed; `dtype float32` keeps it
     return TransformersEngine(model.to(device), processor)
+
+
+def positions_of(endpoint: Endpoint) -> str | None:
+    """Whose rule of positions the endpoint has; None where it does not say, as plain `vllm serve`."""
+    try:
+        return describe(endpoint.url.removesuffix("/v1"), endpoint.key, endpoint.timeout)["positions"]
+    except (ServerRefusal, ServerFailure):
+        return None
 
 
 def own_device() -> str:

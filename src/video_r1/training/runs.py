@@ -24,6 +24,7 @@ from video_r1.models.loading import add_lora, load_model, load_processor, with_t
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, resolved
+from video_r1.rollout.vllm.positions import rule_of_training
 from video_r1.settings.carried import BUDGET, RECORD, adopted, read_record
 from video_r1.settings.shared import (
     DataSettings,
@@ -91,10 +92,14 @@ def adopt(args: Any, model: Any) -> None:
         setattr(args, name, value)
 
 
-def record_training(folder: Path, args: Any, builder: PromptBuilder, dtype: torch.dtype) -> None:
-    """Writes down in a checkpoint how it was trained. dtype: of its weights."""
-    computed = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(dtype).removeprefix("torch.")
-    facts = {"prompt_template": str(builder.template), "dtype": computed, "positions": "transformers"}
+def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any) -> None:
+    """Writes down in a checkpoint how it was trained."""
+    computed = (
+        "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    )
+    facts = {"prompt_template": str(builder.template), "dtype": computed}
+    if rule := rule_of_training(model.config):
+        facts["positions"] = rule
     facts |= {"processes": args.world_size, "questions_per_step": questions_per_step(vars(args))}
     replace_json(folder / RECORD, {name: getattr(args, name) for name in BUDGET} | facts)
 

@@ -299,7 +299,7 @@ class QuestionTrainer(Trainer, ABC):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
         if self.args.should_save:
-            record_training(folder, self.settings, self.builder, cast(PreTrainedModel, self.model).dtype)
+            record_training(folder, self.settings, self.builder, self.model)
             follow_umask(folder)
 
     def publish_model(self) -> None:

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from video_r1.models.families.qwen3_vl import FAMILY as DENSE
 
-FAMILY = replace(DENSE, name="Qwen3-VL-MoE")
+FAMILY = replace(DENSE, name="Qwen3-VL-MoE", transposed_experts=True)

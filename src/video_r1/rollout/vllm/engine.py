@@ -1,6 +1,6 @@
 """Rollouts with vLLM in the training process.
 
-    Prompt: its tokens, its frames as they are ─► vLLM: one prefill a prompt, n completions ─► Rollouts
+    Prompt: its tokens, its processed pixels ─► vLLM: one prefill a prompt, n completions ─► Rollouts
     trained model ─► checkpoint_weights ─► vLLM's own copy of the model, its caches emptied
 
 vLLM decides on running in this process while it is imported, so it is imported when an engine is built.
@@ -28,8 +28,8 @@ from video_r1.processes import gather_lists, process_count, process_index
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.positions import use_transformers_positions
-from video_r1.rollout.vllm.requests import asks_of, rollout_of, vllm_prompt
-from video_r1.rollout.vllm.serve import CPU_OPTIONS, CPU_VARIABLES, OPTIONS
+from video_r1.rollout.vllm.requests import asks_of, engine_input, rollout_of
+from video_r1.rollout.vllm.serve import CPU_VARIABLES, EXTENSION, OPTIONS, cpu_options
 from video_r1.rollout.vllm.weights import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
@@ -48,7 +48,7 @@ class VLLMEngine:
 
     model: checkpoint folder or hub id; or a transformers model (also within PEFT or DDP), whose weights are
         handed over at once.
-    processor: the one that the prompts were built with.
+    processor: the one that the prompts are built with.
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
     max_sequences: completions decoded at once.
@@ -94,15 +94,17 @@ class VLLMEngine:
             "tensor_parallel_size": settings.vllm_tensor_parallel_size,
             # One worker in each process that the launcher has started.
             **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
+            "worker_extension_cls": EXTENSION,
             **OPTIONS,
         }
         if torch.cuda.is_available():
             arguments["gpu_memory_utilization"] = settings.vllm_gpu_memory_utilization
             arguments["enable_sleep_mode"] = self._sleep
         else:
-            arguments |= CPU_OPTIONS
+            arguments |= cpu_options(AutoConfig.from_pretrained(source), dtype)
         self.llm = _start(arguments)
         self.max_model_len: int = self.llm.model_config.max_model_len
+        self._dtype: torch.dtype = self.llm.model_config.dtype
         if in_memory:
             self.update_weights(model)
         else:
@@ -125,7 +127,7 @@ class VLLMEngine:
         """
         if self._asleep:
             self.llm.wake_up(["weights"])
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
+        self.llm.collective_rpc("take_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
         if self._asleep:  # only now: the weights' copies on their way need room as well
             self.llm.wake_up(["kv_cache"])
             self._asleep = False
@@ -147,37 +149,36 @@ class VLLMEngine:
 
         A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed of prompt q
         (see `prompt_seeds`) fixes its completions.
-        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error when
-        vLLM has read a prompt's tokens otherwise than the trainer.
+        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`.
         """
         asks = asks_of(prompts, sampling, counts, self.max_model_len, self.stop_ids)
         if self._asleep:
             raise VideoR1Error(
                 "vLLM has given its weights back; hand the model's over first (update_weights)"
             )
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
-
-        requests = [(vllm_prompt(prompts[ask.place], self.processor), ask.parameters) for ask in asks]
+        requests = [(engine_input(prompts[ask.place], self._dtype), ask.parameters) for ask in asks]
         own = slice(None)
         if self._neighbours is not None:
             requests, own = gather_lists(requests, self._neighbours)
-        outputs: list[Any] = []
-        if requests:
-            outputs = self.llm.generate(
-                [prompt for prompt, _ in requests],
-                [SamplingParams(**fields) for _, fields in requests],
-                use_tqdm=False,
-            )
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for ask, output in zip(asks, outputs[own], strict=True):
-            ids = prompts[ask.place].input_ids.tolist()
-            if output.prompt_token_ids != ids:
-                raise VideoR1Error(
-                    f"prompt {ask.place}: vLLM made {len(output.prompt_token_ids)} tokens of it, the trainer "
-                    f"has {len(ids)}; their processors differ"
-                )
+        for ask, output in zip(asks, self._outputs(requests)[own], strict=True):
             results[ask.place] = ask.answered([self._rollout(completion) for completion in output.outputs])
         return results
+
+    def _outputs(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[Any]:
+        """vLLM's RequestOutput of each. Past `LLM.generate`, which would tokenise and process once more."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
+        engine, added = self.llm.llm_engine, []
+        try:
+            for number, (given, fields) in enumerate(requests):
+                parameters = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
+                added.append(engine.add_request(str(number), given, parameters))
+        except Exception:  # whatever vLLM refuses, the next call must not find the others
+            engine.abort_request(added, internal=True)
+            raise
+        return self.llm.wait_for_completion(use_tqdm=False) if requests else []
 
     def _rollout(self, completion: Any) -> Rollout:
         ids = list(completion.token_ids)

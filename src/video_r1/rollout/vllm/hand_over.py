@@ -69,7 +69,7 @@ class FolderHandOver:
     def send(self, call: Call) -> None:
         """Gives them to the server, which is paused. Raises ServerFailure and ServerRefusal."""
         kwargs = {"weights_path": str(self.current)}
-        call("/collective_rpc", {"method": "reload_weights", "kwargs": kwargs})
+        call("/collective_rpc", {"method": "take_weights", "kwargs": kwargs})
 
 
 class NCCLHandOver:

@@ -5,21 +5,54 @@ past the video's last time position, as Qwen's first release did. For a clip of 
 two differ, and a policy that is trained under the one rule is another policy under the other (Qwen2-VL and
 Qwen2.5-VL; later models have text between frames, where both agree).
 
+Each rule has its library's name, in a checkpoint's record (settings/carried.py) as well. The libraries have
+not settled it: transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still has its own.
+
 `use_transformers_positions` makes vLLM follow the trainer, in this process. `plugin` does in each process of
 a server that is started with VIDEO_R1_POSITIONS=transformers (entry point group `vllm.general_plugins`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from video_r1.models.family import known_families
 from video_r1.rollout.vllm.last_error import keep_last_error
+from video_r1.settings.carried import RECORD, read_record
+
+logger = logging.getLogger(__name__)
 
 VARIABLE = "VIDEO_R1_POSITIONS"
+
+
+def rule_of_training(config: Any) -> str | None:
+    """The rule that a model is trained with here, by its config; None where all rules agree."""
+    family = known_families().get(config.model_type)
+    return None if family is None or family.timestamp_tokens else "transformers"
+
+
+def recorded_rule(checkpoint: str | Path | None) -> str | None:
+    """The rule that a checkpoint folder was trained with, where it says so. Raises ConfigError."""
+    record = Path(checkpoint or "") / RECORD
+    return read_record(record).get("positions") if checkpoint and record.is_file() else None
+
+
+def warn_of_positions(checkpoint: str | Path | None, rule: str | None, who: str) -> None:
+    """Says so when a checkpoint was trained with another rule than the one that `who` answers with (None: one
+    that is not known)."""
+    trained = recorded_rule(checkpoint)
+    if trained not in (None, rule):
+        logger.warning(
+            "%s was trained with the positions of %s after a video; %s %s, and may answer as another "
+            "policy: serve it with video-r1 serve (see docs/vllm.md)",
+            checkpoint, trained, who, f"has those of {rule}" if rule else "does not say which it has",
+        )  # fmt: skip
 
 
 def use_transformers_positions() -> None:

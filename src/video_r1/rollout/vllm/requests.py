@@ -1,4 +1,8 @@
-"""Prompts and sampling settings in vLLM's words: for `LLM.generate`, and for a server's token interface."""
+"""Prompts and sampling settings in vLLM's words: for the engine in this process, and for a server.
+
+Both get what the trainer has: a prompt's own token ids, and its processed pixels as items with a place each.
+vLLM samples, resizes and tokenises nothing, whatever the family.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +11,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from video_r1.data.prompts import Prompt, video_metadata
+from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import ConfigError, RequestError, VideoR1Error
+from video_r1.errors import RequestError, VideoR1Error
 from video_r1.rollout.engine import SamplingSettings, wanted_counts
 from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
-# The fields of vLLM's Qwen2-VL and Qwen2.5-VL models, by their names in Prompt.features.
-PIXELS = ("pixel_values", "pixel_values_videos")
-GRIDS = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
+PIXELS = ("pixel_values", "pixel_values_videos")  # vLLM's names are those of Prompt.features
 
 
 def sampling_parameters(
@@ -98,76 +99,118 @@ def rollout_of(ids: list[int], logprobs: list[float], finish_reason: str, tokeni
     )
 
 
-def vllm_prompt(prompt: Prompt, processor: Any) -> dict[str, Any]:
-    """The prompt as `LLM.generate` takes it: its tokens with the visual as one placeholder, its frames in the
-    order in which the model sees them, sampled and resized already, and their timestamps.
+class Visual(NamedTuple):
+    """A block of placeholders and what fills it.
 
-    Text between the frames (Qwen3-VL) is made by vLLM from the timestamps, so such a prompt goes as text.
+    kind: image or video; first, length: its place among the prompt's tokens; tensors: by vLLM's names, pixels
+    [patches, dim], all else without a batch dimension; digest: of the tensors, for vLLM's caches.
     """
-    media = prompt.media
-    if len(media.frames) == 0:  # a blind question
-        return {"prompt_token_ids": prompt.input_ids.tolist()}
-    frames = media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
-    if media.kind == "image":
-        data: dict[str, Any] = {"image": Image.fromarray(frames[0])}
+
+    kind: str
+    first: int
+    length: int
+    tensors: dict[str, Tensor]
+    digest: str
+
+
+def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
+    """What a prompt shows, in the order of its tokens; [] for a blind question.
+
+    A video with text between its time steps (from Qwen3-VL on: a time in words, a block of placeholders) goes
+    as one image a time step. The tower treats the two alike, so do the positions, and a request to a server
+    has no words for placeholders in several blocks. vLLM keeps the features of each, so that frames in
+    another order cost the tower nothing where pairs stay together.
+
+    dtype: in which vLLM computes; it would round the pixels to it.
+    """
+    blocks = visual_blocks(prompt)
+    if not blocks:
+        return []
+    features = prompt.features
+    if "image_grid_thw" in features:
+        kind, pixels, grid = "image", features["pixel_values"], features["image_grid_thw"][0]
     else:
-        data = {"video": (frames, {**video_metadata(media), "do_sample_frames": False})}
-    visual, one_block = visual_tokens(prompt)
-    if one_block:
-        first = int(visual.nonzero()[0])
-        kept = ~visual
-        kept[first] = True
-        return {"prompt_token_ids": prompt.input_ids[kept].tolist(), "multi_modal_data": data}
-    text = processor.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
-    return {"prompt": text, "multi_modal_data": data}
+        kind, pixels, grid = "video", features["pixel_values_videos"], features["video_grid_thw"][0]
+    name, pixels = f"{kind}_grid_thw", pixels.to(dtype)
+    if len(blocks) == 1 and int(grid[0]) > 1:  # Qwen2-VL and Qwen2.5-VL
+        tensors = {"pixel_values_videos": pixels, name: grid}
+        if "second_per_grid_ts" in features:
+            tensors["second_per_grid_ts"] = features["second_per_grid_ts"][0]
+        return [Visual(kind, *blocks[0], tensors, _digest(tensors))]
+    step = torch.cat([torch.ones_like(grid[:1]), grid[1:]])
+    return [
+        Visual("image", *block, tensors, _digest(tensors))
+        for block, patches in zip(blocks, pixels.chunk(int(grid[0])), strict=True)
+        for tensors in [{"pixel_values": patches, "image_grid_thw": step}]
+    ]
+
+
+def visual_blocks(prompt: Prompt) -> list[tuple[int, int]]:
+    """Where each run of visual placeholders begins, and its length."""
+    if len(prompt.media.frames) == 0:  # a blind question
+        return []
+    visual = prompt.features["mm_token_type_ids"].view(-1) != 0
+    values, counts = visual.unique_consecutive(return_counts=True)
+    first = counts.cumsum(0) - counts
+    return list(zip(first[values].tolist(), counts[values].tolist(), strict=True))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _item(visual: Visual) -> Any:
+    """As vLLM's MultiModalKwargsItem."""
+    from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
+
+    whole = inputs.MultiModalFlatField(slices=[slice(None)])
+    one = inputs.MultiModalBatchedField(keep_on_cpu=True)
+    return inputs.MultiModalKwargsItem(
+        {
+            name: inputs.MultiModalFieldElem(data=tensor, field=whole if name in PIXELS else one)
+            for name, tensor in visual.tensors.items()
+        }
+    )
+
+
+def engine_input(prompt: Prompt, dtype: torch.dtype) -> Any:
+    """The prompt as an engine takes it that has nothing left to tokenise or process (vLLM's EngineInput)."""
+    ids = prompt.input_ids.tolist()
+    visuals = visuals_of(prompt, dtype)
+    if not visuals:
+        return {"type": "token", "prompt_token_ids": ids}
+    from vllm.inputs import mm_input  # pyright: ignore[reportMissingImports]
+    from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
+
+    kind = visuals[0].kind
+    return mm_input(
+        prompt_token_ids=ids,
+        mm_kwargs=inputs.MultiModalKwargsItems({kind: [_item(visual) for visual in visuals]}),
+        mm_hashes={kind: [visual.digest for visual in visuals]},
+        mm_placeholders={kind: [inputs.PlaceholderRange(offset=v.first, length=v.length) for v in visuals]},
+    )
 
 
 def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The body of a request to `/inference/v1/generate`: the prompt's own tokens and processed pixels, so
-    that the server has nothing left to sample, resize or tokenise.
-
-    dtype: in which the server computes; it would round the pixels to it.
-
-    Raises ConfigError where text stands between the frames (Qwen3-VL), which this interface cannot express.
-    """
-    if len(prompt.media.frames) == 0:  # a blind question
-        return {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
+    """The same as the body of a request to `/inference/v1/generate`."""
+    body = {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
+    visuals = visuals_of(prompt, dtype)
+    if not visuals:
+        return body
     # vLLM's own encoding of tensors; importing it starts no engine.
     from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import (  # pyright: ignore[reportMissingImports]
         encode_mm_kwargs_item,
     )
-    from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
-    visual, one_block = visual_tokens(prompt)
-    if not one_block:
-        raise ConfigError(
-            "vllm_mode server: a server takes videos of Qwen2-VL and Qwen2.5-VL only; use vllm_mode colocate"
-        )
-    whole = inputs.MultiModalFlatField(slices=[slice(None)])
-    one = inputs.MultiModalBatchedField(keep_on_cpu=True)
-    item, digest = {}, hashlib.blake2b(digest_size=16)
-    for name in (*PIXELS, *GRIDS):
-        if name in prompt.features:
-            tensor = prompt.features[name].contiguous()
-            digest.update(name.encode() + tensor.numpy().tobytes())
-            tensor = tensor.to(dtype) if name in PIXELS else tensor
-            data, field = (tensor, whole) if name in PIXELS else (tensor[0], one)
-            item[name] = inputs.MultiModalFieldElem(data=data, field=field)
-    kind = prompt.media.kind
-    place = {"offset": int(visual.nonzero()[0]), "length": int(visual.sum())}
-    return {
-        "token_ids": prompt.input_ids.tolist(),
-        "sampling_params": parameters,
+    kind = visuals[0].kind
+    return body | {
         "features": {
-            "mm_hashes": {kind: [digest.hexdigest()]},
-            "mm_placeholders": {kind: [place]},
-            "kwargs_data": {kind: [encode_mm_kwargs_item(inputs.MultiModalKwargsItem(item))]},
+            "mm_hashes": {kind: [visual.digest for visual in visuals]},
+            "mm_placeholders": {kind: [{"offset": v.first, "length": v.length} for v in visuals]},
+            "kwargs_data": {kind: [encode_mm_kwargs_item(_item(visual)) for visual in visuals]},
         },
     }
-
-
-def visual_tokens(prompt: Prompt) -> tuple[Tensor, bool]:
-    """[P] bool: the visual placeholders of a prompt; and whether they stand in one block."""
-    visual = prompt.features["mm_token_type_ids"].view(-1) != 0
-    places = visual.nonzero().view(-1)
-    return visual, len(places) > 0 and int(places[-1] - places[0]) + 1 == len(places)

@@ -12,8 +12,9 @@ from typing import Any
 
 from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
+from video_r1.models.family import known_families
 from video_r1.recipe_files import MadeFor
-from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions
+from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions, rule_of_training, warn_of_positions
 from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
@@ -31,14 +32,36 @@ CPU_OPTIONS: Mapping[str, Any] = {
     # that of a CPU does not allow.
     "enable_chunked_prefill": False,
 }
+CPU_STATES = {"enable_prefix_caching": False}  # vLLM keeps states at the ends of parts of a prompt only
 CPU_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would bind the trainer too
 }
 
 
-def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the model, open to token ids and weights, and its environment variables."""
+def cpu_options(config: Any, dtype: str) -> dict[str, Any]:
+    """vLLM's options for a model without a GPU. config: the model's; dtype: of the weights, or auto.
+
+    Raises ConfigError where vLLM's kernels for CPUs cannot run its layers with a state (Qwen3.5).
+    """
+    family = known_families().get(config.model_type)
+    if family is None or family.state_functions is None:
+        return dict(CPU_OPTIONS)
+    if dtype not in ("auto", "bfloat16"):
+        raise ConfigError(
+            f"dtype {dtype}: without a GPU, vLLM computes the Gated DeltaNet layers of {family.name} in "
+            "bfloat16 only; use --dtype bfloat16 (--bf16 true for training), or sample without vLLM"
+        )
+    return {**CPU_OPTIONS, **CPU_STATES}
+
+
+def server_command(
+    settings: ServeSettings, options_of_cpu: Mapping[str, Any] | None = None
+) -> tuple[list[str], dict[str, str]]:
+    """The command that serves the model, open to token ids and weights, and its environment variables.
+
+    options_of_cpu: those of `cpu_options` where there is no GPU.
+    """
     options: dict[str, Any] = {
         "host": settings.host,
         "port": settings.port,
@@ -46,7 +69,7 @@ def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], di
         "worker_extension_cls": EXTENSION,
         "middleware": MIDDLEWARE,
         **OPTIONS,
-        **(CPU_OPTIONS if on_cpu else {}),
+        **(options_of_cpu or {}),
     }
     if settings.hand_over != "folder":
         options["weight_transfer_config"] = json.dumps({"backend": settings.hand_over})
@@ -61,7 +84,8 @@ def server_command(settings: ServeSettings, on_cpu: bool) -> tuple[list[str], di
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", str(value)]
-    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **(CPU_VARIABLES if on_cpu else {})}
+    variables = CPU_VARIABLES if options_of_cpu else {}
+    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **variables}
     return words + shlex.split(settings.vllm_options), environment
 
 
@@ -86,17 +110,24 @@ def run_serve(settings: ServeSettings) -> None:
     Raises ConfigError where vLLM or the checkpoint is missing.
     """
     import torch
+    from transformers import AutoConfig
 
     from video_r1.models.loading import checked_source
 
     assert settings.model is not None  # settings without it are refused
-    checked_source(settings.model)  # vLLM says so on hundreds of lines, after a minute
-    command, environment = server_command(settings, on_cpu=not torch.cuda.is_available())
+    source = checked_source(settings.model)  # vLLM says so on hundreds of lines, after a minute
+    options = None
+    if not torch.cuda.is_available():
+        options = cpu_options(AutoConfig.from_pretrained(source), settings.dtype)
+    command, environment = server_command(settings, options)
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
     print(*while_served(settings), sep="\n", file=sys.stderr, flush=True)
-    os.execve(words[0], words, environment | dict(os.environ))
+    environment |= os.environ
+    rule = "transformers" if environment[VARIABLE] == "transformers" else "vllm"
+    warn_of_positions(settings.model, rule, "this server")
+    os.execve(words[0], words, environment)
 
 
 def while_served(settings: ServeSettings) -> list[str]:
@@ -125,10 +156,21 @@ def shape(architecture: str, config: Any) -> dict[str, Any]:
 class WorkerExtension:
     """Methods that vLLM adds to its workers; a client calls them by name over `/collective_rpc`."""
 
+    def take_weights(self: Any, **given: Any) -> None:
+        """vLLM's `reload_weights`. On a CPU, vLLM (0.32) packs experts at the first loading alone, and takes
+        later ones for packed; without its kernel, a layer of experts is packed anew.
+        """
+        for layer in self.get_model().modules() if self.device.type == "cpu" else ():
+            method: Any = getattr(layer, "quant_method", None)
+            if hasattr(method, "moe_kernel"):
+                method.moe_kernel = None
+        self.reload_weights(**given)
+
     def served_model(self: Any) -> dict[str, Any]:
         """What a trainer has to agree with, and how it may send weights (in a folder it always may)."""
         kind, settings = type(self.get_model()), self.vllm_config.model_config
-        ours = getattr(kind, "get_mrope_input_positions", None) is prompt_positions
+        one_rule = rule_of_training(settings.hf_config) is None
+        ours = one_rule or getattr(kind, "get_mrope_input_positions", None) is prompt_positions
         transfer = self.vllm_config.weight_transfer_config
         return {
             **shape(kind.__name__, settings.hf_config),

@@ -117,8 +117,7 @@ class ServerEngine:
         """What WorkerExtension says of it. Raises ConfigError when it samples otherwise than is counted."""
         advice = "start it with video-r1 serve, or with the words that this command prints"
         try:
-            asked = post(f"{url}/collective_rpc", self._key, {"method": "served_model"}, self.timeout)
-            served = asked["results"][0]
+            served = describe(url, self._key, self.timeout)
         except (ServerRefusal, ServerFailure) as error:
             raise ConfigError(f"{url} does not say what it serves ({error}); {advice}") from error
         for name, value in WANTED.items():
@@ -340,6 +339,12 @@ class ServerEngine:
         self._closed.set()
         if self._hand_over is not None:
             self._hand_over.close()
+
+
+def describe(url: str, key: str | None, timeout: float) -> dict[str, Any]:
+    """What WorkerExtension says of the server there. Raises ServerRefusal where nobody started it with one,
+    and ServerFailure."""
+    return post(f"{url}/collective_rpc", key, {"method": "served_model"}, timeout)["results"][0]
 
 
 def _same_model(served: str, wanted: str) -> bool:

@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from video_r1.models.adapters import adapted_name, merged_weight, whole
+from video_r1.models.family import known_families
 from video_r1.models.four_bits import dense_weight, is_four_bit
 from video_r1.models.group_forward import vision_language_model
+from video_r1.models.loading import EXPERTS
 
 HEAD = "lm_head.weight"
 
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model inside DDP, FSDP2 and PEFT by its plain name; detached, 4 bits in full.
+    """Every weight of the model inside DDP, FSDP2 and PEFT by its plain name, as a published checkpoint has
+    it; detached, 4 bits in full.
 
     The head is always among them. A model that ties it to the embedding saves no head, and vLLM would keep
     the old one without an error. Adapters are added to copies of their weights, W + s·B·A, layer by layer:
@@ -33,21 +36,22 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if hasattr(layer, "get_delta_weight")
     }
     small = {f"{_without_layers(name)}.weight": layer for name, layer in layers.items() if is_four_bit(layer)}
+    family = known_families().get(inner.config.model_type)
+    turned = EXPERTS if family is not None and family.transposed_experts else ()
     names = set()
-    for (
-        name,
-        tensor,
-    ) in inner.named_parameters():  # state_dict() would share out again what FSDP2 has gathered
+    # state_dict() would share out again what FSDP2 has gathered
+    for name, parameter in inner.named_parameters():
         plain = _plain_name(name)
         if plain is None:
             continue
         names.add(plain)
         if plain in merged:
-            yield plain, merged_weight(merged[plain])
+            tensor = merged_weight(merged[plain])
         elif plain in small:
-            yield plain, dense_weight(small[plain])
+            tensor = dense_weight(small[plain])
         else:
-            yield plain, whole(tensor)
+            tensor = whole(parameter)
+        yield plain, tensor.transpose(1, 2) if plain.endswith(turned) else tensor
     if HEAD not in names:
         yield HEAD, whole(inner.get_output_embeddings().weight)
 

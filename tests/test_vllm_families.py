@@ -1,0 +1,178 @@
+"""Each family in vLLM, in the process and on a server: the trainer's tokens and pixels, and its log-probs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from server_process import ServerProcess
+from tiny_models import FAMILIES, HYBRID, has_timestamps, tiny_model, tiny_processor
+from vllm_prompts import check_hand_over, clip_prompts, rare_prompts
+
+from video_r1.data.prompts import Prompt
+from video_r1.errors import ConfigError
+from video_r1.models.loading import load_model
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.vllm.engine import VLLMEngine
+from video_r1.rollout.vllm.requests import engine_input, server_request, visual_blocks, visuals_of
+from video_r1.rollout.vllm.serve import cpu_options
+from video_r1.rollout.vllm.server import ServerEngine
+from video_r1.training.checks import SamplerCheck, sampler_difference
+
+# Of log-probs, the mean and the largest. In bfloat16 a token may go to another expert than the trainer's.
+ROUNDING = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (0.05, 2.0)}
+
+
+def model_of(family: str) -> Any:
+    """In the number format that vLLM computes in without a GPU: bfloat16 where layers have a state."""
+    model: Any = tiny_model(family, tiny_processor(family).tokenizer, for_vllm=True)
+    return model.bfloat16() if family in HYBRID else model
+
+
+def prompts_of(family: str) -> list[Prompt]:
+    processor = tiny_processor(family)
+    return clip_prompts(processor) + rare_prompts(processor)
+
+
+def patches(calls: Sequence[dict[str, Any]]) -> set[bytes]:
+    """The pixels of all visuals, patch by patch."""
+    found = [call[name] for call in calls for name in ("pixel_values", "pixel_values_videos") if name in call]
+    return {row.tobytes() for row in torch.cat(found).view(torch.uint8).numpy()}
+
+
+def check_received(prompts: Sequence[Prompt], calls: Sequence[dict[str, Any]], dtype: torch.dtype) -> None:
+    """What the model's tower was given is the trainer's own, bit by bit."""
+    given = [{name: pixels.to(dtype) for name, pixels in prompt.features.items()} for prompt in prompts]
+    assert patches(calls) == patches(given)
+    assert {value.dtype for call in calls for name, value in call.items() if "pixel" in name} == {dtype}
+
+
+def checked(engine: Any, given: Prompt, scored: Prompt, model: Any) -> None:
+    """The check before the first step, of an engine that is given another prompt than the trainer scores."""
+    other: Any = SimpleNamespace(
+        generate=lambda prompts, *rest: engine.generate([given] * len(prompts), *rest),
+        update_weights=engine.update_weights,
+    )
+    check = SamplerCheck(lambda: sampler_difference(other, model, [scored] * 4, 1.0))
+    check.on_train_begin(None, None, None)  # pyright: ignore[reportArgumentType]
+
+
+def check_mismatch_is_found(family: str, engine: Any, model: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """By the check before the first step: other times in the prompt, and other pixels."""
+    clip = clip_prompts(tiny_processor(family))[0]
+    video = clip.features["pixel_values_videos"]
+    darker = replace(clip, features={**clip.features, "pixel_values_videos": video - 1})
+    ids = clip.input_ids.clone()
+    for first, _ in visual_blocks(clip):
+        ids[first - 3] += 1  # in the time before a patch, where there are times
+    for prompt, same in ((clip, True), (darker, False), (replace(clip, input_ids=ids), False)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            checked(engine, prompt, clip, model)
+        assert ("log-probs differ" in caplog.text) == (not same)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Pixels as the tower gets them, log-probs before and after weights were handed over twice, and what
+    differs on purpose is found."""
+    model, prompts = model_of(family), prompts_of(family)
+    engine = VLLMEngine(model, tiny_processor(family), max_model_len=1024, max_sequences=32)
+    calls: list[dict[str, Any]] = []
+    inner = engine.llm.apply_model(lambda model: model)[0]
+    embed = inner.embed_multimodal
+    try:
+        inner.embed_multimodal = lambda **given: calls.append(given) or embed(**given)
+        engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
+        check_received(prompts, calls, model.dtype)
+        check_hand_over(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
+        check_mismatch_is_found(family, engine, model, caplog)
+    finally:
+        engine.close()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampling_on_a_server(family: str, tmp_path: Path) -> None:
+    """A real `vllm serve` of the family's checkpoint."""
+    processor, prompts = tiny_processor(family), prompts_of(family)
+    model_of(family).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model: Any = load_model(tmp_path / "model")
+    dtype = str(model.dtype).removeprefix("torch.")
+    server = ServerProcess(tmp_path, tmp_path / "model", dtype)
+    server.start()
+    try:
+        server.wait()
+        engine = ServerEngine(server.url, processor, model.generation_config, model=tmp_path / "model")
+        for path in server.recorded.iterdir():  # vLLM has tried the tower itself
+            path.unlink()
+        engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
+        calls = [torch.load(path) for path in server.recorded.glob("*.pt")]
+        if family != "qwen2_vl":  # which the recorder does not watch
+            check_received(prompts, calls, model.dtype)
+        check_hand_over(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
+        engine.close()
+    finally:
+        server.kill()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_visuals_of_a_prompt(family: str) -> None:
+    """They fill the prompt's placeholders, in order; together their pixels are those of the prompt. What
+    shows the same has the same digest, so that vLLM keeps its features."""
+    prompts = prompts_of(family)
+    for prompt in prompts[:-1]:
+        visuals = visuals_of(prompt, torch.float32)
+        places = [place for visual in visuals for place in range(visual.first, visual.first + visual.length)]
+        assert places == prompt.features["mm_token_type_ids"].nonzero().view(-1).tolist()
+        kind = prompt.media.kind
+        steps = int(prompt.features[f"{kind}_grid_thw"][0, 0])
+        assert len(visuals) == (steps if has_timestamps(family) else 1)
+        pixels = [tensor for visual in visuals for name, tensor in visual.tensors.items() if "pixel" in name]
+        (expected,) = (tensor for name, tensor in prompt.features.items() if "pixel" in name)
+        assert torch.equal(torch.cat(pixels), expected)
+    clip, shuffled, *_, slow, _, frozen, blind = [
+        [visual.digest for visual in visuals_of(prompt, torch.float32)] for prompt in prompts
+    ]
+    assert blind == [] and len(set(frozen)) == 1 and not set(clip) & set(shuffled)
+    assert (clip == slow) == (family != "qwen2_5_vl")  # there the time is one of the visual's tensors
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_server_is_sent_what_the_process_gets(family: str) -> None:
+    from vllm.entrypoints.scale_out.token_in_token_out.mm_serde import decode_mm_kwargs_item
+
+    for prompt in prompts_of(family)[:-1]:
+        body = json.loads(json.dumps(server_request(prompt, {"n": 2}, torch.bfloat16)))
+        given, sent = engine_input(prompt, torch.bfloat16), body["features"]
+        assert body["token_ids"] == given["prompt_token_ids"] == prompt.input_ids.tolist()
+        assert sent["mm_hashes"] == given["mm_hashes"]
+        (kind,) = given["mm_placeholders"]
+        for place, at, data, item in zip(
+            sent["mm_placeholders"][kind], given["mm_placeholders"][kind],
+            sent["kwargs_data"][kind], given["mm_kwargs"][kind], strict=True,
+        ):  # fmt: skip
+            assert place == {"offset": at.offset, "length": at.length}
+            decoded: Any = decode_mm_kwargs_item(data)
+            assert decoded.keys() == item.keys()
+            assert all(torch.equal(decoded[name].data, item[name].data) for name in item)
+
+
+def test_states_need_bfloat16_without_a_gpu() -> None:
+    """Said before vLLM starts, which would fail at the first request."""
+    config = model_of("qwen3_5").config
+    assert cpu_options(config, "auto")["enable_prefix_caching"] is False
+    with pytest.raises(ConfigError, match=r"dtype float32: without a GPU, .* Qwen3.5 in bfloat16 only; use"):
+        cpu_options(config, "float32")
+    assert "enable_prefix_caching" not in cpu_options(model_of("qwen3_vl").config, "float32")
