@@ -19,7 +19,14 @@ PINNED = {
         if line and not line.startswith("#")
     )
 }
-EXTRAS = ("lora", "qlora", "deepspeed", "vllm", "trackers")  # dev and bench are nobody's dependencies
+EXTRAS = (
+    "lora",
+    "qlora",
+    "deepspeed",
+    "vllm",
+    "trackers",
+    "smolvlm",
+)  # dev and bench are nobody's dependencies
 REQUIREMENTS = [
     Requirement(text)
     for text in (

@@ -254,7 +254,7 @@ def test_refuses() -> None:
         group_logprobs(model, prompts, completions[:1])
     with pytest.raises(PromptError, match="prompt 1: 6 visual placeholders but 0 visual features"):
         group_logprobs(model, prompts, completions, vision_features=[encode_vision(model, prompts)[0], None])
-    with pytest.raises(ConfigError, match="Linear cannot take a group in one row"):
+    with pytest.raises(ConfigError, match="Linear is no vision-language model with a decoder"):
         group_logprobs(torch.nn.Linear(2, 2), prompts, completions)
     model.config.text_config.layer_types[1] = "sliding_attention"
     with pytest.raises(ConfigError, match="sliding-window"):

@@ -38,7 +38,7 @@ from video_r1.models.loading import add_lora, load_model
 from video_r1.plan.kernels import gated_delta_rule, states_without_storage
 from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.plan.sharding import sharding_of
-from video_r1.plan.trace import LiveBytes
+from video_r1.plan.without_storage import LiveBytes
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -256,7 +256,7 @@ def test_the_plan_agrees_with_a_measured_update(
             judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
         loss = policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
-            normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
+            normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
         ).loss  # fmt: skip
         loss.backward()
 

@@ -13,6 +13,7 @@ question has none. A template file may also replace the answer hints, one line a
 Types without such a line keep the hint of `ANSWER_HINTS`.
 """
 
+import math
 import string
 import threading
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ ANSWER_HINTS: dict[ProblemType, str] = {
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
 PLACEHOLDERS = ("question", "options", "hint", "subtitles")
+TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with a value for each token
 SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
 # Held while a tokenizer is used: fast ones keep settings (padding, cutting) that a call may have to change.
 # A call in another thread that meets this is refused ("Already borrowed"), or gets the other's settings.
@@ -51,9 +53,10 @@ class Prompt:
     """One question's model inputs in one frame order, or with one contrast (data/contrasts.py).
 
     input_ids: [P] int64, the chat with its visual placeholders expanded.
-    features: what the model's forward takes besides ids and mask, for this prompt alone: `pixel_values`
-        [patches, dim] float32 and `image_grid_thw` [1, 3] for an image, `pixel_values_videos` and
-        `video_grid_thw` for a video, `second_per_grid_ts` [1] float32 (Qwen2.5-VL), `mm_token_type_ids` [P].
+    features: what the model's forward takes besides ids and mask, for this prompt alone, by its processor's
+        names. Of Qwen models: `pixel_values` [patches, dim] float32 and `image_grid_thw` [1, 3] for an image,
+        `pixel_values_videos` and `video_grid_thw` for a video, `second_per_grid_ts` [1] float32 (Qwen2.5-VL),
+        `mm_token_type_ids` [P].
     media: the frames in the order in which the model sees them; none for a blind prompt.
     permutation: [T] int64, tile i shows frame permutation[i]; None for the clip's own order.
     messages: the chat, for engines that tokenise themselves.
@@ -203,17 +206,23 @@ class TextPrompts:
         """
         if permutation is not None:
             media = media.reordered(permutation)
-        visuals = [{"type": media.kind}] if len(media.frames) else []
+        visuals = self._visuals(media) if len(media.frames) else []
         content = [*visuals, {"type": "text", "text": self.question(sample)}]
         nothing = torch.empty(0, dtype=torch.long)
         return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}], contrast)
+
+    def _visuals(self, media: Media) -> list[dict[str, str]]:
+        """How a message names what it shows."""
+        return [{"type": media.kind}]
 
 
 class PromptBuilder(TextPrompts):
     """Turns samples and their frames into model inputs, with the model's own processor and chat template.
     Thread-safe: prompts are made one at a time.
 
-    processor: of a Qwen-VL model (docs/models.md has which), with a chat template.
+    processor: with a chat template. Frames whose sides may be any multiple of its patches (`frame_multiple`)
+        it takes as they are; otherwise it resizes them to a size of its own. One that takes no videos is
+        given a clip as several images.
     template: path of a template file; None for the built-in template.
     max_prompt_length: tokens, visual ones included. A longer prompt is an error, it is never cut.
     subtitles: whether the template gets a line for them.
@@ -230,11 +239,15 @@ class PromptBuilder(TextPrompts):
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.max_prompt_length = max_prompt_length
-        self.end_token_id = end_token_id(self.tokenizer)
-        special = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        self._special_tokens = sorted(special | set(self.tokenizer.all_special_tokens))
+        self.end_token_id = end_token_id(processor)
+        self.multiple = frame_multiple(processor)
+        self.takes_videos = getattr(processor, "video_processor", None) is not None
+        self._special_tokens = sorted(special_tokens(self.tokenizer))
+        self._settings: dict[str, Any] = {"return_tensors": "pt"}
+        if self.multiple is not None:
+            self._settings["do_resize"] = False
         self._video_settings = {"do_sample_frames": False}
-        if hasattr(processor.video_processor, "cap_pixels_per_frame"):
+        if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
             self._video_settings["cap_pixels_per_frame"] = False  # concerns resizing only; unset, it warns
 
     def question(self, sample: Sample) -> str:
@@ -248,22 +261,20 @@ class PromptBuilder(TextPrompts):
     ) -> Prompt:
         """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
         plain = super().build(sample, media, permutation, contrast)
-        text = self.processor.apply_chat_template(plain.messages, tokenize=False, add_generation_prompt=True)
+        text = chat_text(self.processor, plain.messages, add_generation_prompt=True)
         media = plain.media
         self._check_frames(sample, media)
-        settings: dict[str, Any] = {"text": [text], "do_resize": False, "return_tensors": "pt"}
         with _TOKENIZING:
             if len(media.frames) == 0:
                 encoded = self.processor(text=[text], return_tensors="pt")
-            elif media.kind == "image":
-                encoded = self.processor(images=[media.frames[0]], **settings)
+            elif media.kind == "image" or not self.takes_videos:
+                encoded = self.processor(text=[text], images=[list(media.frames)], **self._settings)
             else:
-                settings |= {**self._video_settings, "video_metadata": [video_metadata(media)]}
-                encoded = self.processor(videos=[media.frames], **settings)
-        features = {k: v for k, v in encoded.items() if k not in ("attention_mask", "video_metadata")}
+                settings = self._settings | self._video_settings | {"video_metadata": [video_metadata(media)]}
+                encoded = self.processor(text=[text], videos=[[media.frames]], **settings)
+        features = {k: v for k, v in encoded.items() if isinstance(v, Tensor) and k != "attention_mask"}
         input_ids = features.pop("input_ids")[0]
-        if "mm_token_type_ids" in features:
-            features["mm_token_type_ids"] = features["mm_token_type_ids"][0]
+        features |= {name: features[name][0] for name in TOKEN_FEATURES if name in features}
         if len(input_ids) > self.max_prompt_length:
             raise PromptError(
                 f"question {sample.problem_id!r}: its prompt has {len(input_ids)} tokens, "
@@ -284,19 +295,23 @@ class PromptBuilder(TextPrompts):
             ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
 
+    def _visuals(self, media: Media) -> list[dict[str, str]]:
+        """Frames as images where the processor takes no videos."""
+        kinds = [media.kind] if self.takes_videos else ["image"] * len(media.frames)
+        return [{"type": kind} for kind in kinds]
+
     def visual_tokens(self, input_ids: Tensor) -> int:
         """How many of `input_ids` are image or video placeholders."""
-        kinds = (self.processor.image_token_id, self.processor.video_token_id)
+        found = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")]
+        kinds = [number for number in found if number is not None]
         return int(torch.isin(input_ids, torch.tensor(kinds)).sum())
 
     def _check_frames(self, sample: Sample, media: Media) -> None:
-        part = self.processor.image_processor if media.kind == "image" else self.processor.video_processor
-        multiple = part.patch_size * part.merge_size
         height, width = media.frames.shape[-2:]
-        if height % multiple or width % multiple:
+        if self.multiple is not None and (height % self.multiple or width % self.multiple):
             raise PromptError(
                 f"question {sample.problem_id!r}: frames of {width} x {height} pixels do not fit the model, "
-                f"whose sides are multiples of {multiple} (size_multiple of the frame budget)"
+                f"whose sides are multiples of {self.multiple} (size_multiple of the frame budget)"
             )
         if media.kind == "video" and not media.duration > 0:
             raise PromptError(
@@ -313,7 +328,46 @@ class PromptBuilder(TextPrompts):
             )
 
 
-def end_token_id(tokenizer: Any) -> int:
-    """The token that ends the assistant's turn: `<|im_end|>` where the tokenizer has it, else its EOS."""
-    turn_end = tokenizer.get_vocab().get("<|im_end|>")
-    return tokenizer.eos_token_id if turn_end is None else turn_end
+def frame_multiple(processor: Any) -> int | None:
+    """Pixels by which both sides of a frame must be divisible: patch size × spatial merge size. None for
+    processors that resize every frame to a size of their own, or cut images into parts.
+    """
+    parts = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
+    multiples = []
+    for part in parts:
+        patch, merge = (getattr(part, name, None) for name in ("patch_size", "merge_size"))
+        if not isinstance(patch, int) or not isinstance(merge, int):
+            return None
+        multiples.append(patch * merge)
+    return math.lcm(*multiples)
+
+
+def chat_text(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
+    """The chat by the processor's template, placeholders not expanded."""
+    return processor.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        processor_kwargs={"do_sample_frames": False},  # without any, SmolVLM's warns at each call
+    )
+
+
+def special_tokens(tokenizer: Any) -> set[str]:
+    """The tokens that stand for no text: of chats, visuals, sounds and ends."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return added | set(tokenizer.all_special_tokens)
+
+
+def end_token_id(processor: Any) -> int:
+    """The token that ends the assistant's turn: the special one that the chat template writes behind it, else
+    `<|im_end|>` where the tokenizer has it, else EOS. processor: or a tokenizer.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    vocabulary = tokenizer.get_vocab()
+    if processor is not tokenizer and processor.chat_template:
+        said = {role: [{"type": "text", "text": f"{role} speaks"}] for role in ("user", "assistant")}
+        chat = chat_text(processor, [{"role": role, "content": content} for role, content in said.items()])
+        behind = chat.rpartition("assistant speaks")[2].strip()
+        ends = [token for token in special_tokens(tokenizer) if behind.startswith(token)]
+        return vocabulary[max(ends, key=len)] if ends else tokenizer.eos_token_id
+    return vocabulary.get("<|im_end|>", tokenizer.eos_token_id)

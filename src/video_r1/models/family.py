@@ -14,6 +14,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+from torch import nn
+
 from video_r1.errors import ConfigError
 
 FILES = "video_r1.models.families"
@@ -67,19 +69,57 @@ def known_families() -> dict[str, Family]:
     return {name: import_module(f"{FILES}.{name}").FAMILY for name in names}
 
 
+def find_family(model: Any) -> Family | None:
+    """The family of a transformers model or of its config; None for one that takes the general path."""
+    return known_families().get(str(getattr(getattr(model, "config", model), "model_type", None)))
+
+
 def family_of(model: Any) -> Family:
-    """The family of a transformers model or of its config. Raises ConfigError where there is none."""
-    kind = str(getattr(getattr(model, "config", model), "model_type", None))
-    found = known_families().get(kind)
+    """As `find_family`. Raises ConfigError where there is none."""
+    found = find_family(model)
     if found is None:
-        names = ", ".join(family.name for family in known_families().values())
-        raise ConfigError(f"{type(model).__name__} cannot take a group in one row; use {names}")
+        raise ConfigError(f"{type(model).__name__} cannot take a group in one row; use {family_names()}")
     return found
+
+
+def family_names() -> str:
+    return ", ".join(family.name for family in known_families().values())
+
+
+def check_kind(model: Any) -> None:
+    """Raises ConfigError for what is neither of a known family nor fit for the general path."""
+    if find_family(model) is not None:
+        return
+    sees = hasattr(model, "get_image_features")
+    if not sees or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
+        raise ConfigError(
+            f"{type(model).__name__} is no vision-language model with a decoder alone (one of "
+            f"AutoModelForImageTextToText, with get_image_features), such as {family_names()}"
+        )
 
 
 def text_of(model: Any) -> Any:
     """The text model, without head, of a transformers model for conditional generation."""
-    return model.get_submodule(family_of(model).text)
+    family = find_family(model)
+    return model.get_decoder() if family is None else model.get_submodule(family.text)
+
+
+def vision_parameters(model: Any) -> list[nn.Parameter]:
+    """All weights but those of text model and head: of towers, mergers, projections."""
+    parts = (text_of(model), model.get_output_embeddings())
+    text = {id(weight) for part in parts for weight in part.parameters()}
+    return [weight for weight in model.parameters() if id(weight) not in text]
+
+
+def text_linear_layers(model: Any) -> list[str]:
+    """The names of the text model's linear layers but routers, for LoRA on the general path."""
+    text = text_of(model)
+    (prefix,) = (name for name, module in model.named_modules() if module is text)
+    return [
+        f"{prefix}.{name}"
+        for name, module in text.named_modules()
+        if isinstance(module, nn.Linear) and "router" not in name
+    ]
 
 
 def tower_of(model: Any) -> Any:

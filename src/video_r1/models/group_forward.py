@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.attention import IMPLEMENTATION
-from video_r1.models.family import family_of, text_of
+from video_r1.models.family import check_kind, family_of, find_family, text_of
 from video_r1.models.gated_delta import fork_states
+from video_r1.models.general_forward import EncodedVisuals, encode_prompts, general_logprobs
 from video_r1.models.head import token_logprobs
 from video_r1.models.packing import row_layout
 from video_r1.models.vision import encode_visuals
@@ -70,28 +71,37 @@ class VisionFeatures:
         return VisionFeatures(turned(self.embeddings), tuple(map(turned, self.deepstack)))
 
 
+VisualFeatures = VisionFeatures | EncodedVisuals
+"""Of a known family, or of the general path."""
+
+
 def group_logprobs(
     model: nn.Module,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Tensor]],
     temperature: float = 1.0,
     with_entropy: bool = False,
-    vision_features: Sequence[VisionFeatures | None] | None = None,
+    vision_features: Sequence[VisualFeatures | None] | None = None,
     with_likeliest: bool = False,
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
-    model: for conditional generation, of a known family (models/family.py), also inside PEFT, DDP or FSDP;
-    its text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA. With
-    autocast, call within its context. completions[q][g]: token ids [L_qg] int64 of any lengths.
-    vision_features: from `encode_vision`, one a prompt, to share a frozen tower's output; else it runs here.
-    Raises PromptError when a prompt's placeholders and its pixels do not match, ConfigError for other models.
+    model: for conditional generation, also inside PEFT, DDP or FSDP. Of a known family (models/family.py) its
+    text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA; others
+    take the general path (general_forward.py). With autocast, call within its context. completions[q][g]:
+    token ids [L_qg] int64 of any lengths. vision_features: from `encode_vision`, one a prompt, to share a
+    frozen tower's output; else it runs here. Raises PromptError when a prompt's placeholders and its pixels
+    do not match, ConfigError for what is no vision-language model.
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
 
     def forward() -> tuple[Tensor | None, ...]:  # FSDP finds no tensors in a record
         inner = vision_language_model(model)
+        if find_family(inner) is None:
+            visuals: Any = vision_features or encode_prompts(inner, prompts)
+            flags = (with_entropy, with_likeliest)
+            return tuple(general_logprobs(inner, prompts, completions, temperature, visuals, *flags))
         hidden = _predicting_states(inner, prompts, completions, vision_features)
         targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
         vocabulary = inner.config.get_text_config().vocab_size
@@ -105,16 +115,19 @@ def group_logprobs(
     return GroupLogprobs(logprobs, lengths, entropy, likeliest)
 
 
-def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """The vision tower's output for each prompt, None for a prompt without visuals.
+def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
+    """The vision tower's output for each prompt, as VisualFeatures; None for a prompt without visuals.
 
-    It is called once, for images and videos together. Gradients follow grad mode and whether it is frozen.
+    It is called once, for images and videos together (on the general path for each prompt). Gradients follow
+    grad mode and whether it is frozen.
     """
-    return through_wrapper(model, lambda: visual_features(vision_language_model(model), prompts))
+    inner = vision_language_model(model)
+    encode: Callable[..., Any] = encode_prompts if find_family(inner) is None else visual_features
+    return through_wrapper(model, lambda: encode(inner, prompts))
 
 
 def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """As `encode_vision`, for the transformers model within the wrappers, called here and now.
+    """As `encode_vision`, for the transformers model within the wrappers, of a known family, here and now.
 
     Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each kind
     that a batch happens to have, is what all processes of a sharded model make alike.
@@ -154,11 +167,11 @@ def _is_visual(config: Any, ids: Tensor) -> Tensor:
 
 
 def vision_language_model(model: nn.Module) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises ConfigError for an unknown kind."""
+    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises ConfigError (see `check_kind`)."""
     inner = _inside(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
-    family_of(inner)
+    check_kind(inner)
     return inner
 
 
@@ -191,7 +204,7 @@ def _predicting_states(
     model: Any,
     prompts: Sequence[Prompt],
     completions: Sequence[Sequence[Tensor]],
-    vision_features: Sequence[VisionFeatures | None] | None,
+    vision_features: Sequence[VisualFeatures | None] | None,
 ) -> Tensor:
     """The last hidden states [N, d] at the positions that predict completion tokens."""
     text = text_of(model)
@@ -212,7 +225,7 @@ def _predicting_states(
     in_prompt = torch.zeros(1, len(row_ids), dtype=torch.bool)
     for span in layout.groups:
         in_prompt[0, span.start : span.prompt_end] = True
-    features = visual_features(model, prompts) if vision_features is None else vision_features
+    features: Any = visual_features(model, prompts) if vision_features is None else vision_features
     hidden = text(
         **embedded(model, prompts, features, row_ids[None], in_prompt.to(device)),
         position_ids=_row_positions(model, prompts, inputs).to(device)[:, None],

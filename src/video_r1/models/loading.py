@@ -13,21 +13,30 @@ from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
+    PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
-from video_r1.models.family import family_of, tower_of
+from video_r1.models.family import (
+    check_kind,
+    family_names,
+    find_family,
+    text_linear_layers,
+    vision_parameters,
+)
 from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
 from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.shared import ModelSettings
 
+PIXELS_OF_ANY_MODEL = 28  # frame sides for a model that resizes as it wants
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 """Weights of the experts that a router chooses from, as LoRA's targets; adapted only where they are named."""
 
@@ -53,11 +62,13 @@ def load_model(
     if dtype != "auto" and not isinstance(named, torch.dtype):
         raise ConfigError(f"dtype {dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     quantization = four_bits() if load_in_4bit else quantization_config
+    config = load_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-        known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        if not known and not (trust_remote_code and hasattr(config, "auto_map")):
-            raise ConfigError(f"{path}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
+        if quantization is not None and find_family(config) is None:
+            raise ConfigError(
+                f"{path}: weights in 4 bits are for {family_names()}, not for {config.model_type}: leave "
+                "load_in_4bit out"
+            )
         _check_weight_files(source)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
@@ -72,6 +83,7 @@ def load_model(
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
     model, report = loaded
+    check_kind(model)
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
         raise ConfigError(f"{path}: incomplete: {len(missing)} weights are missing, e.g. {missing[0]}")
@@ -80,6 +92,19 @@ def load_model(
     if is_deepspeed_zero3_enabled():
         keep_angles_exact(model)
     return model if device is None else model.to(device)
+
+
+def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A checkpoint's config. Raises ConfigError where it cannot be read or is no video-language model's."""
+    source = checked_source(path)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: the model cannot be loaded: {first_line(error)}") from error
+    known = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if not known and not (trust_remote_code and hasattr(config, "auto_map")):
+        raise ConfigError(f"{path}: {config.model_type!r} is not a video-language model, e.g. Qwen2.5-VL")
+    return config
 
 
 def keep_angles_exact(model: Any) -> None:
@@ -99,9 +124,10 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
     source = checked_source(path, with_weights=False)
     try:
         processor = AutoProcessor.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # SmolVLM's needs num2words
         raise ConfigError(f"{path}: the processor cannot be loaded: {first_line(error)}") from error
-    for part in ("tokenizer", "image_processor", "video_processor"):
+    own = type(processor).get_attributes()
+    for part in ("tokenizer", "image_processor", *(name for name in own if name == "video_processor")):
         if getattr(processor, part, None) is None:
             raise ConfigError(f"{path}: no {part} in the processor; copy the original processor files")
     if not processor.chat_template:
@@ -110,16 +136,18 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
 
 
 def size_multiple(processor: ProcessorMixin) -> int:
-    """Pixels by which both sides of a frame must be divisible: patch size × spatial merge size."""
-    images: Any = processor.image_processor
-    return int(images.patch_size) * int(images.merge_size)
+    """Pixels by which both sides of a frame are divisible: what the processor wants (`frame_multiple`), or
+    PIXELS_OF_ANY_MODEL where it resizes by itself.
+    """
+    return frame_multiple(processor) or PIXELS_OF_ANY_MODEL
 
 
 def freeze_vision(model: nn.Module) -> int:
     """Freeze the vision tower (merger included) and return its number of weights."""
-    tower = tower_of(vision_language_model(model))
-    tower.requires_grad_(False)
-    return sum(parameter.numel() for parameter in tower.parameters())
+    weights = vision_parameters(vision_language_model(model))
+    for weight in weights:
+        weight.requires_grad_(False)
+    return sum(weight.numel() for weight in weights)
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> Path:
@@ -166,15 +194,24 @@ def add_lora(
 
     targets: names of the modules to adapt; None for every linear layer of the text model, with vision_tower
     of the tower too; in models with experts also EXPERTS, the tensors that hold those of a layer. config: a
-    peft one in place of these. Raises ConfigError when peft is not installed.
+    peft one in place of these. Raises ConfigError when peft is not installed, and for vision_tower where the
+    model's family has no file.
     """
     try:
         import peft
     except ImportError as error:
         raise ConfigError("LoRA needs the package peft: pip install 'video-r1[lora]'") from error
     if config is None:
-        family = family_of(model)
-        layers = f"{family.text_layers}|{family.tower_layers}" if vision_tower else family.text_layers
+        family = find_family(model)
+        if family is None and vision_tower and not targets:
+            raise ConfigError(
+                f"lora_vision_tower: which layers to adapt in the tower of {type(model).__name__} is not "
+                "known; name them, and those of the text model, in lora_target_modules"
+            )
+        if family is None:
+            layers: str | list[str] = text_linear_layers(model)
+        else:
+            layers = f"{family.text_layers}|{family.tower_layers}" if vision_tower else family.text_layers
         experts = [name for name in targets or () if name in EXPERTS]
         if experts and dropout:
             raise ConfigError(

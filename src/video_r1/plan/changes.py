@@ -61,6 +61,7 @@ def fitting_changes(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator
             gpu_memory=plan.gpu_memory,
             sharding=sharding,
             text_tokens=text_tokens,
+            processor=plan.processor,
         )
         if after.fits:
             found = True
@@ -84,13 +85,13 @@ def single_changes(plan: MemoryPlan) -> Iterator[Change]:
         yield Change({"use_vllm": False}, always)
     elif batch * passes > 1 and "rollout" in plan.phases:
         yield Change({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1}, always)
-    for gpus in MORE_GPUS:
+    for gpus in () if plan.row.repeated else MORE_GPUS:
         if gpus > plan.sharding.processes:
             yield Change({}, always * plan.sharding.processes / gpus, gpus)
     no_vllm = {"use_vllm": False} if plan.vllm is not None and not plan.vllm.questions else {}
     if not values["use_peft"]:
         yield Change(LORA | no_vllm, 2.0 * plan.traced.parameters)
-    if not values["load_in_4bit"]:
+    if not values["load_in_4bit"] and not plan.row.repeated:
         yield Change({**LORA, "load_in_4bit": True, **no_vllm}, FOUR_BITS * plan.traced.parameters)
     for setting in smaller(plan.recipe):
         yield Change(setting, always)
@@ -110,13 +111,15 @@ def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def together(plan: MemoryPlan) -> Change:
-    """What leaves least: adapters of 4-bit weights, activations computed again, short rows."""
-    settings = {**LORA, "load_in_4bit": True, "gradient_checkpointing": True}
+    """What leaves least: adapters of 4-bit weights (of plain ones on the general path), activations computed
+    again, short rows.
+    """
+    settings = {**LORA, "load_in_4bit": not plan.row.repeated, "gradient_checkpointing": True}
     for part in smaller(plan.recipe):
         settings |= part
     if plan.vllm is not None:
         settings["use_vllm"] = False
-    return Change(settings, FOUR_BITS * plan.traced.parameters)
+    return Change(settings, (2.0 if plan.row.repeated else FOUR_BITS) * plan.traced.parameters)
 
 
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:

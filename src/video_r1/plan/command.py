@@ -6,6 +6,8 @@ from dataclasses import replace
 import torch
 
 from video_r1.catalogue import checkpoint_behind
+from video_r1.models.family import find_family
+from video_r1.models.loading import load_processor
 from video_r1.plan.changes import fitting_changes, fitting_recipes
 from video_r1.plan.estimate import described as describe_estimate
 from video_r1.plan.estimate import estimate
@@ -30,9 +32,15 @@ def run_plan(recipe: Recipe) -> int:
     config = model_config(source)
     memory, sharding = gpu_memory(recipe), planned_sharding(recipe)
     recipe = of_stage(recipe)
-    plan = memory_plan(config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens)
+    known = find_family(config) is not None
+    plan = memory_plan(
+        config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens,
+        processor=None if known else load_processor(str(source)),
+    )  # fmt: skip
     table = " (the built-in table)" if is_published(str(source)) else ""
     print(f"shape of {source}{table}; on {sharding.name}")
+    if not known:
+        print("the general path: each completion is sampled and learnt from with a prompt of its own")
     print(described(plan))
     if settings.gpu is not None and recipe.command == "rl":
         found = estimate(config, recipe, plan.traced, plan.row, sharding, settings.gpu)

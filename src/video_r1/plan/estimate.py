@@ -13,8 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from video_r1.models.general_forward import micro_batches
+from video_r1.plan.general import tower_depth
 from video_r1.plan.sharding import Sharding
-from video_r1.plan.trace import Row, Traced
+from video_r1.plan.without_storage import Row, Traced
 from video_r1.recipe import Recipe
 from video_r1.settings.commands import GPUS
 from video_r1.settings.shared import ModelSettings
@@ -87,7 +89,7 @@ def estimate(
     training, values = recipe.section(TGRPOSettings), recipe.values()
     lora = recipe.section(ModelSettings).use_peft
     card, text = GPUS[gpu], config.get_text_config()
-    layers, blocks = text.num_hidden_layers, config.vision_config.depth
+    layers, blocks = text.num_hidden_layers, tower_depth(config)
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     head = text.vocab_size * text.hidden_size
     body = sum(traced.text_linear) - head
@@ -95,7 +97,7 @@ def estimate(
     length = LENGTH_SHARE * row.completion
     orders = 2 if training.shuffled_generations else 1
     sequences = groups * (training.num_generations + training.shuffled_generations)
-    patches = row.visual * config.vision_config.spatial_merge_size**2
+    patches = row.patches or row.visual * config.vision_config.spatial_merge_size**2
     tower = 2 * patches * traced.vision_linear
 
     def forward(tokens: float, seen: float, predicting: float) -> float:  # tokens that see `seen` others
@@ -108,24 +110,31 @@ def estimate(
         return Part(flops, moved, count, max(arithmetic, memory, count * LAUNCH_SECONDS) + fixed)
 
     answers = training.num_generations * length
-    row_flops = forward(row.prompt, row.prompt / 2, 0)
+    # The general path has a prompt for each completion, in micro-batches, and samples one question at a time.
+    copies = training.num_generations if row.repeated else 1
+    batches, turns = 1, 1
+    prefilled = groups * orders
+    if row.repeated:
+        batches = len(list(micro_batches(row.prompt, [row.completion] * training.num_generations)))
+        turns, prefilled = groups * orders, sequences
+    row_flops = copies * forward(row.prompt, row.prompt / 2, 0)
     row_flops += forward(answers, row.prompt + length / 2, answers) + tower
     useful = row_flops * (2 if lora else 3)  # adapters: no gradients of the frozen weights
     again = row_flops * bool(values.get("gradient_checkpointing"))
-    passes = layers * launches.layer + blocks * launches.block
+    passes = batches * layers * launches.layer + blocks * launches.block
 
     judged = bool(training.beta)
 
     cached = 4 * layers * text.num_key_value_heads * size  # bytes of a token's keys and values in bf16
-    replayed = launches.replayed or bool(values.get("use_vllm"))
+    replayed = not row.repeated and (launches.replayed or bool(values.get("use_vllm")))
     per_token = LORA_TOKEN_BEFORE if lora and launches is BEFORE else launches.token
-    read = 2 * (body + head) + cached * (groups * orders * row.prompt + sequences * length / 2)
+    read = 2 * turns * (body + head) + cached * (prefilled * row.prompt + sequences * length / 2)
     parts = {
-        "prefill": part(groups * orders * (forward(row.prompt, row.prompt / 2, 1) + tower)),
+        "prefill": part(prefilled * forward(row.prompt, row.prompt / 2, 1) + groups * orders * tower),
         "decoding": part(
             length * forward(sequences, row.prompt + length / 2, sequences),
             length * read,
-            0.0 if replayed else length * layers * per_token,
+            0.0 if replayed else turns * length * layers * per_token,
             length * REPLAY_SECONDS * replayed,
         ),
         "reference": part(groups * judged * row_flops, count=groups * judged * passes / 4),

@@ -14,11 +14,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from video_r1.errors import ConfigError
-from video_r1.models.family import family_of
+from video_r1.models.family import family_of, find_family
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
+from video_r1.plan.general import check_general, general_row, trace_general
 from video_r1.plan.sharding import Sharding, sharding_of
-from video_r1.plan.trace import Policy, Row, Traced, trace
+from video_r1.plan.trace import trace
 from video_r1.plan.vllm_share import VLLMShare, vllm_share
+from video_r1.plan.without_storage import Policy, Row, Traced
 from video_r1.recipe import Recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
@@ -48,6 +50,7 @@ class MemoryPlan:
     phases: dict[str, int]
     gpu_memory: int | None = None
     vllm: VLLMShare | None = None
+    processor: Any = None  # of a model on the general path
 
     @property
     def peak(self) -> int:
@@ -69,27 +72,42 @@ def memory_plan(
     sharding: Sharding | None = None,
     text_tokens: int = 300,
     device_type: str = "cuda",
+    processor: Any = None,
 ) -> MemoryPlan:
     """The plan of an `rl` or `sft` recipe (`load_recipe("rl", …)`) for a model of this config.
 
     Lengths are the longest that the recipe allows: frames at their budget, completions at their limit.
-    gpu_memory: bytes. sharding: default what the recipe's TrainingArguments say, for one process. Raises
-    ConfigError when the frames of a clip alone exceed max_prompt_length.
+    gpu_memory: bytes. sharding: default what the recipe's TrainingArguments say, for one process. processor:
+    needed for a model on the general path. Raises ConfigError when the frames of a clip alone exceed
+    max_prompt_length, and for what a run on the general path refuses.
     """
     sharding = sharding or sharding_of(recipe.training)
     training = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
     values = recipe.values()
-    row = _row(config, recipe, training, text_tokens)
+    known = find_family(config) is not None
+    if not known:
+        check_general(config, recipe, sharding)
+    row = (
+        _row(config, recipe, training, text_tokens)
+        if known
+        else general_row(config, recipe, training, text_tokens, processor)
+    )
     policy = _policy(config, recipe.section(ModelSettings), training, sharding, device_type)
     prefill, prompts, sequences = None, 0, 0
     if isinstance(training, TGRPOSettings):
         questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
         prompts = questions * (2 if training.shuffled_generations else 1)
         sequences = questions * (training.num_generations + training.shuffled_generations)
-        if not values.get("use_vllm"):
+        if not known:  # one question after the other, with a prompt for each of its completions
+            prompts = sequences = max(training.num_generations, training.shuffled_generations)
+            prefill = replace(row, questions=min(prompts, MAX_SEQUENCES))
+        elif not values.get("use_vllm"):
             rows = max(1, min(prompts, MAX_PREFILL_TOKENS // row.prompt))
             prefill = replace(row, questions=rows)
-    traced = trace(config, policy, row, prefill)
+    if known:
+        traced = trace(config, policy, row, prefill)
+    else:
+        traced = trace_general(config, policy, row, 0 if prefill is None else prefill.questions)
     weights = int(traced.weights * policy.stored * sharding.share(sharding.weights))
     optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
@@ -124,7 +142,7 @@ def memory_plan(
     }
     if sampling:
         phases["rollout"] = always + whole + sampling
-    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside)
+    return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
 
 
 def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int) -> Row:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from video_r1.plan.trace import Row
+from video_r1.plan.without_storage import Row
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 

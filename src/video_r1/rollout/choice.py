@@ -10,10 +10,19 @@ import torch
 
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
-from video_r1.models.loading import load_model, load_processor, size_multiple
+from video_r1.models.family import family_names, find_family
+from video_r1.models.group_forward import vision_language_model
+from video_r1.models.loading import (
+    PIXELS_OF_ANY_MODEL,
+    load_config,
+    load_model,
+    load_processor,
+    size_multiple,
+)
 from video_r1.processes import process_count
 from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_urls, open_endpoint
 from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
@@ -22,8 +31,6 @@ from video_r1.rollout.vllm.server import ServerEngine, describe
 from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses, has_path
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
-
-PIXELS_OF_ANY_MODEL = 28  # frame sides for an endpoint, which resizes as its model wants
 
 
 def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
@@ -60,6 +67,8 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
                 warn_of_positions(settings.model, positions_of(one), one.url)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     warn_of_positions(settings.model, "transformers", "this engine")
+    if settings.engine != "transformers":
+        check_vllm_takes(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
         ends = generation_config(settings.model)
         return ServerEngine(addresses(settings.engine), processor, ends, model=settings.model)
@@ -80,7 +89,22 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     )
     if settings.dtype == "auto" and model.dtype == torch.float32 and computes_in_bf16(device):
         model = model.bfloat16()  # half the memory and several times the speed; `dtype float32` keeps it
-    return TransformersEngine(model.to(device), processor)
+    return in_process_engine(model.to(device), processor)
+
+
+def in_process_engine(model: Any, processor: Any) -> RolloutEngine:
+    """What samples in this process with a model, which may be within PEFT or DistributedDataParallel."""
+    known = find_family(vision_language_model(model)) is not None
+    return (TransformersEngine if known else GeneralEngine)(model, processor)
+
+
+def check_vllm_takes(model: Any) -> None:
+    """Raises ConfigError for a model, or its config, whose prompts nobody has compared with vLLM's."""
+    if find_family(model) is None:
+        raise ConfigError(
+            f"vLLM samples for {family_names()} alone: whether it has the trainer's prompts is not known for "
+            f"{getattr(model, 'config', model).model_type}; leave use_vllm out (engine: transformers)"
+        )
 
 
 def positions_of(endpoint: Endpoint) -> str | None:
@@ -132,7 +156,8 @@ def training_engine(
     folder: where a server finds weights. Raises ConfigError when vLLM or the server is not there.
     """
     if not settings.use_vllm:
-        return TransformersEngine(model, processor)
+        return in_process_engine(model, processor)
+    check_vllm_takes(vision_language_model(model))
     if settings.vllm_mode == "server":
         assert settings.vllm_server_base_url is not None  # settings without it are refused
         wait = settings.vllm_server_timeout

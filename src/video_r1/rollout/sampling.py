@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.seeds import hashed_seed
 
 
@@ -49,6 +50,17 @@ def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
     # Rounding may lift the threshold to the total itself, and then no token would be above it.
     threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
+    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every possible token."""
+    if sampling.temperature == 0:
+        return [torch.zeros(count, 0) for count in counts]
+    seeds = prompt_seeds(sampling.seed, len(counts))
+    return [
+        torch.rand(count, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+        for count, seed in zip(counts, seeds, strict=True)
+    ]
 
 
 def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:

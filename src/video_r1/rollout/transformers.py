@@ -31,7 +31,7 @@ from video_r1.models.group_forward import (
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.captured import DecodingStep
 from video_r1.rollout.engine import SamplingSettings, wanted_counts
-from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
+from video_r1.rollout.sampling import draw_tokens, sampling_logprobs, uniform_numbers
 from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
 
 T = TypeVar("T")
@@ -111,7 +111,7 @@ class TransformersEngine:
         batched. `on_token(q, g, token_id)` sees each token at once.
         """
         counts = wanted_counts(prompts, sampling, counts)
-        uniform = _uniform_numbers(counts, sampling)
+        uniform = uniform_numbers(counts, sampling)
         order = sorted(
             (index for index, count in enumerate(counts) if count),
             key=lambda index: len(prompts[index].input_ids),
@@ -237,7 +237,9 @@ class TransformersEngine:
                 cache.make_room()
                 logits = next_logits(tokens, position)
                 position = position + 1
-        return self._rollouts(token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist())
+        return as_rollouts(
+            self.tokenizer, token_ids.cpu(), logprobs.cpu(), lengths.tolist(), stopped.tolist()
+        )
 
     def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
         """[B, V] after `tokens` [B] at `position` [B], which the cache takes in."""
@@ -250,25 +252,16 @@ class TransformersEngine:
         )
         return self.model.get_output_embeddings()(output.last_hidden_state[:, -1])
 
-    def _rollouts(
-        self, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
-    ) -> list[Rollout]:
-        ids = [row[:length].clone() for row, length in zip(token_ids, lengths, strict=True)]
-        texts = self.tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
-        return [
-            Rollout(row, logprobs[index, : len(row)].clone(), text, "stop" if stopped[index] else "length")
-            for index, (row, text) in enumerate(zip(ids, texts, strict=True))
-        ]
 
-
-def _uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
-    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every possible token."""
-    if sampling.temperature == 0:
-        return [torch.zeros(count, 0) for count in counts]
-    seeds = prompt_seeds(sampling.seed, len(counts))
+def as_rollouts(
+    tokenizer: Any, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
+) -> list[Rollout]:
+    """token_ids, logprobs: [completions, L] on the CPU; lengths: tokens of each; stopped: by an end token."""
+    ids = [row[:length].clone() for row, length in zip(token_ids, lengths, strict=True)]
+    texts = tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
     return [
-        torch.rand(count, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
-        for count, seed in zip(counts, seeds, strict=True)
+        Rollout(row, logprobs[index, : len(row)].clone(), text, "stop" if stopped[index] else "length")
+        for index, (row, text) in enumerate(zip(ids, texts, strict=True))
     ]
 
 
@@ -285,7 +278,9 @@ def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> 
 
 
 def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
+    """The tokens that end a completion: the generation config's, and the end of turn of a tokenizer or
+    processor.
+    """
     configured = generation.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
-from video_r1.models.group_forward import VisionFeatures, group_logprobs
+from video_r1.models.group_forward import VisionFeatures, VisualFeatures, group_logprobs
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.frames import TEMPORAL_PATCH
 
@@ -28,7 +28,7 @@ def logprob_drops(
     ordered: Sequence[list[Rollout]],
     temperature: float,
     batch_size: int,
-    vision: Sequence[VisionFeatures | None] | None = None,
+    vision: Sequence[VisualFeatures | None] | None = None,
 ) -> list[list[Tensor] | None]:
     """d [L] float32 in nats of each of a question's G ordered completions; None where it has no contrast.
 
@@ -53,9 +53,9 @@ def logprob_drops(
     return drops
 
 
-def _permuted(question: Question, vision: VisionFeatures | None) -> VisionFeatures:
+def _permuted(question: Question, vision: VisualFeatures | None) -> VisionFeatures:
     """The features of the question's contrast clip from those of the clip in order."""
-    assert vision is not None and question.shuffled is not None
+    assert isinstance(vision, VisionFeatures) and question.shuffled is not None
     patches = question.shuffled.patches
     assert patches is not None, "the contrast does not permute temporal patches"
     return vision.permuted(patches, len(question.ordered.media.frames) // TEMPORAL_PATCH)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.group_forward import VisionFeatures
+from video_r1.models.group_forward import VisualFeatures
 from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
@@ -120,7 +120,7 @@ class PolicyBatch:
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
     sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
-    vision: list[VisionFeatures | None] | None = None  # one a question, where the vision tower is frozen
+    vision: list[VisualFeatures | None] | None = None  # one a question, where the vision tower is frozen
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -134,12 +134,6 @@ class PolicyBatch:
     def advantages(self) -> Tensor:
         """[completions]"""
         return torch.cat([group.advantages for group in self.trained])
-
-    @property
-    def finished(self) -> Tensor:
-        """[completions] bool, those that were not cut at the longest length."""
-        rollouts = [rollout for group in self.trained for rollout in group.ordered]
-        return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
 
     @property
     def token_weights(self) -> Tensor | None:
@@ -168,7 +162,7 @@ def policy_batches(
     groups: Sequence[RolloutGroup],
     sizes: Sequence[int],
     with_kl: bool,
-    vision: Sequence[VisionFeatures | None] | None = None,
+    vision: Sequence[VisualFeatures | None] | None = None,
 ) -> list[PolicyBatch]:
     """Scored groups in their micro-batches of these sizes. vision: features of their prompts that are there.
 
@@ -187,8 +181,6 @@ def policy_batches(
 def step_normaliser(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> float:
     """What the losses of a step are divided by (see `loss_normaliser`), over all processes."""
     rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
-    masked = settings.mask_truncated_completions
-    counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
-    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
+    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts)))
     responses, tokens = (sum(column) for column in zip(*counts, strict=True))
     return loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)

@@ -20,6 +20,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
 from video_r1.files import replace_json
+from video_r1.models.family import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
@@ -237,7 +238,7 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
         settings.trust_remote_code,
         load_in_4bit=settings.load_in_4bit,
     )
-    if settings.attn_implementation is not None:
+    if settings.attn_implementation is not None and find_family(model) is not None:
         logger.warning(
             "attn_implementation %s: the vision tower uses it; a row of groups in the text model is attended "
             "to by this project's own function (docs/design.md)", settings.attn_implementation,

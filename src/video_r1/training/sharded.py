@@ -20,7 +20,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.models.group_forward import through_wrapper
+from video_r1.models.family import find_family
+from video_r1.models.group_forward import through_wrapper, vision_language_model
 
 
 @contextmanager
@@ -78,6 +79,19 @@ def keep_figures_exact(accelerator: Accelerator) -> None:
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
         policy = plugin.mixed_precision_policy
         plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+
+
+def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
+    """Raises ConfigError for a model of the general path whose weights would be shared out: processes gather
+    a layer's together, and on this path each runs the layers as often as its own questions need it.
+    """
+    kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero_stage(accelerator) == 3 else None
+    inner = vision_language_model(model)
+    if kind is not None and find_family(inner) is None:
+        raise ConfigError(
+            f"{type(inner).__name__} takes the general path, which does not work with weights that {kind} "
+            "shares out among processes; use DDP or ZeRO-2"
+        )
 
 
 IN_CHECKPOINTS = frozenset(

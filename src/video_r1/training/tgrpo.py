@@ -45,15 +45,15 @@ from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.family import tower_of
+from video_r1.models.family import find_family, vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
-    VisionFeatures,
+    VisualFeatures,
     encode_vision,
     group_logprobs,
     vision_language_model,
 )
-from video_r1.processes import gather, process_count
+from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -72,7 +72,7 @@ from video_r1.training.checks import (
 from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.drops import logprob_drops
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
-from video_r1.training.objective import Clip, high_entropy, policy_loss
+from video_r1.training.objective import policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
@@ -98,7 +98,7 @@ class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
 class TGRPOTrainer(QuestionTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
-    model: checkpoint folder, hub id or model of a family in docs/models.md. reward_funcs: None for the
+    model: checkpoint folder, hub id or model (docs/models.md says which). reward_funcs: None for the
     paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
     signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
     train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
@@ -139,8 +139,6 @@ class TGRPOTrainer(QuestionTrainer):
         shown |= {name: f"reward/{name}" for name in (*self.terms.custom, "accuracy")}
         self.progress_series = {**shown, "loss": "loss"}
         self.step_batches: list[PolicyBatch] = []
-        soft = args.sapo_temperature_pos, args.sapo_temperature_neg
-        self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         if args.scale_rewards == "task":
             callbacks = [*(callbacks or []), TaskMoments()]
         super().__init__(
@@ -153,7 +151,7 @@ class TGRPOTrainer(QuestionTrainer):
         policy = cast(PreTrainedModel, self.model)
         self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
         self.vision_is_frozen = not any(
-            p.requires_grad for p in tower_of(vision_language_model(policy)).parameters()
+            weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
         )
         self.engine = engine or training_engine(
             policy,
@@ -219,7 +217,7 @@ class TGRPOTrainer(QuestionTrainer):
         # log π_old, log π_ref and min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
         self.complete(batch, model, policy.logprobs.detach())
 
-        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens`, π_vLLM and entropy
+        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens` and π_vLLM
         result = policy_loss(
             policy.logprobs,
             batch.old_logprobs,
@@ -227,12 +225,11 @@ class TGRPOTrainer(QuestionTrainer):
             policy.lengths,
             normaliser=num_items_in_batch,
             loss_type=args.loss_type,
-            clip=self.clip,
-            importance_sampling_level=args.importance_sampling_level,
+            epsilon=args.epsilon,
+            epsilon_high=args.epsilon_high,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
-            token_weights=self.token_weights(batch, policy),
-            counted=batch.finished if args.mask_truncated_completions else None,
+            token_weights=batch.token_weights,
         )
         describe_update(self.meter, policy, result)
         loss = self.watched(result.loss, batch.problem_ids)
@@ -259,12 +256,13 @@ class TGRPOTrainer(QuestionTrainer):
         handlers = self.callback_handler.callbacks
         return next((one for one in handlers if isinstance(one, TaskMoments)), None)
 
-    def shared_vision(self, questions: Sequence[Question]) -> list[VisionFeatures | None] | None:
-        """Features of the ordered prompts, where drops and updates share them: those of a frozen tower, which
-        a contrast of temporal patches permutes.
+    def shared_vision(self, questions: Sequence[Question]) -> list[VisualFeatures | None] | None:
+        """Features of the ordered prompts, where drops and updates share them: those of a known family's
+        frozen tower, which a contrast of temporal patches permutes.
         """
         args, size = self.settings, self.settings.per_device_train_batch_size
-        if not (self.vision_is_frozen and args.needs_drops and args.contrast_unit == "patch"):
+        known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
+        if not (known and self.vision_is_frozen and args.needs_drops and args.contrast_unit == "patch"):
             return None
         prompts = [question.ordered for question in questions]
         with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
@@ -275,7 +273,7 @@ class TGRPOTrainer(QuestionTrainer):
         self,
         questions: Sequence[Question],
         ordered: list[list[Rollout]],
-        vision: list[VisionFeatures | None] | None,
+        vision: list[VisualFeatures | None] | None,
     ) -> list[list[Tensor] | None]:
         """Of each question that has a contrast clip: what it takes from its completions' log-probs."""
         args = self.settings
@@ -310,20 +308,6 @@ class TGRPOTrainer(QuestionTrainer):
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
             )
-
-    def token_weights(self, batch: PolicyBatch, policy: GroupLogprobs) -> Tensor | None:
-        """[N]: the batch's own, and 0 outside the share of highest entropy of all processes' micro-batch."""
-        share = self.settings.top_entropy_quantile
-        if share == 1.0:
-            return batch.token_weights
-        assert policy.entropy is not None
-        counted = (
-            batch.finished if self.settings.mask_truncated_completions else torch.ones(len(policy.lengths))
-        )
-        among = policy.entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
-        everywhere = torch.cat(gather(among))
-        kept = high_entropy(policy.entropy, everywhere.to(policy.entropy), share).float()
-        return kept if batch.token_weights is None else kept * batch.token_weights.to(kept)
 
     def complete(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
         """Before the first update on a batch's rollouts, whose policy is that of the rollouts: its log-probs

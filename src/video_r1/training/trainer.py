@@ -65,6 +65,7 @@ from video_r1.training.runs import (
 )
 from video_r1.training.sharded import (
     check_kind,
+    check_sharding_of,
     check_training_state,
     keep_figures_exact,
     loss_that_skips,
@@ -136,6 +137,7 @@ class QuestionTrainer(Trainer, ABC):
             processing_class=processing_class,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
+        check_sharding_of(trained, self.accelerator)
         keep_figures_exact(self.accelerator)
         # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
         self.model_accepts_loss_kwargs = True

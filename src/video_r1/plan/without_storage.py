@@ -1,0 +1,271 @@
+"""A model without storage, and the bytes of tensors that live while it runs.
+
+Tensors have shapes but no memory (torch's FakeTensorMode); every allocation is added up while it lives. What
+a model keeps for its backward pass, with or without gradient checkpointing, adapters or mixed precision, is
+therefore not estimated from formulas. Stand-ins (plan/kernels.py) are attention, experts and layers with a
+state.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from video_r1.models.family import find_family, text_of, tower_of, vision_parameters
+from video_r1.models.group_forward import vision_language_model
+from video_r1.models.loading import with_trained_parts
+from video_r1.plan.kernels import ATTENTION_NAME, EXPERTS_NAME, states_without_storage
+from video_r1.plan.low_bits import eight_bit_states, in_four_bits
+from video_r1.settings.shared import ModelSettings
+from video_r1.settings.training import SFTSettings, TGRPOSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tokens of one forward pass: `questions` prompts and their `completions` (SFT: one each)."""
+
+    questions: int
+    grid: tuple[int, int, int]  # patches of one question's clip in time, down and across
+    visual: int  # tokens
+    prompt: int  # tokens, visual ones included
+    completions: int
+    completion: int  # tokens
+    patches: int = 0  # of one question's frames, on the general path, which does not know their grid
+    repeated: bool = False  # whether every completion has a prompt of its own, as on that path
+
+    @property
+    def tokens(self) -> int:
+        """The last token of a completion predicts nothing and is left out."""
+        prompts = self.completions if self.repeated else 1
+        return self.questions * (prompts * self.prompt + self.completions * (self.completion - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How the model is built and run. `autocast`: dtype of mixed precision, or None."""
+
+    settings: ModelSettings
+    training: TGRPOSettings | SFTSettings
+    dtype: torch.dtype  # while it computes; FSDP gathers weights in autocast's
+    stored: int  # bytes of a weight at rest for each byte of it in `dtype`
+    autocast: torch.dtype | None
+    device_type: str
+    gradients_kept: float  # share of a gradient's bytes that stays here once it is whole
+
+    @property
+    def reference(self) -> bool:
+        """Whether there is a KL term against the policy that training started from."""
+        return isinstance(self.training, TGRPOSettings) and self.training.beta != 0
+
+    @property
+    def copied(self) -> bool:
+        """Whether the reference is a model of its own, and not this one with its first adapters."""
+        return self.reference and not self.settings.use_peft
+
+
+@dataclass(slots=True)
+class Traced:
+    """All in bytes but what is said to be numbers of weights: `parameters` and `trainable` as well."""
+
+    parameters: int = 0
+    trainable: int = 0
+    weights: int = 0
+    gradients: int = 0
+    states_8bit: int = 0  # of an 8-bit AdamW
+    largest_layer: int = 0  # weights of one decoder layer
+    outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
+    text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
+    vision_linear: int = 0  # number of weights of the vision tower's linear layers
+    linear: int = 0  # number of weights of all linear layers, without a head that is the embedding too
+    activations: int = 0  # what the backward pass needs, when it begins
+    logits: int = 0  # most that the head needs at once
+    update_peak: int = 0  # beyond weights, optimizer and reference
+    prefill_peak: int = 0  # of one chunk of prompts, their keys and values included
+    prompt_cache: int = 0  # keys and values of that chunk
+    prompt_states: int = 0  # recurrent states of that chunk
+    prefill_copies: int = 0  # weights in autocast's number format, which last as long as sampling does
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the storages that operators make, until they die. `peak` is the most that lived at once.
+
+    Of `gradients`, bytes that are among the live ones, only the share `gradients_kept` counts.
+    """
+
+    def __init__(self, gradients_kept: float) -> None:
+        super().__init__()
+        self.live = self.peak = self.gradients = 0
+        self.gradients_kept = gradients_kept
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result
+
+    def ignore(self, module: nn.Module) -> None:
+        """The module's weights and buffers are there already."""
+        for tensor in [*module.parameters(), *module.buffers()]:
+            self.known.add(tensor.untyped_storage()._cdata)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        size = storage.nbytes()
+        self.known.add(key)
+        self.live += size
+        weakref.finalize(storage, self.remove, key, size)
+        self.peak = max(self.peak, self.here)
+
+    @property
+    def here(self) -> int:
+        return self.live - int(self.gradients * (1 - self.gradients_kept))
+
+    def remove(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+
+@dataclass(slots=True)
+class Tracing:
+    """A policy and its reference (the policy itself where there is no other), and what has been counted."""
+
+    traced: Traced
+    live: LiveBytes
+    autocast: AbstractContextManager[Any]
+    policy: Policy
+    model: Any
+    judge: Any
+    mode: FakeTensorMode
+
+    def prefill(self, run: Callable[[], tuple[int, int]]) -> None:
+        """run: a forward of prompts; gives the bytes of their keys and values and of their states."""
+        traced, live = self.traced, self.live
+        with live, torch.no_grad(), self.autocast:
+            self.model.eval()
+            traced.prompt_cache, traced.prompt_states = run()
+            traced.prefill_copies = live.live
+        traced.prefill_peak = live.peak
+        live.peak = live.live
+
+    def updates(self, run: Callable[[], None]) -> None:
+        """run: forward and backward of a micro-batch."""
+        self.model.train()
+        _count_gradients(self.live, self.model)
+        # from the second micro-batch of an optimizer step on, gradients are there when a pass begins
+        for _ in range(min(2, self.policy.training.gradient_accumulation_steps)):
+            with self.live:
+                run()
+        self.traced.update_peak = self.live.peak
+
+
+@contextmanager
+def without_storage(config: PreTrainedConfig, policy: Policy) -> Iterator[Tracing]:
+    """Inside, the model of a plan, whose weights are counted."""
+    traced, live = Traced(), LiveBytes(policy.gradients_kept)
+    autocast = torch.autocast("cpu", dtype=policy.autocast) if policy.autocast is not None else nullcontext()
+    with torch.device("meta"):
+        model = _build(config, policy)
+        judge = _untrained(config, policy).requires_grad_(False).eval() if policy.copied else model
+    family = find_family(config)
+    states = states_without_storage(None if family is None else family.state_functions)
+    with states, FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for module in {model, judge}:  # weights that say they are on the CPU
+            module.to_empty(device="cpu")
+            vision_language_model(module).tie_weights()
+            live.ignore(module)
+        _count_weights(traced, model)
+        yield Tracing(traced, live, autocast, policy, model, judge, mode)
+
+
+def cached_bytes(cache: Any) -> tuple[int, int]:
+    """Of a cache's keys and values, in the format that computes, and of its recurrent states."""
+    stateful = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
+    states_kept = [state for layer in stateful for state in (layer.conv_states[0], layer.recurrent_states[0])]
+    attention = [layer for layer in cache.layers if layer not in stateful]
+    pairs = [state for layer in attention for state in (layer.keys, layer.values)]
+    mixed = torch.is_autocast_enabled("cpu")
+    kept = [state.to(torch.get_autocast_dtype("cpu")) if mixed else state for state in pairs]
+    return _storage(kept), _storage(states_kept)
+
+
+def _storage(tensors: list[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _build(config: PreTrainedConfig, policy: Policy) -> Any:
+    """The policy as `setup.model_of` makes it."""
+    settings = policy.settings
+    model = with_trained_parts(_untrained(config, policy), settings)
+    if settings.load_in_4bit:
+        in_four_bits(model, torch.bfloat16 if policy.device_type == "cuda" else torch.float32)
+    if policy.training.gradient_checkpointing:
+        inner = vision_language_model(model)
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        if settings.use_peft:
+            inner.enable_input_require_grads()
+    return model
+
+
+def _untrained(config: PreTrainedConfig, policy: Policy) -> Any:
+    model: Any = AutoModelForImageTextToText.from_config(copy.deepcopy(config), dtype=policy.dtype)
+    model.config._attn_implementation = ATTENTION_NAME
+    model.config._experts_implementation = EXPERTS_NAME
+    return model
+
+
+def _count_weights(traced: Traced, model: nn.Module) -> None:
+    traced.weights = sum(weight.nbytes for weight in [*model.parameters(), *model.buffers()])
+    traced.parameters = sum(  # uint8: two weights of 4 bits
+        weight.numel() * (2 if weight.dtype == torch.uint8 else 1) for weight in model.parameters()
+    )
+    traced.states_8bit = eight_bit_states(model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    traced.trainable, traced.gradients = sum(w.numel() for w in trained), sum(w.nbytes for w in trained)
+    inner = vision_language_model(model)
+    text, known = text_of(inner), find_family(inner) is not None
+    layers = [*text.layers, *(tower_of(inner).blocks if known else ())]
+    embedding, head = inner.get_input_embeddings(), inner.get_output_embeddings()
+    apart = [*layers, *([embedding] if embedding.weight is not head.weight else [])]
+    traced.largest_layer = _bytes(layers[0])
+    linear = [module for module in [*text.modules(), head] if type(module) is nn.Linear]
+    traced.text_linear = tuple(module.weight.numel() for module in linear)
+    weights, vision = _products(inner), {id(weight) for weight in vision_parameters(inner)}
+    traced.vision_linear = sum(size for number, size in weights.items() if number in vision)
+    traced.linear = sum(weights.values()) - weights.get(id(embedding.weight), 0)  # one that the head shares
+    traced.outside_layers = _bytes(model) - sum(_bytes(module) for module in apart)
+
+
+def _products(model: nn.Module) -> dict[int, int]:
+    """Numbers of weights of all linear layers, by the identity of the parameter."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
+    return {id(weight): weight.numel() for layer in layers for weight in layer.parameters(recurse=False)}
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(weight.nbytes for weight in module.parameters())
+
+
+def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
+    def counted(weight: Tensor) -> None:
+        if weight not in seen:
+            seen.add(weight)
+            live.gradients += weight.nbytes
+
+    seen: set[Tensor] = set()
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.register_post_accumulate_grad_hook(counted)

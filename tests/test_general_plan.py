@@ -1,0 +1,138 @@
+"""`video-r1 plan` of models on the general path, against real passes on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from general_models import GENERAL, general_checkpoint, general_model, general_processor
+from measured_memory import most_at_once, tensor_bytes
+from test_memory_plan import OF_ANY_STAGE, recipe_of
+from torch.utils.flop_counter import FlopCounterMode
+
+from video_r1.cli import main
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.models.group_forward import group_logprobs
+from video_r1.models.loading import freeze_vision
+from video_r1.plan.estimate import estimate
+from video_r1.plan.memory import MemoryPlan, memory_plan
+from video_r1.plan.sharding import sharding_of
+from video_r1.recipe import Recipe, load_recipe
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.general import GeneralEngine
+
+TEXT = 40
+FRAMES = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56}
+
+
+def planned(family: str, recipe: Recipe, **how: Any) -> tuple[MemoryPlan, Any]:
+    processor = general_processor(family)
+    model: Any = general_model(family, processor)
+    plan = memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu", processor=processor, **how)
+    return plan, model
+
+
+def longest_prompt(family: str, tokens: int) -> Prompt:
+    """Eight frames, as the plan's recipe allows, and so many tokens of text and frames."""
+    processor = general_processor(family)
+    clip = Media(torch.zeros(8, 3, 56, 56, dtype=torch.uint8), torch.arange(8).double(), 8.0, "video")
+    question = Sample(1, "?", "video", "free-form", "", "x")
+    built = PromptBuilder(processor).build(question, clip)
+    more = torch.full((tokens - len(built.input_ids),), 5)
+    features = {
+        name: torch.cat([value, torch.zeros_like(more)]) if name == "mm_token_type_ids" else value
+        for name, value in built.features.items()
+    }
+    return Prompt(torch.cat([built.input_ids, more]), features, clip, None, [])
+
+
+@pytest.mark.parametrize("stage", ["rl", "sft"])
+@pytest.mark.parametrize("family", GENERAL)
+def test_every_family_has_a_plan(family: str, stage: str) -> None:
+    recipe = recipe_of(**FRAMES, gradient_checkpointing=True)
+    if stage == "sft":
+        recipe = load_recipe("sft", None, {**OF_ANY_STAGE, **FRAMES, "max_response_length": 64})
+    plan, model = planned(family, recipe)
+    assert plan.traced.parameters == sum(weight.numel() for weight in model.parameters())
+    assert plan.parts["weights"] == tensor_bytes([*model.parameters(), *model.buffers()])
+    assert set(plan.phases) == {"update", "optimizer step", *(["rollout"] if stage == "rl" else [])}
+    assert plan.row.tokens == plan.row.questions * plan.row.completions * (
+        plan.row.prompt + plan.row.completion - 1
+    )
+    assert plan.peak > plan.parts["weights"] + plan.parts["optimizer"] + plan.parts["activations"]
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("family", ["smolvlm", "internvl", "llava_onevision", "glm46v"])
+def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen: bool) -> None:
+    plan, model = planned(family, recipe_of(**FRAMES, beta=0.0, freeze_vision_tower=frozen))
+    if frozen:
+        freeze_vision(model)
+    prompt = longest_prompt(family, plan.row.prompt + 30)
+    assert plan.row.visual <= plan.row.prompt <= len(prompt.input_ids)
+    prompt = Prompt(prompt.input_ids[: plan.row.prompt], prompt.features, prompt.media, None, [])
+    if "mm_token_type_ids" in prompt.features:
+        prompt.features["mm_token_type_ids"] = prompt.features["mm_token_type_ids"][: plan.row.prompt]
+    completions = [[torch.arange(100, 148) + g for g in range(8)]]
+
+    def update() -> None:
+        model.zero_grad(set_to_none=True)
+        group_logprobs(model, [prompt], completions, with_entropy=True).logprobs.mean().backward()
+
+    update()
+    model.zero_grad(set_to_none=True)
+    assert plan.traced.update_peak == pytest.approx(most_at_once(update), rel=0.25)
+    engine = GeneralEngine(model, general_processor(family))
+    sampling = SamplingSettings(n=8, max_tokens=48, seed=0)
+    engine.generate([prompt], sampling)
+    beyond = plan.phases["rollout"] - plan.phases["optimizer step"] + plan.parts["gradients"]
+    assert beyond == pytest.approx(most_at_once(lambda: engine.generate([prompt], sampling)), rel=0.25)
+
+
+def test_flops_of_the_update_are_those_that_are_counted() -> None:
+    plan, model = planned("smolvlm", recipe_of(**FRAMES, beta=0.0))
+    prompt = longest_prompt("smolvlm", plan.row.prompt)
+    completions = [[torch.arange(100, 124) + g for g in range(8)]]  # half of the limit
+    products = FlopCounterMode(
+        display=False
+    )  # without attention, which the CPU does not only where it is causal
+    with products:
+        group_logprobs(model, [prompt], completions).logprobs.sum().backward()
+    found = estimate(model.config, plan.recipe, plan.traced, plan.row, plan.sharding, "h100")
+    length, width, layers = len(prompt.input_ids), 4 * 12, 2
+    attention = 3 * 4 * width * layers * 8 * (length * length / 2 + 24 * (length + 12))
+    assert found.useful_flops - attention == pytest.approx(products.get_total_flops(), rel=0.1)
+    assert found.parts["decoding"].launches > 0
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = general_checkpoint("smolvlm", tmp_path / "model")
+    command = ["plan", "lab-tgrpo", "--model_config", str(folder), "--gpu", "h100"]
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "the general path: each completion is sampled and learnt from with a prompt of its own" in said
+    assert main([*command, "--gpu_memory", "1MB"]) == 1
+    assert "load_in_4bit" not in capsys.readouterr().out
+    (folder / "processor_config.json").unlink()
+    (folder / "tokenizer.json").unlink()
+    assert main(command) == 2
+    assert "the processor cannot be loaded" in capsys.readouterr().err
+
+
+def test_what_the_general_path_refuses() -> None:
+    for setting, named in (
+        ({"use_vllm": True}, "use_vllm"),
+        ({"load_in_4bit": True, "use_peft": True}, "load_in"),
+    ):
+        with pytest.raises(ConfigError, match=f"smolvlm takes the general path, .* not work with {named}"):
+            planned("smolvlm", recipe_of(**FRAMES, **setting))
+    with pytest.raises(ConfigError, match=r"not work with weights shared out \(4 GPUs, FSDP2\)"):
+        planned("smolvlm", recipe_of(**FRAMES), sharding=sharding_of({}, 4, "fsdp2"))
+    config: Any = general_model("smolvlm", general_processor("smolvlm")).config
+    with pytest.raises(ConfigError, match="a plan of smolvlm asks its processor"):
+        memory_plan(config, recipe_of(**FRAMES), device_type="cpu")
