@@ -82,7 +82,7 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         advantages = torch.linspace(-1, 1, group, device=device)
         policy_loss(
             result.logprobs, result.logprobs.detach(), advantages, result.lengths,
-            normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
+            normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss.backward()  # fmt: skip
 
     def sample() -> None:

@@ -49,7 +49,7 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
                 judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
         loss = policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
-            normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
+            normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss  # fmt: skip
         accelerator.backward(loss)
 

@@ -256,7 +256,7 @@ def test_the_plan_agrees_with_a_measured_update(
             judged = group_logprobs(reference, [prompt], COMPLETIONS).logprobs
         loss = policy_loss(
             result.logprobs, result.logprobs.detach(), torch.linspace(-1, 1, 8), result.lengths,
-            normaliser=1.0, loss_type="grpo", epsilon=0.2, beta=0.04, ref_logprobs=judged,
+            normaliser=1.0, loss_type="grpo", beta=0.04, ref_logprobs=judged,
         ).loss  # fmt: skip
         loss.backward()
 

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from video_r1.errors import ConfigError
 from video_r1.training.objective import (
+    Clip,
     k3_kl,
     loss_normaliser,
     policy_loss,
@@ -33,8 +35,8 @@ def worked(loss_type, **settings):
         ("grpo", {}, ((-1.2 - 1.0) / 2 + 0.8) / 2),  # −0.15
         ("dapo", {}, (-1.2 - 1.0 + 0.8) / 3),  # −0.4667
         ("dr_grpo", {}, (-1.2 - 1.0 + 0.8) / (2 * 4)),  # −0.175
-        ("grpo", {"epsilon_high": 0.28}, ((-1.28 - 1.0) / 2 + 0.8) / 2),
-        ("grpo", {"epsilon": 0.6}, ((-1.5 - 1.0) / 2 + 0.5) / 2),  # nothing is clipped
+        ("grpo", {"clip": Clip(high=0.28)}, ((-1.28 - 1.0) / 2 + 0.8) / 2),
+        ("grpo", {"clip": Clip(0.6, 0.6)}, ((-1.5 - 1.0) / 2 + 0.5) / 2),  # nothing is clipped
     ],
 )
 def test_worked_figures(loss_type, settings, loss: float) -> None:
@@ -77,9 +79,7 @@ def test_kl_is_clamped_where_the_exponential_would_overflow() -> None:
 
 def test_advantages_of_the_other_sign_are_not_clipped() -> None:
     # A ratio of 1.5 with a negative advantage (0.5 with a positive one) has to keep its gradient.
-    result = policy_loss(
-        OLD + RATIO.log(), OLD, -ADVANTAGES, LENGTHS, normaliser=2.0, loss_type="grpo", epsilon=0.2
-    )
+    result = policy_loss(OLD + RATIO.log(), OLD, -ADVANTAGES, LENGTHS, normaliser=2.0, loss_type="grpo")
     assert result.loss.item() == pytest.approx(((1.5 + 1.0) / 2 - 0.5) / 2)
     assert result.clip_ratio.item() == 0.0
 
@@ -132,7 +132,7 @@ def test_values_and_gradients_equal_a_plain_reference(loss_type, seed: int) -> N
     normaliser = loss_normaliser(loss_type, len(lengths), int(lengths.sum()), max_completion_length=9)
     result = policy_loss(
         logprobs, old, advantages, lengths, normaliser=normaliser, loss_type=loss_type,
-        epsilon=0.2, epsilon_high=0.28, beta=0.04, ref_logprobs=ref, token_weights=weights,
+        clip=Clip(0.2, 0.28), beta=0.04, ref_logprobs=ref, token_weights=weights,
     )  # fmt: skip
     result.loss.backward()
     value, gradient = reference_loss(
@@ -196,5 +196,38 @@ def test_sizes_that_do_not_fit_are_refused(arguments, message: str) -> None:
 def test_normalisers() -> None:
     assert [loss_normaliser(kind, 8, 100, 64) for kind in ("grpo", "dapo", "dr_grpo")] == [8, 100, 512]
     assert loss_normaliser("dapo", 0, 0, 64) == 1
-    with pytest.raises(ValueError, match="'ppo'"):
-        loss_normaliser("ppo", 1, 1, 1)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="'ppo' is none of grpo, bnpo"):
+        loss_normaliser("ppo", 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "settings", "loss"),
+    [
+        # tokens in their micro-batch: the sum ÷ 3, by two of two responses
+        ("bnpo", {}, (-1.2 - 1.0 + 0.8) / 3),
+        # min(ρ, 1.2) A log π with log π = −1 + ln 1.5, −2 | −0.5 − ln 2
+        ("cispo", {"clip": Clip(high=1.2)}, -(1.2 * (-1 + math.log(1.5)) - 2 - 0.5 * (-0.5 - LN2)) / 3),
+        # 4 sigmoid(ρ − 1) for A = 1; 4/1.05 sigmoid(1.05 (ρ − 1)) for A = −1
+        ("sapo", {}, (-(4 / (1 + math.exp(-0.5)) + 2) / 2 + 4 / 1.05 / (1 + math.exp(0.525))) / 2),
+        # ρ of the first response: √1.5, clipped at 1.2
+        ("grpo", {"importance_sampling_level": "sequence"}, (-1.2 + 0.8) / 2),
+        # a negative advantage keeps ρ = 0.5 above 0.3, and min(−0.3, −0.8) is −0.8 all the same
+        ("grpo", {"clip": Clip(0.2, 0.2, 0.3)}, ((-0.3 - 0.3) / 2 + 0.8) / 2),
+        ("grpo", {"counted": torch.tensor([True, False])}, ((-1.2 - 1.0) / 2) / 2),
+    ],
+)
+def test_worked_figures_of_later_objectives(loss_type, settings, loss: float) -> None:
+    assert worked(loss_type, **settings).loss.item() == pytest.approx(loss, abs=1e-12)
+
+
+def test_an_own_objective_is_named_by_its_module(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my_losses.py").write_text(
+        "from video_r1.training.objective import Objective\n"
+        "def plain(ratio, logprobs, advantages, clip):\n    return ratio * advantages\n"
+        "by_token = Objective(plain, 'tokens')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert worked("my_losses:plain").loss.item() == pytest.approx((-(1.5 + 1.0) / 2 + 0.5) / 2)
+    assert worked("my_losses:by_token").loss.item() == pytest.approx((-1.5 - 1.0 + 0.5) / 3)
+    with pytest.raises(ConfigError, match="my_losses:missing"):
+        worked("my_losses:missing")

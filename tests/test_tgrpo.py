@@ -20,6 +20,7 @@ from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, RewardError
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.training.objective import Clip, policy_loss
 from video_r1.training.tgrpo import TGRPOConfig
 
 
@@ -272,6 +273,46 @@ def test_user_reward_function(checkpoint: Path, manifest: Path, tmp_path: Path) 
     assert groups[0].rewards["mine"].isnan().tolist() == [True, False, False, False]
     others = groups[0].rewards["accuracy"] + groups[0].rewards["temporal"]
     torch.testing.assert_close(groups[0].total_reward, torch.tensor([0.0, 0.5, 1.0, 1.5]) + others)
+
+
+def test_settings_of_the_objective_reach_it(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def heard(*args: Any, **options: Any) -> Any:
+        asked.append(options)
+        return policy_loss(*args, **options)
+
+    monkeypatch.setattr("video_r1.training.tgrpo.policy_loss", heard)
+    changes = {"loss_type": "cispo", "epsilon_high": 4.0, "delta": 6.0, "sapo_temperature_neg": 1.5}
+    changes |= {"importance_sampling_level": "sequence", "mask_truncated_completions": True}
+    trainer = make_trainer(
+        checkpoint,
+        str(manifest),
+        tmp_path,
+        max_steps=1,
+        max_completion_length=60,
+        top_entropy_quantile=0.25,
+        beta=0.0,
+        **changes,
+    )
+    trainer.train()
+    options = asked[0]
+    assert options["loss_type"] == "cispo" and options["importance_sampling_level"] == "sequence"
+    assert options["clip"] == Clip(0.2, 4.0, 6.0, (1.0, 1.5))
+    batch = trainer.step_batches[0]
+    assert options["counted"].tolist() == [
+        rollout.finish_reason == "stop" for group in batch.trained for rollout in group.ordered
+    ]
+    tokens = sum(len(r.token_ids) for b in trainer.step_batches for g in b.groups for r in g.ordered
+                 if r.finish_reason == "stop")  # fmt: skip
+    assert options["normaliser"] == max(1, tokens)
+    kept = options["token_weights"]
+    counted = torch.repeat_interleave(options["counted"], torch.tensor(
+        [len(rollout.token_ids) for group in batch.trained for rollout in group.ordered]))  # fmt: skip
+    if counted.any():
+        assert 0 < kept[counted].mean() <= 0.25 + 1 / int(counted.sum())
 
 
 @pytest.mark.parametrize(

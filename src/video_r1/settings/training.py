@@ -1,5 +1,6 @@
 """Settings of SFT, GRPO and T-GRPO."""
 
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,6 +15,7 @@ Schedule = Literal[
 ]  # fmt: skip
 """Those of `transformers.SchedulerType`."""
 
+LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
 TemporalRule = Literal[
     "margin", "threshold", "weight", "likelihood", "likelihood_step", "likelihood_apart", "likelihood_gate",
@@ -92,8 +94,26 @@ class TGRPOSettings(TrainingSettings):
     top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained", at_least=0)
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
-    epsilon_high: float | None = setting(None, "upper clip range when it differs from epsilon (DAPO)")
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = setting("grpo", "how token losses are averaged")
+    epsilon_high: float | None = setting(
+        None,
+        "upper clip range when it differs from epsilon (DAPO); of cispo the largest ratio itself",
+        above=0,
+    )
+    delta: float | None = setting(None, "most that an unclipped ratio counts (two-sided clipping)", above=0)
+    loss_type: str = setting(
+        "grpo", "grpo, bnpo, dapo, dr_grpo, cispo, sapo, or module:function for your own (docs/t-grpo.md)"
+    )
+    sapo_temperature_pos: float = setting(1.0, "temperature of sapo's gate for advantages above 0", above=0)
+    sapo_temperature_neg: float = setting(1.05, "the same for the others", above=0)
+    importance_sampling_level: Literal["token", "sequence"] = setting(
+        "token", "whose ratio counts: each token's, or the mean of its response (GSPO)"
+    )
+    mask_truncated_completions: bool = setting(
+        False, "leave completions that were cut at max_completion_length out of the loss"
+    )
+    top_entropy_quantile: float = setting(
+        1.0, "share of tokens, those of highest entropy, that have a policy term", above=0, at_most=1
+    )
     scale_rewards: AdvantageScale = setting(
         "group", "whose standard deviation advantages are divided by; task: a running one of the problem type"
     )
@@ -166,8 +186,16 @@ class TGRPOSettings(TrainingSettings):
                 f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
                 "load_best_model_at_end makes a checkpoint of every best step; see save_steps",
             )
-        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+        if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
+            near = difflib.get_close_matches(self.loss_type, LOSS_TYPES, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield "loss_type", f"is {self.loss_type!r}, none of {', '.join(LOSS_TYPES)}{hint}"
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            yield "epsilon_high", "is what loss_type cispo bounds the ratio by; give one, such as 5"
+        elif self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
+        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+            yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.rewards_are_known:

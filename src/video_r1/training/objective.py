@@ -2,22 +2,44 @@
 
 N completion tokens of R responses lie one response after another; `lengths` [R] says where each ends.
 
-    L = Σ_r v_r Σ_t [ −w min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·k3 ] ÷ normaliser
+    L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser
 
-ρ = π/π_old of the token, w its weight (1 where none is given), A the response's advantage, v and normaliser
-by the loss type. The normaliser is that of the whole optimizer step (all micro-batches, all ranks), so that
-the losses of the parts add up to the loss of the whole.
+ρ = π/π_old of the token (or of its response), A the response's advantage, w the token's weight and m whether
+it counts (both 1 where none is given); the surrogate f, v and the normaliser are those of the loss type. The
+normaliser is that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts
+add up to the loss of the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-LossType = Literal["grpo", "dapo", "dr_grpo"]
+from video_r1.errors import ConfigError
+
+ImportanceLevel = Literal["token", "sequence"]
+Average = Literal["responses", "tokens", "micro_batch", "budget"]
+"""What the loss is a mean over: responses (each the mean of its tokens), tokens of the step, tokens of each
+micro-batch, or the room for tokens (responses × max_completion_length)."""
+
+
+class Clip(NamedTuple):
+    """Bounds of the ratio ρ. low, high: 1 − low and 1 + high (`cispo`: high itself); delta: the most that an
+    unclipped ρ counts (two-sided clipping), or None; soft: temperatures of `sapo` for A > 0 and for the rest.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    delta: float | None = None
+    soft: tuple[float, float] = (1.0, 1.05)
+
+
+PPO_CLIP = Clip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +47,7 @@ class PolicyLoss:
     """loss: scalar with gradient; the rest are detached scalars, means over this call's N tokens.
 
     kl: k3 estimate against the reference (0 without one); clip_low / clip_high: share of tokens whose ratio
-    is clipped at 1 − ε (negative advantage) / at 1 + ε_high (positive advantage).
+    is beyond the bound at which it stops to count, below (negative advantage) / above (positive advantage).
     """
 
     loss: Tensor
@@ -45,33 +67,38 @@ def policy_loss(
     lengths: Tensor,
     *,
     normaliser: float | Tensor,
-    loss_type: LossType = "grpo",
-    epsilon: float = 0.2,
-    epsilon_high: float | None = None,
+    loss_type: str = "grpo",
+    clip: Clip = PPO_CLIP,
+    importance_sampling_level: ImportanceLevel = "token",
     beta: float = 0.0,
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> PolicyLoss:
-    """Clipped policy loss with a KL term.
+    """The loss of some of a step's responses, with a KL term.
 
     logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that was sampled, or
     None on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
     with the sum N. normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where
-    gradients are averaged over ranks). epsilon_high: None means epsilon (DAPO raises it to 0.28). beta:
-    weight of the KL; needs ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token.
-    Raises ValueError when the lengths don't add up to N.
+    gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean log-ratio
+    of a response's tokens, for all of them (GSPO, arXiv 2507.18071). beta: weight of the KL; needs
+    ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token. counted: [R] bool,
+    responses that add anything. Raises ValueError when the lengths don't add up to N, ConfigError for an
+    unknown loss type.
     """
     if len(advantages) != len(lengths):
         raise ValueError(f"{len(advantages)} advantages but {len(lengths)} responses")
     if int(lengths.sum()) != len(logprobs):
         raise ValueError(f"the responses have {int(lengths.sum())} tokens but {len(logprobs)} log-probs came")
+    objective = objective_of(loss_type)
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
-    token_advantages = torch.repeat_interleave(advantages, lengths, output_size=len(logprobs))  # [N]
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
+    token_advantages = _by_token(advantages, lengths, len(logprobs))
 
-    ratio = torch.exp(logprobs - old_logprobs)
-    clipped = ratio.clamp(1.0 - epsilon, 1.0 + epsilon_high)
-    token_loss = -torch.minimum(ratio * token_advantages, clipped * token_advantages)
+    log_ratio = logprobs - old_logprobs
+    if importance_sampling_level == "sequence":
+        log_ratio = _by_token(_response_means(log_ratio, lengths), lengths, len(logprobs))
+    ratio = log_ratio.exp()
+    token_loss = -objective.surrogate(ratio, logprobs, token_advantages, clip)
     if token_weights is not None:
         token_loss = token_loss * token_weights.to(token_loss)
     kl = torch.zeros_like(logprobs) if ref_logprobs is None else k3_kl(logprobs, ref_logprobs)
@@ -80,11 +107,84 @@ def policy_loss(
             raise ValueError("a KL weight other than 0 needs the reference's log-probabilities")
         token_loss = token_loss + beta * kl
 
-    loss = _REDUCTIONS[loss_type](token_loss, lengths) / normaliser
+    counted = torch.ones_like(lengths, dtype=torch.bool) if counted is None else counted.to(lengths.device)
+    loss = _summed(token_loss, lengths, counted, objective.average) / normaliser
     with torch.no_grad():
-        low = (ratio < 1.0 - epsilon) & (token_advantages < 0)
-        high = (ratio > 1.0 + epsilon_high) & (token_advantages > 0)
-        return PolicyLoss(loss, _mean(kl), _mean(low), _mean(high))
+        low, high = objective.bounds(clip)
+        below = (ratio < low) & (token_advantages < 0)
+        above = (ratio > high) & (token_advantages > 0)
+        return PolicyLoss(loss, _mean(kl), _mean(below), _mean(above))
+
+
+def clipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    """min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) (PPO, arXiv 1707.06347); the first ρ at most delta, where there
+    is one (INTELLECT-2, arXiv 2505.07291).
+    """
+    own = ratio if clip.delta is None else ratio.clamp(max=clip.delta)
+    return torch.minimum(own * advantages, ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages)
+
+
+def cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    """min(ρ, ε_high) A log π, the first factor without gradient: no token is left out (MiniMax-M1, arXiv
+    2506.13585).
+    """
+    return ratio.clamp(max=clip.high).detach() * advantages * logprobs
+
+
+def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+    """4/τ · sigmoid(τ (ρ − 1)) A, τ by the sign of A: a gate that closes softly (SAPO, arXiv 2511.20347)."""
+    positive, rest = map(ratio.new_tensor, clip.soft)
+    tau = torch.where(advantages > 0, positive, rest)
+    return torch.sigmoid(tau * (ratio - 1.0)) * (4.0 / tau) * advantages
+
+
+class Objective(NamedTuple):
+    """A loss type. surrogate(ρ, log π, A, clip) -> [N], all [N], what a token adds to the policy's objective;
+    average: what the loss is a mean over; bounds(clip): of ρ, beyond which a token counts as clipped.
+    """
+
+    surrogate: Callable[[Tensor, Tensor, Tensor, Clip], Tensor]
+    average: Average = "responses"
+    bounds: Callable[[Clip], tuple[float, float]] = lambda clip: (-torch.inf, torch.inf)
+
+
+def _ppo_bounds(clip: Clip) -> tuple[float, float]:
+    return 1.0 - clip.low, 1.0 + clip.high
+
+
+OBJECTIVES = {
+    "grpo": Objective(clipped, "responses", _ppo_bounds),  # arXiv 2402.03300; T-GRPO, arXiv 2503.21776
+    "bnpo": Objective(clipped, "micro_batch", _ppo_bounds),  # as TRL has it
+    "dapo": Objective(clipped, "tokens", _ppo_bounds),  # arXiv 2503.14476
+    "dr_grpo": Objective(clipped, "budget", _ppo_bounds),  # arXiv 2503.20783
+    "cispo": Objective(cispo, "tokens", lambda clip: (-torch.inf, clip.high)),
+    "sapo": Objective(sapo, "responses"),
+}
+
+
+def objective_of(loss_type: str) -> Objective:
+    """One of OBJECTIVES by its name, or what `module:name` names: an Objective, or a surrogate, which is then
+    averaged over responses. Raises ConfigError where there is none.
+    """
+    if loss_type in OBJECTIVES:
+        return OBJECTIVES[loss_type]
+    module, _, name = loss_type.partition(":")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"loss_type {loss_type!r} is none of {', '.join(OBJECTIVES)}, nor module:function ({error})"
+        ) from None
+    return found if isinstance(found, Objective) else Objective(found)
+
+
+def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
+    """[N] bool: tokens whose entropy [N] is among the top `share` of those of `everywhere` [M] (arXiv
+    2506.01939); none where M is 0.
+    """
+    if not len(everywhere):
+        return torch.zeros_like(entropy, dtype=torch.bool)
+    return entropy >= torch.quantile(everywhere.to(entropy), 1.0 - share)
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -97,32 +197,35 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.expm1(difference) - difference
 
 
-def loss_normaliser(loss_type: LossType, responses: int, tokens: int, max_completion_length: int) -> float:
+def loss_normaliser(loss_type: str, responses: int, tokens: int, max_completion_length: int) -> float:
     """What the sums of `loss_type` are divided by, at least 1.
 
     responses, tokens: of everything that one optimizer step sees, over all micro-batches and ranks.
     """
-    sums = {"grpo": responses, "dapo": tokens, "dr_grpo": responses * max_completion_length}
-    if loss_type not in sums:
-        raise ValueError(f"unknown loss type {loss_type!r}; it is grpo, dapo or dr_grpo")
-    return float(max(1, sums[loss_type]))
+    sums = {"tokens": tokens, "budget": responses * max_completion_length}
+    return float(max(1, sums.get(objective_of(loss_type).average, responses)))
 
 
-def _sum_of_response_means(token_loss: Tensor, lengths: Tensor) -> Tensor:
-    """GRPO (arXiv 2402.03300) and T-GRPO (arXiv 2503.21776): each response counts alike."""
-    shares = 1.0 / lengths.to(token_loss.dtype)
-    return (token_loss * torch.repeat_interleave(shares, lengths, output_size=len(token_loss))).sum()
+def _summed(token_loss: Tensor, lengths: Tensor, counted: Tensor, average: Average) -> Tensor:
+    """The sum that is divided by the normaliser of `average`, over the responses that count."""
+    if average == "responses":
+        shares = counted / lengths.clamp(min=1).to(token_loss.dtype)
+        return (token_loss * _by_token(shares, lengths, len(token_loss))).sum()
+    total = (token_loss * _by_token(counted, lengths, len(token_loss))).sum()
+    if average == "micro_batch":  # the mean over its tokens, by its share of the step's responses
+        return total * len(lengths) / (lengths * counted).sum().clamp(min=1).to(total)
+    return total
 
 
-def _sum_of_tokens(token_loss: Tensor, lengths: Tensor) -> Tensor:
-    """DAPO (arXiv 2503.14476): each token counts alike, divided by the tokens that there are.
-
-    Dr. GRPO (arXiv 2503.20783): the same sum, divided by a constant, so that long responses get no discount.
-    """
-    return token_loss.sum()
+def _by_token(values: Tensor, lengths: Tensor, tokens: int) -> Tensor:
+    """[R] -> [N]"""
+    return torch.repeat_interleave(values, lengths, output_size=tokens)
 
 
-_REDUCTIONS = {"grpo": _sum_of_response_means, "dapo": _sum_of_tokens, "dr_grpo": _sum_of_tokens}
+def _response_means(values: Tensor, lengths: Tensor) -> Tensor:
+    """[N] -> [R]"""
+    owners = _by_token(torch.arange(len(lengths), device=values.device), lengths, len(values))
+    return values.new_zeros(len(lengths)).index_add(0, owners, values) / lengths.clamp(min=1)
 
 
 def _mean(values: Tensor) -> Tensor:

@@ -136,6 +136,12 @@ class PolicyBatch:
         return torch.cat([group.advantages for group in self.trained])
 
     @property
+    def finished(self) -> Tensor:
+        """[completions] bool, those that were not cut at the longest length."""
+        rollouts = [rollout for group in self.trained for rollout in group.ordered]
+        return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
+
+    @property
     def token_weights(self) -> Tensor | None:
         """[N], by which the policy term of each token is multiplied: the temporal rule's weight, which is 1
         where a group has none, times the sampler's. None: all 1.
@@ -181,6 +187,8 @@ def policy_batches(
 def step_normaliser(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> float:
     """What the losses of a step are divided by (see `loss_normaliser`), over all processes."""
     rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
-    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in rollouts)))
+    masked = settings.mask_truncated_completions
+    counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
+    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
     responses, tokens = (sum(column) for column in zip(*counts, strict=True))
     return loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)

@@ -53,7 +53,7 @@ from video_r1.models.group_forward import (
     group_logprobs,
     vision_language_model,
 )
-from video_r1.processes import process_count
+from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -72,7 +72,7 @@ from video_r1.training.checks import (
 from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.drops import logprob_drops
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
-from video_r1.training.objective import policy_loss
+from video_r1.training.objective import Clip, high_entropy, policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
@@ -139,6 +139,8 @@ class TGRPOTrainer(QuestionTrainer):
         shown |= {name: f"reward/{name}" for name in (*self.terms.custom, "accuracy")}
         self.progress_series = {**shown, "loss": "loss"}
         self.step_batches: list[PolicyBatch] = []
+        soft = args.sapo_temperature_pos, args.sapo_temperature_neg
+        self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         if args.scale_rewards == "task":
             callbacks = [*(callbacks or []), TaskMoments()]
         super().__init__(
@@ -217,7 +219,7 @@ class TGRPOTrainer(QuestionTrainer):
         # log π_old, log π_ref and min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
         self.complete(batch, model, policy.logprobs.detach())
 
-        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens` and π_vLLM
+        # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens`, π_vLLM and entropy
         result = policy_loss(
             policy.logprobs,
             batch.old_logprobs,
@@ -225,11 +227,12 @@ class TGRPOTrainer(QuestionTrainer):
             policy.lengths,
             normaliser=num_items_in_batch,
             loss_type=args.loss_type,
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon_high,
+            clip=self.clip,
+            importance_sampling_level=args.importance_sampling_level,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
-            token_weights=batch.token_weights,
+            token_weights=self.token_weights(batch, policy),
+            counted=batch.finished if args.mask_truncated_completions else None,
         )
         describe_update(self.meter, policy, result)
         loss = self.watched(result.loss, batch.problem_ids)
@@ -308,6 +311,20 @@ class TGRPOTrainer(QuestionTrainer):
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
             )
+
+    def token_weights(self, batch: PolicyBatch, policy: GroupLogprobs) -> Tensor | None:
+        """[N]: the batch's own, and 0 outside the share of highest entropy of all processes' micro-batch."""
+        share = self.settings.top_entropy_quantile
+        if share == 1.0:
+            return batch.token_weights
+        assert policy.entropy is not None
+        counted = (
+            batch.finished if self.settings.mask_truncated_completions else torch.ones(len(policy.lengths))
+        )
+        among = policy.entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
+        everywhere = torch.cat(gather(among))
+        kept = high_entropy(policy.entropy, everywhere.to(policy.entropy), share).float()
+        return kept if batch.token_weights is None else kept * batch.token_weights.to(kept)
 
     def complete(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
         """Before the first update on a batch's rollouts, whose policy is that of the rollouts: its log-probs
