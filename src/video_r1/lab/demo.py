@@ -7,6 +7,7 @@ OUT/summary.json, OUT/report.html
 """
 
 import json
+import logging
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(train=3200, test=560, sft=320, rl=220)
-QUICK = Size(train=480, test=100, sft=100, rl=10)
+QUICK = Size(train=480, test=100, sft=140, rl=10)
 PROCESSES = 2  # of training, one thread each: for so small a model worth more than threads
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
@@ -98,6 +99,8 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
         _train("sft", size.sft, seed=seed, **asked)
     with _timed(seconds, "rl"):
         asked = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
+        if size == QUICK:  # a cold start of so few steps may answer nothing yet
+            asked["preflight_questions"] = 0
         _train("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
@@ -142,10 +145,14 @@ def _train(command: str, steps: int, **settings: Any) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed says it itself
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     in_all = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
     settings |= {"max_steps": steps, "per_device_train_batch_size": in_all // PROCESSES}
     texts = {name: str(value) for name, value in settings.items()}
-    config = LaunchConfig(1, 1, PROCESSES, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    config = LaunchConfig(
+        1, 1, PROCESSES, run_id=command, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+    )
     try:
         elastic_launch(config, train_share)(command, texts)
     except SignalException as signal:
