@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, tiny_checkpoint
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -28,6 +29,19 @@ def test_loads_each_family(checkpoints: dict[str, Path], family: str, multiple: 
     assert model.config.model_type == family
     assert model.dtype == torch.bfloat16 and not model.training
     assert size_multiple(load_processor(checkpoints[family])) == multiple
+
+
+def test_experts_are_saved_as_published(tmp_path: Path) -> None:
+    """vLLM reads those of Qwen3-VL-MoE as [experts, in, out], and transformers either way."""
+    made = load_model(tiny_checkpoint("qwen3_vl_moe", tmp_path / "made", for_vllm=True))
+    made.save_pretrained(tmp_path / "saved")
+    saved, own = load_file(tmp_path / "saved" / "model.safetensors"), made.state_dict()
+    turned = [name for name in own if ".experts." in name]
+    assert len(turned) == 2 * 3
+    for name, weight in own.items():
+        assert torch.equal(saved[name], weight.transpose(1, 2) if name in turned else weight), name
+    again = load_model(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], weight) for name, weight in own.items())
 
 
 def copy_without(folder: Path, target: Path, *patterns: str) -> Path:

@@ -153,11 +153,11 @@ def test_the_scan_finds_what_it_looks_for() -> None:
         "import torch._C\nfrom transformers import Trainer\nfrom transformers.trainer_utils import x\n"
         "from torch.utils.data import Dataset\nfrom torch.utils import _pytree\n"
         "class A(Trainer):\n    def _save(self): super()._load_best_model()\n"
-        "    def _mine(self): self._train\n"
+        "    def _mine(self): self._theirs\n"
         "setattr(x, '_patched', 1)\nmodel.config._attn = 2\npair._replace(a=1)\n"
     )
     assert private_imports(tree) == {"torch._C", "transformers.trainer_utils", "_pytree"}
-    assert private_attributes(tree) == {"_load_best_model", "_train", "_patched", "_attn"}
+    assert private_attributes(tree) == {"_load_best_model", "_theirs", "_patched", "_attn"}
     assert private_overrides(tree) == {"_save"}
 
 

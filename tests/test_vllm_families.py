@@ -105,9 +105,10 @@ def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) 
 def test_sampling_on_a_server(family: str, tmp_path: Path) -> None:
     """A real `vllm serve` of the family's checkpoint."""
     processor, prompts = tiny_processor(family), prompts_of(family)
-    model_of(family).save_pretrained(tmp_path / "model")
+    model_of(family).save_pretrained(tmp_path / "made")
+    model: Any = load_model(tmp_path / "made")
+    model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
-    model: Any = load_model(tmp_path / "model")
     dtype = str(model.dtype).removeprefix("torch.")
     server = ServerProcess(tmp_path, tmp_path / "model", dtype)
     server.start()

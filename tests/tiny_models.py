@@ -159,7 +159,8 @@ def tiny_model(
             text.pop("bos_token_id")
             vision["deepstack_visual_indexes"] = [0, 1]
         if family.endswith("_moe"):
-            text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+            text |= {"num_experts": 4, "num_experts_per_tok": 2,
+                     "moe_intermediate_size": 96 if for_vllm else 32,
                      "shared_expert_intermediate_size": 32, "norm_topk_prob": True}  # fmt: skip
         kind, configuration = LATER[family]
         model = kind(configuration(**parts))

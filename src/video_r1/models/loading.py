@@ -17,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     ProcessorMixin,
 )
+from transformers.core_model_loading import Transpose
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -91,6 +92,8 @@ def load_model(
         keep_codes_as_they_are(model)
     if is_deepspeed_zero3_enabled():
         keep_angles_exact(model)
+    if (family := find_family(config)) and family.transposed_experts:
+        keep_published_layout(model)
     return model if device is None else model.to(device)
 
 
@@ -117,6 +120,18 @@ def keep_angles_exact(model: Any) -> None:
             module._buffers[name] = module._buffers[name].float()
         if rounded:
             model._init_weights(module)  # transformers computes them once more
+
+
+def keep_published_layout(model: Any) -> None:
+    """Lets a model save its experts' tensors as published checkpoints have them, which is what vLLM reads.
+
+    transformers (5.19) transposes them while it loads a file whose shapes ask for it. Before it saves, it
+    looks at its own tensors' shapes, and leaves them as they are.
+    """
+    for conversion in model._weight_conversions:
+        for operation in getattr(conversion, "operations", ()):
+            if isinstance(operation, Transpose):
+                operation.check_dims = False
 
 
 def load_processor(path: str | Path, trust_remote_code: bool = False) -> ProcessorMixin:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.models.family import known_families
+from video_r1.models.family import find_family
 from video_r1.rollout.vllm.last_error import keep_last_error
 from video_r1.settings.carried import RECORD, read_record
 
@@ -33,7 +33,7 @@ VARIABLE = "VIDEO_R1_POSITIONS"
 
 def rule_of_training(config: Any) -> str | None:
     """The rule that a model is trained with here, by its config; None where all rules agree."""
-    family = known_families().get(config.model_type)
+    family = find_family(config)
     return None if family is None or family.timestamp_tokens else "transformers"
 
 

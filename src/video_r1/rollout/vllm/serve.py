@@ -12,7 +12,7 @@ from typing import Any
 
 from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
-from video_r1.models.family import known_families
+from video_r1.models.family import find_family
 from video_r1.recipe_files import MadeFor
 from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions, rule_of_training, warn_of_positions
 from video_r1.settings.vllm import ServeSettings
@@ -44,7 +44,7 @@ def cpu_options(config: Any, dtype: str) -> dict[str, Any]:
 
     Raises ConfigError where vLLM's kernels for CPUs cannot run its layers with a state (Qwen3.5).
     """
-    family = known_families().get(config.model_type)
+    family = find_family(config)
     if family is None or family.state_functions is None:
         return dict(CPU_OPTIONS)
     if dtype not in ("auto", "bfloat16"):

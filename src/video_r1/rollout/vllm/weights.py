@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from video_r1.models.adapters import adapted_name, merged_weight, whole
-from video_r1.models.family import known_families
+from video_r1.models.family import find_family
 from video_r1.models.four_bits import dense_weight, is_four_bit
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import EXPERTS
@@ -36,7 +36,7 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if hasattr(layer, "get_delta_weight")
     }
     small = {f"{_without_layers(name)}.weight": layer for name, layer in layers.items() if is_four_bit(layer)}
-    family = known_families().get(inner.config.model_type)
+    family = find_family(inner)
     turned = EXPERTS if family is not None and family.transposed_experts else ()
     names = set()
     # state_dict() would share out again what FSDP2 has gathered
