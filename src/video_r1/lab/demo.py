@@ -95,10 +95,10 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
         made = LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, hasty=HASTY)
         write_lab(made)
     with _timed(seconds, "sft"):
-        asked = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
-        _train("sft", size.sft, seed=seed, **asked)
+        sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
+        _train("sft", size.sft, seed=seed, **sft)
     with _timed(seconds, "rl"):
-        asked = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
+        asked: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
         if size == QUICK:  # a cold start of so few steps may answer nothing yet
             asked["preflight_questions"] = 0
         _train("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
@@ -106,8 +106,8 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            asked = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "seed": seed}
-            recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in asked.items()})
+            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "seed": seed}
+            recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in test.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         (figures[stage],) = summary["frames"].values()

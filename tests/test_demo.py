@@ -1,0 +1,35 @@
+"""The quick demo, as a user starts it; and what it says when a stage fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from video_r1.errors import VideoR1Error
+from video_r1.lab import demo
+
+
+@pytest.mark.slow
+def test_the_quick_demo_goes_through_all_stages(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "video_r1", "demo", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
+        "== lab", "== sft", "== rl", "== eval-base", "== eval-sft", "== eval-rl",
+    ]  # fmt: skip
+    assert "It learns nothing" in done.stdout and "Traceback" not in done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["accuracy"]) == {"base", "sft", "rl"} and (tmp_path / "report.html").is_file()
+    lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, demo.QUICK.rl + 1))
+
+
+def test_a_stage_that_fails_says_why_and_ends_the_demo(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(VideoR1Error, match="sft: training failed; what it said stands above"):
+        demo._train("sft", 1, train_manifest=tmp_path / "missing.json", output_dir=tmp_path / "run")
+    said = capfd.readouterr().err
+    assert "missing.json" in said and "Traceback" not in said
