@@ -27,7 +27,7 @@ from video_r1.models.loading import add_lora, freeze_vision
 from video_r1.rollout.choice import in_process_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.general import GeneralEngine
-from video_r1.rollout.sampling import prompt_seeds
+from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 
 PROCESSORS = {family: general_processor(family) for family in GENERAL}
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
@@ -247,6 +247,11 @@ def test_logprobs_equal_those_of_the_update(family: str) -> None:
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
     torch.testing.assert_close(sampled, scored.logprobs, atol=1e-5, rtol=0)
     seeds = tuple(prompt_seeds(5, 4))
+    numbers = torch.rand(4, 16, generator=torch.Generator().manual_seed(seeds[0]))  # as the fast engine's
+    for row, rollout in zip(numbers, groups[0], strict=True):
+        with torch.no_grad():
+            chances = sampling_logprobs(plain_logits(model, prompts[0], rollout.token_ids), 0.8)
+        assert torch.equal(draw_tokens(chances, row[: len(chances)]), rollout.token_ids)
     alone = GeneralEngine(model, PROCESSORS[family]).generate(
         prompts[2:3], SamplingSettings(n=4, temperature=0.8, max_tokens=16, seed=seeds[2:3])
     )
