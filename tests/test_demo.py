@@ -30,6 +30,6 @@ def test_a_stage_that_fails_says_why_and_ends_the_demo(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(VideoR1Error, match="sft: training failed; what it said stands above"):
-        demo._train("sft", 1, train_manifest=tmp_path / "missing.json", output_dir=tmp_path / "run")
+        demo.train_stage("sft", 1, train_manifest=tmp_path / "missing.json", output_dir=tmp_path / "run")
     said = capfd.readouterr().err
     assert "missing.json" in said and "Traceback" not in said

@@ -96,12 +96,12 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
         write_lab(made)
     with _timed(seconds, "sft"):
         sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
-        _train("sft", size.sft, seed=seed, **sft)
+        train_stage("sft", size.sft, seed=seed, **sft)
     with _timed(seconds, "rl"):
         asked: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
         if size == QUICK:  # a cold start of so few steps may answer nothing yet
             asked["preflight_questions"] = 0
-        _train("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
+        train_stage("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
@@ -139,7 +139,7 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds[stage] = time.perf_counter() - start
 
 
-def _train(command: str, steps: int, **settings: Any) -> None:
+def train_stage(command: str, steps: int, **settings: Any) -> None:
     """A training command in processes of its own, as torchrun starts them."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
