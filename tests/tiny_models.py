@@ -160,8 +160,9 @@ def tiny_model(
             vision["deepstack_visual_indexes"] = [0, 1]
         if family.endswith("_moe"):
             text |= {"num_experts": 4, "num_experts_per_tok": 2,
-                     "moe_intermediate_size": 96 if for_vllm else 32,
-                     "shared_expert_intermediate_size": 32, "norm_topk_prob": True}  # fmt: skip
+                     "moe_intermediate_size": 96 if for_vllm else 32}  # fmt: skip
+            # Each has its own: vLLM makes layers of what it finds in a config.
+            text |= {"shared_expert_intermediate_size": 32} if family in HYBRID else {"norm_topk_prob": True}
         kind, configuration = LATER[family]
         model = kind(configuration(**parts))
     else:
