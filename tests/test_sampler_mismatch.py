@@ -35,7 +35,7 @@ def group(*completions: list[float]) -> Any:
 def test_weights_and_series() -> None:
     meter = Meter()
     weights = sampler_weights(
-        TRAINER, [group(*SAMPLED)], VLLMSettings(vllm_importance_sampling_cap=1.2), meter
+        TRAINER, [group(*SAMPLED)], VLLMSettings(vllm_importance_sampling_clip_max=1.2), meter
     )
     assert weights is not None
     # exp(0.5) = 1.649 is capped, exp(-1) = 0.368 and exp(0) = 1 are not
@@ -44,6 +44,34 @@ def test_weights_and_series() -> None:
     assert series["sampler/logprob_difference"] == pytest.approx(0.5)  # (0.5 + 1 + 0) ÷ 3
     assert series["sampler/logprob_difference_max"] == pytest.approx(1.0)
     assert series["sampler/share_capped"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("mode", "bounds", "expected"),
+    [
+        # ratios by token: e^0.5, e^-1 | 1; of the responses: e^-0.5 | 1
+        ("token_truncate", (0.5, 1.2), [1.2, 0.5, 1.0]),
+        ("token_mask", (0.5, 1.2), [0.0, 0.0, 1.0]),
+        ("token_mask", (None, None), [math.exp(0.5), math.exp(-1), 1.0]),
+        ("sequence_truncate", (0.7, None), [0.7, 0.7, 1.0]),
+        ("sequence_mask", (None, 0.9), [math.exp(-0.5), math.exp(-0.5), 0.0]),
+    ],
+)
+def test_modes_by_hand(mode: Any, bounds: tuple[float | None, float | None], expected: list[float]) -> None:
+    low, high = bounds
+    settings = VLLMSettings(
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high,
+    )  # fmt: skip
+    weights = sampler_weights(TRAINER, [group(*SAMPLED)], settings, Meter())
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+def test_the_old_name_of_the_largest_weight_still_works(caplog: pytest.LogCaptureFixture) -> None:
+    old = VLLMSettings(vllm_importance_sampling_cap=1.2)
+    weights = sampler_weights(TRAINER, [group(*SAMPLED)], old, Meter())
+    assert weights is not None and weights[0].item() == pytest.approx(1.2)
+    assert "it is vllm_importance_sampling_clip_max now" in caplog.text
 
 
 def test_means_are_over_tokens_and_the_peak_over_all() -> None:
@@ -99,6 +127,7 @@ def test_weights_that_do_not_arrive_are_said(
     ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
     ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url"),
     ({"vllm_importance_sampling_cap": 0.0}, "vllm_importance_sampling_cap"),
+    ({"vllm_importance_sampling_clip_min": 2.5}, "vllm_importance_sampling_clip_min"),
     ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization"),
     ({"vllm_server_timeout": 0.0}, "vllm_server_timeout"),
 ])  # fmt: skip

@@ -1,10 +1,13 @@
 """Settings of training with vLLM. Names that TRL's `GRPOConfig` has are its names."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
+
+ImportanceMode = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
 
 @dataclass(kw_only=True)
@@ -23,11 +26,29 @@ class VLLMSettings(Settings):
     vllm_importance_sampling_correction: bool = setting(
         True, "weight each token by the trainer's over vLLM's probability of it"
     )
-    vllm_importance_sampling_cap: float = setting(2.0, "largest such weight", above=0)
+    vllm_importance_sampling_mode: ImportanceMode = setting(
+        "token_truncate",
+        "whose weight: each token's or its whole response's; one out of bounds is set to the bound or to 0",
+    )
+    vllm_importance_sampling_clip_max: float | None = setting(2.0, "largest such weight", above=0)
+    vllm_importance_sampling_clip_min: float | None = setting(None, "smallest such weight", at_least=0)
+    vllm_importance_sampling_cap: float | None = setting(None, "the old name of …_clip_max", above=0)
     async_rollouts: int = setting(0, "1: a server samples the next step meanwhile, with weights one step old")
+
+    @property
+    def importance_bounds(self) -> tuple[float, float]:
+        """The smallest and the largest importance weight."""
+        largest = self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
+        return self.vllm_importance_sampling_clip_min or 0.0, math.inf if largest is None else largest
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
+        smallest, largest = self.importance_bounds
+        if smallest >= largest:
+            yield (
+                "vllm_importance_sampling_clip_min",
+                f"is {smallest}, not below the largest weight ({largest}); lower it",
+            )
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,8 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.metrics import Meter
+from video_r1.training.metrics import Meter, warn_once
+from video_r1.training.objective import importance_weights
 
 logger = logging.getLogger(__name__)
 
@@ -97,19 +99,25 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
 def sampler_weights(
     trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
 ) -> Tensor | None:
-    """Importance weights [N] of the groups' ordered completion tokens, min(π_trainer ÷ π_sampler, cap):
-    truncated importance sampling, by token. None where the settings want no correction.
+    """Importance weights [N] of the groups' ordered completion tokens (`importance_weights`). None where the
+    settings want no correction.
 
     trainer_logprobs: [N] of the model before the update, detached. Adds to the series
     `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
     """
-    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
-    difference = trainer_logprobs - sampled.to(trainer_logprobs)  # [N]
-    weights, cap, tokens = difference.exp(), settings.vllm_importance_sampling_cap, len(sampled)
+    if settings.vllm_importance_sampling_cap is not None:
+        warn_once("vllm_importance_sampling_cap still works; it is vllm_importance_sampling_clip_max now")
+    rollouts = [rollout for group in groups for rollout in group.ordered]
+    sampled = torch.cat([rollout.logprobs for rollout in rollouts]).to(trainer_logprobs)
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=sampled.device)
+    difference = trainer_logprobs - sampled  # [N]
+    mode, bounds = settings.vllm_importance_sampling_mode, settings.importance_bounds
+    weights, tokens = importance_weights(difference, lengths, mode, bounds), len(sampled)
     meter.add("sampler/logprob_difference", float(difference.abs().sum()), tokens)
     meter.peak("sampler/logprob_difference_max", float(difference.abs().max()))
-    meter.add("sampler/share_capped", float((weights > cap).sum()), tokens)
-    return weights.clamp(max=cap) if settings.vllm_importance_sampling_correction else None
+    unbounded = importance_weights(difference, lengths, mode, (0.0, math.inf))
+    meter.add("sampler/share_capped", float((weights != unbounded).sum()), tokens)
+    return weights if settings.vllm_importance_sampling_correction else None
 
 
 class SamplerCheck(TrainerCallback):

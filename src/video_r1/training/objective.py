@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from video_r1.errors import ConfigError
+from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
@@ -96,7 +97,8 @@ def policy_loss(
 
     log_ratio = logprobs - old_logprobs
     if importance_sampling_level == "sequence":
-        log_ratio = _by_token(_response_means(log_ratio, lengths), lengths, len(logprobs))
+        means = _response_sums(log_ratio, lengths) / lengths.clamp(min=1)
+        log_ratio = _by_token(means, lengths, len(logprobs))
     ratio = log_ratio.exp()
     token_loss = -objective.surrogate(ratio, logprobs, token_advantages, clip)
     if token_weights is not None:
@@ -178,6 +180,23 @@ def objective_of(loss_type: str) -> Objective:
     return found if isinstance(found, Objective) else Objective(found)
 
 
+def importance_weights(
+    log_ratio: Tensor, lengths: Tensor, mode: ImportanceMode, bounds: tuple[float, float]
+) -> Tensor:
+    """[N] weights π_trainer ÷ π_sampler, for tokens that another engine sampled.
+
+    log_ratio: [N], log π_trainer − log π_sampler, detached. `token_…`: each token's own; `sequence_…`: the
+    product over its response. `…_truncate`: clipped to the bounds; `…_mask`: 0 beyond them. All as in TRL.
+    """
+    level, _, beyond = mode.partition("_")
+    if level == "sequence":
+        log_ratio = _by_token(_response_sums(log_ratio, lengths), lengths, len(log_ratio))
+    weights, (low, high) = log_ratio.exp(), bounds
+    if beyond == "truncate":
+        return weights.clamp(low, high)
+    return weights.masked_fill((weights < low) | (weights > high), 0.0)
+
+
 def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
     """[N] bool: tokens whose entropy [N] is among the top `share` of those of `everywhere` [M] (arXiv
     2506.01939); none where M is 0.
@@ -222,10 +241,10 @@ def _by_token(values: Tensor, lengths: Tensor, tokens: int) -> Tensor:
     return torch.repeat_interleave(values, lengths, output_size=tokens)
 
 
-def _response_means(values: Tensor, lengths: Tensor) -> Tensor:
+def _response_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """[N] -> [R]"""
     owners = _by_token(torch.arange(len(lengths), device=values.device), lengths, len(values))
-    return values.new_zeros(len(lengths)).index_add(0, owners, values) / lengths.clamp(min=1)
+    return values.new_zeros(len(lengths)).index_add(0, owners, values)
 
 
 def _mean(values: Tensor) -> Tensor:
