@@ -1,6 +1,7 @@
 """The whole system from one command, on two cores: lab data, SFT, T-GRPO, evaluation in both orders, report.
 
 OUT/lab/            media and manifests
+OUT/frames/         decoded frames, which the stages share
 OUT/sft/, OUT/rl/   run folders
 OUT/eval-base/ …    predictions and figures of the three checkpoints
 OUT/summary.json, OUT/report.html
@@ -43,7 +44,8 @@ RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("base", "sft", "rl")
 MARK = ".demo"
 """The empty file that tells a folder of a demo, which the next one may replace, from any other."""
-FOLDERS = ("lab", "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
+CACHE = "frames"
+FOLDERS = ("lab", CACHE, "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
 def run_demo(out: str | Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
@@ -90,23 +92,24 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
+    shared = {"seed": seed, "frame_cache": out / CACHE}
     start = time.perf_counter()
     with _timed(seconds, "lab"):
         made = LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, hasty=HASTY)
         write_lab(made)
     with _timed(seconds, "sft"):
         sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
-        train_stage("sft", size.sft, seed=seed, **sft)
+        train_stage("sft", size.sft, **shared, **sft)
     with _timed(seconds, "rl"):
         asked: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
         if size == QUICK:  # a cold start of so few steps may answer nothing yet
             asked["preflight_questions"] = 0
-        train_stage("rl", size.rl, seed=seed, model_name_or_path=checkpoints["sft"], **asked)
+        train_stage("rl", size.rl, **shared, model_name_or_path=checkpoints["sft"], **asked)
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "seed": seed}
+            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, **shared}
             recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in test.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
