@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 import torch
 from group_batches import build, expanded_logprobs, make_prompt, tokens_of
+from tiny_models import tiny_model, tiny_processor
 from torch import Tensor
+from vllm_prompts import clip_prompts, differences
 
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
@@ -29,7 +31,9 @@ from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout import captured
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
+from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.commands import LabSettings
+from video_r1.settings.vllm import VLLMSettings
 
 pytestmark = pytest.mark.gpu
 
@@ -264,6 +268,21 @@ def test_vllm_in_the_process_sleeps(lab: Path, tmp_path: Path, figures: Figures)
     folder = run(tmp_path / "vllm", *words)
     figures["logprob_difference"] = series(folder, "sampler/logprob_difference")
     assert len(figures["logprob_difference"]) == 3 and max(figures["logprob_difference"]) < 0.05
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
+def test_vllm_in_the_process_samples_videos(family: str, figures: Figures) -> None:
+    """By the kernels that vLLM has for a GPU, in bfloat16."""
+    processor = tiny_processor(family)
+    model: Any = tiny_model(family, processor.tokenizer, for_vllm=True).bfloat16()
+    model, prompts = model.to(DEVICE), clip_prompts(processor)
+    settings = VLLMSettings(vllm_gpu_memory_utilization=0.2)
+    engine = VLLMEngine(model, processor, max_model_len=1024, settings=settings)
+    groups = engine.generate(prompts, SamplingSettings(n=4, max_tokens=16, seed=0))
+    figures["logprob_difference"] = float(differences(model, prompts, groups).mean())
+    engine.close()
+    assert figures["logprob_difference"] < 0.05
 
 
 @pytest.mark.vllm

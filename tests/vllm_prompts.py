@@ -55,7 +55,7 @@ def differences(model: Any, prompts: Sequence[Prompt], groups: Sequence[Sequence
     """|log π_trainer − log π_sampler| of every completion token."""
     completions = [[rollout.token_ids for rollout in group] for group in groups]
     with torch.no_grad():
-        scored = group_logprobs(model, prompts, completions).logprobs
+        scored = group_logprobs(model, prompts, completions).logprobs.cpu()
     return (scored - torch.cat([rollout.logprobs for group in groups for rollout in group])).abs()
 
 
