@@ -36,8 +36,8 @@ class Size(NamedTuple):
     rl: int
 
 
-FULL = Size(train=3200, test=560, sft=320, rl=220)
-QUICK = Size(train=480, test=100, sft=140, rl=10)
+FULL = Size(train=3200, test=560, sft=480, rl=150)
+QUICK = Size(train=400, test=80, sft=120, rl=8)
 PROCESSES = 2  # of training, one thread each: for so small a model worth more than threads
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}

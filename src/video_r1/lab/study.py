@@ -53,6 +53,7 @@ ARMS: dict[str, dict[str, Any]] = {
 }
 """What each arm sets beside the recipe lab-tgrpo."""
 HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
+SFT_STEPS = 320
 QUESTIONS = 2400  # made for RL; those about images, one of five, are left out
 OTHER_QUESTIONS = 1000  # added to a seed for the training questions, which no cold start has seen
 VIDEOS = "videos.json"
@@ -204,11 +205,8 @@ def make_cold_start(settings: StudySettings, seed: int) -> None:
     if (cold / "weights.json").is_file():
         return
     run = begun_anew(cold / "run")
-    run_sft(
-        load_recipe(
-            "sft", "lab-sft", {"train_manifest": cold / "lab/sft.json", "output_dir": run, "seed": seed}
-        )
-    )
+    asked = {"train_manifest": cold / "lab/sft.json", "output_dir": run, "seed": seed, "max_steps": SFT_STEPS}
+    run_sft(load_recipe("sft", "lab-sft", asked))
     weights = sha256((run / "model.safetensors").read_bytes()).hexdigest()
     replace_json(cold / "weights.json", {"sha256": weights})
 
