@@ -16,7 +16,7 @@ install: ## set up .venv
 install-test: install ## add what tests use besides: DeepSpeed, bitsandbytes, trackers, vLLM for CPUs
 	@VENV=$(VENV) setup/install-test.sh
 
-demo: install ## the whole pipeline on made-up clips, about 10 minutes on two cores; see runs/demo
+demo: install ## the whole pipeline on made-up clips, about 5 minutes on two cores; see runs/demo
 	$(PY) -m video_r1 demo
 
 test: install-test ## the fast tests

@@ -53,7 +53,7 @@ def test_every_table_of_figures_says_what_makes_it(name: str) -> None:
     tables = list(TABLE.finditer(text))
     assert tables
     for table in tables:
-        if re.search(r"(?<![\w.])\d[\d,]*\.\d", "".join(table[0].splitlines()[2:])):
+        if re.search(r"(?<![\w.-])\d[\d,]*\.\d", "".join(table[0].splitlines()[2:])):
             assert table.start() in marked, table[0].splitlines()[0]
 
 
