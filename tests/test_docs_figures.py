@@ -18,7 +18,6 @@ PAGES = sorted(DOCS.glob("*.md"))
 MEASURED = ("demo.md", "models.md", "performance.md")
 """Pages on which every table of figures says where they are from."""
 WITHOUT_JSON = {
-    "demo.md demo_seconds",
     "models.md states",
     "performance.md annotation",
     "performance.md decode",
