@@ -55,6 +55,7 @@ READ = {
     "serve": "it needs vLLM, and does not end",
     "lab study": "it takes hours",
     "demo": "it takes minutes",
+    "studio": "it does not end",
 }
 """Commands that are read alone, and why. They have tests of their own."""
 MODELS = ("model", "model_name_or_path")

@@ -10,8 +10,8 @@ import pytest
 from resume_runs import comparable, finish, kill_often, start, wait_for_phase, write_recipe
 from tiny_questions import read_lines
 
+from video_r1.files import is_finished
 from video_r1.training.checkpoints import last_whole_checkpoint, publish_files, publish_folder
-from video_r1.training.runs import is_finished
 
 
 @pytest.fixture(scope="module")

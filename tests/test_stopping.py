@@ -18,8 +18,8 @@ from test_resume import same_run
 from tiny_questions import read_lines
 from transformers import TrainerControl, TrainerState
 
+from video_r1.files import is_finished
 from video_r1.signals import Interrupted, ended_by_signals, told_of_signals
-from video_r1.training.runs import is_finished
 from video_r1.training.stopping import StopWhenAsked
 
 SLOW = 60.0

@@ -1,4 +1,4 @@
-"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,lab,demo}`.
+"""The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,studio,lab,demo}`.
 
 Words are split into setting names and text here, `recipe` turns them into checked settings, and the function
 that `commands` names for them does the work. It is imported then, so that help and refusals come at once.

@@ -20,6 +20,7 @@ from video_r1.settings.commands import (
     MergeSettings,
     PlanSettings,
     ReportSettings,
+    StudioSettings,
     StudySettings,
 )
 from video_r1.settings.decoding import AskSettings, AuditSettings, BenchmarkSettings, EvalSettings
@@ -134,6 +135,10 @@ COMMANDS: dict[str, Command] = {
     "report": Command(
         "one HTML page from a run folder, or from several to compare", "report.page:build_report", "values",
         (ReportSettings,), ("run",), ("run",), ("report runs/rl", "report runs/grpo runs/tgrpo")),
+    "studio": Command(
+        "a local page over run folders that follows them while they train", "studio.command:run_studio",
+        "values", (StudioSettings,), ("folders",), (),
+        ("studio", "studio runs /mnt/shared/runs", "studio runs --host 0.0.0.0 --port 8080")),
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
         examples=("demo", "demo --quick", "demo --seed 1")),

@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from video_r1.errors import RequestError
+from video_r1.errors import RequestError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +140,8 @@ def claimed(folder: Path) -> Iterator[None]:
     """Inside, no other process may claim the folder, which is made where it is missing.
 
     The system releases the claim when the process ends, however it ends. Claims of one process may be nested.
-    Raises RequestError, which names the process, when the folder is taken.
+    Where the block fails, the lock file says why (`Claim`). Raises RequestError, which names the process,
+    when the folder is taken.
     """
     folder = folder.resolve()
     if folder in _claimed:
@@ -162,8 +164,49 @@ def claimed(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         _claimed.add(folder)
+        ended = ""
         try:
             yield
+        except BaseException as error:
+            word = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            ended = f"{word}: {first_line(error)[:1000]}"
+            raise
         finally:
             _claimed.discard(folder)
             file.truncate(0)
+            file.write(ended)
+
+
+class Claim(NamedTuple):
+    """What a folder's lock file says: the process that claims it, or claimed it and was killed; or how the
+    last claim ended ("failed", "stopped") and why. All empty after one that did its work.
+    """
+
+    process: int | None = None
+    host: str = ""
+    ended: str = ""
+    why: str = ""
+
+
+def parse_claim(text: str) -> Claim:
+    """
+    >>> parse_claim("process 17 on node3"), parse_claim("failed: CUDA out of memory").why
+    (Claim(process=17, host='node3', ended='', why=''), 'CUDA out of memory')
+    """
+    if held := re.fullmatch(r"process ([1-9]\d{0,8}) on (\S+)", text.strip()):
+        return Claim(process=int(held[1]), host=held[2])
+    ended, _, why = text.strip().partition(": ")
+    return Claim(ended=ended, why=why) if ended in ("failed", "stopped") else Claim()
+
+
+LAST_FILES = ("adapter_config.json", "config.json")
+"""Without them a folder is no model. They are put in place last."""
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's model was saved after its last start, which writes config.yaml."""
+    settings = folder / "config.yaml"
+    if not settings.is_file() or not any(folder.glob("*.safetensors")):
+        return False
+    model = [path for name in LAST_FILES if (path := folder / name).is_file()]
+    return any(path.stat().st_mtime_ns >= settings.stat().st_mtime_ns for path in model)

@@ -129,6 +129,7 @@ def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
     page = build_report(out)
     print(json.dumps(summary, indent=1))
     print(f"report: {page}")
+    print(f"to look at it, or at one that is running: video-r1 studio {out}")
     if size == QUICK:
         print("A quick demo shows that every stage runs. It learns nothing: video-r1 demo does, in minutes.")
     return summary

@@ -84,6 +84,16 @@ const LINE_COLOURS = new Map(
   ["multiple choice", "numerical", "OCR", "free-form", "regression", "video", "image"].map((label, i) => [label, i]),
 );
 
+/** What a chart's x is: how a value is written, and which values may have a tick. */
+const AXES = {
+  step: { name: "step", show: (value) => show(value), whole: true },
+  time: { name: "after", show: (seconds) => clockTime(seconds) },
+  tokens: { name: "tokens", show: (value) => compact(value) },
+};
+
+const clockTime = (seconds) => (seconds < 60 ? `${Math.round(seconds)} s` : seconds < 3600 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`);
+const compact = (value) => (value >= 1e9 ? `${show(value / 1e9)} G` : value >= 1e6 ? `${show(value / 1e6)} M` : value >= 1e3 ? `${show(value / 1e3)} k` : show(value));
+
 const LABEL_CHARACTERS = 16; // of a label at a line's end
 
 function lineColour(label) {
@@ -143,10 +153,12 @@ const shortened = (text) => (text.length > LABEL_CHARACTERS ? `${text.slice(0, L
 
 /**
  * One chart: `node` to place, `redraw(radius)` after a change of width or smoothing, `point(step)` to move the
- * cursor (null: to the last step). `onPoint(step)` is called when a reader moves it.
+ * cursor (null: to the last step), `update(spec, radius)` for lines that have grown. `onPoint(step)` is called when a
+ * reader moves the cursor.
  */
 function chart(spec, title, options) {
   const large = options.large;
+  const across = options.axis || AXES.step;
   const readout = make("output", {});
   const plot = make("div", large
     ? { class: "plot", tabindex: 0, role: "slider", "aria-orientation": "horizontal", "aria-label": `${title}: step` }
@@ -158,10 +170,16 @@ function chart(spec, title, options) {
     : make("button", { type: "button", class: "title", title: "show large", click: options.onEnlarge }, title);
   const node = make("figure", { class: large ? "chart large" : "chart" },
     make("figcaption", {}, name, large ? make("code", {}, spec.base) : "", readout), plot, keyless ? null : key);
-  const axis = spec.lines.reduce((a, b) => (b.x.length > a.length ? b.x : a), []);
-  const first = Math.min(...spec.lines.map((line) => line.x[0]));
-  const last = Math.max(...spec.lines.map((line) => line.x[line.x.length - 1]));
   let state = null;
+  let axis, first, last, at = null;
+
+  function update(grown, radius) {
+    spec = grown;
+    axis = spec.lines.reduce((a, b) => (b.x.length > a.length ? b.x : a), []);
+    first = Math.min(...spec.lines.map((line) => line.x[0]));
+    last = Math.max(...spec.lines.map((line) => line.x[line.x.length - 1]));
+    if (radius !== undefined) redraw(radius);
+  }
 
   function redraw(radius) {
     const width = plot.clientWidth || 300;
@@ -188,9 +206,9 @@ function chart(spec, title, options) {
         show(large ? value : Number(value.toPrecision(2)))));
     }
     const steps = large ? ticks(first, last, Math.max(3, width / 130)) : [first, last];
-    steps.filter((s) => Number.isInteger(s)).forEach((step, i) => {
+    steps.filter((s) => !across.whole || Number.isInteger(s)).forEach((step, i) => {
       const anchor = x(step) > right - 12 ? "end" : x(step) < margin.left + 14 ? "start" : "middle";
-      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, i ? show(step) : `step ${show(step)}`));
+      marks.push(draw("text", { class: "tick", x: x(step), y: height - 4, "text-anchor": anchor }, i ? across.show(step) : `${across.name} ${across.show(step)}`));
     });
     for (const line of lines.filter((l) => l.main && radius && l.s !== l.y)) {
       marks.push(draw("path", { class: "raw", d: path(line.x, line.y), stroke: line.colour }));
@@ -206,32 +224,33 @@ function chart(spec, title, options) {
     plot.replaceChildren(picture);
     state = { x, y, lines, cursor, dots, labels, width, margin, height, right };
     key.hidden = direct;
-    point(null);
+    point(at);
   }
 
   function point(step) {
+    at = step;
     if (!state) return;
-    const at = step === null ? last : step;
+    const here = step === null ? last : step;
     const values = state.lines.map((line) => {
-      const i = nearest(line.x, at);
+      const i = nearest(line.x, here);
       return { line, step: line.x[i], raw: line.y[i], shown: line.s[i] };
     });
     state.cursor.classList.toggle("off", step === null);
-    fill(state.cursor, { x1: state.x(at), x2: state.x(at) }, []);
+    fill(state.cursor, { x1: state.x(here), x2: state.x(here) }, []);
     values.forEach((v, i) => fill(state.dots[i], { cx: state.x(v.step), cy: state.y(v.shown) }, []));
     const averaged = spec.lines[0].averaged;
     const bad = spec.lines.reduce((sum, line) => sum + line.bad, 0);
     readout.replaceChildren(
       single || (spec.lines[0].main && !spec.overlay) ? make("b", {}, show(values[0].raw)) : "",
-      large || step !== null ? ` step ${show(spec.overlay ? at : values[0].step)}` : "",
+      large || step !== null ? ` ${across.name} ${across.show(spec.overlay ? here : values[0].step)}` : "",
       averaged > 1 ? ` (mean of ${averaged})` : "",
       bad ? make("span", { class: "bad" }, ` · ${plural(bad, "value")} not finite`) : "");
     if (large) {
       const text = values.map((v) => `${v.line.label || title} ${show(v.raw)}`).join(", ");
-      fill(plot, { "aria-valuemin": first, "aria-valuemax": last, "aria-valuenow": at, "aria-valuetext": `step ${at}: ${text}` }, []);
+      fill(plot, { "aria-valuemin": first, "aria-valuemax": last, "aria-valuenow": here, "aria-valuetext": `${across.name} ${across.show(here)}: ${text}` }, []);
     } else {
       const start = spec.lines[0];
-      fill(plot, { "aria-label": `${title}, step ${first} to ${last}: from ${show(start.y[0])} to ${show(start.y[start.y.length - 1])}` }, []);
+      fill(plot, { "aria-label": `${title}, ${across.name} ${across.show(first)} to ${across.show(last)}: from ${show(start.y[0])} to ${show(start.y[start.y.length - 1])}` }, []);
     }
     if (state.labels.length) placeLabels(values);
     else if (!keyless) {
@@ -274,7 +293,8 @@ function chart(spec, title, options) {
     const now = nearest(axis, Number(plot.getAttribute("aria-valuenow")));
     options.onPoint(axis[Math.max(0, Math.min(axis.length - 1, now + move))]);
   });
-  return { node, redraw, point };
+  update(spec);
+  return { node, redraw, point, update, spec: () => spec };
 }
 
 /** A dash in a line's colour (set as a property: the page's policy allows no style attributes). */

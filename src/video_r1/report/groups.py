@@ -19,14 +19,18 @@ def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
     path = run.folder / "rollouts.jsonl"
     index: dict[tuple[int, str], tuple[int, int, int]] = {}
     for offset, length, record in json_lines(path, run.notes):
-        strip = _strip(run.folder, record)
+        strip = strip_of(run.folder, record)
         cost = length + (strip.stat().st_size * 4 // 3 if strip else 0)  # base64
         step = whole(record.get("step"))
         # A group that a resumed run recorded again replaces the earlier one.
         index[step, str(record.get("problem_id"))] = (step, offset, cost)
     entries = sorted(index.values())
     wanted = {entries[i][1] for i in choose_evenly([cost for _, _, cost in entries], budget)}
-    groups = [_group(run.folder, record) for offset, _, record in json_lines(path) if offset in wanted]
+    groups = [
+        group_of(record, inlined(strip_of(run.folder, record)))
+        for offset, _, record in json_lines(path)
+        if offset in wanted
+    ]
     return sorted(groups, key=lambda group: group["step"]), len(entries)
 
 
@@ -44,10 +48,17 @@ def choose_evenly(costs: list[int], budget: int) -> list[int]:
     return spread(bisect(numbers, budget, key=lambda count: sum(costs[i] for i in spread(count))) - 1)
 
 
-def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
-    """A group of rollouts.jsonl with every field in its expected type: a page never trusts a file."""
+def inlined(strip: Path | None) -> str | None:
+    """A picture as an address that holds it."""
+    return strip and f"data:image/jpeg;base64,{base64.b64encode(strip.read_bytes()).decode('ascii')}"
+
+
+def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
+    """A group of rollouts.jsonl with every field in its expected type: a page never trusts a file.
+
+    strip: the address of the picture with its frames.
+    """
     frames = as_table(record.get("frames"))
-    strip = _strip(folder, record)
     count = whole(frames.get("count"))
     shown = record.get("permutation")  # of a contrast clip, which may have fewer frames or none
     permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
@@ -63,7 +74,7 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
         "answer": text(record.get("answer", "")),
         "source": text(record.get("data_source", "")),
         "path": short_path(text(record.get("path", ""))),
-        "strip": base64.b64encode(strip.read_bytes()).decode("ascii") if strip and count else None,
+        "strip": strip if count else None,
         "count": count,
         "width": finite(frames.get("width"), 1),
         "height": finite(frames.get("height"), 1),
@@ -79,16 +90,17 @@ def _group(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
 
 def _completion(item: dict[str, Any]) -> dict[str, Any]:
     rewards = as_table(item.get("rewards"))
-    written = text(item.get("text", ""))
+    written, without = text(item.get("text", "")), finite(item.get("advantage_without_temporal"))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
         "truncated": item.get("finish_reason") == "length",
         "rewards": {str(name): finite(value) for name, value in rewards.items()},
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
+        **({} if without is None else {"without": without}),
     }
 
 
-def _strip(folder: Path, record: dict[str, Any]) -> Path | None:
+def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:
     """The strip's file. None unless it is a JPEG inside the run folder: the page is passed on to others."""
     name = as_table(record.get("frames")).get("strip")
     if not isinstance(name, str) or "\0" in name:

@@ -1,6 +1,6 @@
 """One self-contained HTML page from a run folder, or from several whose curves are laid over each other.
 
-    run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the three scripts
+    run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the four scripts
 
 A page is passed on to other people, and most of what it shows was written by a model or came with a data
 set. So nothing of it ever becomes markup: all values travel as JSON in which `<`, `>` and `&` are escaped,
@@ -13,7 +13,7 @@ import html
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from video_r1.report.run_data import Run, Series, as_table, find_run_folders, fi
 from video_r1.report.scores import read_scores, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
-SCRIPTS = ("charts.js", "rollouts.js", "page.js")
+SCRIPTS = ("charts.js", "curves.js", "rollouts.js", "page.js")
 OWN_SETTINGS = ("output_dir", "run_name", "logging_dir")  # every run has its own
 END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
 
@@ -103,13 +103,14 @@ def page_data(*folders: Path) -> dict[str, Any]:
     overlay = len(folders) > 1
     runs.sort(key=lambda run: ("rl", "sft", "evaluation", "data").index(run.kind))
     recorded = [run for run in runs if (run.folder / "rollouts.jsonl").is_file()]
+    trained = {run.name: run.config for run in runs if run.series and run.config}
     groups = {run.name: read_groups(run, ROLLOUT_BYTES // len(recorded)) for run in recorded}
     return {
         "title": ", ".join(folder_names(folders)),
         "overlay": overlay,
         "figures": [] if overlay else _demo_figures(summary, scores) or _figures(runs),
         "ends": series_ends(runs) if overlay else [],
-        "differing": differing_settings(runs) if overlay else [],
+        "differing": differing_settings(trained) if overlay else [],
         "seconds": {} if overlay else as_table(summary.get("seconds")),
         "runs": [_run(run, groups.get(run.name, ([], 0))) for run in runs],
         "scores": scores,
@@ -150,11 +151,10 @@ def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
     return rows
 
 
-def differing_settings(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Rows of a table: each setting that is not the same in all runs that trained, and its value by run."""
-    trained = [run for run in runs if run.series and run.config]
-    names = dict.fromkeys(name for run in trained for name in run.config if name not in OWN_SETTINGS)
-    rows = {name: {run.name: run.config.get(name, "–") for run in trained} for name in names}
+def differing_settings(settings: Mapping[str, Mapping[str, str]]) -> list[dict[str, str]]:
+    """Rows of a table: each setting that is not the same in all runs, and its value by run."""
+    names = dict.fromkeys(name for own in settings.values() for name in own if name not in OWN_SETTINGS)
+    rows = {name: {run: own.get(name, "–") for run, own in settings.items()} for name in names}
     return [{"setting": name, **row} for name, row in rows.items() if len(set(row.values())) > 1]
 
 

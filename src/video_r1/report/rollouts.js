@@ -1,4 +1,5 @@
-// The browser of recorded groups: one question at a time, its frames and completions in both orders.
+// The browser of recorded groups: one question at a time, its frames and completions in both orders. A run's
+// `groups` are whole groups, or entries that name them, of which one is loaded when it is looked at.
 
 const OUTCOMES = {
   any: ["any", () => true],
@@ -6,6 +7,7 @@ const OUTCOMES = {
   some: ["some right", (group) => share(group) > 0 && share(group) < 1],
   none: ["none right", (group) => share(group) === 0],
   gap: ["more right in order than with the contrast", (group) => gap(group) > 0],
+  flat: ["no variance: nothing is learnt", (group) => group.flat ?? new Set(group.ordered.map((c) => c.total)).size <= 1],
 };
 const SORTS = {
   step: ["by step", (a, b) => a.step - b.step],
@@ -17,6 +19,13 @@ const COMPLETION_SORTS = {
   reward: ["highest reward first", (a, b) => (b.total ?? accuracy(b)) - (a.total ?? accuracy(a))],
   length: ["longest first", (a, b) => b.tokens - a.tokens],
   sampled: ["as sampled", () => 0],
+};
+const COMPLETION_FILTERS = {
+  all: ["all", () => true],
+  right: ["right ones", (completion) => accuracy(completion) > 0.5],
+  wrong: ["wrong ones", (completion) => accuracy(completion) <= 0.5],
+  cut: ["cut off", (completion) => completion.truncated],
+  marked: ["marked", (completion, marked) => Boolean(marked)],
 };
 const CONTRASTS = {
   shuffled: "Frames shuffled",
@@ -30,9 +39,11 @@ const SMALL_FRAME = 84; // pixels across
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
 const accuracy = (completion) => completion.rewards.accuracy ?? 0;
-const share = (group) => group.p ?? mean(group.ordered.map((c) => Number(accuracy(c) > 0.5)));
-const gap = (group) => (group.shuffled.length ? share(group) - (group.pShuffled ?? mean(group.shuffled.map((c) => Number(accuracy(c) > 0.5)))) : 0);
-const meanTotal = (group) => mean(group.ordered.map((c) => c.total ?? accuracy(c)));
+const shareRight = (completions) => mean((completions || []).map((c) => Number(accuracy(c) > 0.5)));
+const share = (group) => group.p ?? shareRight(group.ordered);
+const isCompared = (group) => Boolean(group.shuffled ? group.shuffled.length : group.pShuffled !== null);
+const gap = (group) => (isCompared(group) ? share(group) - (group.pShuffled ?? shareRight(group.shuffled)) : 0);
+const meanTotal = (group) => group.total ?? mean(group.ordered.map((c) => c.total ?? accuracy(c)));
 
 function choice(id, label, entries, onChange) {
   const select = make("select", { id, change: () => onChange(select.value) }, entries.map(([value, text]) => make("option", { value }, text)));
@@ -41,20 +52,25 @@ function choice(id, label, entries, onChange) {
 
 const optionEntries = (table) => Object.entries(table).map(([value, [text]]) => [value, text]);
 
-function rollouts(runs) {
+/**
+ * live: of a page that is served, {load(run, group): a promise of the whole group, marks: names of marked completions,
+ * mark(run, group, order, completion, marked): a promise of these names anew}. `section.update()`: there are more groups.
+ */
+function rollouts(runs, live = {}) {
   const withGroups = runs.filter((run) => run.groups.length);
   if (!withGroups.length) return null;
-  const state = { run: withGroups[0], type: "any", media: "any", outcome: "any", sort: "step", completions: "reward", list: [], at: 0 };
+  const state = { run: withGroups[0], type: "any", media: "any", source: "any", outcome: "any", sort: "step", completions: "reward", kept: "all", list: [], at: 0, shown: null, live };
   const map = make("div", { class: "map" });
   const stage = make("div", { class: "stage" });
   const position = make("output", { class: "position", "aria-live": "polite" });
   const change = (name) => (value) => { state[name] = value; filter(); };
-  const all = withGroups.flatMap((run) => run.groups);
-  const distinct = (field) => [["any", "any"], ...[...new Set(all.map((group) => group[field]))].filter(Boolean).map((v) => [v, v])];
+  const all = () => withGroups.flatMap((run) => run.groups);
+  const distinct = (field) => [["any", "any"], ...[...new Set(all().map((group) => group[field]))].filter(Boolean).map((v) => [v, v])];
 
   const runChoice = choice("pick-run", "Run", withGroups.map((run, i) => [i, run.name]), (i) => { state.run = withGroups[Number(i)]; filter(); });
   const type = choice("pick-type", "Type", distinct("type"), change("type"));
   const media = choice("pick-media", "Media", distinct("media"), change("media"));
+  const source = choice("pick-source", "Source", distinct("source"), change("source"));
   const outcome = choice("pick-outcome", "Outcome", optionEntries(OUTCOMES), change("outcome"));
   const sort = choice("pick-sort", "Order", optionEntries(SORTS), change("sort"));
   const step = choice("pick-step", "Step", [], (value) => go(state.list.findIndex((group) => group.step === Number(value))));
@@ -65,7 +81,7 @@ function rollouts(runs) {
   function filter() {
     const kept = state.list[state.at];
     state.list = state.run.groups.filter((group) => (state.type === "any" || group.type === state.type)
-      && (state.media === "any" || group.media === state.media) && OUTCOMES[state.outcome][1](group)).sort(SORTS[state.sort][1]);
+      && (state.media === "any" || group.media === state.media) && (state.source === "any" || group.source === state.source) && OUTCOMES[state.outcome][1](group)).sort(SORTS[state.sort][1]);
     const steps = [...new Set(state.list.map((group) => group.step))].sort((a, b) => a - b);
     step.select.replaceChildren(...steps.map((value) => make("option", { value }, show(value))));
     drawMap();
@@ -81,6 +97,7 @@ function rollouts(runs) {
     position.textContent = group ? `${show(at + 1)} of ${show(state.list.length)}` : "nothing matches";
     step.select.disabled = question.select.disabled = !group;
     if (!group) {
+      state.shown = null;
       stage.replaceChildren(make("p", { class: "lead" }, "No recorded question matches these filters."));
       return;
     }
@@ -91,7 +108,25 @@ function rollouts(runs) {
     map.querySelectorAll("circle").forEach((dot) => dot.classList.toggle("chosen", dot.group === group));
     const chosen = map.querySelector(".chosen");
     if (chosen) chosen.parentNode.append(chosen);
-    stage.replaceChildren(groupView(group, state, () => go(state.at)));
+    if (state.shown === group) return;
+    if (live.load) load(group);
+    else display(group, group);
+  }
+
+  function display(entry, group) {
+    state.shown = entry;
+    stage.replaceChildren(groupView(group, state, () => display(entry, group)));
+  }
+
+  /** Shows a group when it has come, unless somebody has turned the page meanwhile. */
+  async function load(entry) {
+    try {
+      const group = await live.load(state.run, entry);
+      if (state.list[state.at] !== entry) return;
+      display(entry, group);
+    } catch (error) {
+      if (state.list[state.at] === entry) stage.replaceChildren(make("p", { class: "bad", role: "alert" }, error.message));
+    }
   }
 
   /** Every recorded group as a dot: its step across, its mean reward up. */
@@ -100,6 +135,7 @@ function rollouts(runs) {
     const height = 84;
     const margin = { left: 46, right: 10, top: 8, bottom: 18 };
     const groups = state.run.groups;
+    if (!groups.length) return;
     const totals = groups.map(meanTotal);
     const [first, last] = [groups[0].step, groups[groups.length - 1].step];
     const low = Math.min(0, ...totals);
@@ -126,29 +162,43 @@ function rollouts(runs) {
     map.querySelectorAll("circle").forEach((dot) => dot.classList.toggle("chosen", dot.group === state.list[state.at]));
   }
 
-  document.addEventListener("keydown", (event) => {
-    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)
-      || document.querySelector("dialog[open]")) return;
-    if (event.key === "ArrowLeft") go(state.at - 1);
-    if (event.key === "ArrowRight") go(state.at + 1);
-  });
-  const recorded = withGroups.reduce((sum, run) => sum + run.groupsTotal, 0);
-  const said = recorded > all.length
-    ? `${show(all.length)} of ${show(recorded)} recorded questions are in this page, spread evenly over the run to keep it small.`
-    : `${plural(recorded, "recorded question")}.`;
+  const turn = (event) => {
+    if (!node.isConnected) document.removeEventListener("keydown", turn);
+    else if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)
+      || document.querySelector("dialog[open]") || event.target.closest?.("[role=slider]")) return;
+    else if (event.key === "ArrowLeft") go(state.at - 1);
+    else if (event.key === "ArrowRight") go(state.at + 1);
+  };
+  document.addEventListener("keydown", turn);
+  const recorded = withGroups.reduce((sum, run) => sum + (run.groupsTotal ?? run.groups.length), 0);
+  const said = () => recorded > all().length
+    ? `${show(all().length)} of ${show(recorded)} recorded questions are in this page, spread evenly over the run to keep it small.`
+    : `${plural(all().length, "recorded question")}.`;
+  const lead = make("span", {}, said());
   const node = make("div", { class: "rollouts" },
-    make("p", { class: "lead" }, `${said} Each dot is one: its step across, its mean reward up (○ image). The arrow keys ← and → turn pages.`),
+    make("p", { class: "lead" }, lead, ` Each dot is one: its step across, its mean reward up (○ image). The arrow keys ← and → turn pages.`),
     map,
-    make("div", { class: "controls" }, withGroups.length > 1 ? runChoice.node : "", type.node, media.node, outcome.node, sort.node),
+    make("div", { class: "controls" }, withGroups.length > 1 ? runChoice.node : "", type.node, media.node, source.node, outcome.node, sort.node),
     make("div", { class: "controls pager" }, previous, next, position, step.node, question.node),
     stage);
   let width = 0;
   new ResizeObserver(() => { if (map.clientWidth !== width) { width = map.clientWidth; drawMap(); } }).observe(map);
   filter();
   // The first page is one where the model is already trained and not all completions are alike.
-  const telling = state.list.findLastIndex((group) => group.shuffled.length && share(group) > 0 && share(group) < 1);
+  const telling = state.list.findLastIndex((group) => isCompared(group) && share(group) > 0 && share(group) < 1);
   go(telling >= 0 ? telling : state.list.length - 1);
-  return section("rollouts", "Rollouts", node);
+  const made = section("rollouts", "Rollouts", node);
+  made.update = () => {
+    lead.textContent = said();
+    for (const [field, picked] of [["type", type], ["media", media], ["source", source]]) {
+      const entries = distinct(field);
+      if (entries.length === picked.select.options.length) continue;
+      picked.select.replaceChildren(...entries.map(([value, text]) => make("option", { value }, text)));
+      picked.select.value = state[field];
+    }
+    filter();
+  };
+  return made;
 }
 
 // One group ------------------------------------------------------------------------------------------------------
@@ -156,9 +206,11 @@ function rollouts(runs) {
 function groupView(group, state, refresh) {
   const sorts = choice("pick-completions", "Completions", optionEntries(COMPLETION_SORTS), (value) => { state.completions = value; refresh(); });
   sorts.select.value = state.completions;
+  const keeps = choice("pick-kept", "Show", optionEntries(COMPLETION_FILTERS), (value) => { state.kept = value; refresh(); });
+  keeps.select.value = state.kept;
   const facts = [`step ${show(group.step)}`, `question ${group.id}`, group.type, group.media, group.source, group.path].filter(Boolean);
   const columns = make("div", { class: group.shuffled.length ? "columns" : "columns alone" },
-    column(group, "ordered", state.completions), group.shuffled.length ? column(group, "shuffled", state.completions) : "");
+    column(group, "ordered", state), group.shuffled.length ? column(group, "shuffled", state) : "");
   const view = make("article", { class: "group", "aria-label": `Question ${group.id} at step ${group.step}` },
     make("p", { class: "facts", dir: "auto" }, facts.join(" · ")),
     make("h3", { dir: "auto", class: "question" }, group.problem),
@@ -168,7 +220,7 @@ function groupView(group, state, refresh) {
     })) : "",
     group.options.some((option) => isRight(option, group.answer)) ? "" : make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), group.answer),
     columns);
-  columns.before(sorts.node);
+  columns.before(make("div", { class: "controls" }, sorts.node, keeps.node));
   view.addEventListener("pointerover", (event) => highlight(view, group.permutation && event.target.closest(".tile")));
   view.addEventListener("pointerleave", () => highlight(view, null));
   return view;
@@ -181,14 +233,15 @@ function highlight(view, tile) {
   view.querySelectorAll(".tile").forEach((other) => other.classList.toggle("same", Boolean(tile) && other.dataset.frame === tile.dataset.frame));
 }
 
-function column(group, order, sort) {
+function column(group, order, state) {
   const completions = group[order];
   const right = completions.filter((c) => accuracy(c) > 0.5).length;
   const p = order === "ordered" ? group.p : group.pShuffled;
   const alone = order === "ordered" && !group.shuffled.length;
   const marks = markers(order === "ordered" ? completions : []);
-  const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[sort][1](a.completion, b.completion))
-    .map(({ completion, i }) => card(completion, order, marks[i] || []));
+  const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[state.completions][1](a.completion, b.completion))
+    .filter(({ completion, i }) => COMPLETION_FILTERS[state.kept][1](completion, state.live.marks?.has(markName(group, order, i))))
+    .map(({ completion, i }) => card(completion, order, marks[i] || [], state.live.mark ? markButton(group, order, i, state) : ""));
   const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
@@ -223,7 +276,7 @@ function frameCanvas(group, strip, frame) {
   return canvas;
 }
 
-/** A frame over the page; its neighbours in this order follow with the arrow keys. */
+/** A frame over the page; its neighbours in this order follow with the arrow keys, or play at the clip's pace. */
 function enlargeFrame(group, strip, frames, place) {
   const holder = make("div", { class: "large-frame" });
   const caption = make("output", { "aria-live": "polite" });
@@ -233,8 +286,17 @@ function enlargeFrame(group, strip, frames, place) {
     caption.textContent = [frameName(group, frames[place]), group.timestamps[place] === undefined ? "" : clock(group.timestamps[place])].filter(Boolean).join(" · ");
   };
   const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
+  const times = group.timestamps.filter((time) => time !== null);
+  const pace = Math.max(80, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 250));
+  let timer = 0;
+  const play = make("button", { type: "button", click: () => {
+    if (timer) clearInterval(timer);
+    timer = timer ? 0 : setInterval(turn, pace, 1);
+    play.textContent = timer ? "Pause" : "Play";
+  } }, "Play");
   const dialog = showLarge(frameName(group, frames[place]), holder,
-    make("p", { class: "control" }, frames.length > 1 ? [button("← Previous", -1), button("Next →", 1)] : "", caption));
+    make("p", { class: "control" }, frames.length > 1 ? [button("← Previous", -1), play, button("Next →", 1)] : "", caption));
+  dialog.addEventListener("close", () => clearInterval(timer));
   dialog.addEventListener("keydown", (event) => {
     if (frames.length > 1 && event.key === "ArrowLeft") turn(-1);
     if (frames.length > 1 && event.key === "ArrowRight") turn(1);
@@ -250,7 +312,7 @@ function tiles(group, order) {
   const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
   if (!frames.length) return make("p", { class: "quiet" }, "The question alone, without its clip.");
   const picture = new Image();
-  picture.src = `data:image/jpeg;base64,${group.strip}`;
+  picture.src = group.strip;
   const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {
     const bar = make("span", { class: "place" });
     bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
@@ -282,7 +344,31 @@ function markers(completions) {
   return marks;
 }
 
-function card(completion, order, marks) {
+const markName = (group, order, i) => `${group.step}/${group.id}/${order}/${i}`;
+
+/** A completion that a person marks lands in a file beside the run. */
+function markButton(group, order, i, state) {
+  const name = markName(group, order, i);
+  const button = make("button", { type: "button", class: "mark", click: async () => {
+    button.disabled = true;
+    try {
+      state.live.marks = new Set(await state.live.mark(state.run, state.list[state.at], order, i, !state.live.marks.has(name)));
+    } catch (error) {
+      button.after(make("span", { class: "bad", role: "alert" }, ` ${error.message}`));
+    }
+    button.disabled = false;
+    tell();
+  } });
+  const tell = () => {
+    const marked = state.live.marks.has(name);
+    button.setAttribute("aria-pressed", String(marked));
+    button.textContent = marked ? "★ marked" : "☆ mark";
+  };
+  tell();
+  return button;
+}
+
+function card(completion, order, marks, button) {
   const right = accuracy(completion) > 0.5;
   const advantage = completion.advantage;
   const tone = advantage === null ? "" : advantage > 0.005 ? "positive" : advantage < -0.005 ? "negative" : "zero";
@@ -298,12 +384,13 @@ function card(completion, order, marks) {
   const node = make("article", { class: `card ${right ? "correct" : "wrong"} ${tone}` },
     make("header", {},
       advantage === null ? "" : make("span", { class: "advantage" }, make("span", { class: "hidden" }, "advantage "), signed(advantage)),
+      (completion.without ?? null) === null ? "" : make("span", { class: "total" }, "without the temporal term ", make("b", {}, signed(completion.without))),
       completion.total === null ? "" : make("span", { class: "total" }, "total ", make("b", {}, show(completion.total))),
       terms,
       make("span", { class: "tokens" }, completion.tokens === null ? "" : plural(completion.tokens, "token"),
         completion.truncated ? make("span", { class: "bad" }, ", cut off") : "")),
     marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
-    text, toggle);
+    text, toggle, button);
   return node;
 }
 

@@ -1,7 +1,9 @@
 """Reads what runs leave behind, as plain values for the page. Damaged lines are counted, never fatal."""
 
+import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +15,7 @@ MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
 NOT_SERIES = {"step", "epoch", "time"}
 SECRET_ENDINGS = ("token", "api_key", "password", "secret")
 MAX_ROWS = 300  # of a table
+RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
 
 
 @dataclass(slots=True)
@@ -55,13 +58,18 @@ def prediction_files(folder: Path) -> list[Path]:
 
 def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
     """`root` and the folders at most `depth` levels below it that hold a run's files."""
-    holds_run = any((root / f"{name}.jsonl").is_file() for name in ("metrics", "rollouts", "quarantine"))
-    found = [root] if holds_run or prediction_files(root) else []
-    if depth > 0:
-        for child in sorted(p for p in root.iterdir() if p.is_dir() and not p.is_symlink()):
-            if child.name != "frames" and not child.name.startswith(("checkpoint", ".")):
-                found += find_run_folders(child, depth - 1)
+    with os.scandir(root) as listing:
+        entries = sorted(listing, key=lambda entry: entry.name)
+    found = [root] if any(_is_of_run(entry.name) and entry.is_file() for entry in entries) else []
+    for entry in entries if depth > 0 else []:
+        if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(("checkpoint", ".", "frames")):
+            with contextlib.suppress(PermissionError, FileNotFoundError):  # another's folder, or gone
+                found += find_run_folders(root / entry.name, depth - 1)
     return found
+
+
+def _is_of_run(name: str) -> bool:
+    return name in RUN_FILES or (name.startswith("predictions") and name.endswith(".jsonl"))
 
 
 def read_run(folder: Path, root: Path) -> Run:
@@ -73,7 +81,7 @@ def read_run(folder: Path, root: Path) -> Run:
     return Run(
         name=folder.relative_to(root).as_posix() if folder != root else folder.resolve().name,
         folder=folder,
-        config=dict(_flat(settings)),
+        config=dict(flat(settings)),
         series=series,
         seconds=seconds,
         quarantine=read_rows(folder / "quarantine.jsonl", notes),
@@ -157,12 +165,12 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
         return {}
 
 
-def _flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Settings, nested names joined by dots. What looks like a credential is left out."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{name}.")
+            yield from flat(value, f"{name}.")
         elif name.lower().endswith(SECRET_ENDINGS) and value:
             yield name, "(not shown)"
         else:

@@ -184,6 +184,20 @@ class ReportSettings(Settings):
 
 
 @dataclass(kw_only=True)
+class StudioSettings(Settings):
+    """Studio"""
+
+    folders: list[str] | None = setting(
+        None, "run folders, or folders above them (default: runs, or the current folder)"
+    )
+    host: str = setting(
+        "127.0.0.1", "address to listen on; with any but this machine's own, a token is asked"
+    )
+    port: int = setting(7860, "port; 0: any that is free", at_least=0, at_most=65535)
+    token: str | None = setting(None, "what a browser has to know (default: a new one with another host)")
+
+
+@dataclass(kw_only=True)
 class MergeSettings(Settings):
     """Merging of adapters"""
 

@@ -19,12 +19,10 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error, first_line
-from video_r1.files import flush, flush_folder
+from video_r1.files import LAST_FILES, flush, flush_folder
 from video_r1.processes import is_lost_process
 
 UNFINISHED = "unfinished"
-LAST_FILES = ("adapter_config.json", "config.json")
-"""Without them a folder is no model. They are put in place last."""
 TRAINING_FILES = (
     *("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "pytorch_model_fsdp"),
     *("latest", "zero_to_"),  # DeepSpeed's, beside a folder

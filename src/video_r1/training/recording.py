@@ -62,6 +62,9 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
     ordered = _completions(group.ordered, group.rewards)
     for record, total, advantage in zip(ordered, group.total_reward, group.advantages, strict=True):
         record["total"], record["advantage"] = _number(total), _number(advantage)
+    if group.base_advantages is not None:
+        for record, advantage in zip(ordered, group.base_advantages, strict=True):
+            record["advantage_without_temporal"] = _number(advantage)
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},

@@ -19,7 +19,7 @@ from video_r1.data.pass_rates import kept_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import ConfigError
-from video_r1.files import replace_json
+from video_r1.files import is_finished, replace_json
 from video_r1.models.family import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
@@ -34,7 +34,7 @@ from video_r1.settings.shared import (
     ModelSettings,
     PromptSettings,
 )
-from video_r1.training.checkpoints import LAST_FILES, check_writable, last_whole_checkpoint
+from video_r1.training.checkpoints import check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -216,15 +216,6 @@ def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[A
             f"{folder / 'config.yaml'} cannot be read: {error}; choose another output_dir"
         ) from error
     return {name: (there[name], here[name]) for name in here if name in there and there[name] != here[name]}
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run's model was saved after its last start, which writes config.yaml."""
-    settings = folder / "config.yaml"
-    if not settings.is_file() or not any(folder.glob("*.safetensors")):
-        return False
-    model = [path for name in LAST_FILES if (path := folder / name).is_file()]
-    return any(path.stat().st_mtime_ns >= settings.stat().st_mtime_ns for path in model)
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:

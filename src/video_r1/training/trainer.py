@@ -35,7 +35,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Reader
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.files import follow_umask
+from video_r1.files import follow_umask, is_finished
 from video_r1.models.four_bits import record_four_bits
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.packages import check_optimizer
@@ -60,7 +60,6 @@ from video_r1.training.runs import (
     as_samples,
     earlier_run,
     given_model,
-    is_finished,
     record_training,
 )
 from video_r1.training.sharded import (

@@ -1,0 +1,144 @@
+// What a page of runs is made of: names of series, sections, the charts of a run, tables.
+
+// Names of groups of series and of series, where the logged name is not the best one.
+const GROUP_TITLES = {
+  reward: "Rewards", reward_std: "Deviation of rewards in a group", temporal: "Frame order", completion: "Completions", policy: "Policy", groups: "Groups",
+  "": "Optimisation", eval: "Validation", speed: "Speed", seconds: "Seconds of each phase", media: "Media", updates: "Updates",
+  memory: "Memory", sampler: "Sampler against trainer",
+};
+const GROUP_ORDER = Object.keys(GROUP_TITLES);
+const SERIES_TITLES = {
+  "reward/accuracy": "Accuracy reward", "reward/temporal": "Temporal reward", "completion/length": "Response length, tokens",
+  loss: "Loss", "accuracy/token": "Token accuracy", learning_rate: "Learning rate", grad_norm: "Gradient norm",
+  "temporal/p": "share right, p and p\u0303", "temporal/p_shuffled": "share right with the contrast, p\u0303", "temporal/gap": "temporal gap", "temporal/credit": "credit, of advantages",
+  "temporal/credit_groups": "credit, share of groups", "policy/kl": "KL to the reference", "policy/clip_ratio": "share clipped",
+  "groups/no_variance": "share without variance", "media/skipped": "questions skipped", "updates/skipped": "updates skipped",
+  "memory/peak_gib": "peak, GiB", "sampler/logprob_difference": "log-prob difference", "sampler/share_capped": "share capped",
+};
+const HEADLINE = { rl: ["reward/accuracy", "reward/temporal", "completion/length"], sft: ["loss", "accuracy/token", "completion/length"] };
+const KINDS = { rl: "reinforcement learning", sft: "supervised fine-tuning", evaluation: "evaluation", data: "data" };
+
+const OVERLAY_HEADLINE = { ...HEADLINE, rl: ["reward/accuracy", "temporal/gap", "completion/length"] };
+
+function seriesTitle({ base, overlay }) {
+  if (overlay && base === "temporal/p") return "share right in order, p";
+  if (Object.hasOwn(SERIES_TITLES, base)) return SERIES_TITLES[base];
+  const name = base.split("/").slice(1).join("/") || base.replace(/^eval_/, "");
+  return name.replaceAll("_", " ");
+}
+
+const slug = (text) => text.replace(/[^A-Za-z0-9]+/g, "-");
+
+function section(id, title, ...content) {
+  return make("section", { id, "aria-labelledby": `${id}-title` }, make("h2", { id: `${id}-title` }, title), ...content);
+}
+
+// Curves ---------------------------------------------------------------------------------------------------------
+
+/**
+ * The section of a run's charts, which share one cursor and one amount of smoothing. options: overlay (its lines are
+ * runs), several (it is one of several sections). `section.update(run)` draws what a run that goes on has logged since.
+ */
+function curves(run, { overlay = false, several = false, radius = null, axis = AXES.step } = {}) {
+  let specs = chartSpecs(run);
+  const charts = [];
+  const onPoint = (step) => charts.forEach((item) => item.point(step));
+  const place = (spec, options) => {
+    const unitRange = options.large && spec.base === "reward/accuracy";
+    const drawn = chart(spec, seriesTitle(spec), { ...options, unitRange, onPoint, axis,
+      onEnlarge: () => enlarge(drawn.spec(), Number(slider.value), axis) });
+    charts.push(drawn);
+    return drawn.node;
+  };
+  const wanted = (overlay ? OVERLAY_HEADLINE : HEADLINE)[run.kind] || [];
+  const found = wanted.map((base) => specs.find((spec) => spec.base === base)).filter(Boolean);
+  const head = found.length ? found : specs.slice(0, 1);
+  const longest = Math.max(...specs.map((spec) => spec.lines[0].x.length));
+  const usual = longest < 40 ? 0 : Math.min(40, Math.round(longest / 30));
+  const text = make("output", {});
+  let queued = 0;
+  const slider = make("input", { type: "range", min: 0, max: 60, step: 1, value: radius ?? usual, id: `smooth-${slug(run.name)}`,
+    input: () => { cancelAnimationFrame(queued); queued = requestAnimationFrame(redraw); } });
+  const redraw = () => {
+    const value = Number(slider.value);
+    text.textContent = value ? `± ${value} points; faint lines, and figures beside a title, are the logged values` : "off";
+    charts.forEach((item) => item.redraw(value));
+  };
+
+  const large = make("div", { class: "headline" }, head.map((spec, i) => place(spec, { large: true, height: i ? 170 : 250 })));
+  const groups = new Map();
+  for (const spec of specs.filter((item) => !head.includes(item))) {
+    groups.set(spec.group, [...(groups.get(spec.group) || []), spec]);
+  }
+  const rank = ([group]) => (GROUP_ORDER.includes(group) ? GROUP_ORDER.indexOf(group) : GROUP_ORDER.length);
+  const families = [...groups].sort((a, b) => rank(a) - rank(b));
+  const crowded = families.flatMap(([, members]) => members).filter((spec) => spec.lines.length > 2);
+  const colours = new Map(crowded.flatMap((spec) => spec.lines.map((line) => [line.label || "all", line.colour])));
+  const small = make("div", { class: "families" }, families.map(([group, members]) =>
+    make("div", { class: `family of${Math.min(4, members.length)}` },
+      make("h3", {}, Object.hasOwn(GROUP_TITLES, group) ? GROUP_TITLES[group] : group),
+      make("div", { class: "multiples" }, members.map((spec) => place(spec, { large: false }))))));
+  const once = Object.entries(run.series).filter(([, series]) => series.y.length === 1);
+  const node = make("div", { class: "curves" },
+    several ? make("p", { class: "about" }, run.about.join(" · ")) : "",
+    make("p", { class: "control" }, make("label", { for: slider.id }, "Smoothing"), slider, text),
+    large,
+    colours.size ? make("ul", { class: "key shared" }, [...colours].map(([label, colour]) => make("li", {}, swatch(colour), label))) : "",
+    small,
+    once.length ? make("p", { class: "once" }, "Logged once: ",
+      once.map(([name, series], i) => [i ? " · " : "", `${name} `, make("b", {}, show(series.y[0]))]).flat()) : "");
+  new ResizeObserver(redraw).observe(node);
+  const made = section(`curves-${slug(run.name)}`, several ? `Curves · ${run.name}` : "Curves", node);
+  made.radius = () => Number(slider.value);
+  /** False where there are series that have no chart yet: then the section has to be made anew. */
+  made.update = (grown) => {
+    const found = chartSpecs(grown);
+    if (found.length !== specs.length || found.some((spec, i) => spec.base !== specs[i].base || spec.lines.length !== specs[i].lines.length)) return false;
+    const radius = Number(slider.value);
+    for (const item of charts) item.update(found.find((spec) => spec.base === item.spec().base), radius);
+    specs = found;
+    return true;
+  };
+  return made;
+}
+
+/** A small chart, shown large over the page. */
+function enlarge(spec, radius, axis) {
+  const big = chart(spec, seriesTitle(spec), { large: true, height: 360, axis, onPoint: (step) => big.point(step) });
+  showLarge(seriesTitle(spec), big.node);
+  big.redraw(radius);
+}
+
+// Tables ---------------------------------------------------------------------------------------------------------
+
+function plainTable(caption, rows) {
+  const columns = [...new Set(rows.flatMap((row) => Object.keys(row)))];
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "plain" },
+    make("caption", {}, caption),
+    make("thead", {}, make("tr", {}, columns.map((name) => make("th", { scope: "col" }, name.replaceAll("_", " "))))),
+    make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((name) => make("td", { dir: "auto" }, Object.hasOwn(row, name) ? row[name] : "")))))));
+}
+
+/** Tables of what runs set aside: rows of a file of theirs, by `field`. */
+function asideSection(all, id, title, lead, field, noun) {
+  const runs = all.filter((run) => run[field].total);
+  if (!runs.length) return null;
+  return section(id, title, make("p", { class: "lead" }, lead), runs.map((run) => {
+    const { shown, total } = run[field];
+    return plainTable(`${run.name}: ${plural(total, noun)}${shown.length < total ? `, the first ${show(shown.length)} shown` : ""}`, shown);
+  }));
+}
+
+const quarantine = (runs) => asideSection(runs, "media", "Media that could not be used",
+  "Their questions were skipped; nothing was put in their place.", "quarantine", "question");
+const skippedUpdates = (runs) => asideSection(runs, "updates", "Updates left out",
+  "Loss or gradient was not finite in these steps, and the weights were left as they were.", "skippedUpdates", "update");
+
+function settings(all) {
+  const runs = all.filter((run) => Object.keys(run.config).length);
+  if (!runs.length) return null;
+  return section("settings", "Settings", runs.map((run) => make("details", {},
+    make("summary", {}, `config.yaml${runs.length > 1 ? ` · ${run.name}` : ""}`),
+    make("dl", { class: "settings" }, Object.entries(run.config).map(([name, value]) =>
+      make("div", {}, make("dt", {}, name), make("dd", { dir: "auto" }, value)))))));
+}

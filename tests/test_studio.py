@@ -1,0 +1,350 @@
+"""The studio's server: live curves, recorded groups, marks, and who may ask for what."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import HOSTILE, write_hostile_run, write_lines, write_rl_run
+
+pytest.importorskip("starlette", reason="the extra studio is not installed")
+from starlette.testclient import TestClient
+
+from video_r1.studio import tail as tail_module
+from video_r1.studio.access import POLICY
+from video_r1.studio.curves import Curves
+from video_r1.studio.server import application
+
+OWN = {"X-Video-R1": "1"}
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    write_rl_run(tmp_path / "runs" / "rl", steps=30, every=5)
+    return tmp_path / "runs"
+
+
+def client_of(*roots: Path, **options: Any) -> TestClient:
+    return TestClient(application(roots, **options), base_url="http://127.0.0.1:7860", follow_redirects=False)
+
+
+@pytest.fixture
+def client(runs: Path) -> Iterator[TestClient]:
+    with client_of(runs) as opened:
+        yield opened
+
+
+def get(client: TestClient, path: str, **query: Any) -> Any:
+    answer = client.get(path, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def append(path: Path, *lines: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+# Curves -------------------------------------------------------------------------------------------
+
+
+def test_curves_grow_with_the_file(client: TestClient, runs: Path) -> None:
+    metrics = runs / "rl" / "metrics.jsonl"
+    first = get(client, "/api/curves", run="rl")
+    assert first["steps"] == list(range(1, 31)) and first["from"] == 0
+    assert first["more"] is False
+    with metrics.open("a") as file:
+        file.write('{"step": 31, "loss": 0.5}\n{"step": 32, "lo')
+    more = get(client, "/api/curves", run="rl", life=first["life"], have=30, width=1)
+    assert more["from"] == 29 and more["steps"] == [30, 31] and more["series"]["loss"][1] == 0.5
+    assert more["more"] is False and more["notes"] == []
+    assert (
+        get(client, "/api/curves", run="rl")["life"] == first["life"]
+    )  # nor is it a sketch for one who begins
+    with metrics.open("a") as file:
+        file.write('ss": 0.25}\n')
+    more = get(client, "/api/curves", run="rl", life=first["life"], have=31, width=1)
+    assert more["steps"] == [31, 32] and more["series"]["loss"] == [0.5, 0.25]
+    assert more["series"]["policy/kl"] == [None, None]
+
+
+def test_a_file_that_was_replaced_is_read_anew(client: TestClient, runs: Path) -> None:
+    metrics = runs / "rl" / "metrics.jsonl"
+    first = get(client, "/api/curves", run="rl")
+    write_lines(metrics.with_name("draft"), [{"step": s, "loss": float(s)} for s in range(1, 6)])
+    metrics.with_name("draft").replace(metrics)
+    second = get(client, "/api/curves", run="rl", life=first["life"], have=30, width=1)
+    assert second["life"] != first["life"] and second["from"] == 0 and list(second["series"]) == ["loss"]
+    # Cut short and grown beyond what it was, in the same file.
+    metrics.write_text("".join(f'{{"step": {s}, "kl": 1.0}}\n' for s in range(1, 40)))
+    third = get(client, "/api/curves", run="rl", life=second["life"], have=5, width=1)
+    assert third["from"] == 0 and third["steps"] == list(range(1, 40)) and list(third["series"]) == ["kl"]
+    metrics.unlink()
+    assert get(client, "/api/curves", run="rl", life=third["life"], have=39, width=1)["steps"] == []
+
+
+def test_lines_that_are_no_lines_are_left_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tail_module, "BLOCK", 1000)
+    monkeypatch.setattr(tail_module.Tail.__init__, "__defaults__", (5000,))
+    metrics = runs / "rl" / "metrics.jsonl"
+    metrics.write_text(
+        '{"step": 1, "loss": 1}\nnone\n[' + "9" * 20_000 + ']\n{"step": 2, "loss": 2}\n\n{"step": 3, "pad": "'
+        + "x" * 4500 + '", "loss": 3}\n\xff\n{"step": 4, "loss": NaN}\n{"step": 5, "loss": 1e999}\n'
+    )  # fmt: skip
+    with client_of(runs) as client:
+        assert get(client, "/api/curves", run="rl")["more"]  # the first answer does not wait for the file
+        read = get(client, "/api/curves", run="rl")
+    assert read["steps"] == [1, 2, 3, 4, 5] and read["series"]["loss"] == [1, 2, 3, None, None]
+    assert read["bad"] == {"loss": 2}
+    assert read["notes"] == [
+        "metrics.jsonl: 2 unreadable lines left out",
+        "metrics.jsonl: 1 far too long line left out",
+    ]
+
+
+def test_points_are_means_that_stay() -> None:
+    curves = Curves()
+    for step in range(1, 4001):
+        curves.add(
+            0,
+            0,
+            {"step": step, "time": step / 2, "loss": float(step), "rare": 1.0 if step % 8 == 0 else None},
+        )
+    points = curves.points()
+    assert points["width"] == 4 and len(points["steps"]) == 1000 and points["steps"][:2] == [4, 8]
+    assert points["series"]["loss"][:2] == [2.5, 6.5] and points["times"][:2] == [2.0, 4.0]
+    assert points["series"]["rare"][:4] == [None, 1.0, None, 1.0] and points["bad"]["rare"] == 3500
+    curves.add(0, 0, {"step": 4001, "loss": 9.0})
+    rest = curves.points(1000, 4)
+    assert rest["from"] == 999 and rest["steps"] == [4000, 4001] and rest["series"]["loss"] == [3998.5, 9.0]
+
+
+def test_validation_joins_its_step_and_a_resumed_run_goes_on_from_its_checkpoint() -> None:
+    curves = Curves()
+    for step in (1, 2, 3):
+        curves.add(0, 0, {"step": step, "loss": float(step)})
+    curves.add(0, 0, {"step": 3, "eval_loss": 7.0})
+    assert curves.points()["series"] == {"loss": [1, 2, 3], "eval_loss": [None, None, 7]}
+    life = curves.life
+    curves.add(0, 0, {"step": 2, "loss": 20.0})
+    assert curves.points()["series"]["loss"] == [1, 20] and curves.life > life
+
+
+def test_tokens_are_those_that_were_sampled() -> None:
+    curves = Curves()
+    for step in (2, 4):
+        curves.add(0, 0, {"step": step, "speed/tokens_per_second": 100.0, "seconds/rollout": 3.0})
+    assert curves.points()["tokens"] == [600.0, 1200.0]
+
+
+def test_memory_of_curves_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("video_r1.studio.curves.MAX_CELLS", 400)
+    monkeypatch.setattr("video_r1.studio.curves.MAX_SERIES", 3)
+    curves = Curves()
+    for step in range(1, 301):
+        curves.add(0, 0, {"step": step, f"name{step}": 1.0, "loss": 2.0})
+    assert curves.rows <= 67 and len(curves.series) == 3
+    points = curves.points()
+    assert points["steps"][-1] == 300 and set(points["series"]["loss"]) == {2.0} and points["averaged"] >= 4
+
+
+def test_a_long_run_is_sketched_until_it_is_read(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    append(runs / "long.jsonl", *({"step": s, "loss": 1.0, "pad": "x" * 2000} for s in range(1, 3001)))
+    (runs / "long.jsonl").replace(runs / "rl" / "metrics.jsonl")
+    monkeypatch.setattr(tail_module.time, "monotonic", lambda: next(clock))
+    clock = (float(n) for n in range(10**9))
+    with client_of(runs) as client:
+        sketch = get(client, "/api/curves", run="rl")
+        assert sketch["life"] == -1 and sketch["more"]
+        assert 120 <= len(sketch["steps"]) <= 160 and sketch["steps"][0] == 1 and sketch["steps"][-1] == 3000
+        for _ in range(50):
+            read = get(client, "/api/curves", run="rl", life=-1)
+            if not read["more"]:
+                break
+        assert read["width"] == 2 and len(read["steps"]) == 1500
+
+
+# Groups and marks ---------------------------------------------------------------------------------
+
+
+def test_groups_are_read_one_by_one(client: TestClient, runs: Path) -> None:
+    listed = get(client, "/api/entries", run="rl")
+    assert len(listed["entries"]) == 12 and listed["more"] is False
+    lines = [json.loads(line) for line in (runs / "rl" / "rollouts.jsonl").read_text().splitlines()]
+    assert [(e["step"], e["id"], e["p"]) for e in listed["entries"]] == [
+        (line["step"], str(line["problem_id"]), line["p"]) for line in lines
+    ]
+    group = get(client, "/api/group", run="rl", life=listed["life"], at=3)
+    assert group["problem"] == lines[3]["problem"] and len(group["ordered"]) == 8
+    picture = client.get(group["strip"])
+    assert picture.headers["content-type"] == "image/jpeg" and picture.content[:3] == b"\xff\xd8\xff"
+    append(runs / "rl" / "rollouts.jsonl", lines[0] | {"step": 99})
+    more = get(client, "/api/entries", run="rl", life=listed["life"], have=12)
+    assert more["from"] == 12 and [entry["step"] for entry in more["entries"]] == [99]
+    # One that is recorded again takes the place of the earlier one.
+    append(runs / "rl" / "rollouts.jsonl", lines[0] | {"p": 0.123})
+    again = get(client, "/api/entries", run="rl", life=more["life"], have=13)
+    assert again["from"] == 0 and again["entries"][0]["p"] == 0.123 and len(again["entries"]) == 13
+    assert client.get("/api/group", params={"run": "rl", "life": more["life"], "at": 0}).status_code == 409
+    for at in (-1, 13, 10**20):
+        params = {"run": "rl", "life": again["life"], "at": at}
+        assert client.get("/api/group", params=params).status_code == 404
+
+
+def test_the_advantage_without_the_temporal_term(client: TestClient, runs: Path) -> None:
+    path = runs / "rl" / "rollouts.jsonl"
+    line = json.loads(path.read_text().splitlines()[0]) | {"step": 77}
+    line["ordered"][0]["advantage_without_temporal"] = 0.25
+    append(path, line)
+    listed = get(client, "/api/entries", run="rl")
+    group = get(client, "/api/group", run="rl", life=listed["life"], at=12)
+    assert [completion.get("without") for completion in group["ordered"][:2]] == [0.25, None]
+
+
+def test_a_mark_lands_beside_the_run(client: TestClient, runs: Path) -> None:
+    listed = get(client, "/api/entries", run="rl")
+    asked = {
+        "run": "rl",
+        "life": listed["life"],
+        "at": 2,
+        "order": "shuffled",
+        "completion": 1,
+        "marked": True,
+    }
+    answer = client.post("/api/marks", json=asked | {"note": "reads the mark"}, headers=OWN)
+    line = json.loads((runs / "rl" / "marks.jsonl").read_text())
+    group = json.loads((runs / "rl" / "rollouts.jsonl").read_text().splitlines()[2])
+    assert line["note"] == "reads the mark" and line["text"] == group["shuffled"][1]["text"]
+    assert (line["step"], line["problem_id"]) == (group["step"], group["problem_id"])
+    name = f"{group['step']}/{group['problem_id']}/shuffled/1"
+    assert answer.json() == {"marks": [name]} and get(client, "/api/entries", run="rl")["marks"] == [name]
+    assert client.post("/api/marks", json=asked | {"marked": False}, headers=OWN).json() == {"marks": []}
+    for wrong in (
+        {"completion": 4},
+        {"completion": -1},
+        {"order": "text"},
+        {"order": []},
+        {"at": 99},
+        {"run": []},
+    ):
+        assert client.post("/api/marks", json=asked | wrong, headers=OWN).status_code in (400, 404)
+    assert client.post("/api/marks", content=b"[" * 90_000, headers=OWN).status_code == 400
+    assert client.post("/api/marks", content=b"x" * 200_000, headers=OWN).status_code == 413
+    assert len((runs / "rl" / "marks.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_mark_is_not_written_through_a_link(client: TestClient, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (runs / "rl" / "marks.jsonl").symlink_to(tmp_path / "other")
+    life = get(client, "/api/entries", run="rl")["life"]
+    asked = {"run": "rl", "life": life, "at": 2, "order": "ordered", "completion": 1, "marked": True}
+    refused = client.post("/api/marks", json=asked, headers=OWN)
+    assert refused.status_code == 400 and "is a link" in refused.json()["error"]
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+# Who may ask --------------------------------------------------------------------------------------
+
+
+def test_every_answer_has_the_policy(client: TestClient) -> None:
+    for path in ("/", "/api/runs", "/page/charts.js", "/none", "/api/curves?run=../../etc"):
+        answer = client.get(path)
+        assert answer.headers["content-security-policy"] == POLICY
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "unsafe" not in POLICY and "http" not in POLICY
+    page = client.get("/").text
+    assert "<style" not in page and "http" not in page and " on" + "click" not in page
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "127.0.0.1.evil.example", ""])
+def test_a_name_that_was_turned_to_this_address_is_refused(client: TestClient, host: str) -> None:
+    assert client.get("/api/runs", headers={"Host": host}).status_code == 421
+
+
+@pytest.mark.parametrize("host", ["localhost:7860", "[::1]:7860", "127.0.0.1:1"])
+def test_names_of_this_machine_are_served(client: TestClient, host: str) -> None:
+    assert client.get("/api/runs", headers={"Host": host}).status_code == 200
+
+
+def test_only_the_own_page_writes(client: TestClient, runs: Path) -> None:
+    life = get(client, "/api/entries", run="rl")["life"]
+    asked = {"run": "rl", "life": life, "at": 2, "order": "ordered", "completion": 1, "marked": True}
+    for headers in ({}, {**OWN, "Origin": "http://evil.example"}, {**OWN, "Origin": "null"}):
+        assert client.post("/api/marks", json=asked, headers=headers).status_code == 403
+    assert client.get("/api/marks", params=asked).status_code == 405
+    assert not (runs / "rl" / "marks.jsonl").exists()
+    good = client.post("/api/marks", json=asked, headers={**OWN, "Origin": "http://127.0.0.1:7860"})
+    assert good.status_code == 200
+
+
+def test_a_token_is_asked_of_everyone(runs: Path) -> None:
+    with client_of(runs, token="s3cret") as client:
+        for headers in ({}, {"Cookie": "video_r1_studio=wrong"}, {"Authorization": "Bearer s3cre"}):
+            assert client.get("/api/runs", headers=headers).status_code == 401
+        assert client.get("/", params={"token": "wrong"}).status_code == 401
+        entered = client.get("/", params={"token": "s3cret"})
+        assert entered.status_code == 303 and entered.headers["location"] == "/"
+        cookie = entered.headers["set-cookie"].lower()
+        assert "httponly" in cookie and "samesite=strict" in cookie
+        assert client.get("/api/runs", headers={"Host": "node3:7860"}).status_code == 200
+
+
+def test_no_path_leads_out(client: TestClient, runs: Path, tmp_path: Path) -> None:
+    write_lines(tmp_path / "secret" / "metrics.jsonl", [{"step": 1, "loss": 1.0}] * 2)
+    for name in ("../secret", str(tmp_path / "secret"), "..", "rl/../../secret", "rl\x00", "", "."):
+        for path in ("/api/curves", "/api/run", "/api/entries", "/api/compare"):
+            assert client.get(path, params={"run": name}).status_code == 404
+    for path in ("/page/../server.py", "/page/%2e%2e%2fserver.py", "/page/server.py"):
+        assert client.get(path).status_code == 404
+    (runs / "rl" / "metrics.jsonl").unlink()
+    (runs / "rl" / "metrics.jsonl").symlink_to(tmp_path / "secret" / "metrics.jsonl")
+    read = get(client, "/api/curves", run="rl")
+    assert read["steps"] == [] and "leads out" in read["notes"][0]
+
+
+def test_a_strip_outside_the_run_is_not_served(client: TestClient, runs: Path, tmp_path: Path) -> None:
+    picture = next((runs / "rl" / "frames").glob("*.jpg"))
+    (tmp_path / "private.jpg").write_bytes(picture.read_bytes())
+    path = runs / "rl" / "rollouts.jsonl"
+    line = json.loads(path.read_text().splitlines()[0])
+    (runs / "rl" / "linked.jpg").symlink_to(tmp_path / "private.jpg")
+    names = ["../../private.jpg", str(tmp_path / "private.jpg"), "linked.jpg", "config.yaml", "\x00", 7]
+    append(
+        path,
+        *(line | {"step": 100 + i, "frames": line["frames"] | {"strip": n}} for i, n in enumerate(names)),
+    )
+    life = get(client, "/api/entries", run="rl")["life"]
+    for at in range(12, 12 + len(names)):
+        assert get(client, "/api/group", run="rl", life=life, at=at)["strip"] is None
+        assert client.get("/api/frames", params={"run": "rl", "life": life, "at": at}).status_code == 404
+
+
+def test_a_hostile_run_is_answered_as_json(tmp_path: Path) -> None:
+    write_hostile_run(tmp_path / HOSTILE[1])
+    os.mkfifo(tmp_path / HOSTILE[1] / "marks.jsonl")
+    append(tmp_path / HOSTILE[1] / "metrics.jsonl", {"step": 1e300, "time": "x"}, {"step": -4, "loss": 1})
+    with client_of(tmp_path) as client:
+        (row,) = (row for row in get(client, "/api/runs")["runs"] if row["kind"] == "rl")
+        name = row["name"]
+        for path in ("/api/run", "/api/curves", "/api/entries", "/api/compare"):
+            answer = client.get(path, params={"run": name})
+            assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
+        life = get(client, "/api/entries", run=name)["life"]
+        group = get(client, "/api/group", run=name, life=life, at=0)
+        assert HOSTILE[0] in group["ordered"][0]["text"]
+
+
+def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: Path) -> None:
+    write_rl_run(runs / "other", steps=5)
+    config = runs / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("margin", "weight"))
+    time.sleep(2.1)  # a listing is good for two seconds
+    rows = client.get("/api/compare", params={"run": ["rl", "other"]}).json()["differing"]
+    assert rows == [{"setting": "temporal_rule", "rl": "margin", "other": "weight"}]
+    run = get(client, "/api/run", run="rl")
+    assert run["quarantine"]["total"] == 2 and run["config"]["hub_token"] == "(not shown)"

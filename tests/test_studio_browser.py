@@ -1,0 +1,221 @@
+"""The studio in a real browser: curves that grow, rollouts, marks, runs over each other, hostile text."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import find_chromium
+from report_runs import HOSTILE, group_line, metrics_line, write_demo, write_hostile_run, write_rl_run
+from studio_server import studio
+
+from video_r1.files import append_line
+
+pytest.importorskip("starlette", reason="the extra studio is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+LIVE = 2000  # milliseconds from a written line to the screen
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no chromium on this machine")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser) -> Iterator[Page]:
+    """A page that has to stay without errors, refusals of its policy, and requests to elsewhere."""
+    problems: list[str] = []
+    opened = chromium.new_page(viewport={"width": 1280, "height": 900})
+    opened.on("pageerror", lambda error: problems.append(str(error)))
+    opened.on(
+        "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
+    )
+    opened.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
+    opened.on("dialog", lambda dialog: problems.append(dialog.message))
+    yield opened
+    assert problems == [] and opened.evaluate("window.pwned") is None
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_demo(folder / "demo")
+    write_rl_run(folder / "live", steps=20, every=5)
+    write_rl_run(folder / "other", steps=40, every=5)
+    config = folder / "other" / "config.yaml"
+    config.write_text(config.read_text().replace("margin", "weight"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs: Path) -> Iterator[str]:
+    with studio(runs) as (opened, _):
+        yield opened
+
+
+def fits(page: Page) -> bool:
+    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_studio_curves_and_groups_grow_while_a_run_trains(page: Page, address: str, runs: Path) -> None:
+    page.goto(address)
+    page.get_by_role("link", name="live").click()
+    readout = page.locator(".headline output").first
+    expect(readout).to_contain_text("step 20")
+    expect(page.locator(".position")).to_have_text("7 of 8")
+    random_ = random.Random(3)
+    append_line(runs / "live" / "metrics.jsonl", metrics_line(21, 40, random_))
+    append_line(
+        runs / "live" / "rollouts.jsonl", group_line(runs / "live", 21, 900, random_, 0.5, (8, 56, 56))
+    )
+    expect(readout).to_contain_text("step 21", timeout=LIVE)
+    expect(page.locator(".rollouts .lead")).to_contain_text("9 recorded questions", timeout=LIVE)
+    expect(page.locator(".position")).to_have_text("7 of 9")  # the one that is read stays
+    for _ in range(2):
+        page.get_by_role("button", name="Next →").click()
+    expect(page.locator(".facts")).to_contain_text("step 21 · question 900")
+    # A series that was not there before gets a chart.
+    for step in (22, 23):
+        append_line(
+            runs / "live" / "metrics.jsonl", metrics_line(step, 40, random_) | {"reward/tidy": step / 40}
+        )
+    expect(page.get_by_role("button", name="tidy", exact=True)).to_be_visible(timeout=LIVE + 1000)
+    # Half a line waits for its end.
+    with (runs / "live" / "metrics.jsonl").open("a") as file:
+        text = json.dumps(metrics_line(24, 40, random_)) + "\n"
+        file.write(text[:200])
+        file.flush()
+        time.sleep(1.5)
+        expect(readout).to_contain_text("step 23")
+        file.write(text[200:])
+    expect(readout).to_contain_text("step 24", timeout=LIVE)
+
+
+def test_studio_axes(page: Page, address: str) -> None:
+    page.goto(f"{address}#/run/other")
+    page.get_by_label("Across").select_option("time")
+    expect(page.locator(".headline output").first).to_contain_text("after 2 min")
+    page.get_by_label("Across").select_option("tokens")
+    expect(page.locator(".headline output").first).to_contain_text("tokens 1")
+
+
+def test_studio_runs_over_each_other(page: Page, address: str) -> None:
+    page.goto(address)
+    for name in ("compare other", "compare demo/rl"):
+        page.get_by_label(name).check()
+    page.get_by_role("button", name="Compare").click()
+    expect(page.locator(".headline .line")).to_have_count(6)
+    row = page.locator("#comparison tbody tr", has_text="temporal_rule")
+    expect(row).to_have_text("temporal_ruleweightmargin")
+
+
+def test_studio_marks_and_filters_completions(page: Page, address: str, runs: Path) -> None:
+    page.goto(f"{address}#/run/other")
+    marks = page.locator(".column.ordered .mark")
+    expect(marks).to_have_count(8)
+    marks.nth(2).click()
+    expect(marks.nth(2)).to_have_text("★ marked")
+    (line,) = map(json.loads, (runs / "other" / "marks.jsonl").read_text().splitlines())
+    assert line["marked"] and line["text"] in page.locator(".column.ordered .text").nth(2).inner_text()
+    page.get_by_label("Show").select_option("marked")
+    expect(page.locator(".card")).to_have_count(1)
+    page.get_by_label("Outcome").select_option("some")
+    expect(page.locator(".position")).to_have_text("15 of 16")
+    page.get_by_label("Outcome").select_option("none")
+    expect(page.locator(".position")).to_have_text("nothing matches")
+
+
+def test_studio_frames_stand_in_both_orders(page: Page, address: str, runs: Path) -> None:
+    page.goto(f"{address}#/run/other")
+    expect(page.locator(".column.shuffled .tile")).to_have_count(8)
+    line: dict[str, Any] = next(
+        line for line in map(json.loads, (runs / "other" / "rollouts.jsonl").read_text().splitlines())
+        if f"question {line['problem_id']} " in page.locator(".facts").inner_text()
+    )  # fmt: skip
+    for order, frames in (("ordered", list(range(8))), ("shuffled", line["permutation"])):
+        shown = page.locator(f".column.{order} .tile").evaluate_all(
+            "tiles => tiles.map(t => +t.dataset.frame)"
+        )
+        assert shown == frames
+    page.wait_for_timeout(500)
+    painted = "all => all.every(canvas => canvas.getContext('2d').getImageData(9, 9, 1, 1).data[3] > 0)"
+    assert page.locator(".tile canvas").evaluate_all(painted)
+
+
+def test_studio_frames_play_in_the_order_of_the_contrast(page: Page, address: str) -> None:
+    page.goto(f"{address}#/run/other")
+    page.locator(".column.shuffled .tile button").first.click()
+    order = page.locator(".column.shuffled .tile").evaluate_all("tiles => tiles.map(t => +t.dataset.frame)")
+    page.get_by_role("button", name="Play").click()
+    for frame in order[1:3]:
+        expect(page.locator("dialog output")).to_contain_text(f"frame {frame + 1} of 8")
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("button", name="Close").click()
+
+
+@pytest.mark.parametrize("width", [390, 1280, 2560])
+def test_studio_fits_and_works_by_keyboard(page: Page, address: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(address)
+    link = page.get_by_role("link", name="other")
+    expect(link).to_be_visible()
+    assert fits(page)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if link.evaluate("node => node === document.activeElement"):
+            break
+    page.keyboard.press("Enter")
+    expect(page.locator(".headline path.main").first).to_be_visible()
+    expect(page.locator(".card").first).to_be_visible()
+    assert fits(page)
+    before = page.locator(".position").inner_text()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".position")).not_to_have_text(before)
+    page.goto(f"{address}#/compare/other/demo%2Frl")
+    expect(page.locator(".headline path.main").first).to_be_visible()
+    assert fits(page)
+
+
+def test_studio_says_that_its_server_is_gone_and_goes_on(chromium: Browser, runs: Path) -> None:
+    opened = chromium.new_page()
+    with studio(runs) as (address, _):
+        opened.goto(address)
+        expect(opened.locator(".runs tbody tr")).not_to_have_count(0)
+    expect(opened.get_by_role("alert")).to_contain_text("still running?", timeout=6000)
+    opened.close()
+
+
+def test_studio_hostile_folder_is_harmless(page: Page, tmp_path: Path) -> None:
+    run = tmp_path / "runs" / HOSTILE[1]
+    write_hostile_run(run)
+    (run / ".lock").write_text("failed: <img src=x onerror=window.pwned=1>")
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("[" * 100_000 + "\n" + "x" * 10_000_000 + '\n{"step": 5, "lo')
+    with studio(tmp_path / "runs") as (address, _):
+        page.goto(address)
+        expect(page.locator(".runs tbody tr")).to_have_count(2)
+        expect(page.locator(".why").first).to_have_text("<img src=x onerror=window.pwned=1>")
+        page.get_by_role("link", name=HOSTILE[1], exact=True).click()
+        expect(page.locator(".card").first).to_be_visible()
+        expect(page.locator(".headline path.line").first).to_be_visible()
+        for _ in range(5):
+            page.keyboard.press("ArrowLeft")
+        expect(page.locator(".notes li")).to_have_count(2)  # an unreadable line and one that is far too long
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+        assert HOSTILE[0] in page.locator(".card .text").first.inner_text()
+        assert page.locator("main img, main script, iframe, main svg[onload]").count() == 0
+        assert fits(page)
