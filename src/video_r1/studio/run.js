@@ -107,7 +107,7 @@ function runView(view, [name]) {
   follow(view, async () => {
     const [wait] = await Promise.all([columns.read(), run ? null : readRun()]);
     if (view.open && (columns.changed || !drawn.firstChild)) redraw();
-    if (!following) followGroups(view, name, recorded);
+    if (!following) setTimeout(followGroups, 200, view, name, recorded); // when the curves are painted
     following = true;
     if (left.children.length !== columns.notes.length) left.replaceChildren(...columns.notes.map((note) => make("li", {}, note)));
     return wait;
