@@ -9,14 +9,22 @@ import pytest
 import torch
 from test_objective import random_case
 
-from video_r1.training.objective import OBJECTIVES, Clip, high_entropy, loss_normaliser, policy_loss
+from video_r1.training.objective import (
+    OBJECTIVES,
+    Clip,
+    entropy_sum,
+    high_entropy,
+    loss_normaliser,
+    policy_loss,
+)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the vLLM version that TRL would like
     GRPOTrainer: Any = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
 
 LONGEST = 9  # room for the tokens of a response
-OTHERS = {"epsilon": 0.2, "epsilon_high": 0.28, "delta": None, "level": "token", "quantile": 1.0}
+OTHERS = {"epsilon": 0.2, "epsilon_high": 0.28, "delta": None, "level": "token", "quantile": 1.0,
+          "entropy_coef": 0.0}  # fmt: skip
 
 
 def padded(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
@@ -31,7 +39,11 @@ def trl_loss(
     logprobs, old, ref, advantages, lengths, weights = case
     mask = padded(torch.ones(len(logprobs)), lengths) * finished[:, None]
     accelerator = SimpleNamespace(
-        num_processes=1, gather=lambda x: x, reduce=lambda x, **_: x, pad_across_processes=lambda x, **_: x
+        num_processes=1,
+        sync_gradients=True,
+        gather=lambda x: x,
+        reduce=lambda x, **_: x,
+        pad_across_processes=lambda x, **_: x,
     )
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (
@@ -42,7 +54,8 @@ def trl_loss(
         args=SimpleNamespace(delta=chosen["delta"], sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
                              use_bias_correction_kl=False, steps_per_generation=1),
         use_vllm=True, vllm_importance_sampling_correction=True, off_policy_mask_threshold=None,
-        aux_loss_enabled=False, _entropy_bonus_enabled=False, max_completion_length=LONGEST,
+        aux_loss_enabled=False, max_completion_length=LONGEST, use_adaptive_entropy=False,
+        _entropy_bonus_enabled=chosen["entropy_coef"] != 0, entropy_coef=chosen["entropy_coef"],
         current_gradient_accumulation_steps=1, accelerator=accelerator, model=SimpleNamespace(training=True),
         _metrics=defaultdict(lambda: defaultdict(list)),
     )  # fmt: skip
@@ -96,3 +109,29 @@ def test_values_and_gradients_are_those_of_trl(loss_type: str, chosen: dict[str,
     assert ours.loss.item() == pytest.approx(theirs.item(), rel=1e-6)
     torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-9)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("loss_type", OBJECTIVES)
+@pytest.mark.parametrize("quantile", [1.0, 0.4])
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_entropy_bonus_is_that_of_trl(loss_type: str, quantile: float, cut: bool) -> None:
+    """The same mean entropy for each loss type, over the tokens that count and are kept."""
+    case = random_case(5)
+    lengths = case[4]
+    finished = torch.ones(len(lengths), dtype=torch.bool)
+    finished[[1, 4, 5]] = not cut
+    draw = torch.Generator().manual_seed(0)
+    entropy = torch.rand(len(case[0]), generator=draw, dtype=torch.float64).requires_grad_()
+    chosen = OTHERS | {"quantile": quantile}
+    with_bonus, without = (
+        trl_loss(case, entropy, finished, loss_type, **chosen | {"entropy_coef": coef}) for coef in (0.3, 0.0)
+    )
+    (expected,) = torch.autograd.grad(with_bonus, entropy)
+
+    counted = torch.repeat_interleave(finished, lengths)
+    kept = high_entropy(entropy.detach(), entropy.detach()[counted], quantile)
+    tokens = int((kept & counted).sum())
+    ours = -0.3 * entropy_sum(entropy, lengths, finished, kept if quantile < 1 else None) / tokens
+    (gradient,) = torch.autograd.grad(ours, entropy)
+    assert ours.item() == pytest.approx((with_bonus - without).item(), rel=1e-6)
+    torch.testing.assert_close(gradient, expected)

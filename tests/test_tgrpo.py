@@ -25,7 +25,13 @@ from video_r1.training.tgrpo import TGRPOConfig
 
 
 def plain_logprobs(model: Any, group: RolloutGroup, token_ids: Tensor, temperature: float) -> Tensor:
-    """float64 log-probs [L] by the model's own forward on prompt and completion, nothing shared or packed."""
+    """float64 log-probs [L] of `plain_logits` at the completion's tokens."""
+    scores = (plain_logits(model, group, token_ids) / temperature).log_softmax(-1)
+    return scores.gather(-1, token_ids[:, None])[:, 0]
+
+
+def plain_logits(model: Any, group: RolloutGroup, token_ids: Tensor) -> Tensor:
+    """float64 [L, V] by the model's own forward on prompt and completion, nothing shared or packed."""
     prompt = group.prompt
     ids = torch.cat([prompt.input_ids, token_ids])[None]
     grids = {name: value for name, value in prompt.features.items() if not name.startswith("pixel_values")}
@@ -40,9 +46,7 @@ def plain_logprobs(model: Any, group: RolloutGroup, token_ids: Tensor, temperatu
     # Random models sample placeholder tokens too; in a completion these have no pixels.
     embeddings = embeddings.masked_scatter((kinds > 0)[..., None], torch.cat(list(visual.pooler_output)))
     logits = model(inputs_embeds=embeddings, position_ids=positions).logits[0]
-    start = len(prompt.input_ids)
-    scores = (logits[start - 1 : -1] / temperature).log_softmax(-1)
-    return scores.gather(-1, token_ids[:, None])[:, 0]
+    return logits[len(prompt.input_ids) - 1 : -1]
 
 
 def plain_loss(
@@ -333,7 +337,9 @@ def test_failing_reward_function_is_named(
     ("changes", "message"),
     [
         ({"top_p": 0.9}, "top_p"),
-        ({"top_k": 5}, "top_k"),
+        ({"top_k": 5}, "top_k is 5.*no cut-off"),
+        ({"min_p": 0.1}, "min_p is 0.1.*no cut-off"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1.*not those of the policy"),
         ({"reward_weights": {"acuracy": 1.0}}, "acuracy"),
         # a weight of a reward that the settings turn off would be ignored
         (

@@ -118,6 +118,7 @@ def general_logprobs(
     visuals: Sequence[EncodedVisuals | None],
     with_entropy: bool,
     with_likeliest: bool,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """Scores [N] of all completion tokens in their order; arguments as `group_logprobs` has them.
 
@@ -133,7 +134,7 @@ def general_logprobs(
                 targets = group[row].to(of_row.device)
                 found[row] = token_logprobs(
                     head, of_row[: len(targets)], targets, temperature, with_entropy,
-                    vocabulary=of_row.shape[-1], with_likeliest=with_likeliest,
+                    of_row.shape[-1], with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
                 )  # fmt: skip
         parts += [found[row] for row in sorted(found)]
     logprobs, *others = zip(*parts, strict=True)

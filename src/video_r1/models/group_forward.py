@@ -83,6 +83,7 @@ def group_logprobs(
     with_entropy: bool = False,
     vision_features: Sequence[VisualFeatures | None] | None = None,
     with_likeliest: bool = False,
+    entropy_gradient: bool = False,
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
@@ -90,8 +91,8 @@ def group_logprobs(
     text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA; others
     take the general path (general_forward.py). With autocast, call within its context. completions[q][g]:
     token ids [L_qg] int64 of any lengths. vision_features: from `encode_vision`, one a prompt, to share a
-    frozen tower's output; else it runs here. Raises PromptError when a prompt's placeholders and its pixels
-    do not match, ConfigError for what is no vision-language model.
+    frozen tower's output; else it runs here. entropy_gradient: the entropy has one too. Raises PromptError
+    when a prompt's placeholders and its pixels do not match, ConfigError for no vision-language model.
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
@@ -100,14 +101,17 @@ def group_logprobs(
         inner = vision_language_model(model)
         if find_family(inner) is None:
             visuals: Any = vision_features or encode_prompts(inner, prompts)
-            flags = (with_entropy, with_likeliest)
+            flags = (with_entropy, with_likeliest, entropy_gradient)
             return tuple(general_logprobs(inner, prompts, completions, temperature, visuals, *flags))
         hidden = _predicting_states(inner, prompts, completions, vision_features)
         targets = torch.cat([tokens for group in completions for tokens in group]).to(hidden.device)
         vocabulary = inner.config.get_text_config().vocab_size
         head = inner.get_output_embeddings()
-        flags = {"with_entropy": with_entropy, "with_likeliest": with_likeliest}
-        return tuple(token_logprobs(head, hidden, targets, temperature, vocabulary=vocabulary, **flags))
+        scores = token_logprobs(
+            head, hidden, targets, temperature, with_entropy, vocabulary,
+            with_likeliest=with_likeliest, entropy_gradient=entropy_gradient,
+        )  # fmt: skip
+        return tuple(scores)
 
     logprobs, entropy, likeliest = through_wrapper(model, forward)
     assert logprobs is not None

@@ -15,8 +15,8 @@ LEAST_ROWS = 64  # of a chunk: each adds a whole gradient to the head's weights,
 
 
 class TokenScores(NamedTuple):
-    """Of N given tokens: `logprobs` [N] float32 in nats; where asked for, without a gradient, `entropy` [N]
-    float32 in nats of each one's distribution, and `likeliest` [N] bool, whether it is the arg max.
+    """Of N given tokens: `logprobs` [N] float32 in nats; where asked for, `entropy` [N] float32 in nats of
+    each one's distribution, and `likeliest` [N] bool, whether it is the arg max.
     """
 
     logprobs: Tensor
@@ -33,11 +33,12 @@ def token_logprobs(
     vocabulary: int,
     chunk_logits: int | None = None,
     with_likeliest: bool = False,
+    entropy_gradient: bool = False,
 ) -> TokenScores:
     """log softmax(head(hidden) / temperature) at `targets`, with hidden [N, d] and targets [N] int64.
 
     The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
-    chunk (default: by the device), which has LEAST_ROWS tokens or more.
+    chunk (default: by the device), which has LEAST_ROWS tokens or more. entropy_gradient: for a bonus on it.
     """
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
@@ -46,7 +47,7 @@ def token_logprobs(
     if torch.is_grad_enabled():
         run = partial(checkpoint, _chunk, use_reentrant=False, preserve_rng_state=False)
     chunks = [
-        run(head, states, tokens, temperature, with_entropy, with_likeliest)
+        run(head, states, tokens, temperature, with_entropy, with_likeliest, entropy_gradient)
         for states, tokens in zip(hidden.split(rows), targets.split(rows), strict=True)
     ]
     logprobs, *others = zip(*chunks, strict=True)
@@ -56,7 +57,13 @@ def token_logprobs(
 
 
 def _chunk(
-    head: Any, hidden: Tensor, targets: Tensor, temperature: float, with_entropy: bool, with_likeliest: bool
+    head: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    temperature: float,
+    with_entropy: bool,
+    with_likeliest: bool,
+    entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     if isinstance(head, FSDPModule):  # its hooks are for one call a step, not for one a chunk
         head.unshard()
@@ -69,7 +76,7 @@ def _chunk(
     scores = torch.log_softmax(logits, dim=-1)
     entropy = likeliest = None
     if with_entropy:
-        values = scores.detach()
+        values = scores if entropy_gradient else scores.detach()
         entropy = -(values.exp() * values).sum(-1)
     if with_likeliest:
         likeliest = scores.detach().argmax(-1) == targets

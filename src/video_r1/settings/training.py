@@ -92,6 +92,8 @@ class TGRPOSettings(TrainingSettings):
     temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
     top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     top_k: int = setting(0, "must stay 0: the sampled policy is the one that is trained", at_least=0)
+    min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
+    repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
@@ -113,6 +115,9 @@ class TGRPOSettings(TrainingSettings):
     )
     top_entropy_quantile: float = setting(
         1.0, "share of tokens, those of highest entropy, that have a policy term", above=0, at_most=1
+    )
+    entropy_coef: float = setting(
+        0.0, "weight of the tokens' mean entropy, which the loss then raises; the same for each loss_type"
     )
     scale_rewards: AdvantageScale = setting(
         "group", "whose standard deviation advantages are divided by; task: a running one of the problem type"
@@ -164,13 +169,7 @@ class TGRPOSettings(TrainingSettings):
                 f"is patch while temporal_contrast is {self.temporal_contrast}, which permutes nothing; "
                 "leave it at frame",
             )
-        for name, off in (("top_p", 1), ("top_k", 0)):
-            if getattr(self, name) != off:
-                yield (
-                    name,
-                    f"is {getattr(self, name)}; training scores the distribution that it samples, which has "
-                    f"no cut-off: leave it at {off} and change temperature instead",
-                )
+        yield from self.sampling_problems()
         every, iterations = self.save_steps, max(1, self.num_iterations)
         if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % iterations:
             yield (
@@ -200,6 +199,24 @@ class TGRPOSettings(TrainingSettings):
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.rewards_are_known:
             yield from self.length_problems()
+
+    def sampling_problems(self) -> Iterator[Problem]:
+        """Settings of TRL by which tokens would be sampled from another distribution than the trained one."""
+        cut_off = (
+            "training scores the distribution that it samples, which has no cut-off (a token that an update "
+            "puts beyond it would have no ratio)"
+        )
+        for name, off in (("top_p", 1), ("top_k", 0), ("min_p", None)):
+            if getattr(self, name) not in (off, 0.0 if off is None else off):
+                left = "none" if off is None else off
+                yield name, f"is {getattr(self, name)}; {cut_off}: leave it at {left} and change temperature"
+        if self.repetition_penalty != 1:
+            yield (
+                "repetition_penalty",
+                f"is {self.repetition_penalty}; a token's penalty hangs on all that its own response said "
+                "before, and such probabilities are not those of the policy that is trained: leave it at 1, "
+                "and pay a reward for not repeating instead",
+            )
 
     def length_problems(self) -> Iterator[Problem]:
         """Why no completion can earn the length reward."""

@@ -9,16 +9,42 @@ gradient; nothing is sampled from the contrast clip (TaRO, arXiv 2606.09248; Vid
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
-from video_r1.models.group_forward import VisionFeatures, VisualFeatures, group_logprobs
+from video_r1.models.group_forward import VisionFeatures, VisualFeatures, encode_vision, group_logprobs
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.frames import TEMPORAL_PATCH
+
+
+class Comparison(NamedTuple):
+    """drops: as `logprob_drops` gives them; vision: features of the ordered prompts. None: not asked for."""
+
+    drops: list[list[Tensor] | None] | None = None
+    vision: list[VisualFeatures | None] | None = None
+
+
+@torch.no_grad()
+def compare(
+    model: Any,
+    questions: Sequence[Question],
+    ordered: Sequence[list[Rollout]],
+    temperature: float,
+    batch_size: int,
+    shared_vision: bool,
+) -> Comparison:
+    """The drops, and with shared_vision the features that they are taken with (see `logprob_drops`)."""
+    vision = None
+    if shared_vision:
+        prompts = [question.ordered for question in questions]
+        parts = [prompts[n : n + batch_size] for n in range(0, len(prompts), batch_size)]
+        vision = [features for part in parts for features in encode_vision(model, part)]
+    drops = logprob_drops(model, questions, ordered, temperature, batch_size, vision)
+    return Comparison(drops, vision)
 
 
 @torch.no_grad()

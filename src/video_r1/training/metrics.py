@@ -154,7 +154,7 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
     assert policy.entropy is not None
     meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
     meter.add("policy/kl", float(result.kl) * tokens, tokens)
-    meter.add("policy/entropy", float(policy.entropy.sum()), tokens)
+    meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
 
 
 def take_peak_memory() -> float:

@@ -2,12 +2,12 @@
 
 N completion tokens of R responses lie one response after another; `lengths` [R] says where each ends.
 
-    L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser
+    L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser  −  entropy_coef · Σ m_t H ÷ tokens
 
 ρ = π/π_old of the token (or of its response), A the response's advantage, w the token's weight and m whether
 it counts (both 1 where none is given); the surrogate f, v and the normaliser are those of the loss type. The
 normaliser is that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts
-add up to the loss of the whole.
+add up to the loss of the whole. So are the tokens that the entropies H are averaged over.
 """
 
 from __future__ import annotations
@@ -204,6 +204,18 @@ def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
     if not len(everywhere):
         return torch.zeros_like(entropy, dtype=torch.bool)
     return entropy >= torch.quantile(everywhere.to(entropy), 1.0 - share)
+
+
+def entropy_sum(
+    entropy: Tensor, lengths: Tensor, counted: Tensor | None = None, kept: Tensor | None = None
+) -> Tensor:
+    """The entropies [N] of these responses' tokens, summed: without those of responses that do not count
+    ([R] bool) and of tokens that are not kept ([N] bool). `entropy_coef` times the mean over the step's
+    tokens is taken from the loss, whatever the loss type (as in TRL, whose mean is that of a micro-batch).
+    """
+    if counted is not None:
+        entropy = entropy * _by_token(counted.to(lengths.device), lengths, len(entropy))
+    return entropy.sum() if kept is None else (entropy * kept).sum()
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:

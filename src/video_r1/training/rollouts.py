@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.group_forward import VisualFeatures
+from video_r1.models.group_forward import GroupLogprobs, VisualFeatures
 from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.metrics import Meter
-from video_r1.training.objective import loss_normaliser
+from video_r1.training.objective import high_entropy, loss_normaliser
 from video_r1.training.questions import Ready
 
 
@@ -141,6 +141,13 @@ class PolicyBatch:
         rollouts = [rollout for group in self.trained for rollout in group.ordered]
         return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
 
+    def weights_of(self, kept: Tensor | None) -> Tensor | None:
+        """`token_weights`, and 0 where a token is not kept ([N] bool; None: all are)."""
+        if kept is None:
+            return self.token_weights
+        weights = self.token_weights
+        return kept.float() if weights is None else kept * weights.to(kept.device)
+
     @property
     def token_weights(self) -> Tensor | None:
         """[N], by which the policy term of each token is multiplied: the temporal rule's weight, which is 1
@@ -167,28 +174,51 @@ class PolicyBatch:
 def policy_batches(
     groups: Sequence[RolloutGroup],
     sizes: Sequence[int],
-    with_kl: bool,
+    all_taught: bool,
     vision: Sequence[VisualFeatures | None] | None = None,
 ) -> list[PolicyBatch]:
     """Scored groups in their micro-batches of these sizes. vision: features of their prompts that are there.
 
-    At least one group of each meets the model, so that every process has a loss.
+    all_taught: groups of equal rewards meet the model too, for a term that does not need them to differ. At
+    least one group of each micro-batch does, so that every process has a loss.
     """
     remaining, batches = iter(range(len(groups))), []
     for size in sizes:
         part = [next(remaining) for _ in range(size)]
-        taught = [n for n in part if with_kl or bool(groups[n].advantages.any())] or part[:1]
+        taught = [n for n in part if all_taught or bool(groups[n].advantages.any())] or part[:1]
         batch = PolicyBatch([groups[n] for n in part], [groups[n] for n in taught])
         batch.vision = None if vision is None else [vision[n] for n in taught]
         batches.append(batch)
     return batches
 
 
-def step_normaliser(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> float:
-    """What the losses of a step are divided by (see `loss_normaliser`), over all processes."""
+class StepScale(NamedTuple):
+    """What sums over a step are divided by: its losses (see `loss_normaliser`), and its tokens' entropies."""
+
+    loss: float
+    entropy: float
+
+
+def step_scale(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> StepScale:
+    """Of a step's micro-batches in all processes."""
     rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
     masked = settings.mask_truncated_completions
     counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
     counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
     responses, tokens = (sum(column) for column in zip(*counts, strict=True))
-    return loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
+    normaliser = loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
+    return StepScale(normaliser, max(1.0, tokens * settings.top_entropy_quantile))
+
+
+def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettings) -> Tensor | None:
+    """[N] bool, the share `top_entropy_quantile` of highest entropy among the tokens that count of all
+    processes' micro-batch; None: all. Every process calls it.
+    """
+    if settings.top_entropy_quantile == 1.0:
+        return None
+    assert policy.entropy is not None
+    entropy = policy.entropy.detach()
+    counted = batch.finished if settings.mask_truncated_completions else torch.ones(len(policy.lengths))
+    among = entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
+    everywhere = torch.cat(gather(among))
+    return high_entropy(entropy, everywhere.to(entropy), settings.top_entropy_quantile)

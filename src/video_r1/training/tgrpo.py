@@ -48,12 +48,11 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.family import find_family, vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
-    VisualFeatures,
     encode_vision,
     group_logprobs,
     vision_language_model,
 )
-from video_r1.processes import gather, process_count
+from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -70,13 +69,13 @@ from video_r1.training.checks import (
     warn_of_cancelled_bonus,
 )
 from video_r1.training.credit import TaskMoments, give_advantages
-from video_r1.training.drops import logprob_drops
+from video_r1.training.drops import Comparison, compare
 from video_r1.training.metrics import describe_groups, describe_update, tolerated
-from video_r1.training.objective import Clip, high_entropy, policy_loss
+from video_r1.training.objective import Clip, entropy_sum, policy_loss
 from video_r1.training.questions import Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference
-from video_r1.training.rollouts import PolicyBatch, StepRollouts, policy_batches, step_normaliser
+from video_r1.training.rollouts import PolicyBatch, StepRollouts, kept_tokens, policy_batches, step_scale
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
@@ -180,9 +179,10 @@ class TGRPOTrainer(QuestionTrainer):
         if batches[0]["iteration"] == 0 or not self.step_batches:
             self.step_batches = self.roll_out([batch["pending"] for batch in batches])
         self.rollouts.begin_next(self.pending_rollouts())
-        normaliser = step_normaliser(self.step_batches, args)
         # Gradients are averaged over processes, hence the division.
-        return [{"batch": batch} for batch in self.step_batches], normaliser / process_count()
+        scale, processes = step_scale(self.step_batches, args), process_count()
+        self.entropy_tokens = scale.entropy / processes
+        return [{"batch": batch} for batch in self.step_batches], scale.loss / processes
 
     def roll_out(self, pending: Sequence[Sequence[Any]]) -> list[PolicyBatch]:
         """One step's questions with their completions, rewards and advantages, in their micro-batches."""
@@ -193,8 +193,7 @@ class TGRPOTrainer(QuestionTrainer):
         ordered, shuffled = self.rollouts.of_step(questions)
 
         # d_i,t = log π(o_i,t | V) − log π(o_i,t | Ṽ), where r_t is by likelihood or tokens are weighed by it
-        vision = self.shared_vision(questions)
-        drops = self.drops(questions, ordered, vision) if args.needs_drops else None
+        drops, vision = self.compared(questions, ordered)
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         groups = self.score(questions, ordered, shuffled, drops)
@@ -202,7 +201,8 @@ class TGRPOTrainer(QuestionTrainer):
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         give_advantages(groups, args, self.task_moments())
         describe_groups(self.meter, groups, args.self_reflection_phrases)
-        return policy_batches(groups, [len(batch) for batch in pending], args.beta != 0, vision)
+        all_taught = args.beta != 0 or args.entropy_coef != 0
+        return policy_batches(groups, [len(batch) for batch in pending], all_taught, vision)
 
     # ---- One optimizer step: learn
 
@@ -219,6 +219,8 @@ class TGRPOTrainer(QuestionTrainer):
         # log π_old, log π_ref and min(π_old ÷ π_vLLM, cap), which all updates on these rollouts share
         self.complete(batch, model, policy.logprobs.detach())
 
+        kept = kept_tokens(batch, policy, args)
+        counted = batch.finished if args.mask_truncated_completions else None
         # −w·min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) + β·KL, ρ = π ÷ π_old, w by `tokens`, π_vLLM and entropy
         result = policy_loss(
             policy.logprobs,
@@ -231,11 +233,17 @@ class TGRPOTrainer(QuestionTrainer):
             importance_sampling_level=args.importance_sampling_level,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
-            token_weights=self.token_weights(batch, policy),
-            counted=batch.finished if args.mask_truncated_completions else None,
+            token_weights=batch.weights_of(kept),
+            counted=counted,
         )
         describe_update(self.meter, policy, result)
-        loss = self.watched(result.loss, batch.problem_ids)
+
+        # −entropy_coef · mean entropy of the step's tokens
+        loss = result.loss
+        if args.entropy_coef and policy.entropy is not None:
+            entropies = entropy_sum(policy.entropy, policy.lengths, counted, kept)
+            loss = loss - args.entropy_coef * entropies / self.entropy_tokens
+        loss = self.watched(loss, batch.problem_ids)
         return (loss, {"policy": policy}) if return_outputs else loss
 
     # ---- What the two above are made of
@@ -259,31 +267,20 @@ class TGRPOTrainer(QuestionTrainer):
         handlers = self.callback_handler.callbacks
         return next((one for one in handlers if isinstance(one, TaskMoments)), None)
 
-    def shared_vision(self, questions: Sequence[Question]) -> list[VisualFeatures | None] | None:
-        """Features of the ordered prompts, where drops and updates share them: those of a known family's
-        frozen tower, which a contrast of temporal patches permutes.
-        """
-        args, size = self.settings, self.settings.per_device_train_batch_size
-        known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
-        if not (known and self.vision_is_frozen and args.needs_drops and args.contrast_unit == "patch"):
-            return None
-        prompts = [question.ordered for question in questions]
-        with self.meter.seconds("contrast"), self.whole_policy() as model, torch.no_grad():
-            parts = [encode_vision(model, prompts[n : n + size]) for n in range(0, len(prompts), size)]
-        return list(chain(*parts))
+    def compared(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> Comparison:
+        """What the contrast clips take from the completions' log-probs, where the temporal rule needs it.
 
-    def drops(
-        self,
-        questions: Sequence[Question],
-        ordered: list[list[Rollout]],
-        vision: list[VisualFeatures | None] | None,
-    ) -> list[list[Tensor] | None]:
-        """Of each question that has a contrast clip: what it takes from its completions' log-probs."""
+        The features of ordered prompts are shared with the updates where the vision tower, of a known family,
+        is frozen and a contrast of temporal patches permutes them.
+        """
         args = self.settings
+        if not args.needs_drops:
+            return Comparison()
+        known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
+        shared = known and self.vision_is_frozen and args.contrast_unit == "patch"
         with self.meter.seconds("contrast"), self.whole_policy() as model:
-            return logprob_drops(
-                model, questions, ordered, args.temperature, args.per_device_train_batch_size, vision
-            )
+            size = args.per_device_train_batch_size
+            return compare(model, questions, ordered, args.temperature, size, shared)
 
     def score(
         self,
@@ -310,21 +307,8 @@ class TGRPOTrainer(QuestionTrainer):
                 temperature=self.settings.temperature,
                 with_entropy=with_entropy,
                 vision_features=batch.vision,
+                entropy_gradient=with_entropy and self.settings.entropy_coef != 0,
             )
-
-    def token_weights(self, batch: PolicyBatch, policy: GroupLogprobs) -> Tensor | None:
-        """[N]: the batch's own, and 0 outside the share of highest entropy of all processes' micro-batch."""
-        share = self.settings.top_entropy_quantile
-        if share == 1.0:
-            return batch.token_weights
-        assert policy.entropy is not None
-        counted = (
-            batch.finished if self.settings.mask_truncated_completions else torch.ones(len(policy.lengths))
-        )
-        among = policy.entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
-        everywhere = torch.cat(gather(among))
-        kept = high_entropy(policy.entropy, everywhere.to(policy.entropy), share).float()
-        return kept if batch.token_weights is None else kept * batch.token_weights.to(kept)
 
     def complete(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
         """Before the first update on a batch's rollouts, whose policy is that of the rollouts: its log-probs
