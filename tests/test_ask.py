@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,14 @@ from PIL import Image
 from tiny_models import moving_square, tiny_processor, write_clip
 
 from video_r1.data.decoders import read_media
+from video_r1.data.media import Media
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import PromptError, RequestError
-from video_r1.evaluation.ask import TextStream, ask, named_answer, question_sample, run_ask
+from video_r1.errors import ConfigError, MediaError, PromptError, RequestError
+from video_r1.evaluation import interview
+from video_r1.evaluation.ask import named_answer, question_sample, run_ask
+from video_r1.evaluation.interview import Interview, TextStream, heard, sampling_of
 from video_r1.models.loading import load_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -29,7 +34,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def question(text: str, path: Path | str, **settings: Any) -> Sample:
-    return question_sample(AskSettings(path=str(path), question=text, **settings))
+    return question_sample(AskSettings(path=str(path), **settings), text)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +91,9 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     sample, sampling = question("Where?", clip), SamplingSettings(max_tokens=40, seed=1)
     prompt = builder.build(sample, read_media(sample, FrameBudget(frame_pixels=56 * 56)))
     pieces: list[str] = []
-    rollout = ask(engine, TextStream(builder.tokenizer, pieces.append), prompt, sampling)
+    ((rollout,),) = heard(
+        engine, builder.tokenizer, [prompt], sampling, lambda _, piece: pieces.append(piece)
+    )
     assert "".join(pieces) == rollout.text and len(pieces) > 10
     assert len(rollout.token_ids) > 10
 
@@ -103,7 +110,7 @@ def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
         def close(self) -> None: ...
 
     whole: list[str] = []
-    again = ask(AtOnce(), TextStream(builder.tokenizer, whole.append), prompt, sampling)
+    ((again,),) = heard(AtOnce(), builder.tokenizer, [prompt], sampling, lambda _, piece: whole.append(piece))
     assert torch.equal(again.token_ids, rollout.token_ids)
     assert whole == [rollout.text]
 
@@ -115,7 +122,7 @@ def test_command(checkpoint: Path, clip: Path, tmp_path: Path, capsys: pytest.Ca
         settings = AskSettings(
             model=str(checkpoint),
             path=str(path),
-            question="Where is the square?",
+            question=["Where is the square?"],
             options=options,
             max_new_tokens=12,
             frame_pixels=56 * 56,
@@ -165,10 +172,10 @@ def test_an_answer_is_printed_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("video_r1.rollout.choice.open_engine", lambda *_: Says(output))
+    monkeypatch.setattr("video_r1.evaluation.interview.open_engine", lambda *_: Says(output))
     run_ask(
         AskSettings(
-            model=str(checkpoint), path=str(clip), question="What?", options=options, frame_pixels=56 * 56
+            model=str(checkpoint), path=str(clip), question=["What?"], options=options, frame_pixels=56 * 56
         )
     )
     assert capsys.readouterr().out == printed
@@ -176,6 +183,78 @@ def test_an_answer_is_printed_once(
 
 def test_errors_reach_the_caller(checkpoint: Path, clip: Path) -> None:
     with pytest.raises(PromptError, match=r"^question 'Where\?': its prompt .*max_prompt_length"):
-        run_ask(AskSettings(model=str(checkpoint), path=str(clip), question="Where?", max_prompt_length=20))
+        run_ask(AskSettings(model=str(checkpoint), path=str(clip), question=["Where?"], max_prompt_length=20))
     with pytest.raises(RequestError, match="no such file"):
-        run_ask(AskSettings(model=str(checkpoint), path="gone.mp4", question="Where?"))
+        run_ask(AskSettings(model=str(checkpoint), path="gone.mp4", question=["Where?"]))
+
+
+class SeesOrder:
+    """An engine that is right in order, and else as often as not; it is told how often it was asked."""
+
+    def generate(self, prompts: Any, sampling: Any, counts: Any = None) -> list[list[Rollout]]:
+        self.sampling = sampling
+        texts = [
+            ["B" if prompt.order == "ordered" or i % 2 else "A" for i in range(sampling.n)]
+            for prompt in prompts
+        ]
+        return [
+            [Rollout(torch.tensor([1]), torch.zeros(1), f"<answer>{text}</answer>", "stop") for text in row]
+            for row in texts
+        ]
+
+    def close(self) -> None: ...
+
+
+def test_contrasts_and_follow_up_questions(
+    checkpoint: Path, clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares of each order with their intervals; the clip is decoded once for all questions."""
+    engine, decoded = SeesOrder(), []
+    monkeypatch.setattr("video_r1.evaluation.interview.open_engine", lambda *_: engine)
+    read = interview.read_cached
+    monkeypatch.setattr(interview, "read_cached", lambda *a: decoded.append(a) or read(*a))
+    settings = AskSettings(
+        model=str(checkpoint), path=str(clip), question=["Where to, left or right?", "And then?"],
+        options=["left", "right"], answer="right", contrast=["shuffled", "blind"], samples=8,
+        frame_pixels=56 * 56,
+    )  # fmt: skip
+    assert run_ask(settings) == "B. right"
+    assert len(decoded) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Where to, left or right?" and "And then?" in lines
+    found = [" ".join(line.split()) for line in lines]
+    assert "ordered 8 of 8 0.68 to 1.00 B ×8" in found
+    assert found.count("shuffled 4 of 8 0.22 to 0.78 +0.50 [+0.07, +0.78] A ×4, B ×4") == 2
+    assert (engine.sampling.temperature, engine.sampling.top_p, engine.sampling.n) == (1.0, 1.0, 8)
+    assert len(set(engine.sampling.seed)) == 3
+
+
+def test_several_answers_are_drawn_as_the_settings_say() -> None:
+    given = AskSettings(samples=4, temperature=0.5)
+    assert (sampling_of(given).temperature, sampling_of(given).top_p) == (0.5, 1.0)
+    assert sampling_of(AskSettings()).temperature == 0.01
+    with pytest.raises(ConfigError, match="samples is 4 at temperature 0"):
+        AskSettings(samples=4, temperature=0.0)
+
+
+def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, clip: Path) -> None:
+    sample = question("Where?", clip, options=["left", "right"])
+    settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
+    with closing(Interview(settings)) as opened:
+        prompts = opened.prompts(sample, ["ordered", "reversed"])
+        groups = SeesOrder().generate(prompts, SamplingSettings(n=4))
+        ordered, other = interview.views_of(sample, prompts, groups)
+        assert ordered.counted == [True] * 4 and other.counted == [False, True, False, True]
+        assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None
+        still = replace(sample, path="still.png", data_type="image")
+        opened._clips[still.path, None, None] = Media(
+            prompts[0].media.frames[:1], torch.zeros(1), 0.0, "image"
+        )
+        with pytest.raises(MediaError, match="an image, which cannot be reversed; ask in order, or blind"):
+            opened.prompts(still, ["reversed"])
+
+
+def test_an_answer_that_no_option_is(clip: Path) -> None:
+    assert question("Where?", clip, options=["left", "right"], answer="b").answer == "B"
+    with pytest.raises(RequestError, match=r"answer is 'up'; it must be one of the options, A\. left"):
+        question("Where?", clip, options=["left", "right"], answer="up")

@@ -140,9 +140,21 @@ def test_positional_settings_of_ask() -> None:
         "0",
     ]
     settings = read_request("ask", words).section(AskSettings)
-    assert (settings.model, settings.path, settings.question) == ("run", "clip.mp4", "Left or right?")
+    assert (settings.model, settings.path, settings.question) == ("run", "clip.mp4", ["Left or right?"])
     assert settings.options == ["A. left, then up", "B. right"]
     assert settings.temperature == 0.0
+
+
+@pytest.mark.parametrize("words", [
+    ["First, what?", "--question", "Then, where?", "--question=Why, when?"],
+    ["First, what?", "Then, where?", "Why, when?"],
+    ["--question", "First, what?", "Then, where?", "--question", "Why, when?"],
+])  # fmt: skip
+def test_several_questions(words: list[str]) -> None:
+    settings = read_request("ask", ["run", "clip.mp4", *words]).section(AskSettings)
+    assert settings.question == ["First, what?", "Then, where?", "Why, when?"]
+    with pytest.raises(RequestError, match="path is given twice"):
+        read_request("ask", ["run", "clip.mp4", "Why?", "--path", "other.mp4"])
 
 
 def test_eval_takes_a_checkpoint_or_a_recipe(tmp_path: Path) -> None:

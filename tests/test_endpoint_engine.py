@@ -93,7 +93,7 @@ def test_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_questions(tmp_path, count=1)
     with chat_endpoint() as server:
         settings = AskSettings(
-            path=str(tmp_path / "clip.mp4"), question="Question 1: where?", options=["left", "right"],
+            path=str(tmp_path / "clip.mp4"), question=["Question 1: where?"], options=["left", "right"],
             engine=server.url, **SIZES,
         )  # fmt: skip
         assert ask.run_ask(settings) == "B. right"

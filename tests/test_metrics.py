@@ -12,6 +12,8 @@ from video_r1.evaluation.metrics import (
     mean_figure,
     mean_relative_accuracy,
     merged_task,
+    share_difference,
+    share_figure,
     task_mean,
     temporal_gap,
 )
@@ -183,3 +185,20 @@ def test_summary_of_nothing() -> None:
     figures = summarise([]) | {"skipped": 3}
     assert figures == {"skipped": 3}
     assert "3 questions left out" in summary_table({"frames": {"16": figures}})
+
+
+@pytest.mark.parametrize(("right", "count", "low", "high"), [
+    (0, 8, 0.0, 0.3244), (8, 8, 0.6756, 1.0), (4, 8, 0.2152, 0.7848), (1, 1, 0.2065, 1.0),
+    (81, 263, 0.2553, 0.3662),
+])  # fmt: skip
+def test_shares_of_few_answers(right: int, count: int, low: float, high: float) -> None:
+    """Wilson's interval; the last line is Newcombe's own example (1998, table I)."""
+    figure = share_figure(right, count)
+    assert figure.mean == right / count and figure.questions == count
+    assert (figure.low, figure.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_difference_of_shares() -> None:
+    """Newcombe 1998 (Statistics in Medicine 17, 873), table II, example (a), method 10."""
+    figure = share_difference(share_figure(56, 70), share_figure(48, 80))
+    assert (figure.mean, figure.low, figure.high) == pytest.approx((0.2, 0.0524, 0.3339), abs=1e-4)

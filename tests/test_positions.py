@@ -46,7 +46,7 @@ def test_eval_and_ask_in_the_process(
     if command == "eval":
         settings: Any = EvalSettings(model=model, manifest="x")
     else:
-        settings = AskSettings(model=model, path="x.mp4", question="?")
+        settings = AskSettings(model=model, path="x.mp4", question=["?"])
     processor, _, _ = open_prompts(settings)
     with caplog.at_level(logging.WARNING), closing(open_engine(settings, processor)):
         assert bool(warnings_of(caplog)) == said
@@ -66,7 +66,7 @@ def test_an_endpoint_of_another_rule(
     model = str(checkpoint_of(tmp_path, trained))
     with chat_endpoint(model=model) as server:
         server.positions = served
-        settings = AskSettings(model=model, path="x.mp4", question="?", engine=server.url)
+        settings = AskSettings(model=model, path="x.mp4", question=["?"], engine=server.url)
         with caplog.at_level(logging.WARNING), closing(open_engine(settings, None)):
             assert len(warnings_of(caplog)) == said
     if said:

@@ -108,7 +108,7 @@ def test_evaluation_and_questions(
         outputs[name] = read_lines(folder / "predictions-8.jsonl")
     assert len(outputs["vllm"]) > 6 and outputs["vllm"] == outputs["transformers"]
     asked = AskSettings(
-        model=str(base_folder()), path=str(next((lab / "videos").iterdir())), question="Which way?",
+        model=str(base_folder()), path=str(next((lab / "videos").iterdir())), question=["Which way?"],
         options=["left", "right"], engine="vllm", max_new_tokens=8, dtype="float32", **SIZES,
     )  # fmt: skip
     capsys.readouterr()

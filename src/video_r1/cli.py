@@ -27,7 +27,7 @@ from video_r1.next_steps import again, next_steps
 from video_r1.progress import tidy_output
 from video_r1.recipe import Recipe, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
-from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list
+from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list, takes_sentences
 from video_r1.signals import Interrupted, ended_by_signals, number_of
 from video_r1.tables import show
 
@@ -161,9 +161,12 @@ def read_request(name: str, words: list[str]) -> Recipe:
         takes = " ".join(["[RECIPE]", *(word.upper() for word in positionals)])
         raise RequestError(f"{plain[len(positionals)]!r} is one word too many; video-r1 {name} takes {takes}")
     for setting, word in zip(positionals, plain, strict=False):
-        if setting in overrides:
+        if setting not in overrides:
+            overrides[setting] = word
+        elif takes_sentences(command.types()[setting]):
+            overrides[setting] = [*word, *overrides[setting]]
+        else:
             raise RequestError(f"{setting} is given twice: {word!r} and --{setting} {overrides[setting]}")
-        overrides[setting] = word
     return load_recipe(name, source, overrides)
 
 
@@ -176,6 +179,7 @@ def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[st
     """Words without `--`, and options: `--key value`, `--key=value`, `--flag`, `--list a b c`.
 
     A setting that takes a list has all words up to the next option; a true/false setting may stand alone.
+    One that takes sentences may be repeated.
     """
     plain: list[str] = []
     options: dict[str, Any] = {}
@@ -187,10 +191,10 @@ def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[st
             continue
         key, equals, value = word[2:].partition("=")
         key = key.replace("-", "_")
-        if equals:
-            options[key] = value
-            continue
         hint = types.get(key)
+        if equals:
+            options[key] = [*options.get(key, []), value] if takes_sentences(hint) else value
+            continue
         taken = list(itertools.takewhile(lambda word: not word.startswith("--"), rest))
         if hint is None or not takes_list(hint):
             taken = taken[:1]
@@ -199,5 +203,8 @@ def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[st
         del rest[: len(taken)]
         if not taken and hint is not None and hint is not bool:
             raise RequestError(f"--{key} needs a value; see video-r1 --help")
-        options[key] = (taken[0] if len(taken) == 1 else taken) if taken else True
+        if takes_sentences(hint):
+            options[key] = [*options.get(key, []), *taken]
+        else:
+            options[key] = (taken[0] if len(taken) == 1 else taken) if taken else True
     return plain, options

@@ -1,52 +1,65 @@
-"""`video-r1 ask`: one question about one video or image, the reasoning shown as it is written."""
+"""`video-r1 ask`: questions about one video or image, the reasoning shown as it is written; with `--contrast`
+and `--samples` also how much of the answers hangs on the order of the frames.
+"""
 
 from __future__ import annotations
 
-import inspect
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from video_r1.data.answers import LETTERS, lettered, read_answer
 from video_r1.errors import RequestError
 from video_r1.settings.decoding import AskSettings
+from video_r1.tables import table
 
 if TYPE_CHECKING:
-    from video_r1.data.prompts import Prompt
     from video_r1.data.records import Sample
-    from video_r1.data.rollouts import Rollout
-    from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+    from video_r1.evaluation.interview import View
 
 _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
+_ANSWERS_SHOWN = 4
 
 
 def run_ask(settings: AskSettings) -> str:
-    """Answers the settings' question on standard output and returns the answer.
+    """Answers the settings' questions on standard output and returns the last answer in order.
 
-    The answer is named again below the output unless the output ends with it.
+    Of each question the first answer in order is written as it comes, and named again below it unless it
+    ends with it. With contrasts or several samples a table follows: shares and intervals of all answers.
 
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
-    sample = question_sample(settings)
+    assert settings.question is not None  # settings without it are refused
+    samples = [question_sample(settings, question) for question in settings.question]
     # After the file has been looked for: importing torch takes seconds.
-    from video_r1.data.frame_cache import open_frame_cache, read_cached
-    from video_r1.rollout.choice import open_engine, open_prompts
-    from video_r1.rollout.engine import SamplingSettings
+    from video_r1.evaluation.interview import Interview, sampling_of
 
-    processor, builder, budget = open_prompts(settings)
-    cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
-    prompt = builder.build(sample, read_cached(sample, budget, cache))
-    sampling = replace(SamplingSettings.of(settings), seed=settings.seed)
-    with closing(open_engine(settings, processor)) as engine:
-        stream = TextStream(builder.tokenizer, partial(print, end="", flush=True))
-        rollout = ask(engine, stream, prompt, sampling)
+    sampling, answer = sampling_of(settings), ""
+    with closing(Interview(settings)) as interview:
+        for number, sample in enumerate(samples):
+            prompts = interview.prompts(sample, ["ordered", *settings.contrast])
+            if len(samples) > 1:
+                print(f"{chr(10) if number else ''}{sample.problem}")
+            views = interview.ask(sample, prompts, settings.samples, sampling, _write_first)
+            answer = _print_answer(sample, views[0])
+            if len(views) > 1 or settings.samples > 1:
+                print(f"\n{views_table(sample, views)}")
+    return answer
+
+
+def _write_first(prompt: int, piece: str) -> None:
+    if prompt == 0:
+        print(piece, end="", flush=True)
+
+
+def _print_answer(sample: Sample, view: View) -> str:
+    rollout = view.rollouts[0]
     answer = named_answer(sample, rollout.text)
     if not answer:
         print("\n\nNo answer was given.")
@@ -59,8 +72,26 @@ def run_ask(settings: AskSettings) -> str:
     return answer
 
 
-def question_sample(settings: AskSettings) -> Sample:
-    """A question outside of any manifest; it has no solution.
+def views_table(sample: Sample, views: Sequence[View]) -> str:
+    """The shares of each view with their 95 % intervals, and what was answered how often."""
+    rows = []
+    for view in views:
+        counts = Counter(answer[:30] or "none" for answer in view.answers).most_common()
+        said = [f"{answer} ×{count}" if count > 1 else answer for answer, count in counts[:_ANSWERS_SHOWN]]
+        share, gap = view.share, view.gap
+        rows.append((
+            view.prompt.order,
+            f"{sum(view.counted)} of {len(view.counted)}",
+            f"{share.low:.2f} to {share.high:.2f}",
+            "" if gap is None else f"{gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]",
+            ", ".join([*said, "…"] if len(counts) > _ANSWERS_SHOWN else said),
+        ))  # fmt: skip
+    what = "right" if sample.answer else "as most in order"
+    return table(("frames", what, "95 %", "in order minus this", "answers"), rows)
+
+
+def question_sample(settings: AskSettings, question: str) -> Sample:
+    """A question outside of any manifest; its solution is the settings' answer, "" for none.
 
     The file's name says whether it is an image (a GIF counts as a video). Without a type, a question with
     options is multiple choice and any other free-form. Options without letters get them: "A. left".
@@ -70,57 +101,33 @@ def question_sample(settings: AskSettings) -> Sample:
     from video_r1.data.records import Sample
     from video_r1.data.remote import is_address, on_this_machine
 
-    assert settings.path is not None and settings.question is not None  # settings without them are refused
+    assert settings.path is not None  # settings without it are refused
     path = on_this_machine(settings.path)
     if not is_address(path) and not Path(path).is_file():
         raise RequestError(f"{settings.path}: no such file")
+    options = _labelled(settings.options)
+    kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
-        problem_id=shorten(settings.question, 60, placeholder=" …"),  # what its errors call it
-        problem=settings.question,
+        problem_id=shorten(question, 60, placeholder=" …"),  # what its errors call it
+        problem=question,
         data_type=data_type_of(path),
-        problem_type=settings.problem_type or ("multiple choice" if settings.options else "free-form"),
-        solution="",
+        problem_type=kind,
+        solution=_solution(settings.answer, kind, options),
         path=path if is_address(path) else str(Path(path).resolve()),
-        options=_labelled(settings.options),
+        options=options,
         start=settings.start,
         end=settings.end,
     )
 
 
-def ask(engine: RolloutEngine, stream: TextStream, prompt: Prompt, sampling: SamplingSettings) -> Rollout:
-    """Puts one question to a model; the stream is given the output piece by piece, all of it once.
-
-    An engine whose `generate` takes `on_token` is heard token by token, any other at its end.
-    """
-    generate: Any = engine.generate
-    if "on_token" in inspect.signature(generate).parameters:
-        groups = generate([prompt], sampling, on_token=lambda prompt, completion, token: stream.add(token))
-    else:
-        groups = generate([prompt], sampling)
-    rollout = groups[0][0]
-    stream.close(rollout.text)
-    return rollout
-
-
-class TextStream:
-    """Turns tokens into text as they come; a character that is still incomplete waits for its next token."""
-
-    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
-        self._tokenizer, self._write = tokenizer, write
-        self._token_ids: list[int] = []
-        self._written = 0  # characters
-
-    def add(self, token_id: int) -> None:
-        self._token_ids.append(token_id)
-        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self.close(text)
-
-    def close(self, text: str) -> None:
-        """Writes what of the whole `text` is not written yet."""
-        if len(text) > self._written:
-            self._write(text[self._written :])
-            self._written = len(text)
+def _solution(answer: str | None, kind: str, options: Sequence[str]) -> str:
+    if not answer:
+        return ""
+    read = read_answer(f"<answer>{answer}</answer>", kind, options)
+    if not read:
+        wanted = f"one of the options, {', '.join(options)}" if options else "a number"
+        raise RequestError(f"answer is {answer!r}; it must be {wanted}")
+    return f"<answer>{read}</answer>"
 
 
 def named_answer(sample: Sample, output: str) -> str:

@@ -3,6 +3,7 @@
 N is the number of questions; scores are float64 in [0, 1].
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -72,6 +73,24 @@ def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike) -> Figure:
     if first.shape != second.shape:
         raise ValueError(f"{len(first)} ordered but {len(second)} shuffled scores; they come in pairs")
     return mean_figure(first - second)
+
+
+def share_figure(right: int, count: int) -> Figure:
+    """A share of `count` ≥ 1 answers with its 95 % score interval (Wilson 1927), which holds for few answers
+    too: of 0 of 8 it is [0, 0.32].
+    """
+    share, z = right / count, 1.959964
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + (z / (2 * count)) ** 2)
+    return Figure(share, max(0.0, middle - half), min(1.0, middle + half), count)
+
+
+def share_difference(first: Figure, second: Figure) -> Figure:
+    """The difference of two independent shares, its 95 % interval from theirs (Newcombe 1998, method 10)."""
+    difference = first.mean - second.mean
+    below = math.hypot(first.mean - first.low, second.high - second.mean)
+    above = math.hypot(first.high - first.mean, second.mean - second.low)
+    return Figure(difference, difference - below, difference + above, min(first.questions, second.questions))
 
 
 def task_mean(scores: ArrayLike, tasks: Sequence[str]) -> Figure:

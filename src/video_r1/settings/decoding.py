@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import Contrast, Order
 from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings, problems_of_out
+from video_r1.settings.types import Sentence
 
 SCHEMES = ("http://", "https://")
 
@@ -137,8 +138,22 @@ class AskSettings(DecodingSettings):
     """Question"""
 
     path: str | None = setting(None, "video or image file, or its address")
-    question: str | None = setting(None, "the question")
+    question: list[Sentence] | None = setting(
+        None,
+        "the question; several, or --question again, are asked in turn about the same frames",
+    )
     options: list[str] = setting([], "options of a multiple-choice question")
+    answer: str | None = setting(
+        None, "the right answer (multiple choice: its letter); the shares right are counted then"
+    )
+    contrast: list[Contrast] = setting(
+        [], "ask the same with other clips beside: shuffled, reversed, frozen, dropped, blind"
+    )
+    samples: int = setting(
+        1,
+        "K: answers to each; several are drawn at temperature and top_p 1 unless these are given",
+        above=0,
+    )
     problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
         None, "kind of answer wanted (default: multiple choice when there are options, else free-form)"
     )
@@ -151,3 +166,7 @@ class AskSettings(DecodingSettings):
             yield "end", f"is {self.end} s, not after start ({self.start} s)"
         if self.problem_type == "multiple choice" and len(self.options) < 2:
             yield "options", f"has {len(self.options)} entries; a multiple-choice question needs at least 2"
+        if len(set(self.contrast)) < len(self.contrast):
+            yield "contrast", f"is {self.contrast}; name each once"
+        if self.samples > 1 and self.temperature == 0 and "temperature" in self.given:
+            yield "samples", f"is {self.samples} at temperature 0, where all are the same; raise temperature"

@@ -9,13 +9,16 @@ import json
 import os
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NewType, Union, get_args, get_origin
 
 import yaml
 
 TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NONE_WORDS = ("none", "null")
+
+Sentence = NewType("Sentence", str)
+"""A text of a list that is not parted at its commas, such as a question."""
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
@@ -33,8 +36,14 @@ def takes_list(hint: Any) -> bool:
     return any((get_origin(option) or option) is list for option in alternatives(hint))
 
 
+def takes_sentences(hint: Any) -> bool:
+    """Whether the option may be repeated, a sentence each time."""
+    return any(get_args(option) == (Sentence,) for option in alternatives(hint))
+
+
 def matches(value: Any, hint: Any) -> bool:
     """Whether `value` is of the type `hint`. An int is a float, a bool is neither; a tuple is a list."""
+    hint = getattr(hint, "__supertype__", hint)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if hint is Any:
         return True
@@ -65,7 +74,7 @@ def describe_type(hint: Any) -> str:
         return f"list of {describe_type(arguments[0])}"
     if get_origin(hint) is dict:
         return f"mapping of {describe_type(arguments[0])} to {describe_type(arguments[1])}"
-    words = {str: "text", bool: "true | false", type(None): "none"}
+    words = {str: "text", Sentence: "text", bool: "true | false", type(None): "none"}
     return words.get(hint) or getattr(hint, "__name__", str(hint))
 
 
@@ -109,9 +118,12 @@ def parse(value: Any, hint: Any) -> Any:
 
 def _parse_one(value: Any, hint: Any) -> Any:
     """As `parse`, for a type that is no union."""
+    hint = getattr(hint, "__supertype__", hint)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     wrong = ValueError(describe_type(hint))
     text = value.strip() if isinstance(value, str) else None
+    if takes_sentences(hint) and text and not text.startswith("["):
+        return [text]
     if origin is list:
         return [parse(item, *arguments or (Any,)) for item in _items(value)]
     if origin is dict:

@@ -1,0 +1,196 @@
+"""A model that is asked about clips: opened once, a clip decoded once, a question asked in several orders.
+
+    clip ─► frames (kept) ─► prompts: in order, and of each contrast ─► K answers to each ─► shares
+
+The command `ask` and the page of the studio ask through it.
+"""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from video_r1.data.answers import read_answer
+from video_r1.data.contrasts import blind_prompt, contrast_prompt
+from video_r1.data.frame_cache import open_frame_cache, read_cached
+from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt
+from video_r1.data.reading import derived_generator
+from video_r1.data.records import Sample
+from video_r1.data.rollouts import Rollout
+from video_r1.errors import MediaError
+from video_r1.evaluation.asking import sampling_seed
+from video_r1.evaluation.metrics import Figure, share_difference, share_figure
+from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rollout.choice import open_engine, open_prompts
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.settings.decoding import AskSettings
+from video_r1.settings.frames import Order
+
+CLIPS_KEPT = 4  # whose frames stay in memory
+
+Hear = Callable[[int, str], object]
+"""Is given the first completion of each prompt as it is written: the prompt's number and a piece of text."""
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The K answers to one question with one order of its frames.
+
+    answers: what is read of each output, "" for none. counted: which of them are right, or, without a right
+    answer, which say what most say in order. share: of these, with its Wilson interval; gap: the share in
+    order minus this one, None of the view in order.
+    """
+
+    prompt: Prompt
+    rollouts: list[Rollout]
+    answers: list[str]
+    counted: list[bool]
+    share: Figure
+    gap: Figure | None
+
+
+class Interview:
+    """A model and the clips that it was asked about. Close it: it holds the model.
+
+    Raises ConfigError for an unusable checkpoint or server; the model is loaded with the first question.
+    """
+
+    def __init__(self, settings: AskSettings) -> None:
+        self.settings = settings
+        self._processor, self.builder, self.budget = open_prompts(settings)
+        self._cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        self._engine: RolloutEngine | None = None
+        self._clips: dict[tuple[object, ...], Media] = {}
+
+    def has(self, sample: Sample) -> bool:
+        """Whether the clip's frames are here already."""
+        return _clip_of(sample) in self._clips
+
+    def media(self, sample: Sample) -> Media:
+        """The frames of the sample's clip, decoded at the first question about it. Raises MediaError."""
+        key = _clip_of(sample)
+        media = self._clips.pop(key, None) or read_cached(sample, self.budget, self._cache)
+        self._clips[key] = media
+        while len(self._clips) > CLIPS_KEPT:
+            self._clips.pop(next(iter(self._clips)))
+        return media
+
+    def prompts(self, sample: Sample, orders: Sequence[Order]) -> list[Prompt]:
+        """Raises MediaError, also for a clip that is too short for a contrast, and PromptError."""
+        media = self.media(sample)
+        return [self._prompt(sample, media, order) for order in orders]
+
+    def _prompt(self, sample: Sample, media: Media, order: Order) -> Prompt:
+        if order == "ordered":
+            return self.builder.build(sample, media)
+        if order == "blind":
+            return blind_prompt(sample, media, self.builder)
+        generator = derived_generator(self.settings.seed, sample.problem_id)
+        prompt = contrast_prompt(sample, media, self.builder, order, generator)
+        if prompt is None:
+            what = "an image" if media.kind == "image" else f"{len(media.frames)} frames"
+            raise MediaError(sample.path, f"is {what}, which cannot be {order}; ask in order, or blind")
+        return prompt
+
+    def load(self) -> None:
+        """Opens the engine, unless it is open."""
+        self._engine = self._engine or open_engine(self.settings, self._processor)
+
+    def ask(
+        self, sample: Sample, prompts: Sequence[Prompt], samples: int, sampling: SamplingSettings, hear: Hear
+    ) -> list[View]:
+        """Asks `samples` times with each of the prompts, of which the first is in order."""
+        self.load()
+        assert self._engine is not None
+        frames = len(prompts[0].media.frames)
+        seeds = [sampling_seed(self.settings.seed, frames, sample, prompt.order) for prompt in prompts]
+        sampling = replace(sampling, n=samples, seed=tuple(seeds))
+        return views_of(sample, prompts, heard(self._engine, self.builder.tokenizer, prompts, sampling, hear))
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+
+
+def sampling_of(settings: AskSettings) -> SamplingSettings:
+    """How answers are drawn: several of them as the model would, unless the settings say how."""
+    sampling = SamplingSettings.of(settings)
+    if settings.samples > 1:
+        usual = {name: 1.0 for name in ("temperature", "top_p") if name not in settings.given}
+        sampling = replace(sampling, **usual)
+    return sampling
+
+
+def heard(
+    engine: RolloutEngine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings, hear: Hear
+) -> list[list[Rollout]]:
+    """`generate`, whose first completion of each prompt `hear` is given piece by piece, all of it once.
+
+    An engine whose `generate` takes `on_token` is heard token by token, any other at its end.
+    """
+    streams = [TextStream(tokenizer, lambda piece, i=i: hear(i, piece)) for i in range(len(prompts))]
+
+    def on_token(prompt: int, completion: int, token: int) -> None:
+        if completion == 0:
+            streams[prompt].add(token)
+
+    generate: Any = engine.generate
+    if "on_token" in inspect.signature(generate).parameters:
+        groups = generate(prompts, sampling, on_token=on_token)
+    else:
+        groups = generate(prompts, sampling)
+    for stream, rollouts in zip(streams, groups, strict=True):
+        stream.close(rollouts[0].text)
+    return groups
+
+
+def views_of(sample: Sample, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> list[View]:
+    """What was answered with each prompt, of which the first is in order."""
+    kind, options = sample.problem_type, sample.options
+    read = [[read_answer(rollout.text, kind, options) for rollout in rollouts] for rollouts in groups]
+    truth = sample.answer or majority(read[0])
+    counted = [[_agrees(kind, answer, truth) for answer in answers] for answers in read]
+    shares = [share_figure(sum(found), len(found)) for found in counted]
+    return [
+        View(prompt, list(rollouts), answers, found, share, share_difference(shares[0], share) if i else None)
+        for i, (prompt, rollouts, answers, found, share) in enumerate(
+            zip(prompts, groups, read, counted, shares, strict=True)
+        )
+    ]
+
+
+def majority(answers: Sequence[str]) -> str:
+    """The answer that is given most often, the first of several; "" where none is given."""
+    given = Counter(answer for answer in answers if answer)
+    return given.most_common(1)[0][0] if given else ""
+
+
+def _agrees(kind: str, answer: str, truth: str) -> bool:
+    return bool(answer and truth) and is_correct(kind, correctness(kind, answer, truth))
+
+
+def _clip_of(sample: Sample) -> tuple[object, ...]:
+    return sample.path, sample.start, sample.end
+
+
+class TextStream:
+    """Turns tokens into text as they come; a character that is still incomplete waits for its next token."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
+        self._tokenizer, self._write = tokenizer, write
+        self._token_ids: list[int] = []
+        self._written = 0  # characters
+
+    def add(self, token_id: int) -> None:
+        self._token_ids.append(token_id)
+        text = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self.close(text)
+
+    def close(self, text: str) -> None:
+        """Writes what of the whole `text` is not written yet."""
+        if len(text) > self._written:
+            self._write(text[self._written :])
+            self._written = len(text)
