@@ -115,8 +115,7 @@ class Step:
         advantages = torch.cat([group.advantages for group in groups]).to(logprobs.device)
         loss = policy_loss(
             logprobs, logprobs.detach(), advantages, lengths, normaliser=float(len(lengths)),
-            loss_type=settings.loss_type, epsilon=settings.epsilon,
-            beta=settings.beta, ref_logprobs=judged,
+            loss_type=settings.loss_type, beta=settings.beta, ref_logprobs=judged,
         ).loss  # fmt: skip
         loss.backward()
         self.optimizer.step()

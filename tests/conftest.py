@@ -60,7 +60,7 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_manifest(tmp_path_factory.mktemp("data"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_engine() -> Iterator[Any]:
     """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Each user hands over weights first."""
     from video_r1.lab.model import base_folder

@@ -13,10 +13,11 @@ from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.lab.clips import write_clip
-from video_r1.lab.model import base_folder
-from video_r1.lab.pretraining import FRAME_TIMES, patches
+from video_r1.lab.model import base_folder, build_processor, build_tokenizer, frame_side
+from video_r1.lab.pretraining import FRAME_TIMES, Conversations, corpus, patches
 from video_r1.lab.questions import first_colour
 from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
+from video_r1.models.family import known_families
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rewards.shaping import format_reward
@@ -53,16 +54,33 @@ def asked(processor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pro
     return asked
 
 
-def test_pretraining_lays_pixels_out_as_the_processor_does(processor) -> None:
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+def test_pretraining_asks_as_the_processor_does(family: str) -> None:
+    """The same pixels in the same layout, the same tokens: placeholders, and times where there are any."""
+    timestamps = known_families()[family].timestamp_tokens > 0
+    tokenizer = build_tokenizer(corpus(0, rows=200))
+    processor = build_processor(tokenizer, family)
+    conversations = Conversations(processor, timestamps, seed=0)
+    row = next(
+        row for row in map(conversations.row, map(np.random.default_rng, range(20))) if not row.is_image
+    )
     timeline = first_colour(np.random.default_rng(0)).timeline
     frames = render(timeline, FRAME_TIMES, np.random.default_rng(0))
     small = torch.nn.functional.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2), size=(56, 56), mode="bicubic", antialias=True
+        torch.from_numpy(frames).permute(0, 3, 1, 2),
+        size=2 * [frame_side(processor)],
+        mode="bicubic",
+        antialias=True,
     )
     media = Media(small, torch.tensor(FRAME_TIMES, dtype=torch.float64), SECONDS, "video")
     sample = Sample(0, "?", "video", "multiple choice", "<answer>A</answer>", "clip.mp4")
     prompt = PromptBuilder(processor).build(sample, media)
-    torch.testing.assert_close(patches(frames), prompt.features["pixel_values_videos"], atol=1e-5, rtol=1e-5)
+    given = patches(frames, processor.image_processor)
+    torch.testing.assert_close(given, prompt.features["pixel_values_videos"], atol=1e-5, rtol=1e-5)
+
+    pad = processor.video_token_id
+    first, last = (int(ids.eq(pad).nonzero()[-1]) for ids in (row.input_ids, prompt.input_ids))
+    assert row.input_ids[: first + 1].tolist() == prompt.input_ids[: last + 1].tolist()
 
 
 def test_base_knows_what_came_when(model, processor, asked) -> None:

@@ -17,15 +17,16 @@ from video_r1.data.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
+from video_r1.models.family import find_family
 from video_r1.plan.memory import memory_plan
-from video_r1.plan.shapes import published, published_config
+from video_r1.plan.shapes import published, published_config, published_processor
 from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import MadeFor, find_recipe, packaged_recipes, read_one_recipe, read_recipe
 from video_r1.settings.commands import LabSettings
 
 GB = 10**9
-ONE, SMALL, FOUR, EIGHT = (1, 80), (1, 24), (4, 96), (8, 80)
+ONE, SMALL, LAPTOP, FOUR, EIGHT = (1, 80), (1, 24), (1, 8), (4, 96), (8, 80)
 MACHINES = {
     # recipe without sft/tgrpo: checkpoint, (GPUs, GB of each)
     "video-r1-7b-{}": ("Qwen/Qwen2.5-VL-7B-Instruct", EIGHT),
@@ -41,6 +42,7 @@ MACHINES = {
     "qwen3.5-9b-{}": ("Qwen/Qwen3.5-9B", EIGHT),
     "qwen3.5-9b-{}-lora": ("Qwen/Qwen3.5-9B", ONE),
     "qwen3.5-4b-{}-lora": ("Qwen/Qwen3.5-4B", SMALL),
+    "smolvlm2-500m-{}-lora": ("HuggingFaceTB/SmolVLM2-500M-Video-Instruct", LAPTOP),
 }
 RECIPES = [(form.format(stage), form) for form in MACHINES for stage in ("sft", "tgrpo")]
 
@@ -75,7 +77,8 @@ def test_a_recipe_trains_its_checkpoint_with_the_papers_settings(name: str, form
         assert values["max_steps"] == 1000
     assert start == checkpoint
     side = 32 if "Qwen3" in checkpoint else 28
-    assert (values["frame_pixels"], values["image_pixels"]) == (128 * side**2, 256 * side**2)
+    wanted = (512**2, 512**2) if "SmolVLM2" in checkpoint else (128 * side**2, 256 * side**2)
+    assert (values["frame_pixels"], values["image_pixels"]) == wanted
     assert values["use_peft"] == name.endswith("-lora")
     # float32 weights wherever steps of 1e-6 are added to them
     assert (values["dtype"], values["learning_rate"] > 1e-6) in (("float32", False), ("bfloat16", True))
@@ -162,7 +165,7 @@ def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
         assert not [setting for setting in own if setting in below and own[setting] == below[setting]]
 
 
-@pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft",)))
+@pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft", "smolvlm2-500m-tgrpo-lora")))
 def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     checkpoint, (gpus, memory) = MACHINES[form]
     billions, config = (
@@ -170,7 +173,10 @@ def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
         published_config(checkpoint),
     )
     sharding = sharding_of({}, gpus, "fsdp2" if gpus > 1 else "none")
-    plan = memory_plan(config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding)
+    plan = memory_plan(
+        config, load_recipe(command_of(name), name), gpu_memory=memory * GB, sharding=sharding,
+        processor=None if find_family(config) else published_processor(config.model_type),
+    )  # fmt: skip
     adapters = plan.traced.trainable if name.endswith("-lora") else 0
     assert (plan.traced.parameters - adapters) / 1e9 == pytest.approx(billions, abs=0.01)
     assert plan.fits, f"{plan.peak / GB:.1f} GB: {plan.phases}, {plan.parts}"

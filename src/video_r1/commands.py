@@ -83,7 +83,8 @@ COMMANDS: dict[str, Command] = {
         (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),
     "lab base": Command(
         "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "sections", (BaseSettings,),
-        ("folder",), ("folder",), ("lab base base --steps 4500 --seed 0",)),
+        ("folder",), ("folder",),
+        ("lab base base --steps 4500 --seed 0", "lab base base-qwen3_5 --family qwen3_5")),
     "lab study": Command(
         "compare temporal rewards on the lab, with seeds and intervals", "lab.study:run_study", "sections",
         (StudySettings,), ("out",), ("out",),
@@ -141,7 +142,7 @@ COMMANDS: dict[str, Command] = {
         ("studio", "studio runs /mnt/shared/runs", "studio runs --host 0.0.0.0 --port 8080")),
     "demo": Command(
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
-        examples=("demo", "demo --quick", "demo --seed 1")),
+        examples=("demo", "demo --quick", "demo --seed 1", "demo --family qwen3_5")),
     "completion": Command(
         "a script by which a shell completes commands, settings and recipes", "completion:run_completion",
         "sections", (CompletionSettings,), ("shell",), ("shell",),

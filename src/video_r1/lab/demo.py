@@ -22,6 +22,7 @@ from video_r1.errors import RequestError, VideoR1Error
 from video_r1.files import claimed, replace_json
 from video_r1.progress import tidy_output
 from video_r1.recipe import load_recipe
+from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.signals import Interrupted
@@ -48,17 +49,22 @@ CACHE = "frames"
 FOLDERS = ("lab", CACHE, "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
 
-def run_demo(out: str | Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+def run_demo(
+    out: str | Path, seed: int = 0, quick: bool = False, family: str = "qwen2_5_vl"
+) -> dict[str, Any]:
     """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
-    quick: a few steps of everything, which show that it runs and prove nothing. Raises RequestError when a
-    folder of `out` that it would replace is not an earlier demo's, VideoR1Error when training fails.
+    quick: a few steps of everything, which show that it runs and prove nothing. family: of the base. Raises
+    RequestError when a folder of `out` that it would replace is not an earlier demo's, VideoR1Error when
+    training fails.
     """
+    from video_r1.lab.model import base_folder
+
     out = Path(out)
     with claimed(out):
         begin_anew(out)
-        return _run_stages(out, seed, QUICK if quick else FULL)
+        return _run_stages(out, seed, QUICK if quick else FULL, base_folder(family))
 
 
 def begin_anew(out: Path) -> None:
@@ -80,26 +86,27 @@ def begin_anew(out: Path) -> None:
         (path / MARK).touch()
 
 
-def _run_stages(out: Path, seed: int, size: Size) -> dict[str, Any]:
+def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     import torch
 
     from video_r1.evaluation.command import run_eval
     from video_r1.lab.clips import write_lab
-    from video_r1.lab.model import base_folder
     from video_r1.report.page import build_report
 
     torch.set_num_threads(1)  # the figures do not depend on the number of cores
     seconds: dict[str, float] = {}
-    checkpoints = {"base": base_folder(), "sft": out / "sft", "rl": out / "rl"}
+    checkpoints = {"base": base, "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
-    shared = {"seed": seed, "frame_cache": out / CACHE}
+    learnt = read_record(base / RECORD)
+    shared = {name: learnt[name] for name in ("frame_pixels", "image_pixels")}
+    shared |= {"seed": seed, "frame_cache": out / CACHE}
     start = time.perf_counter()
     with _timed(seconds, "lab"):
         made = LabSettings(folder=str(lab), train=size.train, test=size.test, seed=seed, hasty=HASTY)
         write_lab(made)
     with _timed(seconds, "sft"):
         sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
-        train_stage("sft", size.sft, **shared, **sft)
+        train_stage("sft", size.sft, **shared, model_name_or_path=base, **sft)
     with _timed(seconds, "rl"):
         asked: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
         if size == QUICK:  # a cold start of so few steps may answer nothing yet

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Qwen2Tokenizer
 
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
-from video_r1.lab.model import SIDE, build_model, build_processor, build_tokenizer
+from video_r1.lab.model import build_model, build_processor, build_tokenizer, frame_side
 from video_r1.lab.questions import any_question, read_mark
 from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.models.family import known_families
 from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
 
@@ -35,20 +36,17 @@ LEARNING_RATE = 1e-3
 WARMUP = 200  # steps
 # The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
 FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
-LEARNT = {
-    "fps": 2.0,
-    "min_frames": 4,
-    "max_frames": len(FRAME_TIMES),
-    "frame_pixels": SIDE * SIDE,
-    "image_pixels": SIDE * SIDE,
-    "dtype": "float32",
-    "positions": "transformers",
-}
+STAMPS = [
+    f"<{(first + second) / 2:.1f} seconds>"
+    for first, second in zip(FRAME_TIMES[::2], FRAME_TIMES[1::2], strict=True)
+]
+"""What stands before each temporal patch of a clip, where a model's processor writes times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation about one clip or image. `pixels` [N, 1176] float32, patches in the model's order."""
+    """One conversation about one clip or image. `pixels` [N, 6 · patch²] float32, patches in the model's
+    order."""
 
     input_ids: Tensor  # [L]
     labels: Tensor  # [L]
@@ -96,27 +94,32 @@ def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
     return timeline, kinds
 
 
-def patches(frames: np.ndarray) -> Tensor:
-    """[T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 1176] float32, laid out as by Qwen's processor."""
+def patches(frames: np.ndarray, images: Any) -> Tensor:
+    """[T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 6 · patch²] float32, laid out and
+    normalised as by the image processor `images`."""
     if len(frames) == 1:
         frames = frames.repeat(2, axis=0)
+    patch = images.patch_size
     small = F.interpolate(
-        torch.from_numpy(frames).permute(0, 3, 1, 2), size=(SIDE, SIDE), mode="bicubic", antialias=True
+        torch.from_numpy(frames).permute(0, 3, 1, 2),
+        size=(4 * patch, 4 * patch),
+        mode="bicubic",
+        antialias=True,
     )
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
     values = (small.float() / 255 - mean) / std
-    steps, cells = len(frames) // 2, SIDE // 28
-    values = values.view(steps, 2, 3, cells, 2, 14, cells, 2, 14)
-    return values.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * cells * cells * 4, -1)
+    steps = len(frames) // 2
+    values = values.view(steps, 2, 3, 2, 2, patch, 2, 2, patch)
+    return values.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * 16, -1)
 
 
 class Conversations(IterableDataset):
     """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
 
-    def __init__(self, tokenizer: Qwen2Tokenizer, seed: int) -> None:
-        self.vocabulary, self.seed = tokenizer.get_vocab(), seed
-        self._encode = partial(tokenizer.encode, add_special_tokens=False)
+    def __init__(self, processor: Any, timestamps: bool, seed: int) -> None:
+        self.vocabulary, self.seed = processor.tokenizer.get_vocab(), seed
+        self.images, self.timestamps = processor.image_processor, timestamps
+        self._encode = partial(processor.tokenizer.encode, add_special_tokens=False)
         self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
 
     def _request(self, rng: np.random.Generator) -> str:
@@ -133,7 +136,6 @@ class Conversations(IterableDataset):
         mark = _any_mark(rng)
         is_image = len(timeline) == 1
         frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng, mark)
-        steps = 1 if is_image else len(FRAME_TIMES) // 2
         turns: list[tuple[str, str]] = []
         aspects = rng.permutation(kinds)[: int(rng.integers(2, 4))].tolist()
         if rng.random() < 0.6:
@@ -143,8 +145,7 @@ class Conversations(IterableDataset):
             if rng.random() < 0.3:
                 request = f"{request} {kind}?"
             turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, kind)}."))
-        pad = "image" if is_image else "video"
-        visual = f"<|vision_start|>{f'<|{pad}_pad|>' * (4 * steps)}<|vision_end|>"
+        visual = self._visual(is_image)
         ids: list[int] = []
         labels: list[int] = []
         for request, response in turns:
@@ -154,7 +155,17 @@ class Conversations(IterableDataset):
             ids += asked + said + end
             labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
             visual = ""  # stands in the first turn alone
-        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames), is_image)
+        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames, self.images), is_image)
+
+    def _visual(self, is_image: bool) -> str:
+        """The placeholders as the family's processor writes them, four tokens for a temporal patch."""
+        if is_image:
+            blocks = ["<|image_pad|>" * 4]
+        elif self.timestamps:
+            blocks = [f"{time}<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>" for time in STAMPS]
+        else:
+            blocks = ["<|video_pad|>" * 4] * len(STAMPS)
+        return f"<|vision_start|>{''.join(blocks)}<|vision_end|>"
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         torch.set_num_threads(1)
@@ -176,12 +187,25 @@ class Conversations(IterableDataset):
         for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
             if picked:
                 batch[f"pixel_values{suffix}"] = torch.cat([row.pixels for row in picked])
-                side = SIDE // 14
-                grids = [(len(row.pixels) // side**2, side, side) for row in picked]
+                grids = [(len(row.pixels) // 16, 4, 4) for row in picked]
                 batch[f"{kind}_grid_thw"] = torch.tensor(grids)
-        if videos:
+        if videos and not self.timestamps:
             batch["second_per_grid_ts"] = torch.ones(len(videos))
         return batch
+
+
+def learnt_with(processor: Any) -> dict[str, Any]:
+    """The frames that a base has learnt to see, which the commands take from the checkpoint."""
+    pixels = frame_side(processor) ** 2
+    return {
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": len(FRAME_TIMES),
+        "frame_pixels": pixels,
+        "image_pixels": pixels,
+        "dtype": "float32",
+        "positions": "transformers",
+    }
 
 
 def pretrain_base(settings: BaseSettings) -> None:
@@ -194,14 +218,17 @@ def pretrain_base(settings: BaseSettings) -> None:
 def _pretrain(settings: BaseSettings, folder: Path) -> None:
     steps = settings.steps
     torch.set_num_threads(settings.threads)
-    tokenizer = build_tokenizer(corpus(settings.seed))
-    model = build_model(tokenizer, settings.seed)
+    timestamps = known_families()[settings.family].timestamp_tokens > 0
+    texts = itertools.chain(corpus(settings.seed), 500 * STAMPS if timestamps else ())
+    tokenizer = build_tokenizer(texts)
+    model: Any = build_model(tokenizer, settings.seed, settings.family)
+    processor = build_processor(tokenizer, settings.family)
     print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
     decay = [p for p in model.parameters() if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
-    conversations = Conversations(tokenizer, settings.seed)
+    conversations = Conversations(processor, timestamps, settings.seed)
     loader = DataLoader(conversations, batch_size=None, num_workers=1, prefetch_factor=4)
     start, total, count = time.perf_counter(), 0.0, 0
     for step, inputs in zip(range(1, steps + 1), loader, strict=False):
@@ -226,6 +253,6 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
             total, count = 0.0, 0
         if step % 1000 == 0 or step == steps:
             copy.deepcopy(model).bfloat16().save_pretrained(folder)  # half the size
-            build_processor(tokenizer).save_pretrained(folder)
-            replace_json(folder / RECORD, LEARNT)
+            processor.save_pretrained(folder)
+            replace_json(folder / RECORD, learnt_with(processor))
             follow_umask(folder)

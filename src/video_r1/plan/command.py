@@ -12,7 +12,7 @@ from video_r1.plan.changes import fitting_changes, fitting_recipes
 from video_r1.plan.estimate import described as describe_estimate
 from video_r1.plan.estimate import estimate
 from video_r1.plan.memory import MemoryPlan, memory_plan
-from video_r1.plan.shapes import is_published, model_config
+from video_r1.plan.shapes import is_published, model_config, published_processor
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import model_folder
@@ -32,12 +32,15 @@ def run_plan(recipe: Recipe) -> int:
     config = model_config(source)
     memory, sharding = gpu_memory(recipe), planned_sharding(recipe)
     recipe = of_stage(recipe)
-    known = find_family(config) is not None
+    known, published = find_family(config) is not None, is_published(str(source))
+    processor = None
+    if not known:
+        processor = published_processor(config.model_type) if published else load_processor(str(source))
     plan = memory_plan(
         config, recipe, gpu_memory=memory, sharding=sharding, text_tokens=settings.text_tokens,
-        processor=None if known else load_processor(str(source)),
+        processor=processor,
     )  # fmt: skip
-    table = " (the built-in table)" if is_published(str(source)) else ""
+    table = " (the built-in table)" if published else ""
     print(f"shape of {source}{table}; on {sharding.name}")
     if not known:
         print("the general path: each completion is sampled and learnt from with a prompt of its own")

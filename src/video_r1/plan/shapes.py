@@ -5,7 +5,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SmolVLMImageProcessor,
+    SmolVLMProcessor,
+    SmolVLMVideoProcessor,
+)
 
 from video_r1.errors import ConfigError, first_line
 from video_r1.models.loading import checked_source
@@ -35,8 +43,51 @@ def published_config(source: str) -> PreTrainedConfig:
     text |= {"tie_word_embeddings": tied, "bos_token_id": None}
     vision = {**family["vision_config"], **entry["vision_config"]}
     return AutoConfig.for_model(
-        kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="bfloat16"
+        kind, text_config=text, vision_config=vision, tie_word_embeddings=tied, dtype="bfloat16",
+        **family.get("more", {}),
+    )  # fmt: skip
+
+
+def published_processor(kind: str) -> Any:
+    """What turns frames into tokens as the published one does, for a plan without its files. Its tokenizer
+    has a token for each byte, so that the times before frames have about twice as many as they should.
+
+    Raises ConfigError for a model type other than `smolvlm`, or without the package that its processor needs.
+    """
+    if kind != "smolvlm":
+        raise ConfigError(
+            f"no processor of {kind} is built in; name a folder with its files in --model_config"
+        )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer_of_bytes())
+    named = {
+        "image_token": "<image>",
+        "fake_image_token": "<fake_token_around_image>",
+        "global_image_token": "<global-img>",
+        "end_of_utterance_token": "<end_of_utterance>",
+        "video_token": "<video>",
+    }
+    tokenizer.add_special_tokens({"extra_special_tokens": list(named.values())})
+    for name, token in named.items():
+        setattr(tokenizer, name, token)
+    template = (
+        "{% for message in messages %}{{ message['role'] }}:{% for part in message['content'] %}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<{{ part['type'] }}>{% endif %}"
+        "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
     )
+    images, videos = SmolVLMImageProcessor(), SmolVLMVideoProcessor()
+    try:
+        return SmolVLMProcessor(images, tokenizer, videos, image_seq_len=64, chat_template=template)
+    except ImportError as error:
+        raise ConfigError(
+            f"a plan of {kind}: {first_line(error)}; pip install 'video-r1[smolvlm]'"
+        ) from error
+
+
+def _tokenizer_of_bytes() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: index for index, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    return tokenizer
 
 
 def model_config(source: str | None) -> PreTrainedConfig:

@@ -10,6 +10,7 @@ from video_r1.settings.shared import ManifestSettings, RemoteSettings, problems_
 
 GPUSharding = Literal["none", "fsdp2", "zero2", "zero3"]
 """How the GPUs of a run share the model; none: each has all of it."""
+LabFamily = Literal["qwen2_5_vl", "qwen3_5"]
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
@@ -88,6 +89,7 @@ class BaseSettings(Settings):
     """Pretraining of the lab's small base model"""
 
     folder: str | None = setting(None, "checkpoint folder to write")
+    family: LabFamily = setting("qwen2_5_vl", "architecture; three of four layers of qwen3_5 have a state")
     steps: int = setting(4500, "optimizer steps", above=0)
     seed: int = setting(0, "seed of weights and data")
     threads: int = setting(1, "CPU threads; the result depends on them", above=0)
@@ -214,4 +216,5 @@ class DemoSettings(Settings):
 
     out: str = setting("runs/demo", "folder for data, checkpoints, summary.json and report.html")
     seed: int = setting(0, "seed of data and training")
+    family: LabFamily = setting("qwen2_5_vl", "architecture of the small model")
     quick: bool = setting(False, "a few steps of every stage, in a minute and a half; nothing is learnt")
