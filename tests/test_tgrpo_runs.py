@@ -192,10 +192,11 @@ def comparable(path: Path) -> list[dict[str, Any]]:
         (2, {}),
         (1, {"scale_rewards": "task", "temporal_rule": "weight"}),
         (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed"}),
+        (1, {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3, "beta": 0.5}),
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(
-    checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int, credit: dict[str, str]
+    checkpoint: Path, manifest: Path, tmp_path: Path, iterations: int, credit: dict[str, Any]
 ) -> None:
     """Bit for bit, over the end of an epoch; what a killed run left behind its checkpoint is replaced."""
     settings = {

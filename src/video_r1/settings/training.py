@@ -88,6 +88,9 @@ class TGRPOSettings(TrainingSettings):
 
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
+    num_generations_eval: int | None = setting(
+        None, "answers a held-out question, sampled as in training (default: one greedy answer)", above=0
+    )
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
     temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
     top_p: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
@@ -95,6 +98,9 @@ class TGRPOSettings(TrainingSettings):
     min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
     repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
+    sync_ref_model: bool = setting(False, "move the KL term's reference towards the policy now and then")
+    ref_model_sync_steps: int = setting(512, "steps between two such moves", above=0)
+    ref_model_mixup_alpha: float = setting(0.6, "the policy's share in each", above=0, at_most=1)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
         None,
@@ -193,6 +199,8 @@ class TGRPOSettings(TrainingSettings):
             yield "epsilon_high", "is what loss_type cispo bounds the ratio by; give one, such as 5"
         elif self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
+        if self.sync_ref_model and self.beta == 0:
+            yield "sync_ref_model", "is true while beta is 0, so there is no reference; set one of them"
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:

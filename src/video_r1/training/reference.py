@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from safetensors.torch import load_model, save_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
+from video_r1.errors import ConfigError
 from video_r1.processes import process_count
 from video_r1.training.sharded import zero_stage
+
+SAVED_REFERENCE = Path("reference", "model.safetensors")  # in a checkpoint
 
 
 class Reference:
@@ -22,7 +27,8 @@ class Reference:
     something before, so the model without them is another policy.
 
     It is taken when the trainer is built, by every process. A run that is continued builds its trainer from
-    the same weights before it reads its checkpoint, so its reference is that of the run's first step.
+    the same weights before it reads its checkpoint, so its reference is that of the run's first step. One
+    that follows the policy (`ReferenceSync`) lies in the checkpoint.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
@@ -43,6 +49,52 @@ class Reference:
             inner: Any = accelerator.unwrap_model(policy)
             with starting_adapters(inner, self.adapters):
                 yield policy
+
+
+class ReferenceSync(TrainerCallback):
+    """Moves a reference towards the policy every few steps, weight by weight (TR-DPO, arXiv 2404.09656):
+
+        π_ref ← α π + (1 − α) π_ref
+
+    Raises ConfigError for adapters, whose mixture is not that of the models, and for sharded weights.
+    """
+
+    def __init__(self, reference: Reference, accelerator: Accelerator, every: int, alpha: float) -> None:
+        if reference.model is None:
+            raise ConfigError(
+                "sync_ref_model mixes whole models, and adapters are trained here; set it to false"
+            )
+        if accelerator.is_fsdp2 or zero_stage(accelerator) is not None:
+            raise ConfigError(
+                "sync_ref_model needs whole weights in every process; set it to false, or use DDP"
+            )
+        self.model = reference.model
+        self.accelerator = accelerator
+        self.every = every
+        self.alpha = alpha
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, **rest: Any
+    ) -> None:
+        if state.global_step % self.every == 0:
+            policy: Any = self.accelerator.unwrap_model(model)
+            mix(self.model, policy, self.alpha)
+
+    def save(self, checkpoint: Path) -> None:
+        """Into a folder of its own, where nobody takes it for the model's weights."""
+        path = checkpoint / SAVED_REFERENCE
+        path.parent.mkdir(exist_ok=True)
+        save_model(self.model, str(path))
+
+    def load(self, checkpoint: Path) -> None:
+        load_model(self.model, checkpoint / SAVED_REFERENCE)
+
+
+@torch.no_grad()
+def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
+    """Every weight of the reference becomes α times that of the policy and (1 − α) times its own."""
+    for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
+        own.copy_(torch.lerp(own.float(), other.to(own.device).float(), alpha))
 
 
 def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Module]:

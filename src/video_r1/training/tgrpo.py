@@ -30,55 +30,29 @@ Where this differs from the paper and its code:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
-from video_r1.data.media import Media
-from video_r1.data.reading import Question, build_question
-from video_r1.data.records import Sample
-from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.models.family import find_family, vision_parameters
-from video_r1.models.group_forward import (
-    GroupLogprobs,
-    encode_vision,
-    group_logprobs,
-    vision_language_model,
-)
 from video_r1.processes import process_count
 from video_r1.recipe import Recipe
-from video_r1.rewards.group import reward_terms, score_groups
-from video_r1.rollout.choice import training_engine
+from video_r1.rewards.group import reward_terms
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.settings.documented import documented
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.checks import (
-    CHECKED_QUESTIONS,
-    Preflight,
-    SamplerCheck,
-    sampler_difference,
-    sampler_weights,
-    warn_of_cancelled_bonus,
-)
+from video_r1.training.checks import warn_of_cancelled_bonus
 from video_r1.training.credit import TaskMoments, give_advantages
-from video_r1.training.drops import Comparison, compare
-from video_r1.training.metrics import describe_groups, describe_update, tolerated
+from video_r1.training.group_trainer import GroupTrainer
+from video_r1.training.metrics import describe_groups, describe_update
 from video_r1.training.objective import Clip, entropy_sum, policy_loss
-from video_r1.training.questions import Slot
-from video_r1.training.recording import record_group
-from video_r1.training.reference import Reference
-from video_r1.training.rollouts import PolicyBatch, StepRollouts, kept_tokens, policy_batches, step_scale
+from video_r1.training.rollouts import PolicyBatch, kept_tokens, policy_batches, step_scale
 from video_r1.training.runs import Questions, RunArguments, run_recipe
-from video_r1.training.trainer import QuestionTrainer
-from video_r1.training.validation import temporal_accuracy
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
@@ -94,7 +68,7 @@ class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
     rewards_are_known = False
 
 
-class TGRPOTrainer(QuestionTrainer):
+class TGRPOTrainer(GroupTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
     model: checkpoint folder, hub id or model (docs/models.md says which). reward_funcs: None for the
@@ -132,39 +106,19 @@ class TGRPOTrainer(QuestionTrainer):
         recipe: Recipe | None = None,
     ) -> None:
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
-        self.terms = reward_terms(reward_funcs, args)
-        warn_of_cancelled_bonus(self.terms, args)
+        terms = reward_terms(reward_funcs, args)
+        warn_of_cancelled_bonus(terms, args)
         shown = {"reward": "reward/total", "format": "reward/format", "gap": "temporal/gap"}
-        shown |= {name: f"reward/{name}" for name in (*self.terms.custom, "accuracy")}
+        shown |= {name: f"reward/{name}" for name in (*terms.custom, "accuracy")}
         self.progress_series = {**shown, "loss": "loss"}
-        self.step_batches: list[PolicyBatch] = []
         soft = args.sapo_temperature_pos, args.sapo_temperature_neg
         self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         if args.scale_rewards == "task":
             callbacks = [*(callbacks or []), TaskMoments()]
         super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
-        )
-        if args.preflight_questions > 0:
-            self.add_callback(Preflight(lambda: self.preflight_groups(args.preflight_questions)))
-        if args.use_vllm:
-            self.add_callback(SamplerCheck(self.sampler_difference, not args.async_rollouts))
-        policy = cast(PreTrainedModel, self.model)
-        self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
-        self.vision_is_frozen = not any(
-            weight.requires_grad for weight in vision_parameters(vision_language_model(policy))
-        )
-        self.engine = engine or training_engine(
-            policy,
-            self.processing_class,
-            args,
-            longest=args.max_prompt_length + args.max_completion_length,
-            frames=self.reader.budget,
-            dtype="bfloat16" if args.bf16 else "auto",
-            folder=str(args.output_dir),
-        )
-        self.rollouts = StepRollouts(self.engine, args, self.meter, self.whole_policy)
-        self.steps_read_ahead = 2 if args.async_rollouts else 1
+            terms, engine, model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
+            recipe,
+        )  # fmt: skip
 
     # ---- One optimizer step: sample, score, compare
 
@@ -245,138 +199,6 @@ class TGRPOTrainer(QuestionTrainer):
             loss = loss - args.entropy_coef * entropies / self.entropy_tokens
         loss = self.watched(loss, batch.problem_ids)
         return (loss, {"policy": policy}) if return_outputs else loss
-
-    # ---- What the two above are made of
-
-    def pending_rollouts(self) -> list[Any]:
-        """The next step's questions, which are being read; [] where it needs no rollouts or there is none."""
-        following = self.upcoming[0] if self.upcoming else []
-        is_last = self.state.global_step + 1 >= self.state.max_steps
-        if not following or following[0]["iteration"] > 0 or is_last:
-            return []
-        return list(chain(*(batch["pending"] for batch in following)))
-
-    @contextmanager
-    def whole_policy(self) -> Iterator[Any]:
-        """Inside, every process has the whole model, to sample with it or to hand it over."""
-        with self.whole_weights(), self.accelerator.autocast():
-            yield self.accelerator.unwrap_model(self.model)
-
-    def task_moments(self) -> TaskMoments | None:
-        """Of `scale_rewards` task. The Trainer may have put another one in place that it has read."""
-        handlers = self.callback_handler.callbacks
-        return next((one for one in handlers if isinstance(one, TaskMoments)), None)
-
-    def compared(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> Comparison:
-        """What the contrast clips take from the completions' log-probs, where the temporal rule needs it.
-
-        The features of ordered prompts are shared with the updates where the vision tower, of a known family,
-        is frozen and a contrast of temporal patches permutes them.
-        """
-        args = self.settings
-        if not args.needs_drops:
-            return Comparison()
-        known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
-        shared = known and self.vision_is_frozen and args.contrast_unit == "patch"
-        with self.meter.seconds("contrast"), self.whole_policy() as model:
-            size = args.per_device_train_batch_size
-            return compare(model, questions, ordered, args.temperature, size, shared)
-
-    def score(
-        self,
-        questions: Sequence[Question],
-        ordered: list[list[Rollout]],
-        shuffled: list[list[Rollout]],
-        drops: list[list[Tensor] | None] | None = None,
-    ) -> list[RolloutGroup]:
-        with self.meter.seconds("reward"):
-            return score_groups(
-                questions, ordered, shuffled, self.terms, self.settings, self.builder.question, drops
-            )
-
-    def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
-        """[N], of the batch's ordered completions at the sampling temperature. A frozen tower runs once."""
-        with self.accelerator.autocast():
-            if self.vision_is_frozen and batch.vision is None:
-                with torch.no_grad():
-                    batch.vision = encode_vision(model, batch.prompts)
-            return group_logprobs(
-                model,
-                batch.prompts,
-                batch.completions,
-                temperature=self.settings.temperature,
-                with_entropy=with_entropy,
-                vision_features=batch.vision,
-                entropy_gradient=with_entropy and self.settings.entropy_coef != 0,
-            )
-
-    def complete(self, batch: PolicyBatch, model: nn.Module, logprobs: Tensor) -> None:
-        """Before the first update on a batch's rollouts, whose policy is that of the rollouts: its log-probs
-        [N], those of the reference, and the weights of an engine with a model of its own.
-        """
-        if batch.old_logprobs is not None:
-            return
-        batch.old_logprobs = logprobs
-        if self.settings.use_vllm:
-            batch.sampler_weights = sampler_weights(logprobs, batch.trained, self.settings, self.meter)
-        if self.reference is not None:
-            with self.reference.in_place_of(model, self.accelerator) as reference:
-                batch.ref_logprobs = self.logprobs(reference, batch).logprobs
-
-    # ---- What is read, validated and recorded
-
-    def load(self, sample: Sample) -> Media:
-        return self.reader.media(sample)
-
-    def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
-        """A sample with both its prompts; with `temporal_rule` off there is none of a contrast clip."""
-        args = self.settings
-        contrast = args.temporal_contrast if args.temporal_rule != "off" else None
-        return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
-
-    def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) read nothing."""
-        iteration = slots[0].iteration
-        if iteration > 0 and self.step_batches:
-            return {"pending": [], "iteration": iteration}
-        return {**super().begin_reading(slots), "iteration": iteration}
-
-    def first_questions(self, count: int) -> list[Question]:
-        """The first `count` questions of the first epoch."""
-        assert self.source is not None
-        slots = [Slot(0, index) for index in range(min(count, len(self.source.samples)))]
-        return [future.result().content for future in [self.source.submit(slot) for slot in slots]]
-
-    def preflight_groups(self, count: int) -> list[RolloutGroup]:
-        """The first questions, sampled and scored as a step's questions are."""
-        questions = self.first_questions(count)
-        sampled = self.rollouts.sample(questions)
-        return self.score(questions, sampled.ordered, sampled.shuffled)
-
-    def sampler_difference(self) -> tuple[float, int]:
-        """How far the engine's log-probs are from the trainer's on the first questions, in both orders."""
-        questions = self.first_questions(CHECKED_QUESTIONS)
-        prompts = [p for q in questions for p in (q.ordered, q.shuffled) if p is not None]
-        with self.whole_policy() as model:
-            return sampler_difference(self.engine, model, prompts, self.settings.temperature)
-
-    def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Greedy accuracy in order and with the contrast clip, as `temporal_accuracy` names it."""
-        self.rollouts.wait()
-        with self.whole_policy() as model:
-            self.engine.update_weights(model)
-            figures = temporal_accuracy(self.engine, samples, self.reader, self.builder, self.settings)
-        self.engine.rest()
-        return figures
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in QuestionTrainer, and records some of this step's groups."""
-        if "loss" in logs and self.is_world_process_zero():
-            groups = [group for batch in self.step_batches for group in batch.groups]
-            with tolerated("rollouts.jsonl"):
-                for group in groups[: self.settings.log_rollouts]:
-                    record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
-        super().log(logs, start_time)
 
 
 def run_rl(recipe: Recipe) -> Path:

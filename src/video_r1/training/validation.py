@@ -1,4 +1,4 @@
-"""Validation while training: greedy accuracy on held-out questions with ordered and with shuffled frames; and
+"""Validation while training: accuracy on held-out questions with ordered and with shuffled frames; and
 what a continued run has to know of earlier validations.
 """
 
@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -63,7 +64,8 @@ def temporal_accuracy(
     """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
     `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with another contrast of the
     settings, its name in place of `shuffled`. `questions` counts those that were answered, `skipped` those
-    without usable media. A question is shuffled alike every time. settings: a TGRPOConfig.
+    without usable media. A question is shuffled, and its answers are drawn, alike every time. settings: a
+    TGRPOConfig.
     """
 
     def build(sample: Sample, media: Media) -> Question:
@@ -74,7 +76,7 @@ def temporal_accuracy(
     answered = [
         entry
         for questions in held_out(samples, reader, build, settings.eval_batch_size)
-        for entry in answer(engine, questions, settings.max_completion_length)
+        for entry in answer(engine, questions, settings)
     ]
     everyone = [entry for part in gather(answered) for entry in part]
     figures = {"questions": float(len(everyone)), "skipped": float(len(samples) - len(everyone))}
@@ -89,15 +91,23 @@ def temporal_accuracy(
     return figures
 
 
-def answer(engine: RolloutEngine, questions: Sequence[Question], max_tokens: int) -> Iterator[Answered]:
-    """Greedy answers to a batch of questions in both orders, scored."""
-    prompts = [p for question in questions for p in (question.ordered, question.shuffled) if p is not None]
-    rollouts = iter(engine.generate(prompts, SamplingSettings(n=1, temperature=0.0, max_tokens=max_tokens)))
+def answer(engine: RolloutEngine, questions: Sequence[Question], settings: Any) -> Iterator[Answered]:
+    """Answers to a batch of questions in both orders, scored: a greedy one, or the mean of
+    `num_generations_eval` that are sampled at the temperature of training.
+    """
+    asked = [(q, p) for q in questions for p in (q.ordered, q.shuffled) if p is not None]
+    sampling = SamplingSettings(n=1, temperature=0.0, max_tokens=settings.max_completion_length)
+    if settings.num_generations_eval is not None:
+        seeds = tuple(question.seed + (prompt is question.shuffled) for question, prompt in asked)
+        sampling = replace(
+            sampling, n=settings.num_generations_eval, temperature=settings.temperature, seed=seeds
+        )
+    rollouts = iter(engine.generate([prompt for _, prompt in asked], sampling))
     for question in questions:
         ordered, sample = next(rollouts), question.sample
-        accuracy, formatted = answer_scores(sample, ordered).item(), format_scores(ordered).item()
-        shuffled = None if question.shuffled is None else answer_scores(sample, next(rollouts)).item()
-        yield accuracy, formatted, shuffled
+        accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(ordered).mean()
+        shuffled = None if question.shuffled is None else answer_scores(sample, next(rollouts)).mean().item()
+        yield accuracy.item(), formatted.item(), shuffled
 
 
 def held_out(

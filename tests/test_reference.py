@@ -1,0 +1,91 @@
+"""A reference that follows the policy, and validation by several sampled answers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from tgrpo_trainers import make_trainer, policy_of
+from transformers import AutoModelForImageTextToText, TrainerCallback
+
+from video_r1.errors import ConfigError
+from video_r1.training.reference import mix
+
+
+def test_the_reference_is_mixed_as_in_trl() -> None:
+    callbacks: Any = pytest.importorskip("trl.trainer.callbacks")
+    policy, reference = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    theirs = copy.deepcopy(reference)
+    callbacks.SyncRefModelCallback._sync_target_model(policy, theirs, 0.3)
+    mix(reference, policy, 0.3)
+    assert torch.equal(reference.weight, theirs.weight) or torch.allclose(reference.weight, theirs.weight)
+    assert not torch.allclose(reference.weight, policy.weight, atol=1e-3)
+
+
+def test_it_follows_the_policy_every_few_steps(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """After each second step; a checkpoint has it, and is a model like any other."""
+    policies, references = [], []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            policies.append(copy.deepcopy(policy_of(trainer).lm_head.weight.detach()))
+            references.append(reference().lm_head.weight.detach().clone())
+
+    def reference() -> Any:
+        return trainer.reference.model  # type: ignore[union-attr]
+
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, callbacks=[Watch()], sync_ref_model=True, max_steps=4,
+        ref_model_sync_steps=2, ref_model_mixup_alpha=0.75, save_steps=2, learning_rate=0.01,
+    )  # fmt: skip
+    trainer.train()
+    assert torch.equal(references[0], references[1]) and torch.equal(references[2], references[3])
+    torch.testing.assert_close(references[2], 0.75 * policies[2] + 0.25 * references[0])
+    assert not torch.allclose(references[2], references[0], atol=1e-4)
+    saved = tmp_path / "checkpoint-2"
+    assert [path.name for path in saved.glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.equal(AutoModelForImageTextToText.from_pretrained(saved).lm_head.weight, policies[2])
+    assert (saved / "reference" / "model.safetensors").exists()
+    assert not (tmp_path / "reference").exists()  # the run folder is a model alone
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"beta": 0.0}, "sync_ref_model is true while beta is 0"),
+        ({"peft": LoraConfig(r=2, target_modules=["q_proj"])}, "adapters are trained here"),
+        ({"ref_model_mixup_alpha": 1.5}, "ref_model_mixup_alpha is 1.5; it must be above 0 and at most 1"),
+    ],
+)
+def test_what_cannot_follow_is_refused(
+    checkpoint: Path, manifest: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(checkpoint, str(manifest), tmp_path, **{"sync_ref_model": True, **changes})
+
+
+def test_validation_by_several_answers(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question is answered so often, at the temperature of training, and alike every time."""
+    scored: list[int] = []
+
+    def scores(sample: Any, rollouts: Any) -> torch.Tensor:
+        scored.append(len(rollouts))
+        return torch.tensor([float(rollout.token_ids.sum() % 2) for rollout in rollouts])
+
+    monkeypatch.setattr("video_r1.training.validation.answer_scores", scores)
+    figures = []
+    for count in (None, 5, 5):
+        trainer = make_trainer(checkpoint, str(manifest), tmp_path / str(count), num_generations_eval=count)
+        figures.append(trainer.evaluate(str(manifest)))
+        assert set(scored) == {count or 1} and len(scored) == 8 + 5  # three of the eight are pictures
+        scored.clear()
+    assert figures[0]["eval_accuracy"] * 8 == round(figures[0]["eval_accuracy"] * 8)
+    assert figures[1] == figures[2]
+    assert figures[1]["eval_accuracy"] * 40 == pytest.approx(round(figures[1]["eval_accuracy"] * 40))
+    assert 0.1 < figures[1]["eval_accuracy"] < 0.9 != figures[1]["eval_accuracy_shuffled"]
