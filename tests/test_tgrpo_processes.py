@@ -14,7 +14,9 @@ from tiny_questions import read_lines, write_manifest
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize(("scale", "rule"), [("batch", "margin"), ("task", "weight"), ("group", "tokens")])
+@pytest.mark.parametrize(
+    ("scale", "rule"), [("batch", "margin"), ("task", "weight"), ("group", "tokens"), ("selected", "off")]
+)
 def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:
     """Same completions, rewards, validation and weights after two steps, images and videos mixed."""
     tiny_checkpoint("qwen2_5_vl", tmp_path / "model")

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from selected_questions import mostly_equal, odd_sums
 from tgrpo_trainers import make_trainer, weights
+
+from video_r1.rewards import group
 
 torch.set_num_threads(1)
 
 
 def main(folder: Path, processes: int, scale: str, rule: str) -> None:
+    changes: dict[str, Any] = {"scale_rewards": scale}
+    if scale == "selected":  # over the end of an epoch, which is two steps
+        changes = {
+            "dynamic_sampling": 2,
+            "difficulty_range": [0.1, 0.8],
+            "max_steps": 5,
+            "rewards": mostly_equal,
+        }
+        group.answer_scores = odd_sums
     trainer = make_trainer(
-        folder / "model", str(folder / "manifest.json"), folder / f"run{processes}", optim="sgd", max_steps=2,
-        learning_rate=0.01, per_device_train_batch_size=4 // processes,
-        scale_rewards=scale, temporal_rule=rule,
+        folder / "model", str(folder / "manifest.json"), folder / f"run{processes}", optim="sgd",
+        learning_rate=0.01, per_device_train_batch_size=4 // processes, temporal_rule=rule,
+        **{"max_steps": 2, **changes},
         evaluated=str(folder / "manifest.json"), eval_strategy="steps", eval_steps=2,
         ddp_backend="gloo" if processes > 1 else None,
     )  # fmt: skip

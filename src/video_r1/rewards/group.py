@@ -109,6 +109,8 @@ def score_groups(
     drops: of each question, for the temporal rules that need them (see `logprob_drops`). `question_text`
     gives a sample's text to the user's functions. Raises RewardError when one of them fails.
     """
+    if not questions:
+        return []
     drops = [None] * len(questions) if drops is None else drops
     groups = [
         score_group(question, own, others, terms, settings, drop)

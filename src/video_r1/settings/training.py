@@ -128,6 +128,14 @@ class TGRPOSettings(TrainingSettings):
     scale_rewards: AdvantageScale = setting(
         "group", "whose standard deviation advantages are divided by; task: a running one of the problem type"
     )
+    dynamic_sampling: int = setting(
+        0, "rounds in which groups of equal rewards give their place to further questions (DAPO)", at_least=0
+    )
+    difficulty_range: list[float] | None = setting(
+        None,
+        "ask again, in a later epoch, only questions whose running share of right answers lies inside, such "
+        "as 0.05,0.95 (default: all)",
+    )
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
         "margin",
@@ -203,6 +211,9 @@ class TGRPOSettings(TrainingSettings):
             yield "sync_ref_model", "is true while beta is 0, so there is no reference; set one of them"
         if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
             yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
+        bounds = [0.0, 1.0] if self.difficulty_range is None else self.difficulty_range
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+            yield "difficulty_range", f"is {bounds}; it must be two shares from 0 to 1, smaller one first"
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
         elif self.rewards_are_known:

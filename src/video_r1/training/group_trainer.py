@@ -5,14 +5,16 @@ The page above it, tgrpo.py, says what a step does with them.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -39,15 +41,19 @@ from video_r1.training.checks import (
     sampler_weights,
 )
 from video_r1.training.credit import TaskMoments
+from video_r1.training.difficulty import Difficulty
 from video_r1.training.drops import Comparison, compare
+from video_r1.training.dynamic_sampling import Asked, fill_places
 from video_r1.training.metrics import tolerated
-from video_r1.training.questions import Slot
+from video_r1.training.questions import Ready, Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference, ReferenceSync
 from video_r1.training.rollouts import PolicyBatch, StepRollouts
 from video_r1.training.runs import Questions
 from video_r1.training.trainer import QuestionTrainer
 from video_r1.training.validation import temporal_accuracy
+
+Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
 class GroupTrainer(QuestionTrainer):
@@ -72,6 +78,11 @@ class GroupTrainer(QuestionTrainer):
     ) -> None:
         self.terms = terms
         self.step_batches: list[PolicyBatch] = []
+        callbacks = list(callbacks or [])
+        if args.scale_rewards == "task":
+            callbacks.append(TaskMoments())
+        if args.difficulty_range is not None:
+            callbacks.append(Difficulty(*args.difficulty_range))
         super().__init__(
             model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
         )
@@ -103,6 +114,36 @@ class GroupTrainer(QuestionTrainer):
 
     # ---- What a step is made of
 
+    def selected(self, ready: Sequence[Ready[Question]], asked: Asked) -> Asked:
+        """The step's groups, those of equal rewards replaced as `dynamic_sampling` says."""
+        rounds, slots = self.settings.dynamic_sampling, [entry.slot for entry in ready]
+        if rounds == 0:
+            return asked
+
+        def ask(slots: list[Slot]) -> Asked:
+            assert self.source is not None
+            return self.ask(self.ready([self.source.submit(slot) for slot in slots]))
+
+        asked, replaced = fill_places(slots, asked, ask, rounds)
+        self.meter.add("groups/replaced", replaced, len(slots))
+        return asked
+
+    def answered(self, ready: Sequence[Ready[Question]], groups: Sequence[RolloutGroup]) -> None:
+        """Takes the groups into the record of `difficulty_range`, where there is one."""
+        if (difficulty := self.callback_of(Difficulty)) and self.source:
+            epochs, samples = [entry.slot.epoch for entry in ready], self.source.samples
+            difficulty.add(groups, epochs)
+            for epoch in epochs[:1]:
+                self.meter.add("questions/kept", len(self.source.choices(samples, epoch)), len(samples))
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As in QuestionTrainer, with the questions that `difficulty_range` leaves."""
+        loader = super().get_train_dataloader()
+        if difficulty := self.callback_of(Difficulty):
+            assert self.source is not None
+            self.source.choices = difficulty.choices
+        return loader
+
     def pending_rollouts(self) -> list[Any]:
         """The next step's questions, which are being read; [] where it needs no rollouts or there is none."""
         following = self.upcoming[0] if self.upcoming else []
@@ -117,10 +158,13 @@ class GroupTrainer(QuestionTrainer):
         with self.whole_weights(), self.accelerator.autocast():
             yield self.accelerator.unwrap_model(self.model)
 
-    def task_moments(self) -> TaskMoments | None:
-        """Of `scale_rewards` task. The Trainer may have put another one in place that it has read."""
-        handlers = self.callback_handler.callbacks
-        return next((one for one in handlers if isinstance(one, TaskMoments)), None)
+    @abstractmethod
+    def ask(self, ready: Sequence[Ready[Question]]) -> Asked:
+        """Samples and scores some of a step's questions. Advantages are still 0."""
+
+    def callback_of(self, kind: type[Kind]) -> Kind | None:
+        """The one of this kind, which the Trainer may have put in place of another when it read a state."""
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
 
     def compared(self, questions: Sequence[Question], ordered: list[list[Rollout]]) -> Comparison:
         """What the contrast clips take from the completions' log-probs, where the temporal rule needs it.

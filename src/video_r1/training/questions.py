@@ -8,6 +8,7 @@ that is resumed therefore sees exactly what an uninterrupted one sees.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -33,11 +34,14 @@ MAX_DRAWS = 100
 
 
 class Slot(NamedTuple):
-    """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0."""
+    """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0;
+    `round` counts the questions that have had the place before (dynamic_sampling.py).
+    """
 
     epoch: int
     index: int
     iteration: int = 0
+    round: int = 0
 
 
 @dataclass(eq=False)
@@ -92,6 +96,7 @@ class Ready(Generic[Content]):
     sample: Sample
     content: Content
     skipped: int
+    slot: Slot
 
 
 @dataclass(eq=False)
@@ -111,6 +116,8 @@ class QuestionSource(Generic[Loaded, Content]):
     reader: Reader
     quarantine: Path
     cache_bytes: int = 0
+    choices: Callable[[Sequence[Sample], int], Sequence[int]] = lambda samples, epoch: range(len(samples))
+    """The samples to choose from in an epoch, by number, ascending."""
 
     def __post_init__(self) -> None:
         self.cache = MemoryCache[Loaded](self.cache_bytes)
@@ -134,8 +141,8 @@ class QuestionSource(Generic[Loaded, Content]):
             sample = self.samples[index]
             try:
                 loaded = self.cache.get(index, lambda sample=sample: self.load(sample))
-                generator = derived_generator(self.seed, "frame order", slot.epoch, slot.index, attempt)
-                return Ready(sample, self.build(sample, loaded, generator), skipped=attempt)
+                generator = self.generator("frame order", slot, attempt)
+                return Ready(sample, self.build(sample, loaded, generator), attempt, slot)
             except (MediaError, PromptError) as error:
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
@@ -146,11 +153,21 @@ class QuestionSource(Generic[Loaded, Content]):
         )
 
     def draw(self, slot: Slot, attempt: int = 0) -> int:
-        """Index of the sample for a slot; attempts above 0 give the questions that take its place."""
-        if attempt:
-            generator = derived_generator(self.seed, "replacement", slot.epoch, slot.index, attempt)
-            return int(torch.randint(len(self.samples), (1,), generator=generator))
-        return int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
+        """Index of the sample for a slot; attempts above 0 give the questions that take its place, and so do
+        rounds above 0 and a question that is none of the epoch's choices.
+        """
+        choices = self.choices(self.samples, slot.epoch)
+        if attempt == slot.round == 0:
+            index = int(epoch_order(self.seed, slot.epoch, len(self.samples))[slot.index])
+            if index in choices[bisect_left(choices, index) :][:1]:
+                return index
+        generator = self.generator("replacement", slot, attempt)
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    def generator(self, purpose: str, slot: Slot, attempt: int) -> torch.Generator:
+        """For one purpose at one place."""
+        further = () if slot.round == 0 else ("round", slot.round)
+        return derived_generator(self.seed, purpose, slot.epoch, slot.index, attempt, *further)
 
     def set_aside(self, index: int, error: Unusable) -> None:
         """Remember an unusable question and write it to the quarantine file."""

@@ -5,9 +5,9 @@
                                                            ▼
     optimizer ◄─ policy_loss ◄─ group_logprobs ◄─ advantages ◄─ rewards, p, p̃      (RolloutGroup)
 
-An optimizer step is read in `roll_out` (sample, score, compare) and then in `compute_loss` (learn), by which
-`transformers.Trainer` is given a step's data and a micro-batch's loss. All else (checkpoints, resuming,
-schedules, mixed precision, processes, trackers) is the Trainer's.
+An optimizer step is read in `roll_out` and `ask` (sample, score, compare) and then in `compute_loss` (learn),
+by which `transformers.Trainer` is given a step's data and a micro-batch's loss. All else (checkpoints,
+resuming, schedules, mixed precision, processes, trackers) is the Trainer's.
 
 Where this differs from the paper and its code:
  1. The temporal reward is α·(p − p̃) where p > p̃. The paper's α wherever p ≥ μ·p̃ is
@@ -39,6 +39,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
+from video_r1.data.reading import Question
 from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms
@@ -48,9 +49,11 @@ from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.checks import warn_of_cancelled_bonus
 from video_r1.training.credit import TaskMoments, give_advantages
+from video_r1.training.dynamic_sampling import Asked
 from video_r1.training.group_trainer import GroupTrainer
 from video_r1.training.metrics import describe_groups, describe_update
 from video_r1.training.objective import Clip, entropy_sum, policy_loss
+from video_r1.training.questions import Ready
 from video_r1.training.rollouts import PolicyBatch, kept_tokens, policy_batches, step_scale
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 
@@ -113,8 +116,6 @@ class TGRPOTrainer(GroupTrainer):
         self.progress_series = {**shown, "loss": "loss"}
         soft = args.sapo_temperature_pos, args.sapo_temperature_neg
         self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
-        if args.scale_rewards == "task":
-            callbacks = [*(callbacks or []), TaskMoments()]
         super().__init__(
             terms, engine, model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
             recipe,
@@ -141,7 +142,20 @@ class TGRPOTrainer(GroupTrainer):
     def roll_out(self, pending: Sequence[Sequence[Any]]) -> list[PolicyBatch]:
         """One step's questions with their completions, rewards and advantages, in their micro-batches."""
         args = self.settings
-        questions = [entry.content for entry in self.ready(list(chain(*pending)))]
+        ready = self.ready(list(chain(*pending)))
+
+        # Where all R_i of a question are equal, others take its place
+        groups, vision = self.selected(ready, self.ask(ready))
+
+        # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
+        give_advantages(groups, args, self.callback_of(TaskMoments))
+        describe_groups(self.meter, groups, args.self_reflection_phrases)
+        all_taught = args.beta != 0 or args.entropy_coef != 0
+        return policy_batches(groups, [len(batch) for batch in pending], all_taught, vision)
+
+    def ask(self, ready: Sequence[Ready[Question]]) -> Asked:
+        """Some of a step's questions with their completions and rewards."""
+        questions = [entry.content for entry in ready]
 
         # G completions o_i with the frames in order, H completions õ_j with the frames shuffled
         ordered, shuffled = self.rollouts.of_step(questions)
@@ -151,12 +165,8 @@ class TGRPOTrainer(GroupTrainer):
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         groups = self.score(questions, ordered, shuffled, drops)
-
-        # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
-        give_advantages(groups, args, self.task_moments())
-        describe_groups(self.meter, groups, args.self_reflection_phrases)
-        all_taught = args.beta != 0 or args.entropy_coef != 0
-        return policy_batches(groups, [len(batch) for batch in pending], all_taught, vision)
+        self.answered(ready, groups)
+        return Asked(groups, vision)
 
     # ---- One optimizer step: learn
 

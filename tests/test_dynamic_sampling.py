@@ -1,0 +1,130 @@
+"""Which questions a step keeps: groups without variance are replaced, questions outside a range left out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selected_questions import mostly_equal, odd_sums
+from test_questions import SAMPLES, source
+from test_tgrpo_runs import comparable
+from tgrpo_trainers import make_trainer, weights
+from tiny_questions import read_lines
+from torch import equal
+
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.training.difficulty import Difficulty, accuracy_before, updated
+from video_r1.training.dynamic_sampling import teaches_nothing
+from video_r1.training.questions import Slot
+from video_r1.training.tgrpo import TGRPOTrainer
+
+
+def step_groups(trainer: TGRPOTrainer) -> list[Any]:
+    return [group for batch in trainer.step_batches for group in batch.groups]
+
+
+@pytest.mark.parametrize(("rounds", "calls"), [(0, 1), (1, 2), (20, 0)])
+def test_groups_without_variance_are_replaced(
+    checkpoint: Path, manifest: Path, tmp_path: Path, rounds: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the step is full or the rounds are used up; the share is a series."""
+    asked: list[list[Slot]] = []
+    ask = TGRPOTrainer.ask
+
+    def counted(self: TGRPOTrainer, ready: Any) -> Any:
+        asked.append([entry.slot for entry in ready])
+        return ask(self, ready)
+
+    monkeypatch.setattr(TGRPOTrainer, "ask", counted)
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, rewards=mostly_equal, dynamic_sampling=rounds, max_steps=1,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer.train()
+    flat = [teaches_nothing(group) for group in step_groups(trainer)]
+    (line,) = read_lines(tmp_path / "metrics.jsonl")
+    assert line["groups/no_variance"] == sum(flat) / 8
+    if rounds == 20:
+        assert not any(flat) and 3 <= len(asked) <= 21
+        assert line["groups/replaced"] == 5 / 8  # questions 1, 2, 4, 5 and 7 of the eight
+        assert [len(slots) for slots in asked] == sorted((len(slots) for slots in asked), reverse=True)
+    else:
+        assert any(flat) and len(asked) == calls
+        assert line.get("groups/replaced", 0.0) == (5 - sum(flat)) / 8
+    assert all(slot.round == number for number, slots in enumerate(asked) for slot in slots)
+    assert len({(slot.index, slot.round) for slots in asked for slot in slots}) == sum(map(len, asked))
+
+
+def test_further_questions_follow_from_place_and_round() -> None:
+    through, fresh = source(bad=(3,)), source(bad=(3,))
+    slots = [Slot(0, place, round=number) for number in (1, 2, 3) for place in range(10)]
+    found = [through.ready(slot) for slot in slots]
+    again = {slot: fresh.ready(slot) for slot in reversed(slots)}
+    assert all(again[slot].content == entry.content for slot, entry in zip(slots, found, strict=True))
+    assert len({entry.content[0] for entry in found}) > 5
+    assert len({entry.content[1] for entry in found}) == len(found)  # each with a frame order of its own
+
+
+def test_the_record_of_a_question() -> None:
+    """The running mean; and in an epoch only what the epochs before it have shown counts."""
+    entry = updated(None, 0, 1.0)
+    assert entry == (None, 0, 1.0)
+    assert accuracy_before(entry, 0) is None and accuracy_before(entry, 1) == 1.0
+    entry = updated(entry, 2, 0.5)
+    assert entry == (1.0, 2, 0.75)
+    assert (accuracy_before(entry, 2), accuracy_before(entry, 3)) == (1.0, 0.75)
+    entry = updated(entry, 2, 0.25)  # asked twice in one epoch
+    assert entry == (1.0, 2, 0.5)
+
+
+def test_questions_outside_the_range_give_their_place_to_others() -> None:
+    difficulty, questions = Difficulty(0.2, 0.8), source()
+    for number, share in enumerate([0.0, 0.1, 0.2, 0.5, 0.8, 0.9, 1.0]):
+        difficulty.record[str(number)] = updated(None, 0, share)
+    questions.choices = difficulty.choices
+    assert sorted(questions.draw(Slot(0, place)) for place in range(10)) == list(range(10))
+    kept = {2, 3, 4, 7, 8, 9}  # three have not been asked
+    drawn = [questions.draw(Slot(1, place)) for place in range(10)]
+    assert set(drawn) <= kept and set(drawn) >= kept  # each of its own, and four once more
+    plain = [source().draw(Slot(1, place)) for place in range(10)]
+    assert all(one == two for one, two in zip(plain, drawn, strict=True) if one in kept)
+    difficulty.record |= {str(number): updated(None, 0, 1.0) for number in range(10)}
+    with pytest.raises(VideoR1Error, match=r"leaves none of 10 questions for epoch 3: 10 are answered right"):
+        difficulty.choices(SAMPLES, 2)
+
+
+@pytest.mark.parametrize("bounds", [[0.2], [0.9, 0.1], [0.5, 1.5]])
+def test_a_range_is_two_shares(checkpoint: Path, manifest: Path, tmp_path: Path, bounds: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"difficulty_range is .*two shares from 0 to 1"):
+        make_trainer(checkpoint, str(manifest), tmp_path, difficulty_range=bounds)
+
+
+def test_a_run_with_both_is_continued_exactly(
+    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, over the end of an epoch (two steps)."""
+    monkeypatch.setattr("video_r1.rewards.group.answer_scores", odd_sums)
+    settings: dict[str, Any] = {
+        "rewards": mostly_equal, "dynamic_sampling": 2, "difficulty_range": [0.1, 0.8], "max_steps": 5,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1,
+        "log_rollouts": 9,
+    }  # fmt: skip
+    whole = make_trainer(checkpoint, str(manifest), tmp_path / "whole", **settings)
+    whole.train()
+    lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert lines[0]["questions/kept"] == lines[1]["questions/kept"] == 1.0 > lines[-1]["questions/kept"]
+    assert any(line["groups/replaced"] > 0 for line in lines)
+    rollouts = read_lines(tmp_path / "whole" / "rollouts.jsonl")
+    asked = {line["problem_id"] for line in rollouts if line["step"] > 2}
+    assert 0 not in asked  # always right, as the first epoch has shown
+    for step in (1, 3):
+        half = tmp_path / f"from-{step}"
+        shutil.copytree(tmp_path / "whole", half)
+        resumed = make_trainer(checkpoint, str(manifest), half, **settings)
+        resumed.train(resume_from_checkpoint=str(half / f"checkpoint-{step}"))
+        assert comparable(half / "metrics.jsonl") == comparable(tmp_path / "whole" / "metrics.jsonl")
+        assert read_lines(half / "rollouts.jsonl") == rollouts
+        for name, value in weights(whole).items():
+            assert equal(value, weights(resumed)[name]), name
