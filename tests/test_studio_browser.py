@@ -15,11 +15,14 @@ from report_runs import HOSTILE, group_line, metrics_line, write_demo, write_hos
 from studio_server import studio
 
 from video_r1.files import append_line
+from video_r1.lab.clips import write_lab
+from video_r1.settings.commands import LabSettings
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+SLOW = 60_000
 LIVE = 2000  # milliseconds from a written line to the screen
 
 
@@ -165,6 +168,60 @@ def test_studio_frames_play_in_the_order_of_the_contrast(page: Page, address: st
         expect(page.locator("dialog output")).to_contain_text(f"frame {frame + 1} of 8")
     page.get_by_role("button", name="Pause").click()
     page.get_by_role("button", name="Close").click()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    write_lab(LabSettings(folder=str(folder), train=4, test=12, seed=1))
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
+    (folder / "broken" / "model.safetensors").write_bytes(b"nothing")
+    return folder
+
+
+def test_studio_an_answer_streams_beside_other_orders(page: Page, clips: Path) -> None:
+    with studio(clips) as (address, _):
+        page.goto(f"{address}#/ask")
+        page.get_by_label("Clip from").select_option("test.json")
+        rows = page.get_by_label("Question of the manifest")
+        expect(rows.locator("option")).to_have_count(12)
+        first = [row["data_type"] for row in json.loads((clips / "test.json").read_text())].index("video")
+        rows.select_option(index=first)
+        expect(page.get_by_label("Question", exact=True)).not_to_have_value("")
+        video = page.locator("video")
+        video.evaluate("video => video.play()")
+        page.wait_for_timeout(700)
+        assert video.evaluate("video => video.currentTime") > 0.2
+        # A model that cannot be opened says so, and the page goes on.
+        page.get_by_label("Checkpoint").select_option("broken")
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.locator(".state-line.bad")).to_contain_text("broken", timeout=SLOW)
+        page.get_by_label("Checkpoint").select_option("the lab's base")
+        page.get_by_label("Answers to each").fill("4")
+        page.evaluate(
+            "window.seen = new Set();"
+            "const look = () => seen.add(document.querySelector('.views .text')?.textContent.length);"
+            "new MutationObserver(look).observe(document.body, {subtree: true, childList: true})"
+        )
+        page.get_by_role("button", name="Ask", exact=True).click()
+        expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        assert len(page.evaluate("[...window.seen]")) > 3  # it came piece by piece
+        assert page.locator(".answers").get_attribute("data-decoded") == "true"
+        frames = "all => all.map(tile => +tile.dataset.frame)"
+        orders = [page.locator(f".column:nth-child({n}) .tile").evaluate_all(frames) for n in (1, 2, 3, 4)]
+        assert orders[0] == sorted(orders[1]) and orders[1] != orders[0] and orders[2] == orders[0][::-1]
+        assert len(set(orders[3])) == 1
+        page.get_by_label("Question", exact=True).fill("And what came after it?")
+        page.keyboard.press("Control+Enter")
+        expect(page.locator(".answers").first.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        assert page.locator(".answers").first.get_attribute("data-decoded") == "false"
+        page.get_by_role("button", name="Add to manifest").click()
+        expect(page.locator(".state-line")).to_contain_text("asked.jsonl")
+        assert json.loads((clips / "asked.jsonl").read_text())["problem"] == "And what came after it?"
+        for width in (390, 2560):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert fits(page)
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])

@@ -124,7 +124,8 @@ COMMANDS: dict[str, Command] = {
     "ask": Command(
         "ask a checkpoint about one video or image", "evaluation.ask:run_ask", "sections", (AskSettings,),
         ("model", "path", "question"), ("model", "path", "question"),
-        ('ask runs/rl clip.mp4 "Which way does the ball roll?" --options "A. left" "B. right"',)),
+        ('ask runs/rl clip.mp4 "Which way does the ball roll?" --options "A. left" "B. right"',
+         'ask runs/rl clip.mp4 "What happens first?" --contrast shuffled,reversed --samples 8')),
     "serve": Command(
         "a vLLM server for training, evaluation and questions", "rollout.vllm.serve:run_serve", "sections",
         (ServeSettings,), ("model",), ("model",),

@@ -13,10 +13,7 @@ from collections.abc import Mapping, Sequence
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.processes import process_index
-from video_r1.settings.keep import parse_keep
-
-PASS_RATES = "pass_rates"
-"""The field of a row."""
+from video_r1.settings.keep import PASS_RATES, parse_keep
 
 
 def pass_rates(sample: Sample) -> dict[str, float]:

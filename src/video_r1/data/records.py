@@ -165,7 +165,7 @@ def check_manifest(
         if isinstance(row, Unreadable):
             problems.append(Problem(number, None, row.reason))
             continue
-        sample, found = _check_row(row, places, min_options)
+        sample, found = check_row(row, places, min_options)
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
         if not isinstance(problem_id, (int, str)):
             problem_id = None
@@ -182,7 +182,7 @@ def check_manifest(
     return CheckedManifest(samples, rows, problems)
 
 
-def _check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
+def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
     """The sample of a row, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
         return None, [f"is {_shown(row)}, not an object with fields"]

@@ -105,14 +105,14 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     path = on_this_machine(settings.path)
     if not is_address(path) and not Path(path).is_file():
         raise RequestError(f"{settings.path}: no such file")
-    options = _labelled(settings.options)
+    options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
         problem_id=shorten(question, 60, placeholder=" …"),  # what its errors call it
         problem=question,
         data_type=data_type_of(path),
         problem_type=kind,
-        solution=_solution(settings.answer, kind, options),
+        solution=solution_of(settings.answer, kind, options),
         path=path if is_address(path) else str(Path(path).resolve()),
         options=options,
         start=settings.start,
@@ -120,7 +120,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     )
 
 
-def _solution(answer: str | None, kind: str, options: Sequence[str]) -> str:
+def solution_of(answer: str | None, kind: str, options: Sequence[str]) -> str:
+    """The solution of a row, "" without an answer. Raises RequestError for one of no such type."""
     if not answer:
         return ""
     read = read_answer(f"<answer>{answer}</answer>", kind, options)
@@ -137,7 +138,8 @@ def named_answer(sample: Sample, output: str) -> str:
     return named[0] if sample.problem_type == "multiple choice" and named else answer
 
 
-def _labelled(options: Sequence[str]) -> tuple[str, ...]:
+def labelled(options: Sequence[str]) -> tuple[str, ...]:
+    """Options behind letters, as they are where they all have some. Raises RequestError for too many."""
     if all(_LABELLED.match(option) for option in options):
         return tuple(options)
     if len(options) > len(LETTERS):

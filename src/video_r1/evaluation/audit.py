@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from video_r1.data.answers import read_answer
-from video_r1.data.pass_rates import PASS_RATES
 from video_r1.data.places import media_root_of
 from video_r1.data.prompts import Prompt
 from video_r1.data.records import Sample, load_manifest
@@ -35,6 +34,7 @@ from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import AuditSettings
 from video_r1.settings.frames import Order
+from video_r1.settings.keep import PASS_RATES
 
 SETTINGS_FILE = "settings.json"
 

@@ -20,6 +20,8 @@ from typing import Any
 
 from video_r1.errors import ConfigError
 
+PASS_RATES = "pass_rates"
+"""The field of a row that has them."""
 LONGEST, DEEPEST = 500, 60  # characters, and levels of the parsed tree
 TOO_DEEP = "it is nested too deeply"
 ROUNDING = 1e-9  # 4/10 − 3/10 is not above 0.1, whatever binary fractions make of it

@@ -9,7 +9,7 @@ import json
 import os
 import types
 from collections.abc import Mapping
-from typing import Any, Literal, NewType, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, NewType, Union, get_args, get_origin
 
 import yaml
 
@@ -17,8 +17,11 @@ TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NONE_WORDS = ("none", "null")
 
-Sentence = NewType("Sentence", str)
-"""A text of a list that is not parted at its commas, such as a question."""
+# A text of a list that is not parted at its commas, such as a question; to a type checker any text.
+if TYPE_CHECKING:
+    Sentence = str
+else:
+    Sentence = NewType("Sentence", str)
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:

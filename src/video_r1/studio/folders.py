@@ -79,10 +79,11 @@ class Library:
         for root in self.roots:
             for folder in find_run_folders(root, DEPTH) if root.is_dir() else []:
                 if folder not in found:  # one of the given folders may lie in another
-                    found[folder] = Found(self._name(root, folder), folder, root)
+                    found[folder] = Found(self.name(root, folder), folder, root)
         return list(found.values())
 
-    def _name(self, root: Path, folder: Path) -> str:
+    def name(self, root: Path, folder: Path) -> str:
+        """How the page calls what lies below one of the folders."""
         below = folder.relative_to(root).as_posix()
         own = root.name if sum(other.name == root.name for other in self.roots) == 1 else str(root)
         if below == ".":

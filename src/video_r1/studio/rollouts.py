@@ -1,6 +1,5 @@
 """The addresses of recorded groups: their entries, one group, its frames, and marks."""
 
-import json
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
@@ -11,13 +10,12 @@ from starlette.routing import Route
 
 from video_r1.errors import RequestError
 from video_r1.report.groups import strip_of
-from video_r1.report.run_data import as_table, text, whole
-from video_r1.studio.answers import Answer, number
+from video_r1.report.run_data import text, whole
+from video_r1.studio.answers import Answer, body_of, number
 from video_r1.studio.marks import add_mark, marks_of
 from video_r1.studio.runs import Reader, readers
 
 MAX_ENTRIES = 2000  # of one answer
-MAX_BODY = 100_000  # bytes of a POST
 
 
 def entries(request: Request) -> Answer:
@@ -64,15 +62,7 @@ def frames(request: Request) -> Response:
 
 async def mark(request: Request) -> Answer:
     """Marks a completion, or takes it back {"run", "life", "at", "order", "completion", "marked", "note"}."""
-    body = b""
-    async for part in request.stream():
-        body += part
-        if len(body) > MAX_BODY:
-            raise HTTPException(413, f"more than {MAX_BODY} bytes")
-    try:
-        asked = as_table(json.loads(body))
-    except (ValueError, RecursionError):
-        raise HTTPException(400, "the request is no JSON object") from None
+    asked = await body_of(request)
     return Answer(await run_in_threadpool(_mark, request, asked))
 
 

@@ -1,8 +1,10 @@
 """The application of all parts, and its server."""
 
+import asyncio
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,21 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from video_r1.errors import RequestError
-from video_r1.studio import rollouts, runs
+from video_r1.studio import asking, data, rollouts, runs
 from video_r1.studio.access import Access
 from video_r1.studio.answers import Answer
+from video_r1.studio.finding import Finder
 from video_r1.studio.folders import Library, Refused
+from video_r1.studio.model_process import ModelProcess
 from video_r1.studio.runs import Readers
+from video_r1.studio.uploads import Uploads
 
-PARTS = (runs, rollouts)
+PARTS = (runs, rollouts, asking, data)
 """What the page is made of; each has its addresses in ROUTES."""
 PAGE_FILES = {
     "page.css": "report", "charts.js": "report", "curves.js": "report", "rollouts.js": "report",
     "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "run.js": "studio",
+    "ask.js": "studio",
 }  # fmt: skip
 """The files that a browser asks for, and the room that each lies in: charts and rollouts are the report's."""
 KINDS = {".css": "text/css", ".js": "text/javascript"}
@@ -64,9 +70,20 @@ def application(
             Middleware(GZipMiddleware, compresslevel=3),
         ],
         exception_handlers={HTTPException: _said, OSError: _unreadable, Refused: _unreadable},
+        lifespan=_lifespan,
     )
-    app.state.readers = Readers(Library(roots))
+    library = Library(roots)
+    app.state.readers = Readers(library)
+    app.state.manifests = data.Manifests(Finder(library))
+    app.state.model, app.state.uploads, app.state.adding = ModelProcess(), Uploads(), asyncio.Lock()
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    yield
+    await app.state.model.close()
+    app.state.uploads.close()
 
 
 def serve(roots: Sequence[Path], host: str, port: int, token: str | None) -> None:

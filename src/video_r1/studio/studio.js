@@ -16,6 +16,21 @@ async function ask(path, query = {}, body = null) {
   return said;
 }
 
+/** Posts and hands on the server-sent events of the answer. Throws what the server said, and what `hear` throws. */
+async function stream(path, body, hear, signal) {
+  const answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", "X-Video-R1": "1" }, signal });
+  if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error || `the server answered ${answer.status}`);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    const events = (text + value).split("\n\n");
+    text = events.pop();
+    for (const event of events) hear(JSON.parse(event.replace(/^data: /, "")));
+  }
+}
+
 function trouble(message) {
   const node = document.getElementById("trouble");
   node.hidden = !message;
@@ -40,15 +55,17 @@ async function follow(view, step) {
   }
 }
 
+const PLACES = [["#/", "Runs"], ["#/ask", "Ask"]];
+
 function header(title, ...about) {
   document.title = `${title} · video-r1 studio`;
   document.getElementById("header").replaceChildren(
-    make("p", { class: "over" }, make("a", { href: "#/" }, "video-r1 studio")),
+    make("p", { class: "over places" }, "video-r1 studio", PLACES.map(([address, name]) => make("a", { href: address }, name))),
     make("h1", { dir: "auto" }, title), ...about.filter(Boolean));
 }
 
 // A view is a function of the words of an address behind #/, and of {open}, which turns false when it is left.
-const VIEWS = { "": listView, run: runView, compare: compareView };
+const VIEWS = { "": listView, run: runView, compare: compareView, ask: askView };
 let present = { open: false };
 
 function route() {

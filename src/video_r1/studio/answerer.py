@@ -1,0 +1,147 @@
+"""The process that has the model: questions come in as JSON lines, events go out as JSON lines.
+
+    {"number": 3, "settings": {…}, "question": "…", "orders": ["ordered", "shuffled"]}
+    ◄ {"number": 3, "event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
+
+Started by model_process.py, which imports neither torch nor a model. Whatever a model or a server does wrong
+becomes an `error`; what ends this process is told of there. It ends with the server.
+"""
+
+import base64
+import json
+import os
+import queue
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any, TextIO
+
+from video_r1.errors import VideoR1Error, first_line
+from video_r1.evaluation.ask import named_answer, question_sample
+from video_r1.evaluation.interview import Interview, View, sampling_of
+from video_r1.evaluation.metrics import Figure
+from video_r1.recipe import load_recipe
+from video_r1.settings.decoding import AskSettings
+from video_r1.training.recording import save_strip
+
+
+class Stopped(Exception):
+    """Nobody listens to this answer any more."""
+
+
+class Answerer:
+    """Answers one question after the other, with one model."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._interview: Interview | None = None
+        self.number = 0
+        self.stopped: set[int] = set()  # numbers of questions
+
+    def say(self, event: str, **what: Any) -> None:
+        self._out.write(json.dumps({"number": self.number, "event": event, **what}) + "\n")
+        self._out.flush()
+
+    def answer(self, asked: dict[str, Any]) -> None:
+        """Says everything about one question, `end` last."""
+        self.number = asked["number"]
+        try:
+            self._answer(asked)
+        except Stopped:
+            pass
+        except VideoR1Error as error:
+            self.say("error", error=str(error))
+        except Exception as error:  # a stranger's checkpoint, a server: anything may come out of them
+            self.say("error", error=f"{type(error).__name__}: {first_line(error)}"[:1000])
+        self.say("end")
+
+    def _answer(self, asked: dict[str, Any]) -> None:
+        settings = load_recipe("ask", None, asked["settings"]).section(AskSettings)
+        sample = question_sample(settings, asked["settings"]["question"][0])
+        if self._interview is None:
+            self.say("state", text="opening the model")
+            self._interview = Interview(settings)
+        interview = self._interview
+        decoded = not interview.has(sample)
+        if decoded:
+            self.say("state", text="decoding the clip")
+        prompts = interview.prompts(sample, asked["orders"])
+        media = prompts[0].media
+        self.say(
+            "frames", decoded=decoded, **strip_of(media.frames), media=media.kind,
+            views=[
+                {
+                    "order": prompt.order,
+                    "permutation": None if prompt.permutation is None else prompt.permutation.tolist(),
+                    "timestamps": [round(float(time), 3) for time in prompt.media.timestamps],
+                }
+                for prompt in prompts
+            ],
+        )  # fmt: skip
+        self.say("state", text="loading the model")
+        interview.load()
+        self.say("state", text="answering")
+
+        def hear(view: int, text: str) -> None:
+            if self.number in self.stopped:
+                raise Stopped
+            self.say("text", view=view, text=text)
+
+        views = interview.ask(sample, prompts, settings.samples, sampling_of(settings), hear)
+        self.say("answers", right=bool(sample.answer), views=[_view(sample, view) for view in views])
+
+
+def strip_of(frames: Any) -> dict[str, Any]:
+    """The frames [T, 3, H, W] as one JPEG, and the size of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "strip", "frames.jpg")
+        facts = save_strip(frames, path)
+        return {**facts, "strip": base64.b64encode(path.read_bytes()).decode("ascii")}
+
+
+def _view(sample: Any, view: View) -> dict[str, Any]:
+    return {
+        "share": _figure(view.share),
+        "gap": None if view.gap is None else _figure(view.gap),
+        "counted": sum(view.counted),
+        "completions": [
+            {
+                "text": rollout.text,
+                "answer": named_answer(sample, rollout.text) or answer,
+                "counted": counted,
+                "tokens": len(rollout.token_ids),
+                "truncated": rollout.finish_reason == "length",
+            }
+            for rollout, answer, counted in zip(view.rollouts, view.answers, view.counted, strict=True)
+        ],
+    }
+
+
+def _figure(figure: Figure) -> dict[str, float]:
+    return {"mean": figure.mean, "low": figure.low, "high": figure.high, "n": figure.questions}
+
+
+def main() -> None:
+    """Reads questions, and {"stop": number}, from standard input until it is closed."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no event
+    answerer = Answerer(out)
+    waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            if "stop" in asked:
+                answerer.stopped.add(asked["stop"])
+            else:
+                waiting.put(asked)
+        os._exit(0)  # the server is gone, whatever the model is at
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        answerer.answer(waiting.get())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""The addresses of manifests: which there are, pages of their rows, counts of each kind, and media."""
+
+import os
+import stat
+import threading
+import time
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError, ManifestError
+from video_r1.report.run_data import as_list, as_table, finite, short_path, text
+from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
+from video_r1.studio.answers import Answer, number
+from video_r1.studio.finding import Finder
+from video_r1.studio.manifest_index import COLUMNS, ManifestIndex, pattern_of
+
+OPEN_MANIFESTS = 4  # whose indexes are kept in memory
+PAGE = 50  # rows of one answer
+SEARCH_SECONDS = 1.0  # of one answer
+TEXT = 2000  # characters of a field
+
+
+class Manifests:
+    """Indexes of the manifests that somebody looks at."""
+
+    def __init__(self, finder: Finder) -> None:
+        self.finder = finder
+        self._open: dict[str, ManifestIndex] = {}
+        self._lock = threading.Lock()
+
+    def index(self, name: str | None) -> ManifestIndex:
+        """Raises HTTPException 404 where there is no such manifest."""
+        manifest = self.finder.manifests().get(name or "")
+        if manifest is None:
+            raise HTTPException(404, "there is no such manifest below the folders: it was moved or removed")
+        with self._lock:
+            index = self._open.pop(manifest.name, None)
+            if index is None or index.manifest != manifest:
+                try:
+                    index = ManifestIndex(manifest)
+                except ManifestError as error:
+                    raise HTTPException(400, str(error)) from error
+            self._open[manifest.name] = index
+            while len(self._open) > OPEN_MANIFESTS:
+                self._open.pop(next(iter(self._open)))
+            return index
+
+    def sample(self, name: str | None, row: int) -> Sample:
+        """A checked row. Raises HTTPException 404, and 422 for a row that cannot be used."""
+        index = self.index(name)
+        with index.lock:
+            index.read(0.0)
+            while row >= len(index) and index.tail.more:
+                index.read()
+            sample, problems = index.sample(row)
+        if sample is None:
+            raise HTTPException(422, f"row {row + 1} cannot be used: {'; '.join(problems)}"[:1000])
+        return sample
+
+
+def manifests(request: Request) -> Manifests:
+    return request.app.state.manifests
+
+
+def list_manifests(request: Request) -> Answer:
+    found = manifests(request).finder.manifests()
+    return Answer({"manifests": [{"name": m.name, "bytes": _size(m.path)} for m in found.values()]})
+
+
+def rows(request: Request) -> Answer:
+    """Rows that fit, 50 from number `at` of them on, and how far the index is.
+
+    Asked for by `manifest`, `type`, `media`, `source`, `problems`, `keep` (on pass rates) and `words` (in any
+    field; then `at` is the row where the search goes on).
+    """
+    asked = request.query_params
+    wanted = {name: asked[name] for name in COLUMNS if name in asked}
+    keep, words, at = _keep(asked.get("keep", "")), asked.get("words", "").strip(), number(asked, "at")
+    index = manifests(request).index(asked.get("manifest"))
+    with index.lock:
+        index.read()
+        chosen = index.chosen(wanted, asked.get("problems") == "1", keep)
+        answer: dict[str, Any] = {
+            "life": index.life, "rows": len(index), "more": index.tail.more, "notes": index.tail.notes,
+            "behind": index.tail.behind, "bad": index.bad.count(1), "rates": sorted(index.rates),
+        }  # fmt: skip
+        if words:
+            found, searched = _search(index, chosen[chosen >= at].tolist(), words)
+            answer |= {"total": None, "next": searched}
+        else:
+            found = chosen[max(0, at) : max(0, at) + PAGE].tolist()
+            after = at + PAGE
+            answer |= {"total": len(chosen), "next": after if after < len(chosen) else None}
+        answer["shown"] = [shown for row in found if (shown := _shown(index, row))]
+        if asked.get("counts") == "1":
+            answer["counts"] = index.counts()
+    return Answer(answer)
+
+
+def _search(index: ManifestIndex, chosen: list[int], words: str) -> tuple[list[int], int | None]:
+    """Rows with the words, a page of them at most, and the row from which the search goes on."""
+    pattern, until, found = pattern_of(words), time.monotonic() + SEARCH_SECONDS, []
+    for row, line in index.lines(chosen):
+        if pattern.search(line):
+            found.append(row)
+        if len(found) == PAGE or time.monotonic() > until:
+            return found, row + 1
+    return found, None
+
+
+def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
+    row = index.row(number)
+    if row is None:
+        return None
+    sample, problems = index.sample(number) if index.bad[number] else (None, [])
+    path = text(row.get("path", ""))
+    if sample is None and not problems:
+        try:
+            if not os.path.isfile(index.places.find(path)):
+                problems = [f"there is no file {short_path(path)}"]
+        except ValueError as error:
+            problems = [str(error)]
+    rates = {name: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
+    return {
+        "row": number,
+        "id": text(row.get("problem_id", ""))[:TEXT],
+        "problem": text(row.get("problem", ""))[:TEXT],
+        "type": text(row.get("problem_type", ""))[:TEXT],
+        "media": text(row.get("data_type", ""))[:TEXT],
+        "source": text(row.get("data_source", ""))[:TEXT],
+        "options": [text(option)[:TEXT] for option in as_list(row.get("options"))[:50]],
+        "answer": text(row.get("solution", ""))[:TEXT].removeprefix("<answer>").removesuffix("</answer>"),
+        "process": text(row.get("process") or "")[:TEXT],
+        "path": short_path(path)[:TEXT],
+        "start": finite(row.get("start")),
+        "end": finite(row.get("end")),
+        "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
+        "problems": [problem[:TEXT] for problem in problems],
+    }
+
+
+def clip(request: Request) -> Response:
+    """A row's clip, or one that a browser has sent, as a file that plays (with Range)."""
+    asked = request.query_params
+    if "upload" in asked:
+        return media_file(request.app.state.uploads.path(asked["upload"]))
+    return media_file(Path(manifests(request).sample(asked.get("manifest"), number(asked, "row")).path))
+
+
+def media_file(path: Path) -> Response:
+    """A picture or video that a browser may show; nothing else, whatever a row says. Raises HTTPException."""
+    kind = guess_type(path.name)[0] or ""
+    if not kind.startswith(("video/", "image/")) or kind == "image/svg+xml":
+        raise HTTPException(415, f"{path.suffix[:20]} is no video or image that a browser shows")
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise HTTPException(404, "the clip is no plain file")
+    except OSError as error:
+        raise HTTPException(404, f"there is no file {path.name[:200]}") from error
+    return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, max-age=600"})
+
+
+def _keep(expression: str) -> Keep | None:
+    if not expression.strip():
+        return None
+    try:
+        return parse_keep(expression)
+    except ConfigError as error:
+        raise HTTPException(400, str(error)) from error
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+ROUTES = [
+    Route("/api/manifests", list_manifests),
+    Route("/api/rows", rows),
+    Route("/api/clip", clip),
+]

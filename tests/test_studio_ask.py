@@ -1,0 +1,232 @@
+"""Questions in the studio: what is asked of which model, the stream of an answer, clips, and added rows."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import moving_square, write_clip
+
+pytest.importorskip("starlette", reason="the extra studio is not installed")
+from starlette.testclient import TestClient
+
+from video_r1.lab.model import base_folder
+from video_r1.studio import model_process, uploads
+from video_r1.studio.answerer import Answerer
+from video_r1.studio.server import application
+
+OWN = {"X-Video-R1": "1"}
+ROW = {
+    "problem_id": 1, "problem": "Where does it go?", "data_type": "video", "problem_type": "multiple choice",
+    "options": ["A. left", "B. right"], "solution": "<answer>B</answer>", "path": "clips/one.mp4",
+}  # fmt: skip
+# Answers like answerer.py, and does with a word of the question what a model may do.
+FAKE = """
+import json, os, signal, sys, time
+for line in sys.stdin:
+    asked = json.loads(line)
+    if "stop" in asked:
+        continue
+    def say(**event):
+        print(json.dumps({"number": asked["number"], **event}), flush=True)
+    word = asked["settings"]["question"][0]
+    say(event="state", text=str(os.getpid()))
+    if word == "die":
+        print("Segmentation fault", file=sys.stderr, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "fail":
+        say(event="error", error="no such layer")
+    say(event="asked", asked=asked)
+    say(event="end")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    (folder / "clips").mkdir(parents=True)
+    write_clip(folder / "clips" / "one.mp4", moving_square(16), fps=4)
+    outside = ROW | {"problem_id": 2, "path": "../secret.mp4"}
+    (folder / "train.json").write_text(
+        json.dumps([ROW, outside, ROW | {"problem_id": 3, "path": "gone.mp4"}])
+    )
+    (tmp_path / "secret.mp4").write_bytes(b"secret")
+    (folder / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / "model" / name).write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
+    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
+    with TestClient(application([folder]), base_url="http://127.0.0.1:7860", headers=OWN) as opened:
+        yield opened
+
+
+def asked(**fields: Any) -> dict[str, Any]:
+    clip = {"manifest": "train.json", "row": 0}
+    return {"checkpoint": "model", "clip": clip, "question": "Where?", **fields}
+
+
+def events(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
+    answer = client.post("/api/ask", json=asked(**fields))
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(line.removeprefix("data: ")) for line in answer.text.strip().split("\n\n")]
+
+
+def test_what_can_be_asked(client: TestClient) -> None:
+    found = client.get("/api/choices").json()
+    assert found["checkpoints"] == ["model", "the lab's base"] and found["manifests"] == ["train.json"]
+
+
+def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
+    fields = {"options": ["left", " ", "right"], "answer": "right", "contrasts": ["blind", "shuffled", "x"]}
+    state, told, end = events(client, **fields, samples=900, tokens=7, temperature=0.5, type="OCR")
+    assert (state["event"], end) == ("state", {"event": "end"})
+    assert told["asked"]["orders"] == ["ordered", "shuffled", "blind"]
+    settings = told["asked"]["settings"]
+    assert settings == {
+        "model": str(folder / "model"), "engine": "transformers", "path": str(folder / "clips" / "one.mp4"),
+        "question": ["Where?"], "samples": 64, "options": ["left", "right"], "max_new_tokens": 7,
+        "problem_type": "OCR", "answer": "right", "temperature": 0.5, "top_p": 1.0,
+    }  # fmt: skip
+    address = {"engine": "http://127.0.0.1:9/v1", "model": "big", "checkpoint": ""}
+    assert events(client, **address)[1]["asked"]["settings"]["model"] == "big"
+
+
+def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client: TestClient) -> None:
+    first, *_ = events(client)
+    again, *_ = events(client, question="And then?")
+    assert again == first  # the model stays open
+    failed = events(client, question="fail")
+    assert failed[1] == {"event": "error", "error": "no such layer"} and failed[-1] == {"event": "end"}
+    *_, died = events(client, question="die")
+    assert died["event"] == "error"
+    assert "ended by SIGKILL" in died["error"] and "Segmentation fault" in died["error"]
+    revived, *_ = events(client)
+    assert revived["event"] == "state" and revived != first
+    assert client.get("/api/runs").status_code == 200
+
+
+def test_another_model_takes_the_place_of_the_first(client: TestClient, folder: Path) -> None:
+    first, *_ = events(client)
+    other, *_ = events(client, checkpoint="the lab's base")
+    (folder / "model" / "model.safetensors").write_text("{ }")  # a training wrote it anew
+    anew, *_ = events(client)
+    assert len({first["text"], other["text"], anew["text"]}) == 3
+
+
+@pytest.mark.parametrize(("fields", "status", "said"), [
+    ({"question": " "}, 400, "type a question"),
+    ({"checkpoint": "../model"}, 404, "no such checkpoint"),
+    ({"engine": "file:///etc/passwd"}, 400, "begins with http"),
+    ({"checkpoint": "", "engine": "http://127.0.0.1:9/v1"}, 400, "name the model"),
+    ({"clip": {"manifest": "../train.json", "row": 0}}, 404, "no such manifest"),
+    ({"clip": {"manifest": "train.json", "row": 1}}, 422, "leads out of the media root"),
+    ({"clip": {"manifest": "train.json", "row": 9}}, 422, "not there any more"),
+    ({"clip": {"upload": "../../etc/passwd"}}, 404, "not here any more"),
+    ({"clip": "x"}, 404, "no such manifest"),
+])  # fmt: skip
+def test_what_cannot_be_asked(client: TestClient, fields: dict[str, Any], status: int, said: str) -> None:
+    answer = client.post("/api/ask", json=asked(**fields))
+    assert answer.status_code == status and said in answer.json()["error"]
+
+
+def test_clips_are_served_in_parts_and_from_the_media_root_alone(client: TestClient, folder: Path) -> None:
+    whole = (folder / "clips" / "one.mp4").read_bytes()
+    query = {"manifest": "train.json", "row": 0}
+    part = client.get("/api/clip", params=query, headers={"Range": "bytes=10-19"})
+    assert part.status_code == 206 and part.content == whole[10:20]
+    assert part.headers["content-type"] == "video/mp4"
+    assert client.get("/api/clip", params=query | {"row": 1}).status_code == 422
+    assert client.get("/api/clip", params=query | {"row": 2}).status_code == 404
+    (folder / "clips" / "one.mp4").unlink()
+    (folder / "clips" / "one.mp4").symlink_to(folder.parent / "secret.mp4")
+    assert client.get("/api/clip", params=query).status_code == 422
+
+
+def test_a_clip_from_the_browser(client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (folder / "clips" / "one.mp4").read_bytes()
+    name = client.post("/api/upload", params={"name": "../../my clip.MP4"}, content=whole).json()["upload"]
+    assert name.startswith("my-clip-") and name.endswith(".mp4")
+    assert client.get("/api/clip", params={"upload": name}).content == whole
+    path = events(client, clip={"upload": name})[1]["asked"]["settings"]["path"]
+    assert Path(path).read_bytes() == whole
+    assert client.post("/api/upload", params={"name": "a.html"}, content=b"x").status_code == 415
+    assert client.post("/api/upload", params={"name": "a.mp4"}, headers={"X-Video-R1": ""}).status_code == 403
+    monkeypatch.setattr(uploads, "LARGEST", 1000)
+    assert client.post("/api/upload", params={"name": "a.mp4"}, content=b"x" * 1001).status_code == 413
+    assert [other.name for other in Path(path).parent.iterdir()] == [name]
+
+
+def test_a_question_becomes_a_row(client: TestClient, folder: Path) -> None:
+    fields = {"question": "Where to?", "options": ["left", "right"], "answer": "right"}
+    row = asked(**fields)
+    assert client.post("/api/add", json=row, headers={"X-Video-R1": ""}).status_code == 403
+    refused = client.post("/api/add", json=row | {"answer": "up"})
+    assert refused.status_code == 422 and "must be one of the options" in refused.json()["error"]
+    assert client.post("/api/add", json=asked(question="Where to?")).status_code == 422
+    lettered = client.post("/api/add", json=row | {"type": "OCR"})
+    assert lettered.status_code == 422 and "options are given" in lettered.json()["error"]
+    added = client.post("/api/add", json=row).json()
+    assert added["manifest"] == str(folder / "asked.jsonl")
+    (line,) = map(json.loads, (folder / "asked.jsonl").read_text().splitlines())
+    assert line["path"] == "clips/one.mp4" and line["options"] == ["A. left", "B. right"]
+    assert line["solution"] == "<answer>B</answer>" and line["problem_id"] == added["problem_id"]
+    assert client.post("/api/add", json=row | {"answer": "B"}).status_code == 409
+    assert "asked.jsonl" in client.get("/api/choices").json()["manifests"]
+    # A clip of the browser is kept beside the manifest.
+    clip = (folder / "clips" / "one.mp4").read_bytes()
+    name = client.post("/api/upload", params={"name": "my.mp4"}, content=clip).json()["upload"]
+    assert client.post("/api/add", json=row | {"answer": "A", "clip": {"upload": name}}).status_code == 200
+    *_, last = map(json.loads, (folder / "asked.jsonl").read_text().splitlines())
+    assert (folder / last["path"]).read_bytes() == clip
+    (folder / "asked.jsonl").unlink()
+    (folder / "asked.jsonl").symlink_to(folder.parent / "elsewhere.jsonl")
+    assert client.post("/api/add", json=row | {"answer": "A"}).status_code == 409
+    assert not (folder.parent / "elsewhere.jsonl").exists()
+
+
+def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
+    """Frames once, pieces of text that make the whole, shares; a follow-up decodes nothing."""
+    out = io.StringIO()
+    answerer = Answerer(out)
+    settings = {
+        "model": str(base_folder()), "engine": "transformers", "path": str(folder / "clips" / "one.mp4"),
+        "options": ["left", "right"], "answer": "B", "samples": 3, "max_new_tokens": 12, "device": "cpu",
+    }  # fmt: skip
+
+    def ask(**more: Any) -> list[dict[str, Any]]:
+        out.seek(0)
+        out.truncate()
+        orders = ["ordered", "shuffled", "blind"]
+        answerer.answer({"number": answerer.number + 1, "settings": settings | more, "orders": orders})
+        return [json.loads(line) for line in out.getvalue().splitlines()]
+
+    said = ask(question=["Where to, left or right?"])
+    (frames,) = (event for event in said if event["event"] == "frames")
+    assert frames["decoded"] and frames["count"] == 8 and frames["media"] == "video"
+    in_order, shuffled, blind = frames["views"]
+    assert in_order["permutation"] is None and blind["permutation"] == []
+    assert sorted(shuffled["permutation"]) == list(range(8)) != shuffled["permutation"]
+    assert len(in_order["timestamps"]) == 8
+    (answers,) = (event for event in said if event["event"] == "answers")
+    for number, view in enumerate(answers["views"]):
+        pieces = [event["text"] for event in said if event["event"] == "text" and event["view"] == number]
+        assert len(pieces) > 3 and "".join(pieces) == view["completions"][0]["text"]
+        assert len(view["completions"]) == view["share"]["n"] == 3 and (view["gap"] is None) == (number == 0)
+    assert said[-1]["event"] == "end"
+    (frames,) = (event for event in ask(question=["And then?"]) if event["event"] == "frames")
+    assert not frames["decoded"]
+    error, end = ask(question=["What?"], path=str(folder / "gone.mp4"))
+    assert "gone.mp4: no such file" in error["error"] and end["event"] == "end"
+    answerer.stopped.add(answerer.number + 1)
+    stopped = ask(question=["Why?"])
+    assert [event["event"] for event in stopped[-2:]] == ["state", "end"]
