@@ -11,7 +11,15 @@ from typing import Any
 
 import pytest
 from browser import find_chromium
-from report_runs import HOSTILE, group_line, metrics_line, write_demo, write_hostile_run, write_rl_run
+from report_runs import (
+    HOSTILE,
+    group_line,
+    metrics_line,
+    write_demo,
+    write_hostile_run,
+    write_lines,
+    write_rl_run,
+)
 from studio_server import studio
 
 from video_r1.files import append_line
@@ -222,6 +230,44 @@ def test_studio_an_answer_streams_beside_other_orders(page: Page, clips: Path) -
         for width in (390, 2560):
             page.set_viewport_size({"width": width, "height": 900})
             assert fits(page)
+
+
+def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path) -> None:
+    videos = [row for row in json.loads((clips / "test.json").read_text()) if row["data_type"] == "video"]
+    rows = [videos[i % len(videos)] | {"problem_id": i, "data_source": f"set {i % 2}"} for i in range(3000)]
+    rows[0]["problem"] = HOSTILE[1]
+    rows[1] |= {"problem": HOSTILE[0] * 50, "problem_type": HOSTILE[1]}
+    rows[2999]["problem"] = "Where does the very last one go?"
+    (tmp_path / "videos").mkdir()
+    for row in videos:
+        (tmp_path / row["path"]).write_bytes((clips / row["path"]).read_bytes())
+    write_lines(tmp_path / "many.jsonl", rows)
+    with studio(tmp_path) as (address, _):
+        page.goto(f"{address}#/data")
+        expect(page.locator(".position")).to_have_text("1 to 50 of 3\u2009000")
+        expect(page.locator(".question")).to_have_text(HOSTILE[1])
+        page.get_by_role("button", name="Next →").click()
+        expect(page.locator(".position")).to_have_text("51 to 100 of 3\u2009000")
+        page.locator(".rows button").nth(4).click()
+        expect(page.locator(".facts")).to_contain_text("row 55 · question 54")
+        video = page.locator("video")
+        video.evaluate("video => video.play()")
+        page.wait_for_timeout(700)
+        assert video.evaluate("video => video.currentTime") > 0.2
+        page.get_by_label("Source").select_option("set 1")
+        expect(page.locator(".position")).to_have_text("1 to 50 of 1\u2009500")
+        page.get_by_label("with problems").check()
+        expect(page.locator(".position")).to_have_text("1 to 1 of 1")
+        expect(page.locator(".alerts")).to_contain_text("problem_type is")
+        page.get_by_label("with problems").uncheck()
+        page.get_by_label("Find").fill("VERY LAST")
+        expect(page.locator(".facts")).to_contain_text("row 3\u2009000")
+        for width in (390, 1280, 2560):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert fits(page)
+        page.get_by_role("link", name="Ask a model about it").click()
+        expect(page.get_by_label("Question", exact=True)).to_have_value(rows[2999]["problem"])
+        assert page.locator("main img, main script, iframe").count() == 0
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])

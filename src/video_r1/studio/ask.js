@@ -182,8 +182,10 @@ function askView(view, [manifest, row]) {
       else if (found.manifests.length) manifests.value = found.manifests[0];
       source();
       if (row !== undefined) {
-        const { shown } = await ask("/api/rows", { manifest, at: Number(row), from: Number(row) });
-        if (shown.length) take(shown[0]);
+        for (let found = null; view.open && !found?.shown.length && found?.more !== false;) {
+          found = await ask("/api/rows", { manifest, at: Number(row) });
+          if (found.shown.length) take(found.shown[0]);
+        }
       }
     } catch (error) { trouble(error.message); }
   })();

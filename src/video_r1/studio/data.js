@@ -1,0 +1,166 @@
+// Manifests: pages of their rows, a row with its clip, and how many there are of each kind.
+
+const ROW_FILTERS = [["type", "Type"], ["media", "Media"], ["source", "Source"]];
+const LONGEST_BARS = 14;
+
+function dataView(view, [wanted]) {
+  header("Data");
+  const manifest = make("select", { id: "data-manifest", change: () => { location.hash = `#/data/${encodeURIComponent(manifest.value)}`; } });
+  const words = make("input", { type: "search", id: "data-words", placeholder: "in any field", input: () => filter() });
+  const keep = make("input", { type: "text", id: "data-keep", placeholder: "ordered - shuffled > 0.1", autocomplete: "off", change: () => filter() });
+  const problems = make("input", { type: "checkbox", id: "data-problems", change: () => filter() });
+  const filters = Object.fromEntries(ROW_FILTERS.map(([name, label]) => [name, choice(`data-${name}`, label, [["", "any"]], () => filter())]));
+  const lead = make("p", { class: "lead", "aria-live": "polite" });
+  const notes = make("ul", { class: "notes", "aria-label": "What was left out" });
+  const body = make("tbody", {});
+  const stage = make("div", { class: "stage" });
+  const pictures = make("div", {});
+  const position = make("output", { class: "position", "aria-live": "polite" });
+  const previous = make("button", { type: "button", click: () => turn(-1) }, "← Previous");
+  const next = make("button", { type: "button", click: () => turn(1) }, "Next →");
+  const keepField = make("span", { class: "choice" }, make("label", { for: "data-keep" }, "Pass rates"), keep);
+  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows" }, make("table", { class: "rows" },
+    make("thead", {}, make("tr", {}, ["row", "question", "type", "source", "pass rates", ""].map((name) => make("th", { scope: "col" }, name)))), body));
+  document.getElementById("main").replaceChildren(
+    make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-manifest" }, "Manifest"), manifest)), lead, notes,
+    make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-words" }, "Find"), words),
+      ...ROW_FILTERS.map(([name]) => filters[name].node), keepField,
+      make("label", { class: "choice", for: "data-problems" }, problems, "with problems")),
+    make("div", { class: "controls pager" }, previous, next, position), make("div", { class: "browsing" }, table, stage), pictures);
+
+  let starts = [0]; // of the pages up to this one
+  let shown = [];
+  let following = null; // where the next page begins, null at the end
+  let asked = 0;
+  let life = 0;
+  let rowsKnown = -1;
+  let more = true;
+  let chosen = null;
+
+  const query = () => {
+    const given = { manifest: manifest.value, at: starts[starts.length - 1], counts: 1 };
+    for (const [name] of ROW_FILTERS) if (filters[name].select.selectedIndex > 0) given[name] = filters[name].select.value;
+    if (words.value.trim()) given.words = words.value;
+    if (keep.value.trim()) given.keep = keep.value;
+    if (problems.checked) given.problems = 1;
+    return given;
+  };
+
+  function filter() { starts = [0]; chosen = null; load(); }
+
+  function turn(by) {
+    if (by > 0 && following !== null) starts.push(following);
+    else if (by < 0 && starts.length > 1) starts.pop();
+    chosen = null;
+    load();
+  }
+
+  async function load() {
+    const number = ++asked;
+    try {
+      const answer = await ask("/api/rows", query());
+      if (number !== asked || !view.open) return;
+      // Half a search that found nothing goes on by itself.
+      if (answer.total === null && !answer.shown.length && answer.next !== null) {
+        starts[starts.length - 1] = answer.next;
+        position.textContent = `searching from row ${show(answer.next)} …`;
+        setTimeout(load, 0);
+        return;
+      }
+      take(answer);
+      trouble("");
+    } catch (error) { if (number === asked) trouble(error.message); }
+  }
+
+  function take(answer) {
+    more = answer.more;
+    following = answer.next;
+    lead.textContent = `${plural(answer.rows, "row")}${more ? `, and ${show(Math.ceil(answer.behind / 1e6))} MB still to be read` : ""}; `
+      + `${answer.bad ? `${show(answer.bad)} with problems that data check would name` : "data check would find no problem in a row"}.`;
+    notes.replaceChildren(...answer.notes.map((note) => make("li", {}, note)));
+    keepField.hidden = !answer.rates.length;
+    keep.title = `rates: ${answer.rates.join(", ")}`;
+    if (answer.life !== life || answer.rows !== rowsKnown) count(answer);
+    [life, rowsKnown] = [answer.life, answer.rows];
+    const place = answer.total === null ? `page ${show(starts.length)}` : `${show(Math.min(starts[starts.length - 1] + 1, answer.total))} to ${show(starts[starts.length - 1] + answer.shown.length)} of ${show(answer.total)}`;
+    position.textContent = answer.shown.length ? place : "nothing matches";
+    previous.disabled = starts.length < 2;
+    next.disabled = following === null;
+    if (JSON.stringify(shown) !== JSON.stringify(answer.shown) || !body.children.length) {
+      shown = answer.shown;
+      body.replaceChildren(...shown.map(rowNode));
+    }
+    if (chosen === null || !shown.some((item) => item.row === chosen)) open(shown[0]);
+  }
+
+  function rowNode(item) {
+    const rates = Object.entries(item.rates).map(([name, rate]) => `${name} ${show(rate)}`).join(", ");
+    const button = make("button", { type: "button", class: "title", click: () => open(item) }, item.problem || "(no question)");
+    const node = make("tr", {}, make("td", {}, show(item.row + 1)), make("th", { scope: "row", dir: "auto" }, button),
+      make("td", { dir: "auto" }, item.type, item.media === "image" ? make("small", {}, " image") : ""), make("td", { dir: "auto" }, item.source), make("td", {}, rates),
+      make("td", {}, item.problems.length ? make("span", { class: "alert-count", title: item.problems.join("\n") }, plural(item.problems.length, "problem")) : ""));
+    node.dataset.row = String(item.row);
+    return node;
+  }
+
+  function open(item) {
+    body.querySelectorAll("tr").forEach((node) => node.classList.toggle("chosen", Boolean(item) && node.dataset.row === String(item.row)));
+    chosen = item ? item.row : null;
+    if (!item) { stage.replaceChildren(); return; }
+    const playable = !item.problems.length;
+    stage.replaceChildren(make("article", { class: "group", "aria-label": `Row ${item.row + 1}` },
+      playable ? player({ manifest: manifest.value, row: item.row }, item.media === "image", item) : "",
+      item.problems.length ? make("ul", { class: "alerts", role: "list", "aria-label": "Problems" }, item.problems.map((problem) => make("li", {}, problem))) : "",
+      make("p", { class: "facts", dir: "auto" }, [`row ${show(item.row + 1)}`, `question ${item.id}`, item.type, item.source, item.path,
+        item.start !== null || item.end !== null ? `${show(item.start ?? 0)} to ${item.end === null ? "the end" : `${show(item.end)} s`}` : ""].filter(Boolean).join(" · ")),
+      make("h3", { class: "question", dir: "auto" }, item.problem),
+      item.options.length ? make("ul", { class: "options" }, item.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
+      make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer),
+      item.process ? make("div", { class: "text", dir: "auto" }, styled(item.process)) : "",
+      playable ? make("p", {}, make("a", { href: `#/ask/${encodeURIComponent(manifest.value)}/${item.row}` }, "Ask a model about it")) : ""));
+  }
+
+  /** Choices of the filters, and pictures of how many there are. */
+  function count(answer) {
+    for (const [name] of ROW_FILTERS) {
+      const entries = Object.entries(answer.counts[name]).sort((a, b) => b[1] - a[1]);
+      const select = filters[name].select;
+      const before = select.selectedIndex > 0 ? select.value : null;
+      select.replaceChildren(make("option", {}, "any"), ...entries.map(([value, n]) => make("option", { value }, `${value || "(none)"} · ${show(n)}`)));
+      if (before !== null) select.value = before;
+      if (select.selectedIndex < 0) select.selectedIndex = 0;
+    }
+    const lengths = Object.entries(answer.counts.lengths);
+    pictures.replaceChildren(section("balance", "Balance", make("div", { class: "pictures" },
+      bars("Types", Object.entries(answer.counts.type)), bars("Media", Object.entries(answer.counts.media)), bars("Sources", Object.entries(answer.counts.source)),
+      bars("Characters of a question", lengths.map(([from, n], i) => [i + 1 < lengths.length ? `${from} to ${lengths[i + 1][0] - 1}` : `${from} and more`, n]), false))));
+  }
+
+  (async () => {
+    try {
+      const found = (await ask("/api/manifests")).manifests;
+      if (!view.open) return;
+      if (!found.length) {
+        document.getElementById("main").replaceChildren(make("p", { class: "lead" }, "There is no manifest below these folders: a .json or .jsonl file whose rows have problem_id, problem, solution and path."));
+        return;
+      }
+      manifest.replaceChildren(...found.map((item) => make("option", { value: item.name }, `${item.name} · ${item.bytes < 1e6 ? `${Math.ceil(item.bytes / 1e3)} kB` : `${show(Math.round(item.bytes / 1e6))} MB`}`)));
+      manifest.value = found.some((item) => item.name === wanted) ? wanted : found[0].name;
+      await load();
+      follow(view, async () => { if (more) await load(); return more ? 0.3 : 3; });
+    } catch (error) { trouble(error.message); }
+  })();
+}
+
+/** Counts as bars, the largest first. */
+function bars(title, counts, sorted = true) {
+  const all = sorted ? [...counts].sort((a, b) => b[1] - a[1]) : counts;
+  const rest = all.slice(LONGEST_BARS);
+  const kept = rest.length ? [...all.slice(0, LONGEST_BARS), [`${show(rest.length)} more`, rest.reduce((sum, [, n]) => sum + n, 0)]] : all;
+  const most = Math.max(1, ...kept.map(([, n]) => n));
+  const sum = all.reduce((total, [, n]) => total + n, 0);
+  return make("figure", { class: "bars" }, make("figcaption", {}, title), make("table", {}, make("tbody", {}, kept.map(([name, n]) =>
+    make("tr", {}, make("th", { scope: "row", dir: "auto" }, name || "(none)"),
+      make("td", {}, draw("svg", { viewBox: "0 0 100 10", preserveAspectRatio: "none", "aria-hidden": "true" }, draw("rect", { width: ((100 * n) / most).toFixed(2), height: 10 }))),
+      make("td", {}, show(n), make("small", {}, ` ${sum ? percent(n / sum) : 0} %`)))))));
+}
