@@ -16,6 +16,7 @@ from report_runs import (
     group_line,
     metrics_line,
     write_demo,
+    write_evaluation,
     write_hostile_run,
     write_lines,
     write_rl_run,
@@ -268,6 +269,23 @@ def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path
         page.get_by_role("link", name="Ask a model about it").click()
         expect(page.get_by_label("Question", exact=True)).to_have_value(rows[2999]["problem"])
         assert page.locator("main img, main script, iframe").count() == 0
+
+
+def test_studio_evaluations_side_by_side(page: Page, tmp_path: Path) -> None:
+    write_evaluation(tmp_path / "eval-rl", 0.7, 0.5)
+    write_evaluation(tmp_path / "eval-sft", 0.5, 0.5)
+    with studio(tmp_path) as (address, _):
+        page.goto(f"{address}#/evaluations")
+        expect(page.locator(".versus caption")).to_contain_text("both have answered")
+        expect(page.locator(".versus-question")).to_have_count(20)
+        before = page.locator(".versus-question .facts").first.inner_text()
+        page.get_by_role("button", name="right wins").click()
+        expect(page.locator(".versus-question .facts").first).not_to_have_text(before)
+        page.locator(".versus tr", has_text="digits").first.get_by_role("button").first.click()
+        expect(page.locator("#questions .lead")).to_contain_text("digits")
+        for width in (390, 1280, 2560):
+            page.set_viewport_size({"width": width, "height": 900})
+            assert fits(page)
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])

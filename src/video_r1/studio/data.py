@@ -21,7 +21,7 @@ from video_r1.studio.answers import Answer, number
 from video_r1.studio.finding import Finder
 from video_r1.studio.manifest_index import COLUMNS, ManifestIndex, pattern_of
 
-OPEN_MANIFESTS = 4  # whose indexes are kept in memory
+OPEN_MANIFESTS = 12  # whose indexes are kept in memory
 PAGE = 50  # rows of one answer
 SEARCH_SECONDS = 1.0  # of one answer
 TEXT = 2000  # characters of a field

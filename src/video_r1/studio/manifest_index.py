@@ -65,7 +65,8 @@ class ManifestIndex:
         self.bad = array("B")  # whether data check complains of the row
         self.lengths = array("l")  # characters of the question
         self.rates: dict[str, array[float]] = {}
-        self._ids: set[int] = set()
+        self.ids = array("q")  # hashes of the questions' names
+        self._known: set[int] = set()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -79,8 +80,9 @@ class ManifestIndex:
             return
         identity = hash(str(row.get("problem_id")))
         _, problems = check_row(row, self.places, 2)
-        self.bad.append(bool(problems) or identity in self._ids)
-        self._ids.add(identity)
+        self.bad.append(bool(problems) or identity in self._known)
+        self._known.add(identity)
+        self.ids.append(identity)
         self.starts.append(place)
         self.sizes.append(size)
         for name in COLUMNS:
@@ -129,6 +131,10 @@ class ManifestIndex:
             return None
         ((_, line),) = self.lines([number])
         return parse(line)
+
+    def rows_named(self, problem_id: object) -> list[int]:
+        """Rows that may be the question's: where its name has the same hash."""
+        return np.flatnonzero(np.array(self.ids) == hash(str(problem_id))).tolist()
 
     def sample(self, number: int) -> tuple[Sample | None, list[str]]:
         """A row as a checked sample, or None and what is wrong with it."""

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from video_r1.errors import RequestError
-from video_r1.studio import asking, data, rollouts, runs
+from video_r1.studio import asking, data, evaluations, rollouts, runs
 from video_r1.studio.access import Access
 from video_r1.studio.answers import Answer
 from video_r1.studio.finding import Finder
@@ -28,12 +28,12 @@ from video_r1.studio.model_process import ModelProcess
 from video_r1.studio.runs import Readers
 from video_r1.studio.uploads import Uploads
 
-PARTS = (runs, rollouts, asking, data)
+PARTS = (runs, rollouts, asking, data, evaluations)
 """What the page is made of; each has its addresses in ROUTES."""
 PAGE_FILES = {
     "page.css": "report", "charts.js": "report", "curves.js": "report", "rollouts.js": "report",
     "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "run.js": "studio",
-    "ask.js": "studio", "data.js": "studio",
+    "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
 }  # fmt: skip
 """The files that a browser asks for, and the room that each lies in: charts and rollouts are the report's."""
 KINDS = {".css": "text/css", ".js": "text/javascript"}
@@ -75,6 +75,7 @@ def application(
     library = Library(roots)
     app.state.readers = Readers(library)
     app.state.manifests = data.Manifests(Finder(library))
+    app.state.evaluations = evaluations.Evaluations()
     app.state.model, app.state.uploads, app.state.adding = ModelProcess(), Uploads(), asyncio.Lock()
     return app
 

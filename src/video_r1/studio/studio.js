@@ -55,7 +55,7 @@ async function follow(view, step) {
   }
 }
 
-const PLACES = [["#/", "Runs"], ["#/ask", "Ask"], ["#/data", "Data"]];
+const PLACES = [["#/", "Runs"], ["#/ask", "Ask"], ["#/data", "Data"], ["#/evaluations", "Evaluations"]];
 
 function header(title, ...about) {
   document.title = `${title} · video-r1 studio`;
@@ -65,7 +65,7 @@ function header(title, ...about) {
 }
 
 // A view is a function of the words of an address behind #/, and of {open}, which turns false when it is left.
-const VIEWS = { "": listView, run: runView, compare: compareView, ask: askView, data: dataView };
+const VIEWS = { "": listView, run: runView, compare: compareView, ask: askView, data: dataView, evaluations: versusView };
 let present = { open: false };
 
 function route() {

@@ -1,0 +1,98 @@
+"""Two evaluations side by side in the studio: figures over the questions of both, and who wins which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_runs import write_lines
+
+pytest.importorskip("starlette", reason="the extra studio is not installed")
+from starlette.testclient import TestClient
+
+from video_r1.studio.server import application
+
+
+def predictions(folder: Path, right: range, questions: range = range(20)) -> None:
+    said = f"<answer>{folder.name}"
+    lines = [
+        {
+            "problem_id": i, "order": order, "output": f"{said} {i}</answer>", "answer": str(i),
+            "score": float(i in right) if order == "ordered" else 0.0, "problem_type": "numerical",
+            "data_type": "video", "data_source": "lab", "task_type": ("count", "speed")[i % 2], "tokens": 7,
+            "finish_reason": "stop", "strict_score": 0.0, "format": True, "prediction": "",
+        }
+        for order in ("ordered", "shuffled")
+        for i in questions
+    ]  # fmt: skip
+    write_lines(folder / "predictions-8.jsonl", lines)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    predictions(tmp_path / "sft", range(0, 8))
+    predictions(tmp_path / "rl", range(4, 18), range(1, 20))
+    row = {"problem": "How many?", "data_type": "video", "problem_type": "numerical", "path": "1.mp4"}
+    rows = [row | {"problem_id": i, "solution": f"<answer>{i}</answer>"} for i in range(20)]
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    others = [row | {"problem_id": i, "solution": "<answer>99</answer>"} for i in range(20)]
+    (tmp_path / "other.json").write_text(json.dumps(others))
+    return tmp_path
+
+
+def get(client: TestClient, path: str, **query: Any) -> Any:
+    answer = client.get(path, params=query)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_two_evaluations_side_by_side(folder: Path) -> None:
+    with TestClient(application([folder]), base_url="http://127.0.0.1:7860") as client:
+        assert [item["name"] for item in get(client, "/api/evaluations")["evaluations"]] == ["rl", "sft"]
+        found = get(client, "/api/versus", left="rl", right="sft")
+        assert found["frames"] == ["8"] and found["orders"] == ["ordered", "shuffled"]
+        whole, count, speed = found["rows"]
+        assert (whole["questions"], whole["wins"], whole["losses"]) == (
+            19,
+            10,
+            3,
+        )  # question 0 is of one alone
+        assert whole["left"]["mean"] == pytest.approx(14 / 19)
+        assert whole["right"]["mean"] == pytest.approx(7 / 19)
+        by = whole["difference"]
+        assert by["mean"] == pytest.approx(7 / 19) and by["low"] < by["mean"] < by["high"]
+        assert (count["name"], count["questions"], speed["name"]) == ("count", 9, "speed")
+        assert get(client, "/api/versus", left="rl", right="sft", order="shuffled")["rows"][0]["wins"] == 0
+        won = get(client, "/api/questions", left="rl", right="sft")
+        assert won["total"] == 10 and [item["id"] for item in won["shown"]][:2] == ["8", "9"]
+        first = won["shown"][0]
+        assert first["left"]["text"] == "<answer>rl 8</answer>" and first["right"]["text"].endswith(
+            "sft 8</answer>"
+        )
+        assert (first["row"]["manifest"], first["row"]["row"]) == (
+            "test.json",
+            8,
+        )  # its answer tells which one
+        lost = get(client, "/api/questions", left="rl", right="sft", who="right", group="task", name="speed")
+        assert [item["id"] for item in lost["shown"]] == ["1", "3"]
+        gone = client.get("/api/versus", params={"left": "../rl", "right": "sft"})
+        assert gone.status_code == 404 and "no such evaluation" in gone.json()["error"]
+
+
+def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
+    for model, right in (("a", range(10)), ("b", range(5))):
+        for benchmark in ("mvbench", "vsibench"):
+            predictions(tmp_path / model / benchmark, right)
+    predictions(tmp_path / "b" / "mmvu", range(5))
+    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+        names = {item["name"]: item["benchmarks"] for item in get(client, "/api/evaluations")["evaluations"]}
+        assert (names["a/"], names["b/"], names["a/mvbench"]) == (2, 3, 1)
+        found = get(client, "/api/versus", left="a/", right="b/")
+        assert found["benchmarks"] == ["mvbench", "vsibench"]
+        assert [row["wins"] for row in found["rows"] if not row["group"]] == [5, 5]
+        with (tmp_path / "a" / "vsibench" / "predictions-8.jsonl").open("a") as file:  # it goes on
+            file.write('{"problem_id": 30, "order": "ordered", "score": 1.0}\n{"half": ')
+        answer = client.get("/api/versus", params={"left": "a/", "right": "b/mmvu"})
+        assert answer.status_code == 400 and "no benchmark in common" in answer.json()["error"]
