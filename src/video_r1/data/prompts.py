@@ -195,8 +195,23 @@ class TextPrompts:
         self.template = load_template(template, subtitles)
 
     def question(self, sample: Sample) -> str:
-        """The user's text: subtitles if asked for, question, options, instruction and answer hint."""
+        """The user's text: subtitles if asked for, question, options, instruction and answer hint. Where the
+        sample has messages, their texts.
+        """
+        if sample.messages:
+            return "\n".join(message["content"] for message in sample.messages)
         return self.template.render(sample)
+
+    def _chat(self, sample: Sample, visuals: list[dict[str, str]]) -> list[dict[str, Any]]:
+        """The chat: one message by the template, or the sample's own. The visuals come first in the first
+        question.
+        """
+        text = self.question(sample)
+        said = sample.messages or ({"role": "user", "content": text},)
+        chat = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in said]
+        first = next(turn for turn in chat if turn["role"] == "user")
+        first["content"] = [*visuals, *first["content"]]
+        return chat
 
     def build(
         self, sample: Sample, media: Media, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
@@ -207,9 +222,8 @@ class TextPrompts:
         if permutation is not None:
             media = media.reordered(permutation)
         visuals = self._visuals(media) if len(media.frames) else []
-        content = [*visuals, {"type": "text", "text": self.question(sample)}]
         nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(nothing, {}, media, permutation, [{"role": "user", "content": content}], contrast)
+        return Prompt(nothing, {}, media, permutation, self._chat(sample, visuals), contrast)
 
     def _visuals(self, media: Media) -> list[dict[str, str]]:
         """How a message names what it shows."""

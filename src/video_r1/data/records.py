@@ -57,6 +57,7 @@ class Sample:
     end: float | None = None  # beginning; None: from the beginning, to the end
     extra: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row that is not null
     subtitles: str | None = None  # what is said in the clip, for prompts that show it
+    messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, in place of the template
 
     @property
     def answer(self) -> str:
@@ -192,7 +193,8 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
         found.append("problem_id is missing")
     elif isinstance(problem_id, bool) or not isinstance(problem_id, (int, str)) or problem_id == "":
         found.append(f"problem_id is {_shown(problem_id)}; it must be an integer or a string")
-    problem = _text(row, "problem", found)
+    said = _messages(row, found)
+    problem = _text(row, "problem", found, required=not said) or (said[-1]["content"] if said else "")
     data_type = _one_of(row, "data_type", DATA_TYPES, found)
     problem_type = _one_of(row, "problem_type", PROBLEM_TYPES, found)
     solution = _text(row, "solution", found)
@@ -231,7 +233,7 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
     process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
     sample = Sample(
         cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
-        options, process, data_source, start, end, extra, subtitles,
+        options, process, data_source, start, end, extra, subtitles, said,
     )  # fmt: skip
     return sample, []
 
@@ -249,6 +251,28 @@ def _text(row: dict[str, Any], name: str, found: list[str], required: bool = Tru
         found.append(f"{name} is empty")
         return ""
     return value
+
+
+def _messages(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
+    """Turns of a chat, whose last one asks."""
+    said = row.get("messages")
+    if said is None:
+        return ()
+    if not isinstance(said, (list, tuple)) or not said or not all(map(_is_turn, said)):
+        turn = '{"role": "system" | "user" | "assistant", "content": a text}'
+        found.append(f"messages is {_shown(said)}; it must be a list of {turn}")
+        return ()
+    if said[-1]["role"] != "user":
+        found.append(f"messages end with one of the {said[-1]['role']}; the last one must be the user's")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in said)
+
+
+def _is_turn(turn: Any) -> bool:
+    return (
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+    )
 
 
 def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:

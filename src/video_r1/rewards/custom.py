@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from video_r1.data.records import FIELDS, Sample
+from video_r1.data.trl_rows import PROMPT
 from video_r1.errors import RewardError
 
 # reward(prompts=[str] * N, completions=[str] * N, completion_ids=…, <column>=…) -> N numbers or None
@@ -15,10 +16,23 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Every field of the samples as a column, the manifest's own ones too; None where a row has it not."""
-    columns = {name: [getattr(sample, name) for sample in samples] for name in FIELDS}
-    extra_names = dict.fromkeys(name for sample in samples for name in sample.extra)
-    return {name: [sample.extra.get(name) for sample in samples] for name in extra_names} | columns
+    """Every field of the samples as a column, the rows' own ones too; None where a row has it not. Those of a
+    table of TRL's (data/trl_rows.py) are given as they stand there.
+    """
+    names = dict.fromkeys((*FIELDS, *(name for sample in samples for name in sample.extra)))
+    return {
+        name: [sample.extra.get(name, getattr(sample, name, None)) for sample in samples] for name in names
+    }
+
+
+def as_said(sample: Sample, text: str, role: str) -> Any:
+    """A prompt or a completion as a reward function has it: a text, or messages where the row's `prompt` is a
+    list of them.
+    """
+    prompt = sample.extra.get(PROMPT)
+    if not sample.messages or not isinstance(prompt, list):
+        return text
+    return prompt if role == "user" else [{"role": role, "content": text}]
 
 
 def call_reward_function(

@@ -13,7 +13,7 @@ from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
-from video_r1.rewards.custom import RewardFunction, call_reward_function
+from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
 from video_r1.rewards.shaping import (
     format_reward,
     key_drops,
@@ -123,8 +123,8 @@ def score_groups(
             function,
             name,
             [sample for sample, _ in rollouts],
-            prompts=[texts[id(sample)] for sample, _ in rollouts],
-            completions=[rollout.text for _, rollout in rollouts],
+            prompts=[as_said(sample, texts[id(sample)], "user") for sample, _ in rollouts],
+            completions=[as_said(sample, rollout.text, "assistant") for sample, rollout in rollouts],
             completion_ids=[rollout.token_ids.tolist() for _, rollout in rollouts],
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):

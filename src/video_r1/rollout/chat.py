@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
@@ -28,7 +28,7 @@ class Completion(NamedTuple):
 
 def chat_request(
     model: str,
-    question: str,
+    question: str | Sequence[Mapping[str, Any]],
     media: Media,
     frames_as: FramesAs,
     sampling: SamplingSettings,
@@ -37,13 +37,21 @@ def chat_request(
 ) -> dict[str, Any]:
     """The body of a request for `n` completions; of `sampling`, temperature, top_p and max_tokens count.
 
+    question: its text, or the messages of a chat, before whose first question the media stand.
     frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
     vision understands; "video" as one video of those frames, vLLM's form.
     """
+    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    first = next((turn for turn in turns if turn["role"] == "user"), None)
+    messages = [
+        {"role": turn["role"], "content": chat_content(text, media, frames_as) if turn is first else text}
+        for turn in turns
+        for text in [text_of(turn["content"])]
+    ]
     is_video = media.kind == "video" and frames_as == "video" and len(media.frames) > 0
     return {
         "model": model,
-        "messages": [{"role": "user", "content": chat_content(question, media, frames_as)}],
+        "messages": messages,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_tokens": sampling.max_tokens,
@@ -51,6 +59,13 @@ def chat_request(
         "seed": seed,
         **(video_fields(media) if is_video else {}),
     }
+
+
+def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """Of a message: its content, or the texts among its parts."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def chat_content(question: str, media: Media, frames_as: FramesAs) -> list[dict[str, Any]]:

@@ -361,10 +361,9 @@ class EndpointEngine:
 
         async def answer(place: int) -> tuple[int, list[Rollout]]:
             def request(n: int, drawn: int) -> dict[str, Any]:
-                parts, media = prompts[place].messages[0]["content"], prompts[place].media
-                text = "".join(part["text"] for part in parts if part["type"] == "text")
+                said, media = prompts[place].messages, prompts[place].media
                 seed = prompt_seed(seeds[place], drawn) % SEEDS
-                return chat_request(self.model, text, media, self.frames_as, sampling, n, seed)
+                return chat_request(self.model, said, media, self.frames_as, sampling, n, seed)
 
             try:
                 return place, await self._client.draw(counts[place], request, rollouts_of)

@@ -75,6 +75,7 @@ class GroupTrainer(QuestionTrainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         recipe: Recipe | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         self.terms = terms
         self.step_batches: list[PolicyBatch] = []
@@ -84,7 +85,15 @@ class GroupTrainer(QuestionTrainer):
         if args.difficulty_range is not None:
             callbacks.append(Difficulty(*args.difficulty_range))
         super().__init__(
-            model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks, recipe
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            peft_config,
+            callbacks,
+            recipe,
+            optimizers,
         )
         if args.preflight_questions > 0:
             self.add_callback(Preflight(lambda: self.preflight_groups(args.preflight_questions)))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -18,6 +18,7 @@ from transformers.trainer_utils import SaveStrategy
 from video_r1.data.pass_rates import kept_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.records import Sample, load_manifest
+from video_r1.data.trl_rows import is_trl_table, trl_samples
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
 from video_r1.models.family import find_family
@@ -242,10 +243,10 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
 Questions = str | Path | Sequence[Sample] | Sequence[dict[str, Any]] | datasets.Dataset
 
 
-def as_samples(questions: Questions | dict[str, Questions] | None, places: ManifestSettings) -> Any:
+def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:
     """Samples of a manifest's path, a data set, a list of rows or of samples; by name where there are several
     sets; None of None. Rows are checked as those of a manifest in `media_root` are (default: the current
-    folder).
+    folder); a table of TRL's form is read as data/trl_rows.py says, its pictures into the run folder.
 
     Raises ManifestError with every problem.
     """
@@ -255,6 +256,8 @@ def as_samples(questions: Questions | dict[str, Questions] | None, places: Manif
         return None
     if isinstance(questions, (list, tuple)) and all(isinstance(question, Sample) for question in questions):
         return list(questions)
+    if is_trl_table(questions):
+        return trl_samples(cast(Any, questions), Path(str(places.output_dir)) / "media")
     return load_manifest(questions, **places.media_places())
 
 

@@ -37,9 +37,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
 from video_r1.data.reading import Question
+from video_r1.errors import ConfigError
 from video_r1.processes import process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms
@@ -78,9 +81,11 @@ class TGRPOTrainer(GroupTrainer):
     paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
     signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
     train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
-    `datasets.Dataset` of the record fields. processing_class: the model's processor (default: the
-    checkpoint's). peft_config: trains adapters only. engine: what samples (default: the model itself, in this
-    process). recipe: what config.yaml is written from (default: `args`).
+    `datasets.Dataset` of the record fields, or of TRL's `prompt` and `image`. processing_class: the model's
+    processor (default: the checkpoint's). optimizers: an optimizer and its schedule in place of those of the
+    settings. peft_config: trains adapters only. engine: what samples (default: the model itself, in this
+    process). recipe: what config.yaml is written from (default: `args`). The positional order is TRL's;
+    what only reward models and quantised loading need is refused.
 
     A function of `reward_funcs` is called once a step with the process's ordered completions (and for the
     trial before the first step). Each argument is a list with an entry for each: `prompts` and `completions`
@@ -103,11 +108,23 @@ class TGRPOTrainer(GroupTrainer):
         train_dataset: Questions | None = None,
         eval_dataset: Questions | dict[str, Questions] | None = None,
         processing_class: ProcessorMixin | None = None,
-        peft_config: Any = None,
+        reward_processing_classes: None = None,
         callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Optimizer | None, LRScheduler | None] = (None, None),
+        quantization_config: None = None,
+        peft_config: Any = None,
+        *,
         engine: RolloutEngine | None = None,
         recipe: Recipe | None = None,
     ) -> None:
+        if reward_processing_classes is not None:
+            raise ConfigError(
+                "reward_processing_classes are of reward models; pass a function that asks yours"
+            )
+        if quantization_config is not None:
+            raise ConfigError(
+                "quantization_config: pass a model that is loaded so, or a recipe with load_in_4bit"
+            )
         args = TGRPOConfig(output_dir="runs/tgrpo") if args is None else args
         terms = reward_terms(reward_funcs, args)
         warn_of_cancelled_bonus(terms, args)
@@ -118,7 +135,7 @@ class TGRPOTrainer(GroupTrainer):
         self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         super().__init__(
             terms, engine, model, args, train_dataset, eval_dataset, processing_class, peft_config, callbacks,
-            recipe,
+            recipe, optimizers,
         )  # fmt: skip
 
     # ---- One optimizer step: sample, score, compare

@@ -100,6 +100,7 @@ class QuestionTrainer(Trainer, ABC):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
         recipe: Recipe | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
     ) -> None:
         args = self.default_settings() if args is None else args
         check_trackers(args.report_to)
@@ -134,6 +135,7 @@ class QuestionTrainer(Trainer, ABC):
             train_dataset=as_samples(train_dataset, args),
             eval_dataset=as_samples(eval_dataset, args),
             processing_class=processing_class,
+            optimizers=optimizers,
             callbacks=[*(callbacks or []), self.guard, run_folder, StepSeconds(self.meter)],
         )
         check_sharding_of(trained, self.accelerator)

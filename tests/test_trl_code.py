@@ -1,0 +1,207 @@
+"""Code that was written for TRL, with another import; tables of prompts and images; chats of turns."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from tgrpo_trainers import make_trainer, policy_of
+from tiny_questions import read_lines, training_arguments
+from transformers import AutoProcessor
+
+from video_r1 import (
+    FrameBudget,
+    PromptBuilder,
+    TGRPOConfig,
+    TGRPOTrainer,
+    load_manifest,
+    read_media,
+)
+from video_r1.data.trl_rows import trl_samples
+from video_r1.errors import ConfigError, ManifestError
+from video_r1.rollout.chat import chat_request
+from video_r1.rollout.engine import SamplingSettings
+
+CODE = """
+from trl import GRPOConfig, GRPOTrainer
+
+SYSTEM_PROMPT = "Reason first, in <think> tags, and then answer."
+
+def make_conversation(example):
+    conversation = [
+        {"role": "system", "content": SYSTEM_PROMPT},
+        {"role": "user", "content": example["problem"]},
+    ]
+    return {"prompt": conversation, "image": example["image"]}
+
+dataset = dataset.map(make_conversation)
+
+def accuracy_reward(completions, solution, **kwargs):
+    contents = [completion[0]["content"] for completion in completions]
+    seen.append((contents, solution, kwargs))
+    return [float(len(content) % 5 == 0) for content in contents]
+
+def asked(prompts, completions, **kwargs):
+    return [float(prompt[-1]["role"] == "user") for prompt in prompts]
+
+trainer = GRPOTrainer(
+    model=model_id,
+    args=GRPOConfig(num_generations=4, max_completion_length=8, remove_unused_columns=False, **arguments),
+    reward_funcs=[think_format_reward, accuracy_reward, asked],
+    train_dataset=dataset,
+)
+trainer.train()
+"""
+
+
+def table(count: int = 4) -> datasets.Dataset:
+    return datasets.Dataset.from_list(
+        [
+            {
+                "image": Image.new("RGB", (84, 56), (40 * n, 90, 200 - 40 * n)),
+                "problem": f"What is in picture {n}?",
+                "solution": f"$x = {n}$",
+            }
+            for n in range(count)
+        ],
+        features=datasets.Features(
+            {
+                "image": datasets.Image(),
+                "problem": datasets.Value("string"),
+                "solution": datasets.Value("string"),
+            }
+        ),
+    )
+
+
+def think_format_reward(completions: list[list[dict[str, str]]], **kwargs: Any) -> list[float]:
+    """As TRL's function of that name reads completions."""
+    return [
+        float(re.match(r"^<think>.*?</think>.*$", one[0]["content"], re.DOTALL) is not None)
+        for one in completions
+    ]
+
+
+def test_code_for_trl_runs_with_another_import(checkpoint: Path, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    names = {
+        "dataset": table(),
+        "seen": seen,
+        "model_id": str(checkpoint),
+        "think_format_reward": think_format_reward,
+        "arguments": training_arguments(tmp_path / "run", max_steps=2, per_device_train_batch_size=2),
+    }
+    changed = "from video_r1 import TGRPOConfig as GRPOConfig, TGRPOTrainer as GRPOTrainer"
+    exec(compile(CODE.replace("from trl import GRPOConfig, GRPOTrainer", changed), "code", "exec"), names)
+    contents, solutions, others = seen[-1]
+    assert len(contents) == 8 and set(solutions) <= {f"$x = {n}$" for n in range(4)}  # as the table has them
+    assert {"prompts", "completion_ids", "problem"} <= others.keys()
+    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(lines) == 2 and all(line["reward/asked"] == 1 for line in lines)
+    assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()
+
+    trainer: Any = names["trainer"]
+    (group, *_) = trainer.step_batches[0].groups
+    text = AutoProcessor.from_pretrained(checkpoint).tokenizer.decode(group.prompt.input_ids)
+    roles = [message["role"] for message in group.prompt.messages]
+    assert roles == ["system", "user"]
+    assert text.index("Reason first") < text.index("<|image_pad|>") < text.index(group.sample.problem)
+    assert "Think within" not in text  # the prompt is the table's own, without this project's template
+
+
+def test_the_positional_order_is_that_of_trl() -> None:
+    own = list(inspect.signature(TGRPOTrainer.__init__).parameters.values())
+    trl = pytest.importorskip("trl.trainer.grpo_trainer").GRPOTrainer
+    theirs = list(inspect.signature(trl.__init__).parameters.values())
+    positional = [one.name for one in own if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert positional == [one.name for one in theirs][: len(positional)]
+    assert positional[-1] == "peft_config"
+
+
+def test_an_optimizer_and_its_schedule_are_used(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    plain = make_trainer(checkpoint, str(manifest), tmp_path / "plain")
+    model, processor = policy_of(plain), cast(Any, plain.processing_class)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=0.5, total_iters=9)
+    args = TGRPOConfig(**training_arguments(tmp_path / "run", max_steps=1, preflight_questions=0))
+    trainer = TGRPOTrainer(
+        model, "accuracy", args, str(manifest), None, processor, None, None,
+        (optimizer, schedule),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer  # type: ignore[union-attr]
+    assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["learning_rate"] == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("name", ["reward_processing_classes", "quantization_config"])
+def test_what_only_reward_models_and_loading_need_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=name):
+        arguments: dict[str, Any] = {name: object()}
+        TGRPOTrainer("model", **arguments)
+
+
+def test_rows_that_are_no_question_are_all_named(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (56, 56))
+    rows = [
+        {"prompt": "What?", "image": picture},
+        {"prompt": [{"role": "assistant", "content": "Yes."}], "image": picture},
+        {"prompt": "What?", "images": [picture, picture]},
+        {"prompt": 3, "image": picture},
+        {"prompt": "What?", "image": 3},
+    ]
+    with pytest.raises(ManifestError) as caught:
+        trl_samples(rows, tmp_path)
+    assert [problem.row for problem in caught.value.problems] == [2, 3, 4, 5]
+    (sample, again) = trl_samples([rows[0], rows[0]], tmp_path)
+    assert sample.path == again.path and Path(sample.path).exists()  # one file for one picture
+    assert sample.messages == ({"role": "user", "content": "What?"},) and sample.answer == ""
+
+
+CHAT = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Is there a square?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Which way does it move?"},
+]
+
+
+def test_a_row_may_be_a_chat_of_several_turns(checkpoint: Path, manifest: Path) -> None:
+    """Its visuals stand before the first question, for the trainer's processor and for an endpoint."""
+    rows = json.loads(manifest.read_text())[:1]
+    del rows[0]["problem"]
+    (sample,) = load_manifest([rows[0] | {"messages": CHAT}], manifest.parent)
+    assert sample.problem == "Which way does it move?"
+    media = read_media(sample, FrameBudget(frame_pixels=56 * 56, max_frames=4))
+    builder = PromptBuilder(AutoProcessor.from_pretrained(checkpoint))
+    prompt = builder.build(sample, media)
+    text = builder.tokenizer.decode(prompt.input_ids)
+    said = ["Be short.", "<|video_pad|>", "Is there a square?", "Yes.", "Which way does it move?"]
+    places = [text.index(part) for part in said]
+    assert places == sorted(places) and "Think within" not in text
+    request = chat_request("m", prompt.messages, media, "video", SamplingSettings(), 1, 0)["messages"]
+    assert [message["role"] for message in request] == [turn["role"] for turn in CHAT]
+    assert [part["type"] for part in request[1]["content"]] == ["video_url", "text"]
+    assert request[2]["content"] == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([], r"messages is \[\]; it must be a list"),
+        ("hello", "messages is 'hello'"),
+        (CHAT[:3], "messages end with one of the assistant"),
+        ([{"role": "user", "content": 3}], "content"),
+        ([{"role": "judge", "content": "Hm"}], "role"),
+    ],
+)
+def test_what_is_no_chat(manifest: Path, messages: Any, message: str) -> None:
+    row = json.loads(manifest.read_text())[0]
+    with pytest.raises(ManifestError, match=message):
+        load_manifest([row | {"messages": messages}], manifest.parent)
