@@ -37,9 +37,15 @@ RUNS = {
     "rollout": "rollout",
     "rollout-4": "rollout --questions 4",
     "rollout-qwen3_5": "rollout --family qwen3_5 --rounds 3",
-    "annotation": "annotation", "complexity": "complexity", "contrast_units": "contrast_units",
+    "step": "step",
+    "step-frozen": "step --frozen",
+    "step-256": "step --completion 256",
+    "step-256-frozen": "step --completion 256 --frozen",
+    "step-lab": "step --size lab",
+    "step-lab-frozen": "step --size lab --frozen",
+    "annotation": "annotation --requests 500,2000", "complexity": "complexity", "contrast_units": "contrast_units",
     "decode": "decode", "evaluation": "evaluation", "launches": "launches", "manifest": "manifest",
-    "memory": "memory", "scale": "scale", "sft": "sft", "step": "step", "trl": "trl", "vllm": "vllm",
+    "memory": "memory", "scale": "scale", "sft": "sft", "studio": "studio", "trl": "trl", "vllm": "vllm",
     "workers": "workers",
 }  # fmt: skip
 """Figures by name, and the words behind `python -m benchmarks.` that print them."""
@@ -226,8 +232,110 @@ def gpu_steps(found: Sequence[Figures]) -> str:
     return rows_of(("recipe", "before: seconds, MFU", "now", "of which decoding"), rows)
 
 
+def ratios(runs: Sequence[Figures]) -> str:
+    """What is compared with what is usual, a row for each benchmark."""
+    updated, one, four, step, tuned, trl, decoded, vllm, evaluated, workers, memory = runs
+    clips = decoded["parts"].values()
+    media = ", ".join(f"{clip['ratio']:.2f} ({name})" for name, clip in workers["clips"].items())
+    planned = 100 * max(abs(memory[name] - 1) for name in ("ratio_min", "ratio_max"))
+
+    def peak(found: Figures) -> str:
+        return f"{ratio(found)}, peak memory {found['peak_memory_ratio']:.3f}"
+
+    rows = [
+        ("`update`", "a group in one row, with the expanded batch (pixels and prompt G times, all logits)",
+         "5", peak(updated)),
+        ("`rollout`", "one prefill a question, with `model.generate(num_return_sequences=G)`",
+         "3", f"{ratio(one)} for one question; {ratio(four)} for four"),
+        ("`step`", "decoding, both rollouts, rewards, update, with the reference's algorithm",
+         "4", peak(step)),
+        ("`sft`", "an SFT step with responses in one row and logits in chunks, with a padded batch and all "
+         "logits", "–", peak(tuned)),
+        ("`trl`", f"whole trainers on image questions, with TRL {trl['trl']}'s `GRPOTrainer`", "2",
+         ratio(trl)),
+        ("`decode`", "16 frames of a 10-minute 1080p clip and of short 360p clips, with decord",
+         "1", " and ".join(map(ratio, clips))),
+        ("`vllm`", "our engine, with a bare `LLM.generate` of the same requests", "0.95", ratio(vllm, 3)),
+        ("`evaluation`", "decoding beside generation, with decode-then-generate (decoding "
+         f"{100 * evaluated['decoding_share']:.0f} % of its time)", "1.5",
+         f"{ratio(evaluated)}; {evaluated['ratio_one_count']:.2f} with one frame count; "
+         f"{evaluated['ratio_cached']:.2f} from the frame cache"),
+        ("`workers`", "reading media in a process that can be killed, with reading in this one", "–", media),
+        ("`memory`", "the plan's peaks with measured ones, 315 million weights, full and LoRA",
+         "within 15 %", f"within {planned:.1f} %"),
+        ("`complexity`", "growth with G, frames and length", "–", "below"),
+    ]  # fmt: skip
+    return rows_of(("command `python -m benchmarks.…`", "what is compared", "bar", "measured"), rows)
+
+
+def likelihood(runs: Sequence[Figures]) -> str:
+    """A step with `temporal_rule: likelihood` over one with `margin`: counted FLOPs, and time."""
+    rows = []
+    for found in runs:
+        sizes, units = found["sizes"], found["likelihood_to_margin"].values()
+        rows.append([
+            f"{sizes['model']}, {sizes['completion']}", "frozen" if sizes["frozen"] else "trained",
+            *(f"{unit['flops']:.3f}" for unit in units), *map(ratio, units),
+        ])  # fmt: skip
+    head = ("model, completions", "tower", "FLOPs, frames", "patches", "time, frames", "patches")
+    return rows_of(head, rows)
+
+
+def decode(found: Sequence[Figures]) -> str:
+    """Frames of clips against decord."""
+    rows = [
+        [
+            f"{name}, {part['clips']} clip{'s' * (part['clips'] > 1)}",
+            f"{part['cpu_milliseconds']:,.0f} ms a clip",
+            ratio(part),
+            f"{part['cpu_ratio']:.2f}",
+            f"{part['ratio_everything']:.2f}",
+        ]
+        for name, part in found[0]["parts"].items()
+    ]
+    head = (
+        "clip",
+        "ours, processor time",
+        "against decord, wall",
+        "processor",
+        "against decoding everything",
+    )
+    return rows_of(head, rows)
+
+
+def annotation(found: Sequence[Figures]) -> str:
+    """What annotation needs while an endpoint works on many requests."""
+    rows = [
+        [
+            f"{each['requests']:,}",
+            f"{each['under_way']:,}",
+            str(each["threads"]),
+            f"{each['cpu_seconds']:.1f} s",
+            f"{each['seconds']:.1f} s",
+            f"{each['peak_mb'] / 1e3:.2f} GB",
+        ]
+        for each in found[0]["runs"]
+    ]
+    head = ("questions", "under way at once", "threads", "processor's time", "seconds", "peak")
+    return rows_of(head, rows)
+
+
 MAKERS: dict[str, Callable[[Sequence[Figures]], str]] = {
-    made.__name__: made for made in (demo, demo_seconds, audit, update, states, sft, launches, gpu_steps)
+    made.__name__: made
+    for made in (
+        demo,
+        demo_seconds,
+        audit,
+        ratios,
+        update,
+        states,
+        likelihood,
+        sft,
+        decode,
+        annotation,
+        launches,
+        gpu_steps,
+    )
 }
 """By the name behind `figures`."""
 
