@@ -8,7 +8,7 @@ A table stands behind a comment that says what makes it and of which files, besi
 
 Without a name every table whose files are there is written anew. A NAME of RUNS (`all`: each of them) is run
 first, and what it prints becomes docs/figures/NAME.json. A demo's file is its summary.json, an audit's its
-audit.json, as they were written.
+audit.json, the study's its study.json, as they were written; docs/study/study.svg is drawn of the last.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.evaluation.audit_summary import audit_sentences
 from video_r1.files import replace_json, replace_text
+from video_r1.lab.study import CONTROL
+from video_r1.lab.study_figure import study_svg
+from video_r1.lab.study_tables import by_rate, differences_table, means_table
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = {
@@ -43,7 +47,8 @@ RUNS = {
     "step-256-frozen": "step --completion 256 --frozen",
     "step-lab": "step --size lab",
     "step-lab-frozen": "step --size lab --frozen",
-    "annotation": "annotation --requests 500,2000", "complexity": "complexity", "contrast_units": "contrast_units",
+    "annotation": "annotation --requests 500,2000",
+    "complexity": "complexity", "contrast_units": "contrast_units",
     "decode": "decode", "evaluation": "evaluation", "launches": "launches", "manifest": "manifest",
     "memory": "memory", "scale": "scale", "sft": "sft", "studio": "studio", "trl": "trl", "vllm": "vllm",
     "workers": "workers",
@@ -320,6 +325,16 @@ def annotation(found: Sequence[Figures]) -> str:
     return rows_of(head, rows)
 
 
+def study_means(rate: float, found: Sequence[Any]) -> str:
+    """What the study measured of each arm, with this share of the training clips marked."""
+    return means_table(by_rate(found[0])[rate])
+
+
+def study_differences(rate: float, found: Sequence[Any]) -> str:
+    """The differences of the study's arms to plain GRPO."""
+    return differences_table(by_rate(found[0])[rate], CONTROL)
+
+
 MAKERS: dict[str, Callable[[Sequence[Figures]], str]] = {
     made.__name__: made
     for made in (
@@ -336,6 +351,11 @@ MAKERS: dict[str, Callable[[Sequence[Figures]], str]] = {
         launches,
         gpu_steps,
     )
+}
+MAKERS |= {
+    f"{maker.__name__}_{100 * rate:.0f}": partial(maker, rate)
+    for maker in (study_means, study_differences)
+    for rate in (0.0, 0.5, 0.9)
 }
 """By the name behind `figures`."""
 
@@ -360,6 +380,9 @@ def main() -> None:
     names = parser.parse_args().names
     for name in RUNS if "all" in names else names:
         run(name)
+    if (results := DOCS / "study" / "study.json").is_file():
+        picture = study_svg(json.loads(results.read_text(encoding="utf-8")), CONTROL)
+        replace_text(results.with_suffix(".svg"), picture)
     for page in sorted(DOCS.glob("*.md")):
         text = page.read_text(encoding="utf-8")
         if (anew := written_anew(text)) != text:

@@ -116,13 +116,18 @@ def study_tables(results: Sequence[Result], control: str) -> str:
     """Markdown: for each share of marked clips the means of all arms, and the differences to the control."""
     lines: list[str] = []
     for rate, arms in by_rate(results).items():
-        lines += [f"## {rate:.0%} of the training clips marked", "", *_means(arms), ""]
-        if differences := differences_of(arms, control, COMPARED):
-            lines += [f"Differences to {control}, paired by cold start:", "", *_differences(differences), ""]
+        lines += [f"## {rate:.0%} of the training clips marked", "", means_table(arms)]
+        if len(arms) > 1:
+            lines += [
+                f"Differences to {control}, paired by cold start:",
+                "",
+                differences_table(arms, control),
+            ]
     return "\n".join(lines)
 
 
-def _means(arms: Mapping[str, Sequence[Result]]) -> list[str]:
+def means_table(arms: Mapping[str, Sequence[Result]]) -> str:
+    """Of the arms of one rate."""
     rows = [["arm", "seeds", *FIGURES]]
     for arm, runs in arms.items():
         cells = []
@@ -133,9 +138,10 @@ def _means(arms: Mapping[str, Sequence[Result]]) -> list[str]:
     return _markdown(rows)
 
 
-def _differences(arms: Mapping[str, Mapping[str, Difference | None]]) -> list[str]:
+def differences_table(arms: Mapping[str, Sequence[Result]], control: str) -> str:
+    """Of the arms of one rate; bold where the interval excludes 0."""
     rows = [["arm", "seeds", *COMPARED]]
-    for arm, found in arms.items():
+    for arm, found in differences_of(arms, control, COMPARED).items():
         seeds = max((each.seeds for each in found.values() if each is not None), default=0)
         rows.append([arm, str(seeds), *map(_cell, found.values())])
     return _markdown(rows)
@@ -148,6 +154,6 @@ def _cell(difference: Difference | None) -> str:
     return f"**{text}**" if difference.excludes_zero else text
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = [f"| {' | '.join(row)} |" for row in rows]
-    return [head, "|" + "---|" * len(rows[0]), *body]
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = [f"| {' | '.join(row)} |\n" for row in rows]
+    return "".join([head, "|" + "---|" * len(rows[0]) + "\n", *body])
