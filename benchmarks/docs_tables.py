@@ -325,6 +325,18 @@ def annotation(found: Sequence[Figures]) -> str:
     return rows_of(head, rows)
 
 
+def contrast_units(found: Sequence[Figures]) -> str:
+    """Frames against patches as the unit of a contrast, and two draws of shuffled frames."""
+    names = ("correlation", "rank_correlation", "tokens", "same_key_tokens")
+    compared = {
+        "shuffled: frames, patches": found[0]["units"]["shuffled"],
+        "shuffled: frames, frames in another order": found[0]["two_orders"],
+        "reversed: frames, patches": found[0]["units"]["reversed"],
+    }
+    rows = [[name, *(f"{values[each]:.2f}" for each in names)] for name, values in compared.items()]
+    return rows_of(("", "Δ", "ranks of Δ", "tokens", "same key tokens"), rows)
+
+
 def study_means(rate: float, found: Sequence[Any]) -> str:
     """What the study measured of each arm, with this share of the training clips marked."""
     return means_table(by_rate(found[0])[rate])
@@ -335,23 +347,13 @@ def study_differences(rate: float, found: Sequence[Any]) -> str:
     return differences_table(by_rate(found[0])[rate], CONTROL)
 
 
-MAKERS: dict[str, Callable[[Sequence[Figures]], str]] = {
+MAKERS: dict[str, Callable[[Sequence[Any]], str]] = {
     made.__name__: made
     for made in (
-        demo,
-        demo_seconds,
-        audit,
-        ratios,
-        update,
-        states,
-        likelihood,
-        sft,
-        decode,
-        annotation,
-        launches,
-        gpu_steps,
+        demo, demo_seconds, audit, ratios, update, states, likelihood, sft, decode, annotation, launches,
+        gpu_steps, contrast_units,
     )
-}
+}  # fmt: skip
 MAKERS |= {
     f"{maker.__name__}_{100 * rate:.0f}": partial(maker, rate)
     for maker in (study_means, study_differences)
