@@ -35,7 +35,7 @@ from video_r1.data.records import Sample
 from video_r1.evaluation.asking import sampling_seed
 from video_r1.evaluation.runner import evaluate
 from video_r1.lab.clips import write_clip
-from video_r1.lab.model import SIDE, base_folder
+from video_r1.lab.model import base_folder, frame_side
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -157,7 +157,8 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
     clip = f"{arguments.width} x {arguments.height}, {arguments.seconds:g} s at {arguments.clip_fps:g}"
     counts = [int(count) for count in arguments.frames.split(",")]
     orders: list[Order] = arguments.order.split(",")
-    budget = FrameBudget(fps=arguments.clip_fps, frame_pixels=SIDE * SIDE, image_pixels=SIDE * SIDE)
+    pixels = frame_side(processor) ** 2
+    budget = FrameBudget(fps=arguments.clip_fps, frame_pixels=pixels, image_pixels=pixels)
     sampling = SamplingSettings(temperature=0.01, top_p=0.001, max_tokens=arguments.max_tokens)
     builder = PromptBuilder(processor)
     work = Work(samples, engine, builder, budget, counts, orders, sampling, arguments.batch_size)
