@@ -1,0 +1,86 @@
+"""The scripts of examples/, each run on a model and data of a few kilobytes."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chat_endpoint import ChatEndpoint
+from tiny_questions import read_lines, training_arguments
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SMALL = {"num_generations": 4, "max_completion_length": 8, "length_reward": 0.0, "preflight_questions": 0}
+
+
+def run(name: str, *words: Any, **settings: Any) -> Any:
+    """Its `main`, with these words as on the command line."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](*map(str, words), **settings)
+
+
+def small(out: Path, **changes: Any) -> dict[str, Any]:
+    settings = training_arguments(out, **{"max_steps": 2, **SMALL, **changes})
+    return {name: value for name, value in settings.items() if name != "output_dir"}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_they_are_short_and_say_how_to_start_them(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 60 and f"python examples/{path.name} " in text
+    assert f"test_{path.stem}" in globals()  # which runs it
+
+
+def test_own_reward(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    run("own_reward", checkpoint, manifest, tmp_path, **small(tmp_path))
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    assert any("reward/tells_an_order" in line for line in lines)
+    assert not any("reward/tells_an_order/image" in line for line in lines)
+
+
+def test_own_data(
+    checkpoint: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for number, name in enumerate(["left-0", "right-1", "left-2"]):
+        shutil.copy(manifest.parent / f"{number}.mp4", clips / f"{name}.mp4")
+    run("own_data", checkpoint, clips, tmp_path / "run", **small(tmp_path, per_device_train_batch_size=2))
+    assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2 + 1  # and the validation
+    assert "eval_accuracy" in capsys.readouterr().out
+
+
+def test_lora(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    run("lora", checkpoint, manifest, tmp_path / "run", tmp_path / "merged", **small(tmp_path))
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
+class Agreeing(ChatEndpoint):
+    """Says yes to everything."""
+
+    def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
+        self.reply(handler, 200, {"choices": [{"message": {"content": "Yes."}}]})
+
+
+def test_judge(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    endpoint = Agreeing()
+    try:
+        run("judge", checkpoint, manifest, tmp_path, endpoint.url, **small(tmp_path, max_steps=3))
+    finally:
+        endpoint.close()
+    lines = read_lines(tmp_path / "metrics.jsonl")
+    together = {name for line in lines for name in line}
+    assert "reward/Judge/free-form" in together and "reward/Judge/numerical" not in together
+    assert {line["reward/Judge"] for line in lines if "reward/Judge" in line} == {1.0}
+    asked = [request["messages"][0]["content"] for request in endpoint.requests]
+    assert len(set(asked)) == len(asked) > 0  # each once
+    assert all("Right answer: the square moves right" in text for text in asked)
+
+
+def test_evaluate_any(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    settings = {"frame_pixels": 56 * 56, "image_pixels": 56 * 84, "max_new_tokens": 8}
+    found = run("evaluate_any", checkpoint, manifest, tmp_path, **settings)
+    assert list(found) == ["ordered", "shuffled", "reversed", "blind"]
+    assert all(0 <= accuracy <= 1 for accuracy in found.values())
