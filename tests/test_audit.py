@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from browser import chromium, find_chromium
+from browser import FilePage, chromium, find_chromium
 from chat_endpoint import chat_endpoint, images_of, write_questions
 
 from video_r1.cli import main
@@ -297,7 +297,8 @@ def test_the_picture(data: Path, checkpoint: Path, engines: list[ScriptedEngine]
     rows[0]["data_source"] = "<script>alert(1)</script>" + "x" * 60
     data.write_text(json.dumps(rows))
     audited(data, checkpoint)
-    with chromium(tmp_path / "profile") as page:
+    with chromium() as opened:
+        page = FilePage(opened)
         page.open(data.with_name("manifest.audited") / "audit.html")
         assert page.problems == [] and len(page.requests) == 1
         assert page.run("document.querySelectorAll('svg').length") == 2

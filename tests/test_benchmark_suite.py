@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from benchmark_fixtures import lab_clips, write_benchmarks
-from browser import chromium, find_chromium
+from browser import FilePage, chromium, find_chromium
 
 from video_r1.cli import main
 from video_r1.evaluation.benchmarks import BENCHMARKS
@@ -336,7 +336,8 @@ OVERLAPPING = """(() => {
 def test_the_gap_figure_in_a_browser(tmp_path: Path) -> None:
     page = tmp_path / "temporal-gap.html"
     page.write_text(gap_page(RESULTS, "runs/rl"), encoding="utf-8")
-    with chromium(tmp_path / "profile") as browser:
+    with chromium() as opened:
+        browser = FilePage(opened)
         browser.open(page)
         assert browser.problems == []
         assert browser.requests == [page.resolve().as_uri()]

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -190,3 +191,24 @@ def test_the_citation_is_of_this_version() -> None:
     )
     (paper,) = citation["references"]
     assert paper["identifiers"][0]["value"].endswith("2503.21776") and len(paper["authors"]) == 8
+
+
+def test_the_wheel_has_every_file_of_the_pages(tmp_path: Path) -> None:
+    """Built as a user's pip builds it, from a copy: setuptools leaves a folder `build` behind."""
+    source = tmp_path / "source"
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        if (ROOT / name).exists():
+            source.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    words = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    held = set(zipfile.ZipFile(wheel).namelist())
+    for room in ("report", "studio"):
+        files = [path for path in (ROOT / "src" / "video_r1" / room).iterdir() if path.is_file()]
+        assert {f"video_r1/{room}/{path.name}" for path in files} <= held
+    index = (ROOT / "src" / "video_r1" / "studio" / "studio.html").read_text(encoding="utf-8")
+    named = re.findall(r"/page/([\w.]+)", index)
+    assert len(named) > 8
+    assert {name for name in named if not any(path.endswith(f"/{name}") for path in held)} == set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from browser import Browser, chromium, find_chromium
+from browser import FilePage, chromium, find_chromium
 from report_runs import (
     HOSTILE,
+    group_line,
     group_of,
     write_demo,
     write_evaluation,
@@ -22,16 +24,17 @@ from report_runs import (
     write_rl_run,
 )
 
-from video_r1.report.page import build_report
+from video_r1.report.page import ROLLOUT_BYTES, build_report
 from video_r1.training.recording import record_group
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+def browser() -> Iterator[FilePage]:
+    pytest.importorskip("playwright", reason="playwright is not installed")
     if find_chromium() is None:
         pytest.skip("no chromium on this machine")
-    with chromium(tmp_path_factory.mktemp("profile")) as opened:
-        yield opened
+    with chromium() as opened:
+        yield FilePage(opened)
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +51,11 @@ def demo_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_report(demo)
 
 
-def texts(browser: Browser, selector: str) -> list[str]:
+def texts(browser: FilePage, selector: str) -> list[str]:
     return browser.run(f"[...document.querySelectorAll({json.dumps(selector)})].map(e => e.textContent)")
 
 
-def pick(browser: Browser, select: str, value: str) -> None:
+def pick(browser: FilePage, select: str, value: str) -> None:
     browser.run(
         f"(s => {{ s.value = {json.dumps(value)}; s.dispatchEvent(new Event('change')) }})"
         f"(document.getElementById({json.dumps(select)}))"
@@ -63,13 +66,13 @@ def data_of(page: Path) -> dict[str, Any]:
     return json.loads(re.findall(r'id="data">(.*?)</script>', page.read_text("utf-8"), re.S)[0])
 
 
-def check_healthy(browser: Browser) -> None:
+def check_healthy(browser: FilePage) -> None:
     assert browser.problems == []
     assert [url for url in browser.requests if not url.startswith(("file:", "data:image/jpeg"))] == []
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
 
 
-def test_hostile_text_is_shown_and_never_run(browser: Browser, tmp_path: Path) -> None:
+def test_hostile_text_is_shown_and_never_run(browser: FilePage, tmp_path: Path) -> None:
     run = tmp_path / HOSTILE[1]
     write_hostile_run(run)
     browser.open(build_report(run))
@@ -89,7 +92,7 @@ def test_hostile_text_is_shown_and_never_run(browser: Browser, tmp_path: Path) -
     assert HOSTILE[0] in texts(browser, ".card .text")[0]
 
 
-def test_policy_stops_a_script_that_got_in(browser: Browser, rl_page: Path) -> None:
+def test_policy_stops_a_script_that_got_in(browser: FilePage, rl_page: Path) -> None:
     browser.open(rl_page)
     browser.run("document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"window.pwned=1\">')")
     browser.settle()
@@ -97,7 +100,7 @@ def test_policy_stops_a_script_that_got_in(browser: Browser, rl_page: Path) -> N
     assert browser.problems  # the refusal
 
 
-def test_curves_come_first_and_have_read_outs(browser: Browser, rl_page: Path) -> None:
+def test_curves_come_first_and_have_read_outs(browser: FilePage, rl_page: Path) -> None:
     browser.open(rl_page)
     check_healthy(browser)
     assert texts(browser, ".headline .title") == [
@@ -126,7 +129,7 @@ def test_curves_come_first_and_have_read_outs(browser: Browser, rl_page: Path) -
     assert browser.run("document.querySelector('.headline path.main').getAttribute('d')") != before
 
 
-def test_a_small_chart_can_be_shown_large(browser: Browser, rl_page: Path) -> None:
+def test_a_small_chart_can_be_shown_large(browser: FilePage, rl_page: Path) -> None:
     browser.open(rl_page)
     browser.run(
         "[...document.querySelectorAll('button.title')].find(e => e.textContent === 'entropy').click()"
@@ -142,7 +145,7 @@ def test_a_small_chart_can_be_shown_large(browser: Browser, rl_page: Path) -> No
     check_healthy(browser)
 
 
-def test_which_series_share_a_chart(browser: Browser, rl_page: Path) -> None:
+def test_which_series_share_a_chart(browser: FilePage, rl_page: Path) -> None:
     names = [
         *(
             "reward/accuracy/OCR",
@@ -177,7 +180,7 @@ def test_which_series_share_a_chart(browser: Browser, rl_page: Path) -> None:
     ]
 
 
-def test_rollouts_turn_pages_and_filter(browser: Browser, rl_page: Path) -> None:
+def test_rollouts_turn_pages_and_filter(browser: FilePage, rl_page: Path) -> None:
     browser.open(rl_page)
     browser.run("document.querySelector('#pick-step').focus()")
     pick(browser, "pick-step", "5")
@@ -200,7 +203,7 @@ def test_rollouts_turn_pages_and_filter(browser: Browser, rl_page: Path) -> None
     check_healthy(browser)
 
 
-def test_frames_of_both_orders_stand_beside_the_completions(browser: Browser, tmp_path: Path) -> None:
+def test_frames_of_both_orders_stand_beside_the_completions(browser: FilePage, tmp_path: Path) -> None:
     record_group(tmp_path, 10, group_of(), p=0.5, p_shuffled=0.0)
     browser.open(build_report(tmp_path))
     check_healthy(browser)
@@ -226,7 +229,7 @@ def test_frames_of_both_orders_stand_beside_the_completions(browser: Browser, tm
     assert texts(browser, ".shuffled .advantage") == []
 
 
-def test_the_contrast_is_named(browser: Browser, tmp_path: Path) -> None:
+def test_the_contrast_is_named(browser: FilePage, tmp_path: Path) -> None:
     group = group_of()
     assert group.shuffled_prompt is not None
     for step, contrast, shown in ((1, "reversed", [2, 1, 0]), (2, "blind", [])):
@@ -242,7 +245,7 @@ def test_the_contrast_is_named(browser: Browser, tmp_path: Path) -> None:
     check_healthy(browser)
 
 
-def test_a_frame_can_be_shown_large(browser: Browser, tmp_path: Path) -> None:
+def test_a_frame_can_be_shown_large(browser: FilePage, tmp_path: Path) -> None:
     group = group_of()
     wide = group.prompt.media.frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
     media = replace(group.prompt.media, frames=wide)
@@ -271,7 +274,7 @@ def test_a_frame_can_be_shown_large(browser: Browser, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (1280, True), (390, False)])
-def test_demo_page(browser: Browser, demo_page: Path, width: int, dark: bool) -> None:
+def test_demo_page(browser: FilePage, demo_page: Path, width: int, dark: bool) -> None:
     browser.open(demo_page, width=width, dark=dark)
     check_healthy(browser)
     assert texts(browser, "h2") == [
@@ -297,7 +300,7 @@ SMALL_TEXT = """[...document.querySelectorAll('body *')].filter(e => e.getClient
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_text_is_large_enough_and_the_gap_needs_no_scrolling(
-    browser: Browser, demo_page: Path, width: int
+    browser: FilePage, demo_page: Path, width: int
 ) -> None:
     browser.open(demo_page, width=width)
     browser.run("document.querySelectorAll('details').forEach(d => d.open = true)")
@@ -312,7 +315,7 @@ def test_text_is_large_enough_and_the_gap_needs_no_scrolling(
     assert re.match(r"[+−]0\.\d\d ", gaps[2][0])
 
 
-def test_a_short_paragraph_says_what_is_shown(browser: Browser, rl_page: Path, tmp_path: Path) -> None:
+def test_a_short_paragraph_says_what_is_shown(browser: FilePage, rl_page: Path, tmp_path: Path) -> None:
     browser.open(rl_page)
     (told,) = texts(browser, "header .intro")
     assert len(told.split()) < 100
@@ -334,7 +337,7 @@ def test_a_short_paragraph_says_what_is_shown(browser: Browser, rl_page: Path, t
     assert texts(browser, ".intro, .glossary") == []
 
 
-def test_labels_at_line_ends_are_those_of_the_smoothed_line(browser: Browser, rl_page: Path) -> None:
+def test_labels_at_line_ends_are_those_of_the_smoothed_line(browser: FilePage, rl_page: Path) -> None:
     browser.open(rl_page)
     series = data_of(rl_page)["runs"][0]["series"]
     for radius in (0, 20):
@@ -352,7 +355,7 @@ def test_labels_at_line_ends_are_those_of_the_smoothed_line(browser: Browser, rl
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_runs_are_laid_over_each_other(browser: Browser, tmp_path: Path, width: int) -> None:
+def test_runs_are_laid_over_each_other(browser: FilePage, tmp_path: Path, width: int) -> None:
     names = ("grpo", "a run whose name is long")
     for name, steps in zip(names, (40, 60), strict=True):
         write_rl_run(tmp_path / name, steps=steps, every=20)
@@ -376,7 +379,7 @@ def test_runs_are_laid_over_each_other(browser: Browser, tmp_path: Path, width: 
     assert browser.run(SMALL_TEXT) == []
 
 
-def test_page_is_accessible(browser: Browser, demo_page: Path) -> None:
+def test_page_is_accessible(browser: FilePage, demo_page: Path) -> None:
     browser.open(demo_page)
     assert browser.run("document.documentElement.lang") == "en"
     for complaint, expression in {
@@ -395,7 +398,7 @@ def test_page_is_accessible(browser: Browser, demo_page: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sft", "evaluation", "rollouts alone", "no steps yet"])
-def test_folders_with_little_in_them(browser: Browser, tmp_path: Path, kind: str) -> None:
+def test_folders_with_little_in_them(browser: FilePage, tmp_path: Path, kind: str) -> None:
     if kind == "sft":
         write_lines(
             tmp_path / "metrics.jsonl", [{"step": s, "loss": 1 / s, "constant": 2.0} for s in range(1, 9)]
@@ -416,3 +419,21 @@ def test_folders_with_little_in_them(browser: Browser, tmp_path: Path, kind: str
     }
     assert texts(browser, "h2") == expected[kind]
     assert ("nothing to draw yet" in texts(browser, "main")[0]) == (kind == "no steps yet")
+
+
+def test_a_run_of_8000_groups_stays_openable(browser: FilePage, tmp_path: Path) -> None:
+    """What is inlined is bounded, the page says what was left out, and a picture is read when it is shown."""
+    line = group_line(tmp_path, 1, 1, random.Random(0), 0.5, (8, 56, 56))
+    write_lines(
+        tmp_path / "rollouts.jsonl",
+        [line | {"step": 1 + i // 2, "problem_id": i} for i in range(8000)],
+    )
+    page = build_report(tmp_path)
+    assert page.stat().st_size < 1.2 * ROLLOUT_BYTES
+    browser.open(page)
+    check_healthy(browser)
+    (told,) = texts(browser, ".rollouts .lead")
+    kept = len(data_of(page)["runs"][0]["groups"])
+    assert 500 < kept < 8000
+    assert "of 8\u2009000 recorded questions are in this page, spread evenly over the run" in told
+    assert sum(url.startswith("data:") for url in browser.requests) <= 2

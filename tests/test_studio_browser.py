@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import find_chromium
+from browser import chromium, find_chromium
 from report_runs import (
     HOSTILE,
     group_line,
@@ -29,37 +29,34 @@ from video_r1.settings.commands import LabSettings
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 SLOW = 60_000
 LIVE = 2000  # milliseconds from a written line to the screen
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
+def opened() -> Iterator[Browser]:
+    if find_chromium() is None:
         pytest.skip("no chromium on this machine")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
-def page(chromium: Browser) -> Iterator[Page]:
+def page(opened: Browser) -> Iterator[Page]:
     """A page that has to stay without errors, refusals of its policy, and requests to elsewhere."""
     problems: list[str] = []
-    opened = chromium.new_page(viewport={"width": 1280, "height": 900})
-    opened.on("pageerror", lambda error: problems.append(str(error)))
-    opened.on(
+    shown = opened.new_page(viewport={"width": 1280, "height": 900})
+    shown.on("pageerror", lambda error: problems.append(str(error)))
+    shown.on(
         "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
     )
-    opened.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
-    opened.on("dialog", lambda dialog: problems.append(dialog.message))
-    yield opened
-    assert problems == [] and opened.evaluate("window.pwned") is None
-    opened.close()
+    shown.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
+    shown.on("dialog", lambda dialog: problems.append(dialog.message))
+    yield shown
+    assert problems == [] and shown.evaluate("window.pwned") is None
+    shown.close()
 
 
 @pytest.fixture(scope="module")
@@ -311,13 +308,13 @@ def test_studio_fits_and_works_by_keyboard(page: Page, address: str, width: int)
     assert fits(page)
 
 
-def test_studio_says_that_its_server_is_gone_and_goes_on(chromium: Browser, runs: Path) -> None:
-    opened = chromium.new_page()
+def test_studio_says_that_its_server_is_gone_and_goes_on(opened: Browser, runs: Path) -> None:
+    shown = opened.new_page()
     with studio(runs) as (address, _):
-        opened.goto(address)
-        expect(opened.locator(".runs tbody tr")).not_to_have_count(0)
-    expect(opened.get_by_role("alert")).to_contain_text("still running?", timeout=6000)
-    opened.close()
+        shown.goto(address)
+        expect(shown.locator(".runs tbody tr")).not_to_have_count(0)
+    expect(shown.get_by_role("alert")).to_contain_text("still running?", timeout=6000)
+    shown.close()
 
 
 def test_studio_hostile_folder_is_harmless(page: Page, tmp_path: Path) -> None:

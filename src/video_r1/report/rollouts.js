@@ -54,7 +54,7 @@ const optionEntries = (table) => Object.entries(table).map(([value, [text]]) => 
 
 /**
  * live: of a page that is served, {load(run, group): a promise of the whole group, marks: names of marked completions,
- * mark(run, group, order, completion, marked): a promise of these names anew}. `section.update()`: there are more groups.
+ * mark(run, group, order, completion, marked): a promise of these names anew, clip(group, order): a node that plays}. `section.update()`: there are more groups.
  */
 function rollouts(runs, live = {}) {
   const withGroups = runs.filter((run) => run.groups.length);
@@ -245,7 +245,7 @@ function column(group, order, state) {
   const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
-    make("h4", {}, title, make("small", {}, hint)), tiles(group, order),
+    make("h4", {}, title, make("small", {}, hint)), state.live.clip ? state.live.clip(group, order) : "", tiles(group, order),
     make("p", { class: "tally" },
       make("span", { class: "pips", "aria-hidden": "true" }, completions.map((c) => make("span", { class: accuracy(c) > 0.5 ? "pip full" : "pip" }))),
       ` ${right} of ${completions.length} right`,

@@ -4,23 +4,6 @@ const ORDER_TITLES = { ordered: "Frames in order", ...CONTRASTS };
 const CARDS_SHOWN = 2;
 const CHECKED = ["shuffled", "reversed", "frozen", "blind"];
 
-/** The address of a clip that the server plays: {upload} or {manifest, row}. */
-function clipAddress(clip) {
-  const address = new URL("/api/clip", location.origin);
-  for (const [name, value] of Object.entries(clip)) address.searchParams.set(name, value);
-  return address.href;
-}
-
-/** A clip as a browser plays it, or a word of why it does not. */
-function player(clip, isImage, window = {}) {
-  const times = window.start || window.end ? `#t=${window.start ?? 0}${window.end ? `,${window.end}` : ""}` : "";
-  const failed = () => node.replaceChildren(make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it."));
-  const node = make("div", { class: "player" }, isImage
-    ? make("img", { src: clipAddress(clip), alt: "the image", error: failed })
-    : make("video", { src: clipAddress(clip) + times, controls: true, muted: true, playsinline: true, preload: "metadata", error: failed }));
-  return node;
-}
-
 const IMAGE_NAME = /\.(jpe?g|jpe|png|webp|bmp|tiff?|ppm|avif|gif)$/i;
 
 function field(id, label, node, hint = "") {

@@ -4,6 +4,7 @@ import os
 import stat
 import threading
 import time
+from collections.abc import Sequence
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,14 @@ class Manifests:
             while len(self._open) > OPEN_MANIFESTS:
                 self._open.pop(next(iter(self._open)))
             return index
+
+    def indexes(self, seconds: float = 0.5) -> list[ManifestIndex]:
+        """Those of all manifests, as far as they are read; a little further with each call."""
+        indexes = [self.index(name) for name in list(self.finder.manifests())[:OPEN_MANIFESTS]]
+        for index in indexes:
+            with index.lock:
+                index.read(seconds)
+        return indexes
 
     def sample(self, name: str | None, row: int) -> Sample:
         """A checked row. Raises HTTPException 404, and 422 for a row that cannot be used."""
@@ -144,6 +153,25 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
         "problems": [problem[:TEXT] for problem in problems],
     }
+
+
+def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> dict[str, Any] | None:
+    """The row of a manifest that has this question and this answer, for a page that shows its clip."""
+    for index in indexes:
+        with index.lock:
+            for row in index.rows_named(problem_id):
+                fields = index.row(row) or {}
+                if answer and answer in text(fields.get("solution", "")):
+                    return {
+                        "manifest": index.manifest.name,
+                        "row": row,
+                        "problem": text(fields.get("problem", ""))[:TEXT],
+                        "options": [text(option)[:TEXT] for option in as_list(fields.get("options"))[:26]],
+                        "media": text(fields.get("data_type", "")),
+                        "start": finite(fields.get("start")),
+                        "end": finite(fields.get("end")),
+                    }
+    return None
 
 
 def clip(request: Request) -> Response:

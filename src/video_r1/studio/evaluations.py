@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from video_r1.evaluation.metrics import mean_figure
-from video_r1.report.run_data import as_list, finite, prediction_files, text
+from video_r1.report.run_data import finite, prediction_files, text
 from video_r1.studio.answers import Answer, number
-from video_r1.studio.data import OPEN_MANIFESTS, manifests
+from video_r1.studio.data import manifests, row_of
 from video_r1.studio.folders import Found
 from video_r1.studio.manifest_index import ManifestIndex
 from video_r1.studio.runs import readers
@@ -170,19 +170,9 @@ def questions(request: Request) -> Answer:
     if asked.get("group") in GROUPINGS:
         place = list(GROUPINGS).index(asked["group"])
         won = [problem for problem in won if a[problem].groups[place] == asked.get("name")]
-    indexes = _indexes(request)
+    indexes = manifests(request).indexes()
     shown = [_question(indexes, p, first.record(a[p]), second.record(b[p])) for p in won[at : at + PAGE]]
     return Answer({"total": len(won), "shown": shown, "next": at + PAGE if at + PAGE < len(won) else None})
-
-
-def _indexes(request: Request) -> list[ManifestIndex]:
-    """Those of the manifests below the folders, as far as they are read; a little further with each call."""
-    found = manifests(request)
-    indexes = [found.index(name) for name in list(found.finder.manifests())[:OPEN_MANIFESTS]]
-    for index in indexes:
-        with index.lock:
-            index.read(0.5)
-    return indexes
 
 
 def _question(
@@ -196,27 +186,8 @@ def _question(
         "task": text(left.get("task_type") or "")[:80],
         "left": _output(left),
         "right": _output(right),
-        "row": _manifest_row(indexes, problem, answer),
+        "row": row_of(indexes, problem, answer),
     }
-
-
-def _manifest_row(indexes: Sequence[ManifestIndex], problem: str, answer: str) -> dict[str, Any] | None:
-    """The row of a manifest that has this question and this answer."""
-    for index in indexes:
-        with index.lock:
-            for row in index.rows_named(problem):
-                fields = index.row(row) or {}
-                if answer and answer in text(fields.get("solution", "")):
-                    return {
-                        "manifest": index.manifest.name,
-                        "row": row,
-                        "problem": text(fields.get("problem", ""))[:2000],
-                        "options": [text(option)[:500] for option in as_list(fields.get("options"))[:26]],
-                        "media": text(fields.get("data_type", "")),
-                        "start": finite(fields.get("start")),
-                        "end": finite(fields.get("end")),
-                    }
-    return None
 
 
 def _output(record: dict[str, Any]) -> dict[str, Any]:

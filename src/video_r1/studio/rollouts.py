@@ -12,6 +12,7 @@ from video_r1.errors import RequestError
 from video_r1.report.groups import strip_of
 from video_r1.report.run_data import text, whole
 from video_r1.studio.answers import Answer, body_of, number
+from video_r1.studio.data import manifests, row_of
 from video_r1.studio.marks import add_mark, marks_of
 from video_r1.studio.runs import Reader, readers
 
@@ -46,7 +47,9 @@ def group(request: Request) -> Answer:
         found = reader.recorded.group(at, address)
     if found is None:
         raise HTTPException(404, "this group is not in rollouts.jsonl any more: the run was started again")
-    return Answer(found)
+    # The clip itself plays where a manifest below the folders has the question.
+    clip = row_of(manifests(request).indexes(0.1), found["id"], found["answer"])
+    return Answer({**found, "clip": clip})
 
 
 def frames(request: Request) -> Response:

@@ -121,6 +121,7 @@ function followGroups(view, name, node) {
   const numbers = new Map(); // of entries
   const live = {
     marks: new Set(),
+    clip: groupClip,
     load: (_, entry) => ask("/api/group", { run: name, life, at: numbers.get(entry) }),
     mark: async (_, entry, order, completion, marked) =>
       (await ask("/api/marks", {}, { run: name, life, at: numbers.get(entry), order, completion, marked, note: "" })).marks,
