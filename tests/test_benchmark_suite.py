@@ -16,6 +16,7 @@ from benchmark_fixtures import lab_clips, write_benchmarks
 from browser import FilePage, chromium, find_chromium
 
 from video_r1.cli import main
+from video_r1.data.frame_cache import read_cached_at
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Coverage, Questions
 from video_r1.evaluation.gap_figure import gap_page, gap_rows
@@ -27,6 +28,7 @@ from video_r1.evaluation.paper import (
     setup_differences,
 )
 from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.frames import CONTROLS
 
 SMALL = [
     "--fps",
@@ -132,6 +134,27 @@ def test_all_benchmarks_with_a_real_model(
     assert both.items() <= predictions(out).items()
     assert main(command(tmp_path, tmp_path / "mine", "--bench", str(own), "--frames", "8")) == 0
     assert json.loads((tmp_path / "mine/summary.json").read_text())["benchmarks"]["own"]["complete"]
+
+
+def test_all_controls_in_one_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every benchmark; a clip is decoded once, whatever is asked about it."""
+    decoded: list[str] = []
+
+    def counted(sample: Any, *arguments: Any) -> Any:
+        decoded.append(sample.path)
+        return read_cached_at(sample, *arguments)
+
+    monkeypatch.setattr("video_r1.data.reading.read_cached_at", counted)
+    run = command(root, tmp_path, "--bench", "mvbench,tempcompass", "--controls", "--allow_missing")
+    assert main(run) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+    for name, number in {"mvbench": 5, "tempcompass": 4}.items():
+        figures = summary[name]["frames"]["8"]
+        assert {order: figures[order]["questions"] for order in CONTROLS} == dict.fromkeys(CONTROLS, number)
+        assert set(figures["temporal_gaps"]) == set(CONTROLS) - {"ordered", "shuffled"}
+    assert len(decoded) <= 9  # neighbouring questions share a clip
+    page = (tmp_path / "temporal-gap.html").read_text()
+    assert all(f"{contrast}: " in page for contrast in CONTROLS[1:])
 
 
 def test_killed_and_continued(root: Path, tmp_path: Path) -> None:
@@ -316,6 +339,41 @@ def test_the_rows_of_the_gap_figure() -> None:
     assert "runs/rl &amp; more" in page
     assert "MVBench: 600 of 4,000 questions." in page and "all 7,540" not in page
     assert "No question was asked in both frame orders" in gap_page({}, "m")
+
+
+def other(name: str, mean: float) -> dict[str, Any]:
+    figure = gap(mean, mean - 0.03, mean + 0.03)["temporal_gap"]
+    return {name: {**figure, name: figure["shuffled"]}}
+
+
+CONTROLLED: dict[str, Any] = {
+    "mvbench": {
+        **RESULTS["mvbench"],
+        "frames": {
+            "16": {
+                **gap(0.05, 0.01, 0.09),
+                "temporal_gaps": other("reversed", 0.01) | other("blind", 0.2),
+                "by_task": {
+                    "count": {**gap(0.02, -0.1, 0.1), "temporal_gaps": other("blind", 0.4)},
+                    "order": gap(0.3, 0.2, 0.4),
+                },
+            }
+        },
+    }
+}
+
+
+def test_every_control_has_its_mark() -> None:
+    rows = gap_rows(CONTROLLED)
+    assert [(row.name, [mark.contrast for mark in row.marks]) for row in rows] == [
+        ("MVBench", ["shuffled", "reversed", "blind"]),
+        ("order", ["shuffled"]),  # by the gap of shuffled frames, whatever else was asked
+        ("count", ["shuffled", "blind"]),
+    ]
+    assert rows[0].marks[2].other == pytest.approx(0.4) and rows[0].marks[2].needs_order
+    page = gap_page(CONTROLLED, "m")
+    assert "reversed: the same frames from last to first" in page and "frozen:" not in page
+    assert "reversed: the same" not in gap_page(RESULTS, "m")
 
 
 OUTSIDE = """(() => {

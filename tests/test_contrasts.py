@@ -62,6 +62,7 @@ def test_contrast_frames() -> None:
 def test_contrast_of_a_short_clip(contrast: Contrast) -> None:
     assert frames(contrast, 1) is None
     assert (frames(contrast, 2) is None) == (contrast == "dropped")  # a pair is one temporal patch
+    assert frames("single", 8) == [4, 4] and frames("single", 9) == [4, 4]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -84,6 +85,9 @@ def test_contrast_prompt(family: str, contrast: Contrast) -> None:
         assert torch.equal(prompt.media.timestamps, clip.timestamps[shown])
         assert prompt.media.fps == 1.0  # 4 frames of 4 seconds
         assert prompt.features["video_grid_thw"].tolist()[0][0] == 2
+    elif contrast == "single":
+        assert prompt.features["video_grid_thw"].tolist()[0][0] == 1
+        assert builder.visual_tokens(prompt.input_ids) * 4 == builder.visual_tokens(ordered.input_ids)
     else:
         assert torch.equal(prompt.input_ids, ordered.input_ids)
         assert torch.equal(prompt.media.timestamps, clip.timestamps)

@@ -9,6 +9,7 @@ only in order.
 | shuffled | 3 1 0 2 7 5 4 6, any order but the clip's own | order | T-GRPO, arXiv 2503.21776 |
 | reversed | 7 6 5 4 3 2 1 0 | the arrow of time | ArrowRL, arXiv 2506.03340 |
 | frozen | 5 5 5 5 5 5 5 5, any one of them | change | – |
+| single | 4 4, the middle one, as one temporal patch | all frames but one | – |
 | dropped | 1 2 5 6, half of them in order | moments | TaRO, arXiv 2606.09248 |
 | blind | none: the prompt has no visuals | everything | – |
 
@@ -54,6 +55,11 @@ def frozen(frames: int, generator: Generator) -> Tensor:
     return torch.randint(frames, (1,), generator=generator).expand(frames).clone()
 
 
+def single(frames: int, generator: Generator) -> Tensor:
+    """The middle frame, as often as makes one temporal patch: a picture, at a picture's price."""
+    return torch.full((TEMPORAL_PATCH,), frames // 2)
+
+
 def dropped(frames: int, generator: Generator) -> Tensor:
     """Half of the frames, drawn uniformly, in their order; an even number, as pairs make temporal patches."""
     kept = frames // 2 // TEMPORAL_PATCH * TEMPORAL_PATCH
@@ -90,6 +96,7 @@ _CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
     "shuffled": shuffled_order,
     "reversed": reversed_order,
     "frozen": frozen,
+    "single": single,
     "dropped": dropped,
     "blind": blind,
 }

@@ -14,7 +14,7 @@ from video_r1.evaluation.summary import cell
 from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
 
-VIEWS: tuple[Order, ...] = ("blind", "frozen", "dropped", "shuffled", "reversed", "ordered")
+VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
 """What may be shown of a clip, roughly from nothing to all of it."""
 SHOWN = {"blind": "blind", "frozen": "one frame"}
 """What people call some of them."""

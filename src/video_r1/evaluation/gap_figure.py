@@ -2,7 +2,8 @@
 
 A self-contained HTML page around one SVG. A row for each benchmark and each of its task types, the temporal
 gap (accuracy with ordered minus accuracy with shuffled frames, on the same questions) with its paired 95 %
-interval, one mark for each frame count. A mark is filled where the interval does not contain 0.
+interval, one mark for each frame count; where other contrasts were asked too, one for each of them. A mark is
+filled where the interval does not contain 0.
 """
 
 import math
@@ -11,6 +12,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from video_r1.evaluation.figures import COLOURS, figure_page
+from video_r1.settings.frames import Contrast
 
 _LEFT, _PLOT, _RIGHT, _TOP = 270, 520, 250, 64  # pixels
 _LINE = 17  # height of one mark's line
@@ -21,11 +23,12 @@ class Mark(NamedTuple):
     """A temporal gap in [−1, 1] with its interval, the two accuracies behind it, and how many questions."""
 
     frames: str
+    contrast: str
     gap: float
     low: float
     high: float
     ordered: float
-    shuffled: float
+    other: float
     questions: int
 
     @property
@@ -44,7 +47,7 @@ def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
     rows = []
     for result in results.values():
         frames = result["frames"]
-        overall = [mark for count, figures in frames.items() if (mark := _mark(count, figures))]
+        overall = [mark for count, figures in frames.items() for mark in _marks(count, figures)]
         if not overall:
             continue
         rows.append(Row(result["title"], True, overall))
@@ -52,19 +55,26 @@ def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         below = []
         for task in tasks:
             groups = ((count, figures.get("by_task", {}).get(task, {})) for count, figures in frames.items())
-            marks = [mark for count, group in groups if (mark := _mark(count, group))]
+            marks = [mark for count, group in groups for mark in _marks(count, group)]
             if marks:
                 below.append(Row(task.replace("_", " "), False, marks))
-        rows += sorted(below, key=lambda row: -sum(mark.gap for mark in row.marks) / len(row.marks))
+        rows += sorted(below, key=lambda row: -_mean_gap(row.marks))
     return rows
 
 
-def _mark(frames: str, figures: Mapping[str, Any]) -> Mark | None:
-    gap = figures.get("temporal_gap")
-    if gap is None:
-        return None
-    low, high = gap["interval95"]
-    return Mark(frames, gap["gap"], low, high, gap["ordered"], gap["shuffled"], gap["questions"])
+def _mean_gap(marks: Sequence[Mark]) -> float:
+    """Of the contrast that comes first, which is shuffled where it was asked."""
+    first = [mark.gap for mark in marks if mark.contrast == marks[0].contrast]
+    return sum(first) / len(first)
+
+
+def _marks(frames: str, figures: Mapping[str, Any]) -> list[Mark]:
+    shuffled = {"shuffled": figures["temporal_gap"]} if "temporal_gap" in figures else {}
+    marks = []
+    for name, gap in (shuffled | figures.get("temporal_gaps", {})).items():
+        low, high = gap["interval95"]
+        marks.append(Mark(frames, name, gap["gap"], low, high, gap["ordered"], gap[name], gap["questions"]))
+    return marks
 
 
 def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
@@ -76,21 +86,36 @@ def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
         if result.get("coverage") and not result.get("complete", True)
     ]
     heading = f"Which questions need the order of the frames: {model}"
-    return figure_page(heading, [_CAPTION, *notes], gap_svg(rows))
+    asked = {mark.contrast for row in rows for mark in row.marks}
+    told = [f"{name}: {_TOLD[name]}." for name in _TOLD if name in asked] if len(asked) > 1 else []
+    return figure_page(heading, [_CAPTION, *told, *notes], gap_svg(rows))
 
 
 _CAPTION = (
-    "Temporal gap: accuracy with ordered minus accuracy with shuffled frames, in percentage points, with the "
-    "paired 95 % interval over questions. Filled: the interval does not contain 0."
+    "Temporal gap: accuracy with ordered minus accuracy with shuffled frames (or another contrast), in "
+    "percentage points, with the paired 95 % interval over questions. Filled: it does not contain 0."
 )
+_TOLD: dict[Contrast, str] = {
+    "shuffled": "the same frames in a random order; what is lost needs their order",
+    "reversed": "the same frames from last to first; what is lost needs the arrow of time",
+    "frozen": "one frame in every place; what is lost needs change",
+    "single": "the middle frame alone; what is lost needs more than one moment",
+    "dropped": "half of the frames; what is lost needs the other half",
+    "blind": "no frame at all; what is lost needs the video, what is not is answered from the question",
+}
 
 
 def gap_svg(rows: Sequence[Row]) -> str:
     """The SVG of the rows; a sentence where there is nothing to draw."""
     if not rows:
         return "<p>No question was asked in both frame orders.</p>"
-    counts = list(dict.fromkeys(mark.frames for row in rows for mark in row.marks))
-    colour = {count: COLOURS[number % len(COLOURS)] for number, count in enumerate(counts)}
+    marks = [mark for row in rows for mark in row.marks]
+    counts, contrasts = (
+        list(dict.fromkeys(getattr(mark, name) for mark in marks)) for name in ("frames", "contrast")
+    )
+    several = len(contrasts) > 1
+    names = contrasts if several else [f"{count} frames" for count in counts]
+    colour = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     low, high, step = _axis(rows)
     y, body = float(_TOP), []
 
@@ -104,7 +129,8 @@ def gap_svg(rows: Sequence[Row]) -> str:
         middle = y + _LINE * len(row.marks) / 2 + 4.5
         body.append(f'<text class="{kind}" x="{indent}" y="{middle:.1f}">{escape(row.name)}</text>')
         for mark in row.marks:
-            body.append(_drawn(mark, colour[mark.frames], x, y + _LINE / 2, with_frames=len(counts) > 1))
+            own = colour[mark.contrast if several else f"{mark.frames} frames"]
+            body.append(_drawn(mark, own, x, y + _LINE / 2, with_frames=len(counts) > 1))
             y += _LINE
         y += 4
     grid = []
@@ -132,9 +158,9 @@ def _axis(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
     frames = f"{mark.frames} frames: " if with_frames else ""
-    figures = f"{100 * mark.ordered:.1f} − {100 * mark.shuffled:.1f} = {_signed(100 * mark.gap)}"
+    figures = f"{100 * mark.ordered:.1f} − {100 * mark.other:.1f} = {_signed(100 * mark.gap)}"
     interval = f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
-    told = f"{frames}{figures} {interval}, {mark.questions:,} questions"
+    told = f"{frames}{mark.contrast}: {figures} {interval}, {mark.questions:,} questions"
     fill = colour if mark.needs_order else "var(--page)"
     return (
         f"<g><title>{escape(told)}</title>"
@@ -155,10 +181,10 @@ def _signed(value: float, digits: int = 1) -> str:
 def _legend(colour: Mapping[str, str]) -> str:
     parts = [
         f'<circle cx="{_LEFT + 8 + 110 * place}" cy="16" r="4.5" fill="{each}"/>'
-        f'<text x="{_LEFT + 20 + 110 * place}" y="20.5">{escape(count)} frames</text>'
-        for place, (count, each) in enumerate(colour.items())
+        f'<text x="{_LEFT + 20 + 110 * place}" y="20.5">{escape(name)}</text>'
+        for place, (name, each) in enumerate(colour.items())
     ]
     header = (
-        f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{_TOP - 14}">ordered − shuffled (questions)</text>'
+        f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{_TOP - 14}">ordered − contrast (questions)</text>'
     )
     return "".join(parts) + header

@@ -2,7 +2,7 @@
 
 <out>/<benchmark>/manifest.json, predictions-<frames>.jsonl, summary.json, …   as `runner.evaluate` has it
 <out>/summary.json        every benchmark's figures, how complete they are, and the comparison
-<out>/temporal-gap.html   where questions were asked in both orders
+<out>/temporal-gap.html   where questions were asked in both orders, or with all controls
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,7 @@ from video_r1.files import replace_json, replace_text
 from video_r1.processes import process_index
 from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
+from video_r1.settings.frames import CONTROLS
 from video_r1.tables import table
 
 
@@ -54,7 +55,9 @@ def run_questions(
     """Evaluates `Sample`s or, with benchmarks, `Questions`, prints the tables and returns the summary that is
     in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does. Every
     process of the command calls it; the first one writes."""
-    if bench.temporal_gap:
+    if bench.controls:
+        settings = replace(settings, order=list(CONTROLS))
+    elif bench.temporal_gap:
         settings = replace(settings, order=["ordered", "shuffled"])
     processor, builder, budget = open_prompts(settings)
     with closing(open_engine(settings, processor)) as engine, writing_to(folder):
@@ -69,7 +72,7 @@ def run_questions(
             summary = ask(asked, folder=folder)
             results = {title: {"title": title, "frames": summary["frames"]}}
             print(summary_table(summary))
-        if bench.temporal_gap:
+        if bench.temporal_gap or bench.controls:
             page = folder / "temporal-gap.html"
             if process_index() == 0:
                 replace_text(page, gap_page(results, str(settings.model)))

@@ -123,6 +123,10 @@ class BenchmarkSettings(Settings):
     allow_missing: bool = setting(False, "evaluate what is there when media or questions are missing")
     compare: Literal["paper"] | None = setting(None, "print the paper's figures for the same frames beside")
     temporal_gap: bool = setting(False, "ask in both frame orders, and draw the gap (temporal-gap.html)")
+    controls: bool = setting(
+        False,
+        "ask in order, shuffled, reversed, with one frame repeated, with one alone and blind; draw every gap",
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -147,7 +151,7 @@ class AskSettings(DecodingSettings):
         None, "the right answer (multiple choice: its letter); the shares right are counted then"
     )
     contrast: list[Contrast] = setting(
-        [], "ask the same with other clips beside: shuffled, reversed, frozen, dropped, blind"
+        [], "ask the same with other clips beside: shuffled, reversed, frozen, single, dropped, blind"
     )
     samples: int = setting(
         1,

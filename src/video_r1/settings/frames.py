@@ -6,12 +6,14 @@ from typing import Literal
 
 from video_r1.errors import ConfigError
 
-Contrast = Literal["shuffled", "reversed", "frozen", "dropped", "blind"]
+Contrast = Literal["shuffled", "reversed", "frozen", "single", "dropped", "blind"]
 """What a clip in its own frame order is compared with (data/contrasts.py)."""
 ContrastUnit = Literal["frame", "patch"]
 """What a contrast permutes: single frames, or the pairs that make temporal patches."""
-Order = Literal["ordered", "shuffled", "reversed", "frozen", "dropped", "blind"]
+Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind"]
 """The clip's own order, and each contrast."""
+CONTROLS: tuple[Order, ...] = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
+"""What `eval --controls` asks: each takes more of the clip away than the one before it."""
 
 # Two consecutive frames make one temporal patch in every Qwen vision model.
 TEMPORAL_PATCH = 2
