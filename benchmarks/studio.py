@@ -4,13 +4,15 @@
 
 Makes 20 run folders, one of them with 50,000 metric lines and 8,000 recorded groups, starts a server, and
 opens its pages in Chromium (Playwright). Seconds to the list, to a first curve and a first group of the long
-run, and until it is read as a whole; from a written line to the screen; memory of the server and of the page.
+run, and until it is read as a whole; from a written line to the screen; memory of the server and of the page;
+seconds to the first rows of a manifest of 260,000, until all are found, and the server's memory then.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -24,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from report_runs import group_line, metrics_line, write_rl_run
 from studio_server import studio
 
-RUNS, LINES, GROUPS = 20, 50_000, 8_000
+RUNS, LINES, GROUPS, ROWS = 20, 50_000, 8_000, 260_000
 
 
 def write_runs(folder: Path, lines: int, groups: int) -> None:
@@ -43,6 +45,19 @@ def write_runs(folder: Path, lines: int, groups: int) -> None:
     with (long / "rollouts.jsonl").open("w") as file:
         for i in range(groups):
             file.write(json.dumps(group | {"step": 1 + i * lines // groups, "problem_id": i}) + "\n")
+
+
+def write_manifest(path: Path, rows: int) -> None:
+    row = {
+        "problem": "What happens first in the clip?", "data_type": "video", "options": ["A. this", "B. that"],
+        "problem_type": "multiple choice", "solution": "<answer>A</answer>", "path": "clips/0.mp4",
+        "process": f"<think>{'It goes on. ' * 20}</think>",
+    }  # fmt: skip
+    with path.open("w") as file:
+        for i in range(rows):
+            line = {**row, "problem_id": i, "data_source": f"source {i % 9}"}
+            file.write(("," if i else "[") + json.dumps(line) + "\n")
+        file.write("]")
 
 
 def resident(process: int) -> float:
@@ -87,6 +102,13 @@ def measure(folder: Path, lines: int) -> dict[str, Any]:
             delays.append(seconds(start))
         figures["line_to_screen_seconds"] = {"median": sorted(delays)[2], "worst": max(delays)}
         figures["server_mb"] = round(resident(server.pid))
+        start = time.perf_counter()
+        page.goto(f"{address}#/data")
+        page.wait_for_selector(".rows tbody tr")
+        figures["first_rows_seconds"] = seconds(start)
+        page.locator(".lead", has_text=re.compile("rows; ")).wait_for(timeout=300_000)
+        figures["all_rows_seconds"] = seconds(start)
+        figures["server_mb_with_rows"] = round(resident(server.pid))
         page_heap = page.evaluate("performance.memory ? performance.memory.usedJSHeapSize : 0")
         figures["page_heap_mb"] = round(page_heap / 1e6)
         browser.close()
@@ -97,10 +119,12 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("--lines", type=int, default=LINES)
     parser.add_argument("--groups", type=int, default=GROUPS)
+    parser.add_argument("--rows", type=int, default=ROWS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_runs(folder, arguments.lines, arguments.groups)
+        write_manifest(folder / "train.json", arguments.rows)
         sizes = {
             path.name: round(path.stat().st_size / 1e6) for path in sorted((folder / "long").glob("*.jsonl"))
         }
