@@ -21,7 +21,7 @@ def lab_clips(folder: Path) -> list[Path]:
 
 
 def write_benchmarks(root: Path, clips: list[Path]) -> None:
-    """All seven benchmarks below `root`."""
+    """All benchmarks below `root`."""
     _vsibench(root / "vsibench", clips)
     _videommmu(root / "videommmu", clips)
     _mmvu(root / "mmvu", clips)
@@ -29,6 +29,9 @@ def write_benchmarks(root: Path, clips: list[Path]) -> None:
     _tempcompass(root / "tempcompass", clips)
     _videomme(root / "videomme", clips)
     _videoholmes(root / "videoholmes", clips)
+    _tomato(root / "tomato", clips)
+    _tvbench(root / "tvbench", clips)
+    _longvideobench(root / "longvideobench", clips)
 
 
 def _media(clip: Path, *places: Path) -> None:
@@ -272,6 +275,31 @@ def _videoholmes(folder: Path, clips: list[Path]) -> None:
     ]
     _json(folder / "test_Video-Holmes.json", rows)
     _media(clips[0], folder / "videos/RSmjqss0XKQ.mp4")
+
+
+def _tomato(folder: Path, clips: list[Path]) -> None:
+    question = {"question": "Which way does it turn?", "options": ["Left.", "Right.", "Not at all."]}
+    rest = {"motion_type": "turn", "note": "", "variation": {"zoom": 0}, "video_source_url": ""}
+    asked = {**question, **rest, "demonstration_type": "human"}
+    _json(folder / "data/rotation.json", {"0": {**asked, "answer": 1, "key": "0001-00"}})
+    _json(folder / "data/shape&trend.json", {"7": {**asked, "answer": 2, "key": "0002-03"}})
+    _media(clips[0], folder / "videos/human/0001-00.mp4")
+    _media(clips[1], folder / "videos/human/0002-03.mp4")
+
+
+def _tvbench(folder: Path, clips: list[Path]) -> None:
+    asked = {"question": "What comes first?", "candidates": ["It opens.", "It closes."], "video": "a.mp4"}
+    _json(folder / "json/action_antonym.json", [{**asked, "answer": "It closes."}])
+    part = {"start": 0.5, "end": 2.0}
+    _json(folder / "json/action_sequence.json", [{**asked, **part, "answer": "It opens."}])
+    _media(clips[0], folder / "video/action_antonym/a.mp4", folder / "video/action_sequence/a.mp4")
+
+
+def _longvideobench(folder: Path, clips: list[Path]) -> None:
+    row = {"question": "When the ball is red, who speaks?", "video_path": "x.mp4", "question_category": "S2E"}
+    answers = {"id": "x_0", "candidates": ["Ann", "Bo", "Cy"], "correct_choice": 2, "duration_group": 15}
+    _json(folder / "lvb_val.json", [{**row, **answers}])
+    _media(clips[2], folder / "videos/x.mp4")
 
 
 def reference_row(number: int, path: str, **fields: Any) -> dict[str, Any]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
 
@@ -178,6 +180,17 @@ CASES = {
         ("videoholmes-RSmjqss0XKQ-1", CHOICE, "A", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "SR"),
         ("videoholmes-RSmjqss0XKQ-2", CHOICE, "F", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "TA"),
     ],
+    "tomato": [
+        ("tomato-rotation-0", CHOICE, "B", 3, "tomato/videos/human/0001-00.mp4", WHOLE, "rotation"),
+        ("tomato-shape_trend-7", CHOICE, "C", 3, "tomato/videos/human/0002-03.mp4", WHOLE, "shape_trend"),
+    ],
+    "tvbench": [
+        ("tvbench-1", CHOICE, "B", 2, "tvbench/video/action_antonym/a.mp4", WHOLE, "action_antonym"),
+        ("tvbench-2", CHOICE, "A", 2, "tvbench/video/action_sequence/a.mp4", (0.5, 2.0), "action_sequence"),
+    ],
+    "longvideobench": [
+        ("longvideobench-x_0", CHOICE, "C", 3, "longvideobench/videos/x.mp4", WHOLE, "S2E"),
+    ],
 }
 
 
@@ -220,6 +233,9 @@ def test_the_published_counts() -> None:
         "tempcompass": 7540,
         "videomme": 2700,
         "videoholmes": 1837,
+        "tomato": 1484,
+        "tvbench": 2525,
+        "longvideobench": 1337,
     }
     assert sum(FORMS.values()) == 7540
 
@@ -424,3 +440,14 @@ def test_answers_become_letters(answer: Any, expected: str) -> None:
 def test_a_wrong_tempcompass_answer_is_no_silent_mistake() -> None:
     with pytest.raises(ManifestError, match="none of"):
         as_choice("multi-choice", {"question": "?\nA. x\nB. y", "answer": "C. z"})
+
+
+def test_longvideobench_as_the_hub_has_it(root: Path, tmp_path: Path) -> None:
+    """Parquet, with five columns of options, some of them "N/A"."""
+    folder = tmp_path / "longvideobench"
+    shutil.copytree(root / "longvideobench", folder)
+    (row,) = json.loads((folder / "lvb_val.json").read_text())
+    (folder / "lvb_val.json").unlink()
+    options = dict(zip((f"option{n}" for n in range(5)), [*row.pop("candidates"), "N/A", "N/A"], strict=True))
+    datasets.Dataset.from_list([row | options]).to_parquet(folder / "validation-00000-of-00001.parquet")
+    assert brief(load("longvideobench", tmp_path, tmp_path / "out"), tmp_path) == CASES["longvideobench"]

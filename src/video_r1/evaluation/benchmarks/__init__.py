@@ -8,7 +8,10 @@ from pathlib import Path
 from video_r1.evaluation.benchmarks.spec import Benchmark
 from video_r1.evaluation.benchmarks.special import SPECIAL
 
-_NAMES = ("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme", "videoholmes")
+_NAMES = (
+    *("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"),  # the paper's
+    *("videoholmes", "tomato", "tvbench", "longvideobench"),
+)
 
 
 def _declared(name: str) -> Benchmark:

@@ -1,10 +1,13 @@
 """What single benchmarks need beyond their declaration: where clips lie, tasks in the reference's JSON."""
 
+import json
 from collections.abc import Iterator
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from video_r1.evaluation.benchmarks.spec import Place, Row, Tables
+from video_r1.data.answers import LETTERS
+from video_r1.errors import ManifestError
+from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 from video_r1.evaluation.benchmarks.tempcompass import read_tempcompass
 
 QUESTIONS_PER_TASK = 200  # of MVBench
@@ -53,9 +56,30 @@ def mvbench_task(row: Row, tables: Tables) -> str:
     return list(tables["folders"])[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TASK]
 
 
+def read_tomato(path: Path) -> Iterator[Row]:
+    """`data/<kind of reasoning>.json`: questions by number, the answer as its place from 0."""
+    kind = path.stem.replace("&", "_")
+    try:
+        questions = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    for number, row in questions.items():
+        yield {**row, "id": f"{kind}-{number}", "task": kind, "letter": LETTERS[row["answer"]]}
+
+
+def read_longvideobench(path: Path) -> Iterator[Row]:
+    """`candidates`, or `option0` to `option4` of which "N/A" is none; `correct_choice` counts from 0."""
+    for row in json_or_parquet(path):
+        five = [row.get(f"option{place}") for place in range(5)]
+        options = row.get("candidates") or [option for option in five if option not in (None, "N/A")]
+        yield {**row, "options": options, "letter": LETTERS[row["correct_choice"]]}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
     "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
     "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
     "tempcompass": {"read": read_tempcompass},
+    "tomato": {"read": read_tomato},
+    "longvideobench": {"read": read_longvideobench},
 }
