@@ -40,7 +40,7 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
 
 
 def _annotate(settings: AnnotateSettings, manifest: str, teacher: str, out: str) -> Counts:
-    samples = decided_by_first(lambda: load_manifest(manifest, **settings.media_places()))
+    samples = decided_by_first(lambda: load_manifest(manifest, **settings.manifest_options()))
     drawn_with = {"teacher": teacher, **drawing(settings, samples)}
     if settings.at_endpoint:
         key = os.environ.get(settings.key_variable)

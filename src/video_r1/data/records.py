@@ -20,6 +20,8 @@ from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.remote import check_schemes, is_address
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
+from video_r1.processes import process_index
+from video_r1.settings.shared import BadRows
 
 if TYPE_CHECKING:
     import datasets
@@ -92,9 +94,18 @@ class CheckedManifest(NamedTuple):
     rows: list[int]
     problems: list[Problem]
 
-    def without_problems(self, name: object) -> list[Sample]:
-        """The samples. Raises ManifestError with all problems of the manifest that is called `name`."""
-        if problems := self.problems:
+    def without_problems(self, name: object, bad_rows: BadRows = "stop") -> list[Sample]:
+        """The samples. Raises ManifestError with all problems of the manifest that is called `name`; where
+        bad rows are left out, the first process says so, and only a manifest without a good one is refused.
+        """
+        if (problems := self.problems) and self.samples and bad_rows == "leave_out":
+            if process_index() == 0:
+                bad = len({problem.row for problem in problems})
+                shown = "\n".join(f"  {problem}" for problem in problems[:_PROBLEMS_IN_MESSAGE])
+                more = "\n  …" if len(problems) > _PROBLEMS_IN_MESSAGE else ""
+                good = f"{len(self.samples):,} are used (`video-r1 data check` lists all problems)"
+                print(f"{name}: {bad:,} bad rows are left out, {good}:\n{shown}{more}", file=sys.stderr)
+        elif problems:
             shown = "; ".join(map(str, problems[:_PROBLEMS_IN_MESSAGE]))
             more = len(problems) - _PROBLEMS_IN_MESSAGE
             rest = f"; and {more} more (`video-r1 data check` lists all)" if more > 0 else ""
@@ -109,6 +120,7 @@ def load_manifest(
     allow_urls: bool = False,
     split: str = "train",
     allowed_roots: Sequence[str | Path] = (),
+    bad_rows: BadRows = "stop",
 ) -> list[Sample]:
     """Reads and checks a manifest.
 
@@ -120,6 +132,7 @@ def load_manifest(
         allow_urls: accept addresses (https://, s3://, hf://, …) outside of it as `path`.
         split: the split to read of a data set that has several.
         allowed_roots: further folders that absolute paths and links may lead to.
+        bad_rows: `leave_out` names and leaves out rows that are no question, and a repeated id's later rows.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
@@ -127,7 +140,7 @@ def load_manifest(
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
     checked = check_manifest(source, media_root, allow_urls, split, allowed_roots=allowed_roots)
-    return checked.without_problems(name)
+    return checked.without_problems(name, bad_rows)
 
 
 def check_manifest(

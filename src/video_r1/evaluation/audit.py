@@ -54,7 +54,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
 
     def begin() -> list[Sample]:
         check_out(manifest, out)
-        return load_manifest(manifest, **settings.media_places())
+        return load_manifest(manifest, **settings.manifest_options())
 
     with process_group(folder):
         samples = decided_by_first(begin)

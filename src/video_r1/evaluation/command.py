@@ -31,7 +31,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     def questions() -> Any:
         if settings.manifest is None:
             return load_suite(settings, bench, folder)
-        return load_manifest(settings.manifest, **settings.media_places())[: settings.limit]
+        return load_manifest(settings.manifest, **settings.manifest_options())[: settings.limit]
 
     with process_group(folder):
         asked = decided_by_first(questions)

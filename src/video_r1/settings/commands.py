@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.shared import ManifestSettings, RemoteSettings, problems_of_out
+from video_r1.settings.shared import PlacesSettings, RemoteSettings, problems_of_out
 
 GPUSharding = Literal["none", "fsdp2", "zero2", "zero3"]
 """How the GPUs of a run share the model; none: each has all of it."""
@@ -16,7 +16,7 @@ UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(kw_only=True)
-class CheckSettings(ManifestSettings, RemoteSettings):
+class CheckSettings(PlacesSettings, RemoteSettings):
     """Manifest check"""
 
     manifest: str | None = setting(
@@ -27,7 +27,7 @@ class CheckSettings(ManifestSettings, RemoteSettings):
 
 
 @dataclass(kw_only=True)
-class MakeSettings(ManifestSettings, RemoteSettings):
+class MakeSettings(PlacesSettings, RemoteSettings):
     """Own data"""
 
     table: str | None = setting(

@@ -10,6 +10,8 @@ from video_r1.settings.frames import FrameBudget
 from video_r1.settings.keep import parse_keep
 
 MANIFEST_ENDINGS = (".json", ".jsonl")
+BadRows = Literal["stop", "leave_out"]
+"""What happens to rows of a manifest that are no question."""
 
 
 @dataclass(kw_only=True)
@@ -97,8 +99,8 @@ class ModelSettings(LoadingSettings):
 
 
 @dataclass(kw_only=True)
-class ManifestSettings(Settings):
-    """Manifest"""
+class PlacesSettings(Settings):
+    """Places of media"""
 
     media_root: str | None = setting(
         None, "folder or address that media paths start at (default: the manifest's)"
@@ -106,9 +108,18 @@ class ManifestSettings(Settings):
     allow_urls: bool = setting(False, "accept rows whose media are addresses: https://, s3://, hf://, ...")
     allowed_roots: list[str] = setting([], "further folders that absolute paths and links may lead to")
 
-    def media_places(self) -> dict[str, Any]:
-        """Where media may lie, as `load_manifest` takes it."""
-        names = ("media_root", "allow_urls", "allowed_roots")
+
+@dataclass(kw_only=True)
+class ManifestSettings(PlacesSettings):
+    """Manifest"""
+
+    bad_rows: BadRows = setting(
+        "stop", "what to do with rows that are no question: stop, or leave_out (they are counted and listed)"
+    )
+
+    def manifest_options(self) -> dict[str, Any]:
+        """How the manifest is read, as `load_manifest` takes it."""
+        names = ("media_root", "allow_urls", "allowed_roots", "bad_rows")
         return {name: getattr(self, name) for name in names}
 
 

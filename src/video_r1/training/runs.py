@@ -186,7 +186,7 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
     with claimed_by_first(folder):
         data = recipe.section(DataSettings)
         training, validation = (
-            None if path is None else load_manifest(path, **data.media_places())
+            None if path is None else load_manifest(path, **data.manifest_options())
             for path in (data.train_manifest, data.eval_manifest)
         )
         if training is not None and data.keep is not None:
@@ -258,7 +258,7 @@ def as_samples(questions: Questions | dict[str, Questions] | None, places: RunAr
         return list(questions)
     if is_trl_table(questions):
         return trl_samples(cast(Any, questions), Path(str(places.output_dir)) / "media")
-    return load_manifest(questions, **places.media_places())
+    return load_manifest(questions, **places.manifest_options())
 
 
 def given_model(
