@@ -437,3 +437,17 @@ def test_a_run_of_8000_groups_stays_openable(browser: FilePage, tmp_path: Path) 
     assert 500 < kept < 8000
     assert "of 8\u2009000 recorded questions are in this page, spread evenly over the run" in told
     assert sum(url.startswith("data:") for url in browser.requests) <= 2
+
+
+def test_words_are_shaded_by_what_they_lose_with_the_contrast(browser: FilePage, tmp_path: Path) -> None:
+    line = group_line(tmp_path, 1, 1, random.Random(0), 0.5, (8, 56, 56))
+    words = [["<b>it", 0.1], [" goes", 2.0], [" right", -1.0]]
+    line["ordered"][0] |= {"word_drops": words, "total": 99.0}
+    write_lines(tmp_path / "rollouts.jsonl", [line])
+    browser.open(build_report(tmp_path))
+    check_healthy(browser)
+    assert texts(browser, ".shaded") == ["<b>it", " goes", " right"]
+    shades = browser.run(
+        "[...document.querySelectorAll('.shaded')].map(w => w.style.getPropertyValue('--drop'))"
+    )
+    assert shades == ["2%", "45%", "0%"]

@@ -10,15 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from report_runs import (
-    group_of,
-    plain_frames,
-)
+from report_runs import group_of, plain_frames
+from tiny_models import tiny_processor
 
 from video_r1.files import append_line
 from video_r1.report.groups import read_groups
 from video_r1.report.run_data import read_run
-from video_r1.training.recording import record_group, save_strip
+from video_r1.training.recording import record_group, save_strip, word_drops
 
 
 def test_strip_has_the_frames_in_order(tmp_path: Path) -> None:
@@ -159,3 +157,22 @@ def test_problem_ids_stay_inside_the_folder(tmp_path: Path, problem_id: str) -> 
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     assert len(list((tmp_path / "run" / "frames").glob("1-*.jpg"))) == 2  # nor do two ids share a file
     assert len(read_groups(read_run(tmp_path / "run", tmp_path), 10**7)[0]) == 2
+
+
+def test_words_have_what_they_lose_with_the_contrast(tmp_path: Path) -> None:
+    tokenizer = tiny_processor("qwen2_5_vl").tokenizer
+    text = "Über 🙂 it goes right.\n<answer>B</answer>"
+    ids = tokenizer(text)["input_ids"]
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    drops = [0.25] * len(ids) + [0.5]
+    words = word_drops(tokenizer, [*ids, end], drops)
+    assert "".join(word for word, _ in words) == text and words[2][0] == " it"
+    assert sum(drop for _, drop in words) == pytest.approx(sum(drops))
+    group = group_of()
+    group.token_drops = [torch.full((len(rollout.token_ids),), 0.5) for rollout in group.ordered]
+    record_group(tmp_path, 1, group, p=0.5, p_shuffled=0.0, tokenizer=tokenizer)
+    record_group(tmp_path, 2, replace(group, token_drops=None), p=0.5, p_shuffled=0.0, tokenizer=tokenizer)
+    told, plain = (json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines())
+    losses = [sum(drop for _, drop in item["word_drops"]) for item in told["ordered"]]
+    assert losses == pytest.approx([0.5 * item["tokens"] for item in told["ordered"]])
+    assert "word_drops" not in plain["ordered"][0] and "word_drops" not in told["shuffled"][0]

@@ -104,7 +104,7 @@ def test_studio_beside_a_training(page: Page, folder: Path) -> None:
         page.get_by_role("button", name="Compare").click()
         expect(page.locator(".headline .line").nth(1)).to_be_attached()
         page.goto(f"{address}#/ask")
-        page.get_by_label("Checkpoint").select_option("runs/now", timeout=20_000)
+        page.get_by_label("Checkpoint").select_option("runs/now", timeout=30_000)
         page.get_by_label("Clip from").select_option("lab/videos.json")
         page.get_by_label("Question of the manifest").select_option(index=0)
         page.get_by_role("button", name="Ask", exact=True).click()

@@ -9,6 +9,7 @@ from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines,
 from video_r1.settings.frames import Contrast
 
 MAX_TEXT = 20_000  # characters of one completion
+MAX_WORDS = 4000  # with their drops
 
 
 def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
@@ -90,6 +91,8 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
 
 def _completion(item: dict[str, Any]) -> dict[str, Any]:
     rewards = as_table(item.get("rewards"))
+    pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
+    words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]
     written, without = text(item.get("text", "")), finite(item.get("advantage_without_temporal"))
     return {
         "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
@@ -97,6 +100,7 @@ def _completion(item: dict[str, Any]) -> dict[str, Any]:
         "rewards": {str(name): finite(value) for name, value in rewards.items()},
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
         **({} if without is None else {"without": without}),
+        **({} if not words else {"words": words}),
     }
 
 

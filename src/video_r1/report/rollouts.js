@@ -375,7 +375,7 @@ function card(completion, order, marks, button) {
   const terms = Object.entries(completion.rewards).map(([name, value]) =>
     make("span", { class: value ? "term" : "term none" }, `${name.replaceAll("_", " ")} `, make("b", {}, show(value))));
   const long = completion.text.length > COLLAPSED_CHARACTERS;
-  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, styled(completion.text));
+  const text = make("div", { class: long ? "text cut" : "text", dir: "auto" }, completion.words ? shaded(completion.words) : styled(completion.text));
   const toggle = long ? make("button", { type: "button", class: "more", "aria-expanded": "false", click: () => {
     const cut = text.classList.toggle("cut");
     toggle.textContent = cut ? "Show all" : "Show less";
@@ -392,6 +392,17 @@ function card(completion, order, marks, button) {
     marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
     text, toggle, button);
   return node;
+}
+
+/** A completion whose words are the darker the more their log-probability drops with the contrast clip. */
+function shaded(words) {
+  const most = Math.max(0.5, ...words.map(([, drop]) => drop));
+  return words.map(([word, drop]) => {
+    const share = Math.max(0, drop) / most;
+    const node = make("span", { class: "shaded", title: `${show(drop)} nats less likely with the contrast` }, word);
+    node.style.setProperty("--drop", `${Math.round(45 * share)}%`);
+    return node;
+  });
 }
 
 /** A completion with its tags muted, its reasoning and its answer set apart. */

@@ -149,29 +149,44 @@ function askView(view, [manifest, row]) {
     } catch (error) { say(error.message, true); }
   }
 
-  (async () => {
-    try {
-      const found = await ask("/api/choices");
-      if (!view.open) return;
-      checkpoint.replaceChildren(...found.checkpoints.map((name) => make("option", { value: name }, name)));
-      manifests.append(...found.manifests.map((name) => make("option", { value: name }, name)));
-      type.append(...found.types.map((name) => make("option", { value: name }, name)));
-      contrasts.replaceChildren(...found.contrasts.map((name) => {
-        const box = make("input", { type: "checkbox", value: name, id: `ask-${name}` });
-        box.checked = CHECKED.includes(name);
-        return make("label", { for: box.id }, box, name);
-      }));
-      if (manifest && found.manifests.includes(manifest)) manifests.value = manifest;
-      else if (found.manifests.length) manifests.value = found.manifests[0];
-      source();
-      if (row !== undefined) {
-        for (let found = null; view.open && !found?.shown.length && found?.more !== false;) {
-          found = await ask("/api/rows", { manifest, at: Number(row) });
-          if (found.shown.length) take(found.shown[0]);
-        }
+  /** What can be chosen, of which there may be more by and by: a run that trains saves checkpoints. */
+  function offer(found) {
+    for (const [select, names, first] of [[checkpoint, found.checkpoints, []], [manifests, found.manifests, [...manifests.options].slice(0, 1)]]) {
+      const before = select.value;
+      select.replaceChildren(...first, ...names.map((name) => make("option", { value: name }, name)));
+      if ([...select.options].some((option) => option.value === before)) select.value = before;
+    }
+  }
+
+  async function begin(found) {
+    type.append(...found.types.map((name) => make("option", { value: name }, name)));
+    contrasts.replaceChildren(...found.contrasts.map((name) => {
+      const box = make("input", { type: "checkbox", value: name, id: `ask-${name}` });
+      box.checked = CHECKED.includes(name);
+      return make("label", { for: box.id }, box, name);
+    }));
+    if (manifest && found.manifests.includes(manifest)) manifests.value = manifest;
+    else if (found.manifests.length) manifests.value = found.manifests[0];
+    source();
+    if (row !== undefined) {
+      for (let page = null; view.open && !page?.shown.length && page?.more !== false;) {
+        page = await ask("/api/rows", { manifest, at: Number(row) });
+        if (page.shown.length) take(page.shown[0]);
       }
-    } catch (error) { trouble(error.message); }
-  })();
+    }
+  }
+
+  let offered = "";
+  follow(view, async () => {
+    const found = await ask("/api/choices");
+    const now = JSON.stringify(found);
+    if (!view.open || now === offered) return 5;
+    const first = !offered;
+    offered = now;
+    offer(found);
+    if (first) await begin(found);
+    return 5;
+  });
 }
 
 /** What came back for one question, filled as it comes: a column for each order of the frames. */

@@ -293,7 +293,9 @@ class GroupTrainer(QuestionTrainer):
         """As in QuestionTrainer, and records some of this step's groups."""
         if "loss" in logs and self.is_world_process_zero():
             groups = [group for batch in self.step_batches for group in batch.groups]
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             with tolerated("rollouts.jsonl"):
                 for group in groups[: self.settings.log_rollouts]:
-                    record_group(self.folder, self.state.global_step, group, group.p, group.p_shuffled)
+                    step = self.state.global_step
+                    record_group(self.folder, step, group, group.p, group.p_shuffled, tokenizer)
         super().log(logs, start_time)

@@ -48,11 +48,19 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
     return {"strip": f"{path.parent.name}/{path.name}", "count": count, "width": tile[0], "height": tile[1]}
 
 
-def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuffled: float | None) -> None:
+def record_group(
+    run_dir: Path,
+    step: int,
+    group: RolloutGroup,
+    p: float,
+    p_shuffled: float | None,
+    tokenizer: Any = None,
+) -> None:
     """Appends one group to `run_dir`/rollouts.jsonl and saves its frames in `run_dir`/frames.
 
     p, p_shuffled: shares of correct completions in order and with the contrast clip (None: not sampled).
-    Raises OSError when the folder cannot be written.
+    tokenizer: for the words of completions whose drops are known. Raises OSError when the folder cannot be
+    written.
     """
     sample, media = group.sample, group.prompt.media
     frames = save_strip(media.frames, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
@@ -65,6 +73,9 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
     if group.base_advantages is not None:
         for record, advantage in zip(ordered, group.base_advantages, strict=True):
             record["advantage_without_temporal"] = _number(advantage)
+    if group.token_drops is not None and tokenizer is not None:
+        for record, rollout, drops in zip(ordered, group.ordered, group.token_drops, strict=True):
+            record["word_drops"] = word_drops(tokenizer, rollout.token_ids.tolist(), drops.tolist())
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},
@@ -79,6 +90,21 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, p: float, p_shuf
         "p_shuffled": p_shuffled,
     }
     append_line(run_dir / "rollouts.jsonl", line)
+
+
+def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
+    """The words of a completion, blanks before them included, each with the nats that its tokens lose with
+    the contrast clip; together they are its text. token_ids, drops: [L].
+    """
+    words: list[tuple[list[int], float]] = []
+    for token, drop in zip(token_ids, drops, strict=True):
+        piece = tokenizer.decode([token], skip_special_tokens=True)
+        if words and not piece[:1].isspace():
+            words[-1] = ([*words[-1][0], token], words[-1][1] + drop)
+        else:
+            words.append(([token], drop))
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens, _ in words]
+    return [[text, round(drop, 3)] for text, (_, drop) in zip(texts, words, strict=True)]
 
 
 def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> list[dict[str, Any]]:
