@@ -35,7 +35,6 @@ const CONTRASTS = {
   blind: "No frames",
 };
 const COLLAPSED_CHARACTERS = 900;
-const SMALL_FRAME = 84; // pixels across
 
 const mean = (values) => (values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0);
 const accuracy = (completion) => completion.rewards.accuracy ?? 0;
@@ -263,72 +262,6 @@ function answersGiven(completions) {
   }
   const sorted = [...counts].sort((a, b) => b[1] - a[1]);
   return sorted.slice(0, 4).map(([answer, count]) => (count > 1 ? `${answer} ×${count}` : answer)).join(", ") + (sorted.length > 4 ? ", …" : "");
-}
-
-const frameName = (group, frame) => (group.count > 1 ? `frame ${frame + 1} of ${group.count}` : "the image");
-
-/** One frame on a canvas of the size in which it is stored, cut from the strip. */
-function frameCanvas(group, strip, frame) {
-  const canvas = make("canvas", { width: group.width, height: group.height, role: "img", "aria-label": frameName(group, frame) });
-  const cut = () => canvas.getContext("2d").drawImage(strip, frame * group.width, 0, group.width, group.height, 0, 0, group.width, group.height);
-  if (strip.complete) cut();
-  else strip.addEventListener("load", cut);
-  return canvas;
-}
-
-/** A frame over the page; its neighbours in this order follow with the arrow keys, or play at the clip's pace. */
-function enlargeFrame(group, strip, frames, place) {
-  const holder = make("div", { class: "large-frame" });
-  const caption = make("output", { "aria-live": "polite" });
-  const turn = (by) => {
-    place = (place + by + frames.length) % frames.length;
-    holder.replaceChildren(frameCanvas(group, strip, frames[place]));
-    caption.textContent = [frameName(group, frames[place]), group.timestamps[place] === undefined ? "" : clock(group.timestamps[place])].filter(Boolean).join(" · ");
-  };
-  const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
-  const times = group.timestamps.filter((time) => time !== null);
-  const pace = Math.max(80, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 250));
-  let timer = 0;
-  const play = make("button", { type: "button", click: () => {
-    if (timer) clearInterval(timer);
-    timer = timer ? 0 : setInterval(turn, pace, 1);
-    play.textContent = timer ? "Pause" : "Play";
-  } }, "Play");
-  const dialog = showLarge(frameName(group, frames[place]), holder,
-    make("p", { class: "control" }, frames.length > 1 ? [button("← Previous", -1), play, button("Next →", 1)] : "", caption));
-  dialog.addEventListener("close", () => clearInterval(timer));
-  dialog.addEventListener("keydown", (event) => {
-    if (frames.length > 1 && event.key === "ArrowLeft") turn(-1);
-    if (frames.length > 1 && event.key === "ArrowRight") turn(1);
-  });
-  turn(0);
-}
-
-const clock = (time) => (time === null || time === undefined ? "" : `${time.toFixed(time < 100 ? 1 : 0)} s`);
-
-/** Frames cut from the strip. The bar below each grows stronger with the frame's place in the clip. */
-function tiles(group, order) {
-  if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
-  const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
-  if (!frames.length) return make("p", { class: "quiet" }, "The question alone, without its clip.");
-  const picture = new Image();
-  picture.src = group.strip;
-  const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {
-    const bar = make("span", { class: "place" });
-    bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
-    const button = make("button", { type: "button", class: "frame", title: "Show larger", click: () => enlargeFrame(group, picture, frames, place) },
-      frameCanvas(group, picture, frame));
-    const tile = make("li", { class: "tile" }, button, group.count > 1 ? bar : "",
-      group.count > 1 ? make("span", { class: "time" }, clock(group.timestamps[place]), make("em", {}, ` f${frame + 1}`)) : "");
-    tile.dataset.frame = String(frame);
-    return tile;
-  }));
-  // Half of the page has room for four frames in which a reader sees something, or for eight as small as the lab's.
-  const columns = Math.min(frames.length, group.shuffled.length && group.width > SMALL_FRAME ? 4 : 8);
-  list.style.setProperty("--columns", String(columns));
-  list.style.setProperty("--columns-narrow", String(Math.min(columns, group.width > SMALL_FRAME ? 2 : 4)));
-  list.style.maxWidth = `${columns * Math.max(148, group.count === 1 ? Math.max(280, group.width) : 0)}px`;
-  return list;
 }
 
 /** Which completions are best, worst, longest and shortest; nothing where all are alike. */
