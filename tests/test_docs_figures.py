@@ -15,7 +15,7 @@ from benchmarks import docs_tables, rollout, sft, update
 from benchmarks.docs_tables import DOCS, MAKERS, RUNS, blocks, written_anew
 
 PAGES = sorted(DOCS.glob("*.md"))
-MEASURED = ("demo.md", "models.md", "performance.md", "study.md")
+MEASURED = ("demo.md", "models.md", "performance.md")
 """Pages on which every table of figures says where they are from."""
 WITHOUT_JSON = {
     "models.md states",
