@@ -160,7 +160,7 @@ def test_an_extra_field_never_hides_a_record_field() -> None:
         "problem_type": ["multiple choice"], "solution": ["<answer>A</answer>"],
         "path": ["/v.mp4"], "options": [()], "process": [None],
         "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
-        "subtitles": [None],
+        "subtitles": [None], "messages": [()],
     }  # fmt: skip
 
 

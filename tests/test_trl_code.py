@@ -194,7 +194,7 @@ def test_a_row_may_be_a_chat_of_several_turns(checkpoint: Path, manifest: Path) 
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], r"messages is \[\]; it must be a list"),
+        ({}, r"messages is \{\}; it must be a list"),
         ("hello", "messages is 'hello'"),
         (CHAT[:3], "messages end with one of the assistant"),
         ([{"role": "user", "content": 3}], "content"),
@@ -205,3 +205,10 @@ def test_what_is_no_chat(manifest: Path, messages: Any, message: str) -> None:
     row = json.loads(manifest.read_text())[0]
     with pytest.raises(ManifestError, match=message):
         load_manifest([row | {"messages": messages}], manifest.parent)
+
+
+def test_a_row_without_messages_is_no_chat(manifest: Path) -> None:
+    """As rows are written that have none."""
+    row = json.loads(manifest.read_text())[0]
+    (sample,) = load_manifest([row | {"messages": []}], manifest.parent)
+    assert sample.messages == ()

@@ -269,9 +269,9 @@ def _text(row: dict[str, Any], name: str, found: list[str], required: bool = Tru
 def _messages(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
     """Turns of a chat, whose last one asks."""
     said = row.get("messages")
-    if said is None:
+    if said is None or said in ([], ()):
         return ()
-    if not isinstance(said, (list, tuple)) or not said or not all(map(_is_turn, said)):
+    if not isinstance(said, (list, tuple)) or not all(map(_is_turn, said)):
         turn = '{"role": "system" | "user" | "assistant", "content": a text}'
         found.append(f"messages is {_shown(said)}; it must be a list of {turn}")
         return ()

@@ -17,12 +17,16 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Every field of the samples as a column, the rows' own ones too; None where a row has it not. Those of a
-    table of TRL's (data/trl_rows.py) are given as they stand there.
+    table of TRL's (data/trl_rows.py) are given as they stand there; otherwise no own one hides a field.
     """
+
+    def column(sample: Sample, name: str) -> Any:
+        if name in FIELDS and PROMPT not in sample.extra:
+            return getattr(sample, name)
+        return sample.extra.get(name, getattr(sample, name, None))
+
     names = dict.fromkeys((*FIELDS, *(name for sample in samples for name in sample.extra)))
-    return {
-        name: [sample.extra.get(name, getattr(sample, name, None)) for sample in samples] for name in names
-    }
+    return {name: [column(sample, name) for sample in samples] for name in names}
 
 
 def as_said(sample: Sample, text: str, role: str) -> Any:
