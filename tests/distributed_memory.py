@@ -28,7 +28,6 @@ from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy, prepare_reference
 from video_r1.training.sharded import keep_figures_exact, whole_weights
 
-
 TIMES = 4  # rollouts: on a busy machine gloo frees the buffers of a collective later, and more live at once
 
 
