@@ -18,12 +18,8 @@ PAGES = sorted(DOCS.glob("*.md"))
 MEASURED = ("demo.md", "models.md", "performance.md")
 """Pages on which every table of figures says where they are from."""
 WITHOUT_JSON = {
-    "models.md states",
-    "performance.md annotation",
-    "performance.md decode",
     "performance.md likelihood",
     "performance.md ratios",
-    "performance.md sft",
     "performance.md update",
 }
 """Tables that were written by hand: nobody has the files, or nothing makes the table of them yet."""
