@@ -19,7 +19,7 @@ from video_r1.cli import main
 from video_r1.data.frame_cache import read_cached_at
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Coverage, Questions
-from video_r1.evaluation.gap_figure import gap_page, gap_rows
+from video_r1.evaluation.gap_figure import figure_rows, gain_marks, gain_page, gap_marks, gap_page
 from video_r1.evaluation.paper import (
     COLUMNS,
     PUBLISHED,
@@ -155,6 +155,36 @@ def test_all_controls_in_one_run(root: Path, tmp_path: Path, monkeypatch: pytest
     assert len(decoded) <= 9  # neighbouring questions share a clip
     page = (tmp_path / "temporal-gap.html").read_text()
     assert all(f"{contrast}: " in page for contrast in CONTROLS[1:])
+
+
+def test_direct_and_reasoned_answers_in_one_run(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both are asked of every benchmark in every order, and continue a run that asked for one of them."""
+    wanted = ["--bench", "vsibench,tempcompass", "--temporal_gap", "--allow_missing"]
+    assert main(command(root, tmp_path, *wanted)) == 0
+    before = predictions(tmp_path)
+    assert "direct answers" not in capsys.readouterr().out and not (tmp_path / "reasoning.html").exists()
+    assert main(command(root, tmp_path, *wanted, "--answer", "direct,reasoned")) == 0
+    assert predictions(tmp_path) == before
+    printed = capsys.readouterr().out
+    assert (
+        "reasoned − direct" in printed and "VSI-Bench, mean over questions, direct answers (part)" in printed
+    )
+    summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]
+    for name, number in {"vsibench": 6, "tempcompass": 4}.items():
+        assert summary[name]["answer"] == ["direct", "reasoned"]
+        figures = summary[name]["frames"]["8"]
+        direct = [json.loads(line) for line in (tmp_path / name / "direct-8.jsonl").read_text().splitlines()]
+        assert len(direct) == 2 * number
+        for order in ("ordered", "shuffled"):
+            assert (
+                figures["direct"][order]["questions"]
+                == figures["reasoning_gains"][order]["questions"]
+                == number
+            )
+    page = (tmp_path / "reasoning.html").read_text()
+    assert "VSI-Bench" in page and "TempCompass: 4 of 7,540 questions." in page
 
 
 def test_killed_and_continued(root: Path, tmp_path: Path) -> None:
@@ -324,7 +354,7 @@ RESULTS: dict[str, Any] = {
 
 
 def test_the_rows_of_the_gap_figure() -> None:
-    rows = gap_rows(RESULTS)
+    rows = figure_rows(RESULTS, gap_marks)
     assert [(row.name, row.is_benchmark, len(row.marks)) for row in rows] == [
         ("MVBench", True, 2),
         ("action sequence", False, 2),
@@ -338,7 +368,7 @@ def test_the_rows_of_the_gap_figure() -> None:
     assert "object &lt;shuffle&gt;" in page and "<shuffle>" not in page
     assert "runs/rl &amp; more" in page
     assert "MVBench: 600 of 4,000 questions." in page and "all 7,540" not in page
-    assert "No question was asked in both frame orders" in gap_page({}, "m")
+    assert "No question was asked both ways" in gap_page({}, "m")
 
 
 def other(name: str, mean: float) -> dict[str, Any]:
@@ -364,8 +394,8 @@ CONTROLLED: dict[str, Any] = {
 
 
 def test_every_control_has_its_mark() -> None:
-    rows = gap_rows(CONTROLLED)
-    assert [(row.name, [mark.contrast for mark in row.marks]) for row in rows] == [
+    rows = figure_rows(CONTROLLED, gap_marks)
+    assert [(row.name, [mark.kind for mark in row.marks]) for row in rows] == [
         ("MVBench", ["shuffled", "reversed", "blind"]),
         ("order", ["shuffled"]),  # by the gap of shuffled frames, whatever else was asked
         ("count", ["shuffled", "blind"]),
@@ -374,6 +404,27 @@ def test_every_control_has_its_mark() -> None:
     page = gap_page(CONTROLLED, "m")
     assert "reversed: the same frames from last to first" in page and "frozen:" not in page
     assert "reversed: the same" not in gap_page(RESULTS, "m")
+
+
+def gained(gain: float, tokens: float) -> dict[str, Any]:
+    figure = {"gain": gain, "interval95": [gain - 0.03, gain + 0.03], "questions": 50}
+    means = {"reasoned": 0.5 + gain, "direct": 0.5, "tokens": {"reasoned": 149.2, "direct": tokens}}
+    return {"reasoning_gains": {"ordered": figure | means}}
+
+
+def test_what_reasoning_gains_has_its_figure() -> None:
+    by_task = {"count": gained(-0.1, 7.6), "maths": gained(0.2, 9.0)}
+    results = {"mvbench": {**RESULTS["mvbench"], "frames": {"16": {**gained(0.02, 8.0), "by_task": by_task}}}}
+    rows = figure_rows(results, gain_marks)
+    assert [(row.name, row.marks[0].gap) for row in rows] == [
+        ("MVBench", 0.02),
+        ("maths", 0.2),
+        ("count", -0.1),
+    ]
+    assert [row.marks[0].needs_order for row in rows] == [False, True, True]
+    page = gain_page(results, "m")
+    assert "40.0 − 50.0 = −10.0  (50; 149 − 8 tokens)" in page
+    assert "MVBench: 600 of 4,000 questions." in page
 
 
 OUTSIDE = """(() => {

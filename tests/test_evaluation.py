@@ -159,6 +159,83 @@ def test_every_contrast_beside_the_ordered_clip(builder: PromptBuilder, media: P
     assert lines(tmp_path / "two" / "predictions-8.jsonl") == [*records[:2], records[-1]]
 
 
+class TwoWayEngine(ScriptedEngine):
+    """With reasoning: right about the questions below 3, in 9 tokens. Directly: about those from 2, in 3."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        super().generate(prompts, sampling, counts)
+        self.longest = [*getattr(self, "longest", []), sampling.max_tokens]
+        rollouts = []
+        for prompt in prompts:
+            text = prompt.messages[0]["content"][-1]["text"]
+            number, thinks = int(text[text.index("#") + 1]), "<think>" in text
+            right = number < 3 if thinks else number >= 2
+            tokens = torch.zeros(9 if thinks else 3, dtype=torch.int64)
+            answer = f"<answer>{'B' if right and prompt.order == 'ordered' else 'A'}</answer>"
+            rollouts.append([Rollout(tokens, torch.zeros(len(tokens)), answer, "stop")])
+        return rollouts
+
+
+def test_direct_and_reasoned_answers_are_compared(
+    builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four questions 0, 1 and 2 are right with reasoning, 2 and 3 without: gains 1, 1, 0, -1."""
+    read = []
+    real = frame_cache.read_media_at
+    monkeypatch.setattr(
+        frame_cache, "read_media_at", lambda s, b, c: read.append(s.problem_id) or real(s, b, c)
+    )
+    samples = [
+        sample(
+            n, media, problem=f"Where, #{n}?", start=n * 0.01, data_source="lab/odd" if n % 2 else "lab/even"
+        )
+        for n in range(4)
+    ]
+    both = {"frames": [8], "batch_size": 2, "max_new_tokens": 500, "answer": ["direct", "reasoned"]}
+    engine = TwoWayEngine()
+    summary = evaluate(samples, engine, builder, folder=tmp_path / "both", **both)
+    assert sorted(read) == [0, 1, 2, 3]  # decoded once, for both ways and both orders
+    assert engine.longest == [128, 500, 128, 500]
+    figures = summary["frames"]["8"]
+    assert figures["ordered"]["accuracy"] == 0.75 and figures["direct"]["ordered"]["accuracy"] == 0.5
+    gain = figures["reasoning_gains"]["ordered"]
+    assert (gain["gain"], gain["questions"], gain["reasoned"], gain["direct"]) == (0.25, 4, 0.75, 0.5)
+    assert gain["interval95"] == [-0.5, 1.0]  # of resamples of 1, 1, 0, -1
+    assert gain["tokens"] == {
+        "difference": 6.0, "interval95": [6.0, 6.0], "questions": 4, "reasoned": 9.0, "direct": 3.0,
+    }  # fmt: skip
+    assert figures["reasoning_gains"]["shuffled"]["gain"] == 0.0
+    assert figures["direct"]["temporal_gap"]["gap"] == 0.5
+    by_source = {
+        name: each["reasoning_gains"]["ordered"]["gain"] for name, each in figures["by_source"].items()
+    }
+    assert by_source == {"lab/even": 0.5, "lab/odd": 0.0}  # 1, 0 and 1, -1
+    assert "ordered, with reasoning − direct: accuracy 0.750 − 0.500 = 0.250" in summary_table(summary)
+
+    # What is asked one way is what is asked beside the other, in a file of its own.
+    for way, name in (("reasoned", "predictions-8.jsonl"), ("direct", "direct-8.jsonl")):
+        alone = TwoWayEngine()
+        settings = both | {"answer": [way]}
+        one = evaluate(samples, alone, builder, folder=tmp_path / way, **settings)
+        assert [path.name for path in (tmp_path / way).glob("*-8.jsonl")] == [name]
+        assert (tmp_path / way / name).read_bytes() == (tmp_path / "both" / name).read_bytes()
+        assert one["frames"]["8"]["ordered"]["accuracy"] == (0.75 if way == "reasoned" else 0.5)
+        assert "reasoning_gains" not in one["frames"]["8"]
+        continued = TwoWayEngine()
+        assert evaluate(samples, continued, builder, folder=tmp_path / way, **both) == summary
+        assert len(continued.prompts) == 8
+        assert not set(continued.seeds) & set(alone.seeds)
+
+
+def test_chats_are_not_asked_for_direct_answers(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    chat = sample(1, media, messages=({"role": "user", "content": "Think, then say it."},))
+    with pytest.raises(RequestError, match="messages"):
+        evaluate([chat], ScriptedEngine(), builder, folder=tmp_path, frames=[8], answer=["direct"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_questions(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -335,6 +412,8 @@ def test_a_damaged_line_in_the_middle_is_named(builder: PromptBuilder, media: Pa
         ({"order": []}, "order"),
         ({"order": ["backwards"]}, "backwards"),
         ({"order": ["ordered", "ordered"]}, "order"),
+        ({"answer": []}, "answer"),
+        ({"answer": ["direct", "direct"]}, "answer"),
         ({"frames": []}, "frames"),
         ({"frames": [8, 8]}, "frames"),
     ],

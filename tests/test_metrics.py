@@ -12,10 +12,10 @@ from video_r1.evaluation.metrics import (
     mean_figure,
     mean_relative_accuracy,
     merged_task,
+    paired_difference,
     share_difference,
     share_figure,
     task_mean,
-    temporal_gap,
 )
 from video_r1.evaluation.summary import summarise, summary_table
 
@@ -96,13 +96,13 @@ def test_the_gap_is_paired() -> None:
     # pairs differ by 1 in 10 of 100. Standard error √(0.1 × 0.9 ÷ 100) = 0.03; unpaired it is 0.07.
     ordered = [1.0] * 50 + [0.0] * 40 + [1.0] * 10
     shuffled = [1.0] * 50 + [0.0] * 50
-    figure = temporal_gap(ordered, shuffled)
+    figure = paired_difference(ordered, shuffled)
     assert figure.mean == pytest.approx(0.1)
     assert figure.low == pytest.approx(0.1 - 1.96 * 0.03, abs=0.015)
     assert figure.high == pytest.approx(0.1 + 1.96 * 0.03, abs=0.015)
-    assert temporal_gap(shuffled, ordered).mean == pytest.approx(-0.1)
-    with pytest.raises(ValueError, match="2 ordered but 1 shuffled"):
-        temporal_gap([1.0, 0.0], [1.0])
+    assert paired_difference(shuffled, ordered).mean == pytest.approx(-0.1)
+    with pytest.raises(ValueError, match="2 values but 1 others"):
+        paired_difference([1.0, 0.0], [1.0])
 
 
 def test_both_headlines_of_vsi_bench() -> None:

@@ -17,9 +17,10 @@ import math
 import string
 import threading
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor
@@ -40,6 +41,7 @@ ANSWER_HINTS: dict[ProblemType, str] = {
     "regression": "Give a number.",
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
+DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"
 PLACEHOLDERS = ("question", "options", "hint", "subtitles")
 TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with a value for each token
 SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
@@ -193,6 +195,13 @@ class TextPrompts:
 
     def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
         self.template = load_template(template, subtitles)
+
+    def direct(self) -> Self:
+        """The same for the answer alone: without the template's instruction to think, with its hints."""
+        direct = copy(self)
+        text = "{subtitles}\n" * ("{subtitles}" in self.template.text) + DIRECT_TEMPLATE
+        direct.template = Template(text, self.template.hints)
+        return direct
 
     def question(self, sample: Sample) -> str:
         """The user's text: subtitles if asked for, question, options, instruction and answer hint. Where the

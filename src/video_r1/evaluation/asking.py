@@ -1,10 +1,11 @@
 """Questions asked of an engine in one order of their frames after another: restartable, shared by processes.
 
     samples ─► batches ─► media, prompts ─► engine ─► record ─► <answers>-<frames>.jsonl
-                          (data/reading.py) (one call a batch
-                                             and frame count)
+                          (data/reading.py) (one call a batch   direct-<frames>.jsonl
+                                             and round)
 
-The unit of work is a batch of consecutive questions with one frame count. The contrast clip of a question and
+A round is one frame count and one way of answering; the unit of work is a batch of consecutive questions in
+one round. The contrast clip of a question and
 its sampling seeds follow from the seed and the question alone, so that a question which is asked again, in
 whatever batch, is asked as it was before.
 
@@ -35,14 +36,17 @@ from video_r1.processes import decided_by_first, own_share, process_count, proce
 from video_r1.progress import Progress
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
-from video_r1.settings.decoding import DecodingSettings
+from video_r1.settings.decoding import Answer, DecodingSettings
 from video_r1.settings.frames import FrameBudget, Order
 
 # What decides the pixels of a prompt besides the frame count, which has files of its own.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
 _BATCHES_AHEAD = 3  # whose media are read while the engine is busy
 
+DIRECT_TOKENS = 128  # at most, of an answer without reasoning
+
 Key = tuple[str | int, str]  # problem_id and order
+Round = tuple[int, Answer]  # frame count and way of answering
 Answers = dict[Key, dict[str, Any]]  # the record of each
 
 
@@ -71,7 +75,8 @@ class Asking(ABC):
     sampling: of each answer, without a seed; seed: of the contrast clips and all answers. batch_size:
     questions that the engine is given at once, each in every order. Files in `folder`:
     `<answers>-<frames>.jsonl`, a line for each question and order; `quarantine.jsonl`, the questions that
-    could not be asked; `<settings_file>`, what the answers depend on.
+    could not be asked; `<settings_file>`, what the answers depend on. ways: of answering; direct answers are
+    in `direct-<frames>.jsonl`.
     """
 
     samples: Sequence[Sample]
@@ -83,6 +88,7 @@ class Asking(ABC):
     sampling: SamplingSettings
     seed: int
     batch_size: int
+    ways: Sequence[Answer] = ("reasoned",)
 
     what: ClassVar[str]  # "an evaluation"
     doing: ClassVar[str]  # "evaluating"
@@ -105,17 +111,22 @@ class Asking(ABC):
 
         made_with: see `asked_with`. budget: frame sizes and rate; its `max_frames` is replaced by each of
         `counts`. Questions in quarantine are tried again. Raises RequestError when the folder holds answers
-        to other settings, when a file of answers is damaged, and for no samples or two of one name;
-        VideoR1Error when another process is lost.
+        to other settings, when a file of answers is damaged, for no samples or two of one name, and for
+        direct answers to samples that are chats of their own; VideoR1Error when another process is lost.
         """
         if not self.samples:
             raise RequestError(f"there is nothing to ask for {self.what}: the manifest has no samples")
         if len({sample.problem_id for sample in self.samples}) < len(self.samples):
             raise RequestError("problem_id occurs twice among the samples; each needs its own")
+        if "direct" in self.ways and any(sample.messages for sample in self.samples):
+            raise RequestError(
+                "answer: direct asks in words of its own, but the manifest has rows with `messages`, "
+                "which are asked as they stand; leave direct out"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         done = decided_by_first(lambda: self.begin(made_with))
         with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
-            self.ask_all(reader, {count: set(keys) for count, keys in done.items()})
+            self.ask_all(reader, {each: set(keys) for each, keys in done.items()})
         wait_for_everyone()
 
     @cached_property
@@ -123,15 +134,25 @@ class Asking(ABC):
         """Of each question, in the manifest."""
         return {sample.problem_id: place for place, sample in enumerate(self.samples)}
 
-    def answers_path(self, frames: int) -> Path:
-        return self.folder / f"{self.answers}-{frames}.jsonl"
+    @property
+    def rounds(self) -> list[Round]:
+        return [(count, way) for count in self.counts for way in self.ways]
+
+    @cached_property
+    def builders(self) -> dict[Answer, TextPrompts]:
+        """Of the prompts of each way."""
+        return {"reasoned": self.prompt_builder, "direct": self.prompt_builder.direct()}
+
+    def answers_path(self, current: Round) -> Path:
+        count, way = current
+        return self.folder / f"{'direct' if way == 'direct' else self.answers}-{count}.jsonl"
 
     @property
     def quarantine(self) -> Path:
         return self.folder / "quarantine.jsonl"
 
-    def begin(self, made_with: Mapping[str, Any]) -> dict[int, list[Key]]:
-        """For the first process: what is answered already, by frame count. See `run`."""
+    def begin(self, made_with: Mapping[str, Any]) -> dict[Round, list[Key]]:
+        """For the first process: what is answered already, by round. See `run`."""
         path = self.folder / self.settings_file
         if path.is_file():
             changed = differences(json.loads(path.read_text(encoding="utf-8")), made_with)
@@ -143,13 +164,13 @@ class Asking(ABC):
         replace_json(path, made_with)
         for path in (self.quarantine, *parts_of(self.quarantine)):
             path.unlink(missing_ok=True)
-        return {count: list(self.answered(count)) for count in self.counts}
+        return {each: list(self.answered(each)) for each in self.rounds}
 
-    def merged(self) -> dict[int, Answers]:
-        """For the first process, when all are done: merges their files. The answers by frame count."""
-        found = {count: self.answered(count) for count in self.counts}
-        for count, answered in found.items():
-            merge_parts(self.answers_path(count), answered.values(), self.place)
+    def merged(self) -> dict[Round, Answers]:
+        """For the first process, when all are done: merges their files. The answers by round."""
+        found = {each: self.answered(each) for each in self.rounds}
+        for each, answered in found.items():
+            merge_parts(self.answers_path(each), answered.values(), self.place)
         if parts := parts_of(self.quarantine):
             lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
             append_records(self.quarantine, sorted(lines, key=self.place_in_quarantine))
@@ -166,12 +187,12 @@ class Asking(ABC):
         place = self.places[record["problem_id"]]
         return place // self.batch_size, list(self.counts).index(record["frames"]), place
 
-    def answered(self, frames: int) -> Answers:
-        records = read_with_parts(self.answers_path(frames), self.needed)
+    def answered(self, current: Round) -> Answers:
+        records = read_with_parts(self.answers_path(current), self.needed)
         return {(record["problem_id"], record["order"]): record for record in records}
 
     def keys(self, samples: Sequence[Sample]) -> list[Key]:
-        """What has to be answered about the samples with one frame count."""
+        """What has to be answered about the samples in one round."""
         return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
 
     def skipped(self, answered: Mapping[Key, Any]) -> int:
@@ -179,30 +200,35 @@ class Asking(ABC):
         asked = {sample.problem_id for sample in self.samples if self.orders_of(sample)}
         return len(asked - {problem_id for problem_id, _ in answered})
 
-    def prompts(self, sample: Sample, media: Media) -> list[Prompt]:
-        """The sample's prompt in each order. Raises MediaError and PromptError."""
-        return [self.prompt(sample, media, order) for order in self.orders_of(sample)]
+    def prompts(self, sample: Sample, media: Media) -> dict[Answer, list[Prompt]]:
+        """The sample's prompts of each way, one in each order. Raises MediaError and PromptError."""
+        orders = self.orders_of(sample)
+        return {
+            way: [self.prompt(sample, media, order, self.builders[way]) for order in orders]
+            for way in self.ways
+        }
 
-    def prompt(self, sample: Sample, media: Media, order: Order) -> Prompt:
+    def prompt(self, sample: Sample, media: Media, order: Order, builder: TextPrompts) -> Prompt:
         if order == "ordered":
-            return self.prompt_builder.build(sample, media)
+            return builder.build(sample, media)
         if order == "blind":
-            return blind_prompt(sample, media, self.prompt_builder)
+            return blind_prompt(sample, media, builder)
         generator = derived_generator(self.seed, sample.problem_id)
-        prompt = contrast_prompt(sample, media, self.prompt_builder, order, generator)
+        prompt = contrast_prompt(sample, media, builder, order, generator)
         if prompt is None:
             count = f"{len(media.frames)} frame{'s' * (len(media.frames) != 1)}"
             raise MediaError(sample.path, f"has {count}, which cannot be {order}")
         return prompt
 
-    def ask_all(self, reader: Reader, done: Mapping[int, Set[Key]]) -> None:
+    def ask_all(self, reader: Reader, done: Mapping[Round, Set[Key]]) -> None:
         """Asks this process's share of what is not done, and appends it to its files."""
         samples, size = self.samples, self.batch_size
         open_batches = []
         for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
             keys = set(self.keys(chosen))
-            if counts := tuple(count for count in self.counts if not keys <= done[count]):
-                open_batches.append(Batch(chosen, counts))
+            counts = dict.fromkeys(count for count, way in self.rounds if not keys <= done[count, way])
+            if counts:
+                open_batches.append(Batch(chosen, tuple(counts)))
         own = own_share(open_batches)
         answered = len(samples) * len(self.counts) - _questions(open_batches)
         title = self.doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
@@ -212,36 +238,47 @@ class Asking(ABC):
             units = ((batch.samples, count) for batch in own for count in batch.counts)
             read = reader.batches(own, self.prompts, _BATCHES_AHEAD)
             for (chosen, count), questions in zip(units, read, strict=True):
-                self.ask(list(zip(chosen, questions, strict=True)), count, done[count])
+                self.ask(list(zip(chosen, questions, strict=True)), count, done)
                 bar.update(len(chosen))
 
     def ask(
-        self, questions: Sequence[tuple[Sample, list[Prompt] | Unusable]], count: int, done: Set[Key]
+        self,
+        questions: Sequence[tuple[Sample, dict[Answer, list[Prompt]] | Unusable]],
+        count: int,
+        done: Mapping[Round, Set[Key]],
     ) -> None:
-        """Asks a batch with one frame count.
+        """Asks a batch with one frame count, one way after the other.
 
-        It is done again as a whole or not at all: padding then is what it was. A batch whose only open
-        questions still cannot be read has nothing to add.
+        A round of it is done again as a whole or not at all: padding then is what it was. A batch whose only
+        open questions still cannot be read has nothing to add.
         """
-        failed, asked = [], []
-        for sample, made in questions:
-            if isinstance(made, Unusable):
-                failed.append({**quarantined(sample, made), "frames": count})
-            else:
-                asked += [(sample, prompt) for prompt in made]
-        records = []
-        if any((sample.problem_id, prompt.order) not in done for sample, prompt in asked):
-            seeds = tuple(sampling_seed(self.seed, count, sample, prompt.order) for sample, prompt in asked)
-            outputs = self.engine.generate(
-                [prompt for _, prompt in asked], replace(self.sampling, seed=seeds)
-            )
-            records = [
-                self.record(sample, prompt, rollouts, count)
-                for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
-                if (sample.problem_id, prompt.order) not in done
-            ]
-        append_records(own_file(self.answers_path(count)), records)
+        usable = [(sample, made) for sample, made in questions if not isinstance(made, Unusable)]
+        for way in self.ways:
+            asked = [(sample, prompt) for sample, made in usable for prompt in made[way]]
+            self.ask_round((count, way), asked, done[count, way])
+        failed = [
+            {**quarantined(sample, made), "frames": count}
+            for sample, made in questions
+            if isinstance(made, Unusable)
+        ]
         append_records(own_file(self.quarantine), failed)
+
+    def ask_round(self, current: Round, asked: Sequence[tuple[Sample, Prompt]], done: Set[Key]) -> None:
+        count, way = current
+        if all((sample.problem_id, prompt.order) in done for sample, prompt in asked):
+            return
+        seeds = tuple(sampling_seed(self.seed, count, sample, prompt.order, way) for sample, prompt in asked)
+        longest = self.sampling.max_tokens
+        longest = min(longest, DIRECT_TOKENS) if way == "direct" else longest
+        outputs = self.engine.generate(
+            [prompt for _, prompt in asked], replace(self.sampling, seed=seeds, max_tokens=longest)
+        )
+        records = [
+            self.record(sample, prompt, rollouts, count)
+            for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
+            if (sample.problem_id, prompt.order) not in done
+        ]
+        append_records(own_file(self.answers_path(current)), records)
 
 
 def own_file(path: Path) -> Path:
@@ -254,9 +291,10 @@ def _questions(batches: Sequence[Batch]) -> int:
     return sum(len(batch.samples) * len(batch.counts) for batch in batches)
 
 
-def sampling_seed(seed: int, frames: int, sample: Sample, order: Order) -> int:
+def sampling_seed(seed: int, frames: int, sample: Sample, order: Order, way: Answer = "reasoned") -> int:
     """The seed of one prompt's answers: of the settings' seed and what is asked, whatever is asked beside."""
-    return derived_seed(seed, frames, sample.problem_id, order, bits=62)
+    ways = [way] if way == "direct" else []
+    return derived_seed(seed, frames, sample.problem_id, order, *ways, bits=62)
 
 
 def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from video_r1.data.records import Sample
-from video_r1.evaluation.metrics import mean_figure, temporal_gap
+from video_r1.evaluation.metrics import mean_figure, paired_difference
 from video_r1.evaluation.summary import cell
 from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
@@ -71,7 +71,7 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
         needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both]).as_json("share")
         other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)
         figures["needs_order"] = needs | {"other_way": other_way}
-        figures["temporal_gap"] = temporal_gap(*zip(*both, strict=True)).as_json("gap")
+        figures["temporal_gap"] = paired_difference(*zip(*both, strict=True)).as_json("gap")
     in_order = [rates["ordered"] for _, rates in audited if "ordered" in rates]
     for name, extreme in (("never_right", 0.0), ("always_right", 1.0)):
         figures[name] = fmean(value == extreme for value in in_order) if in_order else 0.0

@@ -1,13 +1,14 @@
-"""One figure: which questions of which benchmarks need the order of the frames, for a given model.
+"""Two figures: which questions of which benchmarks need the order of the frames, and which need reasoning.
 
-A self-contained HTML page around one SVG. A row for each benchmark and each of its task types, the temporal
-gap (accuracy with ordered minus accuracy with shuffled frames, on the same questions) with its paired 95 %
-interval, one mark for each frame count; where other contrasts were asked too, one for each of them. A mark is
+Each is a self-contained HTML page around one SVG. A row for each benchmark and each of its task types, the
+temporal gap (accuracy with ordered minus accuracy with shuffled frames, on the same questions) with its
+paired 95 % interval, one mark for each frame count; where other contrasts were asked too, one for each of
+them. What reasoning gains over direct answers is drawn alike, with one mark for each frame order. A mark is
 filled where the interval does not contain 0.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -20,16 +21,18 @@ _GAP_BEFORE_BENCHMARK = 14
 
 
 class Mark(NamedTuple):
-    """A temporal gap in [−1, 1] with its interval, the two accuracies behind it, and how many questions."""
+    """A difference in [−1, 1] with its interval, the two accuracies behind it, and how many questions.
+    `kind`: the contrast, or the order in which both ways of answering were asked."""
 
     frames: str
-    contrast: str
+    kind: str
     gap: float
     low: float
     high: float
-    ordered: float
+    first: float
     other: float
     questions: int
+    more: str = ""  # said behind the number of questions
 
     @property
     def needs_order(self) -> bool:
@@ -42,12 +45,15 @@ class Row(NamedTuple):
     marks: list[Mark]
 
 
-def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+Marks = Callable[[str, Mapping[str, Any]], list[Mark]]  # of a frame count and a group's figures
+
+
+def figure_rows(results: Mapping[str, Mapping[str, Any]], marks_of: Marks) -> list[Row]:
     """Each benchmark of an evaluation's summary, then its task types from the largest gap to the smallest."""
     rows = []
     for result in results.values():
         frames = result["frames"]
-        overall = [mark for count, figures in frames.items() for mark in _marks(count, figures)]
+        overall = [mark for count, figures in frames.items() for mark in marks_of(count, figures)]
         if not overall:
             continue
         rows.append(Row(result["title"], True, overall))
@@ -55,7 +61,7 @@ def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
         below = []
         for task in tasks:
             groups = ((count, figures.get("by_task", {}).get(task, {})) for count, figures in frames.items())
-            marks = [mark for count, group in groups for mark in _marks(count, group)]
+            marks = [mark for count, group in groups for mark in marks_of(count, group)]
             if marks:
                 below.append(Row(task.replace("_", " "), False, marks))
         rows += sorted(below, key=lambda row: -_mean_gap(row.marks))
@@ -63,12 +69,12 @@ def gap_rows(results: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 
 
 def _mean_gap(marks: Sequence[Mark]) -> float:
-    """Of the contrast that comes first, which is shuffled where it was asked."""
-    first = [mark.gap for mark in marks if mark.contrast == marks[0].contrast]
+    """Of the kind that comes first, which is shuffled or ordered where that was asked."""
+    first = [mark.gap for mark in marks if mark.kind == marks[0].kind]
     return sum(first) / len(first)
 
 
-def _marks(frames: str, figures: Mapping[str, Any]) -> list[Mark]:
+def gap_marks(frames: str, figures: Mapping[str, Any]) -> list[Mark]:
     shuffled = {"shuffled": figures["temporal_gap"]} if "temporal_gap" in figures else {}
     marks = []
     for name, gap in (shuffled | figures.get("temporal_gaps", {})).items():
@@ -77,23 +83,50 @@ def _marks(frames: str, figures: Mapping[str, Any]) -> list[Mark]:
     return marks
 
 
+def gain_marks(frames: str, figures: Mapping[str, Any]) -> list[Mark]:
+    marks = []
+    for order, gain in figures.get("reasoning_gains", {}).items():
+        low, high = gain["interval95"]
+        tokens = f"; {gain['tokens']['reasoned']:.0f} − {gain['tokens']['direct']:.0f} tokens"
+        figures_of = (gain["gain"], low, high, gain["reasoned"], gain["direct"], gain["questions"])
+        marks.append(Mark(frames, order, *figures_of, tokens))
+    return marks
+
+
 def gap_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
-    """The figure as one HTML page that needs nothing else."""
-    rows = gap_rows(results)
-    notes = [
+    """Which questions need the order: one HTML page that needs nothing else."""
+    rows = figure_rows(results, gap_marks)
+    asked = {mark.kind for row in rows for mark in row.marks}
+    told = [f"{name}: {_TOLD[name]}." for name in _TOLD if name in asked] if len(asked) > 1 else []
+    heading = f"Which questions need the order of the frames: {model}"
+    figure = rows_svg(rows, "ordered − contrast (questions)", "temporal gap by benchmark and task type")
+    return figure_page(heading, [_CAPTION, *told, *_incomplete(results)], figure)
+
+
+def gain_page(results: Mapping[str, Mapping[str, Any]], model: str) -> str:
+    """Which questions need reasoning: one HTML page that needs nothing else."""
+    rows = figure_rows(results, gain_marks)
+    heading = f"Which questions need reasoning: {model}"
+    figure = rows_svg(rows, "reasoned − direct (questions; tokens)", "gain of reasoning by task type")
+    return figure_page(heading, [_GAIN_CAPTION, *_incomplete(results)], figure)
+
+
+def _incomplete(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    return [
         f"{result['title']}: {result['coverage']}."
         for result in results.values()
         if result.get("coverage") and not result.get("complete", True)
     ]
-    heading = f"Which questions need the order of the frames: {model}"
-    asked = {mark.contrast for row in rows for mark in row.marks}
-    told = [f"{name}: {_TOLD[name]}." for name in _TOLD if name in asked] if len(asked) > 1 else []
-    return figure_page(heading, [_CAPTION, *told, *notes], gap_svg(rows))
 
 
 _CAPTION = (
     "Temporal gap: accuracy with ordered minus accuracy with shuffled frames (or another contrast), in "
     "percentage points, with the paired 95 % interval over questions. Filled: it does not contain 0."
+)
+_GAIN_CAPTION = (
+    "Accuracy with reasoning minus accuracy of direct answers to the same questions, in percentage points, "
+    "with the paired 95 % interval over questions. Filled: it does not contain 0. Behind it, the mean length "
+    "of both in tokens."
 )
 _TOLD: dict[Contrast, str] = {
     "shuffled": "the same frames in a random order; what is lost needs their order",
@@ -105,16 +138,16 @@ _TOLD: dict[Contrast, str] = {
 }
 
 
-def gap_svg(rows: Sequence[Row]) -> str:
-    """The SVG of the rows; a sentence where there is nothing to draw."""
+def rows_svg(rows: Sequence[Row], header: str, label: str) -> str:
+    """The SVG of the rows; a sentence where there is nothing to draw. header: of the figures at the right."""
     if not rows:
-        return "<p>No question was asked in both frame orders.</p>"
+        return "<p>No question was asked both ways.</p>"
     marks = [mark for row in rows for mark in row.marks]
-    counts, contrasts = (
-        list(dict.fromkeys(getattr(mark, name) for mark in marks)) for name in ("frames", "contrast")
+    counts, kinds = (
+        list(dict.fromkeys(getattr(mark, name) for mark in marks)) for name in ("frames", "kind")
     )
-    several = len(contrasts) > 1
-    names = contrasts if several else [f"{count} frames" for count in counts]
+    several = len(kinds) > 1
+    names = kinds if several else [f"{count} frames" for count in counts]
     colour = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     low, high, step = _axis(rows)
     y, body = float(_TOP), []
@@ -129,7 +162,7 @@ def gap_svg(rows: Sequence[Row]) -> str:
         middle = y + _LINE * len(row.marks) / 2 + 4.5
         body.append(f'<text class="{kind}" x="{indent}" y="{middle:.1f}">{escape(row.name)}</text>')
         for mark in row.marks:
-            own = colour[mark.contrast if several else f"{mark.frames} frames"]
+            own = colour[mark.kind if several else f"{mark.frames} frames"]
             body.append(_drawn(mark, own, x, y + _LINE / 2, with_frames=len(counts) > 1))
             y += _LINE
         y += 4
@@ -139,12 +172,12 @@ def gap_svg(rows: Sequence[Row]) -> str:
         kind = "zero" if abs(value) < 1e-9 else "grid"
         at = x(value / 100)
         grid.append(f'<line class="{kind}" x1="{at:.1f}" x2="{at:.1f}" y1="{_TOP - 8}" y2="{y:.0f}"/>')
-        label = f'class="faint" x="{at:.1f}" y="{_TOP - 14}" text-anchor="middle"'
-        grid.append(f"<text {label}>{_signed(value, 0)}</text>")
-    width, height = _LEFT + _PLOT + _RIGHT, y + 8
+        place_of = f'class="faint" x="{at:.1f}" y="{_TOP - 14}" text-anchor="middle"'
+        grid.append(f"<text {place_of}>{_signed(value, 0)}</text>")
+    width, height = _LEFT + _PLOT + _RIGHT + (120 if any(mark.more for mark in marks) else 0), y + 8
     return (
         f'<svg viewBox="0 0 {width} {height:.0f}" width="{width}" role="img" '
-        f'aria-label="temporal gap by benchmark and task type">{_legend(colour)}{"".join(grid + body)}</svg>'
+        f'aria-label="{label}">{_legend(colour, header)}{"".join(grid + body)}</svg>'
     )
 
 
@@ -158,9 +191,9 @@ def _axis(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
     frames = f"{mark.frames} frames: " if with_frames else ""
-    figures = f"{100 * mark.ordered:.1f} − {100 * mark.other:.1f} = {_signed(100 * mark.gap)}"
+    figures = f"{100 * mark.first:.1f} − {100 * mark.other:.1f} = {_signed(100 * mark.gap)}"
     interval = f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
-    told = f"{frames}{mark.contrast}: {figures} {interval}, {mark.questions:,} questions"
+    told = f"{frames}{mark.kind}: {figures} {interval}, {mark.questions:,} questions{mark.more}"
     fill = colour if mark.needs_order else "var(--page)"
     return (
         f"<g><title>{escape(told)}</title>"
@@ -169,7 +202,7 @@ def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
         f'<circle cx="{x(mark.gap):.1f}" cy="{y:.1f}" r="4.5" fill="{fill}" stroke="{colour}" '
         f'stroke-width="2"/>'
         f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{y + 4:.1f}">{escape(figures)}'
-        f"  ({mark.questions:,})</text></g>"
+        f"  ({mark.questions:,}{mark.more})</text></g>"
     )
 
 
@@ -178,13 +211,11 @@ def _signed(value: float, digits: int = 1) -> str:
     return f"{value:+.{digits}f}".replace("-", "−") if round(value, digits) else f"{0:.{digits}f}"
 
 
-def _legend(colour: Mapping[str, str]) -> str:
+def _legend(colour: Mapping[str, str], header: str) -> str:
     parts = [
         f'<circle cx="{_LEFT + 8 + 110 * place}" cy="16" r="4.5" fill="{each}"/>'
         f'<text x="{_LEFT + 20 + 110 * place}" y="20.5">{escape(name)}</text>'
         for place, (name, each) in enumerate(colour.items())
     ]
-    header = (
-        f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{_TOP - 14}">ordered − contrast (questions)</text>'
-    )
-    return "".join(parts) + header
+    parts.append(f'<text class="faint" x="{_LEFT + _PLOT + 28}" y="{_TOP - 14}">{header}</text>')
+    return "".join(parts)

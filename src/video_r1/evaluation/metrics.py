@@ -63,16 +63,17 @@ def mean_figure(scores: ArrayLike, seed: int = 0) -> Figure:
     return _figure(values.mean(), bootstrap_means(values, seed=seed), len(values))
 
 
-def temporal_gap(ordered: ArrayLike, shuffled: ArrayLike) -> Figure:
-    """Accuracy with ordered minus accuracy with shuffled frames, on the same N questions in the same order.
+def paired_difference(first: ArrayLike, second: ArrayLike) -> Figure:
+    """The mean of the first minus the mean of the second values [N], of the same questions in the same order:
+    the temporal gap, where these are scores with ordered and with shuffled frames.
 
-    The interval is paired: questions are drawn, each with both of its scores, so that what makes a question
-    hard in both orders does not widen it.
+    The interval is paired: questions are drawn, each with both of its values, so that what makes a question
+    hard both times does not widen it.
     """
-    first, second = np.asarray(ordered, dtype=np.float64), np.asarray(shuffled, dtype=np.float64)
-    if first.shape != second.shape:
-        raise ValueError(f"{len(first)} ordered but {len(second)} shuffled scores; they come in pairs")
-    return mean_figure(first - second)
+    one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if one.shape != other.shape:
+        raise ValueError(f"{len(one)} values but {len(other)} others; they come in pairs")
+    return mean_figure(one - other)
 
 
 def share_figure(right: int, count: int) -> Figure:

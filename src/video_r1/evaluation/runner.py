@@ -21,7 +21,7 @@ from video_r1.processes import decided_by_first
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.decoding import Answer, EvalSettings
 from video_r1.settings.frames import FrameBudget
 
 
@@ -65,7 +65,8 @@ def evaluate(
     settings: the frame counts and orders (images have no shuffled order and are asked once), the sampling,
     and how many questions the engine is given at once, each of them in every order.
 
-    Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order;
+    Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order, and of direct
+    answers `direct-<frames>.jsonl`;
     `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
     `evaluation.json`, what makes the figures.
     Started again with the same settings it continues, tries the quarantined questions again, and its figures
@@ -76,7 +77,7 @@ def evaluate(
     made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
     asking = _Evaluation(
         samples, engine, prompt_builder, folder, settings.order, settings.frame_counts, sampling,
-        settings.seed, settings.batch_size,
+        settings.seed, settings.batch_size, settings.answer,
     )  # fmt: skip
     asking.run(made_with, budget, settings)
     return decided_by_first(lambda: asking.summary(made_with))
@@ -111,12 +112,24 @@ class _Evaluation(Asking):
 
     def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
         """For the first process, when all are done: merges their files and writes the summary."""
-        frames = {str(count): self.figures(answered) for count, answered in self.merged().items()}
-        summary = {"questions": len(self.samples), "settings": made_with, "frames": frames}
+        merged = self.merged()
+        frames = {
+            str(count): self.figures({way: merged[count, way] for way in self.ways}) for count in self.counts
+        }
+        summary = {
+            "questions": len(self.samples),
+            "answer": list(self.ways),
+            "settings": made_with,
+            "frames": frames,
+        }
         replace_json(self.folder / "summary.json", summary)
         return summary
 
-    def figures(self, answered: Answers) -> dict[str, Any]:
+    def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
         """Figures over all samples and the orders of this run, whichever run answered them."""
-        keys = [key for key in self.keys(self.samples) if key in answered]
-        return summarise([answered[key] for key in keys]) | {"skipped": self.skipped(dict.fromkeys(keys))}
+        wanted = self.keys(self.samples)
+        records = {way: [found[key] for key in wanted if key in found] for way, found in answered.items()}
+        keys = [key for key in wanted if all(key in found for found in answered.values())]
+        return summarise(records.get("reasoned", []), records.get("direct", [])) | {
+            "skipped": self.skipped(dict.fromkeys(keys))
+        }

@@ -3,6 +3,7 @@
 <out>/<benchmark>/manifest.json, predictions-<frames>.jsonl, summary.json, …   as `runner.evaluate` has it
 <out>/summary.json        every benchmark's figures, how complete they are, and the comparison
 <out>/temporal-gap.html   where questions were asked in both orders, or with all controls
+<out>/reasoning.html      where they were answered with reasoning and directly
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +15,10 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
-from video_r1.evaluation.gap_figure import gap_page
+from video_r1.evaluation.gap_figure import gain_page, gap_page
 from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.runner import evaluate
-from video_r1.evaluation.summary import cell, summary_table
+from video_r1.evaluation.summary import ORDERS, cell, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.processes import process_index
 from video_r1.rollout.choice import open_engine, open_prompts
@@ -73,11 +74,16 @@ def run_questions(
             results = {title: {"title": title, "frames": summary["frames"]}}
             print(summary_table(summary))
         if bench.temporal_gap or bench.controls:
-            page = folder / "temporal-gap.html"
-            if process_index() == 0:
-                replace_text(page, gap_page(results, str(settings.model)))
-            print(f"\ntemporal gap by task type: {page}")
+            _draw(folder / "temporal-gap.html", gap_page(results, str(settings.model)))
+        if len(settings.answer) > 1:
+            _draw(folder / "reasoning.html", gain_page(results, str(settings.model)))
     return summary
+
+
+def _draw(page: Path, text: str) -> None:
+    if process_index() == 0:
+        replace_text(page, text)
+    print(f"\nby task type: {page}")
 
 
 def _results(
@@ -123,6 +129,7 @@ def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any
         "complete": coverage.complete,
         "missing_media": list(coverage.missing),
         "headline": "questions" if benchmark is None else benchmark.headline,
+        "answer": summary["answer"],
         "settings": summary["settings"],
         "frames": summary["frames"],
     }
@@ -138,26 +145,39 @@ def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each benchmark, frame count and mean: headline figures in percent."""
+    head = ["", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap", "reasoned − direct"]
     rows: list[tuple[str, ...]] = []
-    percent = partial(cell, scale=100, digits=1)
     for result in results.values():
-        by_tasks = result["headline"] == "tasks"
-        part = "" if result["complete"] else " (part)"
+        title, part = result["title"], "" if result["complete"] else " (part)"
         for frames, figures in result["frames"].items():
-            ordered, shuffled = figures.get("ordered"), figures.get("shuffled")
-            if by_tasks:
-                means = [percent((order or {}).get("task_mean"), "accuracy") for order in (ordered, shuffled)]
-                title = f"{result['title']}, mean over task types{part}"
-                rows.append((title, frames, means[0], "", "", means[1], ""))
-            rows.append(
-                (
-                    result["title"] + (", mean over questions" if by_tasks else "") + part,
-                    frames,
-                    percent(ordered, "accuracy"),
-                    f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
-                    f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
-                    percent(shuffled, "accuracy"),
-                    percent(figures.get("temporal_gap"), "gap"),
-                )
-            )
-    return table(("", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap"), rows)
+            if result["headline"] == "tasks":
+                rows.append(_task_row(f"{title}, mean over task types{part}", frames, figures))
+                title = f"{result['title']}, mean over questions"
+            rows.append(_question_row(title + part, frames, figures))
+            if "direct" in figures:
+                rows.append(_question_row(f"{title}, direct answers{part}", frames, figures["direct"]))
+    if all(row[-1] == "-" for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return table(head, rows)
+
+
+def _task_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    ordered, shuffled = (_percent(figures.get(order, {}).get("task_mean"), "accuracy") for order in ORDERS)
+    return title, frames, ordered, "", "", shuffled, "", "-"
+
+
+def _question_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    ordered = figures.get("ordered")
+    return (
+        title,
+        frames,
+        _percent(ordered, "accuracy"),
+        f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
+        f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
+        _percent(figures.get("shuffled"), "accuracy"),
+        _percent(figures.get("temporal_gap"), "gap"),
+        _percent(figures.get("reasoning_gains", {}).get("ordered"), "gain"),
+    )
+
+
+_percent = partial(cell, scale=100, digits=1)

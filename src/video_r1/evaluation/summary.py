@@ -1,10 +1,11 @@
-"""From predictions to figures: accuracy per order, temporal gap, per type, source and task, and a table."""
+"""From predictions to figures: accuracy per order, temporal gap, what reasoning gains, per type, source and
+task, and a table."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
 
-from video_r1.evaluation.metrics import mean_figure, task_mean, temporal_gap
+from video_r1.evaluation.metrics import mean_figure, paired_difference, task_mean
 from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
 
@@ -20,10 +21,11 @@ _GROUPINGS = {
 Record = Mapping[str, Any]  # one line of a predictions file
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[str, Any]:
     """Figures of one frame count.
 
-    records: predictions in the manifest's order, each question once per order. Returns
+    records: predictions in the manifest's order, each question once per order; direct: of the same questions,
+    those that were answered without reasoning. Returns
 
         {"ordered":  {"accuracy", "interval95", "questions", "strict_accuracy", "format_rate",
                       "unparsable_rate", "truncated_rate"},
@@ -31,46 +33,78 @@ def summarise(records: Sequence[Record]) -> dict[str, Any]:
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
          "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
          "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
-         "by_type": …, "by_source": …, "by_task": …}
+         "by_type": …, "by_source": …, "by_task": …,
+         "direct": the same of the direct answers,
+         "reasoning_gains": {order: {"gain", "interval95", "questions", "reasoned", "direct", "tokens"}}}
 
     Each further contrast that was asked stands beside `shuffled`, and its gap in `temporal_gaps`. An order
     without records and a gap without pairs are left out; a gap is over the questions that were asked both
     ways. `by_task` is there when records name task types; an order in which all of them do
-    also has `task_mean`, the mean over task types, beside the mean over questions.
+    also has `task_mean`, the mean over task types, beside the mean over questions. Where both ways of
+    answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
+    direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
+    lengths. Figures are of the direct answers where there are no others.
     """
-    figures = _figures(records)
+    if not records:
+        return summarise(direct) if direct else {}
+    figures = _figures(records, direct)
     for order, chosen in _by_order(records).items():
         if all(record.get("task_type") for record in chosen):
             headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
             figures[order]["task_mean"] = headline.as_json("accuracy")
     for name, field in _GROUPINGS.items():
-        groups: dict[str, list[Record]] = {}
-        for record in records:
-            if record.get(field):
-                groups.setdefault(str(record[field]), []).append(record)
+        groups, direct_groups = _grouped(records, field), _grouped(direct, field)
         if groups:
-            figures[name] = {group: _figures(members) for group, members in sorted(groups.items())}
+            figures[name] = {
+                group: _figures(members, direct_groups.get(group, ()))
+                for group, members in sorted(groups.items())
+            }
+    if direct:
+        figures["direct"] = summarise(direct)
     return figures
 
 
-def _figures(records: Iterable[Record]) -> dict[str, Any]:
-    by_order = _by_order(records)
+def _grouped(records: Iterable[Record], field: str) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.get(field):
+            groups.setdefault(str(record[field]), []).append(record)
+    return groups
+
+
+def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, Any]:
+    by_order, direct_by_order = _by_order(records), _by_order(direct)
     figures = {order: _order_figures(chosen) for order, chosen in by_order.items()}
-    score = {order: {r["problem_id"]: r["score"] for r in chosen} for order, chosen in by_order.items()}
     gaps: dict[str, Any] = {}
     for contrast in (order for order in by_order if order != "ordered"):
-        both = [question for question in score.get("ordered", {}) if question in score[contrast]]
-        if both:
-            ordered, other = (
-                [score[order][question] for question in both] for order in ("ordered", contrast)
-            )
-            means = {"ordered": fmean(ordered), contrast: fmean(other)}
-            gaps[contrast] = temporal_gap(ordered, other).as_json("gap") | means
+        pairs = {"ordered": by_order.get("ordered", ()), contrast: by_order[contrast]}
+        if gap := _difference("gap", "score", pairs):
+            gaps[contrast] = gap
     if "shuffled" in gaps:
         figures["temporal_gap"] = gaps.pop("shuffled")
     if gaps:
         figures["temporal_gaps"] = gaps
+    gains: dict[str, Any] = {}
+    for order, chosen in direct_by_order.items():
+        pairs = {"reasoned": by_order.get(order, ()), "direct": chosen}
+        if gain := _difference("gain", "score", pairs):
+            gains[order] = gain | {"tokens": _difference("difference", "tokens", pairs)}
+    if gains:
+        figures["reasoning_gains"] = gains
     return figures
+
+
+def _difference(name: str, field: str, sides: Mapping[str, Iterable[Record]]) -> dict[str, Any]:
+    """The paired difference of a field, called `name`, between two sides, with their means over the questions
+    that both have; {} where there are none."""
+    values = {side: {r["problem_id"]: r[field] for r in records} for side, records in sides.items()}
+    first, second = values.values()
+    both = [question for question in first if question in second]
+    if not both:
+        return {}
+    paired = {side: [found[question] for question in both] for side, found in values.items()}
+    means = {side: fmean(found) for side, found in paired.items()}
+    return paired_difference(*paired.values()).as_json(name) | means
 
 
 def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
@@ -106,6 +140,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
             for name, gap in figures.get("temporal_gaps", {}).items()
         ]
+        lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
         lines += [_order_line(order, figures[order]) for order in get_args(Order) if order in figures]
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
@@ -125,6 +160,15 @@ def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: in
         return "-"
     mean, low, high = (f"{scale * value:z.{digits}f}" for value in (figure[name], *figure["interval95"]))
     return f"{mean} [{low}, {high}]"
+
+
+def _gain_line(order: str, gain: Mapping[str, Any]) -> str:
+    tokens = gain["tokens"]
+    return (
+        f"{order}, with reasoning − direct: accuracy {gain['reasoned']:.3f} − {gain['direct']:.3f} = "
+        f"{cell(gain, 'gain')}, tokens {tokens['reasoned']:.1f} − {tokens['direct']:.1f} = "
+        f"{cell(tokens, 'difference', digits=1)}"
+    )
 
 
 def _order_line(order: str, figure: Mapping[str, Any]) -> str:

@@ -11,6 +11,8 @@ from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSe
 from video_r1.settings.types import Sentence
 
 SCHEMES = ("http://", "https://")
+Answer = Literal["reasoned", "direct"]
+"""How a question is answered: as the prompt template asks, or at once."""
 
 
 def addresses(text: str) -> tuple[str, ...]:
@@ -68,6 +70,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     order: list[Order] = setting(
         ["ordered"], "frame orders to evaluate; ordered and any others give the temporal gap of each"
     )
+    answer: list[Answer] = setting(
+        ["reasoned"], "direct: ask for the answer alone; direct,reasoned: both ways, and compare them"
+    )
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
@@ -78,6 +83,8 @@ class EvalSettings(DecodingSettings, ManifestSettings):
             yield "frames", f"is {counts}; it must be one or more frame counts above 0, each once"
         if not self.order or len(set(self.order)) < len(self.order):
             yield "order", f"is {self.order}; name one or more frame orders, each once"
+        if not self.answer or len(set(self.answer)) < len(self.answer):
+            yield "answer", f"is {self.answer}; name direct, reasoned or both, each once"
 
     @property
     def frame_counts(self) -> list[int]:
