@@ -10,7 +10,7 @@ from datasets import config as datasets_config
 
 from video_r1.data import rows
 from video_r1.data.places import path_below
-from video_r1.data.records import FIELDS, Sample, check_manifest, load_manifest
+from video_r1.data.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
 from video_r1.errors import ManifestError
 
 CHOICE = {
@@ -119,8 +119,7 @@ PROBLEMS = [
     ({"data_type": "audio"}, "data_type is 'audio'; known are image, video"),
     (
         {"problem_type": "ocr"},
-        "problem_type is 'ocr'; known are multiple choice, numerical, OCR, free-form, "
-        "regression (did you mean 'OCR'?)",
+        f"problem_type is 'ocr'; known are {', '.join(PROBLEM_TYPES)} (did you mean 'OCR'?)",
     ),
     ({"problem_type": "multiple_choice"}, "(did you mean 'multiple choice'?)"),
     ({"problem_type": ["OCR"]}, "problem_type is ['OCR']; known are"),

@@ -26,6 +26,15 @@ def check_bitsandbytes(setting: str) -> None:
         raise ConfigError(f"{setting} needs the package bitsandbytes: pip install 'video-r1[qlora]'")
 
 
+def check_math_verify(manifest: object) -> None:
+    """Raises ConfigError, naming the manifest whose answers need it, when math-verify is not installed."""
+    if find_spec("math_verify") is None:
+        raise ConfigError(
+            f"{manifest} has questions of the type math, whose answers the package math-verify compares: "
+            "pip install 'video-r1[math]'"
+        )
+
+
 def check_optimizer(name: str) -> None:
     """Raises ConfigError when it is bitsandbytes that has this optimizer, and that is not installed."""
     if is_bitsandbytes_optimizer(name):

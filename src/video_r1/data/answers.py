@@ -102,6 +102,8 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
         return _read_choice(text, options)
     if problem_type in ("numerical", "regression"):
         return _read_number(text, first=tagged is not None)
+    if problem_type == "math" and "\\boxed" in text:
+        return text[text.rindex("\\boxed") :]
     return text if tagged else _after_cue(text)
 
 

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 
 from video_r1.data.media import Media
-from video_r1.data.records import ProblemType, Sample
+from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, PromptError
 from video_r1.settings.carried import template_text
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order
+from video_r1.settings.shared import ProblemType
 
 # Few words on purpose: small models with their own tokenizer read the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
@@ -39,6 +40,7 @@ ANSWER_HINTS: dict[ProblemType, str] = {
     "OCR": "Give the text.",
     "free-form": "Give a sentence.",
     "regression": "Give a number.",
+    "math": "Give a value or an expression.",
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
 DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"

@@ -20,14 +20,14 @@ from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.remote import check_schemes, is_address
 from video_r1.data.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
+from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
-from video_r1.settings.shared import BadRows
+from video_r1.settings.shared import BadRows, ProblemType
 
 if TYPE_CHECKING:
     import datasets
 
 DataType = Literal["image", "video"]
-ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regression"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 
@@ -136,11 +136,14 @@ def load_manifest(
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
-        ConfigError: an address needs a package that is not installed.
+        ConfigError: an address, or a question's type, needs a package that is not installed.
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
     checked = check_manifest(source, media_root, allow_urls, split, allowed_roots=allowed_roots)
-    return checked.without_problems(name, bad_rows)
+    samples = checked.without_problems(name, bad_rows)
+    if any(sample.problem_type == "math" for sample in samples):
+        check_math_verify(name)
+    return samples
 
 
 def check_manifest(

@@ -24,7 +24,7 @@ from video_r1.data.answers import LETTERS, lettered
 from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import build_model, build_processor, build_tokenizer, frame_side
-from video_r1.lab.questions import any_question, read_mark
+from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark
 from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
 from video_r1.models.family import known_families
 from video_r1.settings.carried import RECORD
@@ -57,7 +57,7 @@ class Row:
 def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
     """Text of the lab to train the tokenizer on: questions, options, chains, instructions and hints."""
     rng = np.random.default_rng(seed)
-    yield from 50 * (INSTRUCTION, *ANSWER_HINTS.values())
+    yield from 50 * (INSTRUCTION, *(ANSWER_HINTS[kind] for kind in ASKED_TYPES))
     for _ in range(rows):
         question = any_question(rng)
         yield f"{question.problem}\n" + "\n".join(lettered(question.choices))

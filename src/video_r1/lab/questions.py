@@ -11,8 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
+from video_r1.settings.shared import ProblemType
 
 EVERY_MOMENT = tuple(range(MOMENTS))
+ASKED_TYPES: tuple[ProblemType, ...] = ("multiple choice", "numerical", "OCR", "free-form", "regression")
 
 
 @dataclass(frozen=True, slots=True)

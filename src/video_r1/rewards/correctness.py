@@ -12,6 +12,7 @@ import jiwer
 from rouge_score.rouge_scorer import RougeScorer
 
 from video_r1.data.answers import parse_number
+from video_r1.rewards.expressions import same_expression
 
 _CONTINUOUS = ("OCR", "free-form", "regression")
 
@@ -19,7 +20,7 @@ _CONTINUOUS = ("OCR", "free-form", "regression")
 def correctness(problem_type: str, answer: str, truth: str) -> float:
     """Score of one answer.
 
-    problem_type: one of the five types of a manifest; answer, truth: the texts inside the answer tags
+    problem_type: one of the types of a manifest; answer, truth: the texts inside the answer tags
     ("" for an output without tags). Returns a float in [0, 1]. Raises ValueError for an unknown type.
     """
     score = _SCORERS.get(problem_type)
@@ -81,6 +82,11 @@ def regression(answer: str, truth: str) -> float:
     return 1.0 - min(1.0, (abs(predicted - expected) + 1e-9) / (abs(expected) + 1e-9))
 
 
+def math(answer: str, truth: str) -> float:
+    """1 when both are the same value, expression, set or interval: see `same_expression`."""
+    return float(same_expression(answer, truth))
+
+
 @cache
 def _rouge() -> RougeScorer:
     return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
@@ -96,4 +102,5 @@ _SCORERS: dict[str, Callable[[str, str], float]] = {
     "OCR": ocr,
     "free-form": free_form,
     "regression": regression,
+    "math": math,
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from video_r1.settings.base import Problem, Settings, setting
-from video_r1.settings.shared import PlacesSettings, RemoteSettings, problems_of_out
+from video_r1.settings.shared import PlacesSettings, ProblemType, RemoteSettings, problems_of_out
 
 GPUSharding = Literal["none", "fsdp2", "zero2", "zero3"]
 """How the GPUs of a run share the model; none: each has all of it."""
@@ -43,7 +43,7 @@ class MakeSettings(PlacesSettings, RemoteSettings):
     answers: Literal["auto", "text", "from_0", "from_1"] = setting(
         "auto", "what a number is as the answer to a choice: an option's text, or its place from 0 or from 1"
     )
-    problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
+    problem_type: ProblemType | None = setting(
         None, "type of all questions (default: as a row says, or by its options and its answer)"
     )
     subtitles: Literal["off", "text", "timed"] = setting(

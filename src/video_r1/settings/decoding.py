@@ -7,7 +7,13 @@ from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import Contrast, Order
-from video_r1.settings.shared import LoadingSettings, ManifestSettings, PromptSettings, problems_of_out
+from video_r1.settings.shared import (
+    LoadingSettings,
+    ManifestSettings,
+    ProblemType,
+    PromptSettings,
+    problems_of_out,
+)
 from video_r1.settings.types import Sentence
 
 SCHEMES = ("http://", "https://")
@@ -165,7 +171,7 @@ class AskSettings(DecodingSettings):
         "K: answers to each; several are drawn at temperature and top_p 1 unless these are given",
         above=0,
     )
-    problem_type: Literal["multiple choice", "numerical", "OCR", "free-form", "regression"] | None = setting(
+    problem_type: ProblemType | None = setting(
         None, "kind of answer wanted (default: multiple choice when there are options, else free-form)"
     )
     start: float | None = setting(None, "start of the window of the clip, in seconds")

@@ -27,6 +27,7 @@ _TYPE_NAMES = {
     "OCR": "ocr",
     "free-form": "freeform openended open oe freetext text",
     "regression": "regression",
+    "math": "math mathematical mathematics latex",
 }
 _TYPES = {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")

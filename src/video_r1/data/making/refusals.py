@@ -1,6 +1,8 @@
 """Why a row of a table makes no question, and how that is mended."""
 
-from typing import Any
+from typing import Any, get_args
+
+from video_r1.settings.shared import ProblemType
 
 REMEDIES = {
     "unreadable row": "correct the row in the file; in CSV, quote cells that hold the delimiter",
@@ -12,7 +14,7 @@ REMEDIES = {
     "clip elsewhere": "name its folder with --allowed_roots, or move it; addresses need --allow_urls",
     "options": "give two to 26 different options: a list, or a column for each (--columns options=a0+a1+a2)",
     "answer is no option": "answer with an option's letter, text or place (--answers from_0 or from_1)",
-    "problem type": "say --problem_type, or one of multiple choice, numerical, OCR, free-form, regression",
+    "problem type": f"say --problem_type, or one of {', '.join(get_args(ProblemType))}",
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question is about one file: join the files, or leave the row out",
     "several questions": "write one row for each question",

@@ -1,0 +1,109 @@
+"""Mathematical answers: one value in its many forms, and answers that no library ends with."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from video_r1 import load_manifest
+from video_r1.data.answers import read_answer
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.rewards import expressions
+from video_r1.rewards.correctness import correctness, is_correct
+
+pytest.importorskip("math_verify")
+
+
+@pytest.fixture(autouse=True)
+def afresh() -> None:
+    expressions.same_expression.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("answer", "truth", "score"),
+    [
+        ("1/2", r"\frac{1}{2}", 1.0),
+        ("0.5", r"$\frac{1}{2}$", 1.0),
+        ("50%", "0.5", 1.0),
+        (r"\boxed{7}", "7", 1.0),
+        (r"\(7\)", "7.0", 1.0),
+        ("x = 3", "3", 1.0),
+        ("1,200", "1200", 1.0),
+        (r"3\times 10^4", "30000", 1.0),
+        (r"2\sqrt{2}", r"\sqrt{8}", 1.0),
+        ("(x+1)^2", "x^2 + 2x + 1", 1.0),
+        (r"\{2, 1\}", r"\{1, 2\}", 1.0),
+        ("[0,1)", "[0, 1)", 1.0),
+        ("(0,1)", "[0, 1)", 0.0),
+        ("x^2 + 1", "x^2 + 2x + 1", 0.0),
+        ("0.333", r"\frac{1}{3}", 0.0),  # agrees at three decimals, not at six
+        ("3", "4", 0.0),
+        ("", "4", 0.0),
+        (r"\frac{1}{", "4", 0.0),
+        ("}{", "4", 0.0),
+    ],
+)
+def test_one_value_in_its_forms(answer: str, truth: str, score: float) -> None:
+    assert correctness("math", answer, truth) == score
+    assert is_correct("math", score) == (score == 1.0)
+
+
+def test_an_answer_that_never_ends_is_wrong_and_the_next_one_is_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(expressions, "_PROGRAM", expressions._PROGRAM.replace("alarm(5)", "alarm(1)"))
+    monkeypatch.setattr(expressions, "_comparer", expressions._Comparer())
+    began = time.monotonic()
+    assert correctness("math", "9^{9^{9^{9}}}", "3") == 0.0
+    assert time.monotonic() - began < 20
+    assert correctness("math", "1/2", "0.5") == 1.0
+    expressions._comparer.close()
+
+
+def test_threads_and_a_forked_process_ask_too() -> None:
+    found: list[float] = []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(correctness("math", f"{n}/2", f"{n / 2}")))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [1.0] * 8
+    ours = expressions._comparer.process
+    child = os.fork()
+    if child == 0:
+        right = correctness("math", "9/2", "4.5") == 1.0
+        own = expressions._comparer.process
+        os._exit(0 if right and own and ours and own.pid != ours.pid else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(expressions, "_PROGRAM", "import math_verify_is_not_here")
+    monkeypatch.setattr(expressions, "_comparer", expressions._Comparer())
+    with pytest.raises(VideoR1Error, match=r"math_verify_is_not_here.*video-r1\[math\]"):
+        correctness("math", "1", "2")
+
+
+def test_a_manifest_of_such_questions_names_the_missing_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{
+        "problem_id": 1, "problem": "What is a half?", "data_type": "image", "problem_type": "math",
+        "solution": r"<answer>$\frac{1}{2}$</answer>", "path": "image.png",
+    }]  # fmt: skip
+    assert load_manifest(rows, tmp_path)[0].answer == r"$\frac{1}{2}$"
+    monkeypatch.setattr("video_r1.packages.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"type math.*pip install 'video-r1\[math\]'"):
+        load_manifest(rows, tmp_path)
+
+
+def test_evaluation_reads_the_text_of_the_tags() -> None:
+    assert read_answer(r"<think>so</think><answer>$\frac{1}{2}$</answer>", "math") == r"$\frac{1}{2}$"
+    assert read_answer(r"Hence the answer is \boxed{7}", "math") == r"\boxed{7}"
