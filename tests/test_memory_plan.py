@@ -170,10 +170,12 @@ def test_layers_with_a_state_have_their_own_rule_again_after_a_plan() -> None:
     assert qwen3_5.torch_chunk_gated_delta_rule is real
 
 
-def test_the_plan_agrees_with_a_measured_rollout() -> None:
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_plan_agrees_with_a_measured_rollout(lora: bool) -> None:
     model = model_of(128, 4, 2048)
-    plan = planned(model, recipe_of())
-    engine = TransformersEngine(model, NO_END)
+    plan = planned(model, recipe_of(use_peft=lora, lora_r=16))
+    policy: Any = add_lora(model, rank=16) if lora else model  # sampled with copies of weights, merged
+    engine = TransformersEngine(policy, NO_END)
     sampling = SamplingSettings(n=8, max_tokens=48, seed=0)
     prompts = [question(), question()]  # ordered and shuffled
 

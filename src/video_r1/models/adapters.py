@@ -51,11 +51,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     For forwards under `torch.no_grad` with weights that do not change. Layers whose base is in 4 bits stay as
     they are, and so do all where a GPU has no memory for the copies.
     """
-    layers: dict[str, Any] = {
-        name: layer
-        for name, layer in model.named_modules()
-        if hasattr(layer, "get_delta_weight") and type(layer.base_layer) is nn.Linear
-    }
+    layers = adapted_linears(model)
     if layers and not has_memory_for([layer.base_layer.weight for layer in layers.values()]):
         logger.info("sampling with adapters beside their weights: there is no memory for merged copies")
         layers = {}
@@ -69,6 +65,15 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
+
+
+def adapted_linears(model: nn.Module) -> dict[str, Any]:
+    """The LoRA layers over plain linear layers, by name."""
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if hasattr(layer, "get_delta_weight") and type(layer.base_layer) is nn.Linear
+    }
 
 
 def has_memory_for(weights: list[Tensor]) -> bool:

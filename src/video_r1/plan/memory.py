@@ -142,6 +142,9 @@ def memory_plan(
     }
     if sampling:
         phases["rollout"] = always + whole + sampling
+        unused = math.inf if gpu_memory is None else gpu_memory - always - whole
+        if prefill is not None and unused > 2 * traced.adapted:  # as `has_memory_for` asks
+            phases["rollout"] += traced.adapted
     return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
+from video_r1.models.adapters import adapted_linears
 from video_r1.models.family import find_family, text_of, tower_of, vision_parameters
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import with_trained_parts
@@ -85,6 +86,7 @@ class Traced:
     outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
     text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
     vision_linear: int = 0  # number of weights of the vision tower's linear layers
+    adapted: int = 0  # weights of linear layers with adapters, copies of which are merged to sample
     linear: int = 0  # number of weights of all linear layers, without a head that is the embedding too
     activations: int = 0  # what the backward pass needs, when it begins
     logits: int = 0  # most that the head needs at once
@@ -243,6 +245,7 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
     traced.largest_layer = _bytes(layers[0])
     linear = [module for module in [*text.modules(), head] if type(module) is nn.Linear]
     traced.text_linear = tuple(module.weight.numel() for module in linear)
+    traced.adapted = sum(layer.weight.nbytes for layer in adapted_linears(model).values())
     weights, vision = _products(inner), {id(weight) for weight in vision_parameters(inner)}
     traced.vision_linear = sum(size for number, size in weights.items() if number in vision)
     traced.linear = sum(weights.values()) - weights.get(id(embedding.weight), 0)  # one that the head shares
