@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pair_fixtures import write_pairs
+
 from video_r1.lab.clips import write_lab
 from video_r1.settings.commands import LabSettings
 
@@ -32,6 +34,7 @@ def write_benchmarks(root: Path, clips: list[Path]) -> None:
     _tomato(root / "tomato", clips)
     _tvbench(root / "tvbench", clips)
     _longvideobench(root / "longvideobench", clips)
+    write_pairs(root, clips)
 
 
 def _media(clip: Path, *places: Path) -> None:

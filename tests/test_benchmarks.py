@@ -47,6 +47,7 @@ def brief(questions: Questions, root: Path) -> list[tuple[Any, ...]]:
 
 WHOLE = (None, None)
 CHOICE = "multiple choice"
+PHYSICS, ORDER = "intuitive_physics", "temporal_reasoning"
 CASES = {
     "vsibench": [
         ("vsibench-0", "regression", "4", 0, "vsibench/arkitscenes/41069025.mp4", WHOLE, "object_counting"),
@@ -191,6 +192,56 @@ CASES = {
     "longvideobench": [
         ("longvideobench-x_0", CHOICE, "C", 3, "longvideobench/videos/x.mp4", WHOLE, "S2E"),
     ],
+    "vinoground": [
+        (
+            f"vinoground-{idx}-{kind}",
+            CHOICE,
+            "AB"[idx.endswith("neg")],
+            2,
+            f"vinoground/{clip}.mp4",
+            WHOLE,
+            major,
+        )
+        for kind, folder, names in (
+            ("text", "vinoground_videos", ("0_pos", "0_neg", "1_pos", "1_neg")),
+            ("video", "vinoground_videos_concated", ("0", "0_reverse", "1", "1_reverse")),
+        )
+        for idx, clip, major in zip(
+            ("0_pos", "0_neg", "1_pos", "1_neg"),
+            (f"{folder}/{name}" for name in names),
+            ("action", "action", "object", "object"),
+            strict=True,
+        )
+    ],
+    "mvp": [
+        ("mvp-intuitive_physics-8_0", CHOICE, "A", 2, "mvp/videos/star/8_0.mp4", WHOLE, PHYSICS),
+        ("mvp-intuitive_physics-8_1", CHOICE, "B", 2, "mvp/videos/star/8_1.mp4", WHOLE, PHYSICS),
+        ("mvp-intuitive_physics-9_0", CHOICE, "A", 2, "mvp/videos/star/9_0.mp4", WHOLE, PHYSICS),
+        ("mvp-intuitive_physics-9_1", CHOICE, "B", 2, "mvp/videos/star/9_1.mp4", WHOLE, PHYSICS),
+        ("mvp-temporal_reasoning-7_0", CHOICE, "A", 2, "mvp/videos/star/7_0.mp4", WHOLE, ORDER),
+        ("mvp-temporal_reasoning-7_1", CHOICE, "B", 2, "mvp/videos/star/7_1.mp4", WHOLE, ORDER),
+    ],
+    "mvp_mini": [
+        ("mvp_mini-intuitive_physics-8_0", CHOICE, "A", 2, "mvp_mini/videos/star/8_0.mp4", WHOLE, PHYSICS),
+        ("mvp_mini-intuitive_physics-8_1", CHOICE, "B", 2, "mvp_mini/videos/star/8_1.mp4", WHOLE, PHYSICS),
+        ("mvp_mini-intuitive_physics-9_0", CHOICE, "A", 2, "mvp_mini/videos/star/9_0.mp4", WHOLE, PHYSICS),
+        ("mvp_mini-intuitive_physics-9_1", CHOICE, "B", 2, "mvp_mini/videos/star/9_1.mp4", WHOLE, PHYSICS),
+        ("mvp_mini-temporal_reasoning-7_0", CHOICE, "A", 2, "mvp_mini/videos/star/7_0.mp4", WHOLE, ORDER),
+        ("mvp_mini-temporal_reasoning-7_1", CHOICE, "B", 2, "mvp_mini/videos/star/7_1.mp4", WHOLE, ORDER),
+    ],
+    "timeblind": [  # those about one clip side by side
+        (f"timeblind-{number}", CHOICE, letter, 2, f"timeblind/videos/{clip}.mp4", WHOLE, kind)
+        for number, letter, clip, kind in (
+            (0, "A", "vid_00000_0", "yes_no"),
+            (2, "B", "vid_00000_0", "yes_no"),
+            (1, "B", "vid_00000_1", "yes_no"),
+            (3, "A", "vid_00000_1", "yes_no"),
+            (4, "A", "mcq_vid_00000_0", "multiple_choice"),
+            (6, "B", "mcq_vid_00000_0", "multiple_choice"),
+            (5, "B", "mcq_vid_00000_1", "multiple_choice"),
+            (7, "A", "mcq_vid_00000_1", "multiple_choice"),
+        )
+    ],
 }
 
 
@@ -236,6 +287,10 @@ def test_the_published_counts() -> None:
         "tomato": 1484,
         "tvbench": 2525,
         "longvideobench": 1337,
+        "vinoground": 2000,
+        "mvp": 54828,
+        "mvp_mini": 18416,
+        "timeblind": 2400,
     }
     assert sum(FORMS.values()) == 7540
 

@@ -17,7 +17,7 @@ import pytest
 
 from video_r1.data.records import Sample
 from video_r1.evaluation.metrics import mean_relative_accuracy, task_mean
-from video_r1.evaluation.runner import score_output
+from video_r1.evaluation.scoring import score_output
 
 _SPEC = importlib.util.find_spec("lmms_eval")
 pytestmark = pytest.mark.skipif(

@@ -21,7 +21,7 @@ from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
 from video_r1.evaluation import runner
-from video_r1.evaluation.runner import score_output
+from video_r1.evaluation.scoring import score_output
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine

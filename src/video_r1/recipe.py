@@ -23,6 +23,7 @@ from video_r1.files import replace_text
 from video_r1.recipe_files import MadeFor, model_folder, read_recipe, take_facts
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
 from video_r1.settings.carried import adopted
+from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.training_arguments import training_argument_types
 from video_r1.settings.types import parse
 
@@ -69,9 +70,9 @@ def load_recipe(
         source: path or name of a recipe; None starts from the defaults.
         overrides: setting name to value, as text from an option or already of the right type.
 
-    A checkpoint's own frames, template and number format are the defaults of the settings that neither gives
-    (see settings/carried.py). Raises ConfigError with every problem and where each setting came from, and
-    RequestError when the recipe cannot be read.
+    A protocol's settings and a checkpoint's own frames, template and number format are the defaults of the
+    settings that neither gives (see settings/carried.py). Raises ConfigError with every problem and where
+    each setting came from, and RequestError when the recipe cannot be read.
     """
     values, origins = read_recipe(source) if source is not None else ({}, {})
     made_for = take_facts(values, origins)
@@ -88,6 +89,7 @@ def load_recipe(
     for name in ("model_name_or_path", "model", "model_config", "teacher"):
         if name in settings:
             settings[name] = model_folder(settings[name])
+    settings = PROTOCOLS.get(str(settings.get("protocol")), {}) | settings
     checkpoint = settings.get("model_name_or_path") or settings.get("model") or settings.get("teacher")
     carried = types.keys() - ({"dtype"} if trains else set())  # updates need the file's own number format
     settings |= adopted(checkpoint, settings, carried)

@@ -109,6 +109,10 @@ class Template:
         lines = (line for line in self.text.splitlines() if line.strip() not in left_out)
         return "\n".join(lines).format(**fields)
 
+    def direct(self) -> "Template":
+        """For the answer alone: without the instruction to think, with the same hints."""
+        return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints)
+
     def __str__(self) -> str:
         """The whole template as a file has it."""
         return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
@@ -198,12 +202,10 @@ class TextPrompts:
     def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
         self.template = load_template(template, subtitles)
 
-    def direct(self) -> Self:
-        """The same for the answer alone: without the template's instruction to think, with its hints."""
-        direct = copy(self)
-        text = "{subtitles}\n" * ("{subtitles}" in self.template.text) + DIRECT_TEMPLATE
-        direct.template = Template(text, self.template.hints)
-        return direct
+    def with_template(self, template: Template) -> Self:
+        other = copy(self)
+        other.template = template
+        return other
 
     def question(self, sample: Sample) -> str:
         """The user's text: subtitles if asked for, question, options, instruction and answer hint. Where the

@@ -141,7 +141,8 @@ class Asking(ABC):
     @cached_property
     def builders(self) -> dict[Answer, TextPrompts]:
         """Of the prompts of each way."""
-        return {"reasoned": self.prompt_builder, "direct": self.prompt_builder.direct()}
+        builder = self.prompt_builder
+        return {"reasoned": builder, "direct": builder.with_template(builder.template.direct())}
 
     def answers_path(self, current: Round) -> Path:
         count, way = current

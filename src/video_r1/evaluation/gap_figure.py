@@ -49,7 +49,8 @@ Marks = Callable[[str, Mapping[str, Any]], list[Mark]]  # of a frame count and a
 
 
 def figure_rows(results: Mapping[str, Mapping[str, Any]], marks_of: Marks) -> list[Row]:
-    """Each benchmark of an evaluation's summary, then its task types from the largest gap to the smallest."""
+    """Each benchmark of a summary, then its pairs, and its task types from the largest gap to the
+    smallest."""
     rows = []
     for result in results.values():
         frames = result["frames"]
@@ -57,14 +58,17 @@ def figure_rows(results: Mapping[str, Mapping[str, Any]], marks_of: Marks) -> li
         if not overall:
             continue
         rows.append(Row(result["title"], True, overall))
-        tasks = dict.fromkeys(task for figures in frames.values() for task in figures.get("by_task", {}))
-        below = []
-        for task in tasks:
-            groups = ((count, figures.get("by_task", {}).get(task, {})) for count, figures in frames.items())
-            marks = [mark for count, group in groups for mark in marks_of(count, group)]
-            if marks:
-                below.append(Row(task.replace("_", " "), False, marks))
-        rows += sorted(below, key=lambda row: -_mean_gap(row.marks))
+        rows += _group_rows(frames, "by_pairs", marks_of)
+        rows += sorted(_group_rows(frames, "by_task", marks_of), key=lambda row: -_mean_gap(row.marks))
+    return rows
+
+
+def _group_rows(frames: Mapping[str, Any], grouping: str, marks_of: Marks) -> list[Row]:
+    rows = []
+    for name in dict.fromkeys(name for figures in frames.values() for name in figures.get(grouping, {})):
+        groups = ((count, figures.get(grouping, {}).get(name, {})) for count, figures in frames.items())
+        if marks := [mark for count, group in groups for mark in marks_of(count, group)]:
+            rows.append(Row(name.replace("_", " "), False, marks))
     return rows
 
 

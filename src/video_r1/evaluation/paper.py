@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from video_r1.evaluation.benchmarks.loading import Questions
-from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.decoding import PROTOCOLS, EvalSettings
 
 _PAPER = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 COLUMNS: list[str] = _PAPER["columns"]
@@ -71,22 +71,17 @@ def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Compari
 
 
 def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) -> list[str]:
-    """What differs from the paper's evaluation besides the checkpoint, in sentences."""
+    """What differs from the paper's evaluation, or with its protocol from its code's, besides the checkpoint,
+    in sentences."""
+    by_code = settings.protocol == "reference"
+    setup = {name: PROTOCOLS["reference"][name] for name in SETUP} if by_code else SETUP
     found = [
         f"{name} is {getattr(settings, name):g} here and {value:g} there"
-        for name, value in SETUP.items()
+        for name, value in setup.items()
         if getattr(settings, name) != value
     ]
-    found.append(
-        f"the prompt is that of {settings.prompt_template}"
-        if settings.prompt_template
-        else "the prompt is this project's own (a checkpoint trained with another one needs prompt_template)"
-    )
-    found.append(
-        "answers are read by a tolerant parser; the reference compares the text in the answer tags, or the "
-        "whole output where there are none (the strict score is printed beside)"
-    )
-    found.append("the paper names temperature 0.01; its published code has 0.1")
+    if not by_code:
+        found += _own_ways(settings)
     if settings.limit is not None:
         found.append(f"only the first {settings.limit} questions of each benchmark are asked")
     for each in questions:
@@ -94,9 +89,21 @@ def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) ->
             found.append(f"{each.title}: {each.coverage}")
         if each.annotation == "published" and each.name in COLUMNS:
             found.append(f"{each.title}: its own annotation and prompt are used, not the reference's JSON")
-        if each.name in _OF_BENCHMARK:
+        if each.name in _OF_BENCHMARK and not (by_code and each.name == "mvbench"):
             found.append(f"{each.title}: {_OF_BENCHMARK[each.name]}")
     return found
+
+
+def _own_ways(settings: EvalSettings) -> list[str]:
+    """What differs where the prompt and the scores are this project's own."""
+    return [
+        f"the prompt is that of {settings.prompt_template}"
+        if settings.prompt_template
+        else "the prompt is this project's own (a checkpoint trained with another one needs prompt_template)",
+        "answers are read by a tolerant parser; the reference compares the text in the answer tags, or the "
+        "whole output where there are none (the strict score is printed beside)",
+        "the paper names temperature 0.01; its published code has 0.1",
+    ]
 
 
 def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str]) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.gap_figure import gain_page, gap_page
-from video_r1.evaluation.paper import compare_with_paper, comparison_table, setup_differences
+from video_r1.evaluation.paper import COLUMNS, compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import ORDERS, cell, summary_table
 from video_r1.files import replace_json, replace_text
@@ -37,7 +37,8 @@ def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -
                 settings.media_root,
                 folder / Path(name).stem,
                 allow_missing=bench.allow_missing,
-                annotation=bench.annotation,
+                annotation=bench.annotation
+                or ("reference" if settings.protocol and name in COLUMNS else None),
             )
         except RequestError as error:
             problems.append(str(error))
@@ -110,13 +111,14 @@ def _summary_of(
     print(f"\n{overview(results)}")
     if bench.compare == "paper":
         comparisons = compare_with_paper(results)
-        differences = setup_differences(settings, suite)
         summary["comparison"] = [
             {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
         ]
-        summary["setup_differences"] = differences
         print(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
-        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
+    if bench.compare == "paper" or settings.protocol:
+        differences = setup_differences(settings, suite)
+        summary |= {"protocol": settings.protocol, "setup_differences": differences}
+        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences or ["nothing"]))
     return summary
 
 
@@ -153,9 +155,10 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
             if result["headline"] == "tasks":
                 rows.append(_task_row(f"{title}, mean over task types{part}", frames, figures))
                 title = f"{result['title']}, mean over questions"
-            rows.append(_question_row(title + part, frames, figures))
-            if "direct" in figures:
-                rows.append(_question_row(f"{title}, direct answers{part}", frames, figures["direct"]))
+            for way, own in (("", figures), (", direct answers", figures.get("direct"))):
+                if own:
+                    rows.append(_question_row(title + way + part, frames, own))
+                    rows += _pair_rows(result, way + part, frames, own)
     if all(row[-1] == "-" for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return table(head, rows)
@@ -164,6 +167,18 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _task_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
     ordered, shuffled = (_percent(figures.get(order, {}).get("task_mean"), "accuracy") for order in ORDERS)
     return title, frames, ordered, "", "", shuffled, "", "-"
+
+
+def _pair_rows(
+    result: Mapping[str, Any], way: str, frames: str, figures: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    rows = []
+    for name, pairs in figures.get("by_pairs", {}).items():
+        title = f"{result['title']}, {name}"
+        if result["headline"] == "tasks":
+            rows.append(_task_row(f"{title}, mean over task types{way}", frames, pairs))
+        rows.append(_question_row(title + way, frames, pairs))
+    return rows
 
 
 def _question_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:

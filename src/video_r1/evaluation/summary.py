@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
 
+from video_r1.errors import RequestError
 from video_r1.evaluation.metrics import mean_figure, paired_difference, task_mean
 from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
@@ -17,6 +18,7 @@ _GROUPINGS = {
     "by_source": "data_source",
     "by_task": "task_type",
 }
+_TABLES = (*_GROUPINGS, "by_pairs")
 
 Record = Mapping[str, Any]  # one line of a predictions file
 
@@ -33,14 +35,15 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
          "temporal_gap": {"gap", "interval95", "questions", "ordered", "shuffled"},
          "temporal_gaps": {name: {"gap", "interval95", "questions", "ordered", name}},
          "by_modality": {name: {"ordered", "shuffled", "temporal_gap"}},
-         "by_type": …, "by_source": …, "by_task": …,
+         "by_type": …, "by_source": …, "by_task": …, "by_pairs": …,
          "direct": the same of the direct answers,
          "reasoning_gains": {order: {"gain", "interval95", "questions", "reasoned", "direct", "tokens"}}}
 
     Each further contrast that was asked stands beside `shuffled`, and its gap in `temporal_gaps`. An order
     without records and a gap without pairs are left out; a gap is over the questions that were asked both
     ways. `by_task` is there when records name task types; an order in which all of them do
-    also has `task_mean`, the mean over task types, beside the mean over questions. Where both ways of
+    also has `task_mean`, the mean over task types, beside the mean over questions. `by_pairs` is there when
+    records name the sets they are in: its figures are over sets (see `pair_records`). Where both ways of
     answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
     direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
     lengths. Figures are of the direct answers where there are no others.
@@ -48,10 +51,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     if not records:
         return summarise(direct) if direct else {}
     figures = _figures(records, direct)
-    for order, chosen in _by_order(records).items():
-        if all(record.get("task_type") for record in chosen):
-            headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
-            figures[order]["task_mean"] = headline.as_json("accuracy")
+    _add_task_means(figures, records)
     for name, field in _GROUPINGS.items():
         groups, direct_groups = _grouped(records, field), _grouped(direct, field)
         if groups:
@@ -59,9 +59,66 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
                 group: _figures(members, direct_groups.get(group, ()))
                 for group, members in sorted(groups.items())
             }
+    direct_pairs = pair_records(direct)
+    for name, pairs in pair_records(records).items():
+        own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, direct_pairs.get(name, ()))
+        _add_task_means(own, pairs)
     if direct:
         figures["direct"] = summarise(direct)
     return figures
+
+
+def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
+    for order, chosen in _by_order(records).items():
+        if all(record.get("task_type") for record in chosen):
+            headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
+            figures[order]["task_mean"] = headline.as_json("accuracy")
+
+
+def check_pairs(problem_id: str | int, pairs: Any) -> None:
+    """Raises RequestError where a question's `pairs` is not {metric: [set, its questions]}."""
+    try:
+        sets = [(str(which), size) for which, size in pairs.values()]
+        fine = all(isinstance(size, int) and size > 0 for _, size in sets)
+    except (AttributeError, TypeError, ValueError):
+        fine = False
+    if not fine:
+        raise RequestError(
+            f"question {problem_id!r}: pairs is {pairs!r}; it must name the sets that it is in and how "
+            'many questions each has, such as {"pair accuracy": ["17", 2]}'
+        )
+
+
+def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """By the name of a metric over pairs: one record for each set of questions and order.
+
+    A record's `pairs` says {metric: [set, its questions]}: ["17", 2]. A set is as right as its worst answer,
+    right where all are. One without all of its answers is left out, and one of several task types has none.
+    """
+    sets: dict[tuple[str, str, str], list[Record]] = {}
+    sizes: dict[tuple[str, str, str], int] = {}
+    for record in records:
+        for name, (which, size) in (record.get("pairs") or {}).items():
+            key = (name, str(which), record["order"])
+            sets.setdefault(key, []).append(record)
+            sizes[key] = size
+    found: dict[str, list[Record]] = {}
+    for (name, which, order), members in sets.items():
+        if len(members) == sizes[name, which, order]:
+            found.setdefault(name, []).append(_as_one(members) | {"problem_id": which, "order": order})
+    return found
+
+
+def _as_one(members: Sequence[Record]) -> dict[str, Any]:
+    worst = {name: min(record[name] for record in members) for name in ("score", "strict_score", "format")}
+    cut_off = any(record["finish_reason"] == "length" for record in members)
+    tasks = {record.get("task_type") for record in members}
+    return worst | {
+        "prediction": all(record["prediction"] for record in members),
+        "finish_reason": "length" if cut_off else "stop",
+        "tokens": sum(record.get("tokens", 0) for record in members),
+        "task_type": tasks.pop() if len(tasks) == 1 else "",
+    }
 
 
 def _grouped(records: Iterable[Record], field: str) -> dict[str, list[Record]]:
@@ -132,7 +189,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     blocks = []
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
-        for grouping in _GROUPINGS:
+        for grouping in _TABLES:
             rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
         lines = [f"{frames} frames", table(head, rows)]

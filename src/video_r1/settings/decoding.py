@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from video_r1.settings.base import Problem, Settings, setting
@@ -19,6 +19,16 @@ from video_r1.settings.types import Sentence
 SCHEMES = ("http://", "https://")
 Answer = Literal["reasoned", "direct"]
 """How a question is answered: as the prompt template asks, or at once."""
+Protocol = Literal["reference"]
+"""Another program's evaluation (evaluation/protocol.py)."""
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "reference": {
+        **{"fps": 2.0, "min_frames": 4, "max_frames": 16},
+        **{"frame_pixels": 256 * 28 * 28, "image_pixels": 256 * 28 * 28, "prompt_template": None},
+        **{"temperature": 0.1, "top_p": 0.001, "max_new_tokens": 1024},
+    }
+}
+"""The settings of each, where neither a recipe nor an option says otherwise."""
 
 
 def addresses(text: str) -> tuple[str, ...]:
@@ -79,6 +89,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     answer: list[Answer] = setting(
         ["reasoned"], "direct: ask for the answer alone; direct,reasoned: both ways, and compare them"
     )
+    protocol: Protocol | None = setting(
+        None, "reference: evaluate as Video-R1's public code does: its prompt, settings, reading and scores"
+    )
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
@@ -91,6 +104,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
             yield "order", f"is {self.order}; name one or more frame orders, each once"
         if not self.answer or len(set(self.answer)) < len(self.answer):
             yield "answer", f"is {self.answer}; name direct, reasoned or both, each once"
+        for name in ("prompt_template", "subtitles"):
+            if self.protocol and getattr(self, name):
+                yield name, f"is set, but protocol {self.protocol} has a prompt of its own; leave one out"
 
     @property
     def frame_counts(self) -> list[int]:

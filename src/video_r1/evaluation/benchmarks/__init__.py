@@ -1,5 +1,5 @@
 """The benchmarks that `video-r1 eval --bench` knows, by name. Each is declared in `<name>.toml` beside this
-file; `special.py` and `tempcompass.py` have what cannot be declared.
+file; `special.py`, `pairs.py` and `tempcompass.py` have what cannot be declared.
 """
 
 import tomllib
@@ -11,6 +11,7 @@ from video_r1.evaluation.benchmarks.special import SPECIAL
 _NAMES = (
     *("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"),  # the paper's
     *("videoholmes", "tomato", "tvbench", "longvideobench"),
+    *("vinoground", "mvp", "mvp_mini", "timeblind"),
 )
 
 

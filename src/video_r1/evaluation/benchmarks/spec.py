@@ -61,6 +61,9 @@ class Benchmark:
     prompts: Mapping[str, str] = field(default_factory=dict)  # task type, or "" for all: text with {question}
     metric: str = "accuracy"
     headline: Literal["questions", "tasks"] = "questions"  # what the mean is over
+    # Sets of questions that are right only as a whole, by the metric's name: `by`, a template of the set that
+    # a question is in ("": in none), and `questions`, how many a set has.
+    pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_task: str = ""  # template: the task type of a row of the reference's JSON
     unverified: Sequence[str] = ()  # what is assumed without a published file or program that shows it
     tables: Tables = field(default_factory=dict)  # for the functions below, which are given a row and these
@@ -74,6 +77,11 @@ class Benchmark:
         if not self.open_ended or len(row.get(self.choices) or ()) > 0:
             return "multiple choice"
         return "free-form" if parse_number(str(row[self.answer])) is None else "numerical"
+
+    def sets_of(self, row: Row) -> Row:
+        """The field `pairs` of a question, for a benchmark that has some: {metric: [set, its questions]}."""
+        sets = {name: [filled(pair["by"], row), pair["questions"]] for name, pair in self.pairs.items()}
+        return {"pairs": {name: each for name, each in sets.items() if each[0]}} if sets else {}
 
     def places_of(self, row: Row) -> list[Place]:
         if self.find_places is not None:
@@ -128,6 +136,7 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
                 "data_source": row.get("data_source", benchmark.title),
                 "task_type": task,
                 **({} if place.is_window else window_of(row, benchmark.window)),
+                **benchmark.sets_of(row),
             }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from video_r1.data.answers import LETTERS
 from video_r1.errors import ManifestError
+from video_r1.evaluation.benchmarks.pairs import read_mvp, read_timeblind, read_vinoground
 from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 from video_r1.evaluation.benchmarks.tempcompass import read_tempcompass
 
@@ -82,4 +83,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "tempcompass": {"read": read_tempcompass},
     "tomato": {"read": read_tomato},
     "longvideobench": {"read": read_longvideobench},
+    "vinoground": {"read": read_vinoground},
+    "mvp": {"read": read_mvp},
+    "mvp_mini": {"read": read_mvp},
+    "timeblind": {"read": read_timeblind},
 }
