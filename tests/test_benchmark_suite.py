@@ -363,7 +363,7 @@ def test_the_rows_of_the_gap_figure() -> None:
         ("TempCompass", True, 1),
         ("order", False, 1),
     ]
-    assert [row.marks[0].needs_order for row in rows] == [True, True, False, False, True, True]
+    assert [row.marks[0].beyond_zero for row in rows] == [True, True, False, False, True, True]
     page = gap_page(RESULTS, "runs/rl & more")
     assert "object &lt;shuffle&gt;" in page and "<shuffle>" not in page
     assert "runs/rl &amp; more" in page
@@ -400,7 +400,7 @@ def test_every_control_has_its_mark() -> None:
         ("order", ["shuffled"]),  # by the gap of shuffled frames, whatever else was asked
         ("count", ["shuffled", "blind"]),
     ]
-    assert rows[0].marks[2].other == pytest.approx(0.4) and rows[0].marks[2].needs_order
+    assert rows[0].marks[2].other == pytest.approx(0.4) and rows[0].marks[2].beyond_zero
     page = gap_page(CONTROLLED, "m")
     assert "reversed: the same frames from last to first" in page and "frozen:" not in page
     assert "reversed: the same" not in gap_page(RESULTS, "m")
@@ -412,17 +412,28 @@ def gained(gain: float, tokens: float) -> dict[str, Any]:
     return {"reasoning_gains": {"ordered": figure | means}}
 
 
+GAINS: dict[str, Any] = {
+    "mvbench": {
+        **RESULTS["mvbench"],
+        "frames": {
+            "16": {
+                **gained(0.02, 8.0),
+                "by_task": {"count": gained(-0.1, 7.6), "maths": gained(0.2, 9.0)},
+            }
+        },
+    }
+}
+
+
 def test_what_reasoning_gains_has_its_figure() -> None:
-    by_task = {"count": gained(-0.1, 7.6), "maths": gained(0.2, 9.0)}
-    results = {"mvbench": {**RESULTS["mvbench"], "frames": {"16": {**gained(0.02, 8.0), "by_task": by_task}}}}
-    rows = figure_rows(results, gain_marks)
+    rows = figure_rows(GAINS, gain_marks)
     assert [(row.name, row.marks[0].gap) for row in rows] == [
         ("MVBench", 0.02),
         ("maths", 0.2),
         ("count", -0.1),
     ]
-    assert [row.marks[0].needs_order for row in rows] == [False, True, True]
-    page = gain_page(results, "m")
+    assert [row.marks[0].beyond_zero for row in rows] == [False, True, True]
+    page = gain_page(GAINS, "m")
     assert "40.0 − 50.0 = −10.0  (50; 149 − 8 tokens)" in page
     assert "MVBench: 600 of 4,000 questions." in page
 
@@ -442,14 +453,19 @@ OVERLAPPING = """(() => {
 
 
 @pytest.mark.skipif(find_chromium() is None, reason="no chromium on this machine")
-def test_the_gap_figure_in_a_browser(tmp_path: Path) -> None:
-    page = tmp_path / "temporal-gap.html"
-    page.write_text(gap_page(RESULTS, "runs/rl"), encoding="utf-8")
+def test_both_figures_in_a_browser(tmp_path: Path) -> None:
+    pages = {
+        "temporal-gap": (gap_page(RESULTS, "runs/rl"), 8 + 2 + 2),
+        "reasoning": (gain_page(GAINS, "m"), 3 + 1),
+    }
     with chromium() as opened:
-        browser = FilePage(opened)
-        browser.open(page)
-        assert browser.problems == []
-        assert browser.requests == [page.resolve().as_uri()]
-        assert browser.run("document.querySelectorAll('circle').length") == 8 + 2 + 2  # and the legend's two
-        assert browser.run(OUTSIDE) == 0
-        assert browser.run(OVERLAPPING) == 0
+        for name, (text, circles) in pages.items():
+            page = tmp_path / f"{name}.html"
+            page.write_text(text, encoding="utf-8")
+            browser = FilePage(opened)
+            browser.open(page)
+            assert browser.problems == []
+            assert browser.requests == [page.resolve().as_uri()]
+            assert browser.run("document.querySelectorAll('circle').length") == circles  # and the legend's
+            assert browser.run(OUTSIDE) == 0
+            assert browser.run(OVERLAPPING) == 0

@@ -35,7 +35,7 @@ class Mark(NamedTuple):
     more: str = ""  # said behind the number of questions
 
     @property
-    def needs_order(self) -> bool:
+    def beyond_zero(self) -> bool:
         return self.low > 0 or self.high < 0
 
 
@@ -198,7 +198,7 @@ def _drawn(mark: Mark, colour: str, x: Any, y: float, with_frames: bool) -> str:
     figures = f"{100 * mark.first:.1f} − {100 * mark.other:.1f} = {_signed(100 * mark.gap)}"
     interval = f"[{_signed(100 * mark.low)}, {_signed(100 * mark.high)}]"
     told = f"{frames}{mark.kind}: {figures} {interval}, {mark.questions:,} questions{mark.more}"
-    fill = colour if mark.needs_order else "var(--page)"
+    fill = colour if mark.beyond_zero else "var(--page)"
     return (
         f"<g><title>{escape(told)}</title>"
         f'<line x1="{x(mark.low):.1f}" x2="{x(mark.high):.1f}" y1="{y:.1f}" y2="{y:.1f}" stroke="{colour}" '
