@@ -23,6 +23,7 @@ from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 
+from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -76,7 +77,7 @@ def command(words: list[str], output: str, phase: Any) -> None:
     os._exit(main(words))
 
 
-def any_format(rollouts: Sequence[Rollout]) -> Tensor:
+def any_format(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
     """In place of the format reward, which random weights never earn: one with something to learn."""
     return torch.tensor([int(rollout.token_ids.sum()) % 97 / 97 for rollout in rollouts])
 

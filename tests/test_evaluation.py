@@ -21,6 +21,7 @@ from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
 from video_r1.evaluation import runner
+from video_r1.evaluation.metrics import OVERLAP_SHARES, share_figure
 from video_r1.evaluation.scoring import score_output
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
@@ -440,6 +441,25 @@ def test_requests_that_cannot_be_met(
         ("regression", "10", "about 8.5 meters", "8.5", 0.7, 0.0, 0.0),
         ("regression", "10", "far", "", 0.0, 0.0, 0.0),
         ("OCR", "3 7 2 9", "3 7 9", "3 7 9", 0.75, 0.0, 0.0),
+        ("temporal grounding", '{"time": [2, 6]}', "4s to 8s", '{"time": [4.0, 8.0]}', 1 / 3, 0.0, 0.0),
+        (
+            "temporal grounding",
+            '{"time": [2, 6]}',
+            '<think>t</think><answer>{"time": [4, 8]}</answer>',
+            '{"time": [4.0, 8.0]}',
+            1 / 3,
+            1 / 3,
+            1.0,
+        ),
+        (
+            "temporal grounding",
+            '{"time": [2, 6]}',
+            "<think>t</think><answer>4 to 8</answer>",
+            '{"time": [4.0, 8.0]}',
+            1 / 3,
+            0.0,
+            0.0,
+        ),
     ],
 )
 def test_scores_of_outputs(
@@ -453,6 +473,56 @@ def test_scores_of_outputs(
     scored = score_output(question, output)
     assert scored.prediction == prediction
     assert (scored.score, scored.strict_score, scored.format) == pytest.approx((score, strict, in_format))
+
+
+class SpanEngine(ScriptedEngine):
+    """Answers 2 s to 6 s to ordered frames and 4 s to 8 s to shuffled ones."""
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+    ) -> list[list[Rollout]]:
+        spans = {"ordered": "[2, 6]", "shuffled": "[4, 8]"}
+        texts = (f'<think>t</think><answer>{{"time": {spans[prompt.order]}}}</answer>' for prompt in prompts)
+        return [[Rollout(torch.zeros(3, dtype=torch.int64), torch.zeros(3), text, "stop")] for text in texts]
+
+
+def test_overlaps_of_spans(builder: PromptBuilder, media: Path, tmp_path: Path) -> None:
+    """tIoU with the truths [2, 6], [4, 8], [0, 10] and [8, 9]: in order 1, 1/3, 0.4 and 0, else 1/3, 1, 0.4
+    and 0."""
+    questions = [
+        sample(str(span), media, problem_type="temporal grounding", options=(),
+               solution=f'<answer>{{"time": {span}}}</answer>')
+        for span in ([2, 6], [4, 8], [0, 10], [8, 9])
+    ]  # fmt: skip
+    summary = evaluate(questions, SpanEngine(), builder, folder=tmp_path, frames=[4])
+    figures = summary["frames"]["4"]["by_type"]["temporal grounding"]
+    ordered = figures["ordered"]["overlaps"]["tIoU"]
+    assert ordered["mean"] == figures["ordered"]["accuracy"] == pytest.approx((1 + 1 / 3 + 0.4) / 4)
+    shares = {name: (ordered[name]["share"], ordered[name]["questions"]) for name in OVERLAP_SHARES}
+    assert shares == {"R@0.3": (0.75, 4), "R@0.5": (0.25, 4), "R@0.7": (0.25, 4)}
+    assert ordered["R@0.3"]["interval95"] == list(share_figure(3, 4)[1:3])
+    assert figures["shuffled"]["overlaps"]["tIoU"]["mean"] == pytest.approx((1 / 3 + 1 + 0.4) / 4)
+    assert summary["frames"]["4"]["ordered"]["overlaps"]["tIoU"] == ordered
+    table = summary_table(summary)
+    assert "overlap with the truth" in table and "temporal grounding, tIoU, shuffled" in table
+    assert "0.750 [0.301, 0.954]" in table  # Wilson's interval of 3 of 4
+    [first, *_] = lines(tmp_path / "predictions-4.jsonl")
+    assert first["overlaps"] == {"tIoU": 1.0}
+
+
+def test_questions_of_other_types_have_no_overlap(
+    builder: PromptBuilder, media: Path, tmp_path: Path
+) -> None:
+    span = sample("span", media, problem_type="temporal grounding", options=(),
+                  solution='<answer>{"time": [2, 6]}</answer>')  # fmt: skip
+    summary = evaluate([sample(1, media), span], SpanEngine(), builder, folder=tmp_path, frames=[4])
+    figures = summary["frames"]["4"]
+    assert (
+        "overlaps" not in figures["ordered"]
+        and "overlaps" in figures["by_type"]["temporal grounding"]["ordered"]
+    )
+    assert "overlaps" not in figures["by_type"]["multiple choice"]["ordered"]
+    assert "overlaps" not in lines(tmp_path / "predictions-4.jsonl")[0]
 
 
 def test_a_real_model_interrupted_and_continued(

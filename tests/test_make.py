@@ -48,6 +48,28 @@ PUBLISHED: dict[str, tuple[str, Any, list[dict[str, Any]]]] = {
             "data_source": "SR-91k",
         }],
     ),
+    "onethinker": (
+        "onethinker_rl_train.json",
+        [{
+            "problem_id": 5, "problem": "<video>When does it roll?", "data_type": "video",
+            "problem_type": "temporal grounding", "videos": ["./a/ball.mp4"], "images": [],
+            "solution": '<answer>{"time": [1.5, 3]}</answer>', "data_source": "x",
+        }, {
+            "problem_id": 6, "problem": "<image>\nWhere is it?", "data_type": "image",
+            "problem_type": "spatial grounding", "images": ["./sign.png"],
+            "answer": '<answer>{"boxes": [10, 20, 300, 400]}</answer>',
+        }, {
+            "problem_id": 7, "problem": "What is it?", "data_type": "image", "problem_type": "open-ended",
+            "images": ["./sign.png"], "solution": "<answer>A sign.</answer>",
+        }],
+        [
+            {"problem_id": 5, "problem": "When does it roll?", "problem_type": "temporal grounding",
+             "solution": '<answer>{"time": [1.5, 3.0]}</answer>', "path": "a/ball.mp4"},
+            {"problem_id": 6, "problem": "Where is it?", "problem_type": "spatial grounding",
+             "solution": '<answer>{"boxes": [10.0, 20.0, 300.0, 400.0]}</answer>', "path": "sign.png"},
+            {"problem_id": 7, "problem_type": "free-form", "solution": "<answer>A sign.</answer>"},
+        ],
+    ),
     "llava-video": (
         "0_30_s_youtube_mc_v0_1_qa_processed.json",
         [{
@@ -158,8 +180,37 @@ def test_published_layouts(
     )
 
 
+def test_answers_that_say_where_and_when(shelf: Path, tmp_path: Path) -> None:
+    table = [
+        {"question": "When?", "answer": [1.5, 3], "video": "ball", "problem_type": "temporal grounding"},
+        {"question": "When?", "answer": "0:01 to 0:03", "video": "ball", "problem_type": "moment retrieval"},
+        {
+            "question": "Where?",
+            "answer": {"bbox": [1, 2, 3, 4]},
+            "video": "ball",
+            "problem_type": "spatial_grounding",
+        },
+        {"question": "When?", "answer": "soon", "video": "ball", "problem_type": "temporal grounding"},
+        {
+            "question": "Where?",
+            "answer": "[1, 2, 3000, 4]",
+            "video": "ball",
+            "problem_type": "spatial grounding",
+        },
+    ]
+    rows, refused = make(shelf, written(tmp_path, "t.json", table))
+    assert [row["solution"] for row in rows] == [
+        '<answer>{"time": [1.5, 3.0]}</answer>', '<answer>{"time": [1.0, 3.0]}</answer>',
+        '<answer>{"boxes": [1.0, 2.0, 3.0, 4.0]}</answer>',
+    ]  # fmt: skip
+    assert [line["reason"] for line in refused] == ["no place or time", "no manifest row"]
+    assert 'of the form {"time": [2.5, 6.0]}' in refused[0]["found"]
+    assert "1000·x/width" in refused[1]["found"]
+
+
 def test_every_layout_is_a_setting_and_knows_its_own_rows_alone() -> None:
     firsts = {
+        "onethinker": PUBLISHED["onethinker"][1][0],
         "video-r1": PUBLISHED["video-r1"][1][0], "llava-video": PUBLISHED["llava-video"][1][0],
         "nextqa": dict.fromkeys(PUBLISHED["nextqa"][1].splitlines()[0].split(","), "1"),
         "perception-test": PUBLISHED["perception-test"][1]["video_0"],

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.grounding import GROUNDING_FORMS
+from video_r1.rewards.correctness import correctness
 from video_r1.rewards.shaping import format_reward
 
 FILTERS = (
@@ -221,6 +223,8 @@ def contradiction(rationale: str, answer: str, problem_type: str, options: Seque
     else:  # a text: only "the answer is …" can be told from everything else that is said
         match = list(_QUESTION_TELLS.finditer(sentence))
         said = match[-1]["said"] if match else ""
+        if problem_type in GROUNDING_FORMS:
+            said = read_answer(said, problem_type)
     if not said or _same(problem_type, said, answer):
         return None
     return f"it concludes {_shown(sentence)} and answers {_shown(answer)}"
@@ -236,7 +240,8 @@ def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
 
 
 def _same(problem_type: str, said: str, answer: str) -> bool:
-    """Whether two answers can mean the same: numbers that are close, texts with a common word."""
+    """Whether two answers can mean the same: numbers that are close, places that overlap, texts with a common
+    word."""
     if problem_type == "multiple choice":
         return said.strip(" ().").upper() == answer.strip(" ().").upper()
     if problem_type in ("numerical", "regression"):
@@ -244,6 +249,8 @@ def _same(problem_type: str, said: str, answer: str) -> bool:
         if numbers[0] is None or numbers[1] is None:
             return True
         return abs(numbers[0] - numbers[1]) <= ROUNDING[problem_type] * abs(numbers[1])
+    if problem_type in GROUNDING_FORMS:
+        return correctness(problem_type, said, answer) > 0
     return bool(set(words_of(said)) & set(words_of(answer)))
 
 

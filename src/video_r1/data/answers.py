@@ -5,6 +5,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
+from video_r1.data.grounding import GROUNDING_FORMS, read_located
+
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPEN_ANSWER = re.compile(r"<answer>(.*)\Z", re.DOTALL)
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
@@ -90,7 +92,8 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
     Looks inside the first answer tags (an unclosed one counts), or without tags at everything but the
     reasoning (which a cut-off output never leaves). Multiple choice gives the option's letter ("(B)", "B.",
     "Answer: B", "B is correct" and the option's text are understood; two options in one breath are no answer,
-    nor is one that is denied), numerical and regression the number's digits, the other types the text itself.
+    nor is one that is denied), numerical and regression the number's digits, grounding types their exact JSON
+    (`grounding.read_located` says what is understood), the other types the text itself.
     """
     tagged = _ANSWER.search(output) or _OPEN_ANSWER.search(output)
     if tagged:
@@ -104,6 +107,10 @@ def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> 
         return _read_number(text, first=tagged is not None)
     if problem_type == "math" and "\\boxed" in text:
         return text[text.rindex("\\boxed") :]
+    if problem_type in GROUNDING_FORMS:
+        stated = text if tagged else _after_cue(text)
+        located = read_located(stated, problem_type, last=stated == text and not tagged)
+        return str(located) if located else ""
     return text if tagged else _after_cue(text)
 
 

@@ -25,6 +25,7 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor
 
+from video_r1.data.grounding import GROUNDING_HINTS
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, PromptError
@@ -41,6 +42,7 @@ ANSWER_HINTS: dict[ProblemType, str] = {
     "free-form": "Give a sentence.",
     "regression": "Give a number.",
     "math": "Give a value or an expression.",
+    **GROUNDING_HINTS,
 }
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
 DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
+from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.remote import check_schemes, is_address
 from video_r1.data.rows import Unreadable, read_rows
@@ -233,12 +234,15 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
         found.append(
             f"the solution of a {problem_type} problem must be a finite number, not {_shown(answer)}"
         )
+    start, end = _window(row, data_type, found)
+    if problem_type in GROUNDING_FORMS and answer:
+        window = None if end is None else end - (start or 0.0)
+        found.extend(truth_problems(answer, problem_type, data_type, window))
     process = _text(row, "process", found, required=False)
     if process and not _PROCESS.fullmatch(process):
         found.append(f"process is {_shown(process)}; it must be <think>…</think>")
     data_source = _text(row, "data_source", found, required=False)
     subtitles = _text(row, "subtitles", found, required=False).strip() or None
-    start, end = _window(row, data_type, found)
     if found:
         return None, found
     extra = {

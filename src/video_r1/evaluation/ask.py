@@ -14,6 +14,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING
 
 from video_r1.data.answers import LETTERS, lettered, read_answer
+from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.errors import RequestError
 from video_r1.settings.decoding import AskSettings
 from video_r1.tables import table
@@ -126,7 +127,8 @@ def solution_of(answer: str | None, kind: str, options: Sequence[str]) -> str:
         return ""
     read = read_answer(f"<answer>{answer}</answer>", kind, options)
     if not read:
-        wanted = f"one of the options, {', '.join(options)}" if options else "a number"
+        form = GROUNDING_FORMS.get(kind, "a number")
+        wanted = f"one of the options, {', '.join(options)}" if options else form
         raise RequestError(f"answer is {answer!r}; it must be {wanted}")
     return f"<answer>{read}</answer>"
 

@@ -5,13 +5,14 @@ N is the number of questions; scores are float64 in [0, 1].
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2_000
+OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # of questions with an overlap of at least this
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
 _DIRECTION_DIFFICULTY = re.compile(r"(object_rel_direction)_(?:easy|medium|hard)")
 
@@ -92,6 +93,24 @@ def share_difference(first: Figure, second: Figure) -> Figure:
     below = math.hypot(first.mean - first.low, second.high - second.mean)
     above = math.hypot(first.high - first.mean, second.mean - second.low)
     return Figure(difference, difference - below, difference + above, min(first.questions, second.questions))
+
+
+def overlap_figures(overlaps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Figures of answers that say where and when: for each overlap (tIoU, IoU) its mean over the questions
+    that are scored by it, and the shares R@m of those whose overlap is at least m.
+
+    overlaps: of each question, by name. Returns {"tIoU": {"mean", "interval95", "questions", "R@0.3":
+    {"share", "interval95", "questions"}, …}}.
+    """
+    figures = {}
+    for name in sorted({name for each in overlaps for name in each}):
+        values = [each[name] for each in overlaps if name in each]
+        shares = {  # 0.3 as a quotient may lie a rounding error below it
+            share: share_figure(sum(value >= least - 1e-9 for value in values), len(values)).as_json("share")
+            for share, least in OVERLAP_SHARES.items()
+        }
+        figures[name] = mean_figure(values).as_json("mean") | shares
+    return figures
 
 
 def task_mean(scores: ArrayLike, tasks: Sequence[str]) -> Figure:

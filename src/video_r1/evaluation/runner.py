@@ -18,6 +18,7 @@ from video_r1.evaluation.scoring import score_output
 from video_r1.evaluation.summary import check_pairs, summarise
 from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
+from video_r1.rewards.overlap import overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol
 from video_r1.settings.frames import FrameBudget
@@ -76,11 +77,14 @@ class _Evaluation(Asking):
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
         (rollout,) = rollouts
+        scored = score_output(sample, rollout.text, self.protocol)
+        overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
         return {
             "problem_id": sample.problem_id,
             "order": prompt.order,
             "output": rollout.text,
-            **score_output(sample, rollout.text, self.protocol)._asdict(),
+            **scored._asdict(),
+            **({"overlaps": overlap} if overlap else {}),
             "answer": sample.answer,
             "frames": frames,
             "tokens": len(rollout.token_ids),

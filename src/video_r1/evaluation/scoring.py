@@ -28,7 +28,8 @@ def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Sco
     else:
         prediction = read_answer(output, kind, sample.options)
         score = _score(kind, prediction, truth)
-    return Scored(prediction, score, _score(kind, extract_answer(output), truth), format_reward(output))
+    strict = _score(kind, extract_answer(output), truth)
+    return Scored(prediction, score, strict, format_reward(output, kind))
 
 
 def _score(problem_type: str, prediction: str, truth: str) -> float:

@@ -6,7 +6,13 @@ from statistics import fmean
 from typing import Any, get_args
 
 from video_r1.errors import RequestError
-from video_r1.evaluation.metrics import mean_figure, paired_difference, task_mean
+from video_r1.evaluation.metrics import (
+    OVERLAP_SHARES,
+    mean_figure,
+    overlap_figures,
+    paired_difference,
+    task_mean,
+)
 from video_r1.settings.frames import Contrast, Order
 from video_r1.tables import table
 
@@ -47,6 +53,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
     direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
     lengths. Figures are of the direct answers where there are no others.
+    An order in which all questions are of grounding types has `overlaps` (see `overlap_figures`).
     """
     if not records:
         return summarise(direct) if direct else {}
@@ -165,11 +172,14 @@ def _difference(name: str, field: str, sides: Mapping[str, Iterable[Record]]) ->
 
 
 def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
+    measured = [record["overlaps"] for record in records if record.get("overlaps")]
+    overlaps = {"overlaps": overlap_figures(measured)} if len(measured) == len(records) else {}
     return mean_figure(_scores(records)).as_json("accuracy") | {
         "strict_accuracy": fmean(record["strict_score"] for record in records),
         "format_rate": fmean(record["format"] for record in records),
         "unparsable_rate": fmean(not record["prediction"] for record in records),
         "truncated_rate": fmean(record["finish_reason"] == "length" for record in records),
+        **overlaps,
     }
 
 
@@ -193,6 +203,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
         lines = [f"{frames} frames", table(head, rows)]
+        if overlaps := overlap_rows(figures):
+            lines.append(table(("overlap with the truth", "questions", "mean", *OVERLAP_SHARES), overlaps))
         lines += [
             f"{name}: accuracy {cell(figures[name], 'accuracy')}, temporal gap {cell(gap, 'gap')}"
             for name, gap in figures.get("temporal_gaps", {}).items()
@@ -203,6 +215,18 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def overlap_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """A line for each grounding type, order and overlap: its mean and R@0.3, R@0.5, R@0.7, with intervals."""
+    rows = []
+    for kind, group in figures.get("by_type", {}).items():
+        for order in get_args(Order):
+            for name, overlap in group.get(order, {}).get("overlaps", {}).items():
+                shares = (cell(overlap[share], "share") for share in OVERLAP_SHARES)
+                label = f"{kind}, {name}" + (f", {order}" if order != "ordered" else "")
+                rows.append((label, str(overlap["questions"]), cell(overlap, "mean"), *shares))
+    return rows
 
 
 def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str]:

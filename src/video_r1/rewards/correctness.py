@@ -2,19 +2,22 @@
 
 The scores are those of Video-R1 (arXiv 2503.21776) with one deviation: its code also gives a numerical
 answer 0 when only one of the two strings has a `.` or a `,`, so that "3" is wrong where "3.0" is the truth
-and "1,200" where "1200" is. Here two equal numbers are equal however they are written.
+and "1,200" where "1200" is. Here two equal numbers are equal however they are written. Grounding types are
+scored by overlap.py.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 
 import jiwer
 from rouge_score.rouge_scorer import RougeScorer
 
 from video_r1.data.answers import parse_number
+from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.rewards.expressions import same_expression
+from video_r1.rewards.overlap import grounding
 
-_CONTINUOUS = ("OCR", "free-form", "regression")
+_CONTINUOUS = ("OCR", "free-form", "regression", *GROUNDING_FORMS)
 
 
 def correctness(problem_type: str, answer: str, truth: str) -> float:
@@ -103,4 +106,5 @@ _SCORERS: dict[str, Callable[[str, str], float]] = {
     "free-form": free_form,
     "regression": regression,
     "math": math,
+    **{kind: partial(grounding, kind) for kind in GROUNDING_FORMS},
 }

@@ -161,7 +161,7 @@ def score_group(
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
         "accuracy": accuracy,
-        "format": format_scores(ordered),
+        "format": format_scores(sample, ordered),
         "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
         "temporal": temporal.bonus,
     }
@@ -174,7 +174,7 @@ def score_group(
         rewards={},
         total_reward=torch.zeros(len(ordered)),
         advantages=torch.zeros(len(ordered)),
-        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(shuffled)}
+        shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(sample, shuffled)}
         if shuffled
         else {},
         p=temporal.p,
@@ -195,9 +195,10 @@ def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
     return torch.tensor(scores, dtype=torch.float32)
 
 
-def format_scores(rollouts: Sequence[Rollout]) -> Tensor:
+def format_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
     """[G] float32: 1 where the whole completion has the demanded format."""
-    return torch.tensor([format_reward(rollout.text) for rollout in rollouts], dtype=torch.float32)
+    scores = [format_reward(rollout.text, sample.problem_type) for rollout in rollouts]
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:

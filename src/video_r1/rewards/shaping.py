@@ -11,6 +11,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from video_r1.data.grounding import GROUNDING_FORMS, parse_located
 from video_r1.settings.training import TemporalRule
 
 _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
@@ -26,13 +27,17 @@ class TemporalReward(NamedTuple):
     p_shuffled: float  # that of shuffled ones; nan where the question has none
 
 
-def format_reward(completion: str) -> float:
+def format_reward(completion: str, problem_type: str = "") -> float:
     """1 when the whole completion is `<think>…</think>`, white space, `<answer>…</answer>`, else 0.
 
-    Each of the four tags has to occur exactly once: a second answer is no valid format.
+    Each of the four tags has to occur exactly once: a second answer is no valid format. The answer to a
+    question of a grounding type also has to have its form.
     """
     once = all(completion.count(tag) == 1 for tag in _TAGS)
-    return float(once and _FORMAT.fullmatch(completion) is not None)
+    match = _FORMAT.fullmatch(completion) if once else None
+    if match is not None and problem_type in GROUNDING_FORMS:
+        return float(parse_located(match.group(2), problem_type) is not None)
+    return float(match is not None)
 
 
 def temporal_reward(

@@ -35,7 +35,7 @@ class MakeSettings(PlacesSettings, RemoteSettings):
     )
     out: str | None = setting(None, "manifest to write, .json or .jsonl; OUT.refused.jsonl stands beside it")
     layout: Literal[
-        "auto", "table", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
+        "auto", "table", "onethinker", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
     ] = setting("auto", "whose rows these are; table: columns are guessed by their names")
     columns: dict[str, str] = setting(
         {}, "the column of a field, problem=Question,answer=Ans; options=a0+a1+a2 for several; none: without"

@@ -12,7 +12,10 @@ from video_r1.settings.keep import parse_keep
 MANIFEST_ENDINGS = (".json", ".jsonl")
 BadRows = Literal["stop", "leave_out"]
 """What happens to rows of a manifest that are no question."""
-ProblemType = Literal["multiple choice", "numerical", "OCR", "free-form", "regression", "math"]
+ProblemType = Literal[
+    "multiple choice", "numerical", "OCR", "free-form", "regression", "math",
+    "temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking",
+]  # fmt: skip
 """What kind of answer a question wants, as a manifest spells it."""
 
 

@@ -105,7 +105,7 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], settings: Any) 
     rollouts = iter(engine.generate([prompt for _, prompt in asked], sampling))
     for question in questions:
         ordered, sample = next(rollouts), question.sample
-        accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(ordered).mean()
+        accuracy, formatted = answer_scores(sample, ordered).mean(), format_scores(sample, ordered).mean()
         shuffled = None if question.shuffled is None else answer_scores(sample, next(rollouts)).mean().item()
         yield accuracy.item(), formatted.item(), shuffled
 

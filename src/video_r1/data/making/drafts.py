@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from video_r1.data.answers import LETTERS, parse_number
+from video_r1.data.answers import LETTERS, parse_number, read_answer
+from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.layouts import Draft
 from video_r1.data.making.refusals import Refused
@@ -28,6 +29,10 @@ _TYPE_NAMES = {
     "free-form": "freeform openended open oe freetext text",
     "regression": "regression",
     "math": "math mathematical mathematics latex",
+    "temporal grounding": "temporalgrounding momentretrieval",
+    "spatial grounding": "spatialgrounding",
+    "spatial-temporal grounding": "spatialtemporalgrounding spatiotemporalgrounding",
+    "tracking": "tracking",
 }
 _TYPES = {name: problem_type for problem_type, names in _TYPE_NAMES.items() for name in names.split()}
 _CLOCK = re.compile(r"(?:(\d+):)?(\d{1,2}):(\d{1,2}(?:\.\d+)?)")
@@ -81,6 +86,12 @@ def manifest_row(draft: Draft, making: Making, reading: Reading) -> dict[str, An
         if not letter:
             raise Refused("answer is no option", f"the answer {answer!r} names none, or two, of {options}")
         answer = letter
+    elif problem_type in GROUNDING_FORMS:
+        read = read_answer(f"<answer>{answer}</answer>", problem_type)
+        if not read:
+            form = GROUNDING_FORMS[problem_type]
+            raise Refused("no place or time", f"the answer {answer[:80]!r} is not of the form {form}")
+        answer = read
     row: dict[str, Any] = {
         "problem": problem,
         "problem_type": problem_type,

@@ -49,6 +49,24 @@ def video_r1(row: Row) -> Iterator[Draft]:
     yield {**said, "answer": answer, "process": row.get("process") or process}
 
 
+def onethinker(row: Row) -> Iterator[Draft]:
+    """onethinker_rl_train.json: as Video-R1's, the file in `images` or `videos`, the answer in `solution`
+    or `answer`, and a tag in the question where it goes. Its segmentation is refused."""
+    media = [path for name in ("videos", "images") for path in files_of(row.get(name))]
+    media = media or files_of(row.get("path"))
+    if len(set(media)) > 1:
+        raise Refused("several media", f"it shows {', '.join(media)}")
+    given = row.get("solution")
+    process, answer = split_response(row.get("answer") if given is None else given)
+    yield {
+        **{name: value for name, value in row.items() if name not in ("solution", "videos", "images")},
+        "problem": _TAGS.sub("", str(row["problem"])).strip(),
+        "answer": answer,
+        "process": row.get("process") or process,
+        "path": media[0] if media else None,
+    }
+
+
 def llava_video(row: Row) -> Iterator[Draft]:
     """Several questions and answers about one clip. Options stand in the question, a line each, and an
     instruction behind them. The multiple-choice answers are "B." or "B. text"."""
@@ -138,6 +156,11 @@ def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
 
 
 LAYOUTS = {
+    "onethinker": Layout(
+        onethinker,
+        lambda row: {"problem", "problem_type"} <= row.keys() and bool({"videos", "images"} & row.keys())
+        and "messages" not in row,
+        "https://huggingface.co/datasets/OneThink/OneThinker-train-data"),
     "video-r1": Layout(
         video_r1, lambda row: {"problem", "problem_type", "solution", "path"} <= row.keys(),
         "https://huggingface.co/datasets/Video-R1/Video-R1-data"),

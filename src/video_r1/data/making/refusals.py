@@ -15,6 +15,7 @@ REMEDIES = {
     "options": "give two to 26 different options: a list, or a column for each (--columns options=a0+a1+a2)",
     "answer is no option": "answer with an option's letter, text or place (--answers from_0 or from_1)",
     "problem type": f"say --problem_type, or one of {', '.join(get_args(ProblemType))}",
+    "no place or time": "write JSON as docs/data-format.md shows it for the problem type",
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question is about one file: join the files, or leave the row out",
     "several questions": "write one row for each question",

@@ -1,0 +1,276 @@
+"""Answers that say where and when: a span in seconds, boxes, or both, as JSON inside the answer tags.
+
+| problem type               | answer                                                     |
+|----------------------------|------------------------------------------------------------|
+| temporal grounding         | {"time": [2.5, 6.0]}                                       |
+| spatial grounding          | {"boxes": [120, 300, 480, 910]}                            |
+| spatial-temporal grounding | {"time": [2.5, 4.2], "boxes": {"3": [120, 300, 480, 910]}} |
+| tracking                   | {"boxes": {"1": [120, 300, 480, 910]}}                     |
+
+Seconds count from the beginning of the clip, or of the row's window. A box is [x1, y1, x2, y2] in thousandths
+of the picture's width and height from its top left corner, whatever the size of the frames; boxes of several
+frames stand under their second. The types and their JSON are those of OneThinker (arXiv 2512.03043).
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from video_r1.settings.shared import ProblemType
+
+Span = tuple[float, float]  # start and end in seconds
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in thousandths
+
+GROUNDING_FORMS = {
+    "temporal grounding": '{"time": [2.5, 6.0]}',
+    "spatial grounding": '{"boxes": [120, 300, 480, 910]}',
+    "spatial-temporal grounding": '{"time": [2.5, 4.2], "boxes": {"3": [120, 300, 480, 910]}}',
+    "tracking": '{"boxes": {"1": [120, 300, 480, 910]}}',
+}
+"""An answer of each grounding type."""
+GROUNDING_HINTS: dict[ProblemType, str] = {
+    "temporal grounding": 'Give start and end in seconds as JSON: {"time": [2.5, 6.0]}',
+    "spatial grounding": (
+        'Give the box in thousandths of width and height as JSON: {"boxes": [x1, y1, x2, y2]}'
+    ),
+    "spatial-temporal grounding": (
+        "Give start and end in seconds, and for each whole second between them the box in thousandths of "
+        'width and height, as JSON: {"time": [2.5, 4.2], "boxes": {"3": [x1, y1, x2, y2], "4": '
+        "[x1, y1, x2, y2]}}"
+    ),
+    "tracking": (
+        "Give the box in thousandths of width and height for each second, counted from 1, as JSON: "
+        '{"boxes": {"1": [x1, y1, x2, y2], "2": [x1, y1, x2, y2]}}'
+    ),
+}
+"""What a prompt says of the answer's form and units."""
+ON_VIDEOS = ("temporal grounding", "spatial-temporal grounding", "tracking")
+SIDE = 1000.0  # of a picture, in the unit of boxes
+
+_BOX_NAMES = ("boxes", "box", "bbox", "bbox_2d", "bounding_box")
+_TIME_NAMES = ("time", "times", "span", "timestamp", "timestamps", "segment")
+_ENDS = (("start", "end"), ("start_time", "end_time"))
+_NUMBER = r"\d+(?:\.\d+)?"
+_TIME = rf"(?:\d+:)?\d{{1,2}}:\d{{2}}(?:\.\d+)?|{_NUMBER}"  # 1:02:03.5, 02:03, 3.5
+_UNIT = r"(?:\s*(?:seconds?|secs?|s)\b)?"
+_ONE_TIME = re.compile(rf"\s*({_TIME}){_UNIT}\s*")
+_TIMES = re.compile(rf"(?<![\d.:])({_TIME})(?![\d:]){_UNIT}")
+_SPAN = re.compile(
+    rf"(?<![\d.:])({_TIME}){_UNIT}\s*(?:-|–|—|,|\bto\b|\band\b|\buntil\b|\btill\b)\s*({_TIME})(?![\d:])"
+)
+_NUMBERS = re.compile(rf"(?<![\w.])-?{_NUMBER}")
+_DECODER = json.JSONDecoder()
+_MOST_PARTS = 200  # brackets at which JSON is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What an answer says: the span, the box, or the boxes by their second; None for what it has not."""
+
+    time: Span | None = None
+    box: Box | None = None
+    boxes: Mapping[float, Box] | None = None
+
+    def __str__(self) -> str:
+        """The answer as JSON, in the form that training demands."""
+        said: dict[str, Any] = {} if self.time is None else {"time": self.time}
+        if self.box is not None:
+            said["boxes"] = self.box
+        if self.boxes is not None:
+            said["boxes"] = {f"{second:.12g}": box for second, box in self.boxes.items()}
+        return json.dumps(said)
+
+
+def parse_located(text: str, problem_type: str) -> Located | None:
+    """The answer of a grounding type by its exact form, as training demands it; None for any other text.
+
+    `text` has to be one JSON object with the type's keys (others are ignored), finite numbers and as many of
+    them as the form has. An empty object of boxes is one.
+    """
+    try:
+        said = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict):
+        return None
+    time = _numbers(said.get("time"), 2)
+    if problem_type == "temporal grounding":
+        return Located(time=time) if time else None
+    if problem_type == "spatial grounding":
+        box = _numbers(said.get("boxes"), 4)
+        return Located(box=box) if box else None
+    named = said.get("boxes")
+    if not isinstance(named, dict) or (problem_type != "tracking" and time is None):
+        return None
+    boxes = {_number(second): _numbers(box, 4) for second, box in named.items()}
+    if None in boxes or None in boxes.values():
+        return None
+    return Located(time=None if problem_type == "tracking" else time, boxes=boxes)  # type: ignore[arg-type]
+
+
+def read_located(text: str, problem_type: str, last: bool = False) -> Located | None:
+    """The answer of a grounding type that a reader would take from `text`, for evaluation.
+
+    Beside the exact form: single quotes, text or a code block around the JSON, JSON that was cut off at its
+    end, keys such as "bbox_2d", a bare list, numbers in quotes, times such as "3.2s" and "1:05", and in words
+    "from 3.2s to 5s" or two times (four coordinates) and no others. Frames whose box is none are left out.
+    last: of several spans in words, the last one counts, not the first.
+    """
+    if exact := parse_located(text, problem_type):
+        return exact
+    for said in _json_parts(text):
+        if found := _understood(said, problem_type):
+            return found
+    if problem_type == "temporal grounding" and (time := _span_in_words(text, last)):
+        return Located(time=time)
+    if problem_type == "spatial grounding" and len(numbers := _NUMBERS.findall(text)) == 4:
+        box = _numbers([float(number) for number in numbers], 4)
+        return Located(box=box) if box else None
+    return None
+
+
+def truth_problems(text: str, problem_type: str, data_type: str, window: float | None) -> Iterator[str]:
+    """What is wrong with the answer of a row of a grounding type. window: seconds of the row's window."""
+    if data_type == "image" and problem_type in ON_VIDEOS:
+        yield f"{problem_type} is for videos, and this is an image"
+    found = parse_located(text, problem_type)
+    form = GROUNDING_FORMS[problem_type]
+    if found is None:
+        yield f"the solution of a {problem_type} problem must be JSON such as {form}, not {text[:80]!r}"
+        return
+    if found.time is not None:
+        start, end = found.time
+        if not 0 <= start < end:
+            yield (
+                f"the solution's span goes from {start:g} s to {end:g} s; it must begin at 0 or later and "
+                "end after it begins"
+            )
+        elif window is not None and start >= window:
+            yield (
+                f"the solution's span begins at {start:g} s, but the window lasts {window:g} s; its seconds "
+                "count from the window's start"
+            )
+    boxes = [found.box] if found.box else [*(found.boxes or {}).values()]
+    if not boxes and problem_type != "temporal grounding":
+        yield f"the solution has no box; it must be JSON such as {form}"
+    for box in boxes:
+        left, top, right, bottom = box
+        shown = ", ".join(f"{value:g}" for value in box)
+        if max(box) <= 1:
+            yield f"the solution's box [{shown}] is in shares of the picture; write thousandths (times 1000)"
+        elif min(box) < 0 or max(box) > SIDE:
+            yield (
+                f"the solution's box [{shown}] leaves the picture, whose sides count as 1000; of pixels "
+                "write 1000·x/width and 1000·y/height"
+            )
+        elif left >= right or top >= bottom:
+            yield f"the solution's box [{shown}] has no area; write [x1, y1, x2, y2], x1 < x2 and y1 < y2"
+        else:
+            continue
+        return
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or a key that spells one."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if isinstance(value, str) and not re.fullmatch(_NUMBER, value):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _numbers(value: Any, count: int) -> Any:
+    """A list of `count` finite numbers as a tuple, or None."""
+    if not isinstance(value, list) or len(value) != count or any(isinstance(one, str) for one in value):
+        return None
+    numbers = tuple(_number(one) for one in value)
+    return None if None in numbers else numbers
+
+
+def _json_parts(text: str) -> Iterator[Any]:
+    """Objects and lists in a text, the first and the outermost ones first."""
+    for written in dict.fromkeys((text, text.replace("'", '"'))):
+        end = 0
+        for match in islice(re.finditer(r"[\[{]", written), _MOST_PARTS):
+            if match.start() >= end:
+                try:
+                    said, end = _DECODER.raw_decode(written, match.start())
+                except (ValueError, RecursionError):
+                    continue
+                yield said
+
+
+def _understood(said: Any, problem_type: str) -> Located | None:
+    if isinstance(said, list) and len(said) == 1:
+        said = said[0]
+    named = said if isinstance(said, dict) else {}
+    time, boxes = _first(named, _TIME_NAMES), _first(named, _BOX_NAMES)
+    for start, end in _ENDS:
+        if time is None and start in named and end in named:
+            time = [named[start], named[end]]
+    if problem_type == "temporal grounding":
+        span = _times(said if time is None else time)
+        return Located(time=span) if span else None
+    if problem_type == "spatial grounding":
+        if isinstance(boxes, list) and len(boxes) == 1:
+            boxes = boxes[0]
+        box = _numbers(_unquoted(said if boxes is None else boxes), 4)
+        return Located(box=box) if box else None
+    frames = boxes if isinstance(boxes, dict) else named
+    read = {_second(second): _numbers(_unquoted(box), 4) for second, box in frames.items()}
+    kept = {second: box for second, box in read.items() if second is not None and box is not None}
+    span = None if problem_type == "tracking" else _times(time)
+    if span is None and (problem_type != "tracking" or not kept):
+        return None
+    return Located(time=span, boxes=kept)
+
+
+def _first(named: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    return next((named[name] for name in names if name in named), None)
+
+
+def _unquoted(value: Any) -> Any:
+    return [_number(one) for one in value] if isinstance(value, list) else value
+
+
+def _times(value: Any) -> Span | None:
+    """Two times, each a number or a text."""
+    if isinstance(value, str):
+        return _span_in_words(value, last=False)
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    start, end = (_second(one) for one in value)
+    return None if start is None or end is None else (start, end)
+
+
+def _second(value: Any) -> float | None:
+    """`3.2`, `"3.2s"`, `"1:05"` and `"0:01:05"` as seconds."""
+    if isinstance(value, str):
+        match = _ONE_TIME.fullmatch(value)
+        value = _clock(match.group(1)) if match else None
+    return _number(value)
+
+
+def _clock(text: str) -> float:
+    """Seconds of "1:02:03.5", which may be too many to be a number."""
+    seconds = 0.0
+    for part in text.split(":"):
+        seconds = seconds * 60 + float(part)
+    return seconds
+
+
+def _span_in_words(text: str, last: bool) -> Span | None:
+    """The first or last "3.2s to 5s" of a text; without one, its two times where it has no others."""
+    spans = [match.groups() for match in _SPAN.finditer(text)]
+    if not spans:
+        times = _TIMES.findall(text)
+        spans = [times] if len(times) == 2 else []
+    return _times(list(spans[-1 if last else 0])) if spans else None
