@@ -84,7 +84,7 @@ PLAY_LIST = b"ffconcat version 1.0\nfile b.mp4\n"
 HEIC = (24).to_bytes(4) + b"ftypheic" + bytes(4) + b"mif1heic"
 BAD_VIDEOS = {
     "missing": (lambda d: d / "no.mp4", "there is no such file"),
-    "folder": (lambda d: d, "is a folder, not a media file"),
+    "folder": (lambda d: d, "is a folder without frames"),
     "zero bytes": (lambda d: written(d / "a.mp4", b""), "the file is empty (0 bytes)"),
     "text": (lambda d: written(d / "a.mp4", b"some text\n" * 99), "is not a video that FFmpeg can read"),
     "play list": (lambda d: written(d / "a.mp4", PLAY_LIST), "is not a kind of file that holds videos"),

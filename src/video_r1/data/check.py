@@ -40,9 +40,9 @@ def check_media(
         rows: the row number of each sample, for the problems. Default: its place in `samples`, from 1.
     """
     numbers = rows if rows is not None else range(1, len(samples) + 1)
-    users: dict[tuple[str, str, float | None, float | None], list[int]] = {}
+    users: dict[tuple[str | float | None, ...], list[int]] = {}
     for place, sample in enumerate(samples):
-        users.setdefault((sample.path, sample.data_type, sample.start, sample.end), []).append(place)
+        users.setdefault(sample.shown, []).append(place)
 
     failed: dict[int, str] = {}
     video_seconds = 0.0

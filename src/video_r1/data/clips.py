@@ -116,7 +116,7 @@ def decode_clip(
         packets = _list_packets(container, stream)
         if packets.shown:
             times = packets.times()
-            first, last, duration = _window(times, packets.last_seconds, start, end)
+            first, last, duration = clip_window(times, packets.last_seconds, start, end)
             chosen = choose(last - first, (last - first) / duration)
             positions = [packets.shown[first + index] for index in chosen]
             try:
@@ -175,13 +175,13 @@ def _ascend(times: list[int]) -> bool:
     return all(a < b for a, b in pairwise(times))
 
 
-def _window(
+def clip_window(
     times: list[float],
     last_frame_seconds: float,
     start: float | None,
     end: float | None,
 ) -> tuple[int, int, float]:
-    """(first frame, frame after the last, seconds) of a window. `times` ascend from 0."""
+    """(first frame, frame after the last, seconds) of a window. `times` ascend from 0. Raises ValueError."""
     clip_seconds = times[-1] + last_frame_seconds
     begin = start or 0.0
     stop = clip_seconds if end is None else min(end, clip_seconds)
@@ -292,7 +292,7 @@ def _decode_from_beginning(
         raise ValueError(f"the video is damaged: {len(pts)} of {len(packets.shown)} frames can be decoded")
     times = _times_as_decoded(pts, packets, rate)
     last_seconds = times[-1] - times[-2] if len(times) > 1 else float(1 / rate)
-    first, last, duration = _window(times, last_seconds, start, end)
+    first, last, duration = clip_window(times, last_seconds, start, end)
     chosen = choose(last - first, (last - first) / duration)
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)

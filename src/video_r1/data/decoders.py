@@ -157,7 +157,7 @@ def _exchange(channel: socket.socket, sample: Sample, budget: FrameBudget) -> tu
     deadline = time.monotonic() + budget.seconds
     channel.settimeout(budget.seconds)
     place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    send(channel, {"sample": place, "budget": asdict(budget)})
+    send(channel, {"sample": {**place, "extra": {"fps": sample.fps}}, "budget": asdict(budget)})
     reply = receive(channel, deadline)
     if "reason" in reply:
         return reply["reason"], reply["last"]

@@ -2,8 +2,9 @@
 
     <folder>/ab/ab12….safetensors   the frames of one clip window under one budget, with a checksum
 
-An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change,
-the window, the budget and `VERSION`. A file that was replaced, or another budget, is another entry.
+An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change
+(of a folder of frames, those of every frame), the window, the budget and `VERSION`. A file that was replaced,
+or another budget, is another entry.
 
 Many processes may share a folder (bounded_folder.py); two writers of the same entry write the same bytes.
 What is read is checked; an entry that fails is removed and the clip is decoded again. Frames are kept as they
@@ -12,6 +13,7 @@ are, uncompressed: 16 frames at the training budget are 4.8 MB, at the evaluatio
 
 import hashlib
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +24,7 @@ from safetensors.torch import save_file
 
 from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
 from video_r1.data.decoders import read_media_at
+from video_r1.data.frame_folders import frame_stamps
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
 from video_r1.data.remote import is_address
@@ -120,9 +123,11 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
     if not is_address(sample.path):
         try:
             facts = os.stat(sample.path)
+            file = (sample.path, facts.st_size, facts.st_mtime_ns)
+            if stat.S_ISDIR(facts.st_mode):
+                file = (sample.path, sample.fps, *frame_stamps(sample.path))
         except OSError:
             return None
-        file = (sample.path, facts.st_size, facts.st_mtime_ns)
     rule: tuple[object, ...] = ("image", budget.image_pixels)
     if sample.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)

@@ -2,35 +2,27 @@
 
 `read_media` is the only door: whatever is wrong with a file comes out of it as a `MediaError` with path
 and reason. It fetches what is behind an address (remote.py), and decodes in a worker process with limits on
-time and memory (decoders.py). Videos are decoded in
-clips.py; which of their frames are taken and how large they become is decided here.
+time and memory (decoders.py). Videos are decoded in clips.py, pictures and folders of them in pictures.py;
+which frames are taken and how large they become is decided here.
 """
 
 import math
 import os
-import warnings
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from video_r1.data.clips import decode_clip
-from video_r1.data.containers import MAX_PIXELS
+from video_r1.data.pictures import decode_frames, read_picture
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
 # Qwen's processors refuse longer shapes.
 MAX_ASPECT_RATIO = 200
-# Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
-_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-# Brands of HEIF files that hold HEVC pictures, as phones take them.
-_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _LONGEST_REASON = 300  # characters; decoders quote what they find in a file
 
 
@@ -110,7 +102,8 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
 def decode_media(sample: Sample, budget: FrameBudget) -> Media:
     """`read_media` in this process, without its limits. Raises MediaError."""
     try:
-        _require_file(sample.path)
+        if not (os.path.isdir(sample.path) and sample.data_type == "video"):
+            _require_file(sample.path)
         if sample.data_type == "image":
             return _read_image(sample.path, budget)
         return _read_video(sample, budget)
@@ -166,7 +159,10 @@ def _read_video(sample: Sample, budget: FrameBudget) -> Media:
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
-    clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
+    if os.path.isdir(sample.path):
+        clip = decode_frames(sample.path, sample.fps, choose, finish, sample.start, sample.end)
+    else:
+        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
     place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
     places = [place[index] for indices in chosen for index in indices]
     timestamps = torch.tensor([clip.times[place] for place in places], dtype=torch.float64)
@@ -181,71 +177,8 @@ def _window(sample: Sample) -> str:
 
 
 def _read_image(path: str, budget: FrameBudget) -> Media:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(path, formats=_image_formats()) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise MediaError(
-                        path,
-                        f"declares {image.width}×{image.height} pixels; at most {MAX_PIXELS:,} are decoded",
-                    )
-                pixels = np.asarray(_as_rgb(ImageOps.exif_transpose(image), image.format))
-    except Image.DecompressionBombError as error:
-        raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
-    except UnidentifiedImageError as error:
-        reason = "is not an image in a format that Pillow reads"
-        if _is_heic(path):
-            reason = "is a HEIC picture, a format that Pillow does not read; convert it to JPEG or PNG"
-        raise MediaError(path, reason) from error
-    except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
-        raise MediaError(path, f"the image is damaged or unpacks to too much ({error})") from error
-    except (OSError, SyntaxError) as error:  # SyntaxError: a broken PNG
-        raise MediaError(path, f"the image is damaged or cut short ({error})") from error
-    frame = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+    frame = read_picture(path)[None]
     (height, width), least = frame.shape[-2:], budget.size_multiple
     own_pixels = max(height, least) * max(width, least)  # images are not scaled up
     size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)
     return Media(resize(frame, *size).contiguous(), torch.zeros(1, dtype=torch.float64), 0.0, "image")
-
-
-@cache
-def _image_formats() -> tuple[str, ...]:
-    Image.init()
-    return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
-
-
-def _is_heic(path: str) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(12)
-    return head[4:8] == b"ftyp" and head[8:] in _HEIC
-
-
-def _as_rgb(image: Any, file_format: str | None) -> Any:
-    """RGB without surprises: transparency on white, and greys of more bits scaled to 8, not clipped."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(image, file_format)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Any, file_format: str | None) -> np.ndarray:
-    """[H, W] uint8 of greys with more bits: 16 bits lose their lower eight.
-
-    No file tells the range of 32-bit numbers. It is taken to be that of a share (floats only: 0 to 1), of 8
-    or of 16 bits, the first that holds all of them, or else 0 to the largest.
-    """
-    values = np.nan_to_num(np.asarray(image, np.float64))
-    most = values.max()
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PPM", "PNG")):
-        scale = 1 / 256
-    elif image.mode == "F" and most <= 1:
-        scale = 255.0
-    elif most <= 0xFF:
-        scale = 1.0
-    else:
-        scale = 1 / 256 if most <= 0xFFFF else 255 / most
-    return (values * scale).clip(0, 255).astype(np.uint8)

@@ -87,7 +87,7 @@ class Reader:
             counts = batch.counts or (self.budget.max_frames,)
             pairs = []
             for sample in batch.samples:
-                key = (sample.path, sample.data_type, sample.start, sample.end, counts)
+                key = (sample.shown, counts)
                 if key not in clips:
                     clips[key] = self.submit(self._clip, sample, counts)
                 clips.move_to_end(key)

@@ -52,7 +52,8 @@ class Sample:
     data_type: DataType
     problem_type: ProblemType
     solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
-    path: str  # the media file: absolute, links followed, inside the media root; or an address
+    path: str  # the media file or folder of frames: absolute, links followed, inside the media root; or an
+    # address
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
     data_source: str = ""  # where the sample is from
@@ -67,6 +68,16 @@ class Sample:
         """The text inside the solution's tags, stripped."""
         match = _SOLUTION.fullmatch(self.solution)
         return match.group(1).strip() if match else self.solution.strip()
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of a folder of frames, where the row says it."""
+        return _rate(self.extra.get("fps"))
+
+    @property
+    def shown(self) -> tuple[str | float | None, ...]:
+        """What is decoded: samples that are alike in this have the same frames."""
+        return self.path, self.data_type, self.start, self.end, self.fps
 
 
 FIELDS = tuple(field.name for field in fields(Sample) if field.name != "extra")
@@ -243,6 +254,8 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
         found.append(f"process is {_shown(process)}; it must be <think>…</think>")
     data_source = _text(row, "data_source", found, required=False)
     subtitles = _text(row, "subtitles", found, required=False).strip() or None
+    if row.get("fps") is not None and _rate(row["fps"]) is None and path and os.path.isdir(path):
+        found.append(f"fps is {_shown(row['fps'])}; a folder of frames needs a number above 0")
     if found:
         return None, found
     extra = {
@@ -365,6 +378,11 @@ def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[floa
     if data_type == "image" and (start is not None or end is not None):
         found.append("start and end are for videos, and this is an image")
     return start, end
+
+
+def _rate(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < 1e6 else None
 
 
 def _shown(value: Any) -> str:

@@ -104,8 +104,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
     assert settings.path is not None  # settings without it are refused
     path = on_this_machine(settings.path)
-    if not is_address(path) and not Path(path).is_file():
-        raise RequestError(f"{settings.path}: no such file")
+    if not is_address(path) and not Path(path).exists():
+        raise RequestError(f"{settings.path}: no such file or folder of frames")
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
@@ -118,6 +118,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
         options=options,
         start=settings.start,
         end=settings.end,
+        extra={} if settings.clip_fps is None else {"fps": settings.clip_fps},
     )
 
 

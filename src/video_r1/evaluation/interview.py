@@ -66,11 +66,11 @@ class Interview:
 
     def has(self, sample: Sample) -> bool:
         """Whether the clip's frames are here already."""
-        return _clip_of(sample) in self._clips
+        return sample.shown in self._clips
 
     def media(self, sample: Sample) -> Media:
         """The frames of the sample's clip, decoded at the first question about it. Raises MediaError."""
-        key = _clip_of(sample)
+        key = sample.shown
         media = self._clips.pop(key, None) or read_cached(sample, self.budget, self._cache)
         self._clips[key] = media
         while len(self._clips) > CLIPS_KEPT:
@@ -169,10 +169,6 @@ def majority(answers: Sequence[str]) -> str:
 
 def _agrees(kind: str, answer: str, truth: str) -> bool:
     return bool(answer and truth) and is_correct(kind, correctness(kind, answer, truth))
-
-
-def _clip_of(sample: Sample) -> tuple[object, ...]:
-    return sample.path, sample.start, sample.end
 
 
 class TextStream:

@@ -170,7 +170,10 @@ class BenchmarkSettings(Settings):
 class AskSettings(DecodingSettings):
     """Question"""
 
-    path: str | None = setting(None, "video or image file, or its address")
+    path: str | None = setting(None, "video or image file, a folder of frames, or an address")
+    clip_fps: float | None = setting(
+        None, "frames a second that a folder of frames has (default: 2)", above=0
+    )
     question: list[Sentence] | None = setting(
         None,
         "the question; several, or --question again, are asked in turn about the same frames",

@@ -96,11 +96,11 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
 
 
 def _clip(request: Request, clip: dict[str, Any]) -> tuple[Path, dict[str, float]]:
-    """The file of a question's clip, and its window where it has one."""
+    """The file of a question's clip, and its window and rate where it has some."""
     if "upload" in clip:
         return request.app.state.uploads.path(text(clip["upload"])), {}
     sample = manifests(request).sample(text(clip.get("manifest", "")), whole(clip.get("row")))
-    window = {"start": sample.start, "end": sample.end}
+    window = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps}
     return Path(sample.path), {name: time for name, time in window.items() if time is not None}
 
 
@@ -146,7 +146,7 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
         index = found.index(text(clip.get("manifest", "")))
         place = index.manifest.found
         taken = index.row(whole(clip.get("row"))) or {}
-        row |= {name: taken[name] for name in ("path", "start", "end", "data_type") if name in taken}
+        row |= {name: taken[name] for name in ("path", "start", "end", "fps", "data_type") if name in taken}
     row |= _row(asked, source)
     row["problem_id"] = f"asked-{digest([row['path'], row['problem'], row['solution']], 6)}"
     target = place.folder / ADDED

@@ -9,9 +9,14 @@ function clipAddress(clip) {
 
 const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
 
-/** A clip as a browser plays it, or a word of why it does not. */
-function player(clip, isImage, window = {}) {
-  const times = window.start || window.end ? `#t=${window.start ?? 0}${window.end ? `,${window.end}` : ""}` : "";
+/** A clip as a browser plays it, or a word of why it does not. A folder of frames (`frames` of its row) is shown frame by frame. */
+function player(clip, isImage, row = {}) {
+  if (row.frames) {
+    const { count, fps } = row.frames;
+    const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
+    return framePlayer(clip, times, 1000 / fps, row.frames);
+  }
+  const times = row.start || row.end ? `#t=${row.start ?? 0}${row.end ? `,${row.end}` : ""}` : "";
   const failed = () => node.replaceChildren(unplayable());
   const node = make("div", { class: "player" }, isImage
     ? make("img", { src: clipAddress(clip), alt: "the image", error: failed })
@@ -19,24 +24,28 @@ function player(clip, isImage, window = {}) {
   return node;
 }
 
-/** The same file, shown at the times of its sampled frames, one after the other, in the order of a contrast. */
-function framePlayer(clip, times, pace) {
+/** Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`). */
+function framePlayer(clip, times, pace, frames = null) {
   const failed = () => node.replaceChildren(unplayable());
-  const video = make("video", { src: clipAddress(clip), muted: true, playsinline: true, preload: "auto", error: failed });
+  const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
+  const screen = frames
+    ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })
+    : make("video", { src: clipAddress(clip), muted: true, playsinline: true, preload: "auto", error: failed });
   const said = make("output", { class: "quiet" });
+  const name = frames ? "Play the frames" : "Play in this order";
   let at = -1;
   let timer = 0;
   const step = () => {
     if (!node.isConnected) { clearInterval(timer); return; }
     at = (at + 1) % times.length;
-    video.currentTime = times[at];
+    if (frames) screen.src = picture(times[at]); else screen.currentTime = times[at];
     said.textContent = ` ${show(at + 1)} of ${show(times.length)}: ${clock(times[at])}`;
   };
   const play = make("button", { type: "button", click: () => {
     if (timer) { clearInterval(timer); timer = 0; } else { step(); timer = setInterval(step, pace); }
-    play.textContent = timer ? "Pause" : "Play in this order";
-  } }, "Play in this order");
-  const node = make("div", { class: "player" }, video, make("p", { class: "control" }, play, said));
+    play.textContent = timer ? "Pause" : name;
+  } }, name);
+  const node = make("div", { class: "player" }, screen, make("p", { class: "control" }, play, said));
   return node;
 }
 
@@ -49,5 +58,5 @@ function groupClip(group, order) {
   const times = group.timestamps.filter((time) => time !== null);
   if (!group.permutation?.length || times.length < group.count) return "";
   const pace = Math.max(120, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 300));
-  return framePlayer(place, group.permutation.map((frame) => (clip.start ?? 0) + times[frame]), pace);
+  return framePlayer(place, group.permutation.map((frame) => (clip.start ?? 0) + times[frame]), pace, clip.frames);
 }

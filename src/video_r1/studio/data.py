@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from video_r1.data.frame_folders import FOLDER_FPS, frame_names
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
@@ -130,9 +131,12 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         return None
     sample, problems = index.sample(number) if index.bad[number] else (None, [])
     path = text(row.get("path", ""))
+    frames = None
     if sample is None and not problems:
         try:
-            if not os.path.isfile(index.places.find(path)):
+            found = index.places.find(path)
+            frames = frames_of(found, row)
+            if not os.path.exists(found):
                 problems = [f"there is no file {short_path(path)}"]
         except ValueError as error:
             problems = [str(error)]
@@ -150,9 +154,17 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         "path": short_path(path)[:TEXT],
         "start": finite(row.get("start")),
         "end": finite(row.get("end")),
+        "frames": frames,
         "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
         "problems": [problem[:TEXT] for problem in problems],
     }
+
+
+def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
+    """Of a folder of frames: how many (`count`), and how many of them a second (`fps`). Raises ValueError."""
+    if not os.path.isdir(path):
+        return None
+    return {"count": len(frame_names(path)), "fps": finite(row.get("fps")) or FOLDER_FPS}
 
 
 def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> dict[str, Any] | None:
@@ -162,6 +174,10 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
             for row in index.rows_named(problem_id):
                 fields = index.row(row) or {}
                 if answer and answer in text(fields.get("solution", "")):
+                    try:
+                        frames = frames_of(index.places.find(text(fields.get("path", ""))), fields)
+                    except ValueError:  # the page says that it does not play
+                        frames = None
                     return {
                         "manifest": index.manifest.name,
                         "row": row,
@@ -170,16 +186,30 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
                         "media": text(fields.get("data_type", "")),
                         "start": finite(fields.get("start")),
                         "end": finite(fields.get("end")),
+                        "frames": frames,
                     }
     return None
 
 
 def clip(request: Request) -> Response:
-    """A row's clip, or one that a browser has sent, as a file that plays (with Range)."""
+    """A row's clip, or one that a browser has sent, as a file that plays (with Range). Of a folder of frames
+    the one with the number `frame`."""
     asked = request.query_params
     if "upload" in asked:
         return media_file(request.app.state.uploads.path(asked["upload"]))
-    return media_file(Path(manifests(request).sample(asked.get("manifest"), number(asked, "row")).path))
+    path = Path(manifests(request).sample(asked.get("manifest"), number(asked, "row")).path)
+    return media_file(path / _frame(path, number(asked, "frame")) if path.is_dir() else path)
+
+
+def _frame(folder: Path, number: int) -> str:
+    """The name of a frame by its number. Raises HTTPException."""
+    try:
+        names = frame_names(str(folder))
+    except (ValueError, OSError) as error:
+        raise HTTPException(415, f"the folder cannot be shown: {error}") from error
+    if not 0 <= number < len(names):
+        raise HTTPException(404, f"there is no frame {number}, only {len(names)}")
+    return names[number]
 
 
 def media_file(path: Path) -> Response:

@@ -19,8 +19,8 @@ _SHOWN = 3
 
 
 class ClipIndex:
-    """The images, videos and subtitles below a folder, listed once. An address cannot be listed: its files
-    are taken as they are named.
+    """The images, videos, folders of frames and subtitles below a folder, listed once. An address cannot be
+    listed: its files are taken as they are named.
 
     follow_links: enter folders that links lead to, each once. Links to files always count.
     """
@@ -29,7 +29,9 @@ class ClipIndex:
         self.root = root
         self.paths: set[str] = set()
         self._by_name: dict[str, list[str]] = {}
+        self._folders: dict[str, list[str]] = {}  # with images in them, by their names
         self._subtitles: dict[str, str] = {}  # by the path of a clip without its ending
+        folders: dict[str, None] = {}
         for path in () if is_address(root) else _files_below(root, follow_links):
             stem, ending = posixpath.splitext(path)
             if ending.lower() in SUBTITLE_ENDINGS:
@@ -40,7 +42,11 @@ class ClipIndex:
                 name = posixpath.basename(path).lower()
                 for key in dict.fromkeys((name, posixpath.splitext(name)[0])):
                     self._by_name.setdefault(key, []).append(path)
-        self._names = sorted(self._by_name)
+                if ending.lower() in IMAGE_ENDINGS and (folder := posixpath.dirname(path)):
+                    folders[folder] = None
+        for folder in folders:
+            self._folders.setdefault(posixpath.basename(folder).lower(), []).append(folder)
+        self._names = sorted({*self._by_name, *self._folders})
 
     def subtitles_of(self, path: str) -> str | None:
         """The subtitles of a clip below the root: its name with .srt or .vtt, also with a language
@@ -48,7 +54,8 @@ class ClipIndex:
         return self._subtitles.get(posixpath.splitext(path)[0])
 
     def find(self, name: str, data_type: str | None = None) -> str:
-        """The path below the root of the file that is meant, or an absolute path or an address as it stands.
+        """The path below the root of the file or folder that is meant; an absolute path or an address as it
+        stands.
 
         name: a path that may lack its ending, its folders or have others above them. data_type: of which kind
         the file is, where it is known. Raises Refused when there is none or more than one.
@@ -59,12 +66,16 @@ class ClipIndex:
         path = posixpath.normpath(plain.strip())
         if path in self.paths:
             return path
-        if os.path.isabs(path) and os.path.isfile(path):
+        if os.path.isabs(path) and os.path.exists(path):
             below = os.path.relpath(path, self.root)
             return path if below.startswith("..") else below
-        found = self._named(path)
+        if data_type != "image" and path in self._folders.get(posixpath.basename(path).lower(), ()):
+            return path
+        found = self._named(path, self._by_name)
         if data_type is not None:
             found = [one for one in found if data_type_of(one) == data_type]
+        if not found and data_type != "image":
+            found = self._named(path, self._folders)
         if len(found) == 1:
             return found[0]
         if found:
@@ -74,11 +85,11 @@ class ClipIndex:
         hint = f"; near it: {', '.join(near)}" if near else ""
         raise Refused("no such clip", f"no file {name!r} below {self.root}{hint}")
 
-    def _named(self, path: str) -> list[str]:
+    def _named(self, path: str, by_name: dict[str, list[str]]) -> list[str]:
         """Files of that name, and of those the ones whose folders agree with most of the path's."""
         name = posixpath.basename(path).lower()
         stem, ending = posixpath.splitext(name)
-        found = self._by_name.get(name) or (self._by_name.get(stem, []) if ending in MEDIA_ENDINGS else [])
+        found = by_name.get(name) or (by_name.get(stem, []) if ending in MEDIA_ENDINGS else [])
         folders = PurePosixPath(path).parts[:-1]
         shared = [_shared_end(folders, PurePosixPath(one).parts[:-1]) for one in found]
         return [one for one, share in zip(found, shared, strict=True) if share == max(shared)]
@@ -87,7 +98,8 @@ class ClipIndex:
         place = bisect.bisect(self._names, name)
         around = self._names[max(0, place - _NEIGHBOURS) : place + _NEIGHBOURS]
         close = difflib.get_close_matches(name, around, _SHOWN * 2, 0.7)
-        return list(dict.fromkeys(self._by_name[one][0] for one in close))[:_SHOWN]
+        first = ((self._by_name.get(one) or self._folders[one])[0] for one in close)
+        return list(dict.fromkeys(first))[:_SHOWN]
 
 
 def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:

@@ -113,7 +113,7 @@ def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """The samples with those about one clip side by side, clips in order of their first question."""
     clips: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:
-        clips.setdefault((sample.path, sample.start, sample.end), []).append(sample)
+        clips.setdefault(sample.shown, []).append(sample)
     return tuple(sample for questions in clips.values() for sample in questions)
 
 

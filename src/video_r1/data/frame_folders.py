@@ -1,0 +1,48 @@
+"""Folders of frames: a clip as numbered pictures. Torch-free; the pictures are read in pictures.py.
+
+clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of them a second
+"""
+
+import os
+import re
+
+from video_r1.data.places import IMAGE_ENDINGS
+
+FOLDER_FPS = 2.0
+"""Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the
+Video-R1 code, and what Qwen's own reader (qwen-vl-utils, `sample_fps`) takes a list of frames to have."""
+_NUMBER = re.compile(r"(\d+)", re.ASCII)
+
+
+def frame_names(folder: str) -> list[str]:
+    """The names of the folder's frames, in their order: 2.jpg before 10.jpg. Names with a dot first do not
+    count.
+
+    Raises ValueError, in words, for a folder without frames or with anything else in it.
+    """
+    try:
+        with os.scandir(folder) as found:
+            entries = [entry for entry in found if not entry.name.startswith(".")]
+    except PermissionError as error:
+        raise ValueError("may not be read (permission denied)") from error
+    if not entries:
+        raise ValueError("is a folder without frames")
+    for entry in entries:
+        if os.path.splitext(entry.name)[1].lower() not in IMAGE_ENDINGS or entry.is_dir():
+            raise ValueError(f"is a folder with {entry.name!r} in it, which is no image; keep frames alone")
+        if entry.is_symlink() and not os.path.realpath(entry.path).startswith(folder.rstrip("/") + "/"):
+            raise ValueError(f"has the frame {entry.name!r}, a link that leads out of its folder")
+    return sorted((entry.name for entry in entries), key=_in_order)
+
+
+def frame_stamps(folder: str) -> list[tuple[str, int, int]]:
+    """(name, bytes, time of change) of each file: what changes when a frame does."""
+    with os.scandir(folder) as found:
+        facts = [(entry.name, entry.stat()) for entry in found]
+    return sorted((name, fact.st_size, fact.st_mtime_ns) for name, fact in facts)
+
+
+def _in_order(name: str) -> tuple[list[str | int], str]:
+    """Texts and numbers in turn; the name itself where 1.jpg and 01.jpg are alike."""
+    parts = _NUMBER.split(name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
