@@ -27,6 +27,7 @@ from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
 from video_r1.data.containers import MAX_PIXELS, open_video
+from video_r1.data.tar_index import Part
 
 _BYTES_IN_MEMORY = 32 << 20  # packets of one clip
 _TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits
@@ -94,7 +95,7 @@ class _Packets:
 
 
 def decode_clip(
-    path: str,
+    file: str | Part,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
     start: float | None = None,
@@ -103,7 +104,7 @@ def decode_clip(
     """Decodes the chosen frames of a clip.
 
     Args:
-        path: a file.
+        file: its path, or a part of another file.
         choose: given the number of frames in the window and their mean rate, the ascending indices to decode.
         finish: given one frame [3, H, W] uint8 RGB, upright, what to keep of it (a resized copy).
         start, end: the window in seconds from the first frame; frames with start ≤ time < end belong to it.
@@ -112,7 +113,7 @@ def decode_clip(
         ValueError: with a reason in words: no video in the file, damaged, cut short, nothing in the window.
         av.error.FFmpegError: FFmpeg's own error where no better reason is known.
     """
-    with open_video(path) as (container, stream):
+    with open_video(file) as (container, stream):
         packets = _list_packets(container, stream)
         if packets.shown:
             times = packets.times()
@@ -125,7 +126,7 @@ def decode_clip(
                 pass
             else:
                 return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
-    return _decode_from_beginning(path, choose, finish, start, end, packets)
+    return _decode_from_beginning(file, choose, finish, start, end, packets)
 
 
 def _list_packets(container: Any, stream: Any) -> _Packets:
@@ -267,7 +268,7 @@ def _packets_from(
 
 
 def _decode_from_beginning(
-    path: str,
+    file: str | Part,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
     start: float | None,
@@ -277,7 +278,7 @@ def _decode_from_beginning(
     """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
     pts: list[int | None] = []
     try:
-        with open_video(path) as (container, stream):
+        with open_video(file) as (container, stream):
             rate = stream.average_rate or stream.guessed_rate or Fraction(25)
             hidden_pictures = stream.codec_context.name in _HIDDEN_PICTURES
             for frame in container.decode(stream):
@@ -297,7 +298,7 @@ def _decode_from_beginning(
     wanted = {first + index: place for place, index in enumerate(chosen)}
     frames: list[Any] = [None] * len(chosen)
     reformatter = VideoReformatter()
-    with open_video(path) as (container, stream):
+    with open_video(file) as (container, stream):
         for number, frame in enumerate(container.decode(stream)):
             if number in wanted:
                 if frame.is_corrupt:

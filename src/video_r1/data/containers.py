@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, BinaryIO
 
 import av
 import av.error
 from av.stream import Discard, Disposition
+
+from video_r1.data.tar_index import Part, open_file
 
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
 MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each
@@ -21,30 +22,14 @@ _SEGMENT = 0x18538067
 
 
 @contextmanager
-def open_video(path: str) -> Iterator[tuple[Any, Any]]:
+def open_video(file: str | Part) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and its video stream. Raises ValueError, in words, for a file without a whole one."""
-    options = {
-        "format_whitelist": _CONTAINERS,
-        "protocol_whitelist": "file",
-        "max_streams": str(MAX_STREAMS + 1),
-    }
-    if missing := missing_bytes(path):
+    if missing := missing_bytes(file):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
-    try:
-        container = av.open(
-            path,
-            options=options,
-            metadata_errors="ignore",  # titles in another encoding than UTF-8 are of no concern here
-        )
-    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
-        raise ValueError("is not a kind of file that holds videos") from error
-    except av.error.MemoryError as error:  # and some demuxers of too many streams
-        raise ValueError(
-            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
-        ) from error
-    except av.error.FFmpegError as error:
-        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
-    with container:
+    with (
+        nullcontext(file) if isinstance(file, str) else file.open() as opened,
+        _container(opened) as container,
+    ):
         if len(container.streams) > MAX_STREAMS:
             raise ValueError(f"has more than {MAX_STREAMS} streams")
         stream = container.streams.best("video")
@@ -71,21 +56,44 @@ def open_video(path: str) -> Iterator[tuple[Any, Any]]:
         yield container, stream
 
 
-def missing_bytes(path: str | Path) -> int:
+def _container(file: str | BinaryIO) -> Any:
+    options = {
+        "format_whitelist": _CONTAINERS,
+        "protocol_whitelist": "file",
+        "max_streams": str(MAX_STREAMS + 1),
+    }
+    try:
+        return av.open(
+            file,
+            options=options,
+            metadata_errors="ignore",  # titles in another encoding than UTF-8 are of no concern here
+        )
+    except av.error.ArgumentError as error:  # FFmpeg says so of a file that is none of _CONTAINERS
+        raise ValueError("is not a kind of file that holds videos") from error
+    except av.error.MemoryError as error:  # and some demuxers of too many streams
+        raise ValueError(
+            f"has more than {MAX_STREAMS} streams, or lists that need more memory than is allowed"
+        ) from error
+    except av.error.FFmpegError as error:
+        raise ValueError(f"is not a video that FFmpeg can read ({error.strerror})") from error
+
+
+def missing_bytes(file: str | Part) -> int:
     """Bytes by which a Matroska, WebM or AVI file is shorter than it declares; 0 when it declares nothing.
 
     FFmpeg reads a file that was cut off up to the cut without a word. MP4 needs no such check: its index
     lists every frame, which is compared with the frames that are read.
     """
-    with open(path, "rb") as file:
-        head = file.read(4096)
+    with open_file(file) as opened:
+        head = opened.read(4096)
+        length = opened.seek(0, os.SEEK_END)
     declared = 0
     if head.startswith(_EBML):
         declared = _matroska_size(head)
     elif head.startswith(b"RIFF") and head[8:12] == b"AVI ":
         size = int.from_bytes(head[4:8], "little")
         declared = 8 + size if size != 0xFFFFFFFF else 0
-    return max(0, declared - os.path.getsize(path))
+    return max(0, declared - length)
 
 
 def _matroska_size(head: bytes) -> int:

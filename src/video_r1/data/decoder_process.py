@@ -126,13 +126,15 @@ def _work(channel: socket.socket) -> None:
 def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
     from video_r1.data.media import decode_media
     from video_r1.data.records import Sample
+    from video_r1.data.tar_index import Part
     from video_r1.errors import MediaError
     from video_r1.settings.frames import FrameBudget
 
     question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
     sample = Sample(**question, **request["sample"])
+    part = Part(*request["part"]) if request["part"] else None
     try:
-        media = decode_media(sample, FrameBudget(**request["budget"]))
+        media = decode_media(sample, FrameBudget(**request["budget"]), part)
     except MediaError as error:
         send(channel, {"reason": error.reason, "last": last})
         return

@@ -25,7 +25,8 @@ import torch
 from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
 from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
-from video_r1.data.remote import is_address, open_remote_cache
+from video_r1.data.remote import local_file, open_remote_cache
+from video_r1.data.tar_index import Part, split_member
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
@@ -52,13 +53,13 @@ class Decoders:
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
-    def read(self, sample: Sample, budget: FrameBudget) -> Media:
-        """`read_media` with these workers."""
+    def read(self, sample: Sample, budget: FrameBudget, part: Part | None = None) -> Media:
+        """`decode_media` with these workers."""
         ended = ""
         for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
             worker = self._take()
             try:
-                answer, last = _exchange(worker.channel, sample, budget)
+                answer, last = _exchange(worker.channel, sample, budget, part)
             except TimeoutError:
                 self._stop(worker)
                 raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
@@ -152,12 +153,14 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
     return process, ours
 
 
-def _exchange(channel: socket.socket, sample: Sample, budget: FrameBudget) -> tuple[Media | str, bool]:
+def _exchange(
+    channel: socket.socket, sample: Sample, budget: FrameBudget, part: Part | None
+) -> tuple[Media | str, bool]:
     """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`."""
     deadline = time.monotonic() + budget.seconds
     channel.settimeout(budget.seconds)
     place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    send(channel, {"sample": {**place, "extra": {"fps": sample.fps}}, "budget": asdict(budget)})
+    send(channel, {"sample": {**place, "extra": {"fps": sample.fps}}, "budget": asdict(budget), "part": part})
     reply = receive(channel, deadline)
     if "reason" in reply:
         return reply["reason"], reply["last"]
@@ -193,15 +196,18 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
         VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
         ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
     """
-    if is_address(sample.path):
+    if local_file(sample.path) is None:
         with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(sample.path) as path:
             try:
                 return read_media(replace(sample, path=path), budget)
             except MediaError as error:
                 raise MediaError(sample.path, error.reason) from error
+    part = None
+    if split_member(sample.path):
+        part = open_remote_cache(budget.remote_cache, budget.remote_bytes).part(sample.path)
     if budget.seconds == 0:
-        return decode_media(sample, budget)
-    return _decoders.read(sample, budget)
+        return decode_media(sample, budget, part)
+    return _decoders.read(sample, budget, part)
 
 
 def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:

@@ -27,7 +27,7 @@ from video_r1.data.decoders import read_media_at
 from video_r1.data.frame_folders import frame_stamps
 from video_r1.data.media import Media
 from video_r1.data.records import Sample
-from video_r1.data.remote import is_address
+from video_r1.data.remote import local_file
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 
@@ -120,9 +120,9 @@ def read_cached_at(
 def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
     """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good."""
     file: tuple[object, ...] = (sample.path,)
-    if not is_address(sample.path):
+    if (local := local_file(sample.path)) is not None:
         try:
-            facts = os.stat(sample.path)
+            facts = os.stat(local)
             file = (sample.path, facts.st_size, facts.st_mtime_ns)
             if stat.S_ISDIR(facts.st_mode):
                 file = (sample.path, sample.fps, *frame_stamps(sample.path))

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from video_r1.data.clips import decode_clip
 from video_r1.data.pictures import decode_frames, read_picture
 from video_r1.data.records import Sample
+from video_r1.data.tar_index import Part
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
@@ -99,14 +100,18 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def decode_media(sample: Sample, budget: FrameBudget) -> Media:
-    """`read_media` in this process, without its limits. Raises MediaError."""
+def decode_media(sample: Sample, budget: FrameBudget, part: Part | None = None) -> Media:
+    """`read_media` in this process, without its limits. part: where it lies in another file. Raises
+    MediaError.
+    """
     try:
-        if not (os.path.isdir(sample.path) and sample.data_type == "video"):
+        if part is not None and part.size == 0:
+            raise MediaError(sample.path, "the file is empty (0 bytes)")
+        if part is None and not (os.path.isdir(sample.path) and sample.data_type == "video"):
             _require_file(sample.path)
         if sample.data_type == "image":
-            return _read_image(sample.path, budget)
-        return _read_video(sample, budget)
+            return _read_image(part or sample.path, budget)
+        return _read_video(sample, part or sample.path, budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
         if isinstance(error, MediaError):
             reason = error.reason
@@ -139,7 +144,7 @@ def _require_file(path: str) -> None:
         raise MediaError(path, "may not be read (permission denied)")
 
 
-def _read_video(sample: Sample, budget: FrameBudget) -> Media:
+def _read_video(sample: Sample, file: str | Part, budget: FrameBudget) -> Media:
     size: tuple[int, int] | None = None
     chosen: list[list[int]] = []  # of each frame count
 
@@ -159,10 +164,10 @@ def _read_video(sample: Sample, budget: FrameBudget) -> Media:
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
-    if os.path.isdir(sample.path):
-        clip = decode_frames(sample.path, sample.fps, choose, finish, sample.start, sample.end)
+    if isinstance(file, str) and os.path.isdir(file):
+        clip = decode_frames(file, sample.fps, choose, finish, sample.start, sample.end)
     else:
-        clip = decode_clip(sample.path, choose, finish, sample.start, sample.end)
+        clip = decode_clip(file, choose, finish, sample.start, sample.end)
     place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
     places = [place[index] for indices in chosen for index in indices]
     timestamps = torch.tensor([clip.times[place] for place in places], dtype=torch.float64)
@@ -176,8 +181,8 @@ def _window(sample: Sample) -> str:
     return f" between {sample.start or 0:g} s and {end}"
 
 
-def _read_image(path: str, budget: FrameBudget) -> Media:
-    frame = read_picture(path)[None]
+def _read_image(file: str | Part, budget: FrameBudget) -> Media:
+    frame = read_picture(file)[None]
     (height, width), least = frame.shape[-2:], budget.size_multiple
     own_pixels = max(height, least) * max(width, least)  # images are not scaled up
     size = fitted_size(height, width, min(budget.image_pixels, own_pixels), least)

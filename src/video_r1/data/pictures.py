@@ -14,6 +14,7 @@ from torch import Tensor
 from video_r1.data.clips import Clip, clip_window
 from video_r1.data.containers import MAX_PIXELS
 from video_r1.data.frame_folders import FOLDER_FPS, frame_names
+from video_r1.data.tar_index import Part, open_file
 from video_r1.errors import MediaError
 
 # Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).
@@ -54,12 +55,13 @@ def decode_frames(
     return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
 
 
-def read_picture(path: str) -> Tensor:
+def read_picture(file: str | Part) -> Tensor:
     """[3, H, W] uint8 RGB, upright as EXIF says. Raises MediaError."""
+    path = file if isinstance(file, str) else file.path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is lower
-            with Image.open(path, formats=_image_formats()) as image:
+            with open_file(file) as opened, Image.open(opened, formats=_image_formats()) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise MediaError(
                         path,
@@ -70,7 +72,7 @@ def read_picture(path: str) -> Tensor:
         raise MediaError(path, f"declares more pixels than are decoded ({error})") from error
     except UnidentifiedImageError as error:
         reason = "is not an image in a format that Pillow reads"
-        if _is_heic(path):
+        if _is_heic(file):
             reason = "is a HEIC picture, a format that Pillow does not read; convert it to JPEG or PNG"
         raise MediaError(path, reason) from error
     except ValueError as error:  # for example compressed text that unpacks to more than Pillow allows
@@ -86,9 +88,9 @@ def _image_formats() -> tuple[str, ...]:
     return tuple(name for name in _IMAGE_FORMATS if name in Image.OPEN)  # AVIF is not in every Pillow
 
 
-def _is_heic(path: str) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(12)
+def _is_heic(file: str | Part) -> bool:
+    with open_file(file) as opened:
+        head = opened.read(12)
     return head[4:8] == b"ftyp" and head[8:] in _HEIC
 
 

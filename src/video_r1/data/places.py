@@ -7,6 +7,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
+from video_r1.data.tar_index import joined, split_member
 from video_r1.errors import ManifestError
 
 IMAGE_ENDINGS = (
@@ -41,7 +42,10 @@ def media_root_of(source: object, media_root: str | Path | None) -> str:
 def path_below(media_root: str, path: str) -> str:
     """A sample's path as a manifest with that media root says it; the whole path of what lies elsewhere."""
     if is_address(path):
-        return relative_to(path, media_root) or path
+        below = relative_to(path, media_root)
+        if below is None and (found := split_member(path)):
+            return joined(found[0], path_below(media_root, found[1]))
+        return below or path
     return os.path.relpath(path, media_root) if path.startswith(_inside(media_root)) else path
 
 
@@ -66,7 +70,11 @@ class MediaPlaces:
         self._real = functools.cache(os.path.realpath)
 
     def find(self, path: str) -> str:
-        """The absolute file behind `path`, links followed. Raises ValueError with what is wrong with it."""
+        """The absolute file behind `path`, links followed; of a member of an archive, that of the archive.
+        Raises ValueError with what is wrong with it.
+        """
+        if (inside := split_member(path)) and relative_to(path, self.root) is None:
+            return joined(inside[0], self.find(inside[1]))
         if path.startswith(("file://", "local://")):
             found = os.path.realpath(on_this_machine(path))
             return self._checked(found, path)

@@ -6,33 +6,40 @@ An address stands for one file for good: what has been fetched is not asked for 
 that share the folder fetch a file once; while it is read it stays (bounded_folder.py). It is fetched into a
 draft, so that a transfer that breaks off leaves nothing behind. Credentials are those of the libraries:
 environment variables and files of their own.
+
+Of a tar archive (tar_index.py) only its headers and the members that are asked for are fetched; its index is
+kept in the same folder, also that of an archive on this machine, whose members are read where they lie.
 """
 
 import errno
 import fcntl
 import functools
+import json
 import os
 import posixpath
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
 from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
+from video_r1.data.tar_index import Members, Part, joined, member_of, members_of, split_member
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
 from video_r1.files import digest
 from video_r1.hub import ask_the_hub
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the third
+INDEXES = 256  # of archives, in memory
+_HEADERS = 1 << 16  # bytes that are read of an archive around each header
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
 HTTP_SECONDS = {"total": 600.0, "sock_connect": 30.0, "sock_read": 30.0}  # of a file, a connection, a silence
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:(//|:)")
@@ -52,8 +59,19 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and "://" in path and _ADDRESS.match(path) is not None
 
 
+def local_file(path: str) -> str | None:
+    """The file of this machine that a sample's path is, or lies in as a member of an archive; else None."""
+    inside = split_member(path)
+    file = inside[1] if inside else path
+    return None if is_address(file) else file
+
+
 def on_this_machine(path: str) -> str:
-    """The plain path of a file:// address; anything else as it is."""
+    """The plain path of a file:// address; anything else as it is. Of a member of an archive: that of the
+    archive.
+    """
+    if inside := split_member(path):
+        return joined(inside[0], on_this_machine(inside[1]))
     return url_to_fs(path)[1] if path.startswith(("file://", "local://")) else path
 
 
@@ -111,8 +129,10 @@ def _schemes(address: str) -> list[str]:
     return [part.partition("://")[0] for part in address.split("::")]
 
 
-def fetch(address: str, target: Path) -> None:
+def fetch(address: str, target: Path, copy: Callable[[Any, str], None] | None = None) -> None:
     """Copies a file to `target`, in as many as three attempts.
+
+    copy: given the file system and the path in it, copies something else than the whole file.
 
     Raises:
         MediaError: there is no such file, or it is refused, or fsspec does not know the scheme.
@@ -132,11 +152,16 @@ def fetch(address: str, target: Path) -> None:
         try:
             system, path = url_to_fs(address, **_http_options(address))
             with _archives if "::" in address else nullcontext():
-                system.get_file(path, str(target))
+                if copy is None:
+                    system.get_file(path, str(target))
+                else:
+                    copy(system, path)
             if not target.is_dir():
                 return
             target.rmdir()
             failure = IsADirectoryError("a folder")
+        except MediaError:
+            raise
         except Exception as error:  # each file system has errors of its own, without a common base
             if isinstance(error, OSError) and error.errno in _FULL:
                 raise VideoR1Error(f"{target.parent}: {address} cannot be kept ({error.strerror})") from error
@@ -181,6 +206,8 @@ class RemoteCache(BoundedFolder):
     def __init__(self, folder: str | Path, limit: int) -> None:
         super().__init__(folder, limit, "remote_cache")
         self.unanswered: Counter[str] = Counter()  # files in a row, by the place that they are in
+        self._indexes: dict[tuple[object, ...], Members] = {}  # of archives
+        self._indexing = threading.Lock()
 
     @contextmanager
     def file(self, address: str) -> Iterator[str]:
@@ -210,6 +237,56 @@ class RemoteCache(BoundedFolder):
                 os.utime(path)  # used just now
                 yield str(path)
 
+    def part(self, path: str) -> Part:
+        """Where a member of an archive on this machine lies. Raises MediaError."""
+        inside = split_member(path)
+        assert inside is not None
+        member, archive = inside
+        try:
+            facts = os.stat(archive)
+            stamp = (facts.st_size, facts.st_mtime_ns)
+
+            def read() -> Members:
+                with open(archive, "rb") as file:
+                    return members_of(file)
+
+            found = self._members(archive, stamp, read)
+            return Part(archive, *member_of(found, member), member)
+        except FileNotFoundError as error:
+            raise MediaError(path, "there is no such archive") from error
+        except OSError as error:
+            raise MediaError(path, f"the archive may not be read ({error.strerror})") from error
+        except ValueError as error:
+            raise MediaError(path, str(error)) from error
+
+    def _members(self, archive: str, stamp: tuple[int, ...], read: Callable[[], Members]) -> Members:
+        """The index of an archive: from memory, from the folder, or read and kept in both."""
+        key = (archive, *stamp)
+        with self._indexing:
+            if key not in self._indexes:
+                entry = self.place(f"{digest(('members', *key), size=20)}.json")
+                try:
+                    found = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
+                    os.utime(entry)
+                except (OSError, ValueError, AttributeError, TypeError):
+                    found = read()
+                    self._keep_text(entry, json.dumps(found))
+                self._indexes[key] = found
+                while len(self._indexes) > INDEXES:
+                    self._indexes.pop(next(iter(self._indexes)))
+            return self._indexes[key]
+
+    def _keep_text(self, entry: Path, text: str) -> None:
+        draft = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
+        try:
+            entry.parent.mkdir(exist_ok=True)
+            draft.write_text(text)
+            self.admit(draft, entry)
+        except OSError as error:
+            self.warn_once("an archive's index cannot be kept (%s)", error)
+        finally:
+            draft.unlink(missing_ok=True)
+
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """Inside, nobody else fetches the file of that name."""
@@ -226,7 +303,10 @@ class RemoteCache(BoundedFolder):
     def _fetch(self, address: str, draft: Path) -> None:
         place = "/".join(address.rpartition("::")[2].split("/", 3)[:3])
         try:
-            fetch(address, draft)
+            if inside := split_member(address):
+                self._fetch_member(address, *inside, draft)
+            else:
+                fetch(address, draft)
         except NoAnswer as error:
             self.unanswered[place] += 1
             if self.unanswered[place] >= OUTAGE:
@@ -239,6 +319,26 @@ class RemoteCache(BoundedFolder):
             self.unanswered.pop(place, None)
             raise
         self.unanswered.pop(place, None)
+
+    def _fetch_member(self, address: str, member: str, archive: str, draft: Path) -> None:
+        def copy(system: Any, path: str) -> None:
+            def read() -> Members:
+                with system.open(path, "rb", block_size=_HEADERS) as file:
+                    return members_of(file)
+
+            try:
+                begin, size = member_of(self._members(archive, (), read), member)
+            except ValueError as error:
+                raise MediaError(address, str(error)) from error
+            content = system.cat_file(path, start=begin, end=begin + size)
+            if len(content) != size:
+                raise MediaError(address, "its server does not give parts of files; fetch the archive first")
+            draft.write_bytes(content)
+
+        try:
+            fetch(archive, draft, copy)
+        except MediaError as error:
+            raise type(error)(address, error.reason) from error
 
 
 def _locked(path: Path, how: int) -> BinaryIO | None:

@@ -100,12 +100,16 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     """
     from video_r1.data.places import data_type_of
     from video_r1.data.records import Sample
-    from video_r1.data.remote import is_address, on_this_machine
+    from video_r1.data.remote import local_file, on_this_machine
+    from video_r1.data.tar_index import joined, split_member
 
     assert settings.path is not None  # settings without it are refused
     path = on_this_machine(settings.path)
-    if not is_address(path) and not Path(path).exists():
-        raise RequestError(f"{settings.path}: no such file or folder of frames")
+    if (file := local_file(path)) is not None:
+        if not Path(file).exists():
+            raise RequestError(f"{settings.path}: no such file or folder of frames")
+        inside, file = split_member(path), str(Path(file).resolve())
+        path = joined(inside[0], file) if inside else file
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
@@ -114,7 +118,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
         data_type=data_type_of(path),
         problem_type=kind,
         solution=solution_of(settings.answer, kind, options),
-        path=path if is_address(path) else str(Path(path).resolve()),
+        path=path,
         options=options,
         start=settings.start,
         end=settings.end,

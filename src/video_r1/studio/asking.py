@@ -65,7 +65,7 @@ def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...],
     contrasts = [name for name in get_args(Contrast) if name in as_list(asked.get("contrasts"))]
     samples = min(MOST_SAMPLES, max(1, whole(asked.get("samples")) or 1))
     settings: dict[str, Any] = {
-        **model, **window, "path": str(path), "question": [said], "samples": samples,
+        **model, **window, "path": path, "question": [said], "samples": samples,
         "options": _options(asked), "max_new_tokens": min(MOST_TOKENS, whole(asked.get("tokens")) or 512),
     }  # fmt: skip
     if asked.get("type") in PROBLEM_TYPES:
@@ -95,13 +95,13 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
     return {"model": str(folder), "engine": "transformers"}
 
 
-def _clip(request: Request, clip: dict[str, Any]) -> tuple[Path, dict[str, float]]:
+def _clip(request: Request, clip: dict[str, Any]) -> tuple[str, dict[str, float]]:
     """The file of a question's clip, and its window and rate where it has some."""
     if "upload" in clip:
-        return request.app.state.uploads.path(text(clip["upload"])), {}
+        return str(request.app.state.uploads.path(text(clip["upload"]))), {}
     sample = manifests(request).sample(text(clip.get("manifest", "")), whole(clip.get("row")))
     window = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps}
-    return Path(sample.path), {name: time for name, time in window.items() if time is not None}
+    return sample.path, {name: time for name, time in window.items() if time is not None}
 
 
 def _options(asked: dict[str, Any]) -> list[str]:
@@ -139,9 +139,9 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {"data_source": "studio"}
     if "upload" in clip:
         root = found.finder.library.roots[0]
-        place, copied = Found("", root, root), root / ADDED_CLIPS / source.name
-        row["path"] = f"{ADDED_CLIPS}/{source.name}"
-        _keep_clip(source, copied)
+        place, copied = Found("", root, root), root / ADDED_CLIPS / Path(source).name
+        row["path"] = f"{ADDED_CLIPS}/{copied.name}"
+        _keep_clip(Path(source), copied)
     else:
         index = found.index(text(clip.get("manifest", "")))
         place = index.manifest.found
@@ -170,7 +170,7 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
     return {"manifest": str(target), "problem_id": row["problem_id"]}
 
 
-def _row(asked: dict[str, Any], source: Path) -> dict[str, Any]:
+def _row(asked: dict[str, Any], source: str) -> dict[str, Any]:
     """The fields of a row that the question gives. Raises HTTPException 422 without an answer."""
     answer = text(asked.get("answer", "")).strip()
     if not answer:
@@ -185,7 +185,7 @@ def _row(asked: dict[str, Any], source: Path) -> dict[str, Any]:
     return {
         "problem": text(asked.get("question", "")).strip()[:QUESTION],
         "problem_type": kind,
-        "data_type": data_type_of(str(source)),
+        "data_type": data_type_of(source),
         "options": options,
         "solution": solution,
     }

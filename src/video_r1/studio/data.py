@@ -1,22 +1,25 @@
 """The addresses of manifests: which there are, pages of their rows, counts of each kind, and media."""
 
 import os
+import re
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from mimetypes import guess_type
 from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from video_r1.data.frame_folders import FOLDER_FPS, frame_names
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError, ManifestError
+from video_r1.data.remote import local_file, open_remote_cache
+from video_r1.data.tar_index import split_member
+from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
 from video_r1.studio.answers import Answer, number
@@ -27,6 +30,10 @@ OPEN_MANIFESTS = 12  # whose indexes are kept in memory
 PAGE = 50  # rows of one answer
 SEARCH_SECONDS = 1.0  # of one answer
 TEXT = 2000  # characters of a field
+_INDEX_BYTES = 50 * 10**9  # of the user's cache folder, where the indexes of archives are
+_PIECE = 1 << 18
+_RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?", re.ASCII)
+_KEPT = {"cache-control": "private, max-age=600"}
 
 
 class Manifests:
@@ -136,7 +143,7 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         try:
             found = index.places.find(path)
             frames = frames_of(found, row)
-            if not os.path.exists(found):
+            if not os.path.exists(local_file(found) or found):
                 problems = [f"there is no file {short_path(path)}"]
         except ValueError as error:
             problems = [str(error)]
@@ -197,7 +204,10 @@ def clip(request: Request) -> Response:
     asked = request.query_params
     if "upload" in asked:
         return media_file(request.app.state.uploads.path(asked["upload"]))
-    path = Path(manifests(request).sample(asked.get("manifest"), number(asked, "row")).path)
+    found = manifests(request).sample(asked.get("manifest"), number(asked, "row")).path
+    if split_member(found):
+        return member_file(found, request.headers.get("range"))
+    path = Path(found)
     return media_file(path / _frame(path, number(asked, "frame")) if path.is_dir() else path)
 
 
@@ -214,15 +224,47 @@ def _frame(folder: Path, number: int) -> str:
 
 def media_file(path: Path) -> Response:
     """A picture or video that a browser may show; nothing else, whatever a row says. Raises HTTPException."""
-    kind = guess_type(path.name)[0] or ""
-    if not kind.startswith(("video/", "image/")) or kind == "image/svg+xml":
-        raise HTTPException(415, f"{path.suffix[:20]} is no video or image that a browser shows")
+    kind = _kind(path.name)
     try:
         if not stat.S_ISREG(os.lstat(path).st_mode):
             raise HTTPException(404, "the clip is no plain file")
     except OSError as error:
         raise HTTPException(404, f"there is no file {path.name[:200]}") from error
-    return FileResponse(path, media_type=kind, headers={"Cache-Control": "private, max-age=600"})
+    return FileResponse(path, media_type=kind, headers=_KEPT)
+
+
+def member_file(path: str, wanted: str | None) -> Response:
+    """`media_file` of a member of a tar archive. wanted: the request's Range. Raises HTTPException."""
+    try:
+        part = open_remote_cache(None, _INDEX_BYTES).part(path)
+    except MediaError as error:
+        raise HTTPException(404, error.reason) from error
+    kind, begin, end = _kind(part.name), 0, part.size
+    if match := _RANGE.fullmatch(wanted or ""):
+        first, last = match.groups()
+        begin = int(first) if first else max(0, part.size - int(last or 0))
+        end = min(int(last) + 1, part.size) if first and last else part.size
+        if begin >= end:
+            raise HTTPException(416, f"the clip has {part.size} bytes")
+
+    def pieces() -> Iterator[bytes]:
+        with part.open() as file:
+            file.seek(begin)
+            for at in range(begin, end, _PIECE):
+                yield file.read(min(_PIECE, end - at))
+
+    headers = {**_KEPT, "accept-ranges": "bytes", "content-length": str(end - begin)}
+    if match:
+        headers["content-range"] = f"bytes {begin}-{end - 1}/{part.size}"
+    return StreamingResponse(pieces(), 206 if match else 200, headers, kind)
+
+
+def _kind(name: str) -> str:
+    """The media type of what a browser shows. Raises HTTPException 415."""
+    kind = guess_type(name)[0] or ""
+    if not kind.startswith(("video/", "image/")) or kind == "image/svg+xml":
+        raise HTTPException(415, f"{Path(name).suffix[:20]} is no video or image that a browser shows")
+    return kind
 
 
 def _keep(expression: str) -> Keep | None:

@@ -12,6 +12,7 @@ from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
 from video_r1.data.places import IMAGE_ENDINGS, VIDEO_ENDINGS, data_type_of
 from video_r1.data.remote import is_address
+from video_r1.data.tar_index import joined, members_of
 
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
 _NEIGHBOURS = 100  # names on either side that are compared with one that is missing
@@ -19,8 +20,8 @@ _SHOWN = 3
 
 
 class ClipIndex:
-    """The images, videos, folders of frames and subtitles below a folder, listed once. An address cannot be
-    listed: its files are taken as they are named.
+    """The images, videos, folders of frames and subtitles below a folder, and images and videos in its tar
+    archives, listed once. An address cannot be listed: its files are taken as they are named.
 
     follow_links: enter folders that links lead to, each once. Links to files always count.
     """
@@ -34,19 +35,24 @@ class ClipIndex:
         folders: dict[str, None] = {}
         for path in () if is_address(root) else _files_below(root, follow_links):
             stem, ending = posixpath.splitext(path)
+            if ending.lower() == ".tar":
+                for member in _members(os.path.join(root, path)):
+                    self._add(joined(member, path), posixpath.basename(member).lower())
             if ending.lower() in SUBTITLE_ENDINGS:
                 self._subtitles[stem] = path
                 self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt
             if ending.lower() in MEDIA_ENDINGS:
-                self.paths.add(path)
-                name = posixpath.basename(path).lower()
-                for key in dict.fromkeys((name, posixpath.splitext(name)[0])):
-                    self._by_name.setdefault(key, []).append(path)
+                self._add(path, posixpath.basename(path).lower())
                 if ending.lower() in IMAGE_ENDINGS and (folder := posixpath.dirname(path)):
                     folders[folder] = None
         for folder in folders:
             self._folders.setdefault(posixpath.basename(folder).lower(), []).append(folder)
         self._names = sorted({*self._by_name, *self._folders})
+
+    def _add(self, path: str, name: str) -> None:
+        self.paths.add(path)
+        for key in dict.fromkeys((name, posixpath.splitext(name)[0])):
+            self._by_name.setdefault(key, []).append(path)
 
     def subtitles_of(self, path: str) -> str | None:
         """The subtitles of a clip below the root: its name with .srt or .vtt, also with a language
@@ -110,6 +116,16 @@ def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
             break
         count += 1
     return count
+
+
+def _members(archive: str) -> list[str]:
+    """The images and videos in a tar archive; none in what is no archive."""
+    try:
+        with open(archive, "rb") as file:
+            found = members_of(file)
+    except (OSError, ValueError):
+        return []
+    return [name for name in found if posixpath.splitext(name)[1].lower() in MEDIA_ENDINGS]
 
 
 def _files_below(root: str, follow_links: bool) -> Iterator[str]:

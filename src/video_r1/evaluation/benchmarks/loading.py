@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from video_r1.data.records import Sample, check_manifest, load_manifest
-from video_r1.data.remote import is_address
+from video_r1.data.remote import local_file
 from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.spec import Benchmark, annotation_files, manifest_rows, reference_rows
@@ -151,7 +151,7 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
 def _split_by_media(samples: Sequence[Sample]) -> tuple[list[Sample], tuple[str, ...]]:
     """The samples whose file is there, and the files that are not."""
     paths = dict.fromkeys(sample.path for sample in samples)
-    missing = {path for path in paths if not is_address(path) and not os.path.exists(path)}
+    missing = {path for path in paths if (file := local_file(path)) and not os.path.exists(file)}
     present = [sample for sample in samples if sample.path not in missing]
     return present, tuple(path for path in paths if path in missing)
 

@@ -1,0 +1,336 @@
+"""Members of tar archives as clips: where they begin, the frames that their files have, what a row may name,
+indexes that are kept, archives at addresses."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import json
+import re
+import tarfile
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from media_files import SMALL, noise, sample, saved, write_video
+
+from video_r1.data import remote
+from video_r1.data.decoders import read_media
+from video_r1.data.frame_cache import cache_key
+from video_r1.data.making.clip_index import ClipIndex
+from video_r1.data.making.refusals import Refused
+from video_r1.data.places import MediaPlaces, data_type_of, path_below
+from video_r1.data.records import check_manifest
+from video_r1.data.remote import RemoteCache, local_file
+from video_r1.data.tar_index import Part, members_of, split_member
+from video_r1.errors import MediaError
+
+ROW = {
+    "problem_id": 1, "problem": "What?", "data_type": "video", "problem_type": "free-form",
+    "solution": "<answer>x</answer>", "path": "tar://0001.mp4::shards/000.tar",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    remote.open_remote_cache.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Clips of several containers and an image."""
+    folder = tmp_path_factory.mktemp("files")
+    write_video(folder / "0001.mp4", 40)
+    write_video(folder / "0002.mkv", 40, first=7)
+    write_video(folder / "0003.avi", 30, "mpeg4", first=9)
+    write_video(folder / "0004.webm", 20, "libvpx-vp9")
+    saved(noise(70), folder / "0005.jpg")
+    return folder
+
+
+def packed(path: Path, files: Path, form: int = tarfile.PAX_FORMAT, mode: str = "w") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(str(path), mode, format=form) as archive:  # type: ignore[call-overload]
+        for file in sorted(files.iterdir()):
+            archive.add(file, f"./{file.name}" if form == tarfile.GNU_FORMAT else file.name)
+    return path
+
+
+def member(name: str, archive: object) -> str:
+    return f"tar://{name}::{archive}"
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_members_lie_where_the_index_says(tmp_path: Path, files: Path, form: int) -> None:
+    shard = packed(tmp_path / "000.tar", files, form)
+    with shard.open("rb") as opened:
+        found = members_of(opened)
+    content = shard.read_bytes()
+    assert {name: content[at : at + size] for name, (at, size) in found.items()} == {
+        file.name: file.read_bytes() for file in files.iterdir()
+    }
+
+
+def test_a_part_reads_as_a_file_of_its_own(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"before" + bytes(range(100)) + b"behind")
+    part = Part(str(tmp_path / "file"), 6, 100, "x.mp4")
+    with part.open() as file, io.BytesIO(bytes(range(100))) as same:
+        for place, whence, count in (
+            (0, 0, 3),
+            (-4, 2, 10),
+            (2, 1, 5),
+            (50, 0, 100),
+            (200, 0, 1),
+            (0, 0, -1),
+        ):
+            assert file.seek(place, whence) == same.seek(place, whence)
+            assert file.read(count) == same.read(count) and file.tell() == same.tell()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_the_same_frames_as_from_files(tmp_path: Path, files: Path, seconds: float) -> None:
+    shard, budget = packed(tmp_path / "000.tar", files), replace(SMALL, seconds=seconds)
+    for file in files.iterdir():
+        kind = data_type_of(file.name)
+        ours = read_media(sample(member(file.name, shard), kind), budget)
+        theirs = read_media(sample(file, kind), budget)
+        assert torch.equal(ours.frames, theirs.frames) and torch.equal(ours.timestamps, theirs.timestamps)
+        assert (ours.duration, ours.kind) == (theirs.duration, theirs.kind)
+
+
+def test_an_index_is_built_once(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard, built = packed(tmp_path / "000.tar", files), []
+    monkeypatch.setattr(remote, "members_of", lambda file: built.append(1) or members_of(file))
+    for _ in range(2):  # another process, with the same folder
+        cache = RemoteCache(tmp_path / "cache", 10**9)
+        for name in ("0001.mp4", "0002.mkv"):
+            assert cache.part(member(name, shard)).size == (files / name).stat().st_size
+    assert len(built) == 1
+    packed(shard, files, tarfile.USTAR_FORMAT)
+    (files.parent / "other").mkdir()
+    (files.parent / "other" / "9.mp4").write_bytes(b"other")
+    packed(shard, files.parent / "other")  # another archive in its place
+    part = cache.part(member("9.mp4", shard))
+    with part.open() as file:
+        assert file.read() == b"other" and len(built) == 2
+    for entry in cache.folder.glob("??/*.json"):
+        entry.write_text("[]")
+    assert RemoteCache(tmp_path / "cache", 10**9).part(member("9.mp4", shard)) == part
+
+
+def broken(path: Path, files: Path, kind: str) -> str:
+    """A path that cannot be read, by what is wrong with it."""
+    shard = packed(path / "000.tar", files, mode="w:gz" if kind == "gzip" else "w")
+    if kind == "cut":
+        shard.write_bytes(shard.read_bytes()[:-20_000])
+    elif kind == "text":
+        shard.write_bytes(b"text" * 1000)
+    elif kind in ("link", "folder", "empty"):
+        with tarfile.open(shard, "w") as archive:
+            info = tarfile.TarInfo("0001.mp4")
+            info.type = {"link": tarfile.SYMTYPE, "folder": tarfile.DIRTYPE}.get(kind, tarfile.REGTYPE)
+            info.linkname = "/etc/passwd"
+            archive.addfile(info)
+    return member({"missing": "no.mp4", "out": "../../etc/passwd"}.get(kind, "0001.mp4"),
+                  path / "no.tar" if kind == "no archive" else shard)  # fmt: skip
+
+
+BROKEN = [
+    ("gzip", "the archive is compressed (gzip), so that no member can be found; decompress it"),
+    ("cut", "the archive is no tar, or cut short (unexpected end of data)"),
+    ("text", "the archive is no tar, or cut short"),
+    ("link", "is a folder, a link or another thing in the archive, no plain file"),
+    ("folder", "is a folder, a link or another thing in the archive, no plain file"),
+    ("empty", "the file is empty (0 bytes)"),
+    ("missing", "there is no such file in the archive, which has 5"),
+    ("out", "there is no such file in the archive, which has 5"),
+    ("no archive", "there is no such archive"),
+]
+
+
+@pytest.mark.parametrize(("kind", "reason"), BROKEN)
+def test_what_cannot_be_read(tmp_path: Path, files: Path, kind: str, reason: str) -> None:
+    path = broken(tmp_path, files, kind)
+    with pytest.raises(MediaError, match=re.escape(reason)) as error:
+        read_media(sample(path), replace(SMALL, seconds=0))
+    assert error.value.path == path
+
+
+def test_the_archive_stays_in_the_media_root(tmp_path: Path, files: Path) -> None:
+    packed(tmp_path / "outside" / "000.tar", files)
+    root = tmp_path / "root"
+    shard = packed(root / "shards" / "000.tar", files)
+    (root / "link.tar").symlink_to(tmp_path / "outside" / "000.tar")
+    (root / "inside.tar").symlink_to(shard)
+    (sample_,), _, problems = check_manifest([ROW], root)
+    assert (
+        problems == []
+        and sample_.path == member("0001.mp4", shard)
+        and local_file(sample_.path) == str(shard)
+    )
+    assert path_below(str(root), sample_.path) == ROW["path"]
+    places = MediaPlaces(str(root))
+    assert places.find("tar://0001.mp4::inside.tar") == member("0001.mp4", shard)
+    assert places.find(f"tar://0001.mp4::file://{shard}") == member("0001.mp4", shard)
+    for archive in ("link.tar", "../outside/000.tar", str(tmp_path / "outside/000.tar"), "", ".",
+                    f"file://{tmp_path}/outside/000.tar", "file:///etc/passwd"):  # fmt: skip
+        with pytest.raises(ValueError, match=r"leads out of the media root|is absolute"):
+            places.find(member("0001.mp4", archive))
+    with pytest.raises(ValueError, match="is a URL"):
+        places.find("tar://0001.mp4::https://host/000.tar")
+    allowed = MediaPlaces(str(root), allowed_roots=[tmp_path / "outside"])
+    assert split_member(allowed.find("tar://0001.mp4::link.tar")) == (
+        "0001.mp4",
+        str(tmp_path / "outside" / "000.tar"),
+    )
+    assert MediaPlaces("s3://b/c").find("tar://1.mp4::x/0.tar") == "tar://1.mp4::s3://b/c/x/0.tar"
+
+
+def test_an_archive_that_changes_is_another_entry_of_the_cache(tmp_path: Path, files: Path) -> None:
+    shard = packed(tmp_path / "000.tar", files)
+    keys = {cache_key(sample(member(name, shard)), SMALL, 8) for name in ("0001.mp4", "0002.mkv")}
+    packed(shard, files, tarfile.GNU_FORMAT)
+    keys.add(cache_key(sample(member("0001.mp4", shard)), SMALL, 8))
+    assert len(keys) == 3 and None not in keys
+    shard.unlink()
+    assert cache_key(sample(member("0001.mp4", shard)), SMALL, 8) is None
+
+
+def test_make_finds_members(tmp_path: Path, files: Path) -> None:
+    packed(tmp_path / "shards" / "000.tar", files)
+    (tmp_path / "broken.tar").write_bytes(b"text")
+    index = ClipIndex(str(tmp_path))
+    assert index.find("0001") == index.find("clips/0001.mp4") == "tar://0001.mp4::shards/000.tar"
+    assert index.find("tar://0001.mp4::shards/000.tar") == "tar://0001.mp4::shards/000.tar"
+    with pytest.raises(Refused, match=re.escape("near it: tar://0001.mp4::shards/000.tar")):
+        index.find("00011.mp4")
+
+
+def test_a_question_about_a_member(tmp_path: Path, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from video_r1.errors import RequestError
+    from video_r1.evaluation.ask import question_sample
+    from video_r1.settings.decoding import AskSettings
+
+    shard = packed(tmp_path / "000.tar", files)
+    monkeypatch.chdir(tmp_path)
+    found = question_sample(AskSettings(path="tar://0005.jpg::000.tar", model="m", question=["?"]), "?")
+    assert (found.data_type, found.path) == ("image", member("0005.jpg", shard))
+    with pytest.raises(RequestError, match="no such file"):
+        question_sample(AskSettings(path="tar://0005.jpg::no.tar", model="m", question=["?"]), "?")
+
+
+def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
+    pytest.importorskip("starlette", reason="the extra studio is not installed")
+    from starlette.testclient import TestClient
+
+    from video_r1.studio.server import application
+
+    packed(tmp_path / "shards" / "000.tar", files)
+    content = (files / "0001.mp4").read_bytes()
+    rows = [ROW, {**ROW, "problem_id": 2, "path": "tar://0001.mp4::shards/no.tar"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
+        shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
+        assert shown[0]["problems"] == [] and "there is no file" in shown[1]["problems"][0]
+        place = {"manifest": "train.json", "row": 0}
+        whole = client.get("/api/clip", params=place)
+        assert (whole.status_code, whole.headers["content-type"]) == (200, "video/mp4")
+        assert whole.content == content
+        for wanted, begin, end in (
+            ("0-", 0, None),
+            ("5-9", 5, 10),
+            ("-7", -7, None),
+            ("9-99999999", 9, None),
+        ):
+            part = client.get("/api/clip", params=place, headers={"range": f"bytes={wanted}"})
+            assert part.status_code == 206 and part.content == content[begin:end]
+            first = begin % len(content)
+            last = len(content) - 1 if end is None else end - 1
+            assert part.headers["content-range"] == f"bytes {first}-{last}/{len(content)}"
+        bad = client.get("/api/clip", params=place, headers={"range": "bytes=99999999-"})
+        assert bad.status_code == 416
+        assert client.get("/api/clip", params={**place, "row": 1}).status_code == 404
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+
+
+def test_an_archive_at_an_address(tmp_path: Path, files: Path, memory: Any) -> None:
+    shard = packed(tmp_path / "000.tar", files)
+    memory.pipe("/b/000.tar", shard.read_bytes())
+    budget = replace(SMALL, seconds=0, remote_cache=str(tmp_path / "cache"))
+    for name in ("0001.mp4", "0005.jpg"):
+        kind = data_type_of(name)
+        ours = read_media(sample(member(name, "memory://b/000.tar"), kind), budget)
+        assert torch.equal(ours.frames, read_media(sample(files / name, kind), budget).frames)
+    kept = [path for path in (tmp_path / "cache").glob("??/*") if path.suffix != ".json"]
+    assert sorted(path.stat().st_size for path in kept) == sorted(
+        (files / name).stat().st_size for name in ("0001.mp4", "0005.jpg")
+    )
+    for path, reason in (
+        ("no.mp4", "there is no such file in the archive"),
+        ("0001.mp4", "there is no such file"),
+    ):
+        archive = "memory://b/000.tar" if path == "no.mp4" else "memory://b/no.tar"
+        with pytest.raises(MediaError, match=reason) as error:
+            read_media(sample(member(path, archive)), budget)
+        assert error.value.path == member(path, archive)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_only_headers_and_members_are_fetched(tmp_path: Path, files: Path, ranges: bool) -> None:
+    shard, sent = packed(tmp_path / "000.tar", files), []
+    filler = tmp_path / "filler.bin"
+    filler.write_bytes(bytes(3_000_000))
+    with tarfile.open(shard, "a") as archive:
+        archive.add(filler, "0000.bin")
+        archive.add(files / "0001.mp4", "0009.mp4")
+    content = shard.read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            match = re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")) if ranges else None
+            begin, end = (int(match[1]), int(match[2] or len(content)) + 1) if match else (0, len(content))
+            body = content[begin:end]
+            self.send_response(206 if match else 200)
+            if ranges:
+                self.send_header("Accept-Ranges", "bytes")
+            if match:
+                self.send_header("Content-Range", f"bytes {begin}-{begin + len(body) - 1}/{len(content)}")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                sent.append(len(body))
+                self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        path = member("0009.mp4", f"http://127.0.0.1:{running.server_port}/000.tar")
+        budget = replace(SMALL, seconds=0, remote_cache=str(tmp_path / "cache"))
+        if ranges:
+            ours = read_media(sample(path), budget)
+            assert torch.equal(ours.frames, read_media(sample(files / "0001.mp4"), budget).frames)
+            assert sum(sent) < len(content) / 4
+        else:
+            with pytest.raises(MediaError) as error:
+                read_media(sample(path), budget)
+            assert error.value.path == path and "range requests" in error.value.reason
+        running.shutdown()
