@@ -15,9 +15,10 @@ from video_r1.data.decoders import read_media
 from video_r1.data.records import load_manifest
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES
-from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, render
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES
+from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, box_of, render
 from video_r1.rewards.correctness import correctness
+from video_r1.rewards.overlap import box_iou
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 
@@ -94,6 +95,32 @@ def test_reversing_time_changes_the_answer_of_most_families() -> None:
             question = FAMILIES[name](np.random.default_rng(seed))
             changed += RULES[name](question.timeline[::-1]) != question.answer
         assert changed >= 36, name
+
+
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle", "cross", "7"])
+def test_a_box_holds_what_is_seen(shape: str) -> None:
+    """Against the pixels that are brighter than the background ever is."""
+    ious = []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        look = Look("white", shape, "large").at(str(rng.choice(["top left", "bottom right"])))
+        [frame] = render([look], [0.0], rng)
+        rows, columns = np.nonzero(frame.min(axis=-1) > 190)
+        seen = [1000 * side / SIDE for side in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+        ious.append(box_iou(tuple(seen), tuple(map(float, box_of(look)))))
+    assert np.mean(ious) > (0.35 if shape == "7" else 0.75)
+
+
+def test_questions_of_when_and_where_are_drawn_where_they_are_named(tmp_path: Path) -> None:
+    write(tmp_path, train=24, test=6, seed=3, families=["when", "box_at_end", "box_at"])
+    samples = load_manifest(tmp_path / "sft.json")
+    assert {sample.problem_type for sample in samples} == {"temporal grounding", "spatial grounding"}
+    assert {sample.data_type for sample in samples} == {"video"}
+    assert len({sample.answer for sample in samples}) > 6
+    for sample in samples:
+        assert correctness(sample.problem_type, sample.answer, sample.answer) == 1.0
+    assert not set(NAMED_FAMILIES) - set(FAMILIES) - {"when", "box_at_end", "box_at"}
+    assert "when" not in FAMILIES  # what a lab is made of by default is drawn as before
 
 
 def test_manifests_pass_the_check_and_media_decode(lab: Path) -> None:

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 from video_r1.lab.oracle import contrast_answer, true_answer
-from video_r1.lab.questions import FAMILIES, VIDEO_FAMILIES, Question
+from video_r1.lab.questions import NAMED_FAMILIES, VIDEO_FAMILIES, Question
 from video_r1.lab.scenes import COLOURS, MOMENTS, Look
 
 
 def drawn(family: str, count: int = 60) -> list[Question]:
-    return [FAMILIES[family](np.random.default_rng(seed)) for seed in range(count)]
+    return [NAMED_FAMILIES[family](np.random.default_rng(seed)) for seed in range(count)]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", NAMED_FAMILIES)
 def test_the_answer_of_a_clip_in_order_is_the_familys_own(family: str) -> None:
     for question in drawn(family):
         assert true_answer(family, question.problem, question.timeline) == question.answer
@@ -101,6 +101,23 @@ def test_frozen_answers(family: str) -> None:
                 "story": f"the {look.shape} was {look.colour}",
             }
             assert found == expected.get(family)
+
+
+def test_when_and_where_by_hand() -> None:
+    red, blue = Look("red"), Look("blue", size="large").at("bottom left")
+    question = "When is the circle red?"
+    assert true_answer("when", question, [blue, red, red, blue]) == '{"time": [1, 3]}'
+    assert true_answer("when", question, [red, blue, blue, red]) is None  # twice
+    assert true_answer("when", question, [blue] * 4) is None
+    # a medium circle of 0.16 in the middle, a large one of 0.23 at (0.27, 0.73)
+    assert (
+        true_answer("box_at", "Where is the circle at second 1.5?", [blue, red])
+        == '{"boxes": [340, 340, 660, 660]}'
+    )
+    assert (
+        true_answer("box_at_end", "Where does the object stop?", [red, blue])
+        == '{"boxes": [40, 500, 500, 960]}'
+    )
 
 
 def test_by_hand() -> None:

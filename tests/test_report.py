@@ -26,6 +26,7 @@ from video_r1.errors import RequestError
 from video_r1.report.groups import choose_evenly, read_groups
 from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
 from video_r1.report.run_data import Series, read_run, read_series, thin
+from video_r1.report.scores import read_scores
 from video_r1.training.recording import save_strip
 
 
@@ -131,6 +132,40 @@ def test_groups_with_fields_of_wrong_types_do_no_harm(tmp_path: Path) -> None:
         {"text": "", "tokens": None, "truncated": False, "rewards": {}, "total": None, "advantage": None}
     ]
     json.loads(embed(groups))
+
+
+def test_places_are_read_tolerantly_of_grounding_types_alone(tmp_path: Path) -> None:
+    answers = ["<answer>2s to 4s</answer>", "nowhere", "<answer>[[[["]
+    record = {
+        "step": 1, "problem_type": "temporal grounding", "answer": '{"time": [1, 3]}',
+        "ordered": [{"text": text} for text in answers],
+    }  # fmt: skip
+    write_lines(tmp_path / "rollouts.jsonl", [record, record | {"step": 2, "problem_type": "OCR"}])
+    (first, second), _ = read_groups(read_run(tmp_path, tmp_path), 10**6)
+    assert first["place"] == {"time": [1.0, 3.0]}
+    assert [item.get("place") for item in first["ordered"]] == [{"time": [2.0, 4.0]}, None, None]
+    assert "place" not in second and not any("place" in item for item in second["ordered"])
+
+
+def test_overlaps_of_answers_that_say_where_and_when(tmp_path: Path) -> None:
+    records = [
+        {
+            "problem_id": number, "order": order, "output": "x", "prediction": "x", "score": score,
+            "strict_score": score, "format": 1.0, "finish_reason": "stop", "overlaps": {"tIoU": score},
+            "problem_type": "temporal grounding", "data_type": "video",
+        }
+        for order, scores in (("ordered", (1.0, 0.4)), ("shuffled", (0.0, 0.2)))
+        for number, score in enumerate(scores)
+    ]  # fmt: skip
+    write_lines(tmp_path / "eval" / "predictions-4.jsonl", records)
+    [row] = read_scores(read_run(tmp_path / "eval", tmp_path))
+    ordered, shuffled = row["overlaps"]
+    assert (ordered["name"], ordered["order"], shuffled["order"]) == (
+        "temporal grounding, tIoU", "ordered", "shuffled",
+    )  # fmt: skip
+    assert ordered["mean"]["mean"] == pytest.approx(0.7) and shuffled["mean"]["mean"] == pytest.approx(0.1)
+    shares = {name: share["mean"] for name, share in ordered["shares"].items()}
+    assert shares == {"R@0.3": 1.0, "R@0.5": 0.5, "R@0.7": 0.5}
 
 
 def test_scores_are_over_the_videos_where_there_are_images_too(tmp_path: Path) -> None:

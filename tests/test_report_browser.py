@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -451,3 +451,79 @@ def test_words_are_shaded_by_what_they_lose_with_the_contrast(browser: FilePage,
         "[...document.querySelectorAll('.shaded')].map(w => w.style.getPropertyValue('--drop'))"
     )
     assert shades == ["2%", "45%", "0%"]
+
+
+def grounded_line(folder: Path, kind: str, truth: str, *answers: str) -> None:
+    """A recorded group of 8 frames, one each half second, whose first completions give these answers."""
+    line = group_line(folder, 1, 2, random.Random(0), 0.5, (8, 100, 100))
+    for item in line["ordered"]:
+        item["text"] = "<think>x</think><answer>nothing</answer>"
+    for item, answer in zip(line["ordered"], answers, strict=False):
+        item["text"] = f"<think>x</think><answer>{answer}</answer>"
+    changed = {"problem_type": kind, "options": [], "answer": truth, "shuffled": [], "permutation": None}
+    write_lines(folder / "rollouts.jsonl", [line | changed])
+
+
+def test_spans_are_bars_below_that_of_the_truth(browser: FilePage, tmp_path: Path) -> None:
+    grounded_line(tmp_path, "temporal grounding", '{"time": [1, 3]}', "2 s to 9 s", "<b>soon</b>")
+    browser.open(build_report(tmp_path))
+    pick(browser, "pick-completions", "sampled")
+    bars = (
+        "[...document.querySelectorAll('.card')].slice(0, 2).map(card =>"
+        " [...card.querySelectorAll('.span')].map(bar => [bar.style.left, bar.style.width]))"
+    )
+    # of 4 s: the truth lies from 25 to 75 %, the answer from 50 % to the end
+    assert browser.run(bars) == [[["25%", "50%"], ["50%", "50%"]], [["25%", "50%"]]]
+    said = browser.run("[...document.querySelectorAll('.spans')].map(p => p.ariaLabel)")
+    assert said[0] == "answered 2.0 s to 9.0 s; right is 1.0 s to 3.0 s"
+    assert said[1] == "no span answered; right is 1.0 s to 3.0 s" and len(said) == 8
+    assert browser.run("document.querySelector('.lane').getBoundingClientRect().width") > 100
+    check_healthy(browser)
+
+
+@pytest.mark.parametrize(
+    ("kind", "truth", "answer", "with_truth", "with_answer"),
+    [
+        ("spatial grounding", '{"boxes": [200, 200, 600, 600]}', "[400, 400, 900, 900]", range(8), range(8)),
+        # "2" is the frame of second 1, the third one: half a second about it on both sides
+        ("tracking", '{"boxes": {"2": [200, 200, 600, 600]}}', '{"boxes": {"1": [400, 400, 900, 900]}}',
+         (1, 2, 3), (0, 1)),
+        ("spatial-temporal grounding", '{"time": [1, 2], "boxes": {"2": [200, 200, 600, 600]}}',
+         '{"time": [1, 2], "boxes": {"1": [400, 400, 900, 900]}}', (3, 4, 5), (1, 2, 3)),
+    ],
+)  # fmt: skip
+def test_boxes_are_drawn_on_the_frames(
+    browser: FilePage, tmp_path: Path, kind: str, truth: str, answer: str, with_truth: Sequence[int],
+    with_answer: Sequence[int],
+) -> None:  # fmt: skip
+    grounded_line(tmp_path, kind, truth, answer)
+    browser.open(build_report(tmp_path))
+    check_healthy(browser)
+    # The left sides of both boxes, where the colour is nearly that of the page's style.
+    drawn = (
+        "[...document.querySelectorAll('.tile canvas')].map((c, i) => [i, [...c.getContext('2d')"
+        ".getImageData({x}, 30, 1, 1).data]]).filter(([i, p]) => Math.abs(p[0] - {r}) + Math.abs(p[1] - {g})"
+        " + Math.abs(p[2] - {b}) < 10).map(([i]) => i)"
+    )
+    assert browser.run(drawn.format(x=20, r=34, g=112, b=79)) == list(with_truth)
+    answers = drawn.replace("30, 1, 1", "80, 1, 1").format(x=40, r=47, g=93, b=140)
+    assert browser.run(answers) == list(with_answer)
+
+
+def test_overlaps_of_an_evaluation_have_a_table(browser: FilePage, tmp_path: Path) -> None:
+    figure = {"mean": 0.5, "interval95": [0.25, 0.75], "questions": 8}
+    shares = {f"R@0.{n}": {"share": n / 10, "interval95": [0.0, 1.0], "questions": 8} for n in (3, 5, 7)}
+    ordered = {
+        "accuracy": 0.5,
+        "interval95": [0.25, 0.75],
+        "questions": 8,
+        "overlaps": {"tIoU": figure | shares},
+    }
+    figures = {"ordered": ordered, "by_type": {"temporal grounding": {"ordered": ordered}}}
+    (tmp_path / "summary.json").write_text(json.dumps({"frames": {"16": figures}}))
+    (tmp_path / "predictions-16.jsonl").touch()
+    browser.open(build_report(tmp_path))
+    check_healthy(browser)
+    rows = texts(browser, ".scores")
+    assert "temporal grounding, tIoU, ordered" in rows[1] and "0.50 0.25 to 0.75" in rows[1]
+    assert [name in rows[1] for name in ("R@0.3", "R@0.5", "R@0.7", "0.30", "0.70")] == [True] * 5

@@ -21,7 +21,7 @@ from PIL import Image
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json
-from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, read_mark
+from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, read_mark
 from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
 from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings
@@ -43,8 +43,8 @@ def write_lab(settings: LabSettings) -> None:
     family lists its options in one order, which a very small model can learn by heart. The same settings give
     the same questions and pixels. Raises RequestError for an unknown family.
     """
-    if unknown := [name for name in settings.families if name not in FAMILIES]:
-        raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    if unknown := [name for name in settings.families if name not in NAMED_FAMILIES]:
+        raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(NAMED_FAMILIES)}")
     assert settings.folder is not None
     folder, train, test = Path(settings.folder), settings.train, settings.test
     for name in ("videos", "images"):
@@ -93,10 +93,10 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
     rng = np.random.default_rng((settings.seed, SPLITS[split], index))
     families = settings.families or FAMILIES
     images = [name for name in families if name in IMAGE_FAMILIES]
-    videos = [name for name in families if name in VIDEO_FAMILIES]
+    videos = [name for name in families if name not in IMAGE_FAMILIES]
     is_image = bool(images) and (not videos or rng.random() < settings.image_share)
     family = str(rng.choice(images if is_image else videos))
-    question = FAMILIES[family](rng)
+    question = NAMED_FAMILIES[family](rng)
     choices = list(question.choices)
     if settings.shuffle_options:
         choices = [choices[at] for at in rng.permutation(len(choices))]
@@ -117,7 +117,7 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
         write_clip(file, frames, FPS)
     teacher, chain = question, question.chain
     if ". " in chain and not is_image and rng.random() < settings.hasty:
-        while (teacher := FAMILIES[family](rng)).problem != question.problem:
+        while (teacher := NAMED_FAMILIES[family](rng)).problem != question.problem:
             pass  # until it is another clip about which the same is asked
         chain = f"one look. {teacher.chain.partition('. ')[2]}"
     taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer

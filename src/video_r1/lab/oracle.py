@@ -4,12 +4,13 @@ The families (questions.py) draw an answer first and a timeline that has it. Her
 any one, so that an answer to a contrast clip can be judged: right about the clip that was shown, or a habit.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Literal
 
 from video_r1.lab.questions import Question
-from video_r1.lab.scenes import SIZES, Look
+from video_r1.lab.scenes import SIZES, Look, box_of
 
 Timeline = Sequence[Look]
 _RING = ("top left", "top right", "bottom right", "bottom left")  # clockwise
@@ -82,6 +83,20 @@ def _story(timeline: Timeline, named: str) -> str:
     return f"the {timeline[0].shape} was {', then '.join(colours)}"
 
 
+def _when(timeline: Timeline, named: str) -> str | None:
+    """The first stretch of the named colour; None where it comes twice."""
+    runs = [(colour, len(list(looks))) for colour, looks in groupby(look.colour for look in timeline)]
+    places = [place for place, (colour, _) in enumerate(runs) if colour == named]
+    if len(places) != 1:
+        return None
+    start = sum(length for _, length in runs[: places[0]])
+    return json.dumps({"time": [start, start + runs[places[0]][1]]})
+
+
+def _box(look: Look) -> str:
+    return json.dumps({"boxes": box_of(look)})
+
+
 _ANSWERS: dict[str, Callable[[Timeline, str], str | None]] = {
     "direction": _direction,
     "first_colour": lambda timeline, named: timeline[0].colour,
@@ -101,4 +116,7 @@ _ANSWERS: dict[str, Callable[[Timeline, str], str | None]] = {
     "image_place": lambda timeline, named: timeline[0].place,
     "image_digit": lambda timeline, named: timeline[0].shape,
     "image_size": lambda timeline, named: timeline[0].size,
+    "when": _when,
+    "box_at_end": lambda timeline, named: _box(timeline[-1]),
+    "box_at": lambda timeline, named: _box(timeline[int(float(named))]),
 }

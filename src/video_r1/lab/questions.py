@@ -5,12 +5,13 @@ concludes, so that a model whose base describes frames can learn to reason from 
 most families cannot be had from the set of frames without their order.
 """
 
+import json
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, listing
+from video_r1.lab.scenes import COLOURS, MOMENTS, PLACES, SHAPES, SIZES, Look, box_of, listing
 from video_r1.settings.shared import ProblemType
 
 EVERY_MOMENT = tuple(range(MOMENTS))
@@ -228,6 +229,46 @@ def image_size(rng: np.random.Generator) -> Question:
     return _question(rng, [look], "sizes", wordings, look.size, f"it is {look.size}", SIZES, (0,))
 
 
+def when(rng: np.random.Generator) -> Question:
+    look, colours = _still(rng), _pick(rng, COLOURS, 3)
+    twice = int(rng.integers(3))  # which of the colours lasts two moments
+    shown = [colour for place, colour in enumerate(colours) for _ in range(1 + (place == twice))]
+    timeline = [replace(look, colour=colour) for colour in shown]
+    named = _one(rng, colours)
+    start, end = shown.index(named), MOMENTS - shown[::-1].index(named)
+    answer, conclusion = json.dumps({"time": [start, end]}), f"{named} from {start} to {end}"
+    wordings = f"When is the {look.shape} {named}?", f"From when to when is the object {named}?"
+    moments = tuple(range(start, end))
+    return _question(
+        rng, timeline, "colours", wordings, answer, conclusion, (), moments, "temporal grounding"
+    )
+
+
+def box_at_end(rng: np.random.Generator) -> Question:
+    look = _still(rng)
+    wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
+    return _boxed(rng, look, MOMENTS - 1, wordings)
+
+
+def box_at(rng: np.random.Generator) -> Question:
+    look, moment = _still(rng), int(rng.integers(MOMENTS))
+    wordings = (
+        f"Where is the {look.shape} at second {moment}.5?",
+        f"Where is the object at second {moment}.5?",
+    )
+    return _boxed(rng, look, moment, wordings)
+
+
+def _boxed(rng: np.random.Generator, look: Look, moment: int, wordings: tuple[str, ...]) -> Question:
+    """The box of one moment of a look that goes through all corners."""
+    timeline = [look.at(place) for place in _pick(rng, PLACES)]
+    seen = timeline[moment]
+    answer, conclusion = json.dumps({"boxes": box_of(seen)}), f"{seen.size} {seen.place}"
+    return _question(
+        rng, timeline, "places", wordings, answer, conclusion, (), (moment,), "spatial grounding"
+    )
+
+
 VIDEO_FAMILIES = {
     f.__name__: f
     for f in (
@@ -237,6 +278,9 @@ VIDEO_FAMILIES = {
 }  # fmt: skip
 IMAGE_FAMILIES = {f.__name__: f for f in (image_colour, image_place, image_digit, image_size)}
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES
+"""Those that a lab is made of."""
+NAMED_FAMILIES: dict[str, Family] = FAMILIES | {f.__name__: f for f in (when, box_at_end, box_at)}
+"""With those that it has only where they are named: their answers say when and where."""
 
 
 def read_mark(mark: str) -> str:

@@ -48,6 +48,8 @@ _CORNERS = {
     "bottom right": (0.73, 0.73),
 }
 PLACES = tuple(_CORNERS)
+# How far a shape reaches from its centre, in radii: left, up, right, down.
+_EXTENTS = {"square": (0.85, 0.85, 0.85, 0.85), "triangle": (1.0, 1.0, 1.0, 0.8)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,14 @@ class Look:
     def at(self, place: str) -> Self:
         x, y = _CORNERS[place]
         return replace(self, x=x, y=y)
+
+
+def box_of(look: Look) -> list[int]:
+    """[x1, y1, x2, y2] of what is seen, in thousandths of the side; rendering moves it a little."""
+    left, up, right, down = _EXTENTS.get(look.shape, (1.0, 1.0, 1.0, 1.0))
+    size = SIZES[look.size]
+    sides = look.x - left * size, look.y - up * size, look.x + right * size, look.y + down * size
+    return [round(1000 * min(1.0, max(0.0, side))) for side in sides]
 
 
 def caption(look: Look) -> str:

@@ -4,22 +4,25 @@ const SMALL_FRAME = 84; // pixels across
 
 const frameName = (group, frame) => (group.count > 1 ? `frame ${frame + 1} of ${group.count}` : "the image");
 
-/** One frame on a canvas of the size in which it is stored, cut from the strip. */
-function frameCanvas(group, strip, frame) {
+/** One frame on a canvas of the size in which it is stored, cut from the strip, with its boxes (places.js). */
+function frameCanvas(group, strip, frame, marks) {
   const canvas = make("canvas", { width: group.width, height: group.height, role: "img", "aria-label": frameName(group, frame) });
-  const cut = () => canvas.getContext("2d").drawImage(strip, frame * group.width, 0, group.width, group.height, 0, 0, group.width, group.height);
+  const cut = () => {
+    canvas.getContext("2d").drawImage(strip, frame * group.width, 0, group.width, group.height, 0, 0, group.width, group.height);
+    drawMarks(canvas, marks);
+  };
   if (strip.complete) cut();
   else strip.addEventListener("load", cut);
   return canvas;
 }
 
 /** A frame over the page; its neighbours in this order follow with the arrow keys, or play at the clip's pace. */
-function enlargeFrame(group, strip, frames, place) {
+function enlargeFrame(group, order, strip, frames, place) {
   const holder = make("div", { class: "large-frame" });
   const caption = make("output", { "aria-live": "polite" });
   const turn = (by) => {
     place = (place + by + frames.length) % frames.length;
-    holder.replaceChildren(frameCanvas(group, strip, frames[place]));
+    holder.replaceChildren(frameCanvas(group, strip, frames[place], frameMarks(group, order, frames[place], place)));
     caption.textContent = [frameName(group, frames[place]), group.timestamps[place] === undefined ? "" : clock(group.timestamps[place])].filter(Boolean).join(" · ");
   };
   const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
@@ -53,8 +56,8 @@ function tiles(group, order) {
   const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {
     const bar = make("span", { class: "place" });
     bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
-    const button = make("button", { type: "button", class: "frame", title: "Show larger", click: () => enlargeFrame(group, picture, frames, place) },
-      frameCanvas(group, picture, frame));
+    const button = make("button", { type: "button", class: "frame", title: "Show larger", click: () => enlargeFrame(group, order, picture, frames, place) },
+      frameCanvas(group, picture, frame, frameMarks(group, order, frame, place)));
     const tile = make("li", { class: "tile" }, button, group.count > 1 ? bar : "",
       group.count > 1 ? make("span", { class: "time" }, clock(group.timestamps[place]), make("em", {}, ` f${frame + 1}`)) : "");
     tile.dataset.frame = String(frame);

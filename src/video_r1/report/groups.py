@@ -1,10 +1,13 @@
 """Recorded groups for the page's browser: which of them fit, and their frames as data."""
 
 import base64
+import json
 from bisect import bisect
 from pathlib import Path
 from typing import Any, get_args
 
+from video_r1.data.answers import read_answer
+from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, short_path, text, whole
 from video_r1.settings.frames import Contrast
 
@@ -65,14 +68,16 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
     permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
     contrast = record.get("contrast")
     is_whole = isinstance(shown, list) and len(permutation) == len(shown) <= count
+    kind, answer = text(record.get("problem_type", "")), text(record.get("answer", ""))
     return {
         "step": whole(record.get("step")),
         "id": str(record.get("problem_id", "")),
         "problem": text(record.get("problem", "")),
-        "type": text(record.get("problem_type", "")),
+        "type": kind,
         "media": text(record.get("data_type", "")),
         "options": [text(option) for option in as_list(record.get("options"))],
-        "answer": text(record.get("answer", "")),
+        "answer": answer,
+        **place_of(f"<answer>{answer}</answer>", kind),
         "source": text(record.get("data_source", "")),
         "path": short_path(text(record.get("path", ""))),
         "strip": strip if count else None,
@@ -82,14 +87,24 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
         "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],
         "permutation": permutation if is_whole else None,
         "contrast": contrast if contrast in get_args(Contrast) else "shuffled",  # of older runs
-        "ordered": [_completion(item) for item in as_list(record.get("ordered")) if isinstance(item, dict)],
-        "shuffled": [_completion(item) for item in as_list(record.get("shuffled")) if isinstance(item, dict)],
+        "ordered": [
+            _completion(item, kind) for item in as_list(record.get("ordered")) if isinstance(item, dict)
+        ],
+        "shuffled": [
+            _completion(item, kind) for item in as_list(record.get("shuffled")) if isinstance(item, dict)
+        ],
         "p": finite(record.get("p")),
         "pShuffled": finite(record.get("p_shuffled")),
     }
 
 
-def _completion(item: dict[str, Any]) -> dict[str, Any]:
+def place_of(output: str, kind: str) -> dict[str, Any]:
+    """What an output of a grounding type says, tolerantly read, as {"place": {"time", "boxes"}}, or {}."""
+    said = read_answer(output[:MAX_TEXT], kind) if kind in GROUNDING_FORMS else ""
+    return {"place": json.loads(said)} if said else {}
+
+
+def _completion(item: dict[str, Any], kind: str) -> dict[str, Any]:
     rewards = as_table(item.get("rewards"))
     pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
     words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]
@@ -101,6 +116,7 @@ def _completion(item: dict[str, Any]) -> dict[str, Any]:
         **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
         **({} if without is None else {"without": without}),
         **({} if not words else {"words": words}),
+        **place_of(written, kind),
     }
 
 

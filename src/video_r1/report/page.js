@@ -112,7 +112,7 @@ function evaluation() {
     make("p", { class: "lead" }, "Mean scores with the frames ",
       make("span", { class: "ordered" }, "● in order"), " and ", make("span", { class: "shuffled" }, "○ shuffled"),
       ", with 95 % bootstrap intervals. The temporal gap is the difference of the two on the same questions."),
-    scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), parts);
+    scoreTable(`Scores of each checkpoint${about ? ` on ${about}` : ""}`, "checkpoint", make("tbody", {}, rows), true), overlapTable(data.scores), parts);
 }
 
 // The page itself ----------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from video_r1.report.run_data import Run, Series, as_table, find_run_folders, fi
 from video_r1.report.scores import read_scores, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page
-SCRIPTS = ("charts.js", "curves.js", "frames.js", "rollouts.js", "page.js")
+SCRIPTS = ("charts.js", "curves.js", "places.js", "frames.js", "rollouts.js", "page.js")
 OWN_SETTINGS = ("output_dir", "run_name", "logging_dir")  # every run has its own
 END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
 

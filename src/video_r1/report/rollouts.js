@@ -240,7 +240,7 @@ function column(group, order, state) {
   const marks = markers(order === "ordered" ? completions : []);
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[state.completions][1](a.completion, b.completion))
     .filter(({ completion, i }) => COMPLETION_FILTERS[state.kept][1](completion, state.live.marks?.has(markName(group, order, i))))
-    .map(({ completion, i }) => card(completion, order, marks[i] || [], state.live.mark ? markButton(group, order, i, state) : ""));
+    .map(({ completion, i }) => card(completion, order, marks[i] || [], state.live.mark ? markButton(group, order, i, state) : "", spanBars(group, completion)));
   const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
@@ -301,7 +301,7 @@ function markButton(group, order, i, state) {
   return button;
 }
 
-function card(completion, order, marks, button) {
+function card(completion, order, marks, button, spans = "") {
   const right = accuracy(completion) > 0.5;
   const advantage = completion.advantage;
   const tone = advantage === null ? "" : advantage > 0.005 ? "positive" : advantage < -0.005 ? "negative" : "zero";
@@ -322,6 +322,7 @@ function card(completion, order, marks, button) {
       terms,
       make("span", { class: "tokens" }, completion.tokens === null ? "" : plural(completion.tokens, "token"),
         completion.truncated ? make("span", { class: "bad" }, ", cut off") : "")),
+    spans,
     marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
     text, toggle, button);
   return node;

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from video_r1.evaluation.metrics import OVERLAP_SHARES
 from video_r1.evaluation.predictions import NEEDED
 from video_r1.evaluation.summary import ORDERS, summarise
 from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, prediction_files, read_object
@@ -16,9 +17,10 @@ def read_scores(run: Run) -> list[dict[str, Any]]:
     """One row for each frame count that a folder was evaluated with.
 
     A row has `name`; `ordered`, `shuffled` and `gap`, each {"mean", "low", "high", "n"} with a 95 % interval,
-    or None where there is nothing; `format`, the share of ordered outputs in the answer format; `about`, what
-    the figures are over; and `by`, the same figures by type, source and so on. Images have no frame order:
-    where there are videos beside them, the row is over the videos.
+    or None where there is nothing; `overlaps` of answers that say where and when; `format`, the share of
+    ordered outputs in the answer format; `about`, what the figures are over; and `by`, the same figures by
+    type, source and so on. Images have no frame order: where there are videos beside them, the row is over
+    the videos.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
     tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
@@ -31,6 +33,7 @@ def read_scores(run: Run) -> list[dict[str, Any]]:
         row |= _figures(as_table(modalities["video"]) if mixed else figures)
         row["format"] = finite(as_table(figures.get("ordered")).get("format_rate"))
         row["about"] = "videos" if mixed else ""
+        row["overlaps"] = _overlaps(as_table(figures.get("by_type")))
         row["by"] = {field: _parts(as_table(figures.get(field))) for field in BREAKDOWNS}
         rows.append(row)
     return rows
@@ -66,6 +69,20 @@ def _score(figure: Mapping[str, Any], name: str) -> dict[str, Any] | None:
 
 def _parts(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{"name": name} | _figures(as_table(value)) for name, value in list(groups.items())[:MAX_PARTS]]
+
+
+def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of each grounding type, order and overlap: its mean, and the shares R@0.3, R@0.5, R@0.7."""
+    rows = []
+    for kind, group in list(types.items())[:MAX_PARTS]:
+        for order in ORDERS:
+            measured = as_table(as_table(as_table(group).get(order)).get("overlaps"))
+            for name, figure in list(measured.items())[:MAX_PARTS]:
+                table = as_table(figure)
+                shares = {share: _score(as_table(table.get(share)), "share") for share in OVERLAP_SHARES}
+                mean = _score(table, "mean")
+                rows.append({"name": f"{kind}, {name}", "order": order, "mean": mean, "shares": shares})
+    return rows
 
 
 def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:

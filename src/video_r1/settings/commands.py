@@ -79,7 +79,9 @@ class LabSettings(Settings):
     )
     image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
     hasty: float = setting(0.0, "share of video rationales that guess after one look", at_least=0, at_most=1)
-    families: list[str] = setting([], "question families to choose from (default: all)")
+    families: list[str] = setting(
+        [], "question families to choose from (default: all but when, box_at_end and box_at)"
+    )
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)", above=0)
 

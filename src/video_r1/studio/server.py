@@ -31,8 +31,8 @@ from video_r1.studio.uploads import Uploads
 PARTS = (runs, rollouts, asking, data, evaluations)
 """What the page is made of; each has its addresses in ROUTES."""
 PAGE_FILES = {
-    "page.css": "report", "charts.js": "report", "curves.js": "report", "frames.js": "report",
-    "rollouts.js": "report",
+    "page.css": "report", "charts.js": "report", "curves.js": "report", "places.js": "report",
+    "frames.js": "report", "rollouts.js": "report",
     "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "run.js": "studio",
     "clips.js": "studio", "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
 }  # fmt: skip
