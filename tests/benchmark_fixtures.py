@@ -35,6 +35,7 @@ def write_benchmarks(root: Path, clips: list[Path]) -> None:
     _tvbench(root / "tvbench", clips)
     _longvideobench(root / "longvideobench", clips)
     write_pairs(root, clips)
+    _charades_sta(root / "charades_sta", clips)
 
 
 def _media(clip: Path, *places: Path) -> None:
@@ -303,6 +304,22 @@ def _longvideobench(folder: Path, clips: list[Path]) -> None:
     answers = {"id": "x_0", "candidates": ["Ann", "Bo", "Cy"], "correct_choice": 2, "duration_group": 15}
     _json(folder / "lvb_val.json", [{**row, **answers}])
     _media(clips[2], folder / "videos/x.mp4")
+
+
+def _charades_sta(folder: Path, clips: list[Path]) -> None:
+    import datasets
+
+    rows = [
+        {"video": "3MSZA.mp4", "caption": "person turn a light on.", "timestamp": [0.7, 2.3]},
+        {"video": "0BX9N.mp4", "caption": "a person puts a book down.", "timestamp": [1.1, 3.4]},
+    ]
+    kept = {"video": datasets.Value("string"), "caption": datasets.Value("string")}
+    features = datasets.Features({**kept, "timestamp": datasets.Sequence(datasets.Value("float16"))})
+    (folder / "data").mkdir(parents=True)
+    made = datasets.Dataset.from_list(rows, features=features)
+    made.to_parquet(folder / "data/test-00000-of-00001.parquet")
+    for row, clip in zip(rows, clips, strict=False):
+        _media(clip, folder / "Charades_v1_480" / row["video"])
 
 
 def reference_row(number: int, path: str, **fields: Any) -> dict[str, Any]:

@@ -183,8 +183,24 @@ def test_direct_and_reasoned_answers_in_one_run(
                 == figures["reasoning_gains"][order]["questions"]
                 == number
             )
+    assert main(command(root, tmp_path, *wanted, "--answer", "direct")) == 0
+    assert "VSI-Bench, mean over questions, direct answers (part)" in capsys.readouterr().out
     page = (tmp_path / "reasoning.html").read_text()
     assert "VSI-Bench" in page and "TempCompass: 4 of 7,540 questions." in page
+
+
+def test_when_something_happens(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Charades-STA: its headline is the mean tIoU, and the shares R@1 stand below."""
+    run = command(root, tmp_path, "--bench", "charades_sta", "--allow_missing")
+    assert main(run) == 0
+    printed = capsys.readouterr().out
+    assert "temporal grounding, tIoU" in printed and "R@0.7" in printed
+    result = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]["charades_sta"]
+    ordered = result["frames"]["8"]["ordered"]
+    assert ordered["questions"] == ordered["overlaps"]["tIoU"]["R@0.5"]["questions"] == 2
+    assert ordered["accuracy"] == pytest.approx(ordered["overlaps"]["tIoU"]["mean"])
+    (row, _) = json.loads((tmp_path / "charades_sta/manifest.json").read_text())
+    assert row["problem"] == "When does this happen in the video: person turn a light on."
 
 
 def test_killed_and_continued(root: Path, tmp_path: Path) -> None:
@@ -311,6 +327,10 @@ def test_what_differs_from_the_papers_setup() -> None:
     assert "temperature is 1 here and 0.01 there" in lines
     assert "frame_pixels is 3136 here and 200704 there" in lines
     assert "only the first 9 questions of each benchmark are asked" in lines
+    assert not any("direct" in line for line in lines)
+    assert any(
+        "answers are direct" in line for line in setup_differences(EvalSettings(answer=["direct"]), [])
+    )
     assert "MVBench: 5 of 4,000 questions, 1 media files missing" in lines
     assert any("whole clips" in line for line in lines)
 

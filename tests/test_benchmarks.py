@@ -229,6 +229,18 @@ CASES = {
         ("mvp_mini-temporal_reasoning-7_0", CHOICE, "A", 2, "mvp_mini/videos/star/7_0.mp4", WHOLE, ORDER),
         ("mvp_mini-temporal_reasoning-7_1", CHOICE, "B", 2, "mvp_mini/videos/star/7_1.mp4", WHOLE, ORDER),
     ],
+    "charades_sta": [
+        (
+            f"charades_sta-{number}",
+            "temporal grounding",
+            f'{{"time": {time}}}',
+            0,
+            f"charades_sta/Charades_v1_480/{clip}.mp4",
+            WHOLE,
+            "",
+        )
+        for number, time, clip in ((1, [0.7, 2.3], "3MSZA"), (2, [1.1, 3.4], "0BX9N"))
+    ],
     "timeblind": [  # those about one clip side by side
         (f"timeblind-{number}", CHOICE, letter, 2, f"timeblind/videos/{clip}.mp4", WHOLE, kind)
         for number, letter, clip, kind in (
@@ -260,11 +272,17 @@ def test_texts_and_prompts(root: Path, tmp_path: Path) -> None:
     vsi = load("vsibench", root, tmp_path).samples
     assert vsi[0].problem == "These are frames of a video.\nHow many table(s) are in this room?"
     assert vsi[2].options == ("A. left", "B. right")
-    lectures = {sample.extra["task_type"]: sample for sample in load("videommmu", root, tmp_path).samples[:3]}
+    *tracks, sums = load("videommmu", root, tmp_path).samples
+    lectures = {sample.extra["task_type"]: sample for sample in tracks}
     assert lectures["Perception"].problem.endswith(
         "Please ignore the Quiz question in last frame of the video."
     )
-    assert lectures["Adaptation"].problem.startswith("You should watch and learn the video content.")
+    learned = (
+        "You should watch and learn the video content. Then apply what you learned to answer the following "
+    )
+    image = " question. The image for this question is at the end of the video.\n"
+    assert lectures["Adaptation"].problem == f"{learned}multi-choice{image}What is shown?"
+    assert sums.problem == f"{learned}open-ended{image}How many?"
     assert lectures["Adaptation"].options == ("A. first", "B. second", "C. third")
     forms = {sample.data_source: sample for sample in load("tempcompass", root, tmp_path).samples}
     assert forms["TempCompass/yes_no"].options == ("A. yes", "B. no")
@@ -291,6 +309,7 @@ def test_the_published_counts() -> None:
         "mvp": 54828,
         "mvp_mini": 18416,
         "timeblind": 2400,
+        "charades_sta": 3720,
     }
     assert sum(FORMS.values()) == 7540
 

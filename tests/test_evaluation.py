@@ -213,7 +213,9 @@ def test_direct_and_reasoned_answers_are_compared(
         name: each["reasoning_gains"]["ordered"]["gain"] for name, each in figures["by_source"].items()
     }
     assert by_source == {"lab/even": 0.5, "lab/odd": 0.0}  # 1, 0 and 1, -1
-    assert "ordered, with reasoning − direct: accuracy 0.750 − 0.500 = 0.250" in summary_table(summary)
+    table = summary_table(summary)
+    assert "ordered, with reasoning − direct: accuracy 0.750 − 0.500 = 0.250" in table
+    assert "ordered: strict accuracy 0.750" in table and "ordered, direct: strict accuracy 0.500" in table
 
     # What is asked one way is what is asked beside the other, in a file of its own.
     for way, name in (("reasoned", "predictions-8.jsonl"), ("direct", "direct-8.jsonl")):

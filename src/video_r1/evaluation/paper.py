@@ -80,6 +80,8 @@ def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) ->
         for name, value in setup.items()
         if getattr(settings, name) != value
     ]
+    if settings.answer == ["direct"]:
+        found.append("answers are direct, without the reasoning that the reference asks for")
     if not by_code:
         found += _own_ways(settings)
     if settings.limit is not None:

@@ -149,13 +149,15 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
     """One line for each benchmark, frame count and mean: headline figures in percent."""
     head = ["", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap", "reasoned − direct"]
     rows: list[tuple[str, ...]] = []
+    directly = ", direct answers"
     for result in results.values():
         title, part = result["title"], "" if result["complete"] else " (part)"
+        own_way = directly if result.get("answer") == ["direct"] else ""
         for frames, figures in result["frames"].items():
             if result["headline"] == "tasks":
                 rows.append(_task_row(f"{title}, mean over task types{part}", frames, figures))
                 title = f"{result['title']}, mean over questions"
-            for way, own in (("", figures), (", direct answers", figures.get("direct"))):
+            for way, own in ((own_way, figures), (directly, figures.get("direct"))):
                 if own:
                     rows.append(_question_row(title + way + part, frames, own))
                     rows += _pair_rows(result, way + part, frames, own)

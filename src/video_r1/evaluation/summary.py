@@ -210,7 +210,8 @@ def summary_table(summary: Mapping[str, Any]) -> str:
             for name, gap in figures.get("temporal_gaps", {}).items()
         ]
         lines += [_gain_line(order, gain) for order, gain in figures.get("reasoning_gains", {}).items()]
-        lines += [_order_line(order, figures[order]) for order in get_args(Order) if order in figures]
+        for way, own in (("", figures), (", direct", figures.get("direct", {}))):
+            lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]
         if figures["skipped"]:
             lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
         blocks.append("\n".join(lines))

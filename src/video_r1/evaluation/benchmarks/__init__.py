@@ -11,7 +11,7 @@ from video_r1.evaluation.benchmarks.special import SPECIAL
 _NAMES = (
     *("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"),  # the paper's
     *("videoholmes", "tomato", "tvbench", "longvideobench"),
-    *("vinoground", "mvp", "mvp_mini", "timeblind"),
+    *("vinoground", "mvp", "mvp_mini", "timeblind", "charades_sta"),
 )
 
 

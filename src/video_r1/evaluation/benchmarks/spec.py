@@ -47,7 +47,8 @@ class Benchmark:
     files: Sequence[str]  # annotation files in the folder: the first pattern that finds any counts
     unpack: str  # what has to be done to the downloaded media
     questions: int  # published number
-    options: Sequence[int]  # fewest and most options of its multiple-choice questions
+    options: Sequence[int] = (2, 2)  # fewest and most options of its multiple-choice questions
+    problem_type: str = ""  # of all questions; "": by the task, the options and the answer
     problem_id: str = ""  # template; where it gives nothing, questions are numbered
     problem: str = "question"
     choices: str = "options"
@@ -58,7 +59,8 @@ class Benchmark:
     open_ended: bool = False  # whether there are questions without options
     places: Sequence[str] = ()  # templates of where a clip may lie
     window: tuple[str, str] | None = None  # fields with the start and the end in seconds
-    prompts: Mapping[str, str] = field(default_factory=dict)  # task type, or "" for all: text with {question}
+    # By task type, or "" for all: a text with {question}, and {kind} of it, multi-choice or open-ended.
+    prompts: Mapping[str, str] = field(default_factory=dict)
     metric: str = "accuracy"
     headline: Literal["questions", "tasks"] = "questions"  # what the mean is over
     # Sets of questions that are right only as a whole, by the metric's name: `by`, a template of the set that
@@ -71,7 +73,9 @@ class Benchmark:
     find_places: Callable[[Row, Tables], Iterable[Place]] | None = None  # in place of `places`
     find_task: Callable[[Row, Tables], str] | None = None  # in place of `reference_task`
 
-    def problem_type(self, row: Row, task: str) -> str:
+    def problem_type_of(self, row: Row, task: str) -> str:
+        if self.problem_type:
+            return self.problem_type
         if task in self.regression:
             return "regression"
         if not self.open_ended or len(row.get(self.choices) or ()) > 0:
@@ -121,10 +125,11 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
             number += 1
             row = {**row, "file": file.stem, "folder": file.parent.name}
             task = filled(benchmark.task_type, row)
-            problem_type = benchmark.problem_type(row, task)
+            problem_type = benchmark.problem_type_of(row, task)
             options = options_of(row.get(benchmark.choices) or [], problem_type)
             place = first_existing(folder, benchmark.places_of(row))
             form = benchmark.prompts.get(task) or benchmark.prompts.get("", "{question}")
+            form = form.replace("{kind}", "multi-choice" if options else "open-ended")
             yield {
                 "problem_id": f"{benchmark.name}-{filled(benchmark.problem_id, row) or number}",
                 "problem": form.replace("{question}", str(row[benchmark.problem]).strip()),

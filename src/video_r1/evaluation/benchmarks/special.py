@@ -76,6 +76,13 @@ def read_longvideobench(path: Path) -> Iterator[Row]:
         yield {**row, "options": options, "letter": LETTERS[row["correct_choice"]]}
 
 
+def read_charades_sta(path: Path) -> Iterator[Row]:
+    """`timestamp` is [start, end] in seconds with one decimal, kept as 16-bit numbers."""
+    for row in json_or_parquet(path):
+        span = [round(float(second), 1) for second in row["timestamp"]]
+        yield {**row, "answer": json.dumps({"time": span})}
+
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
     "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
@@ -87,4 +94,5 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "mvp": {"read": read_mvp},
     "mvp_mini": {"read": read_mvp},
     "timeblind": {"read": read_timeblind},
+    "charades_sta": {"read": read_charades_sta},
 }
