@@ -131,7 +131,7 @@ BAD = [
     (lambda f: with_file(f, "3.png"), r"its frame 3.png: is not an image in a format that Pillow reads"),
     (lambda f: with_file(f, "3.png", b"\x89PNG\r\n\x1a\n" + bytes(9)), r"its frame 3.png: "),
     (two_sizes, r"different sizes, 56×56 \(0.png\) and 112×56 \(3.png\); make them alike"),
-    (with_a_folder, r"'more.png' in it, which is no image"),
+    (with_a_folder, r"'more.png/' in it, which is no image"),
     (with_a_link_out, r"'4.png', a link that leads out of its folder"),
     (lambda f: frames_in(f, [0]), r"has 1 frame, at least 2 needed"),
     (thin, r"more than 200 times the other"),

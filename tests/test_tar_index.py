@@ -17,9 +17,10 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from media_files import SMALL, noise, sample, saved, write_video
+from media_files import SMALL, noise, picture, sample, saved, write_video
+from PIL import Image
 
-from video_r1.data import remote
+from video_r1.data import remote, tar_index
 from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
@@ -111,18 +112,57 @@ def test_an_index_is_built_once(tmp_path: Path, files: Path, monkeypatch: pytest
     for _ in range(2):  # another process, with the same folder
         cache = RemoteCache(tmp_path / "cache", 10**9)
         for name in ("0001.mp4", "0002.mkv"):
-            assert cache.part(member(name, shard)).size == (files / name).stat().st_size
+            part = cache.part(member(name, shard))
+            assert isinstance(part, Part) and part.size == (files / name).stat().st_size
     assert len(built) == 1
     packed(shard, files, tarfile.USTAR_FORMAT)
     (files.parent / "other").mkdir()
     (files.parent / "other" / "9.mp4").write_bytes(b"other")
     packed(shard, files.parent / "other")  # another archive in its place
     part = cache.part(member("9.mp4", shard))
+    assert isinstance(part, Part)
     with part.open() as file:
         assert file.read() == b"other" and len(built) == 2
     for entry in cache.folder.glob("??/*.json"):
         entry.write_text("[]")
     assert RemoteCache(tmp_path / "cache", 10**9).part(member("9.mp4", shard)) == part
+
+
+def frames_packed(path: Path, folder: str, numbers: range, *more: str) -> Path:
+    """A shard with a folder of frames, with or without an entry for the folder itself."""
+    with tarfile.open(path, "w") as archive:
+        for number in reversed(numbers):
+            file = saved(Image.fromarray(picture(number)), path.parent / f"{number}.png")
+            archive.add(file, f"{folder}{number}.png")
+        for name in more:
+            archive.addfile(tarfile.TarInfo(name))
+    return path
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_a_folder_of_frames_in_an_archive(tmp_path: Path, seconds: float) -> None:
+    budget = replace(SMALL, seconds=seconds)
+    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(12), "a/1/.hidden", "a/10/0.png", "b.mp4")
+    whole = frames_packed(tmp_path / "one.tar", "", range(12))
+    pixels = torch.stack([torch.from_numpy(picture(n)).permute(2, 0, 1) for n in range(12)])
+    for path in (member("a/1/", shard), member("a/1", shard), member(".", whole), member("", whole)):
+        media = read_media(sample(path), budget)
+        assert torch.equal(media.frames, pixels) and media.duration == 6.0
+    slow = replace(sample(member("a/1", shard)), extra={"fps": 4})
+    assert read_media(slow, budget).timestamps.tolist() == [0.0, 0.5, 1.0, 1.75, 2.25, 2.75]
+    assert cache_key(slow, budget, 8) != cache_key(sample(slow.path), budget, 8)
+    with pytest.raises(MediaError, match="is a folder, not a media file"):
+        read_media(sample(slow.path, "image"), budget)
+    with pytest.raises(MediaError, match="at most"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tar_index, "MOST_FRAMES", 11)
+        read_media(sample(slow.path), budget)
+
+
+@pytest.mark.parametrize("odd", ["a/1/notes.txt", "a/1/more/1.png"])
+def test_folders_in_archives_hold_frames_alone(tmp_path: Path, odd: str) -> None:
+    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(4), odd)
+    with pytest.raises(MediaError, match=f"'{odd[4:]}' in it, which is no image"):
+        read_media(sample(member("a/1", shard)), replace(SMALL, seconds=0))
 
 
 def broken(path: Path, files: Path, kind: str) -> str:
@@ -233,12 +273,17 @@ def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
     from video_r1.studio.server import application
 
     packed(tmp_path / "shards" / "000.tar", files)
+    frames_packed(tmp_path / "shards" / "001.tar", "clip/", range(4))
     content = (files / "0001.mp4").read_bytes()
     rows = [ROW, {**ROW, "problem_id": 2, "path": "tar://0001.mp4::shards/no.tar"}]
+    rows.append({**ROW, "problem_id": 3, "path": "tar://clip::shards/001.tar"})
     (tmp_path / "train.json").write_text(json.dumps(rows))
     with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
-        assert shown[0]["problems"] == [] and "there is no file" in shown[1]["problems"][0]
+        assert (
+            shown[0]["problems"] == shown[2]["problems"] == []
+            and "there is no file" in shown[1]["problems"][0]
+        )
         place = {"manifest": "train.json", "row": 0}
         whole = client.get("/api/clip", params=place)
         assert (whole.status_code, whole.headers["content-type"]) == (200, "video/mp4")
@@ -257,6 +302,10 @@ def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
         bad = client.get("/api/clip", params=place, headers={"range": "bytes=99999999-"})
         assert bad.status_code == 416
         assert client.get("/api/clip", params={**place, "row": 1}).status_code == 404
+        assert shown[2]["frames"] == {"count": 4, "fps": 2.0} and shown[0]["frames"] is None
+        frame = client.get("/api/clip", params={**place, "row": 2, "frame": 3})
+        assert frame.content == (tmp_path / "shards" / "3.png").read_bytes()
+        assert client.get("/api/clip", params={**place, "row": 2, "frame": 4}).status_code == 404
 
 
 @pytest.fixture

@@ -132,7 +132,9 @@ def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None
 
     question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
     sample = Sample(**question, **request["sample"])
-    part = Part(*request["part"]) if request["part"] else None
+    part = request["part"]
+    if part is not None:
+        part = [Part(*one) for one in part] if isinstance(part[0], list) else Part(*part)
     try:
         media = decode_media(sample, FrameBudget(**request["budget"]), part)
     except MediaError as error:

@@ -53,7 +53,7 @@ class Decoders:
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
-    def read(self, sample: Sample, budget: FrameBudget, part: Part | None = None) -> Media:
+    def read(self, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
         """`decode_media` with these workers."""
         ended = ""
         for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
@@ -154,7 +154,7 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def _exchange(
-    channel: socket.socket, sample: Sample, budget: FrameBudget, part: Part | None
+    channel: socket.socket, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None
 ) -> tuple[Media | str, bool]:
     """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`."""
     deadline = time.monotonic() + budget.seconds

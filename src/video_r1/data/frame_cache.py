@@ -124,7 +124,9 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
         try:
             facts = os.stat(local)
             file = (sample.path, facts.st_size, facts.st_mtime_ns)
-            if stat.S_ISDIR(facts.st_mode):
+            if local != sample.path:  # it lies in that file, and may be a folder of frames there
+                file = (*file, sample.fps)
+            elif stat.S_ISDIR(facts.st_mode):
                 file = (sample.path, sample.fps, *frame_stamps(sample.path))
         except OSError:
             return None

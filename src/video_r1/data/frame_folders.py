@@ -6,7 +6,7 @@ clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of
 import os
 import re
 
-from video_r1.data.places import IMAGE_ENDINGS
+from video_r1.data.endings import IMAGE_ENDINGS
 
 FOLDER_FPS = 2.0
 """Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the
@@ -25,14 +25,22 @@ def frame_names(folder: str) -> list[str]:
             entries = [entry for entry in found if not entry.name.startswith(".")]
     except PermissionError as error:
         raise ValueError("may not be read (permission denied)") from error
-    if not entries:
-        raise ValueError("is a folder without frames")
     for entry in entries:
-        if os.path.splitext(entry.name)[1].lower() not in IMAGE_ENDINGS or entry.is_dir():
-            raise ValueError(f"is a folder with {entry.name!r} in it, which is no image; keep frames alone")
         if entry.is_symlink() and not os.path.realpath(entry.path).startswith(folder.rstrip("/") + "/"):
             raise ValueError(f"has the frame {entry.name!r}, a link that leads out of its folder")
-    return sorted((entry.name for entry in entries), key=_in_order)
+    return in_order([entry.name + "/" * entry.is_dir() for entry in entries])
+
+
+def in_order(names: list[str]) -> list[str]:
+    """Names in a folder of frames, sorted by the numbers in them; those of folders have a slash. Raises
+    ValueError, in words, where there is none, or anything else than images.
+    """
+    if not names:
+        raise ValueError("is a folder without frames")
+    for name in names:
+        if os.path.splitext(name)[1].lower() not in IMAGE_ENDINGS or "/" in name:
+            raise ValueError(f"is a folder with {name!r} in it, which is no image; keep frames alone")
+    return sorted(names, key=_numbers)
 
 
 def frame_stamps(folder: str) -> list[tuple[str, int, int]]:
@@ -42,7 +50,7 @@ def frame_stamps(folder: str) -> list[tuple[str, int, int]]:
     return sorted((name, fact.st_size, fact.st_mtime_ns) for name, fact in facts)
 
 
-def _in_order(name: str) -> tuple[list[str | int], str]:
+def _numbers(name: str) -> tuple[list[str | int], str]:
     """Texts and numbers in turn; the name itself where 1.jpg and 01.jpg are alike."""
     parts = _NUMBER.split(name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

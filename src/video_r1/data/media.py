@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from video_r1.data.clips import decode_clip
+from video_r1.data.frame_folders import frame_names
 from video_r1.data.pictures import decode_frames, read_picture
 from video_r1.data.records import Sample
 from video_r1.data.tar_index import Part
@@ -100,18 +101,24 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def decode_media(sample: Sample, budget: FrameBudget, part: Part | None = None) -> Media:
-    """`read_media` in this process, without its limits. part: where it lies in another file. Raises
-    MediaError.
+def decode_media(sample: Sample, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
+    """`read_media` in this process, without its limits. part: where it lies in another file; a list: frames.
+    Raises MediaError.
     """
     try:
-        if part is not None and part.size == 0:
+        file = part or sample.path
+        if isinstance(file, str) and os.path.isdir(file) and sample.data_type == "video":
+            names = frame_names(file)
+            return _read_video(sample, [(name, os.path.join(file, name)) for name in names], budget)
+        if isinstance(file, list) and sample.data_type == "video":
+            return _read_video(sample, [(one.name, one) for one in file], budget)
+        if isinstance(file, str):
+            _require_file(file)
+        elif isinstance(file, list):
+            raise MediaError(sample.path, "is a folder, not a media file")
+        elif file.size == 0:
             raise MediaError(sample.path, "the file is empty (0 bytes)")
-        if part is None and not (os.path.isdir(sample.path) and sample.data_type == "video"):
-            _require_file(sample.path)
-        if sample.data_type == "image":
-            return _read_image(part or sample.path, budget)
-        return _read_video(sample, part or sample.path, budget)
+        return _read_image(file, budget) if sample.data_type == "image" else _read_video(sample, file, budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
         if isinstance(error, MediaError):
             reason = error.reason
@@ -144,7 +151,10 @@ def _require_file(path: str) -> None:
         raise MediaError(path, "may not be read (permission denied)")
 
 
-def _read_video(sample: Sample, file: str | Part, budget: FrameBudget) -> Media:
+def _read_video(
+    sample: Sample, file: str | Part | list[tuple[str, str | Part]], budget: FrameBudget
+) -> Media:
+    """file: a list of names and files, of a clip that is pictures."""
     size: tuple[int, int] | None = None
     chosen: list[list[int]] = []  # of each frame count
 
@@ -164,7 +174,7 @@ def _read_video(sample: Sample, file: str | Part, budget: FrameBudget) -> Media:
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
-    if isinstance(file, str) and os.path.isdir(file):
+    if isinstance(file, list):
         clip = decode_frames(file, sample.fps, choose, finish, sample.start, sample.end)
     else:
         clip = decode_clip(file, choose, finish, sample.start, sample.end)

@@ -1,8 +1,7 @@
 """Pictures as Pillow reads them: an image, or a folder of frames as the clip that they are of."""
 
-import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from video_r1.data.clips import Clip, clip_window
 from video_r1.data.containers import MAX_PIXELS
-from video_r1.data.frame_folders import FOLDER_FPS, frame_names
+from video_r1.data.frame_folders import FOLDER_FPS
 from video_r1.data.tar_index import Part, open_file
 from video_r1.errors import MediaError
 
@@ -24,29 +23,29 @@ _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def decode_frames(
-    folder: str,
+    files: Sequence[tuple[str, str | Part]],
     fps: float | None,
     choose: Callable[[int, float], list[int]],
     finish: Callable[[Tensor], Tensor],
     start: float | None = None,
     end: float | None = None,
 ) -> Clip:
-    """`decode_clip` for a folder of frames, `fps` of them a second (None: FOLDER_FPS).
+    """`decode_clip` for frames that are pictures, `fps` of them a second (None: FOLDER_FPS).
 
-    Raises ValueError, with a reason in words, and MediaError for a picture that cannot be read.
+    files: name and place of each. Raises ValueError, with a reason in words.
     """
-    names, fps = frame_names(folder), fps or FOLDER_FPS
-    times = [place / fps for place in range(len(names))]
+    fps = fps or FOLDER_FPS
+    times = [place / fps for place in range(len(files))]
     first, last, duration = clip_window(times, 1 / fps, start, end)
     chosen = choose(last - first, fps)
     frames: list[Tensor] = []
     size: tuple[str, torch.Size] | None = None
     for index in chosen:
-        name = names[first + index]
+        name, file = files[first + index]
         try:
-            picture = read_picture(os.path.join(folder, name))
+            picture = read_picture(file)
         except MediaError as error:
-            raise MediaError(folder, f"its frame {name}: {error.reason}") from error
+            raise ValueError(f"its frame {name}: {error.reason}") from error
         size = size or (name, picture.shape)
         if picture.shape != size[1]:
             sizes = [f"{shape[2]}×{shape[1]} ({of})" for of, shape in (size, (name, picture.shape))]

@@ -6,18 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
+from video_r1.data.endings import IMAGE_ENDINGS
 from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
 from video_r1.data.tar_index import joined, split_member
 from video_r1.errors import ManifestError
-
-IMAGE_ENDINGS = (
-    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
-    ".avif", ".heic", ".heif",
-)  # fmt: skip
-VIDEO_ENDINGS = (
-    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv",
-    ".wmv", ".3gp", ".ogv", ".vob", ".asf", ".mxf",
-)  # fmt: skip
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:

@@ -31,7 +31,7 @@ from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
 from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
-from video_r1.data.tar_index import Members, Part, joined, member_of, members_of, split_member
+from video_r1.data.tar_index import Members, Part, joined, member_of, members_of, part_of, split_member
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
 from video_r1.files import digest
 from video_r1.hub import ask_the_hub
@@ -237,8 +237,10 @@ class RemoteCache(BoundedFolder):
                 os.utime(path)  # used just now
                 yield str(path)
 
-    def part(self, path: str) -> Part:
-        """Where a member of an archive on this machine lies. Raises MediaError."""
+    def part(self, path: str) -> Part | list[Part]:
+        """Where a member of an archive on this machine lies, or the frames of a folder in it. Raises
+        MediaError.
+        """
         inside = split_member(path)
         assert inside is not None
         member, archive = inside
@@ -251,7 +253,7 @@ class RemoteCache(BoundedFolder):
                     return members_of(file)
 
             found = self._members(archive, stamp, read)
-            return Part(archive, *member_of(found, member), member)
+            return part_of(found, member, archive)
         except FileNotFoundError as error:
             raise MediaError(path, "there is no such archive") from error
         except OSError as error:

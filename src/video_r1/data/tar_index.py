@@ -11,11 +11,14 @@ import posixpath
 import tarfile
 from typing import BinaryIO, NamedTuple
 
+from video_r1.data.frame_folders import in_order
+
 Members = dict[str, tuple[int, int]]
 """(first byte, bytes) of each file in an archive, by its name; (-1, 0) of what is no plain file."""
 _SCHEME = "tar://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _NO_FILE = (-1, 0)
+MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
 
 
 class Part(NamedTuple):
@@ -109,3 +112,21 @@ def member_of(found: Members, member: str) -> tuple[int, int]:
     if place == _NO_FILE:
         raise ValueError("is a folder, a link or another thing in the archive, no plain file")
     return place
+
+
+def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
+    """A member, or the frames of a folder in the archive, in their order. Raises ValueError in words."""
+    name = posixpath.normpath(member)
+    if found.get(name, _NO_FILE) == _NO_FILE:
+        begin = "" if name == "." else name + "/"
+        inside = {one[len(begin) :]: place for one, place in found.items() if one.startswith(begin)}
+        frames = {one: place for one, place in inside.items() if not one.startswith(".")}
+        if len(frames) > MOST_FRAMES:
+            raise ValueError(
+                f"is a folder of {len(frames):,} files; at most {MOST_FRAMES:,} are read as frames"
+            )
+        if frames:
+            odd = next((one for one, place in frames.items() if place == _NO_FILE), None)
+            names = in_order(list(frames) if odd is None else [odd + "/"])
+            return [Part(archive, *frames[one], one) for one in names]
+    return Part(archive, *member_of(found, member), member)

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from video_r1.data.frame_folders import FOLDER_FPS, frame_names
 from video_r1.data.records import Sample
 from video_r1.data.remote import local_file, open_remote_cache
-from video_r1.data.tar_index import split_member
+from video_r1.data.tar_index import Part, split_member
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
@@ -169,9 +169,21 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
 
 def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
     """Of a folder of frames: how many (`count`), and how many of them a second (`fps`). Raises ValueError."""
-    if not os.path.isdir(path):
-        return None
-    return {"count": len(frame_names(path)), "fps": finite(row.get("fps")) or FOLDER_FPS}
+    count = 0
+    if os.path.isdir(path):
+        count = len(frame_names(path))
+    elif (inside := split_member(path)) and local_file(path) and not os.path.splitext(inside[0])[1]:
+        try:
+            parts = _places(path)
+        except MediaError as error:
+            raise ValueError(error.reason) from error
+        count = len(parts) if isinstance(parts, list) else 0
+    return {"count": count, "fps": finite(row.get("fps")) or FOLDER_FPS} if count else None
+
+
+def _places(path: str) -> Part | list[Part]:
+    """Where a member of an archive lies. Raises MediaError."""
+    return open_remote_cache(None, _INDEX_BYTES).part(path)
 
 
 def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> dict[str, Any] | None:
@@ -206,7 +218,7 @@ def clip(request: Request) -> Response:
         return media_file(request.app.state.uploads.path(asked["upload"]))
     found = manifests(request).sample(asked.get("manifest"), number(asked, "row")).path
     if split_member(found):
-        return member_file(found, request.headers.get("range"))
+        return member_file(found, number(asked, "frame"), request.headers.get("range"))
     path = Path(found)
     return media_file(path / _frame(path, number(asked, "frame")) if path.is_dir() else path)
 
@@ -233,12 +245,18 @@ def media_file(path: Path) -> Response:
     return FileResponse(path, media_type=kind, headers=_KEPT)
 
 
-def member_file(path: str, wanted: str | None) -> Response:
-    """`media_file` of a member of a tar archive. wanted: the request's Range. Raises HTTPException."""
+def member_file(path: str, frame: int, wanted: str | None) -> Response:
+    """`media_file` of a member of a tar archive. frame: which one of a folder; wanted: the request's Range.
+    Raises HTTPException.
+    """
     try:
-        part = open_remote_cache(None, _INDEX_BYTES).part(path)
+        part = _places(path)
     except MediaError as error:
         raise HTTPException(404, error.reason) from error
+    if isinstance(part, list):
+        if not 0 <= frame < len(part):
+            raise HTTPException(404, f"there is no frame {frame}, only {len(part)}")
+        part = part[frame]
     kind, begin, end = _kind(part.name), 0, part.size
     if match := _RANGE.fullmatch(wanted or ""):
         first, last = match.groups()

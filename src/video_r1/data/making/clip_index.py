@@ -8,9 +8,10 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 
+from video_r1.data.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
-from video_r1.data.places import IMAGE_ENDINGS, VIDEO_ENDINGS, data_type_of
+from video_r1.data.places import data_type_of
 from video_r1.data.remote import is_address
 from video_r1.data.tar_index import joined, members_of
 
