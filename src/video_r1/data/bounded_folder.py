@@ -9,8 +9,10 @@ reader holds by a shared lock (`flock`) is not removed.
 
 import fcntl
 import logging
+import os
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from video_r1.errors import ConfigError
 
@@ -104,3 +106,19 @@ def _remove_unused(path: Path) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def locked(path: Path, how: int) -> BinaryIO | None:
+    """The open file under that lock, which ends when it is closed; None where there is none."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return None
+    fcntl.flock(file, how)
+    try:
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+    except FileNotFoundError:
+        pass
+    file.close()  # it was removed while this process waited for it
+    return None

@@ -26,7 +26,7 @@ from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive
 from video_r1.data.media import Media, decode_media
 from video_r1.data.records import Sample
 from video_r1.data.remote import local_file, open_remote_cache
-from video_r1.data.tar_index import Part, split_member
+from video_r1.data.tar_index import TABLE, Part, split_member
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
@@ -196,7 +196,7 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
         VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
         ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
     """
-    if local_file(sample.path) is None:
+    if local_file(sample.path) is None or sample.path.startswith(TABLE):
         with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(sample.path) as path:
             try:
                 return read_media(replace(sample, path=path), budget)

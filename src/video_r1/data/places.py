@@ -8,7 +8,7 @@ from typing import Literal
 
 from video_r1.data.endings import IMAGE_ENDINGS
 from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
-from video_r1.data.tar_index import joined, split_member
+from video_r1.data.tar_index import split_member
 from video_r1.errors import ManifestError
 
 
@@ -36,7 +36,7 @@ def path_below(media_root: str, path: str) -> str:
     if is_address(path):
         below = relative_to(path, media_root)
         if below is None and (found := split_member(path)):
-            return joined(found[0], path_below(media_root, found[1]))
+            return f"{found[0]}::{path_below(media_root, found[1])}"
         return below or path
     return os.path.relpath(path, media_root) if path.startswith(_inside(media_root)) else path
 
@@ -66,7 +66,7 @@ class MediaPlaces:
         Raises ValueError with what is wrong with it.
         """
         if (inside := split_member(path)) and relative_to(path, self.root) is None:
-            return joined(inside[0], self.find(inside[1]))
+            return f"{inside[0]}::{self.find(inside[1])}"
         if path.startswith(("file://", "local://")):
             found = os.path.realpath(on_this_machine(path))
             return self._checked(found, path)

@@ -30,8 +30,9 @@ from urllib.parse import unquote
 from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
-from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
-from video_r1.data.tar_index import Members, Part, joined, member_of, members_of, part_of, split_member
+from video_r1.data.bounded_folder import PARTIAL, BoundedFolder, locked
+from video_r1.data.table_cells import cell_of, cell_path, cells_beside
+from video_r1.data.tar_index import TABLE, TAR, Members, Part, member_of, members_of, part_of, split_member
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
 from video_r1.files import digest
 from video_r1.hub import ask_the_hub
@@ -71,7 +72,7 @@ def on_this_machine(path: str) -> str:
     archive.
     """
     if inside := split_member(path):
-        return joined(inside[0], on_this_machine(inside[1]))
+        return f"{inside[0]}::{on_this_machine(inside[1])}"
     return url_to_fs(path)[1] if path.startswith(("file://", "local://")) else path
 
 
@@ -215,14 +216,14 @@ class RemoteCache(BoundedFolder):
 
         Raises what `fetch` does, and VideoR1Error when its place gives nothing at all any more.
         """
-        name = digest(address, size=20)
+        name = self._name(address)
         entry = self.place(name + _suffix(address))
         with ExitStack() as stack:
-            held, path = _locked(entry, fcntl.LOCK_SH), entry
+            held, path = locked(entry, fcntl.LOCK_SH), entry
             if held is None:
                 entry.parent.mkdir(exist_ok=True)
                 with self._alone(name):
-                    held = _locked(entry, fcntl.LOCK_SH)  # somebody else may have fetched it meanwhile
+                    held = locked(entry, fcntl.LOCK_SH)  # somebody else may have fetched it meanwhile
                     if held is None:
                         path = self.place(
                             f"{name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}{entry.suffix}"
@@ -243,7 +244,7 @@ class RemoteCache(BoundedFolder):
         """
         inside = split_member(path)
         assert inside is not None
-        member, archive = inside
+        member, archive = inside[0].removeprefix(TAR), inside[1]
         try:
             facts = os.stat(archive)
             stamp = (facts.st_size, facts.st_mtime_ns)
@@ -272,20 +273,20 @@ class RemoteCache(BoundedFolder):
                     os.utime(entry)
                 except (OSError, ValueError, AttributeError, TypeError):
                     found = read()
-                    self._keep_text(entry, json.dumps(found))
+                    self._keep(entry, json.dumps(found).encode())
                 self._indexes[key] = found
                 while len(self._indexes) > INDEXES:
                     self._indexes.pop(next(iter(self._indexes)))
             return self._indexes[key]
 
-    def _keep_text(self, entry: Path, text: str) -> None:
+    def _keep(self, entry: Path, content: bytes) -> None:
         draft = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         try:
             entry.parent.mkdir(exist_ok=True)
-            draft.write_text(text)
+            draft.write_bytes(content)
             self.admit(draft, entry)
         except OSError as error:
-            self.warn_once("an archive's index cannot be kept (%s)", error)
+            self.warn_once("an entry cannot be kept (%s)", error)
         finally:
             draft.unlink(missing_ok=True)
 
@@ -294,7 +295,7 @@ class RemoteCache(BoundedFolder):
         """Inside, nobody else fetches the file of that name."""
         path = self.place(name + PARTIAL)
         path.touch()
-        while (held := _locked(path, fcntl.LOCK_EX)) is None:  # whoever had it has removed it
+        while (held := locked(path, fcntl.LOCK_EX)) is None:  # whoever had it has removed it
             path.touch()
         with held:
             try:
@@ -305,8 +306,10 @@ class RemoteCache(BoundedFolder):
     def _fetch(self, address: str, draft: Path) -> None:
         place = "/".join(address.rpartition("::")[2].split("/", 3)[:3])
         try:
-            if inside := split_member(address):
-                self._fetch_member(address, *inside, draft)
+            if address.startswith(TABLE):
+                self._fetch_cell(address, draft)
+            elif inside := split_member(address):
+                self._fetch_member(address, inside[0].removeprefix(TAR), inside[1], draft)
             else:
                 fetch(address, draft)
         except NoAnswer as error:
@@ -342,21 +345,43 @@ class RemoteCache(BoundedFolder):
         except MediaError as error:
             raise type(error)(address, error.reason) from error
 
+    def _name(self, address: str) -> str:
+        """Of an entry: a digest of the address, and of the state of a table that is on this machine."""
+        table = local_file(address)
+        facts = os.stat(table) if table is not None and os.path.exists(table) else None
+        return digest([address, facts.st_size, facts.st_mtime_ns] if facts else address, size=20)
 
-def _locked(path: Path, how: int) -> BinaryIO | None:
-    """The open file under that lock, which ends when it is closed; None where there is none."""
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        return None
-    fcntl.flock(file, how)
-    try:
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-    except FileNotFoundError:
-        pass
-    file.close()  # it was removed while this process waited for it
-    return None
+    def _fetch_cell(self, address: str, draft: Path) -> None:
+        """A cell of a table. The others that are read with it become entries too."""
+        begin, _, table = address.partition("::")
+
+        def take(file: BinaryIO) -> None:
+            try:
+                column, row = cell_of(begin)
+                for number, content in cells_beside(file, column, row):
+                    entry = self.place(self._name(cell_path(column, number, table)))
+                    if number == row and content is None:
+                        raise MediaError(address, "there are no bytes in that cell")
+                    if number == row:
+                        draft.write_bytes(content or b"")
+                    elif content is not None and not entry.exists():
+                        self._keep(entry, content)
+            except ValueError as error:
+                raise MediaError(address, str(error)) from error
+
+        def copy(system: Any, path: str) -> None:
+            with system.open(path, "rb") as file:
+                take(file)
+
+        with self._alone(digest(["table", table], size=20)):
+            kept = self.place(self._name(address))
+            if kept.exists():  # it was read with another one meanwhile
+                draft.write_bytes(kept.read_bytes())
+            elif is_address(table):
+                fetch(table, draft, copy)
+            else:
+                with open(table, "rb") as file:
+                    take(file)
 
 
 def _suffix(address: str) -> str:

@@ -35,8 +35,16 @@ class Unreadable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
 class InTable:
-    """Stands where a table has a file itself (an Image or Video of `datasets`), not its name."""
+    """Stands where a table has a file itself (an Image or Video of `datasets`), not its name.
+
+    row: from 0; None where the cell holds several.
+    """
+
+    column: str
+    kind: str  # "image", "video", "audio"
+    row: int | None
 
     def __str__(self) -> str:
         return "a file in the table"
@@ -108,24 +116,25 @@ def _dataset_rows(dataset: datasets.Dataset | Any, split: str, stand_ins: bool) 
         raise ManifestError(
             f"a manifest is a file, a data set id, a Dataset or a list of rows, not {type(dataset).__name__}"
         )
-    media_columns = [
-        name
+    media_columns = {
+        name: (one, one is feature)
         for name, feature in dataset.features.items()
         if isinstance(
-            getattr(feature, "feature", feature), (datasets.Image, datasets.Audio, datasets.Video)
+            one := getattr(feature, "feature", feature), (datasets.Image, datasets.Audio, datasets.Video)
         )  # one, or a list of them
-    ]
-    dataset = dataset.remove_columns(media_columns).with_format(None)
-    held = dict.fromkeys(media_columns if stand_ins else (), InTable())
+    }
+    dataset = dataset.remove_columns(list(media_columns)).with_format(None)
+    kinds = {name: (type(one).__name__.lower(), alone) for name, (one, alone) in media_columns.items()}
+    kinds = kinds if stand_ins else {}
     batches = cast("Iterator[dict[str, list]]", dataset.iter(_ROWS_PER_BATCH))
-    yield from enumerate(
-        (
-            dict(zip(batch, values, strict=True)) | held
-            for batch in batches
-            for values in zip(*batch.values(), strict=True)
-        ),
-        start=1,
+    rows = (
+        dict(zip(batch, values, strict=True))
+        for batch in batches
+        for values in zip(*batch.values(), strict=True)
     )
+    for number, row in enumerate(rows):
+        held = {name: InTable(name, kind, number if alone else None) for name, (kind, alone) in kinds.items()}
+        yield number + 1, row | held
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -12,10 +12,11 @@ import tarfile
 from typing import BinaryIO, NamedTuple
 
 from video_r1.data.frame_folders import in_order
+from video_r1.data.table_cells import SCHEME as TABLE
 
 Members = dict[str, tuple[int, int]]
 """(first byte, bytes) of each file in an archive, by its name; (-1, 0) of what is no plain file."""
-_SCHEME = "tar://"
+TAR = "tar://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _NO_FILE = (-1, 0)
 MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
@@ -72,15 +73,13 @@ class _Window(io.RawIOBase):
 
 
 def split_member(path: object) -> tuple[str, str] | None:
-    """(member, archive) of `tar://member::archive`; None for anything else."""
-    if not (isinstance(path, str) and path.startswith(_SCHEME) and "::" in path):
+    """(`tar://member`, archive) of `tar://member::archive`, and the same of a cell of a table
+    (table_cells.py); None for anything else.
+    """
+    if not (isinstance(path, str) and path.startswith((TAR, TABLE)) and "::" in path):
         return None
-    member, _, archive = path.removeprefix(_SCHEME).partition("::")
-    return member, archive
-
-
-def joined(member: str, archive: str) -> str:
-    return f"{_SCHEME}{member}::{archive}"
+    begin, _, archive = path.partition("::")
+    return begin, archive
 
 
 def members_of(file: BinaryIO) -> Members:

@@ -101,7 +101,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     from video_r1.data.places import data_type_of
     from video_r1.data.records import Sample
     from video_r1.data.remote import local_file, on_this_machine
-    from video_r1.data.tar_index import joined, split_member
+    from video_r1.data.tar_index import split_member
 
     assert settings.path is not None  # settings without it are refused
     path = on_this_machine(settings.path)
@@ -109,7 +109,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
         if not Path(file).exists():
             raise RequestError(f"{settings.path}: no such file or folder of frames")
         inside, file = split_member(path), str(Path(file).resolve())
-        path = joined(inside[0], file) if inside else file
+        path = f"{inside[0]}::{file}" if inside else file
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(

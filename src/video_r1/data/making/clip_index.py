@@ -13,7 +13,7 @@ from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
 from video_r1.data.places import data_type_of
 from video_r1.data.remote import is_address
-from video_r1.data.tar_index import joined, members_of
+from video_r1.data.tar_index import members_of
 
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
 _NEIGHBOURS = 100  # names on either side that are compared with one that is missing
@@ -38,7 +38,7 @@ class ClipIndex:
             stem, ending = posixpath.splitext(path)
             if ending.lower() == ".tar":
                 for member in _members(os.path.join(root, path)):
-                    self._add(joined(member, path), posixpath.basename(member).lower())
+                    self._add(f"tar://{member}::{path}", posixpath.basename(member).lower())
             if ending.lower() in SUBTITLE_ENDINGS:
                 self._subtitles[stem] = path
                 self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt

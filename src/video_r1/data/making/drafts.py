@@ -20,6 +20,7 @@ from video_r1.data.options import Reading, listed, options_of, read_choice, spli
 from video_r1.data.places import MediaPlaces, data_type_of
 from video_r1.data.records import DATA_TYPES, FIELDS
 from video_r1.data.rows import InTable
+from video_r1.data.table_cells import cell_path
 
 SubtitleForm = Literal["off", "text", "timed"]
 _TYPE_NAMES = {
@@ -48,6 +49,7 @@ class Making:
     places: MediaPlaces
     problem_type: str | None = None  # of every question; None: as the row says, or by its options and answer
     subtitles: SubtitleForm = "off"
+    table: str | None = None  # the table's own path, where rows may name files that lie in its cells
 
 
 def question_and_options(draft: Draft) -> tuple[str, list[str]]:
@@ -139,6 +141,8 @@ def _problem_type(said: Any, options: list[str], answer: str) -> str:
 
 def _media(draft: Draft, making: Making) -> dict[str, str]:
     named = draft.get("path")
+    if isinstance(named, InTable) and making.table and named.kind in DATA_TYPES and named.row is not None:
+        return {"data_type": named.kind, "path": cell_path(named.column, named.row, making.table)}
     if isinstance(named, InTable) or (not named and any(isinstance(v, InTable) for v in draft.values())):
         raise Refused("media inside the table", "the table holds the file itself, and no name of one")
     path = plain_text(named)
