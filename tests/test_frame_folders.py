@@ -171,6 +171,24 @@ def test_rates_that_are_none(tmp_path: Path, fps: Any) -> None:
     assert check_manifest([{**ROW, "path": "a.mp4", "fps": fps}], tmp_path).problems == []
 
 
+def test_answers_at_another_rate_are_others(tmp_path: Path) -> None:
+    from video_r1.evaluation.asking import asked_with
+    from video_r1.rollout.engine import SamplingSettings
+    from video_r1.settings.decoding import AskSettings
+
+    folder = frames_in(tmp_path / "clips" / "0001", range(4))
+    (tmp_path / "a.mp4").touch()
+
+    def questions(path: Path, **extra: Any) -> str:
+        settings, sampling = AskSettings(model="m"), SamplingSettings()
+        return asked_with([clip_of(path, extra=extra)], TextPrompts(), SMALL, settings, sampling)["questions"]
+
+    assert len({questions(folder), questions(folder, fps=2), questions(folder, fps=4)}) == 3
+    assert questions(tmp_path / "a.mp4") == questions(
+        tmp_path / "a.mp4", fps=4
+    )  # as before there were folders
+
+
 def test_folders_do_not_lead_out(tmp_path: Path) -> None:
     frames_in(tmp_path / "outside", range(4))
     root = empty(tmp_path / "root")

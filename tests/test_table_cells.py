@@ -1,5 +1,5 @@
-"""Images and videos in the cells of Parquet tables: the frames that their files have, groups of rows read once,
-what a row may name, and manifests made of such tables."""
+"""Images and videos in the cells of Parquet tables: the frames that their files have, groups read once, what
+a row may name, and manifests made of such tables."""
 
 from __future__ import annotations
 

@@ -73,6 +73,7 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
             [
                 [s.problem_id, s.problem, s.options, s.solution, s.path, s.start, s.end]
                 + ([s.subtitles] if settings.subtitles else [])
+                + ([s.fps] if s.fps else [])
                 for s in samples
             ]
         ),

@@ -20,6 +20,7 @@ from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.remote import check_schemes, is_address
 from video_r1.data.rows import Unreadable, read_rows
+from video_r1.data.tar_index import split_member
 from video_r1.errors import ManifestError
 from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
@@ -71,8 +72,9 @@ class Sample:
 
     @property
     def fps(self) -> float | None:
-        """Frames a second of a folder of frames, where the row says it."""
-        return _rate(self.extra.get("fps"))
+        """Frames a second of a folder of frames, where the row says it; of files the field says nothing."""
+        rate = _rate(self.extra.get("fps"))
+        return rate if rate and (split_member(self.path) or os.path.isdir(self.path)) else None
 
     @property
     def shown(self) -> tuple[str | float | None, ...]:

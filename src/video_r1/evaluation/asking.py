@@ -62,7 +62,9 @@ def asked_with(
         "seed": settings.seed,
         "sampling": asdict(sampling),
         "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
-        "questions": digest([[s.problem_id, s.path, s.solution, s.start, s.end] for s in samples]),
+        "questions": digest(
+            [[s.problem_id, s.path, s.solution, s.start, s.end] + ([s.fps] if s.fps else []) for s in samples]
+        ),
         "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
         "model": settings.model,
     }
