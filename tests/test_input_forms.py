@@ -1,5 +1,5 @@
-"""One set of questions with its media as files, folders of frames, members of archives and cells of a table: the
-figures of a training are the same."""
+"""A set of questions with its media as files, folders of frames, members of archives and cells of a table: a
+training has the same figures."""
 
 from __future__ import annotations
 

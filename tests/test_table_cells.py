@@ -70,6 +70,7 @@ def test_cells_have_the_frames_of_their_files(tmp_path: Path, clips: list[Path],
 
 BAD = [
     ("raw/6::t.parquet", "there are no bytes in that cell"),
+    ("video/6::t.parquet", "there are no bytes in that cell"),
     ("name/0::t.parquet", "there are no bytes in that cell"),
     ("raw/7::t.parquet", "the table has 7 rows, and none of the number 7 (from 0)"),
     ("no/0::t.parquet", "the table has no column 'no', only name, raw, video"),
@@ -148,3 +149,26 @@ def test_a_manifest_of_a_table_with_the_files_themselves(tmp_path: Path) -> None
     (line,) = map(json.loads, (tmp_path / "out.refused.jsonl").read_text().splitlines())
     assert line["row"] == 4 and "is not an image" in line["found"]
     assert main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(root)]) == 0
+
+
+def test_the_studio_plays_cells(tmp_path: Path, clips: list[Path]) -> None:
+    pytest.importorskip("starlette", reason="the extra studio is not installed")
+    from starlette.testclient import TestClient
+
+    from video_r1.studio.server import application
+
+    table(tmp_path / "t.parquet", clips)
+    row = {
+        "problem_id": 1, "problem": "What?", "data_type": "video", "problem_type": "free-form",
+        "solution": "<answer>x</answer>", "path": "parquet://raw/2::t.parquet",
+    }  # fmt: skip
+    rows = [row, {**row, "problem_id": 2, "path": "parquet://raw/6::t.parquet"}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
+        shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
+        assert shown[0]["problems"] == [] and shown[0]["frames"] is None
+        place, content = {"manifest": "train.json", "row": 0}, clips[2].read_bytes()
+        answer = client.get("/api/clip", params=place, headers={"range": "bytes=3-"})
+        assert (answer.status_code, answer.headers["content-type"]) == (206, "video/mp4")
+        assert answer.content == content[3:]
+        assert client.get("/api/clip", params={**place, "row": 1}).status_code == 404

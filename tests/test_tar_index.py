@@ -226,10 +226,8 @@ def test_the_archive_stays_in_the_media_root(tmp_path: Path, files: Path) -> Non
     with pytest.raises(ValueError, match="is a URL"):
         places.find("tar://0001.mp4::https://host/000.tar")
     allowed = MediaPlaces(str(root), allowed_roots=[tmp_path / "outside"])
-    assert split_member(allowed.find("tar://0001.mp4::link.tar")) == (
-        "0001.mp4",
-        str(tmp_path / "outside" / "000.tar"),
-    )
+    outside = tmp_path / "outside" / "000.tar"
+    assert split_member(allowed.find("tar://0001.mp4::link.tar")) == ("tar://0001.mp4", str(outside))
     assert MediaPlaces("s3://b/c").find("tar://1.mp4::x/0.tar") == "tar://1.mp4::s3://b/c/x/0.tar"
 
 

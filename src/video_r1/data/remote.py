@@ -22,9 +22,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
@@ -294,6 +294,7 @@ class RemoteCache(BoundedFolder):
     def _alone(self, name: str) -> Iterator[None]:
         """Inside, nobody else fetches the file of that name."""
         path = self.place(name + PARTIAL)
+        path.parent.mkdir(exist_ok=True)
         path.touch()
         while (held := locked(path, fcntl.LOCK_EX)) is None:  # whoever had it has removed it
             path.touch()
@@ -306,10 +307,8 @@ class RemoteCache(BoundedFolder):
     def _fetch(self, address: str, draft: Path) -> None:
         place = "/".join(address.rpartition("::")[2].split("/", 3)[:3])
         try:
-            if address.startswith(TABLE):
-                self._fetch_cell(address, draft)
-            elif inside := split_member(address):
-                self._fetch_member(address, inside[0].removeprefix(TAR), inside[1], draft)
+            if split_member(address):
+                self._fetch_inside(address, draft)
             else:
                 fetch(address, draft)
         except NoAnswer as error:
@@ -325,63 +324,55 @@ class RemoteCache(BoundedFolder):
             raise
         self.unanswered.pop(place, None)
 
-    def _fetch_member(self, address: str, member: str, archive: str, draft: Path) -> None:
-        def copy(system: Any, path: str) -> None:
-            def read() -> Members:
-                with system.open(path, "rb", block_size=_HEADERS) as file:
-                    return members_of(file)
+    def _fetch_inside(self, address: str, draft: Path) -> None:
+        """A member of an archive at an address, or a cell of a table. Raises as `fetch`."""
+        begin, _, container = address.partition("::")
+        take = self._take_cell if begin.startswith(TABLE) else self._take_member
 
+        def copy(system: Any, path: str) -> None:
             try:
-                begin, size = member_of(self._members(archive, (), read), member)
+                take(system, path, begin, container, draft)
             except ValueError as error:
                 raise MediaError(address, str(error)) from error
-            content = system.cat_file(path, start=begin, end=begin + size)
-            if len(content) != size:
-                raise MediaError(address, "its server does not give parts of files; fetch the archive first")
-            draft.write_bytes(content)
 
         try:
-            fetch(archive, draft, copy)
+            fetch(container if is_address(container) else f"file://{container}", draft, copy)
         except MediaError as error:
             raise type(error)(address, error.reason) from error
+
+    def _take_member(self, system: Any, path: str, begin: str, archive: str, draft: Path) -> None:
+        def read() -> Members:
+            with system.open(path, "rb", block_size=_HEADERS) as file:
+                return members_of(file)
+
+        first, size = member_of(self._members(archive, (), read), begin.removeprefix(TAR))
+        content = system.cat_file(path, start=first, end=first + size)
+        if len(content) != size:
+            raise ValueError("its server does not give parts of files; fetch the archive first")
+        draft.write_bytes(content)
+
+    def _take_cell(self, system: Any, path: str, begin: str, table: str, draft: Path) -> None:
+        """The other cells that are read with it become entries too."""
+        column, row = cell_of(begin)
+        with self._alone(digest(["table", table], size=20)):
+            with suppress(FileNotFoundError):  # it was read with another one meanwhile
+                draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
+                return
+            with system.open(path, "rb") as file:
+                for number, content in cells_beside(file, column, row):
+                    entry = self.place(self._name(cell_path(column, number, table)))
+                    if number == row and content is None:
+                        raise ValueError("there are no bytes in that cell")
+                    if number == row:
+                        draft.write_bytes(content or b"")
+                    elif content is not None and not entry.exists():
+                        self._keep(entry, content)
 
     def _name(self, address: str) -> str:
         """Of an entry: a digest of the address, and of the state of a table that is on this machine."""
         table = local_file(address)
         facts = os.stat(table) if table is not None and os.path.exists(table) else None
         return digest([address, facts.st_size, facts.st_mtime_ns] if facts else address, size=20)
-
-    def _fetch_cell(self, address: str, draft: Path) -> None:
-        """A cell of a table. The others that are read with it become entries too."""
-        begin, _, table = address.partition("::")
-
-        def take(file: BinaryIO) -> None:
-            try:
-                column, row = cell_of(begin)
-                for number, content in cells_beside(file, column, row):
-                    entry = self.place(self._name(cell_path(column, number, table)))
-                    if number == row and content is None:
-                        raise MediaError(address, "there are no bytes in that cell")
-                    if number == row:
-                        draft.write_bytes(content or b"")
-                    elif content is not None and not entry.exists():
-                        self._keep(entry, content)
-            except ValueError as error:
-                raise MediaError(address, str(error)) from error
-
-        def copy(system: Any, path: str) -> None:
-            with system.open(path, "rb") as file:
-                take(file)
-
-        with self._alone(digest(["table", table], size=20)):
-            kept = self.place(self._name(address))
-            if kept.exists():  # it was read with another one meanwhile
-                draft.write_bytes(kept.read_bytes())
-            elif is_address(table):
-                fetch(table, draft, copy)
-            else:
-                with open(table, "rb") as file:
-                    take(file)
 
 
 def _suffix(address: str) -> str:

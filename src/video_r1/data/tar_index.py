@@ -9,7 +9,7 @@ import io
 import os
 import posixpath
 import tarfile
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from video_r1.data.frame_folders import in_order
 from video_r1.data.table_cells import SCHEME as TABLE
@@ -93,6 +93,7 @@ def members_of(file: BinaryIO) -> Members:
     file.seek(0)
     found: Members = {}
     try:
+        archive: Any
         with tarfile.open(fileobj=file, mode="r:") as archive:
             while (info := archive.next()) is not None:
                 plain = info.isreg() and not info.issparse()

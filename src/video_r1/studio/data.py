@@ -18,7 +18,7 @@ from starlette.routing import Route
 from video_r1.data.frame_folders import FOLDER_FPS, frame_names
 from video_r1.data.records import Sample
 from video_r1.data.remote import local_file, open_remote_cache
-from video_r1.data.tar_index import Part, split_member
+from video_r1.data.tar_index import TAR, Part, split_member
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
@@ -30,7 +30,11 @@ OPEN_MANIFESTS = 12  # whose indexes are kept in memory
 PAGE = 50  # rows of one answer
 SEARCH_SECONDS = 1.0  # of one answer
 TEXT = 2000  # characters of a field
-_INDEX_BYTES = 50 * 10**9  # of the user's cache folder, where the indexes of archives are
+_CACHE_BYTES = 50 * 10**9  # of the user's cache folder, where indexes of archives and copies of cells are
+_MAGIC = (
+    (0, b"\xff\xd8", ".jpg"), (0, b"\x89PNG", ".png"), (0, b"GIF8", ".gif"), (8, b"WEBP", ".webp"),
+    (4, b"ftyp", ".mp4"), (0, b"\x1a\x45\xdf\xa3", ".webm"),
+)  # fmt: skip
 _PIECE = 1 << 18
 _RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?", re.ASCII)
 _KEPT = {"cache-control": "private, max-age=600"}
@@ -172,7 +176,7 @@ def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
     count = 0
     if os.path.isdir(path):
         count = len(frame_names(path))
-    elif (inside := split_member(path)) and local_file(path) and not os.path.splitext(inside[0])[1]:
+    elif path.startswith(TAR) and local_file(path) and not os.path.splitext(path.partition("::")[0])[1]:
         try:
             parts = _places(path)
         except MediaError as error:
@@ -182,8 +186,14 @@ def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
 
 
 def _places(path: str) -> Part | list[Part]:
-    """Where a member of an archive lies. Raises MediaError."""
-    return open_remote_cache(None, _INDEX_BYTES).part(path)
+    """Where a member of an archive lies, or the copy of a cell of a table. Raises MediaError."""
+    cache = open_remote_cache(None, _CACHE_BYTES)
+    if path.startswith(TAR):
+        return cache.part(path)
+    with cache.file(path) as copy, open(copy, "rb") as file:
+        head = file.read(12)
+        ending = next((ending for at, magic, ending in _MAGIC if head[at:].startswith(magic)), "")
+        return Part(copy, 0, file.seek(0, os.SEEK_END), f"cell{ending}")
 
 
 def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> dict[str, Any] | None:
@@ -246,8 +256,8 @@ def media_file(path: Path) -> Response:
 
 
 def member_file(path: str, frame: int, wanted: str | None) -> Response:
-    """`media_file` of a member of a tar archive. frame: which one of a folder; wanted: the request's Range.
-    Raises HTTPException.
+    """`media_file` of a member of a tar archive, or a cell of a table. frame: which one of a folder; wanted:
+    the request's Range. Raises HTTPException.
     """
     try:
         part = _places(path)
