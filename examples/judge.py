@@ -3,56 +3,36 @@
     vllm serve Qwen/Qwen3-8B --port 8001
     python examples/judge.py Qwen/Qwen2.5-VL-3B-Instruct my.json runs/judged http://localhost:8001/v1
 
-Any OpenAI-compatible endpoint will do. What it was asked once is remembered, and requests go out together. An
-endpoint that is away stops the run, which goes on from its last checkpoint when it is started again.
+Any OpenAI-compatible endpoint will do. In a recipe the same settings have the same names (docs/t-grpo.md).
 """
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-import httpx
-
 from video_r1 import TGRPOConfig, TGRPOTrainer
-from video_r1.data.answers import extract_answer
 
-ASKED = """Question: {problem}
+ASKED = """Question: {question}
 Right answer: {truth}
-Given answer: {given}
-Does the given answer say the same as the right one? Reply with yes or no."""
-
-
-class Judge:
-    """A reward function: 1 where the judge says yes; None where right answers can be told without one."""
-
-    def __init__(self, url: str, model: str) -> None:
-        self.model = model
-        self.client = httpx.Client(base_url=url, timeout=60, transport=httpx.HTTPTransport(retries=3))
-        self.says_yes = lru_cache(100_000)(self.ask)
-
-    def ask(self, question: str) -> float:
-        said = {"model": self.model, "messages": [{"role": "user", "content": question}], "temperature": 0}
-        reply = self.client.post("chat/completions", json=said).raise_for_status().json()
-        return float(reply["choices"][0]["message"]["content"].strip().lower().startswith("yes"))
-
-    def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
-        fields = (columns[name] for name in ("problem_type", "problem", "solution"))
-        asked = [
-            ASKED.format(problem=problem, truth=extract_answer(solution), given=extract_answer(text))
-            if kind == "free-form"
-            else None
-            for text, kind, problem, solution in zip(completions, *fields, strict=True)
-        ]
-        questions = list(dict.fromkeys(question for question in asked if question is not None))
-        with ThreadPoolExecutor(16) as pool:
-            verdicts = dict(zip(questions, pool.map(self.says_yes, questions), strict=True))
-        return [None if question is None else verdicts[question] for question in asked]
+Given answer: {answer}
+Does the given answer say the same as the right one? Reply with 1 (yes), 0.5 (in part) or 0 (no) alone."""
 
 
 def main(model: str, manifest: str, out: str, url: str, **settings: Any) -> None:
-    rewards = ["format", Judge(url, "Qwen/Qwen3-8B")]
-    TGRPOTrainer(model, rewards, TGRPOConfig(output_dir=out, **settings), manifest).train()
+    template = Path(out) / "judge.txt"  # left out, the default one asks for a number from 0 to 1
+    template.parent.mkdir(parents=True, exist_ok=True)
+    template.write_text(ASKED, encoding="utf-8")
+    config = TGRPOConfig(
+        output_dir=out,
+        reward_funcs=["accuracy", "format", "judge"],
+        reward_weights={"accuracy": 0.5},  # of free-form answers, which have both, the judge counts more
+        judge_endpoint=url,
+        judge_template=str(template),
+        judge_fields={"chat_template_kwargs": {"enable_thinking": False}},  # Qwen3 answers at once
+        judge_down="wait",  # or stop, or skip
+        **settings,
+    )
+    TGRPOTrainer(model, args=config, train_dataset=manifest).train()
 
 
 if __name__ == "__main__":

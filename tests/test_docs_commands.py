@@ -102,7 +102,9 @@ SHELL: dict[str, Callable[..., None]] = {
     r"docker build -t \S+ \.": lambda: (ROOT / "Dockerfile").stat() and None,
     r"R=\$\(python -c '(.+)'\)": prints_the_recipes,
     r"python -m benchmarks\.(\w+)(.*)": benchmark_takes,
-    r"(?:hf download|cd \S+ && unzip|python -m lmms_eval) .*": lambda: None,  # others' tools and data
+    r"(?:hf download|vllm serve|cd \S+ && unzip|python -m lmms_eval) .*": lambda: (
+        None
+    ),  # others' tools and data
 }
 """Lines of a shell, and what looks at their groups."""
 

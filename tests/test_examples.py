@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_endpoint import ChatEndpoint
+from judge_endpoint import JudgeEndpoint
 from tiny_questions import read_lines, training_arguments
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -57,26 +58,20 @@ def test_lora(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
-class Agreeing(ChatEndpoint):
-    """Says yes to everything."""
-
-    def act(self, handler: Any, event: Any, number: int, body: dict[str, Any]) -> None:
-        self.reply(handler, 200, {"choices": [{"message": {"content": "Yes."}}]})
-
-
-def test_judge(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    endpoint = Agreeing()
+def test_judge(checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("video_r1.training.judge.extract_answer", str.strip)  # random weights give none
+    monkeypatch.setattr("judge_endpoint.GIVEN", re.compile(r"Given answer: (.*)\nDoes", re.DOTALL))
+    endpoint = JudgeEndpoint()
     try:
         run("judge", checkpoint, manifest, tmp_path, endpoint.url, **small(tmp_path, max_steps=3))
     finally:
         endpoint.close()
-    lines = read_lines(tmp_path / "metrics.jsonl")
-    together = {name for line in lines for name in line}
-    assert "reward/Judge/free-form" in together and "reward/Judge/numerical" not in together
-    assert {line["reward/Judge"] for line in lines if "reward/Judge" in line} == {1.0}
+    together = {name for line in read_lines(tmp_path / "metrics.jsonl") for name in line}
+    assert "reward/judge/free-form" in together and "reward/judge/numerical" not in together
     asked = [request["messages"][0]["content"] for request in endpoint.requests]
-    assert len(set(asked)) == len(asked) > 0  # each once
-    assert all("Right answer: the square moves right" in text for text in asked)
+    assert len(set(asked)) == len(asked) > 1  # each once
+    assert all("Right answer: the square moves right" in text for text in asked[1:])
+    assert all(request["chat_template_kwargs"] for request in endpoint.requests)
 
 
 def test_evaluate_any(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -12,13 +12,11 @@ from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
 from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal
+from video_r1.rollout.http_client import REFUSED_QUESTION, ServerFailure, ServerRefusal
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
 FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
-# A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
-REFUSED_QUESTION = (400, 413, 415, 422)
 
 
 class EndpointTeacher:

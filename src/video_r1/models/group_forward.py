@@ -89,7 +89,7 @@ def group_logprobs(
 
     model: for conditional generation, also inside PEFT, DDP or FSDP. Of a known family (models/family.py) its
     text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA; others
-    take the general path (general_forward.py). With autocast, call within its context. completions[q][g]:
+    take the general path (general_forward.py). With autocast, call within its context. `completions[q][g]`:
     token ids [L_qg] int64 of any lengths. vision_features: from `encode_vision`, one a prompt, to share a
     frozen tower's output; else it runs here. entropy_gradient: the entropy has one too. Raises PromptError
     when a prompt's placeholders and its pixels do not match, ConfigError for no vision-language model.

@@ -24,7 +24,9 @@ from video_r1.rewards.shaping import (
 from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
-BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal")
+BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal", "judge")
+# [G] in [0, 1] of each group, nan where it is not judged (training/judge.py)
+JudgeScores = Callable[[Sequence[RolloutGroup]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +45,25 @@ class RewardTerms:
 def reward_terms(
     reward_funcs: str | Callable | Sequence[str | Callable] | None, settings: TGRPOSettings
 ) -> RewardTerms:
-    """The terms of a run. None: accuracy and format, with the length and temporal rewards of the settings.
+    """The terms of a run. None: those that the settings name, or accuracy and format, with the length,
+    temporal and judge rewards that the settings ask for.
 
     A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name, a length
-    reward out of reach, or a weight of a term that is not there (1, which a term has without being named,
-    may stand for a built-in one).
+    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name, names both
+    here and in the settings, a judge without an address, a length reward out of reach, or a weight of a term
+    that is not there (1, which a term has without being named, may stand for a built-in one).
     """
-    asked_for = {"length": settings.length_reward > 0, "temporal": settings.pays_temporal}
+    asked_for = {
+        "length": settings.length_reward > 0,
+        "temporal": settings.pays_temporal,
+        "judge": settings.judge_endpoint is not None,
+    }
+    if settings.reward_funcs is not None:
+        if reward_funcs is not None:
+            raise ConfigError(
+                "reward_funcs is given to the trainer and in its settings; leave one of them out"
+            )
+        reward_funcs = settings.reward_funcs
     if reward_funcs is None:
         built_in = ("accuracy", "format", *(name for name in asked_for if asked_for[name]))
         custom: dict[str, RewardFunction] = {}
@@ -76,6 +89,12 @@ def reward_terms(
                 f"reward_funcs: 'temporal' is named while temporal_rule is {settings.temporal_rule}, "
                 "which adds no reward; set margin, threshold or likelihood"
             )
+        if ("judge" in built_in) != asked_for["judge"]:
+            raise ConfigError(
+                "judge_endpoint is set, but reward_funcs does not name 'judge'; add it"
+                if asked_for["judge"]
+                else "reward_funcs: 'judge' is named while judge_endpoint is not set; give its address"
+            )
         custom = {}
         for function in (entry for entry in given if callable(entry)):
             name = getattr(function, "__name__", type(function).__name__)
@@ -87,7 +106,11 @@ def reward_terms(
     terms = RewardTerms(built_in, custom, dict(settings.reward_weights))
     for name, weight in terms.weights.items():
         if name not in terms.names and (name not in BUILT_IN_TERMS or weight != 1):
-            remedies = {"length": "; set length_reward above 0", "temporal": "; set a temporal_rule"}
+            remedies = {
+                "length": "; set length_reward above 0",
+                "temporal": "; set a temporal_rule",
+                "judge": "; set judge_endpoint",
+            }
             raise ConfigError(
                 f"reward_weights names {name!r}, which is none of the rewards of this run: "
                 f"{', '.join(terms.names)}{remedies.get(name, '')}"
@@ -103,13 +126,18 @@ def score_groups(
     settings: TGRPOSettings,
     question_text: Callable[[Sample], str],
     drops: Sequence[list[Tensor] | None] | None = None,
+    judge: JudgeScores | None = None,
 ) -> list[RolloutGroup]:
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
     drops: of each question, for the temporal rules that need them (see `logprob_drops`). `question_text`
-    gives a sample's text to the user's functions. Raises RewardError when one of them fails.
+    gives a sample's text to the user's functions. judge: for the term of that name. Raises RewardError when
+    one of the functions fails, and what the judge raises. (Processes that score together call the judge
+    together, with no groups too.)
     """
     if not questions:
+        if judge is not None:
+            judge([])
         return []
     drops = [None] * len(questions) if drops is None else drops
     groups = [
@@ -129,6 +157,9 @@ def score_groups(
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
             group.rewards[name] = values
+    if judge is not None:
+        for group, values in zip(groups, judge(groups), strict=True):
+            group.rewards["judge"] = values
     for group in groups:
         group.total_reward = weighted_sum(group.rewards, terms.weights)
         group.base_reward = weighted_sum(group.rewards, {**terms.weights, "temporal": 0.0})
@@ -185,7 +216,7 @@ def score_group(
         rule = settings.temporal_rule
         paid_by = key_drops(drops) if rule == "likelihood_gate" else group.drops
         every["temporal"] = likelihood_reward(correct, paid_by, rule, settings.temporal_alpha)
-    group.rewards = {name: every[name] for name in terms.built_in}
+    group.rewards = {name: every[name] for name in terms.built_in if name in every}
     return group
 
 
@@ -209,7 +240,7 @@ def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
 
 
 def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """[G] float32. A term that a function left out (nan) adds nothing."""
+    """[G] float32. A term that a function or the judge left out (nan) adds nothing."""
     return sum(
         (weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()),
         torch.zeros(()),

@@ -225,7 +225,7 @@ async def models_of(endpoint: Endpoint) -> tuple[Any, bool]:
     deadline, away = time.monotonic() + endpoint.wait, False
     while True:
         try:
-            return await _models_now(endpoint), away
+            return await models_now(endpoint), away
         except ServerRefusal as refusal:
             return refusal, away
         except ServerFailure as failure:
@@ -237,7 +237,7 @@ async def models_of(endpoint: Endpoint) -> tuple[Any, bool]:
         await asyncio.sleep(min(1.0, endpoint.wait / 10))
 
 
-async def _models_now(endpoint: Endpoint) -> Any:
+async def models_now(endpoint: Endpoint) -> Any:
     *others, last = (f"{url}/models" for url in endpoint.urls)
     for url in others:
         with suppress(ServerFailure):
@@ -262,11 +262,12 @@ def open_endpoint(
     return next(iter(names.values())), "video" if forms == {"video"} else "images"
 
 
-def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
+def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tuple[str, bool]:
     """The name of the model to ask for, and whether the endpoint is vLLM. Waits for an endpoint that starts.
 
     Raises ConfigError: nothing answers within `endpoint.wait`, the key is refused, it serves several models
     and none is named, or not the one that is named. A service without a list of models has to be told one.
+    prefix: how the settings begin that errors name, as in judge_model.
     """
     try:
         listed, _ = wait_for(models_of(endpoint))
@@ -279,7 +280,8 @@ def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
             return wanted, False
         raise ConfigError(
             f"{endpoint.url}: {listed}; give the address of an OpenAI-compatible endpoint, which mostly "
-            "ends in /v1, the model's name with --model, and the key in the environment (--key_variable)"
+            f"ends in /v1, the model's name with --{prefix}model, and the key in the environment "
+            f"(--{prefix}key_variable)"
         ) from listed
     try:
         entries = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
@@ -289,7 +291,9 @@ def served_model(endpoint: Endpoint, wanted: str | None) -> tuple[str, bool]:
         ) from error
     if wanted is None and len(entries) != 1:
         shown = ", ".join(sorted(entries)[:10])
-        raise ConfigError(f"{endpoint.url} serves {len(entries)} models; name one with --model: {shown}")
+        raise ConfigError(
+            f"{endpoint.url} serves {len(entries)} models; name one with --{prefix}model: {shown}"
+        )
     model = next(iter(entries)) if wanted is None else wanted
     if entries and model not in entries:
         raise ConfigError(f"{endpoint.url} serves {', '.join(sorted(entries)[:10])}, not {model}")
@@ -351,7 +355,7 @@ class EndpointEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
-        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result `[prompts][n]`.
 
         A completion has as many tokens as the endpoint says, none of them named, and no log-probs (nan).
         Raises VideoR1Error when a request is refused or has failed eight times, or the endpoint stays away.

@@ -21,6 +21,8 @@ import httpx
 # A connection for each request, which lasts seconds: none is found closed, and no pool has to look through
 # thousands of others whenever a request begins or ends. Whoever asks limits how many there are.
 LIMITS = httpx.Limits(max_connections=1, max_keepalive_connections=0)
+# A request that is wrong in itself; any other refusal (a wrong key, no such model) would meet all of them.
+REFUSED_QUESTION = (400, 413, 415, 422)
 
 
 class ServerFailure(Exception):

@@ -104,7 +104,7 @@ class TransformersEngine:
         counts: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+        """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result `[prompts][n]`.
 
         At temperature 0 every completion is the greedy one and its log-probs are the model's own. Completion
         g depends on its prompt's seed (see `prompt_seeds`) and g, not on the other prompts or how they are

@@ -7,6 +7,7 @@ from typing import Literal
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.frames import Contrast, ContrastUnit
+from video_r1.settings.judge import JudgeSettings
 
 Schedule = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -81,11 +82,16 @@ class SFTSettings(TrainingSettings):
 
 
 @dataclass(kw_only=True)
-class TGRPOSettings(TrainingSettings):
+class TGRPOSettings(JudgeSettings, TrainingSettings):
     """GRPO and T-GRPO"""
 
     rewards_are_known = True  # not in a config of a trainer, whose reward_funcs may leave some out
 
+    reward_funcs: list[str] | None = setting(
+        None,
+        "rewards by name: accuracy, format, length, temporal, judge (default: accuracy and format, and the "
+        "others where their settings ask for them)",
+    )
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     num_generations_eval: int | None = setting(
@@ -216,8 +222,10 @@ class TGRPOSettings(TrainingSettings):
             yield "difficulty_range", f"is {bounds}; it must be two shares from 0 to 1, smaller one first"
         if len(self.length_range) != 2 or not 0 <= self.length_range[0] <= self.length_range[1]:
             yield "length_range", f"is {self.length_range}; it must be two token counts, smaller one first"
-        elif self.rewards_are_known:
+        elif self.rewards_are_known and (self.reward_funcs is None or "length" in self.reward_funcs):
             yield from self.length_problems()
+        if self.rewards_are_known and "judge" in (self.reward_funcs or ()) and not self.judge_endpoint:
+            yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
     def sampling_problems(self) -> Iterator[Problem]:
         """Settings of TRL by which tokens would be sampled from another distribution than the trained one."""

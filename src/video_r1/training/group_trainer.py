@@ -22,6 +22,7 @@ from video_r1.data.media import Media
 from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.errors import VideoR1Error
 from video_r1.models.family import find_family, vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
@@ -29,6 +30,7 @@ from video_r1.models.group_forward import (
     group_logprobs,
     vision_language_model,
 )
+from video_r1.processes import decided_by_first, gather
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import RewardTerms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -44,6 +46,7 @@ from video_r1.training.credit import TaskMoments
 from video_r1.training.difficulty import Difficulty
 from video_r1.training.drops import Comparison, compare
 from video_r1.training.dynamic_sampling import Asked, fill_places
+from video_r1.training.judge import Judge, JudgeAway
 from video_r1.training.metrics import tolerated
 from video_r1.training.questions import Ready, Slot
 from video_r1.training.recording import record_group
@@ -79,6 +82,7 @@ class GroupTrainer(QuestionTrainer):
     ) -> None:
         self.terms = terms
         self.step_batches: list[PolicyBatch] = []
+        self.newly_asked: list[tuple[Sequence[Ready[Question]], Sequence[RolloutGroup]]] = []
         callbacks = list(callbacks or [])
         if args.scale_rewards == "task":
             callbacks.append(TaskMoments())
@@ -118,6 +122,9 @@ class GroupTrainer(QuestionTrainer):
             dtype="bfloat16" if args.bf16 else "auto",
             folder=str(args.output_dir),
         )
+        self.judge: Judge | None = None
+        if "judge" in terms.names:
+            self.judge = Judge(args, self.folder, self.meter, lambda: self.stop.number is not None)
         self.rollouts = StepRollouts(self.engine, args, self.meter, self.whole_policy)
         self.steps_read_ahead = 2 if args.async_rollouts else 1
 
@@ -199,8 +206,31 @@ class GroupTrainer(QuestionTrainer):
     ) -> list[RolloutGroup]:
         with self.meter.seconds("reward"):
             return score_groups(
-                questions, ordered, shuffled, self.terms, self.settings, self.builder.question, drops
-            )
+                questions, ordered, shuffled, self.terms, self.settings, self.builder.question, drops,
+                self.judge,
+            )  # fmt: skip
+
+    @contextmanager
+    def stopping_before_the_step(self) -> Iterator[None]:
+        """Inside, rewards of a step are found. Where the judge stays away, the run is saved as it was before
+        this step (completions have seeds of their own, and no record is changed before all are judged), and
+        the error says so, or that the run was told to stop.
+        """
+        try:
+            yield
+        except JudgeAway as away:
+            step = self.state.global_step
+            checkpoint = self.folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+            if step > 0 and not decided_by_first(checkpoint.exists):
+                self._save_checkpoint(cast(nn.Module, self.model_wrapped), None)
+            if any(gather(self.stop.number is not None)):
+                self.stop.saved = True
+                raise self.stop.interrupted() from away
+            saved = f" and is saved ({checkpoint.name})" if step > 0 else ""
+            raise VideoR1Error(
+                f"{away}. The run stopped before step {step + 1}{saved}: when the judge is back, start the "
+                "same command again, and it goes on from there (judge_down: wait waits for it)"
+            ) from away
 
     def logprobs(self, model: nn.Module, batch: PolicyBatch, with_entropy: bool = False) -> GroupLogprobs:
         """[N], of the batch's ordered completions at the sampling temperature. A frozen tower runs once."""
@@ -232,6 +262,12 @@ class GroupTrainer(QuestionTrainer):
                 batch.ref_logprobs = self.logprobs(reference, batch).logprobs
 
     # ---- What is read, validated and recorded
+
+    def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
+        """As in QuestionTrainer, after one question to the judge where there is one."""
+        if self.judge is not None:
+            self.judge.open()
+        return super().train_on(resume_from_checkpoint, *args, **kwargs)
 
     def load(self, sample: Sample) -> Media:
         return self.reader.media(sample)

@@ -78,8 +78,8 @@ class TGRPOTrainer(GroupTrainer):
     """Trains a video-language model with GRPO or T-GRPO on questions about videos and images.
 
     model: checkpoint folder, hub id or model (docs/models.md says which). reward_funcs: None for the
-    paper's rewards, or names of built-in ones ("accuracy", "format", "length") and functions with TRL's
-    signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
+    paper's rewards, or names of built-in ones ("accuracy", "format", "length", "judge") and functions
+    with TRL's signature, `function(prompts, completions, completion_ids, **columns) -> list[float | None]`.
     train_dataset, eval_dataset: a manifest's path or hub id, a list of Sample or of dicts, or a
     `datasets.Dataset` of the record fields, or of TRL's `prompt` and `image`. processing_class: the model's
     processor (default: the checkpoint's). optimizers: an optimizer and its schedule in place of those of the
@@ -129,7 +129,8 @@ class TGRPOTrainer(GroupTrainer):
         terms = reward_terms(reward_funcs, args)
         warn_of_cancelled_bonus(terms, args)
         shown = {"reward": "reward/total", "format": "reward/format", "gap": "temporal/gap"}
-        shown |= {name: f"reward/{name}" for name in (*terms.custom, "accuracy")}
+        judged = ["judge"] if "judge" in terms.names else []
+        shown |= {name: f"reward/{name}" for name in (*terms.custom, *judged, "accuracy")}
         self.progress_series = {**shown, "loss": "loss"}
         soft = args.sapo_temperature_pos, args.sapo_temperature_neg
         self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
@@ -149,7 +150,8 @@ class TGRPOTrainer(GroupTrainer):
         if not batches:
             return [], None
         if batches[0]["iteration"] == 0 or not self.step_batches:
-            self.step_batches = self.roll_out([batch["pending"] for batch in batches])
+            with self.stopping_before_the_step():
+                self.step_batches = self.roll_out([batch["pending"] for batch in batches])
         self.rollouts.begin_next(self.pending_rollouts())
         # Gradients are averaged over processes, hence the division.
         scale, processes = step_scale(self.step_batches, args), process_count()
@@ -162,7 +164,10 @@ class TGRPOTrainer(GroupTrainer):
         ready = self.ready(list(chain(*pending)))
 
         # Where all R_i of a question are equal, others take its place
+        self.newly_asked = []
         groups, vision = self.selected(ready, self.ask(ready))
+        for entries, asked in self.newly_asked:
+            self.answered(entries, asked)
 
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         give_advantages(groups, args, self.callback_of(TaskMoments))
@@ -182,7 +187,7 @@ class TGRPOTrainer(GroupTrainer):
 
         # R_i = weighted sum of accuracy, format, length and r_t, which only correct o_i of a video have
         groups = self.score(questions, ordered, shuffled, drops)
-        self.answered(ready, groups)
+        self.newly_asked.append((ready, groups))
         return Asked(groups, vision)
 
     # ---- One optimizer step: learn

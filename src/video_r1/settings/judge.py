@@ -1,0 +1,42 @@
+"""Settings of the reward `judge`: a language model that says how right an answer is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from video_r1.settings.base import Problem, Settings, setting
+from video_r1.settings.decoding import SCHEMES, addresses
+
+
+@dataclass(kw_only=True)
+class JudgeSettings(Settings):
+    """Judge"""
+
+    judge_endpoint: str | None = setting(
+        None,
+        "address of an OpenAI-compatible endpoint (http://host:8000/v1) whose model judges free-form "
+        "answers, the reward judge; several, with commas between, share the requests",
+    )
+    judge_model: str | None = setting(None, "name of the model there (default: the only one it serves)")
+    judge_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
+    judge_template: str | None = setting(
+        None, "file with what the judge is asked: {question}, {truth}, {answer}; it wants a number, 0 to 1"
+    )
+    judge_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null leaves one out")
+    judge_down: Literal["wait", "stop", "skip"] = setting(
+        "wait",
+        "while the judge does not answer: wait for it; stop, with a checkpoint; skip, so that groups that it "
+        "should have judged learn from the other rewards alone",
+    )
+    judge_wait: float = setting(
+        60.0, "seconds to wait for it before the run begins, and before stop or skip", at_least=0
+    )
+    judge_concurrency: int = setting(64, "requests to it at once, of each process", above=0)
+
+    def problems(self) -> Iterator[Problem]:
+        yield from super().problems()
+        if self.judge_endpoint is None:
+            return
+        named = addresses(self.judge_endpoint)
+        if not named or not all(address.startswith(SCHEMES) for address in named):
+            yield "judge_endpoint", f"is {self.judge_endpoint!r}; give an address with http:// or https://"
