@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 # One thread per process: the tests' models are too small for more, and pytest-xdist runs two processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install install-test demo test test-slow check screenshots gpu-check bench
+.PHONY: help install install-test demo test test-slow check docs screenshots gpu-check bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -30,6 +30,10 @@ check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
 	$(VENV)/bin/lint-imports --no-logo
+
+docs: install ## the pages of docs/ and the API reference as a site, in build/site
+	@$(PY) -m pip install -qq --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 screenshots: install-test ## each page of video-r1 studio at three widths, in screenshots/
 	cd tests && ../$(PY) studio_screenshots.py ../screenshots $(ARGS)

@@ -12,7 +12,7 @@ say() { echo "setup: $*" >&2; }
 pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
 
 say "installing what tests use besides"
-pip install -c "$venv/constraints.txt" -e '.[qlora,deepspeed,trackers,smolvlm,math,studio]' 'trl>=1.16,<1.17' 'playwright>=1.60,<2'
+pip install -c "$venv/constraints.txt" -e '.[qlora,deepspeed,trackers,smolvlm,math,studio,docs]' 'trl>=1.16,<1.17' 'playwright>=1.60,<2'
 
 if "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     say "installing vLLM"
