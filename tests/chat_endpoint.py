@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,10 @@ class ChatEndpoint:
     Events: an HTTP status; "busy", "later": 429 with Retry-After of no or one second; "garbage", "empty": no
     chat completion; "half": the answer is cut off; "drop": no answer; "slow", "trickle": an answer that comes
     late, or byte by byte; "one": one completion instead of all; "abort": a completion that broke off;
-    "wrong": the wrong answer; "length": the token limit; "bare": no tags. `gate`: requests that have to be
-    under way before any is answered.
+    "wrong": the wrong answer; "length": the token limit; "bare": no tags. Of a request to stream: "whole": it
+    is not; "apart": the reasoning stands in a field of its own; "dies", "fails", "stalls": after three pieces
+    the connection ends, an error is told, or nothing comes any more. `gate`: requests that have to be under
+    way before any is answered.
     """
 
     def __init__(self, model: str = "teacher", owner: str = "tests") -> None:
@@ -46,6 +49,8 @@ class ChatEndpoint:
         self.script: defaultdict[int, list[Any]] = defaultdict(list)
         self.always: Any = None  # an event for every request without a script
         self.pause, self.gate = 0.0, 0
+        self.beat = 0.0  # seconds between two pieces of a streamed answer
+        self.closing = threading.Event()
         self.requests: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         self.times: list[float] = []
@@ -112,6 +117,8 @@ class ChatEndpoint:
             return self.reply(handler, event, {"error": {"message": f"this is a {event}"}})
         if event == "garbage":
             return self.reply(handler, 200, "<html>busy</html>")
+        if event == "unstreamable" and body.get("stream"):
+            return self.reply(handler, 400, {"error": {"message": "stream is not supported"}})
         if event == "empty":
             return self.reply(handler, 200, {"choices": []})
         seed, finish = body.get("seed", 0), {"length": "length", "abort": "abort"}.get(event, "stop")
@@ -121,7 +128,39 @@ class ChatEndpoint:
             text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
             message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
             choices.append({"index": index, "message": message, "finish_reason": finish})
+        if body.get("stream") and event not in ("whole", "half", "trickle"):
+            return self.stream(handler, event, choices)
         self.reply(handler, 200, {"choices": choices[::-1]}, cut=event == "half", trickle=event == "trickle")
+
+    def stream(self, handler: Any, event: Any, choices: list[dict[str, Any]]) -> None:
+        """The choices word by word, in turns."""
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream; charset=utf-8")
+        handler.end_headers()
+        handler.close_connection = True
+
+        def say(value: Any) -> None:
+            handler.wfile.write(
+                f"data: {value if isinstance(value, str) else json.dumps(value)}\n\n".encode()
+            )
+            handler.wfile.flush()
+
+        say({"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]})
+        for count, deltas in enumerate(zip_longest(*(pieces_of(one, event == "apart") for one in choices))):
+            time.sleep(self.beat)
+            if event in ("dies", "fails", "stalls") and count == 3:
+                if event == "fails":
+                    say({"error": {"message": "the engine is out of memory"}})
+                if event == "stalls":
+                    self.closing.wait(60)
+                return
+            for index, delta in enumerate(deltas):
+                if delta:
+                    say({"choices": [{"index": index, "delta": delta, "finish_reason": None}]})
+        for one in choices:
+            say({"choices": [{"index": one["index"], "delta": {}, "finish_reason": one["finish_reason"]}]})
+        say({"choices": [], "usage": {"completion_tokens": 20 * len(choices)}})
+        say("[DONE]")
 
     def reply(
         self,
@@ -146,8 +185,19 @@ class ChatEndpoint:
         handler.close_connection = True
 
     def close(self) -> None:
+        self.closing.set()
         self.http.shutdown()
         self.http.server_close()
+
+
+def pieces_of(choice: dict[str, Any], apart: bool) -> list[dict[str, str]]:
+    """The deltas of a choice, a word each; apart: its reasoning in a field of its own."""
+    text = choice["message"]["content"]
+    if not apart:
+        return [{"content": word} for word in re.findall(r"\S+\s*", text)]
+    reasoning, _, answer = text.removeprefix("<think>").partition("</think>")
+    words = [{"reasoning_content": word} for word in re.findall(r"\S+\s*", reasoning)]
+    return words + [{"content": word} for word in re.findall(r"\S+\s*", answer)]
 
 
 @contextmanager

@@ -201,12 +201,31 @@ def write_rl_run(
             {"path": "videos/301.mp4", "problem_id": 301, "step": 97, "reason": "there is no video stream"},
         ],
     )
+    write_lines(run / "left_out.jsonl", left_out_lines(steps))
     (run / "config.yaml").write_text(
         "model_name_or_path: models/lab-base\ntrain_manifest: data/rl.json\nnum_generations: 8\n"
         "learning_rate: 1.0e-06\ntemporal_rule: margin\nbeta: 0.04\nseed: 42\n"
         "length_range: [320, 512]\nhub_token: hf_very_private\n",
         "utf-8",
     )
+
+
+def left_out_lines(steps: int) -> list[dict[str, Any]]:
+    """Of every third step a question that another one replaced, after one in vain, and one that stayed."""
+    lines = []
+    for step in range(3, steps + 1, 3):
+        for number, (reason, round_, by) in enumerate(
+            [("replaced", 0, 3000 + step), ("tried", 1, 3000 + step), ("no variance", 0, None)]
+        ):
+            right = number % 2
+            lines.append({
+                "step": step, "problem_id": 1000 + 10 * step + number,
+                "problem": "In which direction does the disc move across the scene?",
+                "problem_type": "multiple choice", "data_type": "video", "data_source": "lab/direction",
+                "accuracy": float(right), "p_shuffled": 0.25, "reward": 1.0 + right,
+                "reason": reason, "round": round_, "replaced_by": by,
+            })  # fmt: skip
+    return lines
 
 
 def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: int = 240) -> dict[str, Any]:
@@ -301,6 +320,9 @@ def write_hostile_run(run: Path) -> None:
     ]
     write_lines(run / "metrics.jsonl", metrics)
     write_lines(run / "quarantine.jsonl", [{"path": attack, attack: attack, "__proto__": attack}])
+    told = dict.fromkeys(("problem_id", "problem", "problem_type", "data_source", "reason"), attack)
+    odd = {"step": 1e300, "accuracy": "x", "reward": [], "round": {}, "replaced_by": [attack], attack: attack}
+    write_lines(run / "left_out.jsonl", [told | odd, {"step": -1, "reason": ["replaced"]}, {}])
     (run / "config.yaml").write_text(json.dumps({attack: attack, "model": attack, "seed": attack}))
     write_evaluation(run / f"eval-{HOSTILE[1]}", 0.5, 0.5)
     predictions = run / f"eval-{HOSTILE[1]}" / "summary.json"

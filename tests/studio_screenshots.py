@@ -1,4 +1,5 @@
-"""`make screenshots`: each page of the studio at three widths, of made-up runs and the lab's clips.
+"""`make screenshots`: each page of the studio at three widths, one of them also in the dark, of made-up runs
+and the lab's clips.
 
     python tests/studio_screenshots.py screenshots [--pictures docs/images]
 
@@ -10,6 +11,9 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import random
+import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -17,15 +21,20 @@ from pathlib import Path
 from browser import chromium
 from PIL import Image
 from playwright.sync_api import Page, expect
-from report_runs import write_demo, write_evaluation, write_rl_run
+from report_runs import write_demo, write_evaluation, write_lines, write_rl_run
 from studio_server import studio
 
+from video_r1.data.decoders import read_media
+from video_r1.data.records import Sample, load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.settings.commands import LabSettings
+from video_r1.settings.frames import FrameBudget
+from video_r1.training.recording import RECORDED, save_strip
 
 VIEWS = {
     "runs": "",
     "run": "#/run/runs%2Ft-grpo",
+    "failed": "#/run/runs%2Fcollapsed",
     "compare": "#/compare/runs%2Ft-grpo/runs%2Fgrpo",
     "ask": "#/ask",
     "data": "#/data/lab%2Frl.json",
@@ -37,12 +46,75 @@ SLOW = 120_000
 
 
 def write_folders(folder: Path) -> None:
-    write_demo(folder / "runs" / "demo")
-    for name, steps in (("grpo", 40), ("t-grpo", 60)):
-        write_rl_run(folder / "runs" / name, steps=steps, every=5)
-    write_evaluation(folder / "runs" / "eval-rl", 0.7, 0.5)
-    write_evaluation(folder / "runs" / "eval-sft", 0.5, 0.5)
-    write_lab(LabSettings(folder=str(folder / "lab"), train=200, test=12, seed=1))
+    runs, lab = folder / "runs", folder / "lab"
+    write_lab(LabSettings(folder=str(lab), train=200, test=12, seed=1))
+    samples = [sample for sample in load_manifest(lab / "rl.json") if sample.options]
+    write_demo(runs / "demo")
+    for name, steps in (("grpo", 40), ("t-grpo", 60), ("collapsed", 60)):
+        write_rl_run(runs / name, steps=steps, every=5)
+        ask_lab_questions(runs / name, [sample for sample in samples if sample.data_type == "video"])
+        with (runs / name / "config.yaml").open("a") as file:
+            file.write("max_steps: 120\n")
+    config = runs / "grpo" / "config.yaml"
+    config.write_text(config.read_text().replace("temporal_rule: margin", 'temporal_rule: "off"'))
+    (runs / "t-grpo" / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    collapse(runs / "collapsed")
+    for name, rate in (("eval-rl", 0.7), ("eval-sft", 0.5)):
+        write_evaluation(runs / name, rate, 0.5)
+        answer_lab_questions(runs / name, samples)
+
+
+def ask_lab_questions(run: Path, samples: list[Sample]) -> None:
+    """Puts questions of the lab in the place of a run's made-up ones, so that their clips play."""
+    lines = [json.loads(line) for line in (run / "rollouts.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        sample = samples[number % len(samples)]
+        media = read_media(sample, FrameBudget(frame_pixels=112 * 112, max_frames=8))
+        frames = save_strip(media.frames, run / "frames" / f"lab-{number}.jpg")
+        order = random.Random(number).sample(range(len(media.frames)), len(media.frames))
+        line |= {name: getattr(sample, name) for name in RECORDED}
+        line |= {"data_type": "video", "permutation": order, "contrast": "shuffled"}
+        line["frames"] = frames | {"timestamps": [round(float(time), 3) for time in media.timestamps]}
+        for completion in [*line["ordered"], *line["shuffled"]]:
+            right = completion["rewards"]["accuracy"] > 0.5
+            other = next(letter for letter in "ABCD" if letter != sample.answer)
+            said = sample.answer if right else other
+            thought = f"I look at the frames one after the other. So it is option {said}."
+            completion["text"] = f"<think>{thought}</think>\n<answer>{said}</answer>"
+        for completion in line["ordered"]:
+            completion["advantage_without_temporal"] = round(0.8 * completion["advantage"], 2)
+    write_lines(run / "rollouts.jsonl", lines)
+
+
+def collapse(run: Path) -> None:
+    """What a person would want to be told of, in the last lines; and how the run ended."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines[-12:]:
+        line |= {
+            "reward/format": 0.1,
+            "groups/no_variance": 0.95,
+            "policy/kl": 2.1,
+            "completion/truncated": 0.6,
+        }
+    write_lines(run / "metrics.jsonl", lines)
+    (run / ".lock").write_text("failed: CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def answer_lab_questions(folder: Path, samples: list[Sample]) -> None:
+    """Puts questions of the lab in the place of an evaluation's made-up ones."""
+    path = folder / "predictions-8.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line["problem_id"] < len(samples)]
+    for line in lines:
+        sample = samples[line["problem_id"]]
+        said = sample.answer if line["score"] > 0.5 else "D"
+        line |= {
+            "problem_id": sample.problem_id, "answer": sample.answer, "prediction": said,
+            "output": f"<think>I look at the frames.</think>\n<answer>{said}</answer>",
+            "data_type": sample.data_type, "problem_type": sample.problem_type,
+            "data_source": sample.data_source, "task_type": sample.data_source.removeprefix("lab/"),
+        }  # fmt: skip
+    write_lines(path, lines)
 
 
 def small_picture(png: bytes) -> bytes:
@@ -93,6 +165,10 @@ def main() -> None:
                     page.set_viewport_size({"width": width, "height": 900})
                     page.wait_for_timeout(600)
                     page.screenshot(path=arguments.out / f"{title}-{width}.png", full_page=True)
+                    if width == 1280:
+                        page.emulate_media(color_scheme="dark")
+                        page.screenshot(path=arguments.out / f"{title}-{width}-dark.png", full_page=True)
+                        page.emulate_media(color_scheme="light")
                     if arguments.pictures and width == 1280 and title in PICTURES:
                         arguments.pictures.mkdir(parents=True, exist_ok=True)
                         shown = page.locator(PICTURES[title]).first

@@ -53,8 +53,34 @@ def test_groups_without_variance_are_replaced(
     else:
         assert any(flat) and len(asked) == calls
         assert line.get("groups/replaced", 0.0) == (5 - sum(flat)) / 8
+    left_out = read_lines(tmp_path / "left_out.jsonl")
+    groups = [(group.sample.problem_id, bare) for group, bare in zip(step_groups(trainer), flat, strict=True)]
+    kept = [line for line in left_out if line["reason"] == "no variance"]
+    assert [line["problem_id"] for line in kept] == [name for name, bare in groups if bare]
+    replaced = [line for line in left_out if line["reason"] == "replaced"]
+    assert len(replaced) + len(kept) == 5
+    assert {line["replaced_by"] for line in replaced} <= {name for name, bare in groups if not bare}
+    tried = [line for line in left_out if line["reason"] == "tried"]
+    assert len(left_out) == 5 + len(tried) and len(tried) == sum(map(len, asked[1:])) - len(replaced)
+    assert all(line["step"] == 1 and line["reward"] == 0.5 and "accuracy" in line for line in left_out)
+    assert all(line["round"] == 0 for line in kept + replaced) and all(line["round"] > 0 for line in tried)
     assert all(slot.round == number for number, slots in enumerate(asked) for slot in slots)
     assert len({(slot.index, slot.round) for slots in asked for slot in slots}) == sum(map(len, asked))
+
+
+def test_groups_are_written_down_once_for_all_updates_on_them(
+    checkpoint: Path, manifest: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "rewards": mostly_equal, "num_iterations": 2, "max_steps": 4, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    make_trainer(checkpoint, str(manifest), tmp_path, log_rollouts=1, **settings).train()
+    left_out = read_lines(tmp_path / "left_out.jsonl")
+    assert [line["step"] for line in left_out] == sorted(line["step"] for line in left_out)
+    assert {line["step"] for line in left_out} == {1, 3}
+    assert {line["reason"] for line in left_out} == {"no variance"}
+    make_trainer(checkpoint, str(manifest), tmp_path / "none", log_rollouts=0, **settings).train()
+    assert not (tmp_path / "none" / "left_out.jsonl").exists()
 
 
 def test_further_questions_follow_from_place_and_round() -> None:
@@ -116,7 +142,8 @@ def test_a_run_with_both_is_continued_exactly(
     lines = read_lines(tmp_path / "whole" / "metrics.jsonl")
     assert lines[0]["questions/kept"] == lines[1]["questions/kept"] == 1.0 > lines[-1]["questions/kept"]
     assert any(line["groups/replaced"] > 0 for line in lines)
-    rollouts = read_lines(tmp_path / "whole" / "rollouts.jsonl")
+    rollouts, left_out = (read_lines(tmp_path / "whole" / f"{n}.jsonl") for n in ("rollouts", "left_out"))
+    assert {line["reason"] for line in left_out} == {"replaced", "tried", "no variance"}
     asked = {line["problem_id"] for line in rollouts if line["step"] > 2}
     assert 0 not in asked  # always right, as the first epoch has shown
     for step in (1, 3):
@@ -126,5 +153,6 @@ def test_a_run_with_both_is_continued_exactly(
         resumed.train(resume_from_checkpoint=str(half / f"checkpoint-{step}"))
         assert comparable(half / "metrics.jsonl") == comparable(tmp_path / "whole" / "metrics.jsonl")
         assert read_lines(half / "rollouts.jsonl") == rollouts
+        assert read_lines(half / "left_out.jsonl") == left_out
         for name, value in weights(whole).items():
             assert equal(value, weights(resumed)[name]), name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
-from video_r1.rollout import endpoint
+from video_r1.evaluation.interview import Interview, View, sampling_of
+from video_r1.rollout import endpoint, endpoint_engine
 from video_r1.rollout.choice import is_endpoint, open_engine
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "model": "teacher"}
@@ -80,7 +84,8 @@ def test_failures_that_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: int, message: str
 ) -> None:
     monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(endpoint, "ATTEMPTS", 3)
+    for module in (endpoint, endpoint_engine):
+        monkeypatch.setattr(module, "ATTEMPTS", 3)
     with chat_endpoint() as server:
         server.always = event
         with pytest.raises(VideoR1Error, match=message):
@@ -98,6 +103,84 @@ def test_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         )  # fmt: skip
         assert ask.run_ask(settings) == "B. right"
     assert "In question 1" in capsys.readouterr().out
+
+
+def asked_aloud(folder: Path, url: str, samples: int = 2) -> tuple[list[View], list[list[str]]]:
+    """The views of question 1 in order and shuffled, and the pieces that were heard of each."""
+    write_questions(folder, count=1)
+    settings = AskSettings(
+        path=str(folder / "clip.mp4"), question=["Question 1: where?"], options=["left", "right"], engine=url,
+        samples=samples, **SIZES,
+    )  # fmt: skip
+    heard: list[list[str]] = [[], []]
+    sample = ask.question_sample(settings, "Question 1: where?")
+    with closing(Interview(settings)) as interview:
+        prompts = interview.prompts(sample, ["ordered", "shuffled"])
+        sampling = sampling_of(settings)
+        return interview.ask(sample, prompts, samples, sampling, lambda i, t: heard[i].append(t)), heard
+
+
+@pytest.mark.parametrize("event", [None, "apart", "one"])
+def test_an_answer_is_heard_as_it_is_written(tmp_path: Path, event: Any) -> None:
+    with chat_endpoint() as server:
+        server.always = event
+        views, heard = asked_aloud(tmp_path, server.url)
+        assert all(request["stream"] for request in server.requests)
+        assert len(server.requests) == (4 if event == "one" else 2)
+    for view, pieces in zip(views, heard, strict=True):
+        said = [piece for piece in pieces if piece]
+        assert len(said) > 20 and len(pieces) > len(said)  # the second one was noticed as it grew
+        assert "".join(said).split() == view.rollouts[0].text.split()
+        assert view.rollouts[0].text.startswith("<think>In question 1") and view.answers == ["B", "B"]
+        assert view.rollouts[0].text != view.rollouts[1].text
+        assert [len(rollout.token_ids) for rollout in view.rollouts] == [20, 20]
+
+
+@pytest.mark.parametrize("event", ["whole", "unstreamable"])
+def test_an_endpoint_that_does_not_stream_is_heard_at_its_end(tmp_path: Path, event: str) -> None:
+    with chat_endpoint() as server:
+        server.always = event
+        views, heard = asked_aloud(tmp_path, server.url)
+    assert [pieces for pieces in heard] == [[view.rollouts[0].text] for view in views]
+
+
+@pytest.mark.parametrize(("event", "message"), [
+    ("dies", "broke off after 6 pieces"), ("fails", "the engine is out of memory"), ("drop", "failed: "),
+    ("stalls", "not a word within 0.5 s"), ("garbage", "failed: JSONDecodeError"), (401, "refused a request"),
+    (503, "failed: HTTP 503"),
+])  # fmt: skip
+def test_an_endpoint_that_breaks_while_it_writes_says_so_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any, message: str
+) -> None:
+    monkeypatch.setitem(SIZES, "timeout", 0.5)
+    with chat_endpoint() as server:
+        server.always = event
+        with pytest.raises(VideoR1Error, match=message):
+            asked_aloud(tmp_path, server.url)
+        assert len(server.requests) <= 2  # nothing is tried again: what was heard cannot be taken back
+        server.always = None
+        assert asked_aloud(tmp_path, server.url)[0][0].answers == ["B", "B"]
+
+
+def test_an_answer_that_nobody_hears_any_more_is_given_up(tmp_path: Path) -> None:
+    with chat_endpoint() as server:
+        server.beat = 0.05
+        engine = open_engine(EvalSettings(engine=server.url, **SIZES), None)
+        media = Media(torch.zeros(1, 3, 28, 28, dtype=torch.uint8), torch.zeros(1), 0.0, "image")
+        sample = Sample("q", "Question 1: where?", "image", "free-form", "<answer>B</answer>", "image.png")
+        pieces: list[str] = []
+
+        def hear(prompt: int, completion: int, piece: str) -> None:
+            pieces.append(piece)
+            if len(pieces) == 3:
+                raise KeyError("stop")
+
+        began = time.monotonic()
+        generate: Any = engine.generate
+        with pytest.raises(KeyError, match="stop"):
+            generate([TextPrompts().build(sample, media)], SamplingSettings(max_tokens=64), on_text=hear)
+        assert time.monotonic() - began < 1.5 and len(pieces) == 3
+        engine.close()
 
 
 def test_prompts_promise_what_they_can_do() -> None:

@@ -282,6 +282,7 @@ def test_demo_page(browser: FilePage, demo_page: Path, width: int, dark: bool) -
         "Evaluation",
         "Rollouts",
         "Curves · sft",
+        "Left out",
         "Media that could not be used",
         "Settings",
     ]

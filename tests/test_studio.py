@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, write_hostile_run, write_lines, write_rl_run
+from report_runs import HOSTILE, left_out_lines, write_hostile_run, write_lines, write_rl_run
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
@@ -282,6 +282,45 @@ def test_only_the_own_page_writes(client: TestClient, runs: Path) -> None:
     assert good.status_code == 200
 
 
+def test_another_page_may_link_here_and_no_more(client: TestClient) -> None:
+    """Not even begin a search whose answer it could not read."""
+    for site in ("cross-site", "same-site", "odd"):
+        for path in ("/api/runs", "/api/rows?manifest=x&words=y", "/page/charts.js", "/api/clip?upload=x"):
+            assert client.get(path, headers={"Sec-Fetch-Site": site}).status_code == 403
+        assert client.get("/", headers={"Sec-Fetch-Site": site}).status_code == 200
+    for site in ("same-origin", "none"):
+        assert client.get("/api/runs", headers={"Sec-Fetch-Site": site}).status_code == 200
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    status = {path: path.lstat() for path in sorted(folder.rglob("*"))}
+    return {str(path): (found.st_mtime_ns, found.st_size) for path, found in status.items()}
+
+
+def test_no_get_changes_anything(client: TestClient, runs: Path) -> None:
+    """Every address, with all that a request that writes would bring."""
+    life = get(client, "/api/entries", run="rl")["life"]
+    asked = {
+        "run": "rl", "life": life, "at": 0, "order": "ordered", "completion": 0, "marked": "true",
+        "manifest": "x", "row": 0, "name": "a.mp4", "question": "Where?", "answer": "B", "left": "rl",
+        "right": "rl", "who": "left", "checkpoint": "the lab's base",
+    }  # fmt: skip
+    before = files_of(runs)
+    routes: Any = client.app
+    addresses = [route.path for route in routes.routes]
+    assert len(addresses) > 18
+    for address in addresses:
+        for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE"):
+            client.request(method, address.replace("{name}", "charts.js"), params=asked)
+    assert files_of(runs) == before
+    writing = {route.path for route in routes.routes if "POST" in (route.methods or ())}
+    assert writing == {"/api/marks", "/api/ask", "/api/upload", "/api/add"}
+    for address in writing:
+        assert client.get(address, params=asked).status_code == 405
+        assert client.post(address, json=asked).status_code == 403  # without the page's own header
+    assert files_of(runs) == before
+
+
 def test_a_token_is_asked_of_everyone(runs: Path) -> None:
     with client_of(runs, token="s3cret") as client:
         for headers in ({}, {"Cookie": "video_r1_studio=wrong"}, {"Authorization": "Bearer s3cre"}):
@@ -324,6 +363,37 @@ def test_a_strip_outside_the_run_is_not_served(client: TestClient, runs: Path, t
         assert client.get("/api/frames", params={"run": "rl", "life": life, "at": at}).status_code == 404
 
 
+def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> None:
+    """Links in a circle, names of kilobytes, brackets a thousand deep, numbers of thousands of digits."""
+    run = runs / "rl"
+    line = json.loads((run / "rollouts.jsonl").read_text().splitlines()[0])
+    (run / "loop.jpg").symlink_to("loop.jpg")
+    names = ["loop.jpg", "x" * 5000, "a/" * 3000, "frames", ".", ""]
+    append(
+        run / "rollouts.jsonl",
+        *(line | {"step": 100 + i, "frames": line["frames"] | {"strip": n}} for i, n in enumerate(names)),
+    )
+    nested = "[" * 900 + "]" * 900
+    deep = (
+        '{"step": 7, "problem_id": %s, "problem": %s, "reason": %s, "path": %s, "text": %s, "ordered": %s}\n'
+    )
+    for name in ("rollouts", "left_out", "quarantine", "skipped_updates", "marks"):
+        with (run / f"{name}.jsonl").open("a") as file:
+            file.write(deep % ((nested,) * 6) + deep % (("[" * 90_000,) * 6))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(
+            '{"step": 50, "loss": ' + "9" * 5000 + '}\n{"step": 1e999}\n{"step": -1e308, "time": 1e308}\n'
+        )
+    (run / "config.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
+    for path in ("/api/run", "/api/curves", "/api/entries", "/api/left", "/api/compare", "/api/runs"):
+        assert get(client, path, run="rl")
+    listed = get(client, "/api/entries", run="rl")
+    for at in range(12, len(listed["entries"])):
+        assert get(client, "/api/group", run="rl", life=listed["life"], at=at)["strip"] is None
+        params = {"run": "rl", "life": listed["life"], "at": at}
+        assert client.get("/api/frames", params=params).status_code == 404
+
+
 def test_a_hostile_run_is_answered_as_json(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / HOSTILE[1])
     os.mkfifo(tmp_path / HOSTILE[1] / "marks.jsonl")
@@ -347,4 +417,53 @@ def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: P
     rows = client.get("/api/compare", params={"run": ["rl", "other"]}).json()["differing"]
     assert rows == [{"setting": "temporal_rule", "rl": "margin", "other": "weight"}]
     run = get(client, "/api/run", run="rl")
-    assert run["quarantine"]["total"] == 2 and run["config"]["hub_token"] == "(not shown)"
+    assert run["skipped_updates"]["total"] == 0 and run["config"]["hub_token"] == "(not shown)"
+
+
+# What a run learnt nothing from --------------------------------------------------------------------
+
+
+def test_what_was_left_out_is_listed_with_its_reasons(client: TestClient, runs: Path) -> None:
+    first = get(client, "/api/left", run="rl")
+    assert first["counts"] == {"replaced": 10, "tried": 10, "no variance": 10, "media": 2}
+    assert first["total"] == 32 and first["more"] is False
+    groups = [row for row in first["rows"] if row["reason"] != "media"]
+    assert [row["step"] for row in groups[:4]] == [30, 30, 30, 27]  # the last step first
+    replaced, tried, kept = groups[:3]
+    assert (replaced["reason"], replaced["by"], replaced["id"]) == ("replaced", "3030", "1300")
+    assert (tried["round"], kept["by"], kept["accuracy"], kept["reward"]) == (1, None, 0.0, 1.0)
+    media = get(client, "/api/left", run="rl", reason="media")
+    assert [row["why"] for row in media["rows"]] == [
+        "there is no video stream", "the file ends in the middle of a frame",
+    ]  # fmt: skip
+    only = get(client, "/api/left", run="rl", reason="tried", at=8)
+    assert only["total"] == 10 and [row["step"] for row in only["rows"]] == [6, 3]
+    assert get(client, "/api/left", run="rl", at=-5)["rows"] == first["rows"]
+    assert get(client, "/api/left", run="rl", at=10**6)["rows"] == []
+    assert client.get("/api/left", params={"run": "rl", "at": "x"}).status_code == 400
+    # It grows with the file, and begins anew with one that a continued run has cut.
+    path = runs / "rl" / "left_out.jsonl"
+    append(path, {"step": 31, "problem_id": 5, "reason": "no variance"})
+    assert get(client, "/api/left", run="rl", reason="no variance")["rows"][0]["id"] == "5"
+    write_lines(path.with_name("draft"), left_out_lines(6))
+    path.with_name("draft").replace(path)
+    assert get(client, "/api/left", run="rl")["counts"]["replaced"] == 2
+
+
+def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("video_r1.studio.left_out.MOST", 20)
+    lines = [{"step": step, "problem_id": step, "reason": "no variance"} for step in range(1, 56)]
+    write_lines(runs / "rl" / "left_out.jsonl", lines)
+    with client_of(runs) as client:
+        answer = get(client, "/api/left", run="rl", reason="no variance")
+    assert [row["step"] for row in answer["rows"]] == list(range(55, 40, -1))
+    assert answer["notes"] == ["the 40 oldest are not listed: left_out.jsonl has them"]
+
+
+def test_hostile_lines_are_left_out_as_others(tmp_path: Path) -> None:
+    write_hostile_run(tmp_path / "run")
+    with client_of(tmp_path) as client:
+        answer = get(client, "/api/left", run="run")
+        assert answer["counts"] == {"replaced": 0, "tried": 0, "no variance": 3, "media": 1}
+        row = next(row for row in answer["rows"] if row["problem"])
+        assert row["accuracy"] is row["reward"] is None and row["round"] == 0 and len(row["id"]) <= 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_endpoint import chat_endpoint
 from tiny_models import moving_square, write_clip
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
@@ -32,6 +34,9 @@ for line in sys.stdin:
     asked = json.loads(line)
     if "stop" in asked:
         continue
+    if asked["settings"]["question"][0] == "hang":
+        print(json.dumps({"number": asked["number"], "event": "state", "text": str(os.getpid())}), flush=True)
+        time.sleep(600)
     def say(**event):
         print(json.dumps({"number": asked["number"], **event}), flush=True)
     word = asked["settings"]["question"][0]
@@ -97,8 +102,11 @@ def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
         "question": ["Where?"], "samples": 64, "options": ["left", "right"], "max_new_tokens": 7,
         "problem_type": "OCR", "answer": "right", "temperature": 0.5, "top_p": 1.0,
     }  # fmt: skip
-    address = {"engine": "http://127.0.0.1:9/v1", "model": "big", "checkpoint": ""}
+    address = {"engine": "http://127.0.0.1:9/v1", "model": "big", "checkpoint": "model"}
     assert events(client, **address)[1]["asked"]["settings"]["model"] == "big"
+    assert events(client, **address | {"model": " "})[1]["asked"]["settings"]["model"] == ""  # what it serves
+    ours = events(client, engine="http://127.0.0.1:9", model="")[1]["asked"]["settings"]
+    assert ours["model"] == str(folder / "model")
 
 
 def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client: TestClient) -> None:
@@ -115,6 +123,24 @@ def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client
     assert client.get("/api/runs").status_code == 200
 
 
+def test_an_answer_that_does_not_stop_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a server that says nothing any more: its process is ended."""
+    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
+    monkeypatch.setattr(model_process, "STOPPING", 0.3)
+
+    async def asked_thrice() -> list[dict[str, Any]]:
+        model, said = model_process.ModelProcess(), []
+        for question in ("hang", "Where?", "And then?"):
+            events = model.ask(("m",), {"settings": {"question": [question]}})
+            said.append(await anext(events))
+            await events.aclose()  # nobody listens any more
+        await model.close()
+        return said
+
+    hung, first, second = asyncio.run(asked_thrice())
+    assert hung["text"] != first["text"] and first["text"] == second["text"]
+
+
 def test_another_model_takes_the_place_of_the_first(client: TestClient, folder: Path) -> None:
     first, *_ = events(client)
     other, *_ = events(client, checkpoint="the lab's base")
@@ -127,7 +153,7 @@ def test_another_model_takes_the_place_of_the_first(client: TestClient, folder: 
     ({"question": " "}, 400, "type a question"),
     ({"checkpoint": "../model"}, 404, "no such checkpoint"),
     ({"engine": "file:///etc/passwd"}, 400, "begins with http"),
-    ({"checkpoint": "", "engine": "http://127.0.0.1:9/v1"}, 400, "name the model"),
+    ({"checkpoint": "", "engine": "http://127.0.0.1:9"}, 400, "choose the checkpoint that the vLLM server"),
     ({"clip": {"manifest": "../train.json", "row": 0}}, 404, "no such manifest"),
     ({"clip": {"manifest": "train.json", "row": 1}}, 422, "leads out of the media root"),
     ({"clip": {"manifest": "train.json", "row": 9}}, 422, "not there any more"),
@@ -192,6 +218,44 @@ def test_a_question_becomes_a_row(client: TestClient, folder: Path) -> None:
     (folder / "asked.jsonl").symlink_to(folder.parent / "elsewhere.jsonl")
     assert client.post("/api/add", json=row | {"answer": "A"}).status_code == 409
     assert not (folder.parent / "elsewhere.jsonl").exists()
+
+
+def said_by(answerer: Answerer, out: io.StringIO, **settings: Any) -> list[dict[str, Any]]:
+    """The events of one question to a process that answers."""
+    out.seek(0)
+    out.truncate()
+    answerer.answer({"number": answerer.number + 1, "settings": settings, "orders": ["ordered", "shuffled"]})
+    return [json.loads(line) for line in out.getvalue().splitlines()]
+
+
+def test_the_process_hears_an_engine_at_an_address(folder: Path) -> None:
+    """Word by word; one that breaks becomes a message, and the next question is answered."""
+    out = io.StringIO()
+    answerer = Answerer(out)
+    settings = {
+        "engine": "", "model": "", "path": str(folder / "clips" / "one.mp4"), "samples": 2, "answer": "B",
+        "question": ["Question 1: where?"], "options": ["left", "right"],
+    }  # fmt: skip
+    with chat_endpoint() as server:
+        settings["engine"] = server.url
+        said = said_by(answerer, out, **settings)
+        texts = [event for event in said if event["event"] == "text"]
+        assert {event["view"] for event in texts} == {0, 1} and len(texts) > 60
+        (answers,) = (event for event in said if event["event"] == "answers")
+        assert [view["counted"] for view in answers["views"]] == [2, 2]
+        for event, message in (("dies", "broke off"), ("fails", "out of memory")):
+            server.always = event
+            said = said_by(answerer, out, **settings)
+            assert [event["event"] for event in said[-2:]] == ["error", "end"] and message in said[-2][
+                "error"
+            ]
+            assert any(event["event"] == "text" for event in said)
+        server.always = None
+        assert said_by(answerer, out, **settings)[-2]["event"] == "answers"
+        answerer.stopped.add(answerer.number + 1)
+        assert [event["event"] for event in said_by(answerer, out, **settings)][-2:] == ["state", "end"]
+    said = said_by(answerer, out, **settings)  # the engine is gone
+    assert said[-2]["event"] == "error" and server.url in said[-2]["error"]
 
 
 def test_the_process_answers_with_the_lab_base(folder: Path) -> None:

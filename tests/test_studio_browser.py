@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from browser import chromium, find_chromium
+from chat_endpoint import chat_endpoint
 from report_runs import (
     HOSTILE,
     group_line,
@@ -76,7 +78,14 @@ def address(runs: Path) -> Iterator[str]:
         yield opened
 
 
+TINY = """() => [...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+  && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())
+  && parseFloat(getComputedStyle(node).fontSize) < 12).map((node) => node.outerHTML.slice(0, 90))"""
+
+
 def fits(page: Page) -> bool:
+    """Whether nothing is wider than the window; and all that is written has 12 pixels at least."""
+    assert page.evaluate(TINY) == []
     return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -176,6 +185,19 @@ def test_studio_frames_play_in_the_order_of_the_contrast(page: Page, address: st
     page.get_by_role("button", name="Close").click()
 
 
+def test_studio_lists_what_was_left_out(page: Page, address: str) -> None:
+    page.goto(f"{address}#/run/demo%2Frl")
+    rows = page.locator(".left-out tbody tr")
+    expect(rows).to_have_count(50)
+    expect(rows.first).to_contain_text("no variance: all answers earn 1; question 3150 took its place")
+    page.get_by_role("button", name="Older →").click()
+    expect(page.locator("#left-out output")).to_have_text("51 to 100 of 152")
+    page.get_by_label("Reason").select_option("media")
+    expect(rows).to_have_count(2)
+    expect(rows.first).to_contain_text("there is no video stream")
+    expect(page.get_by_label("Reason").locator("option").first).to_have_text("any · 152")
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -228,6 +250,72 @@ def test_studio_an_answer_streams_beside_other_orders(page: Page, clips: Path) -
         for width in (390, 2560):
             page.set_viewport_size({"width": width, "height": 900})
             assert fits(page)
+
+
+DROP = """([node, name, bytes]) => {
+  const data = new DataTransfer();
+  data.items.add(new File([Uint8Array.from(bytes)], name));
+  for (const kind of ['dragover', 'drop'])
+    node.dispatchEvent(new DragEvent(kind, { dataTransfer: data, bubbles: true, cancelable: true }));
+}"""
+
+
+def test_studio_a_clip_is_dropped_on_the_page(page: Page, clips: Path) -> None:
+    with studio(clips) as (address, _):
+        page.goto(f"{address}#/ask")
+        expect(page.get_by_label("Question of the manifest").locator("option")).not_to_have_count(0)
+        place = page.locator(".asking").element_handle()
+        page.evaluate(DROP, [place, "mine.mp4", list(next(clips.rglob("*.mp4")).read_bytes())])
+        expect(page.get_by_label("Clip from")).to_have_value("")
+        video = page.locator(".player video")
+        expect(video).to_have_attribute("src", re.compile("upload=mine-"))
+        page.wait_for_timeout(700)
+        assert video.evaluate("video => video.duration") > 1
+
+
+def test_studio_an_engine_is_heard_word_by_word_and_stopped(page: Page, clips: Path) -> None:
+    """At an address: reasoning and answer apart, Stop, an engine that dies as it writes, one that hangs."""
+    with studio(clips) as (address, _), chat_endpoint() as server:
+        server.beat, server.always = 0.1, "apart"
+        page.goto(f"{address}#/ask")
+        page.get_by_label("Clip from").select_option("test.json")
+        first = [row["data_type"] for row in json.loads((clips / "test.json").read_text())].index("video")
+        page.get_by_label("Question of the manifest").select_option(index=first)
+        page.get_by_text("an engine's address instead").click()
+        page.get_by_label("Address").fill(server.url)
+        page.get_by_label("Question", exact=True).fill("Question 1: where?")
+        page.get_by_label("Answers to each").fill("2")
+        ask_button, said = page.get_by_role("button", name="Ask", exact=True), page.locator(".state-line")
+        ask_button.click()
+        text = page.locator(".answers").first.locator(".text").first
+        expect(text.locator(".think")).to_contain_text("In question 1", timeout=SLOW)
+        assert "ends" not in text.inner_text()  # it is still being written
+        expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        assert text.locator(".answer").inner_text() == "B" and "ends" in text.locator(".think").inner_text()
+        # Stop, while it writes
+        server.beat = 0.5
+        ask_button.click()
+        expect(page.locator(".answers").first.locator(".think").first).to_contain_text("In question")
+        page.get_by_role("button", name="Stop").click()
+        expect(said).to_have_text("Stopped.")
+        before = page.locator(".answers").first.inner_text()
+        # An engine that dies or hangs: what was heard stays, the next question is answered
+        server.beat = 0.0
+        for event, message in (("dies", "broke off"), ("fails", "out of memory")):
+            server.always = event
+            ask_button.click()
+            expect(page.locator(".state-line.bad")).to_contain_text(message, timeout=SLOW)
+            expect(page.locator(".answers .views").first).to_contain_text("In question 1")
+        server.always = "stalls"
+        ask_button.click()
+        expect(page.locator(".answers .views").first).to_contain_text("In question 1")
+        page.get_by_role("button", name="Stop").click()
+        server.always = None
+        ask_button.click()
+        expect(page.locator(".answers").first.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        expect(page.locator(".answers").nth(4)).to_have_text(before.replace("\n", ""))
+        page.get_by_role("link", name="Runs").click()
+        expect(page.locator("h1")).to_have_text("Runs")
 
 
 def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path) -> None:

@@ -37,3 +37,7 @@ def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:
         for name in alone:
             if not name.startswith(("time", "seconds/", "speed/", "memory/")):
                 assert together[name] == pytest.approx(alone[name], abs=2e-5), name
+    if scale == "selected":
+        left_out = [read_lines(tmp_path / f"run{n}" / "left_out.jsonl") for n in (1, 2)]
+        assert any(line["replaced_by"] is not None for line in left_out[0])
+        assert left_out[0] == left_out[1]

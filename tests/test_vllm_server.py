@@ -9,6 +9,7 @@ import logging
 import signal
 import statistics
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
+from video_r1.rollout.choice import open_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.commands import LabSettings
+from video_r1.settings.decoding import EvalSettings
 
 pytestmark = pytest.mark.vllm
 SETTINGS = SamplingSettings(n=4, max_tokens=24, seed=1)
@@ -152,6 +155,36 @@ def test_seeds_and_counts(engine: ServerEngine, prompts: list[Prompt]) -> None:
     again = engine.generate(prompts, SETTINGS, counts=[4, 1, 0, 2])
     assert [len(group) for group in groups] == [4, 1, 0, 2] and ids(groups) == ids(again)
     assert len({tuple(row) for row in ids(groups)[0]}) > 1
+
+
+def test_completions_are_heard_as_they_are_written(
+    server: ServerProcess, engine: ServerEngine, prompts: list[Prompt]
+) -> None:
+    """Token by token, and they are those of an answer that is not streamed; at the address with /v1 text."""
+    heard: dict[tuple[int, int], list[int]] = {}
+    times: list[float] = []
+
+    def on_token(prompt: int, completion: int, token: int) -> None:
+        heard.setdefault((prompt, completion), []).append(token)
+        times.append(time.monotonic())
+
+    whole, streamed = (
+        engine.generate(prompts, SETTINGS),
+        engine.generate(prompts, SETTINGS, on_token=on_token),
+    )
+    assert len(set(times)) > 20
+    for place, (one, two) in enumerate(zip(whole, streamed, strict=True)):
+        for number, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert heard[place, number] == a.token_ids.tolist() == b.token_ids.tolist()
+            assert torch.allclose(a.logprobs, b.logprobs, atol=1e-4) and a.finish_reason == b.finish_reason
+    pieces: dict[int, list[str]] = {}
+    settings = EvalSettings(engine=f"{server.url}/v1", model=str(base_folder()))
+    spoken = open_engine(settings, None)
+    generate: Any = spoken.generate
+    said = generate(prompts[:1], SETTINGS, on_text=lambda _, n, piece: pieces.setdefault(n, []).append(piece))
+    assert len(pieces) == 4 and len(pieces[0]) > 3
+    assert ["".join(pieces[n]) for n in range(4)] == [rollout.text for rollout in said[0]]
+    spoken.close()
 
 
 def test_another_model(

@@ -31,7 +31,8 @@ from video_r1.settings.frames import Order
 CLIPS_KEPT = 4  # whose frames stay in memory
 
 Hear = Callable[[int, str], object]
-"""Is given the first completion of each prompt as it is written: the prompt's number and a piece of text."""
+"""Is given the first completion of each prompt as it is written: the prompt's number and a piece of text; ""
+when another completion has grown. What it raises ends the answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,19 +129,29 @@ def heard(
 ) -> list[list[Rollout]]:
     """`generate`, whose first completion of each prompt `hear` is given piece by piece, all of it once.
 
-    An engine whose `generate` takes `on_token` is heard token by token, any other at its end.
+    An engine whose `generate` takes `on_token` or `on_text` is heard as it writes, any other at its end.
     """
     streams = [TextStream(tokenizer, lambda piece, i=i: hear(i, piece)) for i in range(len(prompts))]
+    silent = set(range(len(prompts)))
 
     def on_token(prompt: int, completion: int, token: int) -> None:
         if completion == 0:
             streams[prompt].add(token)
+        else:
+            hear(prompt, "")
+
+    def on_text(prompt: int, completion: int, piece: str) -> None:
+        silent.discard(prompt)
+        hear(prompt, piece if completion == 0 else "")
 
     generate: Any = engine.generate
-    if "on_token" in inspect.signature(generate).parameters:
-        groups = generate(prompts, sampling, on_token=on_token)
-    else:
-        groups = generate(prompts, sampling)
+    taken = inspect.signature(generate).parameters
+    if "on_text" in taken:
+        groups = generate(prompts, sampling, on_text=on_text)
+        for prompt in sorted(silent):  # of an endpoint that does not stream
+            hear(prompt, groups[prompt][0].text)
+        return groups
+    groups = generate(prompts, sampling, **({"on_token": on_token} if "on_token" in taken else {}))
     for stream, rollouts in zip(streams, groups, strict=True):
         stream.close(rollouts[0].text)
     return groups

@@ -131,6 +131,8 @@ function asideSection(all, id, title, lead, field, noun) {
 
 const quarantine = (runs) => asideSection(runs, "media", "Media that could not be used",
   "Their questions were skipped; nothing was put in their place.", "quarantine", "question");
+const leftOut = (runs) => asideSection(runs, "left-out", "Left out",
+  "Groups whose answers all earned the same: nothing was learnt from them, or another question took their place.", "leftOut", "group");
 const skippedUpdates = (runs) => asideSection(runs, "updates", "Updates left out",
   "Loss or gradient was not finite in these steps, and the weights were left as they were.", "skippedUpdates", "update");
 

@@ -125,8 +125,11 @@ def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:
     name = as_table(record.get("frames")).get("strip")
     if not isinstance(name, str) or "\0" in name:
         return None
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return path if file.read(3) == b"\xff\xd8\xff" else None
+    except (OSError, RuntimeError):  # a name that is too long; links in a circle
         return None
-    with path.open("rb") as file:
-        return path if file.read(3) == b"\xff\xd8\xff" else None

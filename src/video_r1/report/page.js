@@ -120,7 +120,7 @@ function evaluation() {
 function page() {
   header();
   const trained = drawn.map((run) => curves(run, { overlay: data.overlay, several }));
-  const sections = [...trained.slice(0, 1), comparison(), evaluation(), rollouts(data.runs), ...trained.slice(1), quarantine(data.runs), skippedUpdates(data.runs), settings(data.runs)].filter(Boolean);
+  const sections = [...trained.slice(0, 1), comparison(), evaluation(), rollouts(data.runs), ...trained.slice(1), leftOut(data.runs), quarantine(data.runs), skippedUpdates(data.runs), settings(data.runs)].filter(Boolean);
   document.getElementById("main").append(...sections, sections.length ? "" : make("p", { class: "lead" }, "There is nothing to draw yet."));
   if (sections.length > 1) {
     document.getElementById("header").append(make("nav", { "aria-label": "Sections" }, sections.map((node) =>

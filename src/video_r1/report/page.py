@@ -212,6 +212,7 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
         "groupsTotal": groups[1],
         "quarantine": run.quarantine,
         "skippedUpdates": run.skipped_updates,
+        "leftOut": run.left_out,
     }
 
 

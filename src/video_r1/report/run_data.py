@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -15,6 +15,7 @@ MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
 NOT_SERIES = {"step", "epoch", "time"}
 SECRET_ENDINGS = ("token", "api_key", "password", "secret")
 MAX_ROWS = 300  # of a table
+LEFT_OUT_COLUMNS = ("step", "problem_id", "problem", "accuracy", "reward", "reason", "replaced_by")
 RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
 
 
@@ -39,6 +40,7 @@ class Run:
     seconds: float | None  # of the last logged step
     quarantine: dict[str, Any]  # read_rows: questions that could not be used, with the reason
     skipped_updates: dict[str, Any]  # read_rows: optimizer steps whose loss or gradient was not finite
+    left_out: dict[str, Any]  # read_rows: groups without variance
     notes: list[str]
 
     @property
@@ -86,6 +88,7 @@ def read_run(folder: Path, root: Path) -> Run:
         seconds=seconds,
         quarantine=read_rows(folder / "quarantine.jsonl", notes),
         skipped_updates=read_rows(folder / "skipped_updates.jsonl", notes),
+        left_out=read_rows(folder / "left_out.jsonl", notes, LEFT_OUT_COLUMNS),
         notes=notes,
     )
 
@@ -143,12 +146,16 @@ def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
     )
 
 
-def read_rows(path: Path, notes: list[str]) -> dict[str, Any]:
-    """The first rows of a JSON lines file for a table (`shown`), and how many it has (`total`)."""
+def read_rows(path: Path, notes: list[str], columns: Collection[str] = ()) -> dict[str, Any]:
+    """The first rows of a JSON lines file for a table (`shown`), and how many it has (`total`).
+
+    columns: those of the table; none: all.
+    """
     shown, total = [], 0
     for total, (_, _, record) in enumerate(json_lines(path, notes), 1):
         if total <= MAX_ROWS:
-            cells = {key: text(value)[:500] for key, value in record.items()}
+            told = {key: value for key, value in record.items() if not columns or key in columns}
+            cells = {key: text(value)[:500] for key, value in told.items() if value is not None}
             shown.append(cells | ({"path": short_path(cells["path"])} if "path" in cells else {}))
     return {"shown": shown, "total": total}
 

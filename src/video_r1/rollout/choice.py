@@ -20,7 +20,8 @@ from video_r1.models.loading import (
     size_multiple,
 )
 from video_r1.processes import process_count
-from video_r1.rollout.endpoint import Endpoint, EndpointEngine, endpoint_urls, open_endpoint
+from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
+from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal
@@ -61,8 +62,9 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
         endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout)
-        model, frames_as = open_endpoint(endpoint, settings.model, "auto")
-        if recorded_rule(settings.model):  # then it is a checkpoint of ours, and vLLM serves it
+        model, frames_as = open_endpoint(endpoint, settings.model or None, "auto")
+        # A checkpoint of ours, which vLLM serves
+        if settings.model and recorded_rule(settings.model):
             for one in endpoint.each():
                 warn_of_positions(settings.model, positions_of(one), one.url)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)

@@ -19,7 +19,7 @@ import queue
 import random
 import resource
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -27,16 +27,11 @@ from functools import partial
 from itertools import islice
 from typing import Any, Literal, TypeVar
 
-import torch
-
-from video_r1.data.prompts import Prompt
-from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rollout.addresses import Addresses
-from video_r1.rollout.chat import FramesAs, chat_request, completions_of
-from video_r1.rollout.engine import SamplingSettings, wanted_counts
+from video_r1.rollout.chat import FramesAs
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, ask, event_loop, post, wait_for
-from video_r1.rollout.sampling import prompt_seed, prompt_seeds
+from video_r1.rollout.streamed import HearText, WrittenChat, post_streamed
 from video_r1.settings.decoding import addresses, has_path
 
 logger = logging.getLogger(__name__)
@@ -44,8 +39,6 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 8  # of one request whose failures pass
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds between two attempts, doubled each time
 OTHER_FILES = 256  # that a process may have open beside one for each request
-SEEDS = 2**31  # endpoints differ in how large a seed they take
-UNNAMED_TOKEN = -1
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -160,6 +153,35 @@ class ChatClient:
                 pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
                 await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not the same for all who wait
 
+    async def draw_aloud(
+        self,
+        count: int,
+        request: Callable[[int, int], dict[str, Any]],
+        read: Callable[[Any], list[T]],
+        hear: HearText,
+    ) -> list[T]:
+        """As `draw`, and each piece of a completion is heard as it is written.
+
+        What was heard cannot be taken back: no failure is tried again. An endpoint that refuses to stream is
+        asked once more without.
+        """
+        drawn: list[T] = []
+        while (missing := count - len(drawn)) > 0:
+            begun = len(drawn)
+            written = WrittenChat(lambda number, piece, begun=begun: hear(begun + number, piece))
+            aloud = partial(_aloud, request, missing, begun)
+            body = await asyncio.wrap_future(self._makers.submit(_encoded, aloud))
+            try:
+                with self._addresses.asking() as address:
+                    url, endpoint = f"{address.url}/chat/completions", self.endpoint
+                    await post_streamed(url, endpoint.key, endpoint.timeout, body, written.take)
+                    drawn += read(written.reply())[:missing]
+            except ServerRefusal as refusal:
+                if refusal.status not in (400, 422):
+                    raise
+                return await self.draw(count, request, read)
+        return drawn
+
     async def _post(self, request: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]]) -> list[T]:
         """Sends one request and reads its answer; what it holds meanwhile is the socket."""
         with ExitStack() as holding:
@@ -189,6 +211,10 @@ class ChatClient:
                 f"{self.endpoint.url} has not answered for {self.endpoint.wait:g} s ({failure}); "
                 "started again, an annotation or evaluation continues"
             ) from failure
+
+
+def _aloud(request: Callable[[int, int], dict[str, Any]], n: int, drawn: int) -> dict[str, Any]:
+    return {**request(n, drawn), "stream": True, "stream_options": {"include_usage": True}}
 
 
 def _encoded(request: Callable[[], dict[str, Any]]) -> bytes:
@@ -328,72 +354,3 @@ def form_of_frames(
 def endpoint_urls(text: str) -> tuple[str, ...]:
     """The addresses in a setting, without slashes at their ends; a host alone gets the usual `/v1`."""
     return tuple(url if has_path(url) else f"{url}/v1" for url in addresses(text))
-
-
-# ---- As an engine
-
-
-class EndpointEngine:
-    """Asks `model` at the endpoint, up to `concurrency` requests at once. frames_as: see `chat_request`."""
-
-    def __init__(
-        self, endpoint: Endpoint, model: str, frames_as: FramesAs = "images", concurrency: int = 16
-    ) -> None:
-        self.endpoint, self.model = endpoint, model
-        self.frames_as: FramesAs = frames_as
-        self._client = ChatClient(endpoint, concurrency)
-
-    def update_weights(self, model: Any) -> None:
-        raise VideoR1Error(f"{self.endpoint.url} serves weights of its own; it cannot sample for training")
-
-    def rest(self) -> None:
-        """The endpoint's memory is its own."""
-
-    def close(self) -> None:
-        self._client.close()
-
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
-    ) -> list[list[Rollout]]:
-        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result `[prompts][n]`.
-
-        A completion has as many tokens as the endpoint says, none of them named, and no log-probs (nan).
-        Raises VideoR1Error when a request is refused or has failed eight times, or the endpoint stays away.
-        """
-        counts = wanted_counts(prompts, sampling, counts)
-        seeds = prompt_seeds(sampling.seed, len(prompts))
-
-        async def answer(place: int) -> tuple[int, list[Rollout]]:
-            def request(n: int, drawn: int) -> dict[str, Any]:
-                said, media = prompts[place].messages, prompts[place].media
-                seed = prompt_seed(seeds[place], drawn) % SEEDS
-                return chat_request(self.model, said, media, self.frames_as, sampling, n, seed)
-
-            try:
-                return place, await self._client.draw(counts[place], request, rollouts_of)
-            except ServerRefusal as refusal:
-                raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
-            except ServerFailure as failure:
-                raise VideoR1Error(
-                    f"{self.endpoint.url} failed {ATTEMPTS} times at one request: {failure}; started again, "
-                    "an evaluation continues"
-                ) from failure
-
-        answered = [pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs]
-        return [rollouts for _, rollouts in sorted(answered, key=lambda pair: pair[0])]
-
-
-def rollouts_of(reply: Any) -> list[Rollout]:
-    """The completions in an answer, each with their mean number of tokens. Raises ServerFailure."""
-    completions = completions_of(reply)
-    said = reply.get("usage") or {}
-    tokens = round((said.get("completion_tokens") or 0) / len(completions))
-    return [
-        Rollout(
-            torch.full((tokens,), UNNAMED_TOKEN),
-            torch.full((tokens,), torch.nan),
-            completion.text,
-            "length" if completion.finish_reason == "length" else "stop",
-        )
-        for completion in completions
-    ]

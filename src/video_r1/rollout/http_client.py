@@ -13,6 +13,7 @@ import os
 import ssl
 import threading
 from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -64,29 +65,50 @@ async def ask(
     body: JSON; an iterator's bytes (`size` in all) are gone when they are sent, not kept until the answer.
     Raises ServerFailure and ServerRefusal.
     """
+    try:
+        async with asyncio.timeout(timeout), opened(method, url, key, body, size) as reply:
+            content = await reply.aread()
+            return json.loads(content) if content else None
+    except TimeoutError as error:
+        raise ServerFailure(f"no answer within {timeout:g} s at {urlsplit(url).path}") from error
+
+
+@asynccontextmanager
+async def opened(
+    method: str,
+    url: str,
+    key: str | None,
+    body: bytes | AsyncIterator[bytes] | None = None,
+    size: int | None = None,
+) -> AsyncIterator[httpx.Response]:
+    """A successful answer of which nothing has been read yet.
+
+    Raises ServerFailure and ServerRefusal, also for what breaks while it is read, and for what is no JSON.
+    """
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     headers |= {} if body is None else {"Content-Type": "application/json"}
     headers |= {} if size is None else {"Content-Length": str(size)}
-    path = urlsplit(url).path
     try:
         async with (
-            asyncio.timeout(timeout),
             httpx.AsyncClient(verify=_certificates(), timeout=None, limits=LIMITS) as client,
+            client.stream(method, url, headers=headers, content=body) as reply,
         ):
-            reply = await client.request(method, url, headers=headers, content=body)
-        if reply.is_success:
-            return json.loads(reply.content) if reply.content else None
-    except TimeoutError as error:
-        raise ServerFailure(f"no answer within {timeout:g} s at {path}") from error
+            if not reply.is_success:
+                await reply.aread()
+                raise _failure(reply, urlsplit(url).path)
+            yield reply
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         # No connection, one that broke, half an answer, or none in JSON.
         raise ServerFailure(f"{type(error).__name__}: {_said(error)}") from error
+
+
+def _failure(reply: httpx.Response, path: str) -> ServerFailure | ServerRefusal:
     message = f"HTTP {reply.status_code} at {path}: {_reason(reply)}"
     # 408, 429: too slow, too many. 5xx: an engine that dies answers so before its process ends.
     if reply.status_code in (408, 429) or reply.is_server_error:
         pause = reply.headers.get("Retry-After", "").strip()  # seconds, or a date
-        raise ServerFailure(message, float(pause) if pause.isdigit() else None)
-    raise ServerRefusal(message, reply.status_code)
+        return ServerFailure(message, float(pause) if pause.isdigit() else None)
+    return ServerRefusal(message, reply.status_code)
 
 
 def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:

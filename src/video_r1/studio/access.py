@@ -1,8 +1,8 @@
 """Who may speak to the server: this machine's own pages, or whoever has the token.
 
-A page of another site cannot read answers (no CORS), cannot rebind a name to this address (the Host header is
-checked), cannot write (a POST needs this page's origin and a header that forms cannot send), and what a run
-folder says cannot become script (the policy runs the page's own files alone).
+A page of another site cannot read answers (no CORS) or begin work (Sec-Fetch-Site), cannot rebind a name to
+this address (the Host header is checked), cannot write (a POST needs this page's origin and a header that
+forms cannot send), and what a run folder says cannot become script (the policy runs the page's files alone).
 """
 
 import hmac
@@ -55,6 +55,9 @@ class Access:
         host = headers.get("host", "")
         if self.token is None and host.rsplit(":", 1)[0] not in self.hosts:
             return _text(f"this server does not answer for {host[:100]!r}: open it by 127.0.0.1", 421)
+        # Another page may link to this one, and no more; what is no browser does not say where it is from.
+        if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
+            return _text("only this server's own page may ask", 403)
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
             if headers.get(OWN_HEADER) != "1" or (origin is not None and urlsplit(origin).netloc != host):

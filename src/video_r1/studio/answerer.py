@@ -83,10 +83,13 @@ class Answerer:
         interview.load()
         self.say("state", text="answering")
 
+        number = self.number  # of this answer: an endpoint may still write when it is over
+
         def hear(view: int, text: str) -> None:
-            if self.number in self.stopped:
+            if number in self.stopped:
                 raise Stopped
-            self.say("text", view=view, text=text)
+            if text:
+                self.say("text", view=view, text=text)
 
         views = interview.ask(sample, prompts, settings.samples, sampling_of(settings), hear)
         self.say("answers", right=bool(sample.answer), views=[_view(sample, view) for view in views])

@@ -15,13 +15,13 @@ function askView(view, [manifest, row]) {
   header("Ask", make("p", { class: "lead" }, "One question, with the frames in order and in other orders beside it: what a model answers as well without the order, it does not see in the order."));
   const checkpoint = make("select", {});
   const engine = make("input", { type: "text", placeholder: "http://127.0.0.1:8000/v1", autocomplete: "off" });
-  const served = make("input", { type: "text", placeholder: "as the engine names it", autocomplete: "off" });
+  const served = make("input", { type: "text", placeholder: "the one that it serves", autocomplete: "off" });
   const manifests = make("select", {}, make("option", { value: "" }, "a file of mine"));
   const file = make("input", { type: "file", accept: "video/*,image/*" });
   const words = make("input", { type: "search", placeholder: "words of a question" });
   const rows = make("select", { size: 6, "aria-label": "Question of the manifest" });
   const question = make("textarea", { rows: 2, placeholder: "Which way does the ball roll?" });
-  const options = make("textarea", { rows: 3, placeholder: "one option a line; none: a free answer" });
+  const options = make("textarea", { rows: 5, placeholder: "one option a line; none: a free answer" });
   const type = make("select", {}, make("option", { value: "" }, "by the options"));
   const answer = make("input", { type: "text", autocomplete: "off" });
   const samples = make("input", { type: "number", min: 1, max: 64, value: 8 });
@@ -30,7 +30,7 @@ function askView(view, [manifest, row]) {
   const contrasts = make("div", { class: "checks", role: "group", "aria-label": "Other orders" });
   const preview = make("div", {});
   const inManifest = make("div", {}, field("ask-words", "Find", words), rows);
-  const ownFile = field("ask-file", "File", file, "is kept by this server until it ends");
+  const ownFile = field("ask-file", "File", file, "or drop one here; it is kept by this server until it ends");
   const said = make("p", { class: "state-line", role: "status" });
   const results = make("div", {});
   const go = make("button", { type: "button", class: "primary", click: () => (running ? running.abort() : start()) }, "Ask");
@@ -41,19 +41,19 @@ function askView(view, [manifest, row]) {
   let running = null;
 
   const engineFields = make("details", {}, make("summary", {}, "an engine's address instead"),
-    field("ask-engine", "Address", engine, "of a vLLM server or an OpenAI-compatible endpoint"), field("ask-served", "Model", served));
-  document.getElementById("main").replaceChildren(
-    make("div", { class: "asking" },
-      make("section", { class: "panel", "aria-label": "Model and clip" },
-        field("ask-checkpoint", "Checkpoint", checkpoint), engineFields,
-        field("ask-manifest", "Clip from", manifests), inManifest, ownFile, preview),
-      make("section", { class: "panel", "aria-label": "What is asked" },
-        field("ask-question", "Question", question), field("ask-options", "Options", options),
-        make("div", { class: "beside" }, field("ask-type", "Type", type), field("ask-answer", "Right answer", answer, "if you know it")),
-        make("div", { class: "field" }, make("span", {}, "Beside the clip's own order"), contrasts),
-        make("div", { class: "beside" }, field("ask-samples", "Answers to each", samples), field("ask-temperature", "Temperature", temperature), field("ask-tokens", "Tokens at most", tokens)),
-        make("p", { class: "control" }, go, addButton, said))),
-    results);
+    field("ask-engine", "Address", engine, "an OpenAI-compatible endpoint has a path, such as /v1; without one it is a server of video-r1 serve, with the checkpoint above"),
+    field("ask-served", "Model", served, "its name, where an endpoint serves several"));
+  const asking = make("div", { class: "asking" },
+    make("section", { class: "panel", "aria-label": "Model and clip" },
+      field("ask-checkpoint", "Checkpoint", checkpoint), engineFields,
+      field("ask-manifest", "Clip from", manifests), inManifest, ownFile, preview),
+    make("section", { class: "panel", "aria-label": "What is asked" },
+      field("ask-question", "Question", question), field("ask-options", "Options", options),
+      make("div", { class: "beside" }, field("ask-type", "Type", type), field("ask-answer", "Right answer", answer, "if you know it")),
+      make("div", { class: "field" }, make("span", {}, "Beside the clip's own order"), contrasts),
+      make("div", { class: "beside" }, field("ask-samples", "Answers to each", samples), field("ask-temperature", "Temperature", temperature), field("ask-tokens", "Tokens at most", tokens)),
+      make("p", { class: "control" }, go, addButton, said)));
+  document.getElementById("main").replaceChildren(asking, results);
   question.addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) start(); });
 
   function choose(chosen, image, window) {
@@ -94,9 +94,18 @@ function askView(view, [manifest, row]) {
   manifests.addEventListener("change", source);
   words.addEventListener("input", () => find());
   rows.addEventListener("change", () => take(shownRows[Number(rows.value)]));
-  file.addEventListener("change", async () => {
-    const chosen = file.files[0];
-    if (!chosen) return;
+  file.addEventListener("change", () => { if (file.files[0]) send(file.files[0]); });
+  for (const [name, over] of [["dragover", true], ["dragleave", false], ["drop", false]]) {
+    asking.addEventListener(name, (event) => { event.preventDefault(); asking.classList.toggle("dropping", over); });
+  }
+  asking.addEventListener("drop", ({ dataTransfer }) => {
+    if (!dataTransfer.files.length) return;
+    manifests.value = "";
+    source();
+    send(dataTransfer.files[0]);
+  });
+
+  async function send(chosen) {
     say(`Sending ${chosen.name} …`);
     try {
       const answered = await fetch(`/api/upload?name=${encodeURIComponent(chosen.name)}`, { method: "POST", body: chosen, headers: { "X-Video-R1": "1" } });
@@ -105,7 +114,7 @@ function askView(view, [manifest, row]) {
       choose({ upload: told.upload }, IMAGE_NAME.test(told.upload) && !told.upload.endsWith(".gif"));
       say("");
     } catch (error) { say(error.message, true); }
-  });
+  }
 
   function say(text, bad = false) {
     said.classList.toggle("bad", bad);

@@ -22,7 +22,7 @@ from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, digest
 from video_r1.report.run_data import as_list, as_table, finite, text, whole
-from video_r1.settings.decoding import SCHEMES
+from video_r1.settings.decoding import SCHEMES, has_path
 from video_r1.settings.frames import Contrast
 from video_r1.studio.answers import Answer, body_of
 from video_r1.studio.data import Manifests, manifests
@@ -86,9 +86,11 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
     if address:
         if not address.startswith(SCHEMES):
             raise HTTPException(400, "an engine's address begins with http:// or https://")
-        name = text(asked.get("model", "")).strip() or (str(folder) if folder else "")
-        if not name:
-            raise HTTPException(400, "name the model that the engine serves")
+        name = text(asked.get("model", "")).strip()  # none: the one that an endpoint serves
+        if not name and not has_path(address):
+            if folder is None:
+                raise HTTPException(400, "choose the checkpoint that the vLLM server serves")
+            name = str(folder)
         return {"model": name, "engine": address}
     if folder is None:
         raise HTTPException(404, "there is no such checkpoint below the folders: choose another")

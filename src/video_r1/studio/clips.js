@@ -30,7 +30,8 @@ function framePlayer(clip, times, pace, frames = null) {
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
     ? make("img", { src: picture(times[0] ?? 0), alt: "a frame", error: failed })
-    : make("video", { src: clipAddress(clip), muted: true, playsinline: true, preload: "auto", error: failed });
+    // An address of its own: a browser lets one request for a file wait for the other.
+    : make("video", { src: clipAddress({ ...clip, shown: "frames" }), muted: true, playsinline: true, preload: "auto", error: failed });
   const said = make("output", { class: "quiet" });
   const name = frames ? "Play the frames" : "Play in this order";
   let at = -1;

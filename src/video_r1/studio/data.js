@@ -19,8 +19,9 @@ function dataView(view, [wanted]) {
   const previous = make("button", { type: "button", click: () => turn(-1) }, "← Previous");
   const next = make("button", { type: "button", click: () => turn(1) }, "Next →");
   const keepField = make("span", { class: "choice" }, make("label", { for: "data-keep" }, "Pass rates"), keep);
-  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows" }, make("table", { class: "rows" },
-    make("thead", {}, make("tr", {}, ["row", "question", "type", "source", "pass rates", ""].map((name) => make("th", { scope: "col" }, name)))), body));
+  const list = make("table", { class: "rows" },
+    make("thead", {}, make("tr", {}, ["row", "question", "type", "source", "pass rates", ""].map((name) => make("th", { scope: "col" }, name)))), body);
+  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows" }, list);
   document.getElementById("main").replaceChildren(
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-manifest" }, "Manifest"), manifest)), lead, notes,
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-words" }, "Find"), words),
@@ -79,6 +80,7 @@ function dataView(view, [wanted]) {
       + `${answer.bad ? `${show(answer.bad)} with problems that data check would name` : "data check would find no problem in a row"}.`;
     notes.replaceChildren(...answer.notes.map((note) => make("li", {}, note)));
     keepField.hidden = !answer.rates.length;
+    list.classList.toggle("no-rates", !answer.rates.length);
     keep.title = `rates: ${answer.rates.join(", ")}`;
     if (answer.life !== life || answer.rows !== rowsKnown) count(answer);
     [life, rowsKnown] = [answer.life, answer.rows];
@@ -131,9 +133,10 @@ function dataView(view, [wanted]) {
       if (select.selectedIndex < 0) select.selectedIndex = 0;
     }
     const lengths = Object.entries(answer.counts.lengths);
+    const longest = lengths.findLastIndex(([, n]) => n > 0);
     pictures.replaceChildren(section("balance", "Balance", make("div", { class: "pictures" },
       bars("Types", Object.entries(answer.counts.type)), bars("Media", Object.entries(answer.counts.media)), bars("Sources", Object.entries(answer.counts.source)),
-      bars("Characters of a question", lengths.map(([from, n], i) => [i + 1 < lengths.length ? `${from} to ${lengths[i + 1][0] - 1}` : `${from} and more`, n]), false))));
+      bars("Characters of a question", lengths.map(([from, n], i) => [i + 1 < lengths.length ? `${from} to ${lengths[i + 1][0] - 1}` : `${from} and more`, n]).slice(0, longest + 1), false))));
   }
 
   (async () => {

@@ -10,11 +10,12 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any, BinaryIO
 
 LINE = 64 << 20  # bytes of an event: the frames of a long clip
 ANSWERER = (sys.executable, "-m", "video_r1.studio.answerer")
+STOPPING = 5.0  # seconds that a model has to stop; then its process is ended
 TOLD = 2000  # bytes of what a process that ended has said last
 
 
@@ -27,15 +28,18 @@ class ModelProcess:
         self._opened: tuple[Any, ...] = ()
         self._said: BinaryIO | None = None  # its standard error
         self._number = 0
+        self._unended: int | None = None  # the question whose answer nobody waited for
 
-    async def ask(self, opened: tuple[Any, ...], asked: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def ask(
+        self, opened: tuple[Any, ...], asked: Mapping[str, Any]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The events of one question, as they come; the last is `end`, or `error` of a process that is gone.
 
         opened: what the process was begun for; one that was begun for something else is replaced. A caller
         that stops listening stops the answer.
         """
         async with self._turn:
-            process = await self._begun(opened)
+            process = await self._free(opened)
             assert process.stdin is not None and process.stdout is not None
             self._number = number = self._number + 1
             process.stdin.write(json.dumps({"number": number, **asked}).encode() + b"\n")
@@ -53,7 +57,27 @@ class ModelProcess:
                 yield {"event": "error", "error": await self._why_it_ended()}
             finally:
                 if not ended and process.returncode is None:
+                    self._unended = number
                     process.stdin.write(json.dumps({"stop": number}).encode() + b"\n")
+
+    async def _free(self, opened: tuple[Any, ...]) -> asyncio.subprocess.Process:
+        """The process, done with the answer that was stopped. One that does not stop is ended: it may wait
+        for a server that says nothing.
+        """
+        process = await self._begun(opened)
+        if self._unended is None:
+            return process
+        assert process.stdout is not None
+        try:
+            async with asyncio.timeout(STOPPING):
+                while line := await process.stdout.readline():
+                    event = json.loads(line)
+                    if (event["number"], event["event"]) == (self._unended, "end"):
+                        break
+        except TimeoutError:
+            await self.close()
+        self._unended = None
+        return await self._begun(opened)
 
     async def _begun(self, opened: tuple[Any, ...]) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None and self._opened == opened:
@@ -85,4 +109,4 @@ class ModelProcess:
             await self._process.wait()
         if self._said is not None:
             self._said.close()
-        self._process = self._said = None
+        self._process = self._said = self._unended = None

@@ -1,4 +1,4 @@
-"""The addresses of recorded groups: their entries, one group, its frames, and marks."""
+"""The addresses of recorded groups: their entries, one group, its frames, marks, and what was left out."""
 
 from typing import Any
 
@@ -87,6 +87,15 @@ def _mark(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
     return {"marks": marks_of(reader.found)}
 
 
+def left_out(request: Request) -> Answer:
+    """Groups and questions that the run left out, 50 from number `at` on, of one `reason` or of all."""
+    asked = request.query_params
+    reader = readers(request).reader(asked.get("run"))
+    with reader.lock:
+        reader.left_out.read()
+        return Answer(reader.left_out.page(asked.get("reason", ""), number(asked, "at")))
+
+
 def _asked(asked: Any, request: Request) -> tuple[Reader, int]:
     """The reader and the entry's number. Raises HTTPException 409 where the entries are others by now."""
     name = asked.get("run")
@@ -102,4 +111,5 @@ ROUTES = [
     Route("/api/group", group),
     Route("/api/frames", frames),
     Route("/api/marks", mark, methods=["POST"]),
+    Route("/api/left", left_out),
 ]

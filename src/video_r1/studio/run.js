@@ -73,13 +73,14 @@ function runView(view, [name]) {
   const left = make("ul", { class: "notes", "aria-label": "What was left out" });
   const drawn = make("div", {});
   const recorded = make("div", {});
+  const leftOut = make("div", {});
   const aside = make("div", {});
   const holder = new CurveHolder(drawn);
   let run = null;
   let following = false; // of groups, which come after the curves
   const axis = axisChoice((value) => { holder.axis = value; redraw(); });
   header(name, about);
-  document.getElementById("main").replaceChildren(above, make("div", { class: "controls" }, axis.node), left, drawn, recorded, aside);
+  document.getElementById("main").replaceChildren(above, make("div", { class: "controls" }, axis.node), left, drawn, recorded, leftOut, aside);
 
   const redraw = () => {
     axis.select.querySelector("[value=tokens]").disabled = !columns.tokens.some((count) => count > 0);
@@ -100,14 +101,14 @@ function runView(view, [name]) {
       make("li", {}, make("b", {}, alert.title), make("span", {}, alert.advice)))) : "");
     const tables = { ...run, skippedUpdates: run.skipped_updates };
     const open = [...aside.querySelectorAll("details[open]")].length > 0;
-    aside.replaceChildren(...[quarantine([tables]), skippedUpdates([tables]), settings([tables])].filter(Boolean));
+    aside.replaceChildren(...[skippedUpdates([tables]), settings([tables])].filter(Boolean));
     if (open) aside.querySelectorAll("details").forEach((node) => { node.open = true; });
   }
 
   follow(view, async () => {
     const [wait] = await Promise.all([columns.read(), run ? null : readRun()]);
     if (view.open && (columns.changed || !drawn.firstChild)) redraw();
-    if (!following) setTimeout(followGroups, 200, view, name, recorded); // when the curves are painted
+    if (!following) setTimeout(() => { followGroups(view, name, recorded); followLeftOut(view, name, leftOut); }, 200); // when the curves are painted
     following = true;
     if (left.children.length !== columns.notes.length) left.replaceChildren(...columns.notes.map((note) => make("li", {}, note)));
     return wait;

@@ -8,10 +8,11 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from video_r1.report.page import differing_settings
-from video_r1.report.run_data import MAX_ROWS, short_path, text
+from video_r1.report.run_data import MAX_ROWS, text
 from video_r1.studio.answers import Answer, number
 from video_r1.studio.curves import Curves
 from video_r1.studio.folders import Found, Library, read_settings
+from video_r1.studio.left_out import LeftOut
 from video_r1.studio.overview import listing, overview
 from video_r1.studio.recorded import Recorded
 from video_r1.studio.tail import Tail, last_lines
@@ -29,7 +30,7 @@ class Reader:
         self.lock = threading.Lock()
         self.begun = False
         self.curves, self.metrics = Curves(), Tail(found, "metrics.jsonl")
-        self.recorded = Recorded(found)
+        self.recorded, self.left_out = Recorded(found), LeftOut(found)
 
     def points(self, life: int, have: int, width: int) -> dict[str, Any]:
         """New points of the curves; of a long file that is still being read, some from all over it."""
@@ -84,10 +85,10 @@ def list_runs(request: Request) -> Answer:
 
 
 def one_run(request: Request) -> Answer:
-    """A run's row of the list, its settings, and tables of what it set aside."""
+    """A run's row of the list, its settings, and a table of the updates that it left out."""
     found = readers(request).found(request.query_params.get("run"))
-    aside = {name: _rows(found, f"{name}.jsonl") for name in ("quarantine", "skipped_updates")}
-    return Answer({**overview(found), "config": read_settings(found), **aside})
+    skipped = _rows(found, "skipped_updates.jsonl")
+    return Answer({**overview(found), "config": read_settings(found), "skipped_updates": skipped})
 
 
 def curves(request: Request) -> Answer:
@@ -107,8 +108,7 @@ def _rows(found: Found, name: str) -> dict[str, Any]:
     """The last rows of a file for a table, as the report shows them."""
     lines = last_lines(found, name, 1 << 20)
     cells = [{str(key)[:100]: text(value)[:500] for key, value in line.items()} for line in lines[-MAX_ROWS:]]
-    shown = [row | ({"path": short_path(row["path"])} if "path" in row else {}) for row in cells]
-    return {"shown": shown, "total": len(lines)}
+    return {"shown": cells, "total": len(lines)}
 
 
 ROUTES = [

@@ -33,8 +33,8 @@ PARTS = (runs, rollouts, asking, data, evaluations)
 PAGE_FILES = {
     "page.css": "report", "charts.js": "report", "curves.js": "report", "places.js": "report",
     "frames.js": "report", "rollouts.js": "report",
-    "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "run.js": "studio",
-    "clips.js": "studio", "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
+    "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "left.js": "studio",
+    "run.js": "studio", "clips.js": "studio", "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
 }  # fmt: skip
 """The files that a browser asks for, and the room that each lies in: charts and rollouts are the report's."""
 KINDS = {".css": "text/css", ".js": "text/javascript"}

@@ -38,7 +38,7 @@ function versusView(view, [first, second]) {
         make("div", { class: "controls" }, make("button", { type: "button", "aria-pressed": String(who === "left"), click: () => list(row, "left") }, "left wins"),
           make("button", { type: "button", "aria-pressed": String(who === "right"), click: () => list(row, "right") }, "right wins"),
           found.total > 20 ? [button("← Previous", at ? Math.max(0, at - 20) : null), button("Next →", found.next), `${show(at + 1)} to ${show(at + found.shown.length)}`] : ""),
-        found.shown.map((item) => questionNode(item, left.select.value, right.select.value))));
+        make("div", { class: "versus-questions" }, found.shown.map((item) => questionNode(item, left.select.value, right.select.value)))));
     } catch (error) { trouble(error.message); }
   }
 
@@ -74,7 +74,7 @@ function versusTable(answer, left, right, list) {
   const heads = [["questions", ""], ["", "picture"], [left, "ordered"], [right, "shuffled"], ["left minus right", ""], ["left wins", ""], ["right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, make("table", { class: "scores versus" },
     make("caption", {}, "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style]) => make("th", { scope: "col", class: style, dir: "auto" }, name)))),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style]) => make("th", { scope: "col", class: style, dir: "auto" }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
       rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name || `all, ${row.frames} frames`), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row)),

@@ -23,6 +23,7 @@ from video_r1.data.reading import Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import VideoR1Error
+from video_r1.files import append_line
 from video_r1.models.family import find_family, vision_parameters
 from video_r1.models.group_forward import (
     GroupLogprobs,
@@ -30,7 +31,7 @@ from video_r1.models.group_forward import (
     group_logprobs,
     vision_language_model,
 )
-from video_r1.processes import decided_by_first, gather
+from video_r1.processes import decided_by_first, gather, gather_lists
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import RewardTerms, score_groups
 from video_r1.rollout.choice import training_engine
@@ -45,9 +46,9 @@ from video_r1.training.checks import (
 from video_r1.training.credit import TaskMoments
 from video_r1.training.difficulty import Difficulty
 from video_r1.training.drops import Comparison, compare
-from video_r1.training.dynamic_sampling import Asked, fill_places
+from video_r1.training.dynamic_sampling import Asked, LeftOut, fill_places
 from video_r1.training.judge import Judge, JudgeAway
-from video_r1.training.metrics import tolerated
+from video_r1.training.metrics import LEFT_OUT, tolerated
 from video_r1.training.questions import Ready, Slot
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference, ReferenceSync
@@ -133,16 +134,26 @@ class GroupTrainer(QuestionTrainer):
     def selected(self, ready: Sequence[Ready[Question]], asked: Asked) -> Asked:
         """The step's groups, those of equal rewards replaced as `dynamic_sampling` says."""
         rounds, slots = self.settings.dynamic_sampling, [entry.slot for entry in ready]
-        if rounds == 0:
-            return asked
 
         def ask(slots: list[Slot]) -> Asked:
             assert self.source is not None
             return self.ask(self.ready([self.source.submit(slot) for slot in slots]))
 
-        asked, replaced = fill_places(slots, asked, ask, rounds)
-        self.meter.add("groups/replaced", replaced, len(slots))
+        asked, left_out = fill_places(slots, asked, ask, rounds)
+        if rounds > 0:
+            replaced = sum(group.reason == "replaced" for group in left_out)
+            self.meter.add("groups/replaced", replaced, len(slots))
+        if self.settings.log_rollouts > 0:
+            self.record_left_out(left_out)
         return asked
+
+    def record_left_out(self, own: Sequence[LeftOut]) -> None:
+        """Writes down the step's groups without variance, those of all processes, by their places."""
+        everyone, _ = gather_lists(own)
+        if self.is_world_process_zero():
+            with tolerated(LEFT_OUT):
+                for group in sorted(everyone, key=lambda group: group.slot):
+                    append_line(self.folder / LEFT_OUT, group.line(self.state.global_step + 1))
 
     def answered(self, ready: Sequence[Ready[Question]], groups: Sequence[RolloutGroup]) -> None:
         """Takes the groups into the record of `difficulty_range`, where there is one."""

@@ -30,6 +30,7 @@ from video_r1.training.objective import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
+LEFT_OUT = "left_out.jsonl"  # groups of a run folder that its steps learnt nothing from
 VISIBLE_CHANGE = 0.01  # of an advantage, whose deviation in its group is 1
 
 
@@ -219,6 +220,7 @@ class RunFolder(TrainerCallback):
         last = state.global_step or -1
         metrics = keep_until(self.folder / "metrics.jsonl", last)
         keep_until(self.folder / "rollouts.jsonl", last)
+        keep_until(self.folder / LEFT_OUT, last)
         self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:

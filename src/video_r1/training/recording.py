@@ -18,6 +18,7 @@ from video_r1.files import append_line
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
 RECORDED = ("problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source")
+PROBLEM = 300  # characters of a question that a step learnt nothing from
 FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a picture that is kept: one of a clip, or an image
 
 
@@ -92,6 +93,23 @@ def record_group(
     append_line(run_dir / "rollouts.jsonl", line)
 
 
+def group_facts(group: RolloutGroup) -> dict[str, Any]:
+    """What is written down of a group that a step learns nothing from: its question, the shares of right
+    completions, and the reward that all completions in order have.
+    """
+    sample = group.sample
+    return {
+        "problem_id": sample.problem_id,
+        "problem": sample.problem[:PROBLEM],
+        "problem_type": sample.problem_type,
+        "data_type": sample.data_type,
+        "data_source": sample.data_source,
+        "accuracy": _number(group.p),
+        "p_shuffled": group.p_shuffled,
+        "reward": _number(group.total_reward[0]),
+    }
+
+
 def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
     """The words of a completion, blanks before them included, each with the nats that its tokens lose with
     the contrast clip; together they are its text. token_ids, drops: [L].
@@ -122,7 +140,7 @@ def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> lis
     ]
 
 
-def _number(value: Tensor) -> float | None:
+def _number(value: Tensor | float) -> float | None:
     """A float with six decimals, None where it is not finite (JSON has no NaN)."""
     number = float(value)
     return round(number, 6) if math.isfinite(number) else None

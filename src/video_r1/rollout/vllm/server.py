@@ -10,6 +10,7 @@ other weights is handed the present ones again before anything of it is used.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -34,7 +35,8 @@ from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
 from video_r1.rollout.addresses import Addresses
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post
+from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post, wait_for
+from video_r1.rollout.streamed import HearToken, WrittenTokens, post_streamed
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, NCCLHandOver
 from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
@@ -198,15 +200,26 @@ class ServerEngine:
     # ---- Completions
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        counts: Sequence[int] | None = None,
+        on_token: Callable[[int, int, int], object] | None = None,
     ) -> list[list[Rollout]]:
-        """As VLLMEngine.generate. Raises VideoR1Error when the server stays away or keeps failing."""
+        """As VLLMEngine.generate. Raises VideoR1Error when the server stays away or keeps failing.
+
+        on_token: is given each token as it is sampled, with the numbers of its prompt and completion; then a
+        failure is not tried again.
+        """
         asks = asks_of(prompts, sampling, counts, self.max_model_len, self._stop_ids)
 
         def answer(ask: Ask) -> list[Rollout]:
             dtype = getattr(torch, self.served["dtype"])
             request = server_request(prompts[ask.place], ask.parameters, dtype)
-            choices = self._completions(request, ask.parameters["n"])
+            if on_token is None:
+                choices = self._completions(request, ask.parameters["n"])
+            else:
+                choices = self._heard(request, ask.parameters["n"], partial(on_token, ask.place))
             return ask.answered([self._rollout(choice) for choice in choices])
 
         self._lost = None
@@ -242,6 +255,18 @@ class ServerEngine:
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
+
+    def _heard(self, body: dict[str, Any], count: int, hear: HearToken) -> list[dict[str, Any]]:
+        """The answer to one request, its tokens heard as they come: what was heard cannot be taken back."""
+        written, said = WrittenTokens(hear), json.dumps({**body, "stream": True}).encode()
+        try:
+            with self._addresses.asking() as address:
+                url = f"{address.url}/inference/v1/generate"
+                wait_for(post_streamed(url, self._key, self.timeout, said, written.take))
+                self._check(choices := written.choices(), count)
+        except (ServerFailure, ServerRefusal) as failure:
+            raise VideoR1Error(f"{self.url} failed: {failure}") from failure
+        return sorted(choices, key=lambda choice: choice["index"])
 
     def _check(self, choices: Sequence[dict[str, Any]], count: int) -> None:
         """Raises ServerFailure for an answer that is cut short or comes from other weights."""
