@@ -129,6 +129,13 @@ def test_rewards(kind, answer, truth, score):
     assert correctness(kind, answer, truth) == pytest.approx(score)
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_are_finite(number):
+    answer = f'{{"time": [2, {number}]}}'
+    assert parse_located(answer, TEMPORAL) is None
+    assert format_reward(f"<think>x</think><answer>{answer}</answer>", TEMPORAL) == 0
+
+
 def test_parts_of_a_score():
     answer = '{"time": [4, 8], "boxes": {"3": [100, 200, 200, 400]}}'
     truth = '{"time": [2, 6], "boxes": {"3": [100, 200, 300, 400]}}'

@@ -106,8 +106,9 @@ def test_a_box_holds_what_is_seen(shape: str) -> None:
         look = Look("white", shape, "large").at(str(rng.choice(["top left", "bottom right"])))
         [frame] = render([look], [0.0], rng)
         rows, columns = np.nonzero(frame.min(axis=-1) > 190)
-        seen = [1000 * side / SIDE for side in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
-        ious.append(box_iou(tuple(seen), tuple(map(float, box_of(look)))))
+        seen = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]) * 1000 / SIDE
+        left, top, right, bottom = box_of(look)
+        ious.append(box_iou((seen[0], seen[1], seen[2], seen[3]), (left, top, right, bottom)))
     assert np.mean(ious) > (0.35 if shape == "7" else 0.75)
 
 
