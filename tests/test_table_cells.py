@@ -22,7 +22,7 @@ from video_r1.cli import main
 from video_r1.data import remote
 from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import cache_key
-from video_r1.data.places import MediaPlaces, path_below
+from video_r1.data.places import MediaPlaces, data_type_of, path_below
 from video_r1.data.table_cells import cells_beside
 from video_r1.errors import MediaError
 
@@ -108,6 +108,13 @@ def test_a_table_at_an_address(tmp_path: Path, clips: list[Path], memory: Any) -
     memory.pipe("/b/t.parquet", table(tmp_path / "t.parquet", clips).read_bytes())
     media = read_media(sample("parquet://video/4::memory://b/t.parquet"), replace(SMALL, seconds=0))
     assert torch.equal(media.frames, read_media(sample(clips[4]), replace(SMALL, seconds=0)).frames)
+
+
+def test_a_column_says_what_its_cells_are() -> None:
+    kinds = [
+        data_type_of(f"parquet://{column}/3::images/t.parquet") for column in ("image", "Picture", "video")
+    ]
+    assert kinds == ["image", "image", "video"]
 
 
 def test_the_table_stays_in_the_media_root(tmp_path: Path, clips: list[Path]) -> None:

@@ -165,6 +165,17 @@ def test_folders_in_archives_hold_frames_alone(tmp_path: Path, odd: str) -> None
         read_media(sample(member("a/1", shard)), replace(SMALL, seconds=0))
 
 
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.DIRTYPE])
+def test_folders_in_archives_hold_no_links(tmp_path: Path, kind: bytes) -> None:
+    shard = frames_packed(tmp_path / "000.tar", "a/1/", range(4))
+    info = tarfile.TarInfo("a/1/4.png")
+    info.type, info.linkname = kind, "0.png"
+    with tarfile.open(shard, "a") as archive:
+        archive.addfile(info)
+    with pytest.raises(MediaError, match=r"'4\.png' in it, a link or a folder"):
+        read_media(sample(member("a/1", shard)), replace(SMALL, seconds=0))
+
+
 def broken(path: Path, files: Path, kind: str) -> str:
     """A path that cannot be read, by what is wrong with it."""
     shard = packed(path / "000.tar", files, mode="w:gz" if kind == "gzip" else "w")

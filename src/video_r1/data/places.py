@@ -2,18 +2,23 @@
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from video_r1.data.endings import IMAGE_ENDINGS
 from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
-from video_r1.data.tar_index import split_member
+from video_r1.data.tar_index import TABLE, split_member
 from video_r1.errors import ManifestError
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
-    """What a file is by its name; what is not known for an image is a video, and so is a GIF."""
+    """What a file is by its name, a cell of a table by that of its column; what is not known for an image is
+    a video, and so is a GIF.
+    """
+    if path.startswith(TABLE):
+        return "image" if re.search("image|img|picture|photo", path.partition("::")[0].lower()) else "video"
     name = path.partition("::")[0].partition("?")[0] if is_address(path) else path
     return "image" if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS else "video"
 

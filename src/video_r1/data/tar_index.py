@@ -126,7 +126,8 @@ def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
                 f"is a folder of {len(frames):,} files; at most {MOST_FRAMES:,} are read as frames"
             )
         if frames:
-            odd = next((one for one, place in frames.items() if place == _NO_FILE), None)
-            names = in_order(list(frames) if odd is None else [odd + "/"])
-            return [Part(archive, *frames[one], one) for one in names]
+            for one, place in frames.items():
+                if place == _NO_FILE:
+                    raise ValueError(f"is a folder with {one!r} in it, a link or a folder; keep frames alone")
+            return [Part(archive, *frames[one], one) for one in in_order(list(frames))]
     return Part(archive, *member_of(found, member), member)

@@ -149,7 +149,7 @@ def _add(request: Request, asked: dict[str, Any]) -> dict[str, Any]:
         place = index.manifest.found
         taken = index.row(whole(clip.get("row"))) or {}
         row |= {name: taken[name] for name in ("path", "start", "end", "fps", "data_type") if name in taken}
-    row |= _row(asked, source)
+    row = _row(asked, source) | row
     row["problem_id"] = f"asked-{digest([row['path'], row['problem'], row['solution']], 6)}"
     target = place.folder / ADDED
     if target.is_symlink() or (target.exists() and not target.is_file()):
