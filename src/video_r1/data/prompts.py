@@ -210,17 +210,13 @@ class TextPrompts:
         return other
 
     def question(self, sample: Sample) -> str:
-        """The user's text: subtitles if asked for, question, options, instruction and answer hint. Where the
-        sample has messages, their texts.
-        """
+        """The user's text by the template, or the texts of the sample's messages where it has some."""
         if sample.messages:
             return "\n".join(message["content"] for message in sample.messages)
         return self.template.render(sample)
 
     def _chat(self, sample: Sample, visuals: list[dict[str, str]]) -> list[dict[str, Any]]:
-        """The chat: one message by the template, or the sample's own. The visuals come first in the first
-        question.
-        """
+        """The chat: one message by the template, or the sample's own. Visuals begin the first question."""
         text = self.question(sample)
         said = sample.messages or ({"role": "user", "content": text},)
         chat = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in said]
