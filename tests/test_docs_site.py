@@ -73,7 +73,7 @@ def test_every_setting_of_training_has_its_table() -> None:
 
 @pytest.mark.skipif(find_spec("mkdocstrings") is None, reason="the extra docs is not installed: make docs")
 def test_the_site_is_built_with_all_links_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr
