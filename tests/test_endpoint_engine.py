@@ -183,9 +183,12 @@ def test_an_answer_that_nobody_hears_any_more_is_given_up(tmp_path: Path) -> Non
         engine.close()
 
 
+NAMES = {"template", "tokenizer", "with_template", "question", "build"}
+
+
 def test_prompts_promise_what_they_can_do() -> None:
     prompts = TextPrompts()
-    assert {name for name in dir(prompts) if name[0] != "_"} == {"template", "tokenizer", "question", "build"}
+    assert {name for name in dir(prompts) if name[0] != "_"} == NAMES
     sample = Sample("q", "Where?", "video", "free-form", "<answer>left</answer>", "clip.mp4")
     media = Media(
         torch.tensor([0, 255], dtype=torch.uint8).expand(3, 28, 28, 2).permute(3, 0, 1, 2),
