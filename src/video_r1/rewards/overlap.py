@@ -36,21 +36,25 @@ def track_iou(boxes: Mapping[float, Box], truth: Mapping[float, Box]) -> float:
 
 
 def temporal_grounding(answer: Located, truth: Located) -> dict[str, float]:
+    """{"tIoU": `span_iou`} of both times."""
     assert answer.time and truth.time
     return {"tIoU": span_iou(answer.time, truth.time)}
 
 
 def spatial_grounding(answer: Located, truth: Located) -> dict[str, float]:
+    """{"IoU": `box_iou`} of both boxes."""
     assert answer.box and truth.box
     return {"IoU": box_iou(answer.box, truth.box)}
 
 
 def spatial_temporal_grounding(answer: Located, truth: Located) -> dict[str, float]:
+    """{"tIoU": `span_iou`, "IoU": `common_iou`} of both times and boxes."""
     assert answer.boxes is not None and truth.boxes is not None
     return temporal_grounding(answer, truth) | {"IoU": common_iou(answer.boxes, truth.boxes)}
 
 
 def tracking(answer: Located, truth: Located) -> dict[str, float]:
+    """{"IoU": `track_iou`} of the boxes."""
     assert answer.boxes is not None and truth.boxes is not None
     return {"IoU": track_iou(answer.boxes, truth.boxes)}
 
