@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from selected_questions import mostly_equal, odd_sums
 from tgrpo_trainers import make_trainer, weights
@@ -16,6 +17,13 @@ torch.set_num_threads(1)
 
 
 def main(folder: Path, processes: int, scale: str, rule: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:  # a test calls it in its own process, too
+        if scale == "selected":
+            patch.setattr(group, "answer_scores", odd_sums)
+        train(folder, processes, scale, rule)
+
+
+def train(folder: Path, processes: int, scale: str, rule: str) -> None:
     changes: dict[str, Any] = {"scale_rewards": scale}
     if scale == "selected":  # over the end of an epoch, which is two steps
         changes = {
@@ -24,7 +32,6 @@ def main(folder: Path, processes: int, scale: str, rule: str) -> None:
             "max_steps": 5,
             "rewards": mostly_equal,
         }
-        group.answer_scores = odd_sums
     trainer = make_trainer(
         folder / "model", str(folder / "manifest.json"), folder / f"run{processes}", optim="sgd",
         learning_rate=0.01, per_device_train_batch_size=4 // processes, temporal_rule=rule,
