@@ -213,22 +213,26 @@ CASES = {
             strict=True,
         )
     ],
-    "mvp": [
-        ("mvp-intuitive_physics-8_0", CHOICE, "A", 2, "mvp/videos/star/8_0.mp4", WHOLE, PHYSICS),
-        ("mvp-intuitive_physics-8_1", CHOICE, "B", 2, "mvp/videos/star/8_1.mp4", WHOLE, PHYSICS),
-        ("mvp-intuitive_physics-9_0", CHOICE, "A", 2, "mvp/videos/star/9_0.mp4", WHOLE, PHYSICS),
-        ("mvp-intuitive_physics-9_1", CHOICE, "B", 2, "mvp/videos/star/9_1.mp4", WHOLE, PHYSICS),
-        ("mvp-temporal_reasoning-7_0", CHOICE, "A", 2, "mvp/videos/star/7_0.mp4", WHOLE, ORDER),
-        ("mvp-temporal_reasoning-7_1", CHOICE, "B", 2, "mvp/videos/star/7_1.mp4", WHOLE, ORDER),
-    ],
-    "mvp_mini": [
-        ("mvp_mini-intuitive_physics-8_0", CHOICE, "A", 2, "mvp_mini/videos/star/8_0.mp4", WHOLE, PHYSICS),
-        ("mvp_mini-intuitive_physics-8_1", CHOICE, "B", 2, "mvp_mini/videos/star/8_1.mp4", WHOLE, PHYSICS),
-        ("mvp_mini-intuitive_physics-9_0", CHOICE, "A", 2, "mvp_mini/videos/star/9_0.mp4", WHOLE, PHYSICS),
-        ("mvp_mini-intuitive_physics-9_1", CHOICE, "B", 2, "mvp_mini/videos/star/9_1.mp4", WHOLE, PHYSICS),
-        ("mvp_mini-temporal_reasoning-7_0", CHOICE, "A", 2, "mvp_mini/videos/star/7_0.mp4", WHOLE, ORDER),
-        ("mvp_mini-temporal_reasoning-7_1", CHOICE, "B", 2, "mvp_mini/videos/star/7_1.mp4", WHOLE, ORDER),
-    ],
+    **{
+        name: [
+            (
+                f"{name}-{task}-{pair}_{one}",
+                CHOICE,
+                "AB"[one],
+                2,
+                f"{name}/videos/star/{pair}_{one}.mp4",
+                WHOLE,
+                asked,
+            )
+            for task, pair, asked in (
+                ("intuitive_physics", 8, PHYSICS),
+                ("intuitive_physics", 9, PHYSICS),
+                ("temporal_reasoning", 7, ORDER),
+            )
+            for one in (0, 1)
+        ]
+        for name in ("mvp", "mvp_mini")
+    },
     "charades_sta": [
         (
             f"charades_sta-{number}",

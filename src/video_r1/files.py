@@ -167,7 +167,7 @@ def claimed(folder: Path) -> Iterator[None]:
         ended = ""
         try:
             yield
-        except BaseException as error:
+        except BaseException as error:  # whatever ends the command is written down and raised again
             word = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             ended = f"{word}: {first_line(error)[:1000]}"
             raise

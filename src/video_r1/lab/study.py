@@ -145,7 +145,7 @@ def _ended_with_us(pool: ProcessPoolExecutor) -> Iterator[None]:
     """Where something is raised inside, Ctrl-C above all, the pool's work ends at once, begun or not."""
     try:
         yield
-    except BaseException:
+    except BaseException:  # whatever ends us, Ctrl-C above all: it is raised again when the runs are ended
         pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             assert process.pid
