@@ -44,6 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+@pytest.fixture
+def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Copies of remote files in a folder of this test's own, fetched without pauses between attempts."""
+    from video_r1.data import remote
+
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    remote.open_remote_cache.cache_clear()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL with its processor."""

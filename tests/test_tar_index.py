@@ -37,11 +37,7 @@ ROW = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    remote.open_remote_cache.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_copies")
 
 
 @pytest.fixture(scope="module")
