@@ -155,8 +155,10 @@ def test_an_endpoint_that_breaks_while_it_writes_says_so_at_once(
     monkeypatch.setitem(SIZES, "timeout", 0.5)
     with chat_endpoint() as server:
         server.always = event
+        began = time.monotonic()
         with pytest.raises(VideoR1Error, match=message):
             asked_aloud(tmp_path, server.url)
+        assert time.monotonic() - began < 20  # the pause of one that stalls is longer
         assert len(server.requests) <= 2  # nothing is tried again: what was heard cannot be taken back
         server.always = None
         assert asked_aloud(tmp_path, server.url)[0][0].answers == ["B", "B"]
