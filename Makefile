@@ -16,7 +16,7 @@ install: ## set up .venv
 install-test: install ## add what tests use besides: DeepSpeed, bitsandbytes, trackers, vLLM for CPUs
 	@VENV=$(VENV) setup/install-test.sh
 
-demo: install ## the whole pipeline on made-up clips, about 5 minutes on two cores; see runs/demo (FAMILY=qwen3_5: another model)
+demo: install ## the whole pipeline on made-up clips, under 5 minutes on two cores; see runs/demo (FAMILY=qwen3_5: another model)
 	$(PY) -m video_r1 demo $(if $(FAMILY),--family $(FAMILY))
 
 test: install-test ## the fast tests

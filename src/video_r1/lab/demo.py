@@ -37,7 +37,7 @@ class Size(NamedTuple):
     rl: int
 
 
-FULL = Size(train=3200, test=560, sft=480, rl=150)
+FULL = Size(train=2800, test=560, sft=480, rl=140)
 QUICK = Size(train=400, test=80, sft=120, rl=8)
 PROCESSES = 2  # of training, one thread each: for so small a model worth more than threads
 HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
