@@ -84,6 +84,19 @@ def test_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "best-ever is none of grpo, margin" in capsys.readouterr().err
 
 
+def test_the_bound_is_trained_on_clips_without_marks(tmp_path: Path) -> None:
+    manifest = tmp_path / "videos.json"
+    marks = {"a": "B", "b": "", "c": "1", "d": ""}
+    manifest.write_text(json.dumps([{"problem_id": name, "mark": mark} for name, mark in marks.items()]))
+    rows = json.loads(study.unmarked(manifest).read_text())
+    assert [row["problem_id"] for row in rows] == ["b", "d"]
+    assert len(json.loads(manifest.read_text())) == 4
+    settings = StudySettings(out=str(tmp_path), rates=[0.0, 0.9], arms=["grpo", "unmarked"])
+    assert [(job.rate, job.arm) for job in study._missing(settings, 0)] == [
+        (0.0, "grpo"), (0.9, "grpo"), (0.9, "unmarked"),
+    ]  # fmt: skip
+
+
 def test_a_study_that_is_told_to_end_ends_with_its_work(tmp_path: Path) -> None:
     words = [
         "lab",

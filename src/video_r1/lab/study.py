@@ -50,8 +50,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "gate-frozen": {"temporal_rule": "likelihood_gate", "temporal_alpha": 0.9, "temporal_contrast": "frozen"},
     "tokens": {"temporal_rule": "tokens", "temporal_weight_kappa": 10.0},
     "audit": {"temporal_rule": "off", "keep": "shuffled < 0.3 and frozen < 0.3"},
+    "unmarked": {"temporal_rule": "off"},
 }
 """What each arm sets beside the recipe lab-tgrpo."""
+BOUND = "unmarked"  # plain GRPO that is told which clips are marked, and leaves them out: no rule knows more
 HASTY, MARKED, TRUSTING = 0.6, 0.5, 0.5  # of a cold start: see LabSettings
 SFT_STEPS = 320
 QUESTIONS = 2400  # made for RL; those about images, one of five, are left out
@@ -103,6 +105,7 @@ def run_study(settings: StudySettings) -> int:
 def _missing(settings: StudySettings, seed: int) -> list[Job]:
     every = itertools.product(settings.rates, settings.arms or ARMS)
     jobs = [Job(Path(str(settings.out)), seed, rate, arm) for rate, arm in every]
+    jobs = [job for job in jobs if job.rate or job.arm != BOUND]  # without marks it is the control
     return [job for job in jobs if not (job.folder / "result.json").is_file()]
 
 
@@ -220,6 +223,8 @@ def make_run(settings: StudySettings, job: Job) -> None:
     manifest = job.seed_folder / f"rl-{job.rate:g}" / VIDEOS
     if "keep" in ARMS[job.arm]:
         manifest = audited(manifest, cold / "run", job.seed)
+    if job.arm == BOUND:
+        manifest = unmarked(manifest)
     overrides = {
         **ARMS[job.arm],
         "model_name_or_path": str(cold / "run"),
@@ -264,6 +269,14 @@ def audited(manifest: Path, model: Path, seed: int) -> Path:
     values = {"manifest": str(manifest), "model": str(model), "seed": seed, "samples": 4, "temperature": 0.7}
     values |= {"batch_size": 64, "max_new_tokens": 64}
     return Path(run_audit(load_recipe("data audit", None, values).section(AuditSettings))["manifest"])
+
+
+def unmarked(manifest: Path) -> Path:
+    """The rows of a lab's manifest whose clip carries no mark, beside it."""
+    rows = [row for row in json.loads(manifest.read_text("utf-8")) if not row["mark"]]
+    found = manifest.with_name(f"{manifest.stem}-{BOUND}.json")
+    replace_json(found, rows)
+    return found
 
 
 def tested(folder: Path) -> dict[str, Any]:
