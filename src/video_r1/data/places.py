@@ -1,16 +1,18 @@
 """Where the media of a manifest may lie: below the media root, in an allowed root, at an address."""
 
 import functools
+import glob
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
-from video_r1.data.endings import IMAGE_ENDINGS
+from video_r1.data.endings import IMAGE_ENDINGS, MANIFEST_ENDINGS
 from video_r1.data.remote import below, check_schemes, folder_of, is_address, on_this_machine, relative_to
 from video_r1.data.tar_index import TABLE, split_member
 from video_r1.errors import ManifestError
+from video_r1.hub import is_hub_id
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
@@ -25,13 +27,16 @@ def data_type_of(path: str) -> Literal["image", "video"]:
 
 def media_root_of(source: object, media_root: str | Path | None) -> str:
     """The media root of a manifest, links followed, or its address. By default it is the folder of the
-    manifest's file, without one the current folder.
+    manifest's file, the folder or data set of the hub that is the manifest, or else the current folder.
     """
     source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
-    if media_root is None and is_address(source):
-        return folder_of(source)
     if media_root is None:
-        media_root = os.path.dirname(source) if os.path.isfile(source) else ""
+        if is_address(source):
+            return folder_of(source)
+        if is_hub_id(source) and not (os.path.exists(source) or source.endswith(MANIFEST_ENDINGS)):
+            return f"hf://datasets/{source}"
+        in_folder = os.path.isfile(source) or glob.has_magic(source)
+        media_root = os.path.dirname(source) if in_folder else source if os.path.isdir(source) else ""
     root = on_this_machine(str(media_root))
     return root if is_address(root) else os.path.realpath(root or ".")
 

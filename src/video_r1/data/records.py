@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
+from video_r1.data.parquet_rows import OwnPlace
 from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.remote import check_schemes, is_address
-from video_r1.data.rows import Unreadable, read_rows
+from video_r1.data.rows import Unreadable, placed_rows
 from video_r1.data.tar_index import split_member
 from video_r1.errors import ManifestError
 from video_r1.packages import check_math_verify
@@ -129,7 +130,7 @@ class CheckedManifest(NamedTuple):
 
 
 def load_manifest(
-    source: str | Path | datasets.Dataset | Sequence[Any],
+    source: str | Path | datasets.Dataset | datasets.IterableDataset | Sequence[Any],
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
@@ -139,10 +140,11 @@ def load_manifest(
     """Reads and checks a manifest.
 
     Args:
-        source: a JSON or JSON lines file (or Parquet) or its address, a data set id of the Hugging Face hub
-            or a folder that `datasets` reads, or a `datasets.Dataset` or a list of dicts with its fields.
+        source: a JSON or JSON lines file or its address, a Parquet file, its address or a pattern of several,
+            a data set id of the Hugging Face hub or a folder that `datasets` reads, or a `datasets.Dataset`,
+            an `IterableDataset` (read to its end) or a list of dicts with its fields.
         media_root: the folder, or the address of one, that every `path` is relative to and must stay inside.
-            Default: the folder of the manifest, or the current folder when it is no file.
+            Default: the folder of the manifest, the data set itself, or the current folder.
         allow_urls: accept addresses (https://, s3://, hf://, …) outside of it as `path`.
         split: the split to read of a data set that has several.
         allowed_roots: further folders that absolute paths and links may lead to.
@@ -161,7 +163,7 @@ def load_manifest(
 
 
 def check_manifest(
-    source: str | Path | datasets.Dataset | Sequence[Any],
+    source: str | Path | datasets.Dataset | datasets.IterableDataset | Sequence[Any],
     media_root: str | Path | None = None,
     allow_urls: bool = False,
     split: str = "train",
@@ -192,7 +194,7 @@ def check_manifest(
     problems: list[Problem] = []
     rows_by_id: dict[str, int] = {}
     number = 0
-    for number, row in read_rows(source, split):
+    for number, row in placed_rows(source, split):
         if isinstance(row, Unreadable):
             problems.append(Problem(number, None, row.reason))
             continue
@@ -229,7 +231,9 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
     problem_type = _one_of(row, "problem_type", PROBLEM_TYPES, found)
     solution = _text(row, "solution", found)
     path = _text(row, "path", found)
-    if path:
+    if isinstance(path, OwnPlace):
+        path = str(path)
+    elif path:
         try:
             path = places.find(path)
         except ValueError as error:

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 from fsspec.core import url_to_fs
@@ -48,6 +48,7 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:(//|:)")
 _LOCAL = {"file", "local", "asynclocal", "reference", "git", "dvc", "generic"}
 _OTHER_ANSWERS = (408, 425, 429)  # statuses below 500 after which a server may still give the file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+Found = TypeVar("Found")
 _archives = threading.Lock()  # a file system inside another one's file has one place where it reads
 
 
@@ -130,10 +131,20 @@ def _schemes(address: str) -> list[str]:
     return [part.partition("://")[0] for part in address.split("::")]
 
 
-def fetch(address: str, target: Path, copy: Callable[[Any, str], None] | None = None) -> None:
-    """Copies a file to `target`, in as many as three attempts.
+def fetch(address: str, target: Path) -> None:
+    """Copies a file to `target`. Raises as `at_address`, and VideoR1Error when the disk takes no more."""
 
-    copy: given the file system and the path in it, copies something else than the whole file.
+    def copy(system: Any, path: str) -> None:
+        system.get_file(path, str(target))
+        if target.is_dir():
+            target.rmdir()
+            raise IsADirectoryError("a folder")
+
+    at_address(address, copy)
+
+
+def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
+    """What `act` returns of the file system and the path in it, in as many as three attempts.
 
     Raises:
         MediaError: there is no such file, or it is refused, or fsspec does not know the scheme.
@@ -153,19 +164,12 @@ def fetch(address: str, target: Path, copy: Callable[[Any, str], None] | None = 
         try:
             system, path = url_to_fs(address, **_http_options(address))
             with _archives if "::" in address else nullcontext():
-                if copy is None:
-                    system.get_file(path, str(target))
-                else:
-                    copy(system, path)
-            if not target.is_dir():
-                return
-            target.rmdir()
-            failure = IsADirectoryError("a folder")
+                return act(system, path)
         except MediaError:
             raise
         except Exception as error:  # each file system has errors of its own, without a common base
             if isinstance(error, OSError) and error.errno in _FULL:
-                raise VideoR1Error(f"{target.parent}: {address} cannot be kept ({error.strerror})") from error
+                raise VideoR1Error(f"{address} cannot be kept on this machine ({error.strerror})") from error
             failure = error
         if reason := _refusal(failure):
             raise MediaError(address, reason) from failure
@@ -336,7 +340,7 @@ class RemoteCache(BoundedFolder):
                 raise MediaError(address, str(error)) from error
 
         try:
-            fetch(container if is_address(container) else f"file://{container}", draft, copy)
+            at_address(container if is_address(container) else f"file://{container}", copy)
         except MediaError as error:
             raise type(error)(address, error.reason) from error
 
@@ -358,7 +362,7 @@ class RemoteCache(BoundedFolder):
             with suppress(FileNotFoundError):  # it was read with another one meanwhile
                 draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
                 return
-            with system.open(path, "rb") as file:
+            with system.open(path, "rb", cache_type="none") as file:  # no byte of another group of rows
                 for number, content in cells_beside(file, column, row):
                     entry = self.place(self._name(cell_path(column, number, table)))
                     if number == row and content is None:

@@ -1,4 +1,4 @@
-"""Raw rows of a manifest, numbered, before any check: from JSON, JSON lines, `datasets` or a list.
+"""Raw rows of a manifest, numbered, before any check: from JSON, JSON lines, Parquet, `datasets` or a list.
 
 JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets`
 makes of a JSON file, gives each column one type: it would refuse the whole file, or convert silently,
@@ -8,23 +8,34 @@ a string). What has its types already, on the hub or in memory, is read through 
 
 from __future__ import annotations
 
+import glob
 import json
-import posixpath
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
+from video_r1.data.endings import MANIFEST_ENDINGS
+from video_r1.data.parquet_rows import (
+    ENDING,
+    InTable,
+    OwnPlace,
+    held_files,
+    name_of,
+    placed,
+    table_rows,
+    tables_of,
+)
+from video_r1.data.places import path_below
 from video_r1.data.remote import fetch, is_address, on_this_machine
-from video_r1.errors import ManifestError, MediaError
+from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.hub import ask_the_hub, is_hub_id
-
-if TYPE_CHECKING:
-    import datasets
 
 _READ_CHARACTERS = 1 << 20
 _ROWS_PER_BATCH = 1000
+_TAR = re.compile(r"\.(tar|tgz)(\.|$)")
 _NOT_A_MANIFEST = "it must be a JSON list of rows, or have one JSON row on each line"
 
 
@@ -35,106 +46,143 @@ class Unreadable:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class InTable:
-    """Stands where a table has a file itself (an Image or Video of `datasets`), not its name.
-
-    row: from 0; None where the cell holds several.
+def placed_rows(source: Any, split: str, media_root: str | None = None) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, each row that has a file of its own with the place of it as `path`: an `OwnPlace`, or
+    with a media root the text that a manifest with that root says.
     """
+    for number, row in read_rows(source, split):
+        try:
+            row = placed(row) if isinstance(row, dict) else row
+        except ValueError as error:
+            row = Unreadable(str(error))
+        if media_root is not None and isinstance(row, dict) and isinstance(row.get("path"), OwnPlace):
+            row = {**row, "path": path_below(media_root, row["path"])}
+        yield number, row
 
-    column: str
-    kind: str  # "image", "video", "audio"
-    row: int | None
 
-    def __str__(self) -> str:
-        return "a file in the table"
-
-
-def read_rows(source: Any, split: str, *, stand_ins: bool = False) -> Iterator[tuple[int, Any]]:
+def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
     """Numbered rows of a manifest: (row number from 1, whatever stands there or `Unreadable`).
 
-    In JSON lines the row number is the line number. source, split: as for `records.load_manifest`. stand_ins:
-    columns that hold files are `InTable`; else they are left out, as media are found through `path` alone.
+    In JSON lines the row number is the line number. Where a row has a file itself stands `InTable`; `placed`
+    (parquet_rows.py) makes its path of it. source, split: as for `records.load_manifest`.
     Raises ManifestError when the source cannot be opened at all.
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         yield from enumerate(source, start=1)
+    elif not isinstance(source, (str, Path)):
+        yield from _dataset_rows(source, split)
+    elif (name := on_this_machine(str(source))) and is_address(name):
+        yield from _rows_at(name, split)
+    else:
+        yield from _local_rows(name, split)
+
+
+def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
+    name = name_of(address)
+    if name.endswith(ENDING):
+        yield from enumerate(table_rows(tables_of(address)), start=1)
         return
-    if not isinstance(source, (str, Path)):
-        yield from _dataset_rows(source, split, stand_ins)
-        return
-    source = on_this_machine(str(source))
-    if is_address(source):
-        with tempfile.TemporaryDirectory() as folder:
-            copy = Path(folder, posixpath.basename(source.partition("::")[0].partition("?")[0]) or "manifest")
-            try:
-                fetch(source, copy)
-            except MediaError as error:
-                raise ManifestError(str(error)) from error
-            yield from read_rows(copy, split, stand_ins=stand_ins)
-        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, name or "manifest")
+        try:
+            fetch(address, copy)
+        except MediaError as error:
+            raise ManifestError(str(error)) from error
+        yield from _local_rows(str(copy), split)
+
+
+def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a file, a pattern of tables, a folder, or an id of the hub."""
     path = Path(source)
-    if path.is_file():
-        if path.suffix == ".parquet":
-            yield from _dataset_rows(_load("parquet", split="train", data_files=str(path)), split, stand_ins)
-        else:
-            yield from _file_rows(path)
-    elif path.suffix in (".json", ".jsonl", ".ndjson", ".parquet") or path.is_absolute():
-        if not path.is_dir():
-            lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
-            raise ManifestError(f"{path}: no such manifest file{lab}")
-        yield from _dataset_rows(_load(str(path)), split, stand_ins)
-    elif not path.exists() and "/" in source and not is_hub_id(source):
+    if path.suffix == ENDING and not path.is_dir() and (path.is_file() or glob.has_magic(source)):
+        yield from enumerate(table_rows(tables_of(source)), start=1)
+    elif path.is_file():
+        yield from _file_rows(path)
+    elif path.is_dir():
+        yield from _named_rows(str(path), split)
+    elif path.suffix in MANIFEST_ENDINGS or path.is_absolute():
+        lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
+        raise ManifestError(f"{path}: no such manifest file{lab}")
+    elif "/" in source and not is_hub_id(source):
         raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
     else:
-        yield from _dataset_rows(_load(source), split, stand_ins)
+        yield from _named_rows(source, split)
 
 
-def _load(name: str, **arguments: Any) -> Any:
-    if not Path(name).exists() and "data_files" not in arguments:
+def _named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a folder that `datasets` reads, or a data set of the hub. Files stay where they are: tables are read
+    without the columns that hold some, and of a folder of files (imagefolder, videofolder) only metadata.
+    """
+    if not Path(name).exists():
         ask_the_hub()
     import datasets  # takes two seconds, and a JSON manifest does without it
 
     try:
-        return datasets.load_dataset(name, **arguments)
+        builder = datasets.load_dataset_builder(name)  # from the card and the names of the files
+        files = (builder.config.data_files or {}).get(split, ())
+        if files and all(file.endswith(ENDING) for file in files):
+            yield from enumerate(table_rows(files, builder.info.features), start=1)
+        elif archives := [file for file in files if _TAR.search(file)]:
+            raise ManifestError(
+                f"{name}: made of tar archives, which have no table of questions; write JSON rows with the "
+                f"path tar://MEMBER::ARCHIVE, such as tar://0001.mp4::{archives[0]}"
+            )
+        elif files and hasattr(builder, "BASE_FEATURE"):
+            yield from _folder_rows(datasets.load_dataset(name, split=split, streaming=True))
+        else:
+            yield from _dataset_rows(datasets.load_dataset(name), split)
+    except VideoR1Error:
+        raise
     except Exception as error:  # the hub's client lets errors of several libraries through; all mean this
-        what = arguments.get("data_files", name)
         raise ManifestError(
-            f"{what}: neither a manifest file nor a data set that can be loaded "
+            f"{name}: neither a manifest file nor a data set that can be loaded "
             f"({type(error).__name__}: {error})"
         ) from error
 
 
-def _dataset_rows(dataset: datasets.Dataset | Any, split: str, stand_ins: bool) -> Iterator[tuple[int, Any]]:
+def _folder_rows(dataset: Any) -> Iterator[tuple[int, Any]]:
+    """The metadata of a streamed folder of files, each row with the place of its file."""
+    held = held_files(dataset.features)
+    for name, (_, alone) in held.items():
+        feature = type(dataset.features[name])(decode=False) if alone else None
+        dataset = dataset.cast_column(name, feature) if alone else dataset.remove_columns(name)
+    for number, row in enumerate(dataset, start=1):
+        found = {
+            name: InTable(name, kind, row[name]["path"] if alone else None)
+            for name, (kind, alone) in held.items()
+        }
+        yield number, {**row, **found}
+
+
+def _dataset_rows(dataset: Any, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a Dataset or IterableDataset, or of one of several by split."""
     import datasets
 
     if isinstance(dataset, dict):  # one data set per split
         if split not in dataset:
             raise ManifestError(f"the data set has no split {split!r}, only {', '.join(map(str, dataset))}")
         dataset = dataset[split]
-    if not isinstance(dataset, datasets.Dataset):
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise ManifestError(
-            f"a manifest is a file, a data set id, a Dataset or a list of rows, not {type(dataset).__name__}"
+            "a manifest is a file, a data set id, a Dataset or IterableDataset, or a list of rows, not "
+            f"{type(dataset).__name__}"
         )
-    media_columns = {
-        name: (one, one is feature)
-        for name, feature in dataset.features.items()
-        if isinstance(
-            one := getattr(feature, "feature", feature), (datasets.Image, datasets.Audio, datasets.Video)
-        )  # one, or a list of them
-    }
-    dataset = dataset.remove_columns(list(media_columns)).with_format(None)
-    kinds = {name: (type(one).__name__.lower(), alone) for name, (one, alone) in media_columns.items()}
-    kinds = kinds if stand_ins else {}
-    batches = cast("Iterator[dict[str, list]]", dataset.iter(_ROWS_PER_BATCH))
+    held = held_files(dataset.features or {})
+    if held and isinstance(dataset, datasets.IterableDataset):
+        raise ManifestError(
+            f"a streamed data set brings the files in its columns {', '.join(held)} with each row; give the "
+            "data set's name, its folder or its Parquet files instead: rows are then read without them, and "
+            "each file when it is needed (or leave the columns out: remove_columns)"
+        )
+    stand_ins = {name: InTable(name, kind, None) for name, (kind, _) in held.items()}
+    batches = dataset.remove_columns(list(held)).with_format(None).iter(_ROWS_PER_BATCH)
     rows = (
         dict(zip(batch, values, strict=True))
-        for batch in batches
+        for batch in cast("Iterator[dict[str, list]]", batches)
         for values in zip(*batch.values(), strict=True)
     )
-    for number, row in enumerate(rows):
-        held = {name: InTable(name, kind, number if alone else None) for name, (kind, alone) in kinds.items()}
-        yield number + 1, row | held
+    for number, row in enumerate(rows, start=1):
+        yield number, {**row, **stand_ins}
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:

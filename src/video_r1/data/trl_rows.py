@@ -51,7 +51,7 @@ def trl_samples(questions: Iterable[Mapping[str, Any]], folder: Path) -> list[Sa
 
 def _undecoded(questions: Any) -> Iterable[Mapping[str, Any]]:
     """A data set whose pictures are files' bytes; rows of a list as they are."""
-    for name, feature in getattr(questions, "features", {}).items():
+    for name, feature in (getattr(questions, "features", None) or {}).items():
         if type(feature).__name__ == "Image":
             questions = questions.cast_column(name, type(feature)(decode=False))
     return questions

@@ -21,8 +21,9 @@ from video_r1.data.answers import read_answer
 from video_r1.data.places import media_root_of
 from video_r1.data.prompts import Prompt
 from video_r1.data.records import Sample, load_manifest
+from video_r1.data.remote import is_address
 from video_r1.data.rollouts import Rollout
-from video_r1.data.rows import read_rows
+from video_r1.data.rows import placed_rows
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.asking import Answers, Asking, asked_with
 from video_r1.evaluation.audit_figure import audit_page
@@ -102,7 +103,8 @@ def training_words(settings: AuditSettings, out: Path) -> str:
     root = media_root_of(settings.manifest, settings.media_root)
     elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
     elsewhere += ["--allowed_roots", *settings.allowed_roots] if settings.allowed_roots else []
-    elsewhere += ["--allow_urls"] if settings.allow_urls else []
+    own = root.startswith("hf://") and not is_address(settings.manifest)  # cells of a data set of the hub
+    elsewhere += ["--allow_urls"] if settings.allow_urls or own else []
     keep = f"ordered - {settings.temporal_contrast} > 0.1"
     return shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
 
@@ -211,7 +213,7 @@ def write_audited(
     """
     begin, between, end = ("[\n", ",\n", "\n]\n") if out.suffix == ".json" else ("", "\n", "\n")
     with replacing(out) as file:
-        for number, row in enumerate(_rows(settings.manifest, samples)):
+        for number, row in enumerate(_rows(settings, samples)):
             plain = {name: value for name, value in row.items() if name != PASS_RATES}
             if found := rates.get(row["problem_id"]):
                 plain[PASS_RATES] = found
@@ -220,9 +222,9 @@ def write_audited(
         file.write(end)
 
 
-def _rows(manifest: Any, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    expected = iter(samples)
-    for number, row in read_rows(manifest, "train"):
+def _rows(settings: AuditSettings, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
+    manifest, expected = settings.manifest, iter(samples)
+    for number, row in placed_rows(manifest, "train", media_root_of(manifest, settings.media_root)):
         sample = next(expected, None)
         if sample is None or not isinstance(row, dict) or row.get("problem_id") != sample.problem_id:
             raise RequestError(

@@ -16,7 +16,7 @@ import torch
 
 from video_r1 import packages
 from video_r1.data.places import media_root_of
-from video_r1.data.rows import Unreadable, read_rows
+from video_r1.data.rows import Unreadable, placed_rows
 from video_r1.errors import ManifestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
@@ -86,22 +86,22 @@ def smoke_manifests(recipe: Recipe, lab: Path, folder: Path) -> dict[str, Any]:
         test = None if held_out is None else str(lab / "test.json")
         return {"train_manifest": str(made_up), "eval_manifest": test, "media_root": None}
     root = media_root_of(train, given_root)
-    rows = first_rows(train, folder / f"first_{QUESTIONS}_for_training.json")
+    rows = first_rows(train, root, folder / f"first_{QUESTIONS}_for_training.json")
     same_root = held_out and Path(held_out).exists() and media_root_of(held_out, given_root) == root
     test = (
         None
         if held_out is None
-        else first_rows(held_out, folder / f"first_{QUESTIONS}.json")
+        else first_rows(held_out, root, folder / f"first_{QUESTIONS}.json")
         if same_root
         else rows
     )
     return {"train_manifest": rows, "eval_manifest": test, "media_root": root}
 
 
-def first_rows(manifest: str, made: Path) -> str:
+def first_rows(manifest: str, media_root: str, made: Path) -> str:
     """Makes a manifest of the first rows of another one and returns its path. Raises ManifestError."""
     rows = []
-    for number, row in itertools.islice(read_rows(manifest, "train"), QUESTIONS):
+    for number, row in itertools.islice(placed_rows(manifest, "train", media_root), QUESTIONS):
         if isinstance(row, Unreadable):
             raise ManifestError(f"{manifest}: row {number}: {row.reason}")
         rows.append(row)

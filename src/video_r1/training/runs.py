@@ -241,7 +241,9 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     return model, load_processor(settings.model_name_or_path, settings.trust_remote_code)
 
 
-Questions = str | Path | Sequence[Sample] | Sequence[dict[str, Any]] | datasets.Dataset
+Questions = (
+    str | Path | Sequence[Sample] | Sequence[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset
+)
 
 
 def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:

@@ -23,9 +23,8 @@ from video_r1.data.making.layouts import LAYOUTS, Draft, layout_of
 from video_r1.data.making.refusals import REMEDIES, Refused
 from video_r1.data.making.tabular import read_table
 from video_r1.data.options import Reading, reading_of
-from video_r1.data.places import MediaPlaces, media_root_of, path_below
+from video_r1.data.places import MediaPlaces, media_root_of
 from video_r1.data.records import FIELDS, Sample, check_manifest
-from video_r1.data.remote import is_address, on_this_machine
 from video_r1.data.rows import Unreadable
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, json_lines, replace_json, replace_text
@@ -78,7 +77,6 @@ def run_make(settings: MakeSettings) -> int:
         places,
         settings.problem_type,
         settings.subtitles,
-        _own_path(settings.table, root, places),
     )
     reading = settings.answers if settings.answers != "auto" else _reading(found)
     if reading != "text":
@@ -151,17 +149,6 @@ def drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft]
         TypeError,
     ) as error:  # a row that only begins so
         raise Refused("unreadable row", f"it is not of the layout {layout} ({error})") from error
-
-
-def _own_path(table: str, root: str, places: MediaPlaces) -> str | None:
-    """The path of a Parquet file as a row says it; None where rows may not name it."""
-    file = on_this_machine(table)
-    path = file if is_address(file) else os.path.realpath(file)
-    try:
-        below = path_below(root, path)
-        return below if path.endswith(".parquet") and places.find(below) else None
-    except ValueError:
-        return None
 
 
 def _clip_map(layout: str, table: str) -> dict[str, str]:

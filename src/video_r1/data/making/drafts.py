@@ -17,10 +17,9 @@ from video_r1.data.making.layouts import Draft
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 from video_r1.data.options import Reading, listed, options_of, read_choice, split_options
-from video_r1.data.places import MediaPlaces, data_type_of
+from video_r1.data.parquet_rows import InTable
+from video_r1.data.places import MediaPlaces, data_type_of, path_below
 from video_r1.data.records import DATA_TYPES, FIELDS
-from video_r1.data.rows import InTable
-from video_r1.data.table_cells import cell_path
 
 SubtitleForm = Literal["off", "text", "timed"]
 _TYPE_NAMES = {
@@ -49,7 +48,6 @@ class Making:
     places: MediaPlaces
     problem_type: str | None = None  # of every question; None: as the row says, or by its options and answer
     subtitles: SubtitleForm = "off"
-    table: str | None = None  # the table's own path, where rows may name files that lie in its cells
 
 
 def question_and_options(draft: Draft) -> tuple[str, list[str]]:
@@ -141,20 +139,29 @@ def _problem_type(said: Any, options: list[str], answer: str) -> str:
 
 def _media(draft: Draft, making: Making) -> dict[str, str]:
     named = draft.get("path")
-    if isinstance(named, InTable) and making.table and named.kind in DATA_TYPES and named.row is not None:
-        return {"data_type": named.kind, "path": cell_path(named.column, named.row, making.table)}
-    if isinstance(named, InTable) or (not named and any(isinstance(v, InTable) for v in draft.values())):
+    held = [value for value in draft.values() if isinstance(value, InTable) and value.kind in DATA_TYPES]
+    if not named and len(held) == 1:
+        named = held[0]
+    if isinstance(named, InTable) and named.place and named.kind in DATA_TYPES:
+        found = path_below(making.places.root, named.place)
+        _check_place(found, making.places)
+        return {"data_type": named.kind, "path": found}
+    if isinstance(named, InTable) or (not named and held):
         raise Refused("media inside the table", "the table holds the file itself, and no name of one")
     path = plain_text(named)
     if not path:
         raise Refused("no clip named", "there is no file's name")
     data_type = plain_text(draft.get("data_type")).lower().removesuffix("s") or None
     found = making.clips.find(path, data_type if data_type in DATA_TYPES else None)
+    _check_place(found, making.places)
+    return {"data_type": data_type if data_type in DATA_TYPES else data_type_of(found), "path": found}
+
+
+def _check_place(path: str, places: MediaPlaces) -> None:
     try:
-        making.places.find(found)
+        places.find(path)
     except ValueError as error:
         raise Refused("clip elsewhere", str(error)) from error
-    return {"data_type": data_type if data_type in DATA_TYPES else data_type_of(found), "path": found}
 
 
 def _seconds(value: Any) -> float | None:

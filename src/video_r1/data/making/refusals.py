@@ -19,8 +19,8 @@ REMEDIES = {
     "times": "write start and end in seconds or as h:mm:ss",
     "several media": "a question is about one file: join the files, or leave the row out",
     "several questions": "write one row for each question",
-    "media inside the table": "give a Parquet file below --media_root, or one of the hub "
-    "(hf://datasets/OWNER/NAME/…/FILE.parquet), whose cells are read where they lie; or write the files out "
+    "media inside the table": "name the one column that holds a file a cell (--columns path=COLUMN) of a "
+    "Parquet file or a data set of the hub, whose cells are read where they lie; or write the files out "
     "(datasets: cast_column(NAME, Video(decode=False)), then row[NAME]['bytes']) and name them in a column: "
     "--columns path=COLUMN",
     "subtitles": "convert them to .srt or .vtt in UTF-8",

@@ -27,7 +27,7 @@ def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
         return _csv_rows(path)
     if path.suffix.lower() == ".json" and path.is_file() and (named := _named_rows(path)) is not None:
         return enumerate(named, start=1)
-    return read_rows(table, split, stand_ins=True)
+    return read_rows(table, split)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:

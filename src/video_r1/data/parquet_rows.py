@@ -1,0 +1,219 @@
+"""Rows of Parquet tables without the files that lie in them, which stay where they are until a clip is read.
+
+    data/train-*.parquet ─► footers: how many rows ─► the light columns, by ranges ─► rows
+                                                      columns that hold files ─► InTable: column, row, table
+
+A table is a file of this machine or behind an address. Its footer is read, and the columns that hold no
+files; each file is read later at its cell (table_cells.py, remote.py), one group of rows for one clip.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import posixpath
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+
+from video_r1.data.places import data_type_of
+from video_r1.data.remote import Found, at_address, is_address
+from video_r1.data.table_cells import SCHEME, cell_path
+from video_r1.errors import ManifestError, MediaError
+from video_r1.processes import process_index
+from video_r1.progress import Progress
+
+if TYPE_CHECKING:
+    import datasets
+
+ENDING = ".parquet"
+MEDIA_KINDS = ("image", "video")
+_TABLES_AT_A_TIME = 8
+_BYTES = ("binary", "large_binary", "binary_view")
+
+
+@dataclass(frozen=True, slots=True)
+class InTable:
+    """Stands where a row has a file itself (an Image or Video of `datasets`, or bytes), not its name.
+
+    place: the path that the file has, that of its cell in a Parquet table; None of one in memory, and where
+    a cell holds several.
+    """
+
+    column: str
+    kind: str  # "image", "video", "audio"
+    place: str | None
+
+    def __str__(self) -> str:
+        return "a file in the table"
+
+
+class OwnPlace(str):
+    """The path of a file that came with the row, not out of the row's own text: it may be read wherever the
+    manifest itself could be.
+    """
+
+    __slots__ = ()
+
+
+class _Light(NamedTuple):
+    """The columns of a table that hold no files, and the kind of each other one and whether a cell is one
+    file."""
+
+    columns: dict[str, list[Any]]
+    rows: int
+    held: dict[str, tuple[str, bool]]
+
+
+def name_of(source: str) -> str:
+    """The name of a source's file, of the first one where addresses are joined by `::`."""
+    return posixpath.basename(source.partition("::")[0].partition("?")[0])
+
+
+def tables_of(source: str) -> list[str]:
+    """The tables that a path, an address or a pattern with `*` names, sorted. Raises ManifestError."""
+    if not glob.has_magic(source) or source.startswith(("http://", "https://")):
+        return [source]
+    if not is_address(source):
+        found = glob.glob(source, recursive=True)
+    else:
+        try:
+            found = at_address(source, lambda system, path: system.glob(path))
+        except MediaError as error:
+            raise ManifestError(str(error)) from error
+    if not found:
+        raise ManifestError(f"{source}: no file fits that pattern")
+    first, joined, chain = source.partition("::")
+    begin = first.partition("://")[0] + "://" if is_address(source) else ""
+    return sorted((name if is_address(name) else begin + name) + joined + chain for name in found)
+
+
+def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of tables, one after another; a column that holds files has `InTable` in each.
+
+    features: what `datasets` says of the columns, where the tables themselves do not.
+
+    Raises ManifestError when one of them cannot be read.
+    """
+    tables = [table if is_address(table) else os.path.realpath(table) for table in tables]
+    quiet = process_index() != 0 or not any(map(is_address, tables))
+    pool = ThreadPoolExecutor(_TABLES_AT_A_TIME, thread_name_prefix="tables")
+    try:
+        footers = list(pool.map(lambda table: _read(table, _footer), tables))
+        jobs = zip(tables, footers, strict=True)
+        parts = _ahead(pool, partial(_light_of, features or {}), jobs)
+        total = sum(footer.num_rows for footer in footers)
+        with Progress(total, "reading rows", "rows", quiet=quiet) as bar:
+            for table, part in zip(tables, parts, strict=True):
+                for row in range(part.rows):
+                    light = {name: values[row] for name, values in part.columns.items()}
+                    held = {
+                        name: InTable(name, kind, cell_path(name, row, table) if alone else None)
+                        for name, (kind, alone) in part.held.items()
+                    }
+                    yield {**light, **held}
+                bar.update(part.rows)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _ahead(pool: ThreadPoolExecutor, act: Callable[[Any], _Light], jobs: Iterable[Any]) -> Iterator[_Light]:
+    """What `act` makes of each job, in order, with a few of them under way."""
+    jobs = iter(jobs)
+    waiting = deque(pool.submit(act, job) for job in islice(jobs, _TABLES_AT_A_TIME))
+    while waiting:
+        yield waiting.popleft().result()
+        waiting.extend(pool.submit(act, job) for job in islice(jobs, 1))
+
+
+def held_files(features: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
+    """Which columns hold files: their kind ("image", "video" or "audio"; by their name where only bytes are
+    known), and whether a cell is one file and no list of them.
+    """
+    found = {}
+    for name, feature in features.items():
+        one = getattr(feature, "feature", feature)
+        if isinstance(feature, list):
+            one = feature[0]
+        kind = type(one).__name__.lower()
+        if kind not in (*MEDIA_KINDS, "audio"):
+            inner = one.get("bytes") if isinstance(one, Mapping) else one
+            if getattr(inner, "dtype", "") not in _BYTES:
+                continue
+            kind = data_type_of(f"{SCHEME}{name}")
+        found[name] = kind, one is feature
+    return found
+
+
+def placed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without the files in it; one that names no `path` gets the place of its own: of its only one, or
+    of the one in a column that is called as its data_type. Raises ValueError in words where none is meant.
+    """
+    held = {name: value for name, value in row.items() if isinstance(value, InTable)}
+    if not held:
+        return row
+    row = {name: value for name, value in row.items() if name not in held}
+    media = {name: value for name, value in held.items() if value.kind in MEDIA_KINDS}
+    if row.get("path") or not media:
+        return row
+    meant = media if len(media) == 1 else {n: v for n, v in media.items() if n == row.get("data_type")}
+    if len(meant) != 1:
+        raise ValueError(
+            f"path is missing, and {len(media)} columns hold files ({', '.join(media)}): give path, or call "
+            "the one that is meant image or video, as the row's data_type"
+        )
+    ((name, one),) = meant.items()
+    if one.place is None:
+        raise ValueError(
+            f"path is missing, and the files in the column {name} cannot be read one by one: a cell holds "
+            "several, or the table is in memory (then give the data set's name, its folder or its Parquet "
+            "files instead; Dataset.to_parquet writes one)"
+        )
+    return {**row, "path": OwnPlace(one.place)}
+
+
+def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:
+    """What `act` returns of the open table. Raises ManifestError."""
+    import pyarrow as pa
+
+    def inside(system: Any, path: str) -> Any:
+        try:
+            with system.open(path, "rb", cache_type="none") as file:  # not what lies beside it
+                return act(file)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise MediaError(table, f"the table is no Parquet file, or damaged ({error})") from error
+
+    try:
+        return at_address(table if is_address(table) else f"file://{table}", inside)
+    except MediaError as error:
+        raise ManifestError(f"{table}: {error.reason}") from error
+
+
+def _light_of(said: Mapping[str, Any], job: tuple[str, Any]) -> _Light:
+    table, footer = job
+    return _read(table, lambda file: _light(file, footer, said))
+
+
+def _footer(file: BinaryIO) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(file)
+
+
+def _light(file: BinaryIO, footer: Any, said: Mapping[str, Any]) -> _Light:
+    import datasets
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)  # reads near columns as one range
+    own: datasets.Features = datasets.Features.from_arrow_schema(table.schema_arrow)
+    names = table.schema_arrow.names
+    held = held_files({name: said.get(name, own[name]) for name in names})
+    light = [name for name in names if name not in held]
+    columns = table.read(light, use_threads=False).to_pydict() if light else {}
+    return _Light(
+        datasets.Features({name: own[name] for name in light}).decode_batch(columns), footer.num_rows, held
+    )
