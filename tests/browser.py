@@ -30,6 +30,21 @@ def chromium() -> Iterator[sync_api.Browser]:
         browser.close()
 
 
+TINY = """() => [...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
+  && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())
+  && parseFloat(getComputedStyle(node).fontSize) < 12).map((node) => node.outerHTML.slice(0, 90))"""
+WIDE = """() => [document.documentElement, ...document.querySelectorAll('body *')].filter((node) =>
+  node.checkVisibility() && node.scrollWidth > node.clientWidth
+  && (node === document.documentElement || ['auto', 'scroll'].includes(getComputedStyle(node).overflowX)))
+  .map((node) => [node.scrollWidth, node.clientWidth, node.outerHTML.slice(0, 90)])"""
+
+
+def fits(page: sync_api.Page) -> None:
+    """Fails where something scrolls sideways, or is written in less than 12 pixels."""
+    assert page.evaluate(TINY) == []
+    assert page.evaluate(WIDE) == []
+
+
 class FilePage:
     """A page that shows files. Since one was opened, `problems` collects script errors, dialogs and refusals
     of its policy, and `requests` the addresses that it asked for.

@@ -48,7 +48,7 @@ class ChatEndpoint:
         self.model, self.owner = model, owner
         self.script: defaultdict[int, list[Any]] = defaultdict(list)
         self.always: Any = None  # an event for every request without a script
-        self.pause, self.gate = 0.0, 0
+        self.pause, self.gate, self.right = 0.0, 0, "B"
         self.beat = 0.0  # seconds between two pieces of a streamed answer
         self.closing = threading.Event()
         self.requests: list[dict[str, Any]] = []
@@ -124,7 +124,7 @@ class ChatEndpoint:
         seed, finish = body.get("seed", 0), {"length": "length", "abort": "abort"}.get(event, "stop")
         choices = []
         for index in range(1 if event == "one" else body.get("n", 1)):
-            answer = "A" if event == "wrong" else "B"
+            answer = "A" if event == "wrong" else self.right
             text = f"<think>{rationale(number, seed, index)}</think>\n<answer>{answer}</answer>"
             message = {"role": "assistant", "content": "It is B." if event == "bare" else text}
             choices.append({"index": index, "message": message, "finish_reason": finish})

@@ -81,3 +81,31 @@ def vllm_engine() -> Iterator[Any]:
     engine = VLLMEngine(model, processor, max_model_len=1024)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def studio_browser() -> Iterator[Any]:
+    pytest.importorskip("starlette", reason="the extra studio is not installed")
+    pytest.importorskip("playwright", reason="playwright is not installed")
+    from browser import chromium, find_chromium
+
+    if find_chromium() is None:
+        pytest.skip("no chromium on this machine")
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(studio_browser: Any) -> Iterator[Any]:
+    """A page that has to stay without errors, refusals of its policy, and requests to elsewhere."""
+    problems: list[str] = []
+    shown = studio_browser.new_page(viewport={"width": 1280, "height": 900})
+    shown.on("pageerror", lambda error: problems.append(str(error)))
+    shown.on(
+        "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
+    )
+    shown.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
+    shown.on("dialog", lambda dialog: problems.append(dialog.message))
+    yield shown
+    assert problems == [] and shown.evaluate("window.pwned") is None
+    shown.close()

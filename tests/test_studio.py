@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -467,3 +469,36 @@ def test_hostile_lines_are_left_out_as_others(tmp_path: Path) -> None:
         assert answer["counts"] == {"replaced": 0, "tried": 0, "no variance": 3, "media": 1}
         row = next(row for row in answer["rows"] if row["problem"])
         assert row["accuracy"] is row["reward"] is None and row["round"] == 0 and len(row["id"]) <= 100
+
+
+EVERY_ADDRESS = """
+import sys
+from starlette.testclient import TestClient
+from video_r1.studio.server import application
+with TestClient(application([sys.argv[1]]), base_url="http://127.0.0.1:7860") as client:
+    for address in (
+        "", "api/runs", "api/run?run=rl", "api/curves?run=rl", "api/compare?run=rl&run=rl",
+        "api/entries?run=rl", "api/group?run=rl&life=1&at=0", "api/frames?run=rl&life=1&at=0",
+        "api/left?run=rl", "api/choices", "api/manifests", "api/rows?manifest=m.json&counts=1",
+        "api/clip?manifest=m.json&row=0", "api/evaluations", "api/versus?left=a&right=b",
+        "api/questions?left=a&right=b",
+    ):
+        answer = client.get("/" + address)
+        assert answer.status_code == 200, (address, answer.text)
+print(sorted({"torch", "transformers", "datasets", "pyarrow", "av", "PIL"} & sys.modules.keys()))
+"""
+
+
+def test_the_server_needs_none_of_the_large_packages(runs: Path) -> None:
+    """They are two thirds of what it would hold; whoever looks at runs while they train has other uses."""
+    row = {"problem_id": 1, "problem": "?", "data_type": "video", "problem_type": "numerical",
+           "solution": "<answer>1</answer>", "path": "1.mp4"}  # fmt: skip
+    (runs / "m.json").write_text(json.dumps([row]))
+    (runs / "1.mp4").write_bytes(b"0")
+    for name, score in (("a", 1.0), ("b", 0.0)):
+        line = {"problem_id": 1, "order": "ordered", "score": score, "output": "1", "answer": "1"}
+        write_lines(runs / name / "predictions-8.jsonl", [line])
+    said = subprocess.run(
+        [sys.executable, "-c", EVERY_ADDRESS, str(runs)], check=True, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == "[]"

@@ -280,7 +280,7 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     in_order, shuffled, blind = frames["views"]
     assert in_order["permutation"] is None and blind["permutation"] == []
     assert sorted(shuffled["permutation"]) == list(range(8)) != shuffled["permutation"]
-    assert len(in_order["timestamps"]) == 8
+    assert len(frames["timestamps"]) == 8
     (answers,) = (event for event in said if event["event"] == "answers")
     for number, view in enumerate(answers["views"]):
         pieces = [event["text"] for event in said if event["event"] == "text" and event["view"] == number]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import chromium, find_chromium
+from browser import fits
 from chat_endpoint import chat_endpoint
 from report_runs import (
     HOSTILE,
@@ -38,30 +38,6 @@ LIVE = 2000  # milliseconds from a written line to the screen
 
 
 @pytest.fixture(scope="module")
-def opened() -> Iterator[Browser]:
-    if find_chromium() is None:
-        pytest.skip("no chromium on this machine")
-    with chromium() as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(opened: Browser) -> Iterator[Page]:
-    """A page that has to stay without errors, refusals of its policy, and requests to elsewhere."""
-    problems: list[str] = []
-    shown = opened.new_page(viewport={"width": 1280, "height": 900})
-    shown.on("pageerror", lambda error: problems.append(str(error)))
-    shown.on(
-        "console", lambda said: problems.append(said.text) if said.type in ("error", "warning") else None
-    )
-    shown.on("request", lambda asked: None if "//127.0.0.1:" in asked.url else problems.append(asked.url))
-    shown.on("dialog", lambda dialog: problems.append(dialog.message))
-    yield shown
-    assert problems == [] and shown.evaluate("window.pwned") is None
-    shown.close()
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     write_demo(folder / "demo")
@@ -76,17 +52,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def address(runs: Path) -> Iterator[str]:
     with studio(runs) as (opened, _):
         yield opened
-
-
-TINY = """() => [...document.querySelectorAll('body *')].filter((node) => node.checkVisibility()
-  && [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim())
-  && parseFloat(getComputedStyle(node).fontSize) < 12).map((node) => node.outerHTML.slice(0, 90))"""
-
-
-def fits(page: Page) -> bool:
-    """Whether nothing is wider than the window; and all that is written has 12 pixels at least."""
-    assert page.evaluate(TINY) == []
-    return page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
 def test_studio_curves_and_groups_grow_while_a_run_trains(page: Page, address: str, runs: Path) -> None:
@@ -251,7 +216,7 @@ def test_studio_an_answer_streams_beside_other_orders(page: Page, clips: Path) -
         assert json.loads((clips / "asked.jsonl").read_text())["problem"] == "And what came after it?"
         for width in (390, 2560):
             page.set_viewport_size({"width": width, "height": 900})
-            assert fits(page)
+            fits(page)
 
 
 DROP = """([node, name, bytes]) => {
@@ -352,7 +317,7 @@ def test_studio_pages_through_a_manifest(page: Page, clips: Path, tmp_path: Path
         expect(page.locator(".facts")).to_contain_text("row 3\u2009000")
         for width in (390, 1280, 2560):
             page.set_viewport_size({"width": width, "height": 900})
-            assert fits(page)
+            fits(page)
         page.get_by_role("link", name="Ask a model about it").click()
         expect(page.get_by_label("Question", exact=True)).to_have_value(rows[2999]["problem"])
         assert page.locator("main img, main script, iframe").count() == 0
@@ -372,7 +337,7 @@ def test_studio_evaluations_side_by_side(page: Page, tmp_path: Path) -> None:
         expect(page.locator("#questions .lead")).to_contain_text("digits")
         for width in (390, 1280, 2560):
             page.set_viewport_size({"width": width, "height": 900})
-            assert fits(page)
+            fits(page)
 
 
 @pytest.mark.parametrize("width", [390, 1280, 2560])
@@ -381,7 +346,7 @@ def test_studio_fits_and_works_by_keyboard(page: Page, address: str, width: int)
     page.goto(address)
     link = page.get_by_role("link", name="other")
     expect(link).to_be_visible()
-    assert fits(page)
+    fits(page)
     for _ in range(40):
         page.keyboard.press("Tab")
         if link.evaluate("node => node === document.activeElement"):
@@ -389,17 +354,17 @@ def test_studio_fits_and_works_by_keyboard(page: Page, address: str, width: int)
     page.keyboard.press("Enter")
     expect(page.locator(".headline path.main").first).to_be_visible()
     expect(page.locator(".card").first).to_be_visible()
-    assert fits(page)
+    fits(page)
     before = page.locator(".position").inner_text()
     page.keyboard.press("ArrowLeft")
     expect(page.locator(".position")).not_to_have_text(before)
     page.goto(f"{address}#/compare/other/demo%2Frl")
     expect(page.locator(".headline path.main").first).to_be_visible()
-    assert fits(page)
+    fits(page)
 
 
-def test_studio_says_that_its_server_is_gone_and_goes_on(opened: Browser, runs: Path) -> None:
-    shown = opened.new_page()
+def test_studio_says_that_its_server_is_gone_and_goes_on(studio_browser: Browser, runs: Path) -> None:
+    shown = studio_browser.new_page()
     with studio(runs) as (address, _):
         shown.goto(address)
         expect(shown.locator(".runs tbody tr")).not_to_have_count(0)
@@ -426,4 +391,4 @@ def test_studio_hostile_folder_is_harmless(page: Page, tmp_path: Path) -> None:
         page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
         assert HOSTILE[0] in page.locator(".card .text").first.inner_text()
         assert page.locator("main img, main script, iframe, main svg[onload]").count() == 0
-        assert fits(page)
+        fits(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,13 @@ def predictions(folder: Path, right: range, questions: range = range(20)) -> Non
     write_lines(folder / "predictions-8.jsonl", lines)
 
 
+def direct(folder: Path) -> None:
+    """The same questions answered without reasoning: half of the right ones, in two tokens."""
+    lines = [json.loads(line) for line in (folder / "predictions-8.jsonl").read_text().splitlines()]
+    half = [line | {"score": line["score"] * (line["problem_id"] % 2), "tokens": 2} for line in lines]
+    write_lines(folder / "direct-8.jsonl", half)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     predictions(tmp_path / "sft", range(0, 8))
@@ -53,7 +61,7 @@ def test_two_evaluations_side_by_side(folder: Path) -> None:
         assert [item["name"] for item in get(client, "/api/evaluations")["evaluations"]] == ["rl", "sft"]
         found = get(client, "/api/versus", left="rl", right="sft")
         assert found["frames"] == ["8"] and found["orders"] == ["ordered", "shuffled"]
-        whole, count, speed = found["rows"]
+        whole, ordered, shuffled, count, speed = found["rows"]
         assert (whole["questions"], whole["wins"], whole["losses"]) == (
             19,
             10,
@@ -64,6 +72,10 @@ def test_two_evaluations_side_by_side(folder: Path) -> None:
         by = whole["difference"]
         assert by["mean"] == pytest.approx(7 / 19) and by["low"] < by["mean"] < by["high"]
         assert (count["name"], count["questions"], speed["name"]) == ("count", 9, "speed")
+        assert ordered | {"group": "", "name": ""} == whole | {"gaps": [None, None]}
+        assert whole["tokens"] == [7, 7]
+        assert (shuffled["group"], shuffled["name"], shuffled["wins"]) == ("order", "shuffled", 0)
+        assert shuffled["gaps"] == pytest.approx([14 / 19, 7 / 19])
         assert get(client, "/api/versus", left="rl", right="sft", order="shuffled")["rows"][0]["wins"] == 0
         won = get(client, "/api/questions", left="rl", right="sft")
         assert won["total"] == 10 and [item["id"] for item in won["shown"]][:2] == ["8", "9"]
@@ -77,6 +89,10 @@ def test_two_evaluations_side_by_side(folder: Path) -> None:
         )  # its answer tells which one
         lost = get(client, "/api/questions", left="rl", right="sft", who="right", group="task", name="speed")
         assert [item["id"] for item in lost["shown"]] == ["1", "3"]
+        assert (
+            get(client, "/api/questions", left="rl", right="sft", group="order", name="shuffled")["total"]
+            == 0
+        )
         gone = client.get("/api/versus", params={"left": "../rl", "right": "sft"})
         assert gone.status_code == 404 and "no such evaluation" in gone.json()["error"]
 
@@ -86,9 +102,11 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
         for benchmark in ("mvbench", "vsibench"):
             predictions(tmp_path / model / benchmark, right)
     predictions(tmp_path / "b" / "mmvu", range(5))
+    direct(tmp_path / "a" / "mvbench")
     with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
         names = {item["name"]: item["benchmarks"] for item in get(client, "/api/evaluations")["evaluations"]}
         assert (names["a/"], names["b/"], names["a/mvbench"]) == (2, 3, 1)
+        assert "a/mvbench (direct)" in names and "a/ (direct)" not in names  # of one benchmark alone
         found = get(client, "/api/versus", left="a/", right="b/")
         assert found["benchmarks"] == ["mvbench", "vsibench"]
         assert [row["wins"] for row in found["rows"] if not row["group"]] == [5, 5]
@@ -96,3 +114,18 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
             file.write('{"problem_id": 30, "order": "ordered", "score": 1.0}\n{"half": ')
         answer = client.get("/api/versus", params={"left": "a/", "right": "b/mmvu"})
         assert answer.status_code == 400 and "no benchmark in common" in answer.json()["error"]
+
+
+def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:
+    direct(folder / "rl")
+    (folder / "alone").mkdir()
+    shutil.copy(folder / "rl" / "direct-8.jsonl", folder / "alone")
+    with TestClient(application([folder]), base_url="http://127.0.0.1:7860") as client:
+        names = [item["name"] for item in get(client, "/api/evaluations")["evaluations"]]
+        assert names == ["alone (direct)", "rl", "rl (direct)", "sft"]
+        whole = get(client, "/api/versus", left="rl", right="rl (direct)")["rows"][0]
+        assert (whole["wins"], whole["losses"], whole["tokens"]) == (7, 0, [7, 2])
+        won = get(client, "/api/questions", left="rl", right="rl (direct)")
+        assert [item["right"]["tokens"] for item in won["shown"]] == [2] * 7
+        kinds = {run["name"]: run["kind"] for run in get(client, "/api/runs")["runs"]}
+        assert kinds["alone"] == "evaluation"

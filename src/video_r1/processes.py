@@ -1,15 +1,16 @@
-"""What several processes of one command agree on. With a single process every function is the identity."""
+"""What several processes of one command agree on. With a single process every function is the identity, and
+torch is not imported: what reads manifests alone, as the studio's server, does without it.
+"""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
-
-import torch
 
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
@@ -19,19 +20,19 @@ LONGEST_WAIT = timedelta(days=1)  # for processes that share work, who meet at i
 
 
 def process_count() -> int:
-    return torch.distributed.get_world_size() if _running() else 1
+    return _distributed().get_world_size() if _running() else 1
 
 
 def process_index(group: Any = None) -> int:
-    return torch.distributed.get_rank(group) if _running() else 0
+    return _distributed().get_rank(group) if _running() else 0
 
 
 def gather(value: T, group: Any = None) -> list[T]:
     """The value of every process of the group (default: all), in their order; each of them has to call it."""
     if not _running():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(values, value, group=group)
+    values: list[Any] = [None] * _distributed().get_world_size(group)
+    _distributed().all_gather_object(values, value, group=group)
     return values
 
 
@@ -52,9 +53,9 @@ def process_group(folder: Path) -> Iterator[None]:
         yield
         return
     os.environ["ACCELERATE_USE_FSDP"] = "false"  # of a launcher's file; transformers would load shares
-    torch.distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+    _distributed().init_process_group("gloo", timeout=LONGEST_WAIT)
     with ExitStack() as closing:
-        closing.callback(lambda: torch.distributed.destroy_process_group() if _running() else None)
+        closing.callback(lambda: _distributed().destroy_process_group() if _running() else None)
         if process_index() > 0:
             closing.enter_context(redirect_stdout(closing.enter_context(open(os.devnull, "w"))))
         closing.enter_context(naming_lost_processes(folder, "the answers"))
@@ -64,7 +65,7 @@ def process_group(folder: Path) -> Iterator[None]:
 def wait_for_everyone() -> None:
     """Returns when every process has come here."""
     if _running():
-        torch.distributed.barrier()
+        _distributed().barrier()
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
@@ -100,7 +101,7 @@ def is_lost_process(error: BaseException) -> bool:
     """Whether a collective call failed because another process, its machine or the network is gone, or did
     not answer within `ddp_timeout`. (gloo has no error of its own: its messages name its source file.)
     """
-    return isinstance(error, torch.distributed.DistError) or (
+    return isinstance(error, _distributed().DistError) or (
         isinstance(error, RuntimeError) and "gloo/" in str(error)
     )
 
@@ -122,5 +123,14 @@ def naming_lost_processes(folder: Path, saved: str = "the last checkpoint") -> I
         ) from error
 
 
+def _distributed() -> Any:
+    import torch.distributed
+
+    return torch.distributed
+
+
 def _running() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    """Where nobody has imported torch, no processes have been joined."""
+    return "torch.distributed" in sys.modules and (
+        _distributed().is_available() and _distributed().is_initialized()
+    )

@@ -218,7 +218,7 @@ function chart(spec, title, options) {
     }
     const cursor = draw("line", { class: "cursor", y1: margin.top, y2: height - margin.bottom });
     const dots = lines.map((line) => draw("circle", { r: line.main ? 3 : 2, fill: line.colour }));
-    const labels = direct ? lines.map((line) => draw("text", { class: "label", fill: line.colour, x: right + 10 })) : [];
+    const labels = direct ? lines.map((line) => draw("text", { class: "label", fill: `color-mix(in srgb, ${line.colour} 70%, var(--ink))`, x: right + 10 })) : [];
     const picture = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": large ? "true" : null },
       ...marks, cursor, ...dots, ...labels);
     plot.replaceChildren(picture);

@@ -111,12 +111,19 @@ function enlarge(spec, radius, axis) {
 
 // Tables ---------------------------------------------------------------------------------------------------------
 
+/** A table each of whose cells knows its column: a narrow screen shows the rows as cards. */
+function headed(table) {
+  const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+  for (const body of table.tBodies) for (const row of body.rows) [...row.cells].forEach((cell, i) => { if (cell.tagName === "TD") cell.dataset.head = heads[i]; });
+  return table;
+}
+
 function plainTable(caption, rows) {
   const columns = [...new Set(rows.flatMap((row) => Object.keys(row)))];
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "plain" },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "plain" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, columns.map((name) => make("th", { scope: "col" }, name.replaceAll("_", " "))))),
-    make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((name) => make("td", { dir: "auto" }, Object.hasOwn(row, name) ? row[name] : "")))))));
+    make("tbody", {}, rows.map((row) => make("tr", {}, columns.map((name) => make("td", { dir: "auto" }, Object.hasOwn(row, name) ? row[name] : ""))))))));
 }
 
 /** Tables of what runs set aside: rows of a file of theirs, by `field`. */

@@ -22,8 +22,9 @@ function enlargeFrame(group, order, strip, frames, place) {
   const caption = make("output", { "aria-live": "polite" });
   const turn = (by) => {
     place = (place + by + frames.length) % frames.length;
-    holder.replaceChildren(frameCanvas(group, strip, frames[place], frameMarks(group, order, frames[place], place)));
-    caption.textContent = [frameName(group, frames[place]), group.timestamps[place] === undefined ? "" : clock(group.timestamps[place])].filter(Boolean).join(" · ");
+    const time = timeAt(group, frames, place);
+    holder.replaceChildren(frameCanvas(group, strip, frames[place], frameMarks(group, order, frames[place], time)));
+    caption.textContent = [frameName(group, frames[place]), clock(time)].filter(Boolean).join(" · ");
   };
   const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
   const times = group.timestamps.filter((time) => time !== null);
@@ -44,6 +45,9 @@ function enlargeFrame(group, order, strip, frames, place) {
   turn(0);
 }
 
+/** The time that the model is told of a place: a contrast that leaves frames out keeps each frame's own. */
+const timeAt = (group, frames, place) => group.timestamps[frames.length < group.count ? frames[place] : place];
+
 const clock = (time) => (time === null || time === undefined ? "" : `${time.toFixed(time < 100 ? 1 : 0)} s`);
 
 /** Frames cut from the strip. The bar below each grows stronger with the frame's place in the clip. */
@@ -57,9 +61,9 @@ function tiles(group, order) {
     const bar = make("span", { class: "place" });
     bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
     const button = make("button", { type: "button", class: "frame", title: "Show larger", click: () => enlargeFrame(group, order, picture, frames, place) },
-      frameCanvas(group, picture, frame, frameMarks(group, order, frame, place)));
+      frameCanvas(group, picture, frame, frameMarks(group, order, frame, timeAt(group, frames, place))));
     const tile = make("li", { class: "tile" }, button, group.count > 1 ? bar : "",
-      group.count > 1 ? make("span", { class: "time" }, clock(group.timestamps[place]), make("em", {}, ` f${frame + 1}`)) : "");
+      group.count > 1 ? make("span", { class: "time" }, clock(timeAt(group, frames, place)), make("em", {}, ` f${frame + 1}`)) : "");
     tile.dataset.frame = String(frame);
     return tile;
   }));

@@ -82,13 +82,13 @@ const scoreCells = (row) => [
 
 function scoreTable(caption, first, bodies, withFormat) {
   const heads = ["ordered", "shuffled"].map((order) => make("th", { scope: "col", class: order }, order));
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "scores" },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, first),
       make("th", { scope: "col", class: "picture" }, make("span", { class: "ends" }, make("span", {}, "0"), make("span", {}, "0.5"), make("span", {}, "1"))),
       heads, make("th", { scope: "col" }, "temporal gap"),
       withFormat ? make("th", { scope: "col" }, "format") : "", make("th", { scope: "col" }, "questions"))),
-    bodies));
+    bodies)));
 }
 
 function evaluation() {

@@ -95,7 +95,7 @@ def page_data(*folders: Path) -> dict[str, Any]:
         if not found and not rows:
             raise RequestError(
                 f"{folder} holds nothing to report: expected metrics.jsonl, rollouts.jsonl or "
-                f"predictions-*.jsonl in it or in its subfolders"
+                f"predictions-*.jsonl or direct-*.jsonl in it or in its subfolders"
             )
         if len(folders) > 1:
             _name_by_folder(folder, name, found, rows)

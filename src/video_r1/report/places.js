@@ -14,10 +14,10 @@ function boxesAt(place, time, type) {
   return near.length ? [near[0][1]] : [];
 }
 
-/** What is drawn on the frame that stands at a place of an order: the answers' boxes by the time of the place, and
- * the right one by the frame's own time. */
-function frameMarks(group, order, frame, at) {
-  const said = (group[order] || []).flatMap((completion) => boxesAt(completion.place, group.timestamps[at] ?? 0, group.type));
+/** What is drawn on a frame: the boxes of an order's answers by the time that the frame has in it, and the right one
+ * by the frame's own time. */
+function frameMarks(group, order, frame, time) {
+  const said = (group[order] || []).flatMap((completion) => boxesAt(completion.place, time ?? 0, group.type));
   const right = boxesAt(group.place, group.timestamps[frame] ?? 0, group.type);
   return [...said.map((box) => ({ box, name: order })), ...right.map((box) => ({ box, name: "good" }))];
 }
@@ -34,12 +34,12 @@ function drawMarks(canvas, marks) {
   }
 }
 
-/** The span of an answer as a bar below that of the truth, from the clip's beginning to its end. */
+/** The span of an answer as a bar below that of the truth, where it is known, from the clip's beginning to its end. */
 function spanBars(group, completion) {
   const [right, said] = [group.place?.time, completion.place?.time];
-  if (!right) return "";
+  if (!right && !said) return "";
   const times = group.timestamps.filter((time) => time !== null);
-  const end = Math.max(right[1], (times[times.length - 1] ?? 0) + (times.length > 1 ? times[1] - times[0] : 0));
+  const end = Math.max(right ? right[1] : 0, (times[times.length - 1] ?? 0) + (times.length > 1 ? times[1] - times[0] : 0));
   const bar = (span, name) => {
     const share = (time) => (100 * Math.min(end, Math.max(0, time))) / end;
     const node = make("span", { class: `span ${name}` });
@@ -48,9 +48,9 @@ function spanBars(group, completion) {
     return make("span", { class: "lane" }, node);
   };
   const words = (span) => `${clock(span[0])} to ${clock(span[1])}`;
-  const told = said ? `answered ${words(said)}` : "no span answered";
-  return make("p", { class: "spans", role: "img", "aria-label": `${told}; right is ${words(right)}`, title: `${told}; right is ${words(right)}` },
-    bar(right, "true"), said ? bar(said, "said") : make("span", { class: "lane" }));
+  const told = [said ? `answered ${words(said)}` : "no span answered", right ? `right is ${words(right)}` : ""].filter(Boolean).join("; ");
+  return make("p", { class: "spans", role: "img", "aria-label": told, title: told },
+    right ? bar(right, "true") : "", said ? bar(said, "said") : make("span", { class: "lane" }));
 }
 
 /** How far answers that say where and when overlap the truth, for each checkpoint, type and order of the frames. */
@@ -59,9 +59,9 @@ function overlapTable(scores) {
   if (!rows.length) return "";
   const caption = "Overlap with the truth: the mean, and the shares of questions with at least so much";
   const shares = Object.keys(rows[0].shares);
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, make("table", { class: "scores" },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": caption }, headed(make("table", { class: "scores" },
     make("caption", {}, caption),
     make("thead", {}, make("tr", {}, ["checkpoint", "overlap", "mean", ...shares].map((head) => make("th", { scope: "col" }, head)))),
     make("tbody", {}, rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.checkpoint),
-      make("td", { class: row.order }, `${row.name}, ${row.order}`), scoreCell(row.mean), shares.map((share) => scoreCell(row.shares[share])))))));
+      make("td", { class: row.order }, `${row.name}, ${row.order}`), scoreCell(row.mean), shares.map((share) => scoreCell(row.shares[share]))))))));
 }

@@ -31,6 +31,7 @@ const CONTRASTS = {
   shuffled: "Frames shuffled",
   reversed: "Frames reversed",
   frozen: "One frame throughout",
+  single: "One frame alone",
   dropped: "Half of the frames",
   blind: "No frames",
 };
@@ -302,7 +303,7 @@ function markButton(group, order, i, state) {
 }
 
 function card(completion, order, marks, button, spans = "") {
-  const right = accuracy(completion) > 0.5;
+  const right = "accuracy" in completion.rewards ? (accuracy(completion) > 0.5 ? "correct" : "wrong") : "";
   const advantage = completion.advantage;
   const tone = advantage === null ? "" : advantage > 0.005 ? "positive" : advantage < -0.005 ? "negative" : "zero";
   const terms = Object.entries(completion.rewards).map(([name, value]) =>
@@ -314,7 +315,7 @@ function card(completion, order, marks, button, spans = "") {
     toggle.textContent = cut ? "Show all" : "Show less";
     toggle.setAttribute("aria-expanded", String(!cut));
   } }, "Show all") : "";
-  const node = make("article", { class: `card ${right ? "correct" : "wrong"} ${tone}` },
+  const node = make("article", { class: `card ${right} ${tone}` },
     make("header", {},
       advantage === null ? "" : make("span", { class: "advantage" }, make("span", { class: "hidden" }, "advantage "), signed(advantage)),
       (completion.without ?? null) === null ? "" : make("span", { class: "total" }, "without the temporal term ", make("b", {}, signed(completion.without))),

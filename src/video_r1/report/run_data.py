@@ -17,6 +17,7 @@ SECRET_ENDINGS = ("token", "api_key", "password", "secret")
 MAX_ROWS = 300  # of a table
 LEFT_OUT_COLUMNS = ("step", "problem_id", "problem", "accuracy", "reward", "reason", "replaced_by")
 RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
+ANSWERS = {"reasoned": "predictions", "direct": "direct"}  # how the files of an evaluation's answers begin
 
 
 @dataclass(slots=True)
@@ -55,7 +56,8 @@ class Run:
 
 
 def prediction_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("predictions*.jsonl"))
+    """An evaluation's answers, those with reasoning before the direct ones."""
+    return [path for begin in ANSWERS.values() for path in sorted(folder.glob(f"{begin}-*.jsonl"))]
 
 
 def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
@@ -71,7 +73,8 @@ def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
 
 
 def _is_of_run(name: str) -> bool:
-    return name in RUN_FILES or (name.startswith("predictions") and name.endswith(".jsonl"))
+    answers = tuple(f"{begin}-" for begin in ANSWERS.values())
+    return name in RUN_FILES or (name.startswith(answers) and name.endswith(".jsonl"))
 
 
 def read_run(folder: Path, root: Path) -> Run:

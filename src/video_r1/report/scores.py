@@ -6,7 +6,16 @@ from typing import Any
 from video_r1.evaluation.metrics import OVERLAP_SHARES
 from video_r1.evaluation.predictions import NEEDED
 from video_r1.evaluation.summary import ORDERS, summarise
-from video_r1.report.run_data import Run, as_list, as_table, finite, json_lines, prediction_files, read_object
+from video_r1.report.run_data import (
+    ANSWERS,
+    Run,
+    as_list,
+    as_table,
+    finite,
+    json_lines,
+    prediction_files,
+    read_object,
+)
 
 STAGES = ("base", "sft", "rl")  # the order of the rows where these names occur
 BREAKDOWNS = ("by_modality", "by_type", "by_task", "by_source")
@@ -20,28 +29,35 @@ def read_scores(run: Run) -> list[dict[str, Any]]:
     or None where there is nothing; `overlaps` of answers that say where and when; `format`, the share of
     ordered outputs in the answer format; `about`, what the figures are over; and `by`, the same figures by
     type, source and so on. Images have no frame order: where there are videos beside them, the row is over
-    the videos.
+    the videos. Where the questions were also answered directly, these answers have a row of their own.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
     tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
     rows = []
     for frames, value in tables.items():
-        figures = as_table(value)
-        modalities = as_table(figures.get("by_modality"))
-        mixed = len(modalities) > 1 and "video" in modalities
-        row: dict[str, Any] = {"name": f"{name}, {frames} frames" if len(tables) > 1 else name}
-        row |= _figures(as_table(modalities["video"]) if mixed else figures)
-        row["format"] = finite(as_table(figures.get("ordered")).get("format_rate"))
-        row["about"] = "videos" if mixed else ""
-        row["overlaps"] = _overlaps(as_table(figures.get("by_type")))
-        row["by"] = {field: _parts(as_table(figures.get(field))) for field in BREAKDOWNS}
-        rows.append(row)
+        figures, own = as_table(value), f"{name}, {frames} frames" if len(tables) > 1 else name
+        rows.append(_row(own, figures))
+        if direct := as_table(figures.get("direct")):
+            rows.append(_row(f"{own}, direct", direct))
     return rows
+
+
+def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    modalities = as_table(figures.get("by_modality"))
+    mixed = len(modalities) > 1 and "video" in modalities
+    return {
+        "name": name,
+        **_figures(as_table(modalities["video"]) if mixed else figures),
+        "format": finite(as_table(figures.get("ordered")).get("format_rate")),
+        "about": "videos" if mixed else "",
+        "overlaps": _overlaps(as_table(figures.get("by_type"))),
+        "by": {field: _parts(as_table(figures.get(field))) for field in BREAKDOWNS},
+    }
 
 
 def _unfinished(run: Run) -> dict[str, Any]:
     """Figures of an evaluation that has not written its summary yet, over the questions answered so far."""
-    tables = {}
+    tables: dict[str, Any] = {}
     for path in prediction_files(run.folder):
         answers: dict[tuple[str, str], dict[str, Any]] = {}
         for _, _, record in json_lines(path, run.notes):
@@ -49,7 +65,12 @@ def _unfinished(run: Run) -> dict[str, Any]:
             if usable and record["order"] in ORDERS and finite(record["score"]) is not None:
                 answers[str(record["problem_id"]), record["order"]] = record
         if answers:
-            tables[path.stem.removeprefix("predictions-")] = summarise(list(answers.values()))
+            way, _, frames = path.stem.partition("-")
+            found = summarise(list(answers.values()))
+            if way == ANSWERS["direct"] and frames in tables:
+                tables[frames]["direct"] = found
+            else:
+                tables[frames] = found
             run.notes.append(f"{path.name}: the evaluation is not finished; {len(answers)} answers so far")
     return tables
 

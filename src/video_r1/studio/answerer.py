@@ -22,6 +22,7 @@ from video_r1.evaluation.ask import named_answer, question_sample
 from video_r1.evaluation.interview import Interview, View, sampling_of
 from video_r1.evaluation.metrics import Figure
 from video_r1.recipe import load_recipe
+from video_r1.report.groups import place_of
 from video_r1.settings.decoding import AskSettings
 from video_r1.training.recording import save_strip
 
@@ -69,12 +70,13 @@ class Answerer:
         prompts = interview.prompts(sample, asked["orders"])
         media = prompts[0].media
         self.say(
-            "frames", decoded=decoded, **strip_of(media.frames), media=media.kind,
+            "frames", decoded=decoded, media=media.kind, type=sample.problem_type, **strip_of(media.frames),
+            **place_of(f"<answer>{sample.answer}</answer>", sample.problem_type),
+            timestamps=[round(float(time), 3) for time in media.timestamps],
             views=[
                 {
                     "order": prompt.order,
                     "permutation": None if prompt.permutation is None else prompt.permutation.tolist(),
-                    "timestamps": [round(float(time), 3) for time in prompt.media.timestamps],
                 }
                 for prompt in prompts
             ],
@@ -115,6 +117,7 @@ def _view(sample: Any, view: View) -> dict[str, Any]:
                 "counted": counted,
                 "tokens": len(rollout.token_ids),
                 "truncated": rollout.finish_reason == "length",
+                **place_of(rollout.text, sample.problem_type),
             }
             for rollout, answer, counted in zip(view.rollouts, view.answers, view.counted, strict=True)
         ],

@@ -213,14 +213,15 @@ function answerView(asked) {
       const strip = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
       node.dataset.decoded = String(event.decoded);
       for (const item of event.views) {
-        const group = { ...event, strip, permutation: item.permutation, timestamps: item.timestamps, shuffled: [item] };
+        const group = { ...event, strip, permutation: item.permutation, shuffled: [item] };
         const order = item.order === "ordered" ? "ordered" : "shuffled";
         const text = make("div", { class: "text", dir: "auto" });
         const cards = make("div", { class: "cards" }, make("article", { class: "card" }, text));
         const tally = make("p", { class: "tally" });
-        parts.push({ order: item.order, text, cards, tally, written: "" });
+        const frames = make("div", {}, tiles(group, order));
+        parts.push({ order: item.order, column: order, group, frames, text, cards, tally, written: "" });
         columns.append(make("section", { class: `column ${order}`, "aria-label": ORDER_TITLES[item.order] },
-          make("h4", {}, event.media === "image" && order === "ordered" ? "Image" : ORDER_TITLES[item.order]), tiles(group, order), tally, cards));
+          make("h4", {}, event.media === "image" && order === "ordered" ? "Image" : ORDER_TITLES[item.order]), frames, tally, cards));
       }
     },
     text(event) {
@@ -232,8 +233,10 @@ function answerView(asked) {
       const word = event.right ? "right" : "as most in order";
       event.views.forEach((item, i) => {
         const part = parts[i];
+        part.group[part.column] = item.completions;
+        if (item.completions.some((completion) => completion.place?.boxes)) part.frames.replaceChildren(tiles(part.group, part.column));
         const cards = item.completions.map((completion) => card({ ...completion, advantage: null, total: null,
-          rewards: event.right ? { accuracy: Number(completion.counted) } : {} }, part.order, [], ""));
+          rewards: event.right ? { accuracy: Number(completion.counted) } : {} }, part.order, [], "", spanBars(part.group, completion)));
         const rest = cards.slice(CARDS_SHOWN);
         part.cards.replaceChildren(...cards.slice(0, CARDS_SHOWN),
           rest.length ? make("details", {}, make("summary", {}, plural(rest.length, "more answer")), rest) : "");

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from video_r1.report.page import KEY_SERIES, duration
-from video_r1.report.run_data import as_table, finite
+from video_r1.report.run_data import as_table, finite, prediction_files
 from video_r1.studio.alerts import Alert, alert_of_silence, alerts_of, recent
 from video_r1.studio.folders import Found, read_settings
 from video_r1.studio.states import (
@@ -100,7 +100,7 @@ def kind_of(found: Found, lines: Sequence[Mapping[str, Any]]) -> str:
         return "rl"
     if (found.folder / "metrics.jsonl").exists():
         return "sft"
-    return "evaluation" if any(found.folder.glob("predictions*.jsonl")) else "data"
+    return "evaluation" if prediction_files(found.folder) else "data"
 
 
 def training_figures(kind: str, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from video_r1.files import Claim, is_finished, parse_claim
-from video_r1.report.run_data import finite
+from video_r1.report.run_data import finite, prediction_files
 from video_r1.studio.folders import Found
 
 Word = Literal["running", "finished", "stopped", "failed"]
@@ -127,7 +127,7 @@ def last_written(folder: Path) -> float | None:
     """When the newest of the files that a run writes was written: seconds since 1970, None without any."""
     names = ("metrics.jsonl", "rollouts.jsonl", "config.yaml", ".lock")
     times = []
-    for path in [*(folder / name for name in names), *folder.glob("predictions*.jsonl")]:
+    for path in [*(folder / name for name in names), *prediction_files(folder)]:
         try:
             times.append(path.stat().st_mtime)
         except OSError:

@@ -1,6 +1,6 @@
 // Two evaluations side by side, and the questions that one wins and the other loses.
 
-const GROUP_NAMES = { "": "All questions", task: "By task", type: "By type", media: "By media", source: "By source" };
+const GROUP_NAMES = { "": "All questions", order: "By order of the frames", task: "By task", type: "By type", media: "By media", source: "By source" };
 
 function versusView(view, [first, second]) {
   header("Evaluations");
@@ -34,7 +34,7 @@ function versusView(view, [first, second]) {
       const winner = who === "left" ? left.select.value : right.select.value;
       const button = (text, to) => make("button", { type: "button", disabled: to === null, click: () => list(row, who, to) }, text);
       stage.replaceChildren(section("questions", "Questions",
-        make("p", { class: "lead" }, `${plural(found.total, "question")}${row.name ? ` of ${row.name}` : ""} that ${winner} answers better, the largest difference first.`),
+        make("p", { class: "lead" }, `${plural(found.total, "question")}${row.name ? ` ${row.group === "order" ? "with the frames" : "of"} ${rowName(row)}` : ""} that ${winner} answers better, the largest difference first.`),
         make("div", { class: "controls" }, make("button", { type: "button", "aria-pressed": String(who === "left"), click: () => list(row, "left") }, "left wins"),
           make("button", { type: "button", "aria-pressed": String(who === "right"), click: () => list(row, "right") }, "right wins"),
           found.total > 20 ? [button("← Previous", at ? Math.max(0, at - 20) : null), button("Next →", found.next), `${show(at + 1)} to ${show(at + found.shown.length)}`] : ""),
@@ -63,8 +63,11 @@ function options(chooser, values, wanted) {
 }
 
 function versusTable(answer, left, right, list) {
-  const cell = (score, isGap) => make("td", {}, make("b", {}, isGap ? signed(score.mean) : show(score.mean, 2)),
-    make("small", {}, ` ${isGap ? signed(score.low) : show(score.low, 2)} to ${isGap ? signed(score.high) : show(score.high, 2)}`));
+  const cell = (write, score, ...more) => make("td", {}, make("b", {}, write(score.mean)),
+    make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
+  const plain = (score) => show(score, 2);
+  const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps && row.gaps[i] !== null ? `order gains ${signed(row.gaps[i])}` : "");
+  const longer = ([first, second]) => (first === null || second === null ? "" : `${first > second ? "+" : ""}${tokenWords(first - second)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
   for (const row of answer.rows) {
@@ -72,14 +75,17 @@ function versusTable(answer, left, right, list) {
     groups.set(key, [...(groups.get(key) || []), row]);
   }
   const heads = [["questions", ""], ["", "picture"], [left, "ordered"], [right, "shuffled"], ["left minus right", ""], ["left wins", ""], ["right wins", ""]];
-  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, make("table", { class: "scores versus" },
+  return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
     make("caption", {}, "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
     make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style]) => make("th", { scope: "col", class: style, dir: "auto" }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
-      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, row.name || `all, ${row.frames} frames`), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row)),
-        cell(row.left), cell(row.right), cell(row.difference, true), count(row, "left", row.wins), count(row, "right", row.losses)))))));
+      rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row)),
+        side(row, 0), side(row, 1), cell(signed, row.difference, longer(row.tokens)), count(row, "left", row.wins), count(row, "right", row.losses))))))));
 }
+
+const rowName = (row) => (row.group === "order" ? (row.name === "ordered" ? "in order" : row.name) : row.name || `all, ${row.frames} frames`);
+const tokenWords = (count) => (count === null ? "" : `${show(count)} tokens`);
 
 /** Both scores with their intervals on a line from 0 to 1. */
 function pairPlot(row) {

@@ -1,0 +1,286 @@
+"""Every page of the studio as a person meets it: clips before they play, a phone, the keyboard, contrast."""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import fits
+from chat_endpoint import chat_endpoint
+from PIL import Image
+from report_runs import write_lines, write_rl_run
+from studio_screenshots import ask_lab_questions
+from studio_server import studio
+
+from video_r1.data.records import load_manifest
+from video_r1.lab.clips import write_lab
+from video_r1.settings.commands import LabSettings
+
+pytest.importorskip("starlette", reason="the extra studio is not installed")
+pytest.importorskip("playwright", reason="playwright is not installed")
+from playwright.sync_api import Locator, Page, Route, expect
+
+ORDERS = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
+SLOW = 60_000
+
+
+def write_answers(folder: Path, rate: float, direct: float) -> None:
+    """120 questions in order and with five controls, with reasoning and directly."""
+    random_ = random.Random(folder.name)
+    for begin, right, tokens in (("predictions", rate, 180), ("direct", direct, 6)):
+        write_lines(folder / f"{begin}-16.jsonl", [
+            {
+                "problem_id": i, "order": order, "output": f"<answer>{order} {i}</answer>", "answer": "B",
+                "score": float(random_.random() < right - 0.1 * ORDERS.index(order)), "strict_score": 0.0,
+                "format": True, "prediction": "B", "finish_reason": "stop", "tokens": tokens + i % 3,
+                "problem_type": ("multiple choice", "numerical")[i % 2], "data_type": "video",
+                "data_source": "lab", "task_type": ("object_rel_direction_medium", "count")[i % 2],
+            }
+            for order in ORDERS for i in range(120)
+        ])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lab's clips, a run that was asked about them, and two evaluations."""
+    folder = tmp_path_factory.mktemp("pages")
+    write_lab(LabSettings(folder=str(folder / "lab"), train=8, test=12, seed=1))
+    samples = [sample for sample in load_manifest(folder / "lab" / "test.json") if sample.options]
+    write_rl_run(folder / "rl", steps=10, every=5)
+    ask_lab_questions(folder / "rl", [sample for sample in samples if sample.data_type == "video"])
+    write_rl_run(folder / "other", steps=12, every=6)
+    for name, rates in (("eval-sft", (0.6, 0.5)), ("eval-rl", (0.8, 0.55))):
+        write_answers(folder / name, *rates)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    with studio(folder) as (opened, _):
+        yield opened
+
+
+def drawn(video: Locator) -> bool:
+    """Whether there is a picture, where no control lies over it."""
+    with Image.open(io.BytesIO(video.screenshot())) as picture:
+        pixels = np.asarray(picture.convert("L"), dtype=float)
+    height, width = pixels.shape
+    return pixels[height // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8].std() > 4
+
+
+class HeldClips:
+    """Clips that come only when they are let go."""
+
+    def __init__(self, page: Page) -> None:
+        self.page, self.waiting = page, list[Route]()
+        page.route("**/api/clip*", lambda route: self.waiting.append(route))
+
+    def let_go(self) -> None:
+        for route in self.waiting:
+            route.continue_()
+        self.page.unroute("**/api/clip*")
+
+
+def test_clips_of_rollouts_show_their_first_frame(page: Page, address: str) -> None:
+    held = HeldClips(page)
+    page.goto(f"{address}#/run/rl")
+    videos = [page.locator(f".column.{order} video") for order in ("ordered", "shuffled")]
+    for video in videos:
+        expect(video).to_be_visible()
+        page.wait_for_function("video => video.poster", arg=video.element_handle())
+        page.wait_for_timeout(100)
+        assert drawn(video)
+    before = page.locator(".cards").first.bounding_box()
+    held.let_go()
+    for video in videos:
+        page.wait_for_function("v => v.readyState > 1 && !v.poster && !v.seeking", arg=video.element_handle())
+        assert drawn(video)
+    assert page.locator(".cards").first.bounding_box() == before
+    # The contrast begins with its own first frame.
+    frame = page.locator(".column.shuffled .tile").first.get_attribute("data-frame")
+    assert (videos[1].evaluate("video => video.currentTime") > 0) == (frame != "0")
+
+
+@pytest.mark.parametrize("view", ["#/data/lab%2Ftest.json", "#/ask/lab%2Ftest.json/"])
+def test_clips_of_rows_show_their_first_frame(page: Page, address: str, folder: Path, view: str) -> None:
+    rows = json.loads((folder / "lab" / "test.json").read_text())
+    first = [row["data_type"] for row in rows].index("video")
+    held = HeldClips(page)
+    page.goto(f"{address}{view}{first if view.endswith('/') else ''}")
+    if not view.endswith("/"):
+        page.locator(".rows button").nth(first).click()
+    video = page.locator(".player video")
+    expect(video).to_be_visible()
+    before = video.bounding_box()
+    held.let_go()
+    page.wait_for_function("video => video.readyState > 1", arg=video.element_handle())
+    page.wait_for_timeout(200)
+    assert drawn(video) and video.bounding_box() == before
+    assert video.evaluate("video => video.paused && video.currentTime < 0.01")
+
+
+def test_evaluations_of_five_controls_and_both_ways_of_answering(page: Page, address: str) -> None:
+    page.goto(f"{address}#/evaluations/eval-rl/eval-rl%20(direct)")
+    table = page.locator(".versus")
+    whole = table.locator("tbody").first
+    expect(whole.locator("td").nth(2)).to_contain_text("181 tokens")
+    expect(whole.locator("td").nth(3)).to_contain_text("7 tokens")
+    expect(whole.locator("td").nth(4)).to_contain_text("+174 tokens")
+    by_order = table.locator("tbody", has_text="By order of the frames")
+    names = by_order.locator("th[scope=row]").all_inner_texts()
+    assert names == ["in order", *ORDERS[1:]]
+    expect(by_order.locator("tr", has_text="blind")).to_contain_text("order gains +0.")
+    by_order.locator("tr", has_text="blind").get_by_role("button").first.click()
+    expect(page.locator("#questions .lead")).to_contain_text(
+        "with the frames blind that eval-rl answers better"
+    )
+    expect(page.locator(".versus-question .column.ordered .text").first).to_contain_text("blind")
+    for width in (390, 760, 1280, 2560):
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
+    page.set_viewport_size({"width": 390, "height": 900})
+    cell = whole.locator("td").nth(4)
+    assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"left minus right"'
+
+
+@pytest.mark.parametrize(("kind", "truth", "answer"), [
+    ("spatial grounding", '{"boxes": [200, 200, 600, 600]}', '{"boxes": [400, 400, 900, 900]}'),
+    ("temporal grounding", '{"time": [0.5, 1.5]}', '{"time": [1.0, 2.0]}'),
+])  # fmt: skip
+def test_an_answer_that_says_where_or_when_is_shown_on_the_frames(
+    page: Page, address: str, kind: str, truth: str, answer: str
+) -> None:
+    with chat_endpoint() as server:
+        server.right = answer
+        page.goto(f"{address}#/ask")
+        expect(page.get_by_label("Clip from").locator("option", has_text="lab/test.json")).to_be_attached()
+        page.get_by_label("Clip from").select_option("lab/test.json")
+        page.get_by_label("Question of the manifest").select_option(index=0)
+        expect(page.locator(".player video")).to_be_visible()
+        page.get_by_text("an engine's address instead").click()
+        page.get_by_label("Address").fill(server.url)
+        page.get_by_label("Question", exact=True).fill("Question 1: where?")
+        page.get_by_label("Options").fill("")
+        page.get_by_label("Type").select_option(kind)
+        page.get_by_label("Answers to each").fill("2")
+        colours = """all => all.map(canvas => {
+          const size = canvas.width, copy = document.createElement('canvas');
+          [copy.width, copy.height] = [size, size];
+          const pen = copy.getContext('2d', { willReadFrequently: true });
+          pen.drawImage(canvas, 0, 0);
+          const colour = (share) => [...pen.getImageData(Math.round(size * share), size / 2, 1, 1).data];
+          return [colour(0.2), colour(0.4)]; })"""
+        for right in ("", truth):
+            page.get_by_label("Right answer").fill(right)
+            page.get_by_role("button", name="Ask", exact=True).click()
+            newest = page.locator(".answers").first
+            expect(newest.locator(".tally b")).to_have_count(5, timeout=SLOW)
+            if kind == "temporal grounding":
+                bars = newest.locator(".column.ordered .spans").first
+                expect(bars.locator(".span")).to_have_count(2 if right else 1)
+                expect(bars).to_have_attribute(
+                    "title", f"answered 1.0 s to 2.0 s{'; right is 0.5 s to 1.5 s' if right else ''}"
+                )
+            else:
+                page.wait_for_timeout(300)
+                sides = newest.locator(".column.ordered .tile canvas").evaluate_all(colours)
+                green, blue = [34, 112, 79, 255], [47, 93, 140, 255]
+                assert all((side[0] == green) == bool(right) for side in sides), sides
+                assert all(side[1] == blue for side in sides), sides
+            judged = newest.locator(".card.wrong, .card.correct")
+            expect(judged).to_have_count(10 if right else 0)
+
+
+VIEWS = {  # and what is there when they are
+    "": ".runs tbody tr", "#/run/rl": ".card", "#/compare/rl/other": ".headline path.main",
+    "#/data/lab%2Ftest.json": ".rows tbody tr", "#/ask": "select[size] option",
+    "#/evaluations/eval-rl/eval-sft": ".versus-question",
+}  # fmt: skip
+REACHABLE = """() => {
+  const kinds = 'a[href], button, input, select, textarea, summary, video[controls], [tabindex="0"]';
+  const found = [...document.querySelectorAll(kinds)].filter((node) =>
+    node.checkVisibility() && !node.disabled && node.tabIndex >= 0 && !node.closest('dialog'));
+  found.forEach((node, i) => { node.dataset.key = i; });
+  return found.length;
+}"""
+FOCUSED = """() => {
+  const node = document.activeElement, { outlineStyle, outlineWidth } = getComputedStyle(node);
+  const ring = outlineStyle !== 'none' && parseFloat(outlineWidth) >= 1;
+  return [node.dataset.key ?? null, node.outerHTML.slice(0, 80), ring];
+}"""
+
+
+def opened(page: Page, address: str, view: str) -> None:
+    page.goto(f"{address}{view}")
+    expect(page.locator(VIEWS[view]).first).to_be_attached()
+    page.wait_for_timeout(1000)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_everything_is_reached_by_tab_with_a_visible_focus(page: Page, address: str, view: str) -> None:
+    opened(page, address, view)
+    count = page.evaluate(REACHABLE)
+    reached: dict[str, Any] = {}
+    for _ in range(2 * count + 20):  # a player has several stops
+        page.keyboard.press("Tab")
+        key, node, outlined = page.evaluate(FOCUSED)
+        if key is not None:
+            reached[key] = node
+            assert outlined or node.startswith("<video"), (
+                node
+            )  # a player's own buttons have rings of their own
+        if len(reached) == count:
+            break
+    missing = "all => all.map(node => node.outerHTML.slice(0, 120))"
+    left = [f"[data-key='{i}']" for i in range(count) if str(i) not in reached]
+    assert not left, page.locator(", ".join(left)).evaluate_all(missing)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_a_phone_needs_no_scrolling_sideways(page: Page, address: str, view: str) -> None:
+    page.set_viewport_size({"width": 390, "height": 844})
+    opened(page, address, view)
+    fits(page)
+
+
+FAINT = """() => {
+  const parse = (colour) => {
+    const [r, g, b, alpha = 1] = colour.match(/[\\d.]+/g).map(Number);
+    return [...(colour.startsWith('color(') ? [r * 255, g * 255, b * 255] : [r, g, b]), alpha];
+  };
+  const over = (top, below) => [0, 1, 2].map((i) => top[i] * top[3] + below[i] * (1 - top[3]));
+  const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  const luminance = (colour) => {
+    const [r, g, b] = colour.map((value) => linear(value / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const line = (node) => (node ? [...line(node.parentElement), getComputedStyle(node)] : []);
+  const written = (node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  return [...document.querySelectorAll('body *')]
+    .filter((node) => node.checkVisibility() && !node.closest(':disabled') && written(node))
+    .flatMap((node) => {
+      const styles = line(node), own = styles[styles.length - 1];
+      const layers = styles.map((style) => parse(style.backgroundColor));
+      const ground = layers.reduce((below, layer) => over(layer, below), [255, 255, 255]);
+      const [r, g, b, alpha] = parse(node instanceof SVGElement ? own.fill : own.color);
+      const opacity = styles.reduce((all, style) => all * Number(style.opacity), alpha);
+      const [low, high] = [over([r, g, b, opacity], ground), ground].map(luminance).sort((x, y) => x - y);
+      const ratio = (high + 0.05) / (low + 0.05);
+      return ratio < 4.5 ? [[ratio.toFixed(2), node.outerHTML.slice(0, 110)]] : [];
+    });
+}"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("view", VIEWS)
+def test_what_is_written_stands_out(page: Page, address: str, view: str, dark: bool) -> None:
+    """At least 4.5 to 1, as WCAG asks for."""
+    page.emulate_media(color_scheme="dark" if dark else "light")
+    opened(page, address, view)
+    assert page.evaluate(FAINT) == []
