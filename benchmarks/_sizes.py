@@ -169,7 +169,7 @@ def question(size: Size, generator: torch.Generator, family: str = "qwen2_5_vl")
     features["mm_token_type_ids"] = torch.where(ids == VIDEO, 2, 0)[None]
     frame = torch.zeros(size.frames, 3, 2, 2, dtype=torch.uint8)
     media = Media(frame, torch.arange(size.frames).double() / 2, size.frames / 2, "video")
-    return Prompt(ids, features, media, None, [])
+    return Prompt(ids, features, (media,), None, [])
 
 
 def text(size: Size, length: int, generator: torch.Generator) -> Tensor:

@@ -54,8 +54,8 @@ def lab_prompts(processor: Any, count: int, frame_pixels: int) -> list[Prompt]:
 def plain_request(prompt: Prompt, processor: Any) -> dict[str, Any]:
     """The question as one gives it to `LLM.generate`: text and frames, which vLLM tokenises and processes."""
     text = processor.apply_chat_template(prompt.messages, tokenize=False, add_generation_prompt=True)
-    frames = prompt.media.frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
-    metadata = {**video_metadata(prompt.media), "do_sample_frames": False}
+    frames = prompt.media[0].frames.permute(0, 2, 3, 1).contiguous().numpy()  # [T, H, W, 3]
+    metadata = {**video_metadata(prompt.media[0]), "do_sample_frames": False}
     return {"prompt": text, "multi_modal_data": {"video": (frames, metadata)}}
 
 

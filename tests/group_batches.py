@@ -63,7 +63,7 @@ def make_prompt(family: str, *parts: int | tuple) -> Prompt:
     features["mm_token_type_ids"] = torch.where(tokens == IMAGE, 1, torch.where(tokens == VIDEO, 2, 0))[None]
     frame = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     media = Media(frame, torch.zeros(1, dtype=torch.float64), 0.0, "image")
-    return Prompt(tokens, features, media, None, [])
+    return Prompt(tokens, features, (media,), None, [])
 
 
 def tokens_of(*lengths: int) -> list[Tensor]:

@@ -58,7 +58,7 @@ def question() -> Prompt:
         "mm_token_type_ids": torch.where(ids == VIDEO, 2, 0)[None],
     }
     media = Media(torch.zeros(8, 3, 2, 2, dtype=torch.uint8), torch.arange(8).double() / 2, 4.0, "video")
-    return Prompt(ids, features, media, None, [])
+    return Prompt(ids, features, (media,), None, [])
 
 
 def most_at_once(work: Callable[[], object]) -> int:

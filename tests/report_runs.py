@@ -344,9 +344,9 @@ def group_of(
     frames = plain_frames(10, 120, 240) if video else plain_frames(10)
     times = torch.arange(len(frames), dtype=torch.float64) / 2
     media = Media(frames, times, 1.5 if video else 0.0, "video" if video else "image")
-    prompt = Prompt(torch.tensor([1]), {}, media, None, [])
+    prompt = Prompt(torch.tensor([1]), {}, (media,), None, [])
     shuffled_media = media.reordered(permutation) if video else media
-    shuffled_prompt = Prompt(torch.tensor([1]), {}, shuffled_media, permutation, [])
+    shuffled_prompt = Prompt(torch.tensor([1]), {}, (shuffled_media,), permutation, [])
 
     def rollout(text: str, length: int) -> Rollout:
         return Rollout(torch.arange(length), torch.zeros(length), text, "stop")

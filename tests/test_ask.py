@@ -247,7 +247,8 @@ def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, c
         assert ordered.counted == [True] * 4 and other.counted == [False, True, False, True]
         assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None
         still = replace(sample, path="still.png", data_type="image")
-        opened._clips[still.shown] = Media(prompts[0].media.frames[:1], torch.zeros(1), 0.0, "image")
+        picture = Media(prompts[0].media[0].frames[:1], torch.zeros(1), 0.0, "image")
+        opened._clips[still.shown] = (picture,)
         with pytest.raises(MediaError, match="an image, which cannot be reversed; ask in order, or blind"):
             opened.prompts(still, ["reversed"])
 

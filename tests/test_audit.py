@@ -60,7 +60,7 @@ class ScriptedEngine:
             question = f"q{text.split()[1].rstrip(':')}"
             self.asked.append((question, prompt.order))
             self.seeds[question, prompt.order] = seed
-            assert (len(prompt.media.frames) == 0) == (prompt.order == "blind")
+            assert (prompt.frames == 0) == (prompt.order == "blind")
             right = self.right[question][prompt.order]
             said = ["<think>t</think><answer>B</answer>"] * right
             said += ["It is A.", "no idea", "A", "<answer>A</answer>"][: sampling.n - right]

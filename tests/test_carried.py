@@ -13,7 +13,7 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 
 from video_r1 import SFTConfig, SFTTrainer
-from video_r1.data.prompts import load_template
+from video_r1.data.templates import load_template
 from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.rollout.choice import open_prompts

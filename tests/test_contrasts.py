@@ -15,9 +15,9 @@ from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of
 from tiny_models import has_timestamps
 from tiny_questions import read_lines, training_arguments
 
-from video_r1.data.contrasts import contrast_frames, contrast_prompt
+from video_r1.data.contrasts import blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.media import Media
-from video_r1.data.prompts import PromptBuilder
+from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.data.reading import build_question
 from video_r1.data.records import load_manifest
 from video_r1.data.rollouts import Rollout
@@ -76,21 +76,21 @@ def test_contrast_prompt(family: str, contrast: Contrast) -> None:
     shown = contrast_frames(contrast, 8, torch.Generator().manual_seed(0))
     assert shown is not None and prompt.permutation is not None
     assert torch.equal(prompt.permutation, shown)
-    assert torch.equal(prompt.media.frames, clip.frames[shown])
+    assert torch.equal(prompt.media[0].frames, clip.frames[shown])
     if contrast == "blind":
         assert builder.visual_tokens(prompt.input_ids) == 0
         assert not any("pixel" in name or "grid" in name for name in prompt.features)
         assert [part["type"] for part in prompt.messages[0]["content"]] == ["text"]
     elif contrast == "dropped":
-        assert torch.equal(prompt.media.timestamps, clip.timestamps[shown])
-        assert prompt.media.fps == 1.0  # 4 frames of 4 seconds
+        assert torch.equal(prompt.media[0].timestamps, clip.timestamps[shown])
+        assert prompt.media[0].fps == 1.0  # 4 frames of 4 seconds
         assert prompt.features["video_grid_thw"].tolist()[0][0] == 2
     elif contrast == "single":
         assert prompt.features["video_grid_thw"].tolist()[0][0] == 1
         assert builder.visual_tokens(prompt.input_ids) * 4 == builder.visual_tokens(ordered.input_ids)
     else:
         assert torch.equal(prompt.input_ids, ordered.input_ids)
-        assert torch.equal(prompt.media.timestamps, clip.timestamps)
+        assert torch.equal(prompt.media[0].timestamps, clip.timestamps)
 
 
 def test_contrasts_of_temporal_patches() -> None:
@@ -140,7 +140,7 @@ def test_vision_features_of_permuted_patches(family: str, contrast: Contrast) ->
     with torch.no_grad():
         ordered, direct = encode_vision(model, [question.ordered, question.shuffled])
     assert ordered is not None and direct is not None
-    permuted = ordered.permuted(question.shuffled.patches, 4)
+    permuted = ordered.permuted(question.shuffled.patches, question.ordered.features["video_grid_thw"])
     torch.testing.assert_close(permuted.embeddings, direct.embeddings, rtol=0, atol=1e-5)
     assert float((ordered.embeddings - direct.embeddings).abs().max()) > 0.01
     assert len(permuted.deepstack) == len(direct.deepstack) == (2 if "qwen3_vl" in family else 0)
@@ -220,9 +220,9 @@ def test_an_image_has_no_contrast() -> None:
 
 @pytest.mark.parametrize("frames_as", ["images", "video"])
 def test_a_blind_question_to_an_endpoint_is_text(frames_as: Any) -> None:
-    blind = make_clip("qwen2_5_vl").reordered(torch.empty(0, dtype=torch.long))
-    body = chat_request("m", "Which?", blind, frames_as, SamplingSettings(), 1, 0)
-    assert body["messages"][0]["content"] == [{"type": "text", "text": "Which?"}]
+    blind = blind_prompt(make_sample(), make_clip("qwen2_5_vl"), TextPrompts())
+    body = chat_request("m", blind, frames_as, SamplingSettings(), 1, 0)
+    assert [part["type"] for part in body["messages"][0]["content"]] == ["text"]
     assert "media_io_kwargs" not in body
 
 

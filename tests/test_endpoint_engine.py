@@ -199,7 +199,7 @@ def test_prompts_promise_what_they_can_do() -> None:
         "video",
     )
     prompt = prompts.build(sample, media, torch.tensor([1, 0]))
-    assert prompt.media.frames.equal(media.frames.flip(0)) and len(prompt.input_ids) == 0
+    assert prompt.media[0].frames.equal(media.frames.flip(0)) and len(prompt.input_ids) == 0
     assert prompt.messages[0]["content"][1]["text"] == prompts.question(sample)
 
 

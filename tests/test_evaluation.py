@@ -135,8 +135,8 @@ def test_the_shuffled_frames_are_the_ordered_ones_in_the_order_of_the_seed(
         )  # fmt: skip
         ordered, shuffled = engine.prompts[:2]
         assert shuffled.permutation is not None
-        assert torch.equal(shuffled.media.frames, ordered.media.frames[shuffled.permutation])
-        assert not torch.equal(shuffled.media.frames, ordered.media.frames)
+        assert torch.equal(shuffled.media[0].frames, ordered.media[0].frames[shuffled.permutation])
+        assert not torch.equal(shuffled.media[0].frames, ordered.media[0].frames)
         permutations.append([prompt.permutation.tolist() for prompt in engine.prompts[1::2]])  # type: ignore
     assert permutations[0] == permutations[1]
     assert permutations[0] != permutations[2]
@@ -271,7 +271,7 @@ def test_what_is_answered_is_not_decoded_again(
     engine = ScriptedEngine()
     summary = evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8])
     assert asked == [(8,)]
-    assert [len(prompt.media.frames) for prompt in engine.prompts] == [8] * 4
+    assert [prompt.frames for prompt in engine.prompts] == [8] * 4
     assert list(summary["frames"]) == ["4", "8"]
 
 
@@ -379,7 +379,7 @@ def test_frame_counts_have_their_own_predictions(builder: PromptBuilder, media: 
     engine = ScriptedEngine()
     summary = evaluate([sample(1, media)], engine, builder, folder=tmp_path, frames=[4, 8])
     assert list(summary["frames"]) == ["4", "8"]
-    assert [len(prompt.media.frames) for prompt in engine.prompts] == [4, 4, 8, 8]
+    assert [prompt.frames for prompt in engine.prompts] == [4, 4, 8, 8]
     assert lines(tmp_path / "predictions-4.jsonl")[0]["frames"] == 4
     assert len(lines(tmp_path / "predictions-8.jsonl")) == 2
 

@@ -303,4 +303,4 @@ def test_training_and_evaluation_share_the_frames(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(frame_cache, "read_media_at", None)
     rl = TGRPOTrainer(checkpoint, args=TGRPOConfig(**settings, beta=0.0), train_dataset=str(manifest))
     for (prompt, _), question in zip(read, sft.train_dataset, strict=True):  # type: ignore
-        assert same(rl.load(question), prompt.media)
+        assert same(rl.load(question)[0], prompt.media[0])

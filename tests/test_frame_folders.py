@@ -214,7 +214,7 @@ def test_contrasts_shuffle_the_frames(tmp_path: Path) -> None:
     question = clip_of(frames_in(tmp_path / "clip", range(8)))
     media = read_media(question, replace(SMALL, seconds=0))
     prompt = contrast_prompt(question, media, TextPrompts(), "reversed", derived_generator(0))
-    assert prompt is not None and torch.equal(prompt.media.frames, media.frames.flip(0))
+    assert prompt is not None and torch.equal(prompt.media[0].frames, media.frames.flip(0))
 
 
 def test_data_check_counts_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

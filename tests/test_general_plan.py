@@ -48,7 +48,7 @@ def longest_prompt(family: str, tokens: int) -> Prompt:
         name: torch.cat([value, torch.zeros_like(more)]) if name == "mm_token_type_ids" else value
         for name, value in built.features.items()
     }
-    return Prompt(torch.cat([built.input_ids, more]), features, clip, None, [])
+    return Prompt(torch.cat([built.input_ids, more]), features, (clip,), None, [])
 
 
 @pytest.mark.parametrize("stage", ["rl", "sft"])

@@ -294,7 +294,11 @@ def test_rows_that_cannot_be_read(shelf: Path, tmp_path: Path) -> None:
     ("row", "reason"),
     [
         (
-            {"messages": [{"role": "user", "content": "<video><video>q"}], "videos": ["cup", "ball"]},
+            {
+                "messages": [{"role": "user", "content": "q"}],
+                "videos": ["cup"],
+                "images": ["sign"],
+            },
             "several media",
         ),
         ({"messages": [{"role": "user", "content": "q"}] * 2, "videos": ["cup"]}, "several questions"),

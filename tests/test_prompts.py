@@ -15,8 +15,9 @@ import torch
 from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
 
 from video_r1.data.media import Media
-from video_r1.data.prompts import PromptBuilder, load_template, response_text, subtitle_text
+from video_r1.data.prompts import PromptBuilder, response_text
 from video_r1.data.records import ProblemType, Sample
+from video_r1.data.templates import load_template, subtitle_text
 from video_r1.errors import ConfigError, PromptError
 
 PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
@@ -169,8 +170,8 @@ def test_shuffled_prompt_differs_in_frame_order_only(family: str) -> None:
     after = by_frame(shuffled.features["pixel_values_videos"])
     assert torch.equal(after, before[permutation])
     assert not torch.equal(after, before)
-    assert torch.equal(shuffled.media.frames[0], frames[3])
-    assert torch.equal(shuffled.media.timestamps, clip.timestamps)
+    assert torch.equal(shuffled.media[0].frames[0], frames[3])
+    assert torch.equal(shuffled.media[0].timestamps, clip.timestamps)
 
 
 def test_too_long_prompt_is_an_error_with_its_figures() -> None:

@@ -150,7 +150,7 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     (prompt,) = asked
     expected = "What will the person do next?Options:\nA. Wash.\nB. Close.\n\n" + THINK + LETTER
     assert prompt.messages[-1]["content"][-1] == {"type": "text", "text": expected}
-    assert len(prompt.media.frames) == 8  # of four seconds, not of the one of the window
+    assert prompt.frames == 8  # of four seconds, not of the one of the window
     (record,) = [json.loads(line) for line in (tmp_path / "o/mvbench/predictions-16.jsonl").open()]
     assert record["prediction"] == protocol.read_answer(record["output"])
     summary = json.loads((tmp_path / "o/summary.json").read_text())

@@ -12,8 +12,7 @@ from tiny_models import moving_square, write_clip
 from tiny_questions import write_manifest
 
 from video_r1.data import frame_cache
-from video_r1.data.media import Media
-from video_r1.data.reading import Batch, Reader, quarantined
+from video_r1.data.reading import Batch, Clips, Reader, quarantined
 from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import MediaError, PromptError
 from video_r1.settings.frames import FrameBudget
@@ -27,10 +26,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
     return load_manifest(write_manifest(tmp_path_factory.mktemp("data"), bad=(1,)))
 
 
-def number_and_frames(sample: Sample, media: Media) -> tuple[int, int]:
+def number_and_frames(sample: Sample, media: Clips) -> tuple[int, int]:
     if sample.problem_id == 3:
         raise PromptError("too long")
-    return int(sample.problem_id), len(media.frames)
+    return int(sample.problem_id), len(media[0].frames)
 
 
 def test_batches_come_in_order_with_what_cannot_be_used(samples: list[Sample]) -> None:
@@ -60,7 +59,7 @@ def test_each_frame_count_is_a_batch_of_its_own_from_one_decoding(
     monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: decoded.append(c) or real(s, b, c))
     with Reader(BUDGET) as reader:
         read = reader.batches([Batch(questions[:2], (2, 6)), Batch(questions[2:], (2, 6))], lambda s, m: m)
-        frames = [[len(media.frames) for media in medias if isinstance(media, Media)] for medias in read]
+        frames = [[len(media[0].frames) for media in medias if isinstance(media, tuple)] for medias in read]
     assert frames == [[2, 2], [6, 6]] * 2
     assert decoded == [(2, 6)]  # the second batch is about the clip of the first one
 
@@ -80,7 +79,7 @@ def test_no_more_is_read_ahead_than_asked_for(samples: list[Sample], ahead: int)
 
 
 def test_what_is_built_raises_is_raised_and_a_closed_reader_can_be_used_again(samples: list[Sample]) -> None:
-    def broken(sample: Sample, media: Media) -> None:
+    def broken(sample: Sample, media: Clips) -> None:
         raise ZeroDivisionError
 
     reader = Reader(BUDGET, threads=1)
@@ -90,5 +89,5 @@ def test_what_is_built_raises_is_raised_and_a_closed_reader_can_be_used_again(sa
         names = [reader.submit(lambda: threading.current_thread().name).result() for _ in range(2)]
         assert len(set(names)) == 1 and names[0].startswith("media")
         assert torch.equal(
-            reader.submit(reader.media, samples[0]).result().frames, reader.media(samples[0]).frames
+            reader.submit(reader.media, samples[0]).result()[0].frames, reader.media(samples[0])[0].frames
         )

@@ -401,4 +401,4 @@ def test_a_source_that_is_nothing_known(monkeypatch):
 
 
 def test_fields_are_those_of_the_sample():
-    assert {*FIELDS, "extra"} == set(Sample.__dataclass_fields__)
+    assert {*FIELDS, "extra", "more_paths"} == set(Sample.__dataclass_fields__)

@@ -247,10 +247,10 @@ def test_the_contrast_is_named(browser: FilePage, tmp_path: Path) -> None:
 
 def test_a_frame_can_be_shown_large(browser: FilePage, tmp_path: Path) -> None:
     group = group_of()
-    wide = group.prompt.media.frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
-    media = replace(group.prompt.media, frames=wide)
+    wide = group.prompt.media[0].frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
+    media = replace(group.prompt.media[0], frames=wide)
     record_group(
-        tmp_path, 10, replace(group, prompt=replace(group.prompt, media=media)), p=0.5, p_shuffled=0.0
+        tmp_path, 10, replace(group, prompt=replace(group.prompt, media=(media,))), p=0.5, p_shuffled=0.0
     )
     browser.open(build_report(tmp_path), width=1280)
     width = "document.querySelector('{}').getBoundingClientRect().width"

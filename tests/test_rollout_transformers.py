@@ -122,7 +122,7 @@ def test_logprobs_equal_a_plain_forward(family: str, temperature: float, top_p: 
 def test_logprobs_equal_those_of_the_update(family: str) -> None:
     """Also for a clip so long that its time positions reach beyond the prompt's text."""
     model, prompts = build_model(family), build_prompts(family)
-    media = prompts[0].media
+    (media,) = prompts[0].media
     long_clip = Media(media.frames, media.timestamps * 300, 1200.0, "video")
     prompts.append(PromptBuilder(PROCESSORS[family]).build(QUESTION, long_clip))
     engine = TransformersEngine(model, PROCESSORS[family])

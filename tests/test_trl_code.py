@@ -152,7 +152,7 @@ def test_rows_that_are_no_question_are_all_named(tmp_path: Path) -> None:
     rows = [
         {"prompt": "What?", "image": picture},
         {"prompt": [{"role": "assistant", "content": "Yes."}], "image": picture},
-        {"prompt": "What?", "images": [picture, picture]},
+        {"prompt": "What?", "images": []},
         {"prompt": 3, "image": picture},
         {"prompt": "What?", "image": 3},
     ]
@@ -185,7 +185,7 @@ def test_a_row_may_be_a_chat_of_several_turns(checkpoint: Path, manifest: Path) 
     said = ["Be short.", "<|video_pad|>", "Is there a square?", "Yes.", "Which way does it move?"]
     places = [text.index(part) for part in said]
     assert places == sorted(places) and "Think within" not in text
-    request = chat_request("m", prompt.messages, media, "video", SamplingSettings(), 1, 0)["messages"]
+    request = chat_request("m", prompt, "video", SamplingSettings(), 1, 0)["messages"]
     assert [message["role"] for message in request] == [turn["role"] for turn in CHAT]
     assert [part["type"] for part in request[1]["content"]] == ["video_url", "text"]
     assert request[2]["content"] == "Yes."

@@ -14,7 +14,7 @@ import pytest
 import torch
 from server_process import ServerProcess
 from tiny_models import FAMILIES, HYBRID, has_timestamps, tiny_model, tiny_processor
-from vllm_prompts import check_hand_over, clip_prompts, rare_prompts
+from vllm_prompts import check_hand_over, clip_prompts, rare_prompts, several_prompts
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
@@ -38,7 +38,8 @@ def model_of(family: str) -> Any:
 
 def prompts_of(family: str) -> list[Prompt]:
     processor = tiny_processor(family)
-    return clip_prompts(processor) + rare_prompts(processor)
+    first, *clips = clip_prompts(processor)
+    return [first, *clips, *several_prompts(processor), *clips[-1:], *rare_prompts(processor)]
 
 
 def patches(calls: Sequence[dict[str, Any]]) -> set[bytes]:
@@ -136,9 +137,9 @@ def test_visuals_of_a_prompt(family: str) -> None:
         visuals = visuals_of(prompt, torch.float32)
         places = [place for visual in visuals for place in range(visual.first, visual.first + visual.length)]
         assert places == prompt.features["mm_token_type_ids"].nonzero().view(-1).tolist()
-        kind = prompt.media.kind
-        steps = int(prompt.features[f"{kind}_grid_thw"][0, 0])
-        assert len(visuals) == (steps if has_timestamps(family) else 1)
+        grids = prompt.features[f"{prompt.media[0].kind}_grid_thw"]
+        steps = int(grids[:, 0].sum())
+        assert len(visuals) == (steps if has_timestamps(family) else len(grids))
         pixels = [tensor for visual in visuals for name, tensor in visual.tensors.items() if "pixel" in name]
         (expected,) = (tensor for name, tensor in prompt.features.items() if "pixel" in name)
         assert torch.equal(torch.cat(pixels), expected)

@@ -143,8 +143,8 @@ def test_shuffled_frames_reach_vllm(
     seen = [given["pixel_values_videos"].numpy().tobytes() for given in received if "video_grid_thw" in given]
     for group in groups:
         assert group.shuffled_prompt is not None
-        frames, permutation = group.prompt.media.frames, group.shuffled_prompt.permutation
-        assert torch.equal(group.shuffled_prompt.media.frames, frames[permutation])
+        frames, permutation = group.prompt.media[0].frames, group.shuffled_prompt.permutation
+        assert torch.equal(group.shuffled_prompt.media[0].frames, frames[permutation])
         ordered, shuffled = (
             prompt.features["pixel_values_videos"].numpy().tobytes()
             for prompt in (group.prompt, group.shuffled_prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,28 @@ def clip_prompts(processor: Any) -> list[Prompt]:
     ]
 
 
+def several_prompts(processor: Any) -> list[Prompt]:
+    """Two clips of different sizes, the second of one time step; the first in another order; three images."""
+    builder, side, clip = (
+        PromptBuilder(processor),
+        size_multiple(processor),
+        clip_prompts(processor)[0].media[0],
+    )
+    times = torch.arange(2, dtype=torch.float64) / 3
+    frames = torch.from_numpy(moving_square(2, 3 * side, 2 * side)).permute(0, 3, 1, 2).contiguous()
+    clips = [clip, Media(frames, times, 0.6, "video")]
+    question = replace(QUESTION, problem="Is <video> as <video>?", more_paths=("y",))
+    images = [Media(frames[:1, :, : side * (place + 1)], times[:1], 0.0, "image") for place in range(3)]
+    return [
+        builder.build(question, clips),
+        builder.build(question, clips, torch.tensor([2, 0, 3, 1, 7, 6, 5, 4, 8, 9])),
+        builder.build(replace(COUNT, more_paths=("y", "z")), images),
+    ]
+
+
 def rare_prompts(processor: Any) -> list[Prompt]:
     """A clip of one time step, one whose frames are all the same, and a question without frames."""
-    builder, clip = PromptBuilder(processor), clip_prompts(processor)[0].media
+    builder, clip = PromptBuilder(processor), clip_prompts(processor)[0].media[0]
     return [
         builder.build(QUESTION, Media(clip.frames[:2], clip.timestamps[:2], 1.0, "video")),
         builder.build(QUESTION, clip, torch.full((8,), 3), "frozen"),

@@ -11,9 +11,9 @@ from video_r1.annotation.runner import Counts, annotate, rejected_path
 from video_r1.annotation.teachers import EngineTeacher, Teacher
 from video_r1.data.frame_cache import open_frame_cache
 from video_r1.data.places import media_root_of
-from video_r1.data.prompts import load_template
 from video_r1.data.reading import Reader
 from video_r1.data.records import Sample, load_manifest
+from video_r1.data.templates import load_template
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.files import digest
 from video_r1.processes import decided_by_first, process_group
@@ -74,6 +74,7 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
                 [s.problem_id, s.problem, s.options, s.solution, s.path, s.start, s.end]
                 + ([s.subtitles] if settings.subtitles else [])
                 + ([s.fps] if s.fps else [])
+                + [*s.more_paths]
                 for s in samples
             ]
         ),

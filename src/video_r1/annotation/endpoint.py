@@ -6,7 +6,7 @@ from typing import Any
 
 from video_r1.annotation.teachers import Answered, Failed, Question, sample_seed
 from video_r1.data.frame_cache import open_frame_cache, read_cached
-from video_r1.data.prompts import load_template
+from video_r1.data.prompts import TextPrompts
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
@@ -36,7 +36,7 @@ class EndpointTeacher:
     ) -> None:
         self.settings, self.endpoint, self.model = settings, endpoint, model
         self.frames_as: FramesAs = frames_as
-        self._template = load_template(settings.prompt_template, settings.subtitles)
+        self._prompts = TextPrompts(settings.prompt_template, settings.subtitles)
         self._budget = settings.frame_budget(FrameBudget().size_multiple)
         self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
@@ -68,10 +68,10 @@ class EndpointTeacher:
         sampling = SamplingSettings.of(settings)
 
         def request(n: int, drawn: int) -> dict[str, Any]:
-            media = read_cached(sample, self._budget, self._frame_cache)
+            media = [read_cached(file, self._budget, self._frame_cache) for file in sample.files]
             seed = sample_seed(settings.seed, sample.problem_id, drawn)
-            text = self._template.render(sample)
-            body = chat_request(self.model, text, media, self.frames_as, sampling, n, seed)
+            prompt = self._prompts.build(sample, media)
+            body = chat_request(self.model, prompt, self.frames_as, sampling, n, seed)
             return body | settings.request_fields
 
         try:

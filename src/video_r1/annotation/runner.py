@@ -206,11 +206,12 @@ def kept_row(sample: Sample, completion: Completion, verdict: Verdict, root: str
     """
     assert verdict.kept is not None  # the caller asks for kept ones only
     chosen = verdict.judged[verdict.kept]
+    paths = [path_below(root, path) for path in sample.paths]
     row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
     return {
         **row,
         "process": f"<think>{rationale_of(completion.text)}</think>",
-        "path": path_below(root, sample.path),
+        "path": paths if len(paths) > 1 else paths[0],
         **sample.extra,
         "annotation": {
             "answer": chosen.answer,

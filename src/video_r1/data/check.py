@@ -40,20 +40,23 @@ def check_media(
         rows: the row number of each sample, for the problems. Default: its place in `samples`, from 1.
     """
     numbers = rows if rows is not None else range(1, len(samples) + 1)
-    users: dict[tuple[str | float | None, ...], list[int]] = {}
+    files: dict[
+        tuple[str | float | None, ...], tuple[Sample, list[int]]
+    ] = {}  # with the questions about each
     for place, sample in enumerate(samples):
-        users.setdefault(sample.shown, []).append(place)
+        for file in sample.files:
+            files.setdefault(file.shown, (file, []))[1].append(place)
 
     failed: dict[int, str] = {}
     video_seconds = 0.0
     workers = workers or os.cpu_count() or 1
     with (
         Reader(budget or FrameBudget(), threads=workers) as reader,
-        Progress(len(users), "checking media", "files") as bar,
+        Progress(len(files), "checking media", "files") as bar,
     ):
-        batches = (Batch([samples[places[0]]]) for places in users.values())
-        durations = reader.batches(batches, lambda _, media: media.duration, 2 * workers)
-        for places, (found,) in zip(users.values(), durations, strict=True):
+        batches = (Batch([file]) for file, _ in files.values())
+        durations = reader.batches(batches, lambda _, media: media[0].duration, 2 * workers)
+        for (_, places), (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):
                 video_seconds += found
             else:
@@ -61,7 +64,7 @@ def check_media(
             bar.update(bad=len(failed)) if failed else bar.update()
     problems = [Problem(numbers[place], samples[place].problem_id, failed[place]) for place in sorted(failed)]
     usable = [sample for place, sample in enumerate(samples) if place not in failed]
-    return MediaCheck(problems, usable, len(users), video_seconds)
+    return MediaCheck(problems, usable, len(files), video_seconds)
 
 
 def format_counts(samples: Sequence[Sample]) -> str:

@@ -17,12 +17,12 @@ Shuffled and reversed may act on pairs of frames, the temporal patches of the Qw
 then 6 7 4 5 2 3 0 1. A tower sees one pair at a time, so that features are permuted as the pairs are.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
-from video_r1.data.media import Media, shuffled_order
+from video_r1.data.media import Shown, clips_of, shuffled_order
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.records import Sample
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit
@@ -43,6 +43,21 @@ def contrast_frames(
         return _CONTRASTS[contrast](frames, generator)
     patches = torch.arange(frames).split(TEMPORAL_PATCH)
     return torch.cat([patches[i] for i in _CONTRASTS[contrast](len(patches), generator)])
+
+
+def contrast_order(
+    contrast: Contrast, clips: Sequence[int], generator: Generator, unit: ContrastUnit = "frame"
+) -> Tensor | None:
+    """`contrast_frames` of each of several clips, drawn one after the other; numbers count on through them.
+
+    clips: the frames of each. One that is too short for the contrast keeps its order; None where all are.
+    """
+    found = [contrast_frames(contrast, frames, generator, unit) for frames in clips]
+    if all(order is None for order in found):
+        return None
+    orders = [torch.arange(n) if order is None else order for order, n in zip(found, clips, strict=True)]
+    firsts = [sum(clips[:place]) for place in range(len(clips))]
+    return torch.cat([first + order for first, order in zip(firsts, orders, strict=True)])
 
 
 def reversed_order(frames: int, generator: Generator) -> Tensor:
@@ -73,21 +88,22 @@ def blind(frames: int, generator: Generator) -> Tensor:
 
 def contrast_prompt(
     sample: Sample,
-    media: Media,
+    media: Shown,
     builder: TextPrompts,
     contrast: Contrast,
     generator: Generator,
     unit: ContrastUnit = "frame",
 ) -> Prompt | None:
-    """The question about the contrast clip; None for a clip that is too short, or an image (of one frame).
+    """The question about the contrast clip, of several clips each one's; None where all are too short, as
+    images (of one frame) are.
 
     Raises PromptError.
     """
-    shown = contrast_frames(contrast, len(media.frames), generator, unit)
+    shown = contrast_order(contrast, [len(clip.frames) for clip in clips_of(media)], generator, unit)
     return None if shown is None else builder.build(sample, media, shown, contrast)
 
 
-def blind_prompt(sample: Sample, media: Media, builder: TextPrompts) -> Prompt:
+def blind_prompt(sample: Sample, media: Shown, builder: TextPrompts) -> Prompt:
     """The question alone, of an image too. Raises PromptError."""
     return builder.build(sample, media, torch.empty(0, dtype=torch.long), "blind")
 

@@ -193,9 +193,12 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
             file.
+        ValueError: the sample has several files; read each of `sample.files`.
         VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
         ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
     """
+    if sample.more_paths:
+        raise ValueError(f"question {sample.problem_id!r} has {len(sample.paths)} files; read each of them")
     if local_file(sample.path) is None or sample.path.startswith(TABLE):
         with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(sample.path) as path:
             try:

@@ -8,6 +8,7 @@ which frames are taken and how large they become is decided here.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -49,6 +50,27 @@ class Media:
         all_there = len(permutation) == len(self.frames)
         times = self.timestamps if all_there else self.timestamps[permutation]
         return replace(self, frames=self.frames[permutation], timestamps=times)
+
+
+Shown = Media | Sequence[Media]
+"""What a question shows: one clip or image, or several in order."""
+
+
+def clips_of(shown: Shown) -> tuple[Media, ...]:
+    """The clips or images one by one."""
+    return (shown,) if isinstance(shown, Media) else tuple(shown)
+
+
+def reordered(shown: Sequence[Media], permutation: Tensor) -> tuple[Media, ...]:
+    """`Media.reordered` of each. permutation: frames by number, which count on from one to the next; every
+    frame stays in its own clip.
+    """
+    parts, first = [], 0
+    for media in shown:
+        own = permutation - first
+        parts.append(media.reordered(own[(own >= 0) & (own < len(media.frames))]))
+        first += len(media.frames)
+    return tuple(parts)
 
 
 def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:

@@ -1,54 +1,23 @@
-"""Prompts: the only templates, and a Sample's model inputs in one frame order.
-
-A template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}` (`{{` and
-`}}` stand for single braces). A line that holds only `{options}` or `{subtitles}` is left out when the
-question has none. A template file may also replace the answer hints, one line a problem type, anywhere:
-
-    {question}
-    {options}
-    Think first, then answer. {hint}
-    #hint multiple choice: Answer with one letter.
-    #hint OCR: Answer with the text that you read.
-
-Types without such a line keep the hint of `ANSWER_HINTS`.
-"""
+"""Prompts: a Sample's model inputs in one frame order, its text by a template (templates.py)."""
 
 import math
-import string
 import threading
-from collections.abc import Mapping
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from video_r1.data.grounding import GROUNDING_HINTS
-from video_r1.data.media import Media
+from video_r1.data.media import Media, Shown, clips_of, reordered
 from video_r1.data.records import Sample
-from video_r1.errors import ConfigError, PromptError
-from video_r1.settings.carried import template_text
+from video_r1.data.templates import Template, load_template
+from video_r1.errors import PromptError
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order
-from video_r1.settings.shared import ProblemType
 
-# Few words on purpose: small models with their own tokenizer read the same text.
-INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
-ANSWER_HINTS: dict[ProblemType, str] = {
-    "multiple choice": "Give the letter only.",
-    "numerical": "Give a number.",
-    "OCR": "Give the text.",
-    "free-form": "Give a sentence.",
-    "regression": "Give a number.",
-    "math": "Give a value or an expression.",
-    **GROUNDING_HINTS,
-}
-DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
-DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"
-PLACEHOLDERS = ("question", "options", "hint", "subtitles")
 TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with a value for each token
-SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
 # Held while a tokenizer is used: fast ones keep settings (padding, cutting) that a call may have to change.
 # A call in another thread that meets this is refused ("Already borrowed"), or gets the other's settings.
 _TOKENIZING = threading.Lock()
@@ -60,18 +29,19 @@ class Prompt:
 
     input_ids: [P] int64, the chat with its visual placeholders expanded.
     features: what the model's forward takes besides ids and mask, for this prompt alone, by its processor's
-        names. Of Qwen models: `pixel_values` [patches, dim] float32 and `image_grid_thw` [1, 3] for an image,
-        `pixel_values_videos` and `video_grid_thw` for a video, `second_per_grid_ts` [1] float32 (Qwen2.5-VL),
+        names. Of Qwen models: `pixel_values` [patches, dim] float32 and `image_grid_thw` [n, 3] for n images,
+        `pixel_values_videos` and `video_grid_thw` for videos, `second_per_grid_ts` [n] float32 (Qwen2.5-VL),
         `mm_token_type_ids` [P].
-    media: the frames in the order in which the model sees them; none for a blind prompt.
-    permutation: [T] int64, tile i shows frame permutation[i]; None for the clip's own order.
+    media: each clip or image, its frames in the order in which the model sees them; none in a blind prompt.
+    permutation: [T] int64, tile i shows frame permutation[i] of all clips' frames one after the other; None
+        for the clips' own order.
     messages: the chat, for engines that tokenise themselves.
     contrast: what the permutation is, where there is one.
     """
 
     input_ids: Tensor
     features: dict[str, Tensor]
-    media: Media
+    media: tuple[Media, ...]
     permutation: Tensor | None
     messages: list[dict[str, Any]]
     contrast: Contrast = "shuffled"
@@ -81,9 +51,14 @@ class Prompt:
         return "ordered" if self.permutation is None else self.contrast
 
     @property
+    def frames(self) -> int:
+        """How many it shows; 0 of a blind prompt."""
+        return sum(len(media.frames) for media in self.media)
+
+    @property
     def patches(self) -> Tensor | None:
-        """[T/2] int64: temporal patch i shows the clip's patch patches[i]. None where frames are in order, or
-        make other pairs than in the clip.
+        """[T/2] int64: temporal patch i shows patch patches[i] of the clips'. None where frames are in order,
+        or make other pairs than in a clip.
         """
         if self.permutation is None or len(self.permutation) == 0 or len(self.permutation) % TEMPORAL_PATCH:
             return None
@@ -91,86 +66,6 @@ class Prompt:
         patches = pairs[:, 0] // TEMPORAL_PATCH
         whole = torch.equal(pairs, patches[:, None] * TEMPORAL_PATCH + torch.arange(TEMPORAL_PATCH))
         return patches if whole else None
-
-
-@dataclass(frozen=True, slots=True)
-class Template:
-    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type."""
-
-    text: str
-    hints: Mapping[ProblemType, str]
-
-    def render(self, sample: Sample) -> str:
-        fields = {
-            "question": sample.problem,
-            "options": "\n".join(sample.options),
-            "hint": self.hints[sample.problem_type],
-            "subtitles": subtitle_text(sample.subtitles),
-        }
-        left_out = [f"{{{name}}}" for name in ("options", "subtitles") if not fields[name]]
-        lines = (line for line in self.text.splitlines() if line.strip() not in left_out)
-        return "\n".join(lines).format(**fields)
-
-    def direct(self) -> "Template":
-        """For the answer alone: without the instruction to think, with the same hints."""
-        return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints)
-
-    def __str__(self) -> str:
-        """The whole template as a file has it."""
-        return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
-
-
-def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> str:
-    """A row's subtitles behind a heading, as a prompt has them; "" without any. Of longer ones stay the first
-    whole lines that have `limit` characters together, and a line that says how many characters are gone."""
-    if not subtitles:
-        return ""
-    shown = subtitles
-    if len(subtitles) > limit:
-        shown = subtitles[: limit + 1].rpartition("\n")[0] or subtitles[:limit]
-        shown += f"\n({len(subtitles) - len(shown)} more characters of subtitles)"
-    return f"Subtitles:\n{shown}\n"
-
-
-def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
-    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError.
-
-    subtitles: put a line for them first, unless the template says where they go.
-    """
-    template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS) if path is None else _read_template(path)
-    if not subtitles or "{subtitles}" in template.text:
-        return template
-    return Template("{subtitles}\n" + template.text, template.hints)
-
-
-def _read_template(path: str | Path) -> Template:
-    try:
-        return _parsed(template_text(Path(path)).strip().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
-    except ValueError as error:
-        raise ConfigError(f"prompt template {path}: {error}") from error
-
-
-def _parsed(lines: list[str]) -> Template:
-    """Raises ValueError, which says what is wrong."""
-    hints, types = dict(ANSWER_HINTS), get_args(ProblemType)
-    for line in (line for line in lines if line.startswith("#hint ")):
-        problem_type, colon, hint = line.removeprefix("#hint ").partition(":")
-        if not colon or problem_type.strip() not in types:
-            raise ValueError(f"{line!r} must read '#hint TYPE: words', with a TYPE of {', '.join(types)}")
-        hints[problem_type.strip()] = hint.strip()  # type: ignore[index]
-    text = "\n".join(line for line in lines if not line.startswith("#hint "))
-    try:
-        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
-    except ValueError as error:
-        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are no placeholder") from error
-    for field in sorted(fields.difference(PLACEHOLDERS)):
-        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-        raise ValueError(f"unknown placeholder {{{field}}}; known are {known}")
-    if not fields >= {"question", "options"}:
-        raise ValueError("it must contain {question} and {options}")
-    return Template(text, hints)
 
 
 def response_text(sample: Sample) -> str:
@@ -215,30 +110,60 @@ class TextPrompts:
             return "\n".join(message["content"] for message in sample.messages)
         return self.template.render(sample)
 
-    def _chat(self, sample: Sample, visuals: list[dict[str, str]]) -> list[dict[str, Any]]:
-        """The chat: one message by the template, or the sample's own. Visuals begin the first question."""
+    def _chat(self, sample: Sample, visuals: Sequence[list[dict[str, str]]]) -> list[dict[str, Any]]:
+        """The chat: one message by the template, or the sample's own. The visuals of each file stand at its
+        mark in the text, without marks before the first question.
+        """
         text = self.question(sample)
         said = sample.messages or ({"role": "user", "content": text},)
-        chat = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in said]
-        first = next(turn for turn in chat if turn["role"] == "user")
-        first["content"] = [*visuals, *first["content"]]
+        if is_marked(sample, text):
+            pieces = [turn["content"].split(sample.mark) for turn in said]
+        else:
+            first = next(place for place, turn in enumerate(said) if turn["role"] == "user")
+            before = [""] * len(visuals)
+            pieces = [[*before * (place == first), turn["content"]] for place, turn in enumerate(said)]
+        waiting, chat = iter(visuals), []
+        for turn, (start, *others) in zip(said, pieces, strict=True):
+            behind = [part for piece in others for part in (*next(waiting), *_parts(piece))]
+            chat.append({**turn, "content": [*_parts(start), *behind]})
         return chat
 
     def build(
-        self, sample: Sample, media: Media, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
+        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
-        """The prompt of a question. `permutation` [T]: which frames it shows, by number, in place of all in
-        order; all else stays as it is. Without any frame it has no visuals. contrast: what that is called.
+        """The prompt of a question. media: of each of its files. `permutation` [T]: which frames it shows, by
+        number, in place of all in order (`Prompt.permutation`); all else stays as it is. Without any frame it
+        has no visuals. contrast: what that is called.
         """
+        shown = clips_of(media)
+        if len(shown) != len(sample.paths):
+            raise ValueError(f"{len(shown)} clips or images for a question about {len(sample.paths)}")
         if permutation is not None:
-            media = media.reordered(permutation)
-        visuals = self._visuals(media) if len(media.frames) else []
+            shown = reordered(shown, permutation)
+        visuals = [self._visuals(one) if len(one.frames) else [] for one in shown]
         nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(nothing, {}, media, permutation, self._chat(sample, visuals), contrast)
+        return Prompt(nothing, {}, shown, permutation, self._chat(sample, visuals), contrast)
 
     def _visuals(self, media: Media) -> list[dict[str, str]]:
         """How a message names what it shows."""
         return [{"type": media.kind}]
+
+
+def is_marked(sample: Sample, text: str) -> bool:
+    """Whether the text says by marks where each of the sample's files goes. Another number of marks is plain
+    text of a question about one file; of one about several it raises PromptError.
+    """
+    marks, count = text.count(sample.mark), len(sample.paths)
+    if count > 1 and marks not in (0, count):
+        raise PromptError(
+            f"question {sample.problem_id!r}: its prompt has the mark {sample.mark} {marks} times for "
+            f"{count} files; write it once for each, or nowhere, in the record and the template"
+        )
+    return marks == count
+
+
+def _parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}] if text else []
 
 
 class PromptBuilder(TextPrompts):
@@ -278,37 +203,52 @@ class PromptBuilder(TextPrompts):
     def question(self, sample: Sample) -> str:
         """Raises PromptError when the record's text holds one of the tokenizer's special tokens."""
         text = super().question(sample)
-        self._refuse_special_tokens(text, sample)
+        marked = is_marked(sample, text)
+        self._refuse_special_tokens(text.replace(sample.mark, "") if marked else text, sample)
         return text
 
     def build(
-        self, sample: Sample, media: Media, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
+        self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
         """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
         plain = super().build(sample, media, permutation, contrast)
         text = chat_text(self.processor, plain.messages, add_generation_prompt=True)
-        media = plain.media
-        self._check_frames(sample, media)
+        for shown in plain.media:
+            self._check_frames(sample, shown)
         with _TOKENIZING:
-            if len(media.frames) == 0:
+            if plain.frames == 0:
                 encoded = self.processor(text=[text], return_tensors="pt")
-            elif media.kind == "image" or not self.takes_videos:
-                encoded = self.processor(text=[text], images=[list(media.frames)], **self._settings)
+            elif plain.media[0].kind == "image" or not self.takes_videos:
+                images = [frame for shown in plain.media for frame in shown.frames]
+                encoded = self.processor(text=[text], images=[images], **self._settings)
             else:
-                settings = self._settings | self._video_settings | {"video_metadata": [video_metadata(media)]}
-                encoded = self.processor(text=[text], videos=[[media.frames]], **settings)
+                metadata = {"video_metadata": [video_metadata(shown) for shown in plain.media]}
+                settings = self._settings | self._video_settings | metadata
+                videos = [shown.frames for shown in plain.media]
+                try:
+                    encoded = self.processor(text=[text], videos=[videos], **settings)
+                except ValueError as error:
+                    if len({len(frames) for frames in videos}) == 1:
+                        raise
+                    counts = " and ".join(str(len(frames)) for frames in videos)
+                    raise PromptError(
+                        f"question {sample.problem_id!r}: the model's processor does not take clips of "
+                        f"{counts} frames together; give all clips as many (min_frames and max_frames)"
+                    ) from error
         features = {k: v for k, v in encoded.items() if isinstance(v, Tensor) and k != "attention_mask"}
         input_ids = features.pop("input_ids")[0]
         features |= {name: features[name][0] for name in TOKEN_FEATURES if name in features}
         if len(input_ids) > self.max_prompt_length:
+            count = len(plain.media)
+            of_several = f" (of {count} {sample.data_type}s)" if count > 1 else ""
             raise PromptError(
                 f"question {sample.problem_id!r}: its prompt has {len(input_ids)} tokens, "
-                f"{self.visual_tokens(input_ids)} of them visual; the limit (max_prompt_length) is "
-                f"{self.max_prompt_length}. Take fewer or smaller frames, or raise the limit"
+                f"{self.visual_tokens(input_ids)} of them visual{of_several}; the limit (max_prompt_length) "
+                f"is {self.max_prompt_length}. Take fewer or smaller frames, or raise the limit"
             )
         return replace(plain, input_ids=input_ids, features=features)
 
-    def build_with_response(self, sample: Sample, media: Media, response: str) -> tuple[Prompt, Tensor]:
+    def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
         """The ordered prompt and the response's token ids [L] int64, the end-of-turn token included.
 
         Raises PromptError as `build` does, and for an empty response or special tokens in it.

@@ -19,7 +19,7 @@ import torch
 
 from video_r1.data.contrasts import contrast_prompt
 from video_r1.data.frame_cache import FrameCache, read_cached, read_cached_at
-from video_r1.data.media import Media
+from video_r1.data.media import Media, Shown
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError
@@ -28,7 +28,8 @@ from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 
 Item = TypeVar("Item")
 Built = TypeVar("Built")
-Clip = list[Media] | MediaError  # one for each frame count
+Clips = tuple[Media, ...]  # of a sample: one, or as many as its files
+Clip = list[Clips] | MediaError  # one for each frame count
 Reading = list[tuple[Sample, Future[Clip]]]  # of one batch
 Unusable = MediaError | PromptError
 """Why nothing can be made of a question: an answer like any other where questions are counted."""
@@ -55,16 +56,16 @@ class Reader:
         self._reading = ThreadPoolExecutor(self.threads, thread_name_prefix="media")
         self._building = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
-    def media(self, sample: Sample) -> Media:
+    def media(self, sample: Sample) -> Clips:
         """What a sample is about, read while the caller waits. Raises MediaError."""
-        return read_cached(sample, self.budget, self.frame_cache)
+        return tuple(read_cached(file, self.budget, self.frame_cache) for file in sample.files)
 
     def submit(self, work: Callable[..., Item], *arguments: Any) -> Future[Item]:
         """`work(*arguments)` in a reading thread, after what was asked for before."""
         return self._reading.submit(work, *arguments)
 
     def batches(
-        self, batches: Iterable[Batch], build: Callable[[Sample, Media], Built], ahead: int = 1
+        self, batches: Iterable[Batch], build: Callable[[Sample, Clips], Built], ahead: int = 1
     ) -> Iterator[list[Built | Unusable]]:
         """For each batch and frame count, in order: what `build` makes of every sample, or why it cannot.
 
@@ -98,7 +99,8 @@ class Reader:
 
     def _clip(self, sample: Sample, counts: tuple[int, ...]) -> Clip:
         try:
-            return read_cached_at(sample, self.budget, counts, self.frame_cache)
+            files = [read_cached_at(file, self.budget, counts, self.frame_cache) for file in sample.files]
+            return list(zip(*files, strict=True))
         except MediaError as error:
             return error
 
@@ -129,7 +131,7 @@ def _held_back(items: Iterable[Item], count: int) -> Iterator[Item]:
 
 
 def _built(
-    build: Callable[[Sample, Media], Built], sample: Sample, clip: Future[Clip], place: int
+    build: Callable[[Sample, Clips], Built], sample: Sample, clip: Future[Clip], place: int
 ) -> Built | Unusable:
     found = clip.result()
     if isinstance(found, MediaError):
@@ -141,8 +143,9 @@ def _built(
 
 
 def quarantined(sample: Sample, error: Unusable) -> dict[str, Any]:
-    """A line of quarantine.jsonl: which question cannot be used, and why."""
-    return {"problem_id": sample.problem_id, "path": sample.path, "kind": error.kind, "reason": error.reason}
+    """A line of quarantine.jsonl: which question cannot be used, for which of its files, and why."""
+    path = error.path if isinstance(error, MediaError) else sample.path
+    return {"problem_id": sample.problem_id, "path": path, "kind": error.kind, "reason": error.reason}
 
 
 def derived_generator(*parts: object) -> torch.Generator:
@@ -162,7 +165,7 @@ class Question:
 
 def build_question(
     sample: Sample,
-    media: Media,
+    media: Shown,
     builder: PromptBuilder,
     generator: torch.Generator,
     contrast: Contrast | None,

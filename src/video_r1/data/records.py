@@ -1,4 +1,4 @@
-"""Samples: one question about one image or video, read from a manifest and checked.
+"""Samples: one question about an image or video, or about several, read from a manifest and checked.
 
 A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub, a `datasets.Dataset` or a list of
 rows; docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
@@ -6,16 +6,26 @@ rows; docs/data-format.md describes its fields. Every row is checked; all proble
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
+from video_r1.data.fields import (
+    messages_field,
+    one_of,
+    options_field,
+    path_field,
+    quoted,
+    rate_of,
+    several_problems,
+    text_field,
+    window_field,
+)
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.parquet_rows import OwnPlace
 from video_r1.data.places import MediaPlaces, media_root_of
@@ -37,13 +47,12 @@ PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
 _PROBLEMS_IN_MESSAGE = 20
 _SOLUTION = re.compile(r"\s*<answer>((?:(?!</?answer>).)*)</answer>\s*", re.DOTALL)  # one pair of tags
 _PROCESS = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
-_LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
 _NO_EXTRA: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one image or video: a manifest row that has passed every check.
+    """One question about an image or video, or several of one kind: a row that has passed every check.
 
     For example `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
     "/data/7.mp4", ("A. left", "B. right"))`.
@@ -55,7 +64,7 @@ class Sample:
     problem_type: ProblemType
     solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
     path: str  # the media file or folder of frames: absolute, links followed, inside the media root; or an
-    # address
+    # address; of several files the first
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
     data_source: str = ""  # where the sample is from
@@ -64,6 +73,7 @@ class Sample:
     extra: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row that is not null
     subtitles: str | None = None  # what is said in the clip, for prompts that show it
     messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, in place of the template
+    more_paths: tuple[str, ...] = ()  # the other files of a question about several, in order
 
     @property
     def answer(self) -> str:
@@ -72,18 +82,35 @@ class Sample:
         return match.group(1).strip() if match else self.solution.strip()
 
     @property
+    def paths(self) -> tuple[str, ...]:
+        """All its files, in the order in which they are shown."""
+        return self.path, *self.more_paths
+
+    @property
+    def files(self) -> tuple[Sample, ...]:
+        """A sample for each of its files, as they are decoded and kept."""
+        if not self.more_paths:
+            return (self,)
+        return tuple(replace(self, path=path, more_paths=()) for path in self.paths)
+
+    @property
+    def mark(self) -> str:
+        """What stands in the text where a file is to be shown."""
+        return f"<{self.data_type}>"
+
+    @property
     def fps(self) -> float | None:
         """Frames a second of a folder of frames, where the row says it; of files the field says nothing."""
-        rate = _rate(self.extra.get("fps"))
-        return rate if rate and (split_member(self.path) or os.path.isdir(self.path)) else None
+        rate = rate_of(self.extra.get("fps"))
+        return rate if rate and any(split_member(one) or os.path.isdir(one) for one in self.paths) else None
 
     @property
     def shown(self) -> tuple[str | float | None, ...]:
         """What is decoded: samples that are alike in this have the same frames."""
-        return self.path, self.data_type, self.start, self.end, self.fps
+        return *self.paths, self.data_type, self.start, self.end, self.fps
 
 
-FIELDS = tuple(field.name for field in fields(Sample) if field.name != "extra")
+FIELDS = tuple(field.name for field in fields(Sample) if field.name not in ("extra", "more_paths"))
 """The fields of a row that have a meaning here."""
 
 
@@ -218,50 +245,47 @@ def check_manifest(
 def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
     """The sample of a row, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
-        return None, [f"is {_shown(row)}, not an object with fields"]
+        return None, [f"is {quoted(row)}, not an object with fields"]
     found: list[str] = []
     problem_id = row.get("problem_id")
     if problem_id is None:
         found.append("problem_id is missing")
     elif isinstance(problem_id, bool) or not isinstance(problem_id, (int, str)) or problem_id == "":
-        found.append(f"problem_id is {_shown(problem_id)}; it must be an integer or a string")
-    said = _messages(row, found)
-    problem = _text(row, "problem", found, required=not said) or (said[-1]["content"] if said else "")
-    data_type = _one_of(row, "data_type", DATA_TYPES, found)
-    problem_type = _one_of(row, "problem_type", PROBLEM_TYPES, found)
-    solution = _text(row, "solution", found)
-    path = _text(row, "path", found)
-    if isinstance(path, OwnPlace):
-        path = str(path)
-    elif path:
-        try:
-            path = places.find(path)
-        except ValueError as error:
-            found.append(str(error))
+        found.append(f"problem_id is {quoted(problem_id)}; it must be an integer or a string")
+    said = messages_field(row, found)
+    problem = text_field(row, "problem", found, required=not said) or (said[-1]["content"] if said else "")
+    data_type = one_of(row, "data_type", DATA_TYPES, found)
+    problem_type = one_of(row, "problem_type", PROBLEM_TYPES, found)
+    solution = text_field(row, "solution", found)
+    paths = path_field(row, lambda one: str(one) if isinstance(one, OwnPlace) else places.find(one), found)
     answer = None
     if solution:
         match = _SOLUTION.fullmatch(solution)
         answer = match.group(1).strip() if match else ""
         if not answer:
-            found.append(f"solution is {_shown(solution)}; it must be <answer>…</answer> with a text inside")
-    options, letter = _options(row, problem_type, answer, min_options, found)
+            found.append(f"solution is {quoted(solution)}; it must be <answer>…</answer> with a text inside")
+    options, letter = options_field(row, problem_type, answer, min_options, found)
     if letter is not None:
         solution = f"<answer>{letter}</answer>"  # however it is spelled: answers are compared exactly
     if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
         found.append(
-            f"the solution of a {problem_type} problem must be a finite number, not {_shown(answer)}"
+            f"the solution of a {problem_type} problem must be a finite number, not {quoted(answer)}"
         )
-    start, end = _window(row, data_type, found)
+    start, end = window_field(row, data_type, found)
     if problem_type in GROUNDING_FORMS and answer:
         window = None if end is None else end - (start or 0.0)
         found.extend(truth_problems(answer, problem_type, data_type, window))
-    process = _text(row, "process", found, required=False)
+    process = text_field(row, "process", found, required=False)
     if process and not _PROCESS.fullmatch(process):
-        found.append(f"process is {_shown(process)}; it must be <think>…</think>")
-    data_source = _text(row, "data_source", found, required=False)
-    subtitles = _text(row, "subtitles", found, required=False).strip() or None
-    if row.get("fps") is not None and _rate(row["fps"]) is None and path and os.path.isdir(path):
-        found.append(f"fps is {_shown(row['fps'])}; a folder of frames needs a number above 0")
+        found.append(f"process is {quoted(process)}; it must be <think>…</think>")
+    data_source = text_field(row, "data_source", found, required=False)
+    subtitles = text_field(row, "subtitles", found, required=False).strip() or None
+    if len(paths) > 1:
+        text = "".join([turn["content"] for turn in said] or [problem, *options])
+        marks, has_window = text.count(f"<{data_type}>"), (start, end) != (None, None)
+        found.extend(several_problems(len(paths), data_type, problem_type, marks, has_window))
+    if row.get("fps") is not None and rate_of(row["fps"]) is None and any(map(os.path.isdir, paths)):
+        found.append(f"fps is {quoted(row['fps'])}; a folder of frames needs a number above 0")
     if found:
         return None, found
     extra = {
@@ -270,127 +294,9 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
         if value is not None and name not in FIELDS
     }
     process, data_source, extra = process or None, sys.intern(data_source), extra or _NO_EXTRA
+    path, *more_paths = paths
     sample = Sample(
         cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
-        options, process, data_source, start, end, extra, subtitles, said,
+        options, process, data_source, start, end, extra, subtitles, said, tuple(more_paths),
     )  # fmt: skip
     return sample, []
-
-
-def _text(row: dict[str, Any], name: str, found: list[str], required: bool = True) -> str:
-    value = row.get(name)
-    if value is None:
-        if required:
-            found.append(f"{name} is missing")
-        return ""
-    if not isinstance(value, str):
-        found.append(f"{name} is {_shown(value)}; it must be a string")
-        return ""
-    if required and not value.strip():
-        found.append(f"{name} is empty")
-        return ""
-    return value
-
-
-def _messages(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
-    """Turns of a chat, whose last one asks."""
-    said = row.get("messages")
-    if said is None or said in ([], ()):
-        return ()
-    if not isinstance(said, (list, tuple)) or not all(map(_is_turn, said)):
-        turn = '{"role": "system" | "user" | "assistant", "content": a text}'
-        found.append(f"messages is {_shown(said)}; it must be a list of {turn}")
-        return ()
-    if said[-1]["role"] != "user":
-        found.append(f"messages end with one of the {said[-1]['role']}; the last one must be the user's")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in said)
-
-
-def _is_turn(turn: Any) -> bool:
-    return (
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-    )
-
-
-def _one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
-    value = row.get(name)
-    if value is None:
-        found.append(f"{name} is missing")
-    elif not isinstance(value, str) or value not in known:
-        near = difflib.get_close_matches(str(value).lower().replace("_", " "), [k.lower() for k in known], 1)
-        hint = f" (did you mean {next(k for k in known if k.lower() == near[0])!r}?)" if near else ""
-        found.append(f"{name} is {_shown(value)}; known are {', '.join(known)}{hint}")
-    else:
-        return sys.intern(value)
-    return ""
-
-
-def _options(
-    row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
-) -> tuple[tuple[str, ...], str | None]:
-    """The options, and the letter of the solution where the problem is multiple choice."""
-    options = row.get("options")
-    if options is None:
-        options = []
-    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
-        found.append(f"options is {_shown(options)}; it must be a list of strings")
-        return (), None
-    if problem_type != "multiple choice":
-        if options and problem_type:
-            found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
-        return tuple(options), None
-    if len(options) < min_options:
-        found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
-        return tuple(options), None
-    letters = []
-    for option in options:
-        match = _LETTER.match(option)
-        if match is None:
-            found.append(f"option {_shown(option)} does not begin with its letter, as in 'A. the man sits'")
-        else:
-            letters.append(match.group(1))
-    twice = sorted({letter for letter in letters if letters.count(letter) > 1})
-    if twice:
-        found.append(f"options use the letter {', '.join(twice)} more than once")
-    if not answer or len(letters) < len(options):
-        return tuple(options), None
-    solution = _LETTER.match(answer)
-    letter = solution and solution.group(1)
-    if letter is None:
-        found.append(
-            f"the solution of a multiple choice problem must be an option's letter, not {_shown(answer)}"
-        )
-    elif letter not in letters:
-        found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
-    elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
-        found.append(f"the solution {_shown(answer)} is not the text of option {letter}")
-    return tuple(options), letter
-
-
-def _window(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[float | None, float | None]:
-    times: list[float | None] = []
-    for name in ("start", "end"):
-        value = row.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
-            found.append(f"{name} is {_shown(value)}; it must be a time in seconds from the beginning")
-            return None, None
-        times.append(None if value is None else float(value))
-    start, end = times
-    if end is not None and end <= (start or 0.0):
-        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
-    if data_type == "image" and (start is not None or end is not None):
-        found.append("start and end are for videos, and this is an image")
-    return start, end
-
-
-def _rate(value: Any) -> float | None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < 1e6 else None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"

@@ -1,10 +1,11 @@
 """Tables as TRL's trainers take them: `prompt` and `image`, pictures inside the table, rewards by functions.
 
-    prompt                                image            any other column
-    a text, or messages (conversational)  a picture        given to reward functions as it stands there
+    prompt                                image, images    any other column
+    a text, or messages (conversational)  pictures         given to reward functions as it stands there
 
-A row becomes a Sample with its own messages. Its picture is written into a folder, since media are read from
-files. `solution`, `answer` or `ground_truth`, where the table has one, is what built-in rewards compare with.
+A row becomes a Sample with its own messages. Its pictures are written into a folder, since media are read
+from files. `solution`, `answer` or `ground_truth`, where the table has one, is compared with by built-in
+rewards.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def _undecoded(questions: Any) -> Iterable[Mapping[str, Any]]:
 
 def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
     """Raises ValueError with what is wrong with the row."""
-    turns = _turns(row[PROMPT])
+    pictures = [_file_of(picture, folder) for picture in _pictures(row)]
+    turns = _turns(row[PROMPT], len(pictures))
     answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str) and row[name]), None)
     tagged = answer is not None and answer.strip().startswith("<answer>")
     return Sample(
@@ -68,35 +70,42 @@ def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
         data_type="image",
         problem_type="free-form",
         solution=NO_ANSWER if answer is None else answer if tagged else f"<answer>{answer}</answer>",
-        path=str(_picture(row, folder)),
+        path=str(pictures[0]),
+        more_paths=tuple(map(str, pictures[1:])),
         messages=turns,
         extra={name: value for name, value in row.items() if name not in PICTURES and value is not None},
     )
 
 
-def _turns(prompt: Any) -> tuple[Mapping[str, str], ...]:
-    """Messages with their texts alone: where the picture stands is the trainer's choice, as in TRL."""
+def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
+    """Messages with their texts alone: where a picture stands is the trainer's choice, as in TRL. Several
+    stand where the content has a part for each."""
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(said, Sequence) or not all(isinstance(turn, Mapping) for turn in said):
         raise ValueError(f"its prompt is a {type(prompt).__name__}, no text and no list of messages")
+    contents = [turn.get("content") for turn in said]
+    parts = [[{"text": one}] if isinstance(one, str) else one or [] for one in contents]
+    places = sum(part.get("type") == "image" for content in parts for part in content)
+    mark = "<image>" if places == pictures > 1 else ""
     turns = []
-    for turn in said:
-        content = turn.get("content")
-        parts = [{"text": content}] if isinstance(content, str) else content or []
-        text = "\n".join(part["text"] for part in parts if part.get("text"))
-        turns.append({"role": str(turn.get("role")), "content": text})
+    for turn, content in zip(said, parts, strict=True):
+        texts = [part.get("text") or mark * (part.get("type") == "image") for part in content]
+        turns.append({"role": str(turn.get("role")), "content": "\n".join(filter(None, texts))})
     if not turns or turns[-1]["role"] != "user":
         raise ValueError("its prompt does not end with a message of the user")
     return tuple(turns)
 
 
-def _picture(row: Mapping[str, Any], folder: Path) -> Path:
-    """The file of the row's picture, written where it is not there yet."""
+def _pictures(row: Mapping[str, Any]) -> list[Any]:
     found = [row[name] for name in PICTURES if row.get(name) is not None]
     pictures = [one for value in found for one in (value if isinstance(value, (list, tuple)) else [value])]
-    if len(pictures) != 1:
-        raise ValueError(f"it has {len(pictures)} pictures in {' and '.join(PICTURES)}; one is needed")
-    (picture,) = pictures
+    if not pictures:
+        raise ValueError(f"it has no picture in {' and '.join(PICTURES)}; one or more are needed")
+    return pictures
+
+
+def _file_of(picture: Any, folder: Path) -> Path:
+    """The file of a picture, written where it is not there yet."""
     if isinstance(picture, (str, Path)):
         return Path(picture).resolve()
     if isinstance(picture, Image.Image):

@@ -94,22 +94,15 @@ def views_table(sample: Sample, views: Sequence[View]) -> str:
 def question_sample(settings: AskSettings, question: str) -> Sample:
     """A question outside of any manifest; its solution is the settings' answer, "" for none.
 
-    The file's name says whether it is an image (a GIF counts as a video). Without a type, a question with
-    options is multiple choice and any other free-form. Options without letters get them: "A. left".
+    The first file's name says whether it is an image (a GIF counts as a video). Without a type, a question
+    with options is multiple choice and any other free-form. Options without letters get them: "A. left".
     Raises RequestError when there is no such file.
     """
     from video_r1.data.places import data_type_of
     from video_r1.data.records import Sample
-    from video_r1.data.remote import local_file, on_this_machine
-    from video_r1.data.tar_index import split_member
 
     assert settings.path is not None  # settings without it are refused
-    path = on_this_machine(settings.path)
-    if (file := local_file(path)) is not None:
-        if not Path(file).exists():
-            raise RequestError(f"{settings.path}: no such file or folder of frames")
-        inside, file = split_member(path), str(Path(file).resolve())
-        path = f"{inside[0]}::{file}" if inside else file
+    path, *others = map(found_file, [settings.path, *settings.more_paths])
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
@@ -123,7 +116,22 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
         start=settings.start,
         end=settings.end,
         extra={} if settings.clip_fps is None else {"fps": settings.clip_fps},
+        more_paths=tuple(others),
     )
+
+
+def found_file(said: str) -> str:
+    """The absolute path of a file of this machine, or an address. Raises RequestError when there is none."""
+    from video_r1.data.remote import local_file, on_this_machine
+    from video_r1.data.tar_index import split_member
+
+    path = on_this_machine(said)
+    if (file := local_file(path)) is None:
+        return path
+    if not Path(file).exists():
+        raise RequestError(f"{said}: no such file or folder of frames")
+    inside, file = split_member(path), str(Path(file).resolve())
+    return f"{inside[0]}::{file}" if inside else file
 
 
 def solution_of(answer: str | None, kind: str, options: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, get_args
 
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
 from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.media import Media
+from video_r1.data.media import Shown, clips_of
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.records import Sample
@@ -63,7 +63,10 @@ def asked_with(
         "sampling": asdict(sampling),
         "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
         "questions": digest(
-            [[s.problem_id, s.path, s.solution, s.start, s.end] + ([s.fps] if s.fps else []) for s in samples]
+            [
+                [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]
+                for s in samples
+            ]
         ),
         "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
         "model": settings.model,
@@ -203,7 +206,7 @@ class Asking(ABC):
         asked = {sample.problem_id for sample in self.samples if self.orders_of(sample)}
         return len(asked - {problem_id for problem_id, _ in answered})
 
-    def prompts(self, sample: Sample, media: Media) -> dict[Answer, list[Prompt]]:
+    def prompts(self, sample: Sample, media: Shown) -> dict[Answer, list[Prompt]]:
         """The sample's prompts of each way, one in each order. Raises MediaError and PromptError."""
         orders = self.orders_of(sample)
         return {
@@ -211,7 +214,7 @@ class Asking(ABC):
             for way in self.ways
         }
 
-    def prompt(self, sample: Sample, media: Media, order: Order, builder: TextPrompts) -> Prompt:
+    def prompt(self, sample: Sample, media: Shown, order: Order, builder: TextPrompts) -> Prompt:
         if order == "ordered":
             return builder.build(sample, media)
         if order == "blind":
@@ -219,8 +222,8 @@ class Asking(ABC):
         generator = derived_generator(self.seed, sample.problem_id)
         prompt = contrast_prompt(sample, media, builder, order, generator)
         if prompt is None:
-            count = f"{len(media.frames)} frame{'s' * (len(media.frames) != 1)}"
-            raise MediaError(sample.path, f"has {count}, which cannot be {order}")
+            most = max(len(clip.frames) for clip in clips_of(media))
+            raise MediaError(sample.path, f"has {most} frame{'s' * (most != 1)}, which cannot be {order}")
         return prompt
 
     def ask_all(self, reader: Reader, done: Mapping[Round, Set[Key]]) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 from video_r1.data.answers import read_answer
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
 from video_r1.data.frame_cache import open_frame_cache, read_cached
-from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
-from video_r1.data.reading import derived_generator
+from video_r1.data.reading import Clips, derived_generator
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError
@@ -63,16 +62,17 @@ class Interview:
         self._processor, self.builder, self.budget = open_prompts(settings)
         self._cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._engine: RolloutEngine | None = None
-        self._clips: dict[tuple[object, ...], Media] = {}
+        self._clips: dict[tuple[object, ...], Clips] = {}
 
     def has(self, sample: Sample) -> bool:
         """Whether the clip's frames are here already."""
         return sample.shown in self._clips
 
-    def media(self, sample: Sample) -> Media:
+    def media(self, sample: Sample) -> Clips:
         """The frames of the sample's clip, decoded at the first question about it. Raises MediaError."""
         key = sample.shown
-        media = self._clips.pop(key, None) or read_cached(sample, self.budget, self._cache)
+        if (media := self._clips.pop(key, None)) is None:
+            media = tuple(read_cached(file, self.budget, self._cache) for file in sample.files)
         self._clips[key] = media
         while len(self._clips) > CLIPS_KEPT:
             self._clips.pop(next(iter(self._clips)))
@@ -83,7 +83,7 @@ class Interview:
         media = self.media(sample)
         return [self._prompt(sample, media, order) for order in orders]
 
-    def _prompt(self, sample: Sample, media: Media, order: Order) -> Prompt:
+    def _prompt(self, sample: Sample, media: Clips, order: Order) -> Prompt:
         if order == "ordered":
             return self.builder.build(sample, media)
         if order == "blind":
@@ -91,7 +91,8 @@ class Interview:
         generator = derived_generator(self.settings.seed, sample.problem_id)
         prompt = contrast_prompt(sample, media, self.builder, order, generator)
         if prompt is None:
-            what = "an image" if media.kind == "image" else f"{len(media.frames)} frames"
+            most = max(len(clip.frames) for clip in media)
+            what = "an image" if media[0].kind == "image" else f"{most} frames"
             raise MediaError(sample.path, f"is {what}, which cannot be {order}; ask in order, or blind")
         return prompt
 
@@ -105,7 +106,7 @@ class Interview:
         """Asks `samples` times with each of the prompts, of which the first is in order."""
         self.load()
         assert self._engine is not None
-        frames = len(prompts[0].media.frames)
+        frames = prompts[0].frames
         seeds = [sampling_seed(self.settings.seed, frames, sample, prompt.order) for prompt in prompts]
         sampling = replace(sampling, n=samples, seed=tuple(seeds))
         return views_of(sample, prompts, heard(self._engine, self.builder.tokenizer, prompts, sampling, hear))

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 
 from video_r1.data.answers import LETTERS, lettered
-from video_r1.data.prompts import ANSWER_HINTS, INSTRUCTION
+from video_r1.data.templates import ANSWER_HINTS, INSTRUCTION
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import build_model, build_processor, build_tokenizer, frame_side
 from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark

@@ -58,15 +58,19 @@ class VisionFeatures:
     embeddings: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
-    def permuted(self, patches: Tensor, count: int) -> VisionFeatures:
-        """Those of a prompt that shows the temporal patches of this one's only clip in another order.
+    def permuted(self, patches: Tensor, grids: Tensor) -> VisionFeatures:
+        """Those of a prompt that shows the temporal patches of this one's clips in another order.
 
-        patches: [T'] int64, by number; count: how many this clip has. The towers attend within one temporal
-        patch (their `cu_seqlens`), and nothing in them depends on its place in the clip.
+        patches: [T'] int64, by number, which counts on from clip to clip; grids: [clips, 3] int64 of this
+        prompt's clips. The towers attend within one temporal patch (their `cu_seqlens`), and nothing in them
+        depends on its place in the clip.
         """
+        sizes = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])
+        lengths = (sizes * len(self.embeddings) // sizes.sum()).tolist()  # a merged patch is some of these
 
         def turned(features: Tensor) -> Tensor:
-            return features.unflatten(0, (count, -1))[patches.to(features.device)].flatten(0, 1)
+            parts = features.split(lengths)
+            return torch.cat([parts[patch] for patch in patches.tolist()])
 
         return VisionFeatures(turned(self.embeddings), tuple(map(turned, self.deepstack)))
 

@@ -2,7 +2,19 @@
 
 const SMALL_FRAME = 84; // pixels across
 
-const frameName = (group, frame) => (group.count > 1 ? `frame ${frame + 1} of ${group.count}` : "the image");
+/** Which of a question's clips a frame is of (`clip`), the place that it has there, and how many they are. */
+function partOf(group, frame) {
+  const clips = group.clips?.length ? group.clips : [group.count];
+  let clip = 0, first = 0;
+  while (frame - first >= clips[clip]) first += clips[clip++];
+  return { clip, place: frame - first, count: clips[clip], clips: clips.length };
+}
+
+function frameName(group, frame) {
+  const { clip, place, count, clips } = partOf(group, frame);
+  if (count > 1) return `${clips > 1 ? `clip ${clip + 1}, ` : ""}frame ${place + 1} of ${count}`;
+  return clips > 1 ? `image ${clip + 1} of ${clips}` : "the image";
+}
 
 /** One frame on a canvas of the size in which it is stored, cut from the strip, with its boxes (places.js). */
 function frameCanvas(group, strip, frame, marks) {
@@ -28,7 +40,8 @@ function enlargeFrame(group, order, strip, frames, place) {
   };
   const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
   const times = group.timestamps.filter((time) => time !== null);
-  const pace = Math.max(80, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 250));
+  const steps = times.slice(1).map((time, i) => time - times[i]).filter((step) => step > 0); // each clip begins at 0 again
+  const pace = Math.max(80, Math.min(1000, (1000 * steps.reduce((sum, step) => sum + step, 0)) / steps.length || 250));
   let timer = 0;
   const play = make("button", { type: "button", click: () => {
     if (timer) clearInterval(timer);
@@ -50,27 +63,31 @@ const timeAt = (group, frames, place) => group.timestamps[frames.length < group.
 
 const clock = (time) => (time === null || time === undefined ? "" : `${time.toFixed(time < 100 ? 1 : 0)} s`);
 
-/** Frames cut from the strip. The bar below each grows stronger with the frame's place in the clip. */
+/** Frames cut from the strip, clip by clip. The bar below each grows stronger with the frame's place in its clip. */
 function tiles(group, order) {
   if (!group.strip) return make("p", { class: "quiet" }, "The frames of this question are not in the run folder.");
   const frames = order === "shuffled" && group.permutation ? group.permutation : Array.from({ length: group.count }, (_, i) => i);
   if (!frames.length) return make("p", { class: "quiet" }, "The question alone, without its clip.");
   const picture = new Image();
   picture.src = group.strip;
-  const list = make("ol", { class: "tiles" }, frames.map((frame, place) => {
+  const still = partOf(group, 0).count === 1;
+  const list = make("ol", { class: "tiles" }, frames.flatMap((frame, place) => {
+    const part = partOf(group, frame);
     const bar = make("span", { class: "place" });
-    bar.style.opacity = String(0.12 + (0.88 * frame) / Math.max(1, group.count - 1));
+    bar.style.opacity = String(0.12 + (0.88 * part.place) / Math.max(1, part.count - 1));
     const button = make("button", { type: "button", class: "frame", title: "Show larger", click: () => enlargeFrame(group, order, picture, frames, place) },
       frameCanvas(group, picture, frame, frameMarks(group, order, frame, timeAt(group, frames, place))));
-    const tile = make("li", { class: "tile" }, button, group.count > 1 ? bar : "",
-      group.count > 1 ? make("span", { class: "time" }, clock(timeAt(group, frames, place)), make("em", {}, ` f${frame + 1}`)) : "");
+    const tile = make("li", { class: "tile" }, button, still ? "" : bar,
+      still ? (part.clips > 1 ? make("span", { class: "time" }, frameName(group, frame)) : "")
+        : make("span", { class: "time" }, clock(timeAt(group, frames, place)), make("em", {}, ` f${part.place + 1}`)));
     tile.dataset.frame = String(frame);
-    return tile;
+    const begins = part.clips > 1 && !still && (!place || partOf(group, frames[place - 1]).clip !== part.clip);
+    return begins ? [make("li", { class: "which" }, `Clip ${part.clip + 1} of ${part.clips}`), tile] : [tile];
   }));
   // Half of the page has room for four frames in which a reader sees something, or for eight as small as the lab's.
   const columns = Math.min(frames.length, group.shuffled.length && group.width > SMALL_FRAME ? 4 : 8);
   list.style.setProperty("--columns", String(columns));
   list.style.setProperty("--columns-narrow", String(Math.min(columns, group.width > SMALL_FRAME ? 2 : 4)));
-  list.style.maxWidth = `${columns * Math.max(148, group.count === 1 ? Math.max(280, group.width) : 0)}px`;
+  list.style.maxWidth = `${columns * Math.max(148, still ? Math.max(280, group.width) : 0)}px`;
   return list;
 }

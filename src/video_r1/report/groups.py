@@ -68,6 +68,9 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
     permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
     contrast = record.get("contrast")
     is_whole = isinstance(shown, list) and len(permutation) == len(shown) <= count
+    path = record.get("path", "")
+    paths = path if isinstance(path, list) else [path]
+    clips = [whole(length) for length in as_list(frames.get("clips"))]
     kind, answer = text(record.get("problem_type", "")), text(record.get("answer", ""))
     return {
         "step": whole(record.get("step")),
@@ -79,9 +82,10 @@ def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
         "answer": answer,
         **place_of(f"<answer>{answer}</answer>", kind),
         "source": text(record.get("data_source", "")),
-        "path": short_path(text(record.get("path", ""))),
+        "path": ", ".join(short_path(text(path)) for path in paths),
         "strip": strip if count else None,
         "count": count,
+        "clips": clips if sum(clips) == count else [],  # frames of each, where there are several
         "width": finite(frames.get("width"), 1),
         "height": finite(frames.get("height"), 1),
         "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],

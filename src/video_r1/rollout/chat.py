@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import BytesIO
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from video_r1.data.media import Media
+from video_r1.data.prompts import Prompt
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure
 
@@ -27,28 +28,25 @@ class Completion(NamedTuple):
 
 
 def chat_request(
-    model: str,
-    question: str | Sequence[Mapping[str, Any]],
-    media: Media,
-    frames_as: FramesAs,
-    sampling: SamplingSettings,
-    n: int,
-    seed: int,
+    model: str, prompt: Prompt, frames_as: FramesAs, sampling: SamplingSettings, n: int, seed: int
 ) -> dict[str, Any]:
     """The body of a request for `n` completions; of `sampling`, temperature, top_p and max_tokens count.
 
-    question: its text, or the messages of a chat, before whose first question the media stand.
     frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
-    vision understands; "video" as one video of those frames, vLLM's form.
+    vision understands; "video" as one video of those frames, vLLM's form. It has one place for a video's
+    times in a request, so that several clips go as images.
     """
-    turns = [{"role": "user", "content": question}] if isinstance(question, str) else question
-    first = next((turn for turn in turns if turn["role"] == "user"), None)
-    messages = [
-        {"role": turn["role"], "content": chat_content(text, media, frames_as) if turn is first else text}
-        for turn in turns
-        for text in [text_of(turn["content"])]
-    ]
-    is_video = media.kind == "video" and frames_as == "video" and len(media.frames) > 0
+    shown = [media for media in prompt.media if len(media.frames)]
+    is_video = frames_as == "video" and len(shown) == 1 and shown[0].kind == "video"
+    waiting = iter([visual_parts(media, is_video, place, len(shown)) for place, media in enumerate(shown, 1)])
+    messages = []
+    for turn in prompt.messages:
+        parts: list[dict[str, Any]] = []
+        for part in turn["content"]:
+            parts += [part] if part["type"] == "text" else next(waiting)
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        is_text = turn["role"] != "user" and len(texts) == len(parts)  # which all endpoints take as one
+        messages.append({"role": turn["role"], "content": "".join(texts) if is_text else parts})
     return {
         "model": model,
         "messages": messages,
@@ -57,33 +55,24 @@ def chat_request(
         "max_tokens": sampling.max_tokens,
         "n": n,
         "seed": seed,
-        **(video_fields(media) if is_video else {}),
+        **(video_fields(shown[0]) if is_video else {}),
     }
 
 
-def text_of(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """Of a message: its content, or the texts among its parts."""
-    if isinstance(content, str):
-        return content
-    return "".join(part["text"] for part in content if part["type"] == "text")
-
-
-def chat_content(question: str, media: Media, frames_as: FramesAs) -> list[dict[str, Any]]:
-    """The content of the user's message: the media, then the question's text."""
-    text = {"type": "text", "text": question}
-    if len(media.frames) == 0:  # a blind question
-        return [text]
+def visual_parts(media: Media, as_video: bool, place: int, count: int) -> list[dict[str, Any]]:
+    """What a message shows of one clip or image, which is number `place` of the `count` in its prompt."""
     frames = [jpeg(frame) for frame in media.frames]
     if media.kind == "image":
-        return [_image(frames[0]), text]
-    if frames_as == "video":
+        return [_image(frames[0])]
+    if as_video:
         url = f"data:video/jpeg;base64,{','.join(frames)}"
-        return [{"type": "video_url", "video_url": {"url": url}}, text]
-    said = f"{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
+        return [{"type": "video_url", "video_url": {"url": url}}]
+    number = f"Video {place} of {count}: " if count > 1 else ""
+    said = f"{number}{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
     parts: list[dict[str, Any]] = [{"type": "text", "text": said}]
     for time_, frame in zip(media.timestamps.tolist(), frames, strict=True):
         parts += [{"type": "text", "text": f"{time_:.1f} s"}, _image(frame)]
-    return [*parts, text]
+    return parts
 
 
 def video_fields(media: Media) -> dict[str, Any]:

@@ -59,9 +59,8 @@ class EndpointEngine:
 
         async def answer(place: int) -> tuple[int, list[Rollout]]:
             def request(n: int, drawn: int) -> dict[str, Any]:
-                said, media = prompts[place].messages, prompts[place].media
                 seed = prompt_seed(seeds[place], drawn) % SEEDS
-                return chat_request(self.model, said, media, self.frames_as, sampling, n, seed)
+                return chat_request(self.model, prompts[place], self.frames_as, sampling, n, seed)
 
             try:
                 if on_text is None:

@@ -171,6 +171,7 @@ class AskSettings(DecodingSettings):
     """Question"""
 
     path: str | None = setting(None, "video or image file, a folder of frames, or an address")
+    more_paths: list[str] = setting([], "further clips, or images, which the question is about as well")
     clip_fps: float | None = setting(
         None, "frames a second that a folder of frames has (default: 2)", above=0
     )
@@ -200,6 +201,8 @@ class AskSettings(DecodingSettings):
         yield from super().problems()
         if self.start is not None and self.end is not None and self.end <= self.start:
             yield "end", f"is {self.end} s, not after start ({self.start} s)"
+        if self.more_paths and (self.start, self.end) != (None, None):
+            yield "more_paths", "is given with start or end, which are a window of one clip"
         if self.problem_type == "multiple choice" and len(self.options) < 2:
             yield "options", f"has {len(self.options)} entries; a multiple-choice question needs at least 2"
         if len(set(self.contrast)) < len(self.contrast):

@@ -14,9 +14,11 @@ import queue
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from video_r1.data.media import Media
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
 from video_r1.evaluation.interview import Interview, View, sampling_of
@@ -24,7 +26,7 @@ from video_r1.evaluation.metrics import Figure
 from video_r1.recipe import load_recipe
 from video_r1.report.groups import place_of
 from video_r1.settings.decoding import AskSettings
-from video_r1.training.recording import save_strip
+from video_r1.training.recording import save_shown
 
 
 class Stopped(Exception):
@@ -68,11 +70,11 @@ class Answerer:
         if decoded:
             self.say("state", text="decoding the clip")
         prompts = interview.prompts(sample, asked["orders"])
-        media = prompts[0].media
+        shown = prompts[0].media
         self.say(
-            "frames", decoded=decoded, media=media.kind, type=sample.problem_type, **strip_of(media.frames),
+            "frames", decoded=decoded, media=shown[0].kind, type=sample.problem_type, **strip_of(shown),
             **place_of(f"<answer>{sample.answer}</answer>", sample.problem_type),
-            timestamps=[round(float(time), 3) for time in media.timestamps],
+            timestamps=[round(float(time), 3) for media in shown for time in media.timestamps],
             views=[
                 {
                     "order": prompt.order,
@@ -97,11 +99,11 @@ class Answerer:
         self.say("answers", right=bool(sample.answer), views=[_view(sample, view) for view in views])
 
 
-def strip_of(frames: Any) -> dict[str, Any]:
-    """The frames [T, 3, H, W] as one JPEG, and the size of each."""
+def strip_of(shown: Sequence[Media]) -> dict[str, Any]:
+    """The frames as one JPEG, and the size of each."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "strip", "frames.jpg")
-        facts = save_strip(frames, path)
+        facts = save_shown(shown, path)
         return {**facts, "strip": base64.b64encode(path.read_bytes()).decode("ascii")}
 
 

@@ -97,13 +97,14 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
     return {"model": str(folder), "engine": "transformers"}
 
 
-def _clip(request: Request, clip: dict[str, Any]) -> tuple[str, dict[str, float]]:
-    """The file of a question's clip, and its window and rate where it has some."""
+def _clip(request: Request, clip: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The file of a question's clip, and its window, rate and further files where it has some."""
     if "upload" in clip:
         return str(request.app.state.uploads.path(text(clip["upload"]))), {}
     sample = manifests(request).sample(text(clip.get("manifest", "")), whole(clip.get("row")))
-    window = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps}
-    return sample.path, {name: time for name, time in window.items() if time is not None}
+    more = {"start": sample.start, "end": sample.end, "clip_fps": sample.fps}
+    more |= {"more_paths": [*sample.more_paths] or None}
+    return sample.path, {name: value for name, value in more.items() if value is not None}
 
 
 def _options(asked: dict[str, Any]) -> list[str]:

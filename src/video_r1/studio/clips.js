@@ -11,11 +11,18 @@ const BEGINNING = 0.001; // seconds: some browsers draw no frame of a clip befor
 
 const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
 
-/**
- * A clip as a browser plays it, or a word of why it does not. A folder of frames (`frames` of its row) is shown frame by
- * frame. group: the recorded one, whose frames stand there until the clip's own have come.
- */
+/** A clip as a browser plays it, or a word of why it does not; of a row with several `files` the first. */
 function player(clip, isImage, row = {}, group = null) {
+  const node = firstPlayer(clip, isImage, row, group);
+  if (row.files > 1) node.append(make("p", { class: "quiet" }, `The first of ${row.files} ${isImage ? "images" : "clips"}.`));
+  return node;
+}
+
+/**
+ * A folder of frames (`frames` of its row) is shown frame by frame. group: the recorded one, whose frames stand there until
+ * the clip's own have come.
+ */
+function firstPlayer(clip, isImage, row, group) {
   if (row.frames) {
     const { count, fps } = row.frames;
     const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
@@ -85,9 +92,9 @@ function groupClip(group, order) {
   const { clip } = group;
   if (!clip || group.media === "image") return "";
   const place = { manifest: clip.manifest, row: clip.row };
-  if (order === "ordered") return player(place, false, clip, group);
+  if (order === "ordered") return player(place, false, clip, clip.files > 1 ? null : group);
   const times = group.timestamps.filter((time) => time !== null);
-  if (!group.permutation?.length || times.length < group.count) return "";
+  if (!group.permutation?.length || times.length < group.count || clip.files > 1) return "";
   const pace = Math.max(120, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 300));
   return framePlayer(place, group.permutation.map((frame) => (clip.start ?? 0) + times[frame]), pace, clip.frames, group);
 }

@@ -141,14 +141,14 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
     if row is None:
         return None
     sample, problems = index.sample(number) if index.bad[number] else (None, [])
-    path = text(row.get("path", ""))
+    paths = paths_of(row)
     frames = None
     if sample is None and not problems:
         try:
-            found = index.places.find(path)
-            frames = frames_of(found, row)
-            if not os.path.exists(local_file(found) or found):
-                problems = [f"there is no file {short_path(path)}"]
+            files = {path: index.places.find(path) for path in paths}
+            frames = frames_of(files[paths[0]], row)
+            missing = [path for path, file in files.items() if not os.path.exists(local_file(file) or file)]
+            problems = [f"there is no file {short_path(path)}" for path in missing]
         except ValueError as error:
             problems = [str(error)]
     rates = {name: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
@@ -162,13 +162,20 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         "options": [text(option)[:TEXT] for option in as_list(row.get("options"))[:50]],
         "answer": text(row.get("solution", ""))[:TEXT].removeprefix("<answer>").removesuffix("</answer>"),
         "process": text(row.get("process") or "")[:TEXT],
-        "path": short_path(path)[:TEXT],
+        "path": ", ".join(map(short_path, paths))[:TEXT],
+        "files": len(paths),
         "start": finite(row.get("start")),
         "end": finite(row.get("end")),
         "frames": frames,
         "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
         "problems": [problem[:TEXT] for problem in problems],
     }
+
+
+def paths_of(row: dict[str, Any]) -> list[str]:
+    """The files of a row."""
+    path = row.get("path", "")
+    return [text(one) for one in path] if isinstance(path, list) and path else [text(path)]
 
 
 def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
@@ -203,8 +210,9 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
             for row in index.rows_named(problem_id):
                 fields = index.row(row) or {}
                 if answer and answer in text(fields.get("solution", "")):
+                    paths = paths_of(fields)
                     try:
-                        frames = frames_of(index.places.find(text(fields.get("path", ""))), fields)
+                        frames = frames_of(index.places.find(paths[0]), fields)
                     except ValueError:  # the page says that it does not play
                         frames = None
                     return {
@@ -216,6 +224,7 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
                         "start": finite(fields.get("start")),
                         "end": finite(fields.get("end")),
                         "frames": frames,
+                        "files": len(paths),
                     }
     return None
 

@@ -18,7 +18,6 @@ from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
 from video_r1.models.group_forward import VisionFeatures, VisualFeatures, encode_vision, group_logprobs
 from video_r1.rollout.transformers import eval_mode
-from video_r1.settings.frames import TEMPORAL_PATCH
 
 
 class Comparison(NamedTuple):
@@ -84,4 +83,4 @@ def _permuted(question: Question, vision: VisualFeatures | None) -> VisionFeatur
     assert isinstance(vision, VisionFeatures) and question.shuffled is not None
     patches = question.shuffled.patches
     assert patches is not None, "the contrast does not permute temporal patches"
-    return vision.permuted(patches, len(question.ordered.media.frames) // TEMPORAL_PATCH)
+    return vision.permuted(patches, question.ordered.features["video_grid_thw"].cpu())

@@ -18,8 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from video_r1.data.media import Media
-from video_r1.data.reading import Question, build_question
+from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import VideoR1Error
@@ -280,10 +279,10 @@ class GroupTrainer(QuestionTrainer):
             self.judge.open()
         return super().train_on(resume_from_checkpoint, *args, **kwargs)
 
-    def load(self, sample: Sample) -> Media:
+    def load(self, sample: Sample) -> Clips:
         return self.reader.media(sample)
 
-    def build(self, sample: Sample, loaded: Media, generator: torch.Generator) -> Question:
+    def build(self, sample: Sample, loaded: Clips, generator: torch.Generator) -> Question:
         """A sample with both its prompts; with `temporal_rule` off there is none of a contrast clip."""
         args = self.settings
         contrast = args.temporal_contrast if args.temporal_rule != "off" else None

@@ -10,9 +10,11 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from video_r1.data.media import Media, resize
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line
 
@@ -49,6 +51,29 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
     return {"strip": f"{path.parent.name}/{path.name}", "count": count, "width": tile[0], "height": tile[1]}
 
 
+def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
+    """`save_strip` of the frames of all clips or images, one after the other, as tiles of one size; `clips`,
+    where there are several, is how many frames each has. Raises as `save_strip`.
+    """
+    if len(shown) == 1:
+        return save_strip(shown[0].frames, path)
+    counts = [len(media.frames) for media in shown]
+    side = IMAGE_SIDE if max(counts) == 1 else None
+    return {**save_strip(same_size([media.frames for media in shown]), path, side), "clips": counts}
+
+
+def same_size(clips: Sequence[Tensor]) -> Tensor:
+    """[T_i, 3, H_i, W_i] uint8 -> [ΣT, 3, H, W] of the largest H and W: each as large as fits, on black."""
+    height, width = (max(clip.shape[side] for clip in clips) for side in (2, 3))
+    tiles = torch.zeros(sum(map(len, clips)), 3, height, width, dtype=torch.uint8)
+    for clip, place in zip(clips, tiles.split([*map(len, clips)]), strict=True):
+        scale = min(height / clip.shape[2], width / clip.shape[3])
+        size = [round(scale * side) for side in clip.shape[2:]]
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        place[:, :, top : top + size[0], left : left + size[1]] = resize(clip, *size)
+    return tiles
+
+
 def record_group(
     run_dir: Path,
     step: int,
@@ -63,9 +88,11 @@ def record_group(
     tokenizer: for the words of completions whose drops are known. Raises OSError when the folder cannot be
     written.
     """
-    sample, media = group.sample, group.prompt.media
-    frames = save_strip(media.frames, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
-    frames["timestamps"] = [round(float(t), 3) for t in media.timestamps]
+    sample, shown = group.sample, group.prompt.media
+    frames = save_shown(shown, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
+    frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
+    # The whole path would tell a reader of the report how its writer's disk is arranged.
+    names = ["/".join(PurePath(path).parts[-2:]) for path in sample.paths]
     contrast = group.shuffled_prompt
     permutation = contrast.permutation if contrast else None
     ordered = _completions(group.ordered, group.rewards)
@@ -80,8 +107,7 @@ def record_group(
     line = {
         "step": step,
         **{name: getattr(sample, name) for name in RECORDED},
-        # The whole path would tell a reader of the report how its writer's disk is arranged.
-        "path": "/".join(PurePath(sample.path).parts[-2:]),
+        "path": names if len(names) > 1 else names[0],
         "frames": frames,
         "contrast": contrast.order if contrast else None,
         "permutation": None if permutation is None else [int(i) for i in permutation],

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from video_r1.data.media import Media
+from video_r1.data.media import Shown
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, PromptError
@@ -69,7 +69,7 @@ class SFTTrainer(QuestionTrainer):
     def load(self, sample: Sample) -> Example:
         return self.example(sample, self.reader.media(sample))
 
-    def example(self, sample: Sample, media: Media) -> Example:
+    def example(self, sample: Sample, media: Shown) -> Example:
         """A sample's prompt and response. Raises PromptError."""
         prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:

@@ -14,9 +14,8 @@ from typing import Any, TypeVar
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from video_r1.data.media import Media
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.reading import Batch, Question, Reader, Unusable, build_question, derived_generator
+from video_r1.data.reading import Batch, Clips, Question, Reader, Unusable, build_question, derived_generator
 from video_r1.data.records import Sample
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.group import answer_scores, format_scores
@@ -68,7 +67,7 @@ def temporal_accuracy(
     TGRPOConfig.
     """
 
-    def build(sample: Sample, media: Media) -> Question:
+    def build(sample: Sample, media: Clips) -> Question:
         generator = derived_generator(settings.seed, "validation", sample.problem_id)
         contrast, unit = settings.temporal_contrast, settings.contrast_unit
         return build_question(sample, media, builder, generator, contrast, unit)
@@ -111,7 +110,7 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], settings: Any) 
 
 
 def held_out(
-    samples: Sequence[Sample], reader: Reader, build: Callable[[Sample, Media], Built], batch_size: int
+    samples: Sequence[Sample], reader: Reader, build: Callable[[Sample, Clips], Built], batch_size: int
 ) -> Iterator[list[Built]]:
     """This process's share of held-out questions that can be used, in batches that are read ahead.
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from video_r1.data.answers import LETTERS, parse_number, read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.making.clip_index import ClipIndex
-from video_r1.data.making.layouts import Draft
+from video_r1.data.making.layouts import Draft, tags_in, without_tags
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 from video_r1.data.options import Reading, listed, options_of, read_choice, split_options
@@ -92,12 +92,17 @@ def manifest_row(draft: Draft, making: Making, reading: Reading) -> dict[str, An
             form = GROUNDING_FORMS[problem_type]
             raise Refused("no place or time", f"the answer {answer[:80]!r} is not of the form {form}")
         answer = read
+    media = _media(draft, making)
+    if isinstance(media["path"], list):
+        marks = [f"<{media['data_type']}>"] * len(media["path"])
+        if tags_in("".join([problem, *options])) != marks:  # they do not say where each file goes
+            problem, options = without_tags(problem), [*map(without_tags, options)]
     row: dict[str, Any] = {
         "problem": problem,
         "problem_type": problem_type,
         "options": options,
         "solution": f"<answer>{answer}</answer>",
-        **_media(draft, making),
+        **media,
         **{name: seconds for name in ("start", "end") if (seconds := _seconds(draft.get(name))) is not None},
     }
     if process := plain_text(draft.get("process")):
@@ -137,8 +142,16 @@ def _problem_type(said: Any, options: list[str], answer: str) -> str:
     return "free-form" if parse_number(answer) is None else "numerical"
 
 
-def _media(draft: Draft, making: Making) -> dict[str, str]:
+def _media(draft: Draft, making: Making) -> dict[str, Any]:
+    """`data_type` and `path`, of several files their list."""
     named = draft.get("path")
+    if isinstance(named, (list, tuple)):
+        found = [_media({**draft, "path": path}, making) for path in named or [None]]
+        kinds = {one["data_type"] for one in found}
+        if len(kinds) > 1:
+            raise Refused("several media", f"it shows {', '.join(map(str, named))}")
+        paths = [one["path"] for one in found]
+        return {"data_type": kinds.pop(), "path": paths if len(paths) > 1 else paths[0]}
     held = [value for value in draft.values() if isinstance(value, InTable) and value.kind in DATA_TYPES]
     if not named and len(held) == 1:
         named = held[0]
@@ -187,7 +200,8 @@ def _subtitles(draft: Draft, making: Making, row: Mapping[str, Any]) -> str:
         if "-->" not in said:
             return said
     else:
-        path = said or making.clips.subtitles_of(row["path"])
+        clip = row["path"]
+        path = said or (making.clips.subtitles_of(clip) if isinstance(clip, str) else None)
         if path is None:
             return ""
         try:

@@ -5,7 +5,7 @@ row of a manifest of it. To add a layout: a function, and a line in LAYOUTS.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from video_r1.data.making.refusals import Refused
@@ -23,11 +23,13 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
 class Turn(NamedTuple):
-    """One message: its text without tags of media, and the files that its parts name."""
+    """One message: its text without tags of media, the files that its parts name, and the text with a tag
+    where each file stands."""
 
     role: str
     text: str
     media: tuple[str, ...] = ()
+    tagged: str = ""
 
 
 class Layout(NamedTuple):
@@ -52,33 +54,30 @@ def video_r1(row: Row) -> Iterator[Draft]:
 def onethinker(row: Row) -> Iterator[Draft]:
     """onethinker_rl_train.json: as Video-R1's, the file in `images` or `videos`, the answer in `solution`
     or `answer`, and a tag in the question where it goes. Its segmentation is refused."""
-    media = [path for name in ("videos", "images") for path in files_of(row.get(name))]
-    media = media or files_of(row.get("path"))
-    if len(set(media)) > 1:
-        raise Refused("several media", f"it shows {', '.join(media)}")
+    media = media_of(row, ("videos", "images")) or files_of(row.get("path"))
     given = row.get("solution")
     process, answer = split_response(row.get("answer") if given is None else given)
     yield {
         **{name: value for name, value in row.items() if name not in ("solution", "videos", "images")},
-        "problem": _TAGS.sub("", str(row["problem"])).strip(),
+        "problem": row["problem"] if len(media) > 1 else without_tags(str(row["problem"])),
         "answer": answer,
         "process": row.get("process") or process,
-        "path": media[0] if media else None,
+        "path": media,
     }
 
 
 def llava_video(row: Row) -> Iterator[Draft]:
-    """Several questions and answers about one clip. Options stand in the question, a line each, and an
-    instruction behind them. The multiple-choice answers are "B." or "B. text"."""
-    turns = messages(row["conversations"])
+    """Several questions and answers about one clip, or about images. Options stand in the question, a line
+    each, and an instruction behind them. The multiple-choice answers are "B." or "B. text"."""
+    turns, media = messages(row["conversations"]), media_of(row, ("video",)) or media_of(row, ("image",))
     pairs = list(zip(turns[::2], turns[1::2], strict=False))
     for number, (question, answer) in enumerate(pairs, start=1):
         name = row.get("id")
         yield {
             "problem_id": name if name is None or len(pairs) == 1 else f"{name}-{number}",
-            "problem": question.text,
+            "problem": question.tagged if len(media) > 1 else question.text,
             "answer": answer.text,
-            "path": row.get("video") or row.get("image"),
+            "path": media,
             "data_source": row.get("data_source"),
         }
 
@@ -141,16 +140,15 @@ def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
     process, answer = split_response(replies[-1] if replies and given is None else given)
     if replies and given is not None:
         process = split_response(replies[-1])[0]
-    media = [path for name in ("videos", "video", "images", "image") for path in files_of(row.get(name))]
+    media = media_of(row, ("videos", "video", "images", "image"))
     media = media or [path for turn in asked for path in turn.media]
-    if len(set(media)) > 1:
-        raise Refused("several media", f"it shows {', '.join(media)}")
+    said = [turn.tagged if len(media) > 1 else turn.text for turn in asked]
     yield {
         "problem_id": row.get("problem_id", row.get("id")),
-        "problem": asked[0].text if asked else None,
+        "problem": said[0] if said else None,
         "answer": answer,
         "process": process,
-        "path": media[0] if media else None,
+        "path": media,
         **{name: row.get(name) for name in ("options", "problem_type", "data_type", "data_source")},
     }
 
@@ -196,12 +194,29 @@ def messages(said: Iterable[Any]) -> list[Turn]:
         role = {"human": "user", "gpt": "assistant"}.get(str(message.get("from")), message.get("role"))
         content = message.get("content", message.get("value"))
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
-        texts = [part["text"] for part in parts if part.get("text")]
         media = tuple(
             path for part in parts for kind in ("video", "image") for path in files_of(part.get(kind))
         )
-        turns.append(Turn(str(role), _TAGS.sub("", "\n".join(texts)).strip(), media))
+        tags = {"video": "<video>", "image": "<image>"}
+        texts = [text for part in parts if (text := part.get("text") or tags.get(str(part.get("type"))))]
+        tagged = "\n".join(texts).strip()
+        turns.append(Turn(str(role), without_tags(tagged), media, tagged))
     return turns
+
+
+def tags_in(text: str) -> list[str]:
+    """The tags of media in a text, in their order."""
+    return [tag.strip() for tag in _TAGS.findall(text)]
+
+
+def without_tags(text: str) -> str:
+    return _TAGS.sub("", text).strip()
+
+
+def media_of(row: Row, columns: Sequence[str]) -> list[str]:
+    """The files that the columns name; one, where all are the same."""
+    found = [path for name in columns for path in files_of(row.get(name))]
+    return found[:1] if len(set(found)) == 1 else found
 
 
 def files_of(value: Any) -> list[str]:

@@ -17,7 +17,7 @@ REMEDIES = {
     "problem type": f"say --problem_type, or one of {', '.join(get_args(ProblemType))}",
     "no place or time": "write JSON as docs/data-format.md shows it for the problem type",
     "times": "write start and end in seconds or as h:mm:ss",
-    "several media": "a question is about one file: join the files, or leave the row out",
+    "several media": "a question shows images or videos, not both: leave those of one kind out",
     "several questions": "write one row for each question",
     "media inside the table": "name the one column that holds a file a cell (--columns path=COLUMN) of a "
     "Parquet file or a data set of the hub, whose cells are read where they lie; or write the files out "

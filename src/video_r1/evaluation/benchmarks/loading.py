@@ -149,10 +149,10 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
 
 
 def _split_by_media(samples: Sequence[Sample]) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples whose file is there, and the files that are not."""
-    paths = dict.fromkeys(sample.path for sample in samples)
+    """The samples whose files are there, and the files that are not."""
+    paths = dict.fromkeys(path for sample in samples for path in sample.paths)
     missing = {path for path in paths if (file := local_file(path)) and not os.path.exists(file)}
-    present = [sample for sample in samples if sample.path not in missing]
+    present = [sample for sample in samples if missing.isdisjoint(sample.paths)]
     return present, tuple(path for path in paths if path in missing)
 
 

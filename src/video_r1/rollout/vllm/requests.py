@@ -126,28 +126,29 @@ def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
     blocks = visual_blocks(prompt)
     if not blocks:
         return []
-    features = prompt.features
-    if "image_grid_thw" in features:
-        kind, pixels, grid = "image", features["pixel_values"], features["image_grid_thw"][0]
+    kind = "image" if "image_grid_thw" in prompt.features else "video"
+    name, given = f"{kind}_grid_thw", prompt.features["pixel_values" + "_videos" * (kind == "video")]
+    grids, seconds = prompt.features[name], prompt.features.get("second_per_grid_ts")
+    pixels = given.to(dtype).split(grids.prod(-1).tolist())
+    if len(blocks) == len(grids) and int(grids[:, 0].max()) > 1:  # Qwen2-VL and Qwen2.5-VL
+        tensors = [
+            {"pixel_values_videos": patches, name: grid}
+            | ({} if seconds is None else {"second_per_grid_ts": seconds[place]})
+            for place, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
+        ]
     else:
-        kind, pixels, grid = "video", features["pixel_values_videos"], features["video_grid_thw"][0]
-    name, pixels = f"{kind}_grid_thw", pixels.to(dtype)
-    if len(blocks) == 1 and int(grid[0]) > 1:  # Qwen2-VL and Qwen2.5-VL
-        tensors = {"pixel_values_videos": pixels, name: grid}
-        if "second_per_grid_ts" in features:
-            tensors["second_per_grid_ts"] = features["second_per_grid_ts"][0]
-        return [Visual(kind, *blocks[0], tensors, _digest(tensors))]
-    step = torch.cat([torch.ones_like(grid[:1]), grid[1:]])
-    return [
-        Visual("image", *block, tensors, _digest(tensors))
-        for block, patches in zip(blocks, pixels.chunk(int(grid[0])), strict=True)
-        for tensors in [{"pixel_values": patches, "image_grid_thw": step}]
-    ]
+        kind = "image"
+        tensors = [
+            {"pixel_values": patches, "image_grid_thw": torch.cat([torch.ones_like(grid[:1]), grid[1:]])}
+            for visual, grid in zip(pixels, grids, strict=True)
+            for patches in visual.chunk(int(grid[0]))
+        ]
+    return [Visual(kind, *block, found, _digest(found)) for block, found in zip(blocks, tensors, strict=True)]
 
 
 def visual_blocks(prompt: Prompt) -> list[tuple[int, int]]:
     """Where each run of visual placeholders begins, and its length."""
-    if len(prompt.media.frames) == 0:  # a blind question
+    if prompt.frames == 0:  # a blind question
         return []
     visual = prompt.features["mm_token_type_ids"].view(-1) != 0
     values, counts = visual.unique_consecutive(return_counts=True)

@@ -1,0 +1,122 @@
+"""Templates: the user's text of a question.
+
+A template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}` (`{{` and
+`}}` stand for single braces). A line that holds only `{options}` or `{subtitles}` is left out when the
+question has none. A template file may also replace the answer hints, one line a problem type, anywhere:
+
+    {question}
+    {options}
+    Think first, then answer. {hint}
+    #hint multiple choice: Answer with one letter.
+    #hint OCR: Answer with the text that you read.
+
+Types without such a line keep the hint of `ANSWER_HINTS`.
+"""
+
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import get_args
+
+from video_r1.data.grounding import GROUNDING_HINTS
+from video_r1.data.records import Sample
+from video_r1.errors import ConfigError
+from video_r1.settings.carried import template_text
+from video_r1.settings.shared import ProblemType
+
+# Few words on purpose: small models with their own tokenizer read the same text.
+INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
+ANSWER_HINTS: dict[ProblemType, str] = {
+    "multiple choice": "Give the letter only.",
+    "numerical": "Give a number.",
+    "OCR": "Give the text.",
+    "free-form": "Give a sentence.",
+    "regression": "Give a number.",
+    "math": "Give a value or an expression.",
+    **GROUNDING_HINTS,
+}
+DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
+DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"
+PLACEHOLDERS = ("question", "options", "hint", "subtitles")
+SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type."""
+
+    text: str
+    hints: Mapping[ProblemType, str]
+
+    def render(self, sample: Sample) -> str:
+        fields = {
+            "question": sample.problem,
+            "options": "\n".join(sample.options),
+            "hint": self.hints[sample.problem_type],
+            "subtitles": subtitle_text(sample.subtitles),
+        }
+        left_out = [f"{{{name}}}" for name in ("options", "subtitles") if not fields[name]]
+        lines = (line for line in self.text.splitlines() if line.strip() not in left_out)
+        return "\n".join(lines).format(**fields)
+
+    def direct(self) -> "Template":
+        """For the answer alone: without the instruction to think, with the same hints."""
+        return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints)
+
+    def __str__(self) -> str:
+        """The whole template as a file has it."""
+        return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
+
+
+def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> str:
+    """A row's subtitles behind a heading, as a prompt has them; "" without any. Of longer ones stay the first
+    whole lines that have `limit` characters together, and a line that says how many characters are gone."""
+    if not subtitles:
+        return ""
+    shown = subtitles
+    if len(subtitles) > limit:
+        shown = subtitles[: limit + 1].rpartition("\n")[0] or subtitles[:limit]
+        shown += f"\n({len(subtitles) - len(shown)} more characters of subtitles)"
+    return f"Subtitles:\n{shown}\n"
+
+
+def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
+    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError.
+
+    subtitles: put a line for them first, unless the template says where they go.
+    """
+    template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS) if path is None else _read_template(path)
+    if not subtitles or "{subtitles}" in template.text:
+        return template
+    return Template("{subtitles}\n" + template.text, template.hints)
+
+
+def _read_template(path: str | Path) -> Template:
+    try:
+        return _parsed(template_text(Path(path)).strip().splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise ConfigError(f"prompt template {path}: {error}") from error
+
+
+def _parsed(lines: list[str]) -> Template:
+    """Raises ValueError, which says what is wrong."""
+    hints, types = dict(ANSWER_HINTS), get_args(ProblemType)
+    for line in (line for line in lines if line.startswith("#hint ")):
+        problem_type, colon, hint = line.removeprefix("#hint ").partition(":")
+        if not colon or problem_type.strip() not in types:
+            raise ValueError(f"{line!r} must read '#hint TYPE: words', with a TYPE of {', '.join(types)}")
+        hints[problem_type.strip()] = hint.strip()  # type: ignore[index]
+    text = "\n".join(line for line in lines if not line.startswith("#hint "))
+    try:
+        fields = {field for _, field, _, _ in string.Formatter().parse(text) if field is not None}
+    except ValueError as error:
+        raise ValueError(f"{error}; write {{{{ and }}}} for braces that are no placeholder") from error
+    for field in sorted(fields.difference(PLACEHOLDERS)):
+        known = ", ".join(f"{{{name}}}" for name in PLACEHOLDERS)
+        raise ValueError(f"unknown placeholder {{{field}}}; known are {known}")
+    if not fields >= {"question", "options"}:
+        raise ValueError("it must contain {question} and {options}")
+    return Template(text, hints)

@@ -1,0 +1,343 @@
+"""Rows with several clips or images, from the manifest through whole runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from chat_endpoint import annotate, chat_endpoint, images_of
+from made_tables import make, write_shelf, written
+from PIL import Image
+from resume_runs import comparable
+from test_evaluation import ScriptedEngine, evaluate
+from tgrpo_trainers import make_trainer, weights
+from tiny_models import moving_square, write_clip
+from tiny_questions import read_lines, row, training_arguments
+from transformers import AutoProcessor
+
+from video_r1.data import frame_cache
+from video_r1.data.check import check_media
+from video_r1.data.frame_cache import FrameCache
+from video_r1.data.prompts import PromptBuilder
+from video_r1.data.reading import Reader
+from video_r1.data.records import Sample, check_manifest, load_manifest
+from video_r1.data.trl_rows import trl_samples
+from video_r1.errors import RequestError
+from video_r1.evaluation.ask import question_sample, run_ask
+from video_r1.settings.decoding import AskSettings
+from video_r1.settings.frames import FrameBudget
+from video_r1.training.sft import SFTConfig, SFTTrainer
+
+BUDGET = FrameBudget(fps=4.0, frame_pixels=56 * 56, image_pixels=56 * 84)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips, of which one is wide and short, and three pictures of different sizes."""
+    folder = tmp_path_factory.mktemp("several")
+    for number in range(3):
+        pixels = moving_square(frames=8 if number else 4, height=56, width=56 if number else 112)
+        write_clip(folder / f"{number}.mp4", np.roll(pixels, 5 * number, axis=0), fps=4.0)
+        Image.fromarray(moving_square()[number][: 28 * (number + 1)]).save(folder / f"{number}.png")
+    return folder
+
+
+ROWS: list[dict[str, Any]] = [
+    row(0, "multiple choice", "video", "") | {"path": ["0.mp4", "1.mp4"]},
+    row(1, "free-form", "video", "")
+    | {"path": ["2.mp4", "1.mp4"], "problem": "As in <video>, or as in <video>?"},
+    row(2, "numerical", "image", "") | {"path": ["0.png", "1.png", "2.png"]},
+    row(3, "OCR", "video", "1.mp4"),
+]
+
+
+@pytest.fixture(scope="module")
+def manifest(folder: Path) -> Path:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(ROWS))
+    return path
+
+
+# ---- The manifest
+
+
+def test_a_row_names_several_files(manifest: Path, folder: Path) -> None:
+    samples = load_manifest(manifest)
+    names = [[Path(path).name for path in sample.paths] for sample in samples]
+    assert names == [["0.mp4", "1.mp4"], ["2.mp4", "1.mp4"], ["0.png", "1.png", "2.png"], ["1.mp4"]]
+    assert [Path(file.path).name for file in samples[0].files] == names[0]
+    assert [file.paths for file in samples[0].files] == [(path,) for path in samples[0].paths]
+    assert len({sample.shown for sample in samples}) == 4
+    (alone,) = load_manifest([ROWS[3] | {"path": ["1.mp4"]}], folder)  # a list of one is that one
+    assert alone == samples[3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"path": []}, r"path is \[\]; a list of paths has a text for each clip or image"),
+        ({"path": ["1.mp4", 3]}, r"path is \['1.mp4', 3\]; a list of paths has a text"),
+        ({"path": ["1.mp4", "../1.mp4"]}, r"'../1.mp4' leads out of the media root"),
+        ({"start": 1.0}, "start and end are a window of one clip, and path names 2 videos; cut the clips"),
+        (
+            {"problem_type": "temporal grounding", "solution": '<answer>{"time": [0, 1]}</answer>'},
+            "a temporal grounding problem is about one video, and path names 2",
+        ),
+        (
+            {"problem": "Which is <video>?"},
+            "path names 2 videos, and its text has the mark <video> 1 times; write it where each",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "<video><video><video>?"}]},
+            "has the mark <video> 3 times",
+        ),
+    ],
+)
+def test_what_a_manifest_refuses(folder: Path, fields: dict[str, Any], problem: str) -> None:
+    given = ROWS[1] | {"problem": "Which?"} | fields
+    samples, _, problems = check_manifest([given], folder)
+    assert samples == [] and len(problems) == 1
+    with pytest.raises(Exception, match=problem):
+        load_manifest([given], folder)
+
+
+def test_each_file_is_opened_and_kept_once(
+    manifest: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples, decoded = load_manifest(manifest), []
+    real = frame_cache.read_media_at
+    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, *how: decoded.append(s.path) or real(s, *how))
+    result = check_media(samples, BUDGET, workers=1)
+    assert result.files == len(decoded) == 6 and result.problems == []
+    assert result.video_seconds == pytest.approx(1 + 2 + 2)
+    decoded.clear()
+    with Reader(BUDGET, FrameCache(tmp_path / "cache", 1 << 30)) as reader:
+        shown = [reader.media(sample) for sample in samples]
+    assert [[tuple(media.frames.shape[1:]) for media in each] for each in shown[:2]] == [
+        [(3, 28, 56), (3, 56, 56)], [(3, 56, 56), (3, 56, 56)],
+    ]  # fmt: skip
+    assert torch.equal(shown[0][1].frames, shown[3][0].frames) and len(decoded) == 6
+    (folder / "bad.mp4").write_text("no clip")
+    (sample,) = load_manifest([ROWS[0] | {"path": ["0.mp4", "bad.mp4"]}], folder)
+    (problem,) = check_media([sample, samples[3]], BUDGET, workers=1).problems
+    assert "bad.mp4" in problem.text and problem.row == 1
+
+
+# ---- Runs
+
+
+def test_training_records_and_resumes_exactly(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "contrast_unit": "patch"}
+    settings |= {"temporal_rule": "tokens", "log_rollouts": 4, "fps": 4.0}
+    whole = make_trainer(checkpoint, str(manifest), tmp_path / "whole", **settings)
+    whole.train()
+    half = tmp_path / "parted"
+    shutil.copytree(tmp_path / "whole", half)
+    resumed = make_trainer(checkpoint, str(manifest), half, **settings)
+    resumed.train(resume_from_checkpoint=str(half / "checkpoint-2"))
+    assert comparable(half) == comparable(tmp_path / "whole") and not (half / "quarantine.jsonl").exists()
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    groups = {line["problem_id"]: line for line in read_lines(half / "rollouts.jsonl") if line["step"] == 4}
+    assert groups[0]["frames"]["clips"] == [4, 8] and len(groups[0]["permutation"]) == 12
+    assert sorted(groups[0]["permutation"][:4]) == [0, 1, 2, 3] and groups[0]["path"][0].endswith("0.mp4")
+    assert groups[2]["frames"]["clips"] == [1, 1, 1] and groups[2]["permutation"] is None
+    assert "clips" not in groups[3]["frames"] and isinstance(groups[3]["path"], str)
+    assert groups[0]["contrast"] == "shuffled" and groups[0]["ordered"][0]["word_drops"]
+
+
+def test_sft_and_validation(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    config = SFTConfig(**training_arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2))
+    trainer = SFTTrainer(
+        str(checkpoint), args=config, train_dataset=str(manifest), eval_dataset=str(manifest)
+    )
+    trainer.train()
+    (figures,) = [line for line in read_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line]
+    assert figures["eval_questions"] == 4 and figures["eval_skipped"] == 0
+
+
+def test_evaluation_in_several_orders(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    builder, engine = PromptBuilder(AutoProcessor.from_pretrained(checkpoint)), ScriptedEngine()
+    samples = load_manifest(manifest)
+    orders = ["ordered", "shuffled", "reversed", "single", "blind"]
+    summary = evaluate(samples, engine, builder, folder=tmp_path, order=orders, frames=[4, 8])
+    records = read_lines(tmp_path / "predictions-8.jsonl")
+    assert [record["order"] for record in records if record["problem_id"] == 0] == orders
+    assert [record["order"] for record in records if record["problem_id"] == 2] == ["ordered"]
+    assert summary["frames"]["8"]["shuffled"]["questions"] == 3
+    shown = {prompt.order: prompt for prompt in engine.prompts if len(prompt.media) == 2}
+    assert shown["blind"].frames == 0 and shown["single"].frames == 4
+    changed = [replace(samples[0], more_paths=samples[1].paths[:1]), *samples[1:]]
+    with pytest.raises(RequestError, match="questions"):  # answers about other clips are not gone on with
+        evaluate(changed, engine, builder, folder=tmp_path, order=orders, frames=[4, 8])
+
+
+def test_a_teacher_sees_all_of_them_and_its_rows_name_them(
+    manifest: Path, folder: Path, tmp_path: Path
+) -> None:
+    rows = [
+        item | {"problem": item["problem"] + f" Question {number}:"} for number, item in enumerate(ROWS[:3])
+    ]
+    choice = {
+        "problem_type": "multiple choice",
+        "options": ["A. x", "B. y"],
+        "solution": "<answer>B</answer>",
+    }
+    rows = [{**item, **choice} for item in rows]
+    source = folder / "asked.json"
+    source.write_text(json.dumps(rows))
+    with chat_endpoint(owner="vllm") as served:
+        served.takes_video = True
+        counts = annotate(served.url, source, tmp_path / "cot.json", concurrency=1)
+        sent = {len(images_of(request)) for request in served.requests}
+    assert counts.questions["kept"] == 3, (tmp_path / "cot.rejected.jsonl").read_text()
+    assert 3 in sent and not any(
+        "video" in name for request in served.requests for name in images_of(request)
+    )
+    kept = json.loads((tmp_path / "cot.json").read_text())
+    assert [item["path"] for item in kept] == [item["path"] for item in ROWS[:3]]
+    assert all(sample.process for sample in load_manifest(tmp_path / "cot.json", folder))
+
+
+def test_ask(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clips = [str(folder / f"{number}.mp4") for number in range(2)]
+    settings = AskSettings(
+        model=str(checkpoint), path=clips[0], more_paths=clips[1:], question=["Is <video> as <video>?"],
+        contrast=["reversed", "blind"], frame_pixels=56 * 56, max_new_tokens=4, samples=2,
+    )  # fmt: skip
+    run_ask(settings)
+    assert "reversed" in capsys.readouterr().out
+    assert question_sample(settings, "?").paths == tuple(str(Path(clip).resolve()) for clip in clips)
+    with pytest.raises(RequestError, match=r"nowhere.mp4: no such file"):
+        question_sample(AskSettings(path=clips[0], more_paths=["nowhere.mp4"]), "?")
+    with pytest.raises(Exception, match="more_paths is given with start or end"):
+        AskSettings(path=clips[0], more_paths=clips[1:], start=1.0)
+
+
+# ---- Tables
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_shelf(tmp_path_factory.mktemp("shelf"))
+
+
+def user(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "swift, at their tags": (
+        "swift.jsonl",
+        {"messages": [user("Is <video> as <video>?")], "videos": ["a/ball.mp4", "cup.mp4"], "answer": "1"},
+        {"problem": "Is <video> as <video>?", "path": ["a/ball.mp4", "cup.mp4"], "data_type": "video"},
+    ),
+    "swift, tags that do not say it": (
+        "swift.jsonl",
+        {"messages": [user("<video>Which?")], "videos": ["a/ball.mp4", "cup.mp4"], "solution": "yes"},
+        {"problem": "Which?", "path": ["a/ball.mp4", "cup.mp4"]},
+    ),
+    "swift, one file twice": (
+        "swift.jsonl",
+        {"messages": [user("<video>Which?")], "videos": ["cup.mp4", "cup.mp4"], "solution": "yes"},
+        {"problem": "Which?", "path": "cup.mp4"},
+    ),
+    "trl, parts of the content": (
+        "trl.jsonl",
+        {
+            "prompt": [user([{"type": "video"}, {"type": "text", "text": "or"}, {"type": "video"}])],
+            "videos": ["a/ball.mp4", "cup.mp4"], "answer": "3",
+        },
+        {"problem": "<video>\nor\n<video>", "path": ["a/ball.mp4", "cup.mp4"], "problem_type": "numerical"},
+    ),
+    "llava, turns about two clips": (
+        "llava.json",
+        {
+            "id": 4, "video": ["cup.mp4", "a/ball.mp4"],
+            "conversations": [
+                {"from": "human", "value": "<video>\n<video>\nWhat?"}, {"from": "gpt", "value": "x"},
+                {"from": "human", "value": "And then?"}, {"from": "gpt", "value": "y"},
+            ],
+        },
+        {"problem_id": "4-1", "problem": "<video>\n<video>\nWhat?", "path": ["cup.mp4", "a/ball.mp4"]},
+    ),
+    "onethinker": (
+        "onethinker.json",
+        {
+            "problem_id": 9, "problem": "<video><video>Same?", "problem_type": "open-ended",
+            "videos": ["cup.mp4", "a/ball.mp4"], "solution": "<answer>no</answer>",
+        },
+        {"problem": "<video><video>Same?", "path": ["cup.mp4", "a/ball.mp4"]},
+    ),
+    "columns that are joined": (
+        "pairs.json",
+        {"one": "cup.mp4", "other": "ball", "question": "Same?", "answer": "no"},
+        {"problem": "Same?", "path": ["cup.mp4", "a/ball.mp4"], "data_type": "video"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tables_become_rows(case: str, shelf: Path, tmp_path: Path) -> None:
+    name, said, expected = CASES[case]
+    words = ("--columns", "path=one+other") if "joined" in case else ()
+    rows, refused = make(shelf, written(tmp_path, name, [said]), *words)
+    assert refused == [] and expected.items() <= rows[0].items(), rows
+    assert len(rows) == (2 if "llava" in case else 1)
+    if len(rows) == 2:
+        assert rows[1]["problem"] == "And then?" and rows[1]["path"] == rows[0]["path"]
+
+
+def test_clips_and_images_do_not_mix(shelf: Path, tmp_path: Path) -> None:
+    rows = [
+        {"path": ["cup.mp4", "sign.png"], "question": "?", "answer": "no"},
+        {"path": "cup.mp4", "question": "?", "answer": "1"},
+    ]
+    (_,), (line,) = make(shelf, written(tmp_path, "t.json", rows))
+    assert line["reason"] == "several media" and "sign.png" in line["found"]
+
+
+def test_pictures_of_trl_tables(tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (56, 56), colour) for colour in ("red", "green")]
+    parts = [
+        {"type": "image"},
+        {"type": "text", "text": "or"},
+        {"type": "image"},
+        {"type": "text", "text": "?"},
+    ]
+    samples: list[Sample] = trl_samples(
+        [{"prompt": [user(parts)], "images": pictures}, {"prompt": "Which?", "images": pictures}], tmp_path
+    )
+    assert [len(sample.paths) for sample in samples] == [2, 2] and samples[0].paths == samples[1].paths
+    assert samples[0].messages[0]["content"] == "<image>\nor\n<image>\n?"
+    assert samples[1].messages[0]["content"] == "Which?"
+
+
+# ---- The studio
+
+
+@pytest.fixture
+def client(manifest: Path) -> Iterator[Any]:
+    pytest.importorskip("starlette", reason="the extra studio is not installed")
+    from starlette.testclient import TestClient
+
+    from video_r1.studio.server import application
+
+    with TestClient(application([manifest.parent]), base_url="http://127.0.0.1:7860") as client:
+        yield client
+
+
+def test_rows_in_the_studio(client: Any, manifest: Path) -> None:
+    found = client.get("/api/rows", params={"manifest": manifest.name}).json()
+    assert [item["files"] for item in found["shown"]] == [2, 2, 3, 1]
+    assert all(item["problems"] == [] for item in found["shown"])
+    assert found["shown"][2]["path"] == "0.png, 1.png, 2.png"
+    played = client.get("/api/clip", params={"manifest": manifest.name, "row": 1})
+    assert played.status_code == 200 and played.content == (manifest.parent / "2.mp4").read_bytes()
