@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from video_r1.data.chat_templates import end_token_id, prompt_text, special_tokens
 from video_r1.data.media import Media, Shown, clips_of, reordered
 from video_r1.data.records import Sample
 from video_r1.data.templates import Template, load_template
@@ -37,6 +38,7 @@ class Prompt:
         for the clips' own order.
     messages: the chat, for engines that tokenise themselves.
     contrast: what the permutation is, where there is one.
+    thinks: whether the completion begins with its reasoning (chat_templates.py).
     """
 
     input_ids: Tensor
@@ -45,6 +47,7 @@ class Prompt:
     permutation: Tensor | None
     messages: list[dict[str, Any]]
     contrast: Contrast = "shuffled"
+    thinks: bool = True
 
     @property
     def order(self) -> Order:
@@ -142,7 +145,8 @@ class TextPrompts:
             shown = reordered(shown, permutation)
         visuals = [self._visuals(one) if len(one.frames) else [] for one in shown]
         nothing = torch.empty(0, dtype=torch.long)
-        return Prompt(nothing, {}, shown, permutation, self._chat(sample, visuals), contrast)
+        chat = self._chat(sample, visuals)
+        return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks)
 
     def _visuals(self, media: Media) -> list[dict[str, str]]:
         """How a message names what it shows."""
@@ -212,7 +216,7 @@ class PromptBuilder(TextPrompts):
     ) -> Prompt:
         """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
         plain = super().build(sample, media, permutation, contrast)
-        text = chat_text(self.processor, plain.messages, add_generation_prompt=True)
+        text = prompt_text(self.processor, plain.messages, plain.thinks)
         for shown in plain.media:
             self._check_frames(sample, shown)
         with _TOKENIZING:
@@ -305,34 +309,3 @@ def frame_multiple(processor: Any) -> int | None:
             return None
         multiples.append(patch * merge)
     return math.lcm(*multiples)
-
-
-def chat_text(processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False) -> str:
-    """The chat by the processor's template, placeholders not expanded."""
-    return processor.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        processor_kwargs={"do_sample_frames": False},  # without any, SmolVLM's warns at each call
-    )
-
-
-def special_tokens(tokenizer: Any) -> set[str]:
-    """The tokens that stand for no text: of chats, visuals, sounds and ends."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return added | set(tokenizer.all_special_tokens)
-
-
-def end_token_id(processor: Any) -> int:
-    """The token that ends the assistant's turn: the special one that the chat template writes behind it, else
-    `<|im_end|>` where the tokenizer has it, else EOS. processor: or a tokenizer.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    vocabulary = tokenizer.get_vocab()
-    if processor is not tokenizer and processor.chat_template:
-        said = {role: [{"type": "text", "text": f"{role} speaks"}] for role in ("user", "assistant")}
-        chat = chat_text(processor, [{"role": role, "content": content} for role, content in said.items()])
-        behind = chat.rpartition("assistant speaks")[2].strip()
-        ends = [token for token in special_tokens(tokenizer) if behind.startswith(token)]
-        return vocabulary[max(ends, key=len)] if ends else tokenizer.eos_token_id
-    return vocabulary.get("<|im_end|>", tokenizer.eos_token_id)

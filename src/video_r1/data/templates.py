@@ -44,10 +44,13 @@ SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type."""
+    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type.
+    thinks: it asks for reasoning.
+    """
 
     text: str
     hints: Mapping[ProblemType, str]
+    thinks: bool = True
 
     def render(self, sample: Sample) -> str:
         fields = {
@@ -62,7 +65,7 @@ class Template:
 
     def direct(self) -> "Template":
         """For the answer alone: without the instruction to think, with the same hints."""
-        return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints)
+        return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints, False)
 
     def __str__(self) -> str:
         """The whole template as a file has it."""

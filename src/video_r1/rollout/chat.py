@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from torch import Tensor
 
+from video_r1.data.chat_templates import SWITCH
 from video_r1.data.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.rollout.engine import SamplingSettings
@@ -34,7 +35,8 @@ def chat_request(
 
     frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
     vision understands; "video" as one video of those frames, vLLM's form. It has one place for a video's
-    times in a request, so that several clips go as images.
+    times in a request, so that several clips go as images. That a completion is not to think is told where
+    frames go as vLLM's videos: other endpoints may refuse its field.
     """
     shown = [media for media in prompt.media if len(media.frames)]
     is_video = frames_as == "video" and len(shown) == 1 and shown[0].kind == "video"
@@ -56,6 +58,7 @@ def chat_request(
         "n": n,
         "seed": seed,
         **(video_fields(shown[0]) if is_video else {}),
+        **({} if prompt.thinks or frames_as != "video" else {"chat_template_kwargs": {SWITCH: False}}),
     }
 
 
@@ -124,6 +127,8 @@ def _completion(message: Mapping[str, Any], finish_reason: str | None) -> Comple
     reasoning = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(reasoning, str) and reasoning.strip() and "<think>" not in content:
         content = f"<think>{reasoning.strip()}</think>\n{content.strip()}"
+    elif "</think>" in content and "<think>" not in content:  # the server's template wrote the first tag
+        content = f"<think>{content.lstrip()}"
     if message.get("refusal"):
         return Completion(str(message["refusal"]), "content_filter")
     return Completion(content, str(finish_reason or "stop"))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
-from video_r1.data.prompts import Prompt, end_token_id
+from video_r1.data.chat_templates import end_token_id
+from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models.adapters import merged_adapters
