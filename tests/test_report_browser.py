@@ -245,6 +245,38 @@ def test_the_contrast_is_named(browser: FilePage, tmp_path: Path) -> None:
     check_healthy(browser)
 
 
+def test_frames_of_several_clips(browser: FilePage, tmp_path: Path) -> None:
+    """Each clip's stand below its name, in either order; bars and numbers begin anew with each."""
+    group = group_of()
+    (clip,), contrast = group.prompt.media, group.shuffled_prompt
+    assert contrast is not None and contrast.permutation is not None
+    count = len(clip.frames)
+    order = torch.cat([contrast.permutation, count + torch.arange(2).flip(0)])
+    both = [clip, replace(clip, frames=clip.frames[:2].repeat(1, 1, 1, 2), timestamps=clip.timestamps[:2])]
+    prompts = [replace(group.prompt, media=tuple(both)), replace(contrast, permutation=order)]
+    record_group(tmp_path, 10, replace(group, prompt=prompts[0], shuffled_prompt=prompts[1]), 0.5, 0.0)
+    browser.open(build_report(tmp_path), width=1280)
+    assert texts(browser, ".which") == ["Clip 1 of 2", "Clip 2 of 2"] * 2
+    numbers = [*range(1, count + 1), 1, 2]
+    assert [text.strip() for text in texts(browser, ".ordered .time em")] == [
+        f"f{number}" for number in numbers
+    ]
+    shuffled = [*(int(place) + 1 for place in contrast.permutation), 2, 1]
+    assert [text.strip() for text in texts(browser, ".shuffled .time em")] == [
+        f"f{number}" for number in shuffled
+    ]
+    browser.run("[...document.querySelectorAll('.ordered button.frame')].at(-1).click()")
+    browser.settle()
+    assert texts(browser, "dialog output")[0].startswith("clip 2, frame 2 of 2")
+    check_healthy(browser)
+    images = group_of(video=False)
+    prompt = replace(images.prompt, media=images.prompt.media * 3)
+    record_group(tmp_path / "images", 10, replace(images, prompt=prompt), 0.5, None)
+    browser.open(build_report(tmp_path / "images"), width=1280)
+    assert texts(browser, ".which") == []
+    assert texts(browser, ".tile .time") == [f"image {number} of 3" for number in (1, 2, 3)]
+
+
 def test_a_frame_can_be_shown_large(browser: FilePage, tmp_path: Path) -> None:
     group = group_of()
     wide = group.prompt.media[0].frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget

@@ -33,7 +33,7 @@ from video_r1.rollout.chat import chat_request
 from video_r1.rollout.choice import in_process_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.training.drops import logprob_drops
-from video_r1.training.recording import record_group
+from video_r1.training.recording import record_group, same_size
 
 torch.set_num_threads(1)
 
@@ -288,4 +288,8 @@ def test_the_strip_of_a_group(tmp_path: Path) -> None:
         line_of_pixels = np.asarray(strip, np.float64)[28]
     assert line_of_pixels[:8].max() < 20  # black beside a frame that is narrower than the tile
     assert line_of_pixels[8 * 84 : 9 * 84].mean() > 70  # noise from border to border
+    white = [torch.full((1, 3, *size), 255, dtype=torch.uint8) for size in ((28, 28), (56, 84))]
+    small, large = same_size(white)
+    assert bool((large == 255).all()) and bool((small[:, :, 14:70] == 255).all())
+    assert not small[:, :, :14].any() and not small[:, :, 70:].any()
     assert group_of({**line, "frames": {**line["frames"], "clips": [8, 5]}}, "strip")["clips"] == []

@@ -26,11 +26,12 @@ from video_r1.data import frame_cache
 from video_r1.data.check import check_media
 from video_r1.data.frame_cache import FrameCache
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.reading import Reader
+from video_r1.data.reading import Batch, Reader, quarantined
 from video_r1.data.records import Sample, check_manifest, load_manifest
 from video_r1.data.trl_rows import trl_samples
-from video_r1.errors import RequestError
+from video_r1.errors import MediaError, RequestError
 from video_r1.evaluation.ask import question_sample, run_ask
+from video_r1.evaluation.benchmarks.loading import load_questions
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import FrameBudget
 from video_r1.training.sft import SFTConfig, SFTTrainer
@@ -74,7 +75,7 @@ def test_a_row_names_several_files(manifest: Path, folder: Path) -> None:
     assert names == [["0.mp4", "1.mp4"], ["2.mp4", "1.mp4"], ["0.png", "1.png", "2.png"], ["1.mp4"]]
     assert [Path(file.path).name for file in samples[0].files] == names[0]
     assert [file.paths for file in samples[0].files] == [(path,) for path in samples[0].paths]
-    assert len({sample.shown for sample in samples}) == 4
+    assert replace(samples[0], more_paths=samples[1].paths).shown != samples[0].shown
     (alone,) = load_manifest([ROWS[3] | {"path": ["1.mp4"]}], folder)  # a list of one is that one
     assert alone == samples[3]
 
@@ -128,6 +129,12 @@ def test_each_file_is_opened_and_kept_once(
     (sample,) = load_manifest([ROWS[0] | {"path": ["0.mp4", "bad.mp4"]}], folder)
     (problem,) = check_media([sample, samples[3]], BUDGET, workers=1).problems
     assert "bad.mp4" in problem.text and problem.row == 1
+    with Reader(BUDGET) as reader:
+        ((read,),) = reader.batches([Batch([sample])], lambda sample, media: media)
+    assert isinstance(read, MediaError) and quarantined(sample, read)["path"] == str(folder / "bad.mp4")
+    (folder / "gone.json").write_text(json.dumps([ROWS[0] | {"path": ["0.mp4", "gone.mp4"]}, ROWS[3]]))
+    found = load_questions(str(folder / "gone.json"), None, tmp_path, allow_missing=True)
+    assert [question.problem_id for question in found.samples] == [3]
 
 
 # ---- Runs

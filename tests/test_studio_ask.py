@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from tiny_models import moving_square, write_clip
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
+from video_r1.data.records import load_manifest
 from video_r1.lab.model import base_folder
 from video_r1.studio import model_process, uploads
 from video_r1.studio.answerer import Answerer
@@ -107,6 +109,24 @@ def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
     assert events(client, **address | {"model": " "})[1]["asked"]["settings"]["model"] == ""  # what it serves
     ours = events(client, engine="http://127.0.0.1:9", model="")[1]["asked"]["settings"]
     assert ours["model"] == str(folder / "model")
+
+
+def test_a_question_about_several_clips(client: TestClient, folder: Path) -> None:
+    """All of a row's clips are asked about, and the row that is kept names them."""
+    row = ROW | {"path": ["clips/one.mp4", "clips/two.mp4"]}
+    shutil.copy(folder / "clips" / "one.mp4", folder / "clips" / "two.mp4")
+    (folder / "two.json").write_text(json.dumps([row]))
+    clip = {"manifest": "two.json", "row": 0}
+    _, told, _ = events(client, clip=clip, options=["left", "right"], answer="b")
+    settings = told["asked"]["settings"]
+    names = [str((folder / path).resolve()) for path in row["path"]]
+    assert [settings["path"], *settings["more_paths"]] == names
+    assert (
+        client.post("/api/add", json=asked(clip=clip, options=["left", "right"], answer="b")).status_code
+        == 200
+    )
+    (kept,) = load_manifest(folder / "asked.jsonl")
+    assert [*kept.paths] == names
 
 
 def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client: TestClient) -> None:
