@@ -1,9 +1,11 @@
-"""`make screenshots`: each page of the studio at three widths, one of them also in the dark, of made-up runs
-and the lab's clips.
+"""`make screenshots`: each page of the studio at three widths, light and dark, of made-up runs and the lab's
+clips.
 
-    python tests/studio_screenshots.py screenshots [--pictures docs/images]
+    python tests/studio_screenshots.py screenshots
+    python tests/studio_screenshots.py docs/images --demo runs/demo
 
---pictures: also the two pictures of README.md and docs/studio.md.
+With --demo, a folder of `make demo`, the pictures of README.md and docs/studio.md instead: its report, its
+run, its evaluations, and its model asked.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import io
 import json
 import os
 import random
+import shutil
 import socket
 import sys
 import tempfile
@@ -20,13 +23,14 @@ from pathlib import Path
 
 from browser import chromium
 from PIL import Image
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 from report_runs import write_demo, write_evaluation, write_lines, write_rl_run
 from studio_server import studio
 
 from video_r1.data.decoders import read_media
 from video_r1.data.records import Sample, load_manifest
 from video_r1.lab.clips import write_lab
+from video_r1.report.page import build_report
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 from video_r1.training.recording import RECORDED, save_strip
@@ -40,8 +44,9 @@ VIEWS = {
     "data": "#/data/lab%2Frl.json",
     "evaluations": "#/evaluations/runs%2Feval-rl/runs%2Feval-sft",
 }
-PICTURES = {"run": ".headline", "ask": ".answers"}  # what a reader of the documents sees of them
 WIDTHS = (390, 1280, 2560)
+MARGIN = 16
+PICTURE = 1040  # pixels of the documents' pictures across, of which a page of GitHub shows about 840
 SLOW = 120_000
 
 
@@ -117,27 +122,85 @@ def answer_lab_questions(folder: Path, samples: list[Sample]) -> None:
     write_lines(path, lines)
 
 
-def small_picture(png: bytes) -> bytes:
-    """The same with 200 colours, which is a third of the bytes."""
-    small = io.BytesIO()
-    picture = Image.open(io.BytesIO(png)).convert("RGB")
-    picture.quantize(200, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(
-        small, "PNG", optimize=True
-    )
-    return small.getvalue()
-
-
-def ask_question(page: Page, model: str) -> None:
+def ask_question(page: Page, model: str, manifest: str, telling: bool = False) -> None:
+    """Asks about what came before or after what. telling: until the order of the frames is seen to matter."""
     expect(page.locator("#ask-manifest option").nth(1)).to_be_attached()
-    page.get_by_label("Clip from").select_option("lab/test.json")
+    page.get_by_label("Clip from").select_option(manifest)
     rows = page.get_by_label("Question of the manifest")
-    expect(rows.locator("option")).to_have_count(12)
+    expect(rows.locator("option").first).to_contain_text("·")
     names = rows.locator("option").all_inner_texts()
-    rows.select_option(index=next(i for i, name in enumerate(names) if "came" in name or "preceded" in name))
     page.get_by_label("Checkpoint").select_option(model)
     page.get_by_label("Answers to each").fill("16")
-    page.get_by_role("button", name="Ask", exact=True).click()
-    expect(page.locator(".tally b")).to_have_count(5, timeout=SLOW)
+    for place, name in enumerate(names):
+        if not any(word in name for word in ("came", "preceded", "followed", "first")):
+            continue
+        rows.select_option(index=place)
+        page.get_by_role("button", name="Ask", exact=True).click()
+        newest = page.locator(".answers").first
+        expect(newest.locator(".tally b")).to_have_count(5, timeout=SLOW)
+        if not telling or "matters here" in newest.locator(".verdict").inner_text():
+            return
+
+
+def shots(out: Path, browser: Browser) -> None:
+    """Every page at every width."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_folders(folder)
+        with studio(folder / "runs", folder / "lab") as (address, _):
+            for title, view in VIEWS.items():
+                page = browser.new_page(viewport={"width": 1280, "height": 900})
+                page.goto(address + view)
+                page.wait_for_timeout(3000)
+                if title == "ask":
+                    ask_question(page, "the lab's base", "lab/test.json")
+                for width in WIDTHS:
+                    page.set_viewport_size({"width": width, "height": 900})
+                    page.wait_for_timeout(600)
+                    for scheme in ("light", "dark"):
+                        page.emulate_media(color_scheme=scheme)
+                        page.wait_for_timeout(200)
+                        dark = "-dark" if scheme == "dark" else ""
+                        page.screenshot(path=out / f"{title}-{width}{dark}.png", full_page=True)
+                page.close()
+
+
+def pictures(out: Path, demo: Path, browser: Browser) -> None:
+    """What a reader of the documents sees, twice as fine as it is shown."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "demo"
+        shutil.copytree(demo, folder)
+        page = browser.new_page(viewport={"width": PICTURE, "height": 900}, device_scale_factor=2)
+        page.goto(build_report(folder).as_uri())
+        page.locator("#pick-type").select_option("multiple choice")
+        page.locator("#pick-outcome").select_option("some")
+        page.locator("#pick-sort").select_option("gap")
+        page.locator(".group").scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        save(page, ".group", 880, out / "report.webp")
+        with studio(folder.parent) as (address, _):
+            page.goto(f"{address}#/run/demo%2Frl")
+            expect(page.locator(".headline path.main").first).to_be_visible()
+            page.wait_for_timeout(1500)
+            save(page, "body", 900, out / "studio-run.webp")
+            page.goto(f"{address}#/ask")
+            ask_question(page, "demo/rl", "demo/lab/test.json", telling=True)
+            page.wait_for_timeout(500)
+            save(page, ".answers", 745, out / "studio-ask.webp")
+            page.goto(f"{address}#/evaluations/demo%2Feval-rl/demo%2Feval-sft")
+            expect(page.locator(".versus")).to_be_visible()
+            page.wait_for_timeout(500)
+            save(page, "body", 900, out / "studio-evaluations.webp")
+
+
+def save(page: Page, selector: str, height: int, path: Path) -> None:
+    """The top of an element over the page's whole width."""
+    box = page.locator(selector).first.bounding_box()
+    assert box is not None
+    top = max(0.0, page.evaluate("scrollY") + box["y"] - MARGIN)
+    clip = {"x": 0, "y": top, "width": PICTURE, "height": min(height, box["height"] + 2 * MARGIN)}
+    shown = Image.open(io.BytesIO(page.screenshot(clip=clip, full_page=True)))
+    shown.convert("RGB").save(path, "WEBP", quality=86, method=6)
 
 
 def main() -> None:
@@ -145,37 +208,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--model", type=Path, help="a run folder to ask (default: the lab's base)")
-    parser.add_argument("--pictures", type=Path)
+    parser.add_argument("--demo", type=Path, help="a folder of make demo: the documents' pictures")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as name, chromium() as browser:
-        folder = Path(name)
-        write_folders(folder)
-        asked = [arguments.model.resolve()] if arguments.model else []
-        model = asked[0].name if asked else "the lab's base"
-        with studio(folder / "runs", folder / "lab", *asked) as (address, _):
-            for title, view in VIEWS.items():
-                page = browser.new_page(viewport={"width": 1280, "height": 900})
-                page.goto(address + view)
-                page.wait_for_timeout(3000)
-                if title == "ask":
-                    ask_question(page, model)
-                for width in WIDTHS:
-                    page.set_viewport_size({"width": width, "height": 900})
-                    page.wait_for_timeout(600)
-                    page.screenshot(path=arguments.out / f"{title}-{width}.png", full_page=True)
-                    if width == 1280:
-                        page.emulate_media(color_scheme="dark")
-                        page.screenshot(path=arguments.out / f"{title}-{width}-dark.png", full_page=True)
-                        page.emulate_media(color_scheme="light")
-                    if arguments.pictures and width == 1280 and title in PICTURES:
-                        arguments.pictures.mkdir(parents=True, exist_ok=True)
-                        shown = page.locator(PICTURES[title]).first
-                        path = arguments.pictures / f"studio-{title}.png"
-                        path.write_bytes(small_picture(shown.screenshot()))
-                page.close()
-    print(json.dumps(sorted(path.name for path in arguments.out.glob("*.png"))))
+    with chromium() as browser:
+        if arguments.demo:
+            pictures(arguments.out, arguments.demo, browser)
+        else:
+            shots(arguments.out, browser)
+    print(json.dumps(sorted(path.name for path in arguments.out.iterdir())))
 
 
 if __name__ == "__main__":

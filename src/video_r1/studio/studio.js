@@ -55,12 +55,14 @@ async function follow(view, step) {
   }
 }
 
-const PLACES = [["#/", "Runs"], ["#/ask", "Ask"], ["#/data", "Data"], ["#/evaluations", "Evaluations"]];
+const PLACES = [["", "Runs"], ["ask", "Ask"], ["data", "Data"], ["evaluations", "Evaluations"]];
 
 function header(title, ...about) {
   document.title = `${title} · video-r1 studio`;
+  const here = location.hash.split("/")[1] ?? "";
+  const current = PLACES.some(([name]) => name === here) ? here : ""; // a run is one of the list
   document.getElementById("header").replaceChildren(
-    make("p", { class: "over places" }, "video-r1 studio", PLACES.map(([address, name]) => make("a", { href: address }, name))),
+    make("p", { class: "over places" }, "video-r1 studio", PLACES.map(([address, name]) => make("a", { href: `#/${address}`, "aria-current": address === current ? "page" : null }, name))),
     make("h1", { dir: "auto" }, title), ...about.filter(Boolean));
 }
 

@@ -67,7 +67,7 @@ function versusTable(answer, left, right, list) {
     make("small", {}, ` ${write(score.low)} to ${write(score.high)}`), more.filter(Boolean).map((words) => make("small", { class: "also" }, words)));
   const plain = (score) => show(score, 2);
   const side = (row, i) => cell(plain, i ? row.right : row.left, tokenWords(row.tokens[i]), row.gaps && row.gaps[i] !== null ? `order gains ${signed(row.gaps[i])}` : "");
-  const longer = ([first, second]) => (first === null || second === null ? "" : `${first > second ? "+" : ""}${tokenWords(first - second)}`);
+  const longer = ([first, second]) => (first === null || second === null || first === second ? "" : `${first > second ? "+" : ""}${tokenWords(first - second)}`);
   const count = (row, who, n) => make("td", {}, n ? make("button", { type: "button", class: "title", click: () => list(row, who) }, show(n)) : "0");
   const groups = new Map();
   for (const row of answer.rows) {
