@@ -41,7 +41,7 @@ def _vinoground(folder: Path, clips: list[Path]) -> None:
             _media(clips[number], folder / name, folder / both)
     (folder / "vinoground_textscore.json").write_text(json.dumps(text))
     (folder / "vinoground_videoscore.json").write_text(json.dumps(video))
-    (folder / "vinoground.csv").write_text("index,major,minor\n0,action,cyclical\n1,object,\n")
+    (folder / "vinoground.csv").write_text("index,major,minor\n0,action,cyclical;contextual\n1,object,\n")
 
 
 def _mvp(folder: Path, clips: list[Path], split: str) -> None:

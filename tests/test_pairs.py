@@ -110,10 +110,32 @@ def test_the_gap_and_the_mean_over_tasks() -> None:
     ]  # fmt: skip
 
 
+def test_scores_by_category() -> None:
+    """As Vinoground's authors count: a counterpart counts in its major and in each minor category."""
+    kinds = {"a": ["object", "cyclical"], "b": ["action", "cyclical"], "c": ["action"]}
+    records = [
+        record(f"{which}{place}", mark == "1", {"group score": [which, 2, kinds[which]]})
+        for which, marks in {"a": "11", "b": "10", "c": "11"}.items()
+        for place, mark in enumerate(marks)
+    ]
+    figures = summarise(records, records)
+    found = figures["by_pairs"]["group score"]["by_category"]
+    assert {
+        kind: (each["ordered"]["accuracy"], each["ordered"]["questions"]) for kind, each in found.items()
+    } == {"action": (0.5, 2), "cyclical": (0.5, 2), "object": (1.0, 1)}
+    assert found["action"]["reasoning_gains"]["ordered"]["gain"] == 0
+    table = summary_table({"frames": {"16": figures | {"skipped": 0}}})
+    assert any(line.split()[:3] == ["cyclical", "2", "0.500"] for line in table.splitlines())
+
+
 def test_what_is_no_pair() -> None:
     check_pairs(1, {"pair accuracy": ["17", 2]})
+    check_pairs(1, {"pair accuracy": ["17", 2, ["object"]]})
     for wrong in (
         "17",
+        {"pair accuracy": ["17", 2, "object"]},
+        {"pair accuracy": ["17", 2, [1]]},
+        {"pair accuracy": ["17", 2, [], []]},
         {"pair accuracy": "17"},
         {"pair accuracy": ["17", "two"]},
         {"pair accuracy": ["17", 0]},
@@ -127,8 +149,13 @@ def test_published_rows_name_their_sets(root: Path, tmp_path: Path) -> None:
         samples = load_questions(name, root, tmp_path / name, allow_missing=True).samples
         return {str(sample.problem_id): sample.extra["pairs"] for sample in samples}
 
-    assert sets("vinoground")["vinoground-1_neg-video"] == {"video score": ["1", 2], "group score": ["1", 4]}
-    assert sets("vinoground")["vinoground-0_pos-text"] == {"text score": ["0", 2], "group score": ["0", 4]}
+    kinds = ["action", "cyclical", "contextual"]
+    assert sets("vinoground")["vinoground-1_neg-video"] == {
+        "video score": ["1", 2, ["object"]], "group score": ["1", 4, ["object"]],
+    }  # fmt: skip
+    assert sets("vinoground")["vinoground-0_pos-text"] == {
+        "text score": ["0", 2, kinds], "group score": ["0", 4, kinds],
+    }  # fmt: skip
     for name in ("mvp", "mvp_mini"):
         assert sets(name)[f"{name}-intuitive_physics-9_1"] == {"pair accuracy": ["intuitive_physics-9", 2]}
     assert sets("timeblind")["timeblind-6"] == {

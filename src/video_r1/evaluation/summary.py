@@ -68,11 +68,19 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
             }
     direct_pairs = pair_records(direct)
     for name, pairs in pair_records(records).items():
-        own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, direct_pairs.get(name, ()))
+        own_direct = direct_pairs.get(name, [])
+        own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, own_direct)
         _add_task_means(own, pairs)
+        if kinds := sorted({kind for record in pairs for kind in record["categories"]}):
+            sides = {kind: [_of_kind(kind, side) for side in (pairs, own_direct)] for kind in kinds}
+            own["by_category"] = {kind: _figures(*both) for kind, both in sides.items()}
     if direct:
         figures["direct"] = summarise(direct)
     return figures
+
+
+def _of_kind(kind: str, pairs: Iterable[Record]) -> list[Record]:
+    return [record for record in pairs if kind in record["categories"]]
 
 
 def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
@@ -83,10 +91,13 @@ def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
-    """Raises RequestError where a question's `pairs` is not {metric: [set, its questions]}."""
+    """Raises RequestError where a question's `pairs` is not {metric: [set, its questions]}, or {metric: [set,
+    its questions, its categories]}.
+    """
     try:
-        sets = [(str(which), size) for which, size in pairs.values()]
-        fine = all(isinstance(size, int) and size > 0 for _, size in sets)
+        sets = [(str(which), size, kinds) for which, size, *kinds in pairs.values()]
+        fine = all(isinstance(size, int) and size > 0 for _, size, _ in sets)
+        fine = fine and all(len(kinds) < 2 and all(map(_are_texts, kinds)) for _, _, kinds in sets)
     except (AttributeError, TypeError, ValueError):
         fine = False
     if not fine:
@@ -96,23 +107,32 @@ def check_pairs(problem_id: str | int, pairs: Any) -> None:
         )
 
 
+def _are_texts(found: Any) -> bool:
+    return isinstance(found, (list, tuple)) and all(isinstance(each, str) for each in found)
+
+
 def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     """By the name of a metric over pairs: one record for each set of questions and order.
 
-    A record's `pairs` says {metric: [set, its questions]}: ["17", 2]. A set is as right as its worst answer,
-    right where all are. One without all of its answers is left out, and one of several task types has none.
+    A record's `pairs` says {metric: [set, its questions]}: ["17", 2], or behind them the categories that the
+    set counts in: ["17", 2, ["object", "cyclical"]]. A set is as right as its worst answer, right where all
+    are. One without all of its answers is left out, and one of several task types has none.
     """
     sets: dict[tuple[str, str, str], list[Record]] = {}
     sizes: dict[tuple[str, str, str], int] = {}
+    categories: dict[tuple[str, str, str], list[str]] = {}
     for record in records:
-        for name, (which, size) in (record.get("pairs") or {}).items():
+        for name, (which, size, *kinds) in (record.get("pairs") or {}).items():
             key = (name, str(which), record["order"])
             sets.setdefault(key, []).append(record)
             sizes[key] = size
+            categories[key] = list(*kinds)
     found: dict[str, list[Record]] = {}
-    for (name, which, order), members in sets.items():
-        if len(members) == sizes[name, which, order]:
-            found.setdefault(name, []).append(_as_one(members) | {"problem_id": which, "order": order})
+    for key, members in sets.items():
+        name, which, order = key
+        if len(members) == sizes[key]:
+            own = {"problem_id": which, "order": order, "categories": categories[key]}
+            found.setdefault(name, []).append(_as_one(members) | own)
     return found
 
 
@@ -200,7 +220,9 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
         for grouping in _TABLES:
-            rows += [_row(f"  {name}", group) for name, group in figures.get(grouping, {}).items()]
+            for name, group in figures.get(grouping, {}).items():
+                rows.append(_row(f"  {name}", group))
+                rows += [_row(f"    {kind}", own) for kind, own in group.get("by_category", {}).items()]
         head = ("", "questions", "ordered", "shuffled", "temporal gap")
         lines = [f"{frames} frames", table(head, rows)]
         if overlaps := overlap_rows(figures):

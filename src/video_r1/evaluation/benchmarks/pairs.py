@@ -16,10 +16,11 @@ _TIMEBLIND_OPTIONS = re.compile(r"(.*?)\s*Option A:\s*(.*?)\s*Option B:\s*(.*)",
 
 def read_vinoground(path: Path) -> Iterator[Row]:
     """`vinoground_textscore.json` asks which caption fits a clip, `vinoground_videoscore.json` which of two
-    clips in one file fits a caption; `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories.
+    clips in one file fits a caption; `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories:
+    a major one and any number of minor ones, which the authors' get_score_all.py counts alike.
     """
     kind = "text" if "textscore" in path.stem else "video"
-    majors = _majors(path)
+    found = _categories(path)
     for row in json_or_parquet(path):
         counterpart = str(row["idx"]).rpartition("_")[0]
         question, options = split_options(str(row["question"]))
@@ -28,20 +29,26 @@ def read_vinoground(path: Path) -> Iterator[Row]:
                 f"{path}: question {row['idx']} has {len(options)} options, not two lines A. and B."
             )
         sets = {"id": f"{row['idx']}-{kind}", "counterpart": counterpart, f"{kind}_set": counterpart}
+        categories = found.get(counterpart, [])
+        major = categories[0] if categories else kind
         yield {
             **row,
             **sets,
             "question": question,
             "options": options,
-            "major": majors.get(counterpart, kind),
+            "major": major,
+            "categories": categories,
         }
 
 
-def _majors(path: Path) -> dict[str, str]:
+def _categories(path: Path) -> dict[str, list[str]]:
+    """By counterpart: the major category, then the minor ones, which `;` separates."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "vinoground.csv").is_file():
             with (folder / "vinoground.csv").open(encoding="utf-8", newline="") as file:
-                return {row["index"]: row["major"] for row in csv.DictReader(file)}
+                rows = list(csv.DictReader(file))
+            both = {row["index"]: f"{row['major']};{row['minor'] or ''}".split(";") for row in rows}
+            return {index: [kind.strip() for kind in kinds if kind.strip()] for index, kinds in both.items()}
     return {}
 
 

@@ -83,8 +83,13 @@ class Benchmark:
         return "free-form" if parse_number(str(row[self.answer])) is None else "numerical"
 
     def sets_of(self, row: Row) -> Row:
-        """The field `pairs` of a question, for a benchmark that has some: {metric: [set, its questions]}."""
-        sets = {name: [filled(pair["by"], row), pair["questions"]] for name, pair in self.pairs.items()}
+        """The field `pairs` of a question, for a benchmark that has some: {metric: [set, its questions]}, and
+        the set's categories where the row has `categories`.
+        """
+        kinds = [row["categories"]] if row.get("categories") else []
+        sets = {
+            name: [filled(pair["by"], row), pair["questions"], *kinds] for name, pair in self.pairs.items()
+        }
         return {"pairs": {name: each for name, each in sets.items() if each[0]}} if sets else {}
 
     def places_of(self, row: Row) -> list[Place]:
