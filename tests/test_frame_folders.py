@@ -262,8 +262,8 @@ def test_the_studio_shows_its_frames(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(rows))
     with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
-        assert shown[0]["frames"] == {"count": 12, "fps": 4.0} and shown[0]["problems"] == []
-        assert shown[1]["frames"] is None and "notes.txt" in shown[1]["problems"][0]
+        assert shown[0]["files"] == [{"count": 12, "fps": 4.0}] and shown[0]["problems"] == []
+        assert shown[1]["files"] == [None] and "notes.txt" in shown[1]["problems"][0]
         place = {"manifest": "train.json", "row": 0}
         answer = client.get("/api/clip", params={**place, "frame": 11})
         assert answer.headers["content-type"] == "image/png"

@@ -343,8 +343,13 @@ def client(manifest: Path) -> Iterator[Any]:
 
 def test_rows_in_the_studio(client: Any, manifest: Path) -> None:
     found = client.get("/api/rows", params={"manifest": manifest.name}).json()
-    assert [item["files"] for item in found["shown"]] == [2, 2, 3, 1]
+    assert [item["files"] for item in found["shown"]] == [[None] * count for count in (2, 2, 3, 1)]
     assert all(item["problems"] == [] for item in found["shown"])
     assert found["shown"][2]["path"] == "0.png, 1.png, 2.png"
-    played = client.get("/api/clip", params={"manifest": manifest.name, "row": 1})
-    assert played.status_code == 200 and played.content == (manifest.parent / "2.mp4").read_bytes()
+    rows = json.loads(manifest.read_text())
+    for number, name in enumerate(rows[1]["path"]):
+        played = client.get("/api/clip", params={"manifest": manifest.name, "row": 1, "file": number})
+        assert played.status_code == 200 and played.content == (manifest.parent / name).read_bytes()
+    for number in (-1, 2):
+        refused = client.get("/api/clip", params={"manifest": manifest.name, "row": 1, "file": number})
+        assert refused.status_code == 404 and "the row has 2 files" in refused.json()["error"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,20 @@ def write_answers(folder: Path, rate: float, direct: float) -> None:
         ])  # fmt: skip
 
 
+def write_question_about_two(folder: Path) -> None:
+    """A row with two clips, and a run that has recorded it: four frames of each."""
+    rows = [r for r in json.loads((folder / "lab" / "test.json").read_text()) if r["data_type"] == "video"]
+    both = {"problem_id": "two", "path": [row["path"] for row in rows[:2]], "problem_type": "free-form"}
+    row = rows[0] | both | {"problem": "Do they go the same way?", "solution": "<answer>yes</answer>"}
+    row.pop("options", None)
+    (folder / "lab" / "two.json").write_text(json.dumps([row]))
+    shutil.copytree(folder / "rl", folder / "two")
+    line = json.loads((folder / "two" / "rollouts.jsonl").read_text().splitlines()[0])
+    line["frames"] |= {"clips": [4, 4], "timestamps": [0.0, 1.0, 2.0, 3.0] * 2}
+    line |= both | {"problem": row["problem"], "answer": "yes", "options": []}
+    write_lines(folder / "two" / "rollouts.jsonl", [line | {"permutation": [2, 0, 3, 1, 5, 4, 7, 6]}])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The lab's clips, a run that was asked about them, and two evaluations."""
@@ -55,6 +70,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rl_run(folder / "rl", steps=10, every=5)
     ask_lab_questions(folder / "rl", [sample for sample in samples if sample.data_type == "video"])
     write_rl_run(folder / "other", steps=12, every=6)
+    write_question_about_two(folder)
     for name, rates in (("eval-sft", (0.6, 0.5)), ("eval-rl", (0.8, 0.55))):
         write_answers(folder / name, *rates)
     return folder
@@ -123,6 +139,30 @@ def test_clips_of_rows_show_their_first_frame(page: Page, address: str, folder: 
     page.wait_for_timeout(200)
     assert drawn(video) and video.bounding_box() == before
     assert video.evaluate("video => video.paused && video.currentTime < 0.01")
+
+
+def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
+    names = ["Clip 1 of 2", "Clip 2 of 2"]
+    for view, name in (("#/data/lab%2Ftwo.json", "data"), ("#/ask/lab%2Ftwo.json/0", "ask")):
+        page.goto(f"{address}{view}")
+        expect(page.locator(".players video"), name).to_have_count(2)
+        assert page.locator(".players figcaption").all_inner_texts() == names
+        lengths = set()
+        for video in page.locator(".players video").all():
+            page.wait_for_function("video => video.readyState > 1", arg=video.element_handle())
+            lengths.add(video.evaluate("video => video.src"))
+            assert drawn(video)
+        assert len(lengths) == 2
+    page.goto(f"{address}#/run/two")
+    for order, begins in (("ordered", [0, 0]), ("shuffled", [2, 1])):
+        videos = page.locator(f".column.{order} .players video")
+        expect(videos).to_have_count(2)
+        for video, begin in zip(videos.all(), begins, strict=True):
+            page.wait_for_function("v => v.readyState > 1 && !v.seeking", arg=video.element_handle())
+            assert drawn(video) and abs(video.evaluate("video => video.currentTime") - begin) < 0.1
+    for width in (390, 1280):
+        page.set_viewport_size({"width": width, "height": 900})
+        fits(page)
 
 
 def test_evaluations_of_five_controls_and_both_ways_of_answering(page: Page, address: str) -> None:

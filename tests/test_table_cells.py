@@ -169,7 +169,7 @@ def test_the_studio_plays_cells(tmp_path: Path, clips: list[Path]) -> None:
     (tmp_path / "train.json").write_text(json.dumps(rows))
     with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
-        assert shown[0]["problems"] == [] and shown[0]["frames"] is None
+        assert shown[0]["problems"] == [] and shown[0]["files"] == [None]
         place, content = {"manifest": "train.json", "row": 0}, clips[2].read_bytes()
         answer = client.get("/api/clip", params=place, headers={"range": "bytes=3-"})
         assert (answer.status_code, answer.headers["content-type"]) == (206, "video/mp4")

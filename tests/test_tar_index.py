@@ -307,7 +307,7 @@ def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
         bad = client.get("/api/clip", params=place, headers={"range": "bytes=99999999-"})
         assert bad.status_code == 416
         assert client.get("/api/clip", params={**place, "row": 1}).status_code == 404
-        assert shown[2]["frames"] == {"count": 4, "fps": 2.0} and shown[0]["frames"] is None
+        assert shown[2]["files"] == [{"count": 4, "fps": 2.0}] and shown[0]["files"] == [None]
         frame = client.get("/api/clip", params={**place, "row": 2, "frame": 3})
         assert frame.content == (tmp_path / "shards" / "3.png").read_bytes()
         assert client.get("/api/clip", params={**place, "row": 2, "frame": 4}).status_code == 404

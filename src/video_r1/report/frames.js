@@ -39,9 +39,7 @@ function enlargeFrame(group, order, strip, frames, place) {
     caption.textContent = [frameName(group, frames[place]), clock(time)].filter(Boolean).join(" · ");
   };
   const button = (text, by) => make("button", { type: "button", click: () => turn(by) }, text);
-  const times = group.timestamps.filter((time) => time !== null);
-  const steps = times.slice(1).map((time, i) => time - times[i]).filter((step) => step > 0); // each clip begins at 0 again
-  const pace = Math.max(80, Math.min(1000, (1000 * steps.reduce((sum, step) => sum + step, 0)) / steps.length || 250));
+  const pace = paceOf(group.timestamps);
   let timer = 0;
   const play = make("button", { type: "button", click: () => {
     if (timer) clearInterval(timer);
@@ -56,6 +54,13 @@ function enlargeFrame(group, order, strip, frames, place) {
     if (frames.length > 1 && event.key === "ArrowRight") turn(1);
   });
   turn(0);
+}
+
+/** Milliseconds between frames that are shown one after the other: as many as lie between them, within what an eye follows. */
+function paceOf(timestamps) {
+  const times = timestamps.filter((time) => time !== null);
+  const steps = times.slice(1).map((time, i) => time - times[i]).filter((step) => step > 0); // each clip begins at 0 again
+  return Math.max(100, Math.min(1000, (1000 * steps.reduce((sum, step) => sum + step, 0)) / steps.length || 250));
 }
 
 /** The time that the model is told of a place: a contrast that leaves frames out keeps each frame's own. */

@@ -11,22 +11,30 @@ const BEGINNING = 0.001; // seconds: some browsers draw no frame of a clip befor
 
 const unplayable = () => make("p", { class: "quiet" }, "This browser does not play the file. The model may still read it.");
 
-/** A clip as a browser plays it, or a word of why it does not; of a row with several `files` the first. */
+/**
+ * The clip or image of a row as a browser plays it, or a word of why it does not; several beside each other. group: the
+ * recorded one, whose frames stand there until the clip's own have come.
+ */
 function player(clip, isImage, row = {}, group = null) {
-  const node = firstPlayer(clip, isImage, row, group);
-  if (row.files > 1) node.append(make("p", { class: "quiet" }, `The first of ${row.files} ${isImage ? "images" : "clips"}.`));
-  return node;
+  const files = row.files ?? [null];
+  const begins = group && firstFrames(group);
+  const known = begins?.length === files.length;
+  return besideEachOther(isImage ? "Image" : "Clip", files.map((frames, i) =>
+    filePlayer({ ...clip, ...(i ? { file: i } : {}) }, isImage, row, frames, known ? { group, frame: begins[i] } : null)));
 }
 
-/**
- * A folder of frames (`frames` of its row) is shown frame by frame. group: the recorded one, whose frames stand there until
- * the clip's own have come.
- */
-function firstPlayer(clip, isImage, row, group) {
-  if (row.frames) {
-    const { count, fps } = row.frames;
+/** Numbers of the first frames of a group's clips. */
+const firstFrames = ({ count, clips }) => (clips?.length ? clips.map((_, i) => clips.slice(0, i).reduce((sum, n) => sum + n, 0)) : count ? [0] : []);
+
+const besideEachOther = (name, players) => (players.length === 1 ? players[0]
+  : make("div", { class: "players" }, players.map((node, i) => make("figure", {}, node, make("figcaption", { class: "quiet" }, `${name} ${i + 1} of ${players.length}`)))));
+
+/** One file. frames: of a folder of them, which is shown frame by frame. still: {group, frame} that stands there until then. */
+function filePlayer(clip, isImage, row, frames, still) {
+  if (frames) {
+    const { count, fps } = frames;
     const times = Array.from({ length: count }, (_, i) => i / fps).filter((time) => time >= (row.start ?? 0) && time < (row.end ?? Infinity));
-    return framePlayer(clip, times, 1000 / fps, row.frames, group);
+    return framePlayer(clip, times, 1000 / fps, frames, still);
   }
   const times = `#t=${row.start || BEGINNING}${row.end ? `,${row.end}` : ""}`;
   const failed = () => node.replaceChildren(unplayable());
@@ -34,12 +42,12 @@ function firstPlayer(clip, isImage, row, group) {
     ? make("img", { src: clipAddress(clip), alt: "the image", error: failed })
     : make("video", { src: clipAddress(clip) + times, controls: true, muted: true, playsinline: true, preload: "metadata", error: failed });
   const node = make("div", { class: "player" }, screen);
-  if (group) standIn(group, 0, screen, "loadeddata");
+  if (still) standIn(still, screen, "loadeddata");
   return node;
 }
 
 /** Gives a screen the shape of a group's frames, and a video one of them to show until the `event` that it has its own. */
-function standIn(group, frame, screen, event) {
+function standIn({ group, frame }, screen, event) {
   screen.style.aspectRatio = `${group.width} / ${group.height}`;
   if (!group.strip || screen.tagName !== "VIDEO") return;
   let address = "";
@@ -58,9 +66,9 @@ function standIn(group, frame, screen, event) {
 
 /**
  * Frames of a clip at their times, one after the other: of a file that seeks, or the pictures of a folder (`frames`).
- * group: as of `player`, whose frames are those of these times by its permutation.
+ * still: as of `filePlayer`.
  */
-function framePlayer(clip, times, pace, frames = null, group = null) {
+function framePlayer(clip, times, pace, frames, still) {
   const failed = () => node.replaceChildren(unplayable());
   const picture = (time) => clipAddress({ ...clip, frame: Math.max(0, Math.min(frames.count - 1, Math.round(time * frames.fps))) });
   const screen = frames
@@ -83,18 +91,23 @@ function framePlayer(clip, times, pace, frames = null, group = null) {
   } }, name);
   const node = make("div", { class: "player" }, screen, make("p", { class: "control" }, play, said));
   screen.addEventListener("loadedmetadata", () => { if (at < 0) screen.currentTime = times[0]; });
-  if (group) standIn(group, group.permutation?.[0] ?? 0, screen, "seeked");
+  if (still) standIn(still, screen, "seeked");
   return node;
 }
 
-/** The clip of a recorded group above its frames, in order or as the contrast shows it. */
+/** The clips of a recorded group above their frames, in order or as the contrast shows them. */
 function groupClip(group, order) {
   const { clip } = group;
   if (!clip || group.media === "image") return "";
   const place = { manifest: clip.manifest, row: clip.row };
-  if (order === "ordered") return player(place, false, clip, clip.files > 1 ? null : group);
-  const times = group.timestamps.filter((time) => time !== null);
-  if (!group.permutation?.length || times.length < group.count || clip.files > 1) return "";
-  const pace = Math.max(120, Math.min(1000, (1000 * (times[times.length - 1] - times[0])) / (times.length - 1) || 300));
-  return framePlayer(place, group.permutation.map((frame) => (clip.start ?? 0) + times[frame]), pace, clip.frames, group);
+  if (order === "ordered") return player(place, false, clip, group);
+  const told = group.timestamps.filter((time) => time !== null).length === group.count;
+  if (!group.permutation?.length || !told || clip.files.length !== firstFrames(group).length) return "";
+  return besideEachOther("Clip", clip.files.map((frames, i) => {
+    const isOf = (frame) => partOf(group, frame).clip === i;
+    const shown = group.permutation.filter(isOf);
+    const times = shown.map((frame) => (clip.start ?? 0) + group.timestamps[frame]);
+    const pace = paceOf(group.timestamps.filter((_, frame) => isOf(frame)));
+    return framePlayer({ ...place, ...(i ? { file: i } : {}) }, times, pace, frames, { group, frame: shown[0] });
+  }));
 }

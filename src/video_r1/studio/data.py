@@ -142,13 +142,16 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         return None
     sample, problems = index.sample(number) if index.bad[number] else (None, [])
     paths = paths_of(row)
-    frames = None
+    files: list[dict[str, float] | None] = [None] * len(paths)
     if sample is None and not problems:
         try:
-            files = {path: index.places.find(path) for path in paths}
-            frames = frames_of(files[paths[0]], row)
-            missing = [path for path, file in files.items() if not os.path.exists(local_file(file) or file)]
-            problems = [f"there is no file {short_path(path)}" for path in missing]
+            found = [index.places.find(path) for path in paths]
+            files = [frames_of(file, row) for file in found]
+            problems = [
+                f"there is no file {short_path(path)}"
+                for path, file in zip(paths, found, strict=True)
+                if not os.path.exists(local_file(file) or file)
+            ]
         except ValueError as error:
             problems = [str(error)]
     rates = {name: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
@@ -163,10 +166,9 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
         "answer": text(row.get("solution", ""))[:TEXT].removeprefix("<answer>").removesuffix("</answer>"),
         "process": text(row.get("process") or "")[:TEXT],
         "path": ", ".join(map(short_path, paths))[:TEXT],
-        "files": len(paths),
+        "files": files,  # what is known of each: frames_of
         "start": finite(row.get("start")),
         "end": finite(row.get("end")),
-        "frames": frames,
         "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
         "problems": [problem[:TEXT] for problem in problems],
     }
@@ -212,9 +214,9 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
                 if answer and answer in text(fields.get("solution", "")):
                     paths = paths_of(fields)
                     try:
-                        frames = frames_of(index.places.find(paths[0]), fields)
+                        files = [frames_of(index.places.find(path), fields) for path in paths]
                     except ValueError:  # the page says that it does not play
-                        frames = None
+                        files = [None] * len(paths)
                     return {
                         "manifest": index.manifest.name,
                         "row": row,
@@ -223,19 +225,21 @@ def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> di
                         "media": text(fields.get("data_type", "")),
                         "start": finite(fields.get("start")),
                         "end": finite(fields.get("end")),
-                        "frames": frames,
-                        "files": len(paths),
+                        "files": files,
                     }
     return None
 
 
 def clip(request: Request) -> Response:
-    """A row's clip, or one that a browser has sent, as a file that plays (with Range). Of a folder of frames
-    the one with the number `frame`."""
+    """A row's clip, or one that a browser has sent, as a file that plays (with Range). Of a row with several
+    the one with the number `file`, of a folder of frames the one with the number `frame`."""
     asked = request.query_params
     if "upload" in asked:
         return media_file(request.app.state.uploads.path(asked["upload"]))
-    found = manifests(request).sample(asked.get("manifest"), number(asked, "row")).path
+    paths = manifests(request).sample(asked.get("manifest"), number(asked, "row")).paths
+    if not 0 <= number(asked, "file") < len(paths):
+        raise HTTPException(404, f"the row has {len(paths)} files")
+    found = paths[number(asked, "file")]
     if split_member(found):
         return member_file(found, number(asked, "frame"), request.headers.get("range"))
     path = Path(found)
