@@ -167,7 +167,10 @@ TWO = "path is missing, and 2 columns hold files"
         ({"clip": [CELL], "path": ["7.mp4"]}, "its path"),
         ({"clip": [CELL], "path": [None]}, "clip"),
         ({"a": [CELL], "b": [CELL]}, f"{TWO} (a, b): give path, or call"),
-        ({"video": [[CELL]]}, "path is missing, and the files in the column video cannot be read one by one"),
+        (
+            {"video": [[b"mp4"]]},
+            "path is missing, and the files in the column video cannot be read one by one",
+        ),
         ({"times": [[1.0, 2.0]]}, "path is missing"),
     ],
 )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from transformers import AutoProcessor
 
 from video_r1.data import frame_cache
 from video_r1.data.check import check_media
+from video_r1.data.decoders import read_media
 from video_r1.data.frame_cache import FrameCache
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Batch, Reader, quarantined
@@ -325,6 +327,45 @@ def test_pictures_of_trl_tables(tmp_path: Path) -> None:
     assert [len(sample.paths) for sample in samples] == [2, 2] and samples[0].paths == samples[1].paths
     assert samples[0].messages[0]["content"] == "<image>\nor\n<image>\n?"
     assert samples[1].messages[0]["content"] == "Which?"
+
+
+def held(folder: Path) -> Path:
+    """A Parquet table as `push_to_hub` writes it, whose cells hold lists of images; the last one is empty."""
+    cells = [[cell_of(folder, number) for number in each] for each in ([0, 1, 2], [2, 0], [1], [])]
+    rows = [row(n, "free-form", "image", "") | {"images": cell, "path": None} for n, cell in enumerate(cells)]
+    made = datasets.Dataset.from_list(rows).cast_column("images", datasets.List(datasets.Image()))
+    made.to_parquet(folder / "held.parquet", batch_size=2)
+    return folder / "held.parquet"
+
+
+@pytest.mark.usefixtures("own_copies")
+def test_lists_in_the_cells_of_a_table(folder: Path, tmp_path: Path) -> None:
+    """Each file lies at its place in the list; a row without one says so."""
+    table = held(folder)
+    samples, _, (problem,) = check_manifest(table)
+    assert "path is []" in problem.text and problem.row == 4
+    assert [len(sample.paths) for sample in samples] == [3, 2, 1]
+    assert samples[1].paths == tuple(f"parquet://images/1.{item}::{table.resolve()}" for item in (0, 1))
+    with Reader(BUDGET) as reader:
+        frames = [[media.frames for media in reader.media(sample)] for sample in samples]
+        alone = load_manifest([ROWS[2] | {"path": f"{n}.png", "problem_id": n} for n in range(3)], folder)
+        files = [reader.media(sample)[0].frames for sample in alone]
+    for cells, expected in zip(frames, ([0, 1, 2], [2, 0], [1]), strict=True):
+        assert all(torch.equal(ours, files[number]) for ours, number in zip(cells, expected, strict=True))
+    missing = replace(samples[2], path=samples[2].path.replace("2.0", "2.1"))
+    with pytest.raises(MediaError, match="there are no bytes in that cell"):
+        read_media(missing, replace(BUDGET, seconds=0))
+
+    said = {"messages": [[user("<image> or <image>?")]], "images": [[cell_of(folder, n) for n in (0, 2)]]}
+    made = datasets.Dataset.from_dict({**said, "solution": ["yes"]})
+    made.cast_column("images", datasets.List(datasets.Image())).to_parquet(folder / "chats.parquet")
+    ((taken,), refused) = make(folder, folder / "chats.parquet")
+    assert refused == [] and taken["problem"] == "<image> or <image>?"
+    assert taken["path"] == [f"parquet://images/0.{item}::chats.parquet" for item in (0, 1)]
+
+
+def cell_of(folder: Path, number: int) -> dict[str, Any]:
+    return {"bytes": (folder / f"{number}.png").read_bytes(), "path": f"{number}.png"}
 
 
 # ---- The studio

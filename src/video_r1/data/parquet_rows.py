@@ -40,13 +40,13 @@ _BYTES = ("binary", "large_binary", "binary_view")
 class InTable:
     """Stands where a row has a file itself (an Image or Video of `datasets`, or bytes), not its name.
 
-    place: the path that the file has, that of its cell in a Parquet table; None of one in memory, and where
-    a cell holds several.
+    places: the paths that it has, of its cell in a Parquet table: one, or those of all in its list. None in
+    memory, and of lists of bytes alone, whose lengths only reading them would tell.
     """
 
     column: str
     kind: str  # "image", "video", "audio"
-    place: str | None
+    places: tuple[str, ...] | None
 
     def __str__(self) -> str:
         return "a file in the table"
@@ -61,12 +61,21 @@ class OwnPlace(str):
 
 
 class _Light(NamedTuple):
-    """The columns of a table that hold no files, and the kind of each other one and whether a cell is one
-    file."""
+    """The columns of a table that hold no files, the kind of each other one and whether a cell is one file,
+    and of lists of files the lengths."""
 
     columns: dict[str, list[Any]]
     rows: int
     held: dict[str, tuple[str, bool]]
+    lengths: dict[str, list[int]]
+
+    def places(self, name: str, row: int, table: str) -> tuple[str, ...] | None:
+        """Those of `InTable`."""
+        if self.held[name][1]:
+            return (cell_path(name, row, table),)
+        if name not in self.lengths:
+            return None
+        return tuple(cell_path(name, row, table, item) for item in range(self.lengths[name][row]))
 
 
 def name_of(source: str) -> str:
@@ -112,8 +121,8 @@ def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None)
                 for row in range(part.rows):
                     light = {name: values[row] for name, values in part.columns.items()}
                     held = {
-                        name: InTable(name, kind, cell_path(name, row, table) if alone else None)
-                        for name, (kind, alone) in part.held.items()
+                        name: InTable(name, kind, part.places(name, row, table))
+                        for name, (kind, _) in part.held.items()
                     }
                     yield {**light, **held}
                 bar.update(part.rows)
@@ -167,13 +176,14 @@ def placed(row: dict[str, Any]) -> dict[str, Any]:
             "the one that is meant image or video, as the row's data_type"
         )
     ((name, one),) = meant.items()
-    if one.place is None:
+    if one.places is None:
         raise ValueError(
             f"path is missing, and the files in the column {name} cannot be read one by one: a cell holds "
-            "several, or the table is in memory (then give the data set's name, its folder or its Parquet "
-            "files instead; Dataset.to_parquet writes one)"
+            "several that have no names, or the table is in memory (then give the data set's name, its "
+            "folder or its Parquet files instead; Dataset.to_parquet writes one)"
         )
-    return {**row, "path": OwnPlace(one.place)}
+    paths = [OwnPlace(place) for place in one.places]
+    return {**row, "path": paths[0] if len(paths) == 1 else paths}
 
 
 def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:
@@ -214,6 +224,17 @@ def _light(file: BinaryIO, footer: Any, said: Mapping[str, Any]) -> _Light:
     held = held_files({name: said.get(name, own[name]) for name in names})
     light = [name for name in names if name not in held]
     columns = table.read(light, use_threads=False).to_pydict() if light else {}
-    return _Light(
-        datasets.Features({name: own[name] for name in light}).decode_batch(columns), footer.num_rows, held
-    )
+    columns = datasets.Features({name: own[name] for name in light}).decode_batch(columns)
+    return _Light(columns, footer.num_rows, held, _lengths(table, held))
+
+
+def _lengths(table: Any, held: Mapping[str, tuple[str, bool]]) -> dict[str, list[int]]:
+    """Of each column of lists of files how many a cell has, by the names that stand beside their bytes."""
+    names = [table.schema.column(number).path for number in range(len(table.schema))]
+    found = {}
+    for column in (column for column, (_, alone) in held.items() if not alone):
+        beside = [name for name in names if name.startswith(f"{column}.") and name.endswith(".path")]
+        if beside:
+            lists = table.read(beside[:1], use_threads=False).column(column).to_pylist()
+            found[column] = [len(files or ()) for files in lists]
+    return found

@@ -357,20 +357,22 @@ class RemoteCache(BoundedFolder):
 
     def _take_cell(self, system: Any, path: str, begin: str, table: str, draft: Path) -> None:
         """The other cells that are read with it become entries too."""
-        column, row = cell_of(begin)
+        column, row, item = cell_of(begin)
         with self._alone(digest(["table", table], size=20)):
             with suppress(FileNotFoundError):  # it was read with another one meanwhile
                 draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
                 return
             with system.open(path, "rb", cache_type="none") as file:  # no byte of another group of rows
-                for number, content in cells_beside(file, column, row):
-                    entry = self.place(self._name(cell_path(column, number, table)))
-                    if number == row and content is None:
-                        raise ValueError("there are no bytes in that cell")
-                    if number == row:
-                        draft.write_bytes(content or b"")
+                found = None
+                for (number, part), content in cells_beside(file, column, row):
+                    entry = self.place(self._name(cell_path(column, number, table, part)))
+                    if (number, part) == (row, item):
+                        found = content
                     elif content is not None and not entry.exists():
                         self._keep(entry, content)
+            if found is None:
+                raise ValueError("there are no bytes in that cell")
+            draft.write_bytes(found)
 
     def _name(self, address: str) -> str:
         """Of an entry: a digest of the address, and of the state of a table that is on this machine."""

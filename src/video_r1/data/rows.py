@@ -55,8 +55,12 @@ def placed_rows(source: Any, split: str, media_root: str | None = None) -> Itera
             row = placed(row) if isinstance(row, dict) else row
         except ValueError as error:
             row = Unreadable(str(error))
-        if media_root is not None and isinstance(row, dict) and isinstance(row.get("path"), OwnPlace):
-            row = {**row, "path": path_below(media_root, row["path"])}
+        if media_root is not None and isinstance(row, dict):
+            path = row.get("path")
+            if isinstance(path, OwnPlace):
+                row = {**row, "path": path_below(media_root, path)}
+            elif isinstance(path, list) and path and isinstance(path[0], OwnPlace):
+                row = {**row, "path": [path_below(media_root, one) for one in path]}
         yield number, row
 
 
@@ -148,7 +152,7 @@ def _folder_rows(dataset: Any) -> Iterator[tuple[int, Any]]:
         dataset = dataset.cast_column(name, feature) if alone else dataset.remove_columns(name)
     for number, row in enumerate(dataset, start=1):
         found = {
-            name: InTable(name, kind, row[name]["path"] if alone else None)
+            name: InTable(name, kind, (row[name]["path"],) if alone else None)
             for name, (kind, alone) in held.items()
         }
         yield number, {**row, **found}

@@ -155,10 +155,11 @@ def _media(draft: Draft, making: Making) -> dict[str, Any]:
     held = [value for value in draft.values() if isinstance(value, InTable) and value.kind in DATA_TYPES]
     if not named and len(held) == 1:
         named = held[0]
-    if isinstance(named, InTable) and named.place and named.kind in DATA_TYPES:
-        found = path_below(making.places.root, named.place)
-        _check_place(found, making.places)
-        return {"data_type": named.kind, "path": found}
+    if isinstance(named, InTable) and named.places and named.kind in DATA_TYPES:
+        paths = [path_below(making.places.root, place) for place in named.places]
+        for path in paths:
+            _check_place(path, making.places)
+        return {"data_type": named.kind, "path": paths if len(paths) > 1 else paths[0]}
     if isinstance(named, InTable) or (not named and held):
         raise Refused("media inside the table", "the table holds the file itself, and no name of one")
     path = plain_text(named)

@@ -6,11 +6,13 @@ row of a manifest of it. To add a layout: a function, and a line in LAYOUTS.
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.tabular import KEY
 from video_r1.data.options import Reading
+from video_r1.data.parquet_rows import InTable
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]
@@ -213,17 +215,19 @@ def without_tags(text: str) -> str:
     return _TAGS.sub("", text).strip()
 
 
-def media_of(row: Row, columns: Sequence[str]) -> list[str]:
+def media_of(row: Row, columns: Sequence[str]) -> list[Any]:
     """The files that the columns name; one, where all are the same."""
     found = [path for name in columns for path in files_of(row.get(name))]
     return found[:1] if len(set(found)) == 1 else found
 
 
-def files_of(value: Any) -> list[str]:
-    """The paths in a column of media: one or several texts or {"path": …}. Raises Refused for pictures that
-    are in the table itself."""
+def files_of(value: Any) -> list[Any]:
+    """The paths in a column of media: one or several texts or {"path": …}; or `InTable` for each that lies
+    in a cell of the table. Raises Refused for others that are in the table itself."""
     if value is None:
         return []
+    if isinstance(value, InTable) and value.places is not None:
+        return [replace(value, places=(place,)) for place in value.places]
     found = []
     for one in value if isinstance(value, (list, tuple)) else [value]:
         path = one.get("path") or one.get("url") if isinstance(one, Mapping) else one
