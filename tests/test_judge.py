@@ -23,7 +23,8 @@ from torch.multiprocessing.spawn import spawn
 from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.rewards.group import reward_terms
+from video_r1.rewards.correctness import correctness
+from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rewards.judging import judge_question, load_judge_template, read_score
 from video_r1.rollout import endpoint as client
 from video_r1.settings.training import TGRPOSettings
@@ -241,6 +242,7 @@ def test_another_model_is_named_by_its_setting(endpoint: JudgeEndpoint, tmp_path
     ({"reward_funcs": ["judge"]}, "judge_endpoint.*is missing"),
     ({"judge_endpoint": "localhost:8000"}, "judge_endpoint.*http://"),
     ({"judge_down": "perhaps"}, "judge_down"),
+    ({"judge_as": "accuracy"}, "judge_as.*judge_endpoint is not set"),
 ])  # fmt: skip
 def test_settings_that_contradict(changes: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
@@ -259,6 +261,10 @@ def test_terms_of_the_settings() -> None:
         reward_terms(["judge"], TGRPOSettings())
     with pytest.raises(ConfigError, match="does not name 'judge'"):
         reward_terms(["format"], TGRPOSettings(judge_endpoint=url))
+    in_place = TGRPOSettings(judge_endpoint=url, judge_as="accuracy")
+    assert "judge" not in reward_terms(None, in_place).names
+    with pytest.raises(ConfigError, match="is named while judge_as is accuracy"):
+        reward_terms(["judge"], in_place)
 
 
 def test_templates(tmp_path: Path) -> None:
@@ -276,6 +282,39 @@ def test_templates(tmp_path: Path) -> None:
 def test_read_score() -> None:
     said = ["0", "1", "1.0", " 0.25\n", "<think>0.1</think>0.7", ".5", "1.01", "0.5.", "**1**", "0,5"]
     assert [read_score(text) for text in said] == [0, 1, 1, 0.25, 0.7, None, None, None, None, None]
+
+
+# ---- In place of ROUGE
+
+
+@pytest.mark.parametrize("said", [None, "no number"])
+def test_the_judge_says_what_is_correct(endpoint: JudgeEndpoint, tmp_path: Path, said: str | None) -> None:
+    """In order and of the contrast clip; where one has no score, all answers of the question have ROUGE's."""
+    settings = TGRPOSettings(
+        judge_endpoint=endpoint.url, judge_as="accuracy", judge_wait=0.2, temporal_rule="margin"
+    )
+    answers = {"rolls right": 0.9, "it moves left": 0.1, "goes right": 0.8, "it moves right": 0.2}
+    endpoint.said |= {answer: str(score) for answer, score in answers.items()}
+    if said is not None:
+        endpoint.said["goes right"] = said
+    judge = Judge(settings, tmp_path, Meter(), lambda: False)
+    judge.open()
+    own, choice = group(*answers), group("B", "A", kind="multiple choice", number=2)
+    question: Any = SimpleNamespace(sample=own.sample, ordered=None, shuffled=None)
+    other: Any = SimpleNamespace(sample=choice.sample, ordered=None, shuffled=None)
+    free, chosen = score_groups(
+        [question, other], [own.ordered[:2], choice.ordered], [own.ordered[2:], []],
+        reward_terms(None, settings), settings, lambda sample: "", judge=judge,
+    )  # fmt: skip
+    expected = list(answers.values())
+    if said is not None:
+        expected = [correctness("free-form", answer, "it moves right") for answer in answers]
+        assert expected[1] > 0.5  # ROUGE takes left for right
+    found = [*free.rewards["accuracy"].tolist(), *free.shuffled_rewards["accuracy"].tolist()]
+    assert found == pytest.approx(expected) and "judge" not in free.rewards
+    assert (free.p, free.p_shuffled) == (0.5, 0.5)
+    assert endpoint.asked() == list(answers)  # each once, none of the other question
+    assert chosen.rewards["accuracy"].tolist() == [0.0, 0.0]
 
 
 # ---- Whole runs
@@ -312,6 +351,20 @@ def same(one: Path, other: Path) -> None:
     assert read_lines(one / "rollouts.jsonl") == read_lines(other / "rollouts.jsonl")
     name = "model.safetensors"
     assert (one / name).read_bytes() == (other / name).read_bytes()
+
+
+def test_a_run_whose_accuracy_is_the_judges(
+    checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
+) -> None:
+    changes = {"judge_as": "accuracy", "reward_funcs": ["accuracy"], "temporal_rule": "margin"}
+    run(checkpoint, questions, tmp_path, endpoint, **changes, max_steps=2)
+    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "reward/accuracy" in line]
+    assert len(lines) == 2 and all(line["reward/accuracy"] > 0 for line in lines)
+    assert "reward/judge" not in lines[0] and 0 < lines[0]["temporal/p"] < 1
+    for recorded in read_lines(tmp_path / "rollouts.jsonl"):
+        for each in [*recorded["ordered"], *recorded["shuffled"]]:
+            expected = score(each["text"].strip()) if each["text"].strip() else 0.0
+            assert each["rewards"]["accuracy"] == pytest.approx(expected)
 
 
 def test_stop_is_continued_exactly(

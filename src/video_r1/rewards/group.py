@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,17 @@ from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal", "judge")
-# [G] in [0, 1] of each group, nan where it is not judged (training/judge.py)
-JudgeScores = Callable[[Sequence[RolloutGroup]], list[Tensor]]
+
+
+class Answered(NamedTuple):
+    """A question and completions that answer it, [G] or any number."""
+
+    sample: Sample
+    ordered: Sequence[Rollout]
+
+
+# [G] in [0, 1] of each group, nan throughout where it is not judged (training/judge.py)
+JudgeScores = Callable[[Sequence[RolloutGroup | Answered]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +66,7 @@ def reward_terms(
     asked_for = {
         "length": settings.length_reward > 0,
         "temporal": settings.pays_temporal,
-        "judge": settings.judge_endpoint is not None,
+        "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
     }
     if settings.reward_funcs is not None:
         if reward_funcs is not None:
@@ -91,9 +101,11 @@ def reward_terms(
             )
         if ("judge" in built_in) != asked_for["judge"]:
             raise ConfigError(
-                "judge_endpoint is set, but reward_funcs does not name 'judge'; add it"
+                "judge_endpoint is set, but reward_funcs does not name 'judge'; add it (or judge_as accuracy)"
                 if asked_for["judge"]
                 else "reward_funcs: 'judge' is named while judge_endpoint is not set; give its address"
+                if settings.judge_endpoint is None
+                else "reward_funcs: 'judge' is named while judge_as is accuracy; leave one of the two out"
             )
         custom = {}
         for function in (entry for entry in given if callable(entry)):
@@ -131,18 +143,25 @@ def score_groups(
     """Every reward term of every completion, and their weighted sum. Advantages are still 0.
 
     drops: of each question, for the temporal rules that need them (see `logprob_drops`). `question_text`
-    gives a sample's text to the user's functions. judge: for the term of that name. Raises RewardError when
-    one of the functions fails, and what the judge raises. (Processes that score together call the judge
-    together, with no groups too.)
+    gives a sample's text to the user's functions. judge: for the term of that name, or with `judge_as`
+    accuracy for that of free-form answers, in order and of the contrast clip. Raises RewardError when one of
+    the functions fails, and what the judge raises. (Processes that score together call the judge together,
+    with no groups too.)
     """
     if not questions:
         if judge is not None:
             judge([])
         return []
     drops = [None] * len(questions) if drops is None else drops
+    judged: Sequence[Tensor | None] = [None] * len(questions)
+    if judge is not None and settings.judge_as == "accuracy":
+        both = [[*own, *others] for own, others in zip(ordered, shuffled, strict=True)]
+        judged = judge([Answered(one.sample, all_) for one, all_ in zip(questions, both, strict=True)])
     groups = [
-        score_group(question, own, others, terms, settings, drop)
-        for question, own, others, drop in zip(questions, ordered, shuffled, drops, strict=True)
+        score_group(question, own, others, terms, settings, drop, scores)
+        for question, own, others, drop, scores in zip(
+            questions, ordered, shuffled, drops, judged, strict=True
+        )
     ]
     rollouts = [(group.sample, rollout) for group in groups for rollout in group.ordered]
     texts = {id(group.sample): question_text(group.sample) for group in groups} if terms.custom else {}
@@ -157,7 +176,7 @@ def score_groups(
         )
         for group, values in zip(groups, rewards.split([len(g.ordered) for g in groups]), strict=True):
             group.rewards[name] = values
-    if judge is not None:
+    if judge is not None and settings.judge_as == "reward":
         for group, values in zip(groups, judge(groups), strict=True):
             group.rewards["judge"] = values
     for group in groups:
@@ -173,13 +192,17 @@ def score_group(
     terms: RewardTerms,
     settings: TGRPOSettings,
     drops: list[Tensor] | None = None,
+    judged: Tensor | None = None,
 ) -> RolloutGroup:
     """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
 
+    judged: [G + H] in place of their correctness; without it, or nan throughout, all have their own.
     p and p̃ are this question's shares of correct completions: r_t is the same for every correct ordered one.
     """
     sample = question.sample
-    accuracy, accuracy_shuffled = answer_scores(sample, ordered), answer_scores(sample, shuffled)  # [G], [H]
+    if judged is None or judged.isnan().any():
+        judged = answer_scores(sample, [*ordered, *shuffled])
+    accuracy, accuracy_shuffled = judged.split([len(ordered), len(shuffled)])  # [G], [H]
     correct = correct_mask(sample, accuracy, settings.correct_threshold)
     correct_shuffled = correct_mask(sample, accuracy_shuffled, settings.correct_threshold)
     temporal = temporal_reward(

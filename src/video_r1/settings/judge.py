@@ -15,7 +15,12 @@ class JudgeSettings(Settings):
     judge_endpoint: str | None = setting(
         None,
         "address of an OpenAI-compatible endpoint (http://host:8000/v1) whose model judges free-form "
-        "answers, the reward judge; several, with commas between, share the requests",
+        "answers; several, with commas between, share the requests",
+    )
+    judge_as: Literal["reward", "accuracy"] = setting(
+        "reward",
+        "reward: its score is a reward of its own, beside accuracy; accuracy: it is the accuracy of "
+        "free-form answers, in place of ROUGE, also for the temporal and length rewards",
     )
     judge_model: str | None = setting(None, "name of the model there (default: the only one it serves)")
     judge_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
@@ -36,6 +41,8 @@ class JudgeSettings(Settings):
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
         if self.judge_endpoint is None:
+            if self.judge_as == "accuracy":
+                yield "judge_as", "is accuracy while judge_endpoint is not set; give the judge's address"
             return
         named = addresses(self.judge_endpoint)
         if not named or not all(address.startswith(SCHEMES) for address in named):

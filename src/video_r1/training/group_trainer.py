@@ -123,7 +123,7 @@ class GroupTrainer(QuestionTrainer):
             folder=str(args.output_dir),
         )
         self.judge: Judge | None = None
-        if "judge" in terms.names:
+        if args.judge_endpoint is not None:
             self.judge = Judge(args, self.folder, self.meter, lambda: self.stop.number is not None)
         self.rollouts = StepRollouts(self.engine, args, self.meter, self.whole_policy)
         self.steps_read_ahead = 2 if args.async_rollouts else 1

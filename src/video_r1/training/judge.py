@@ -1,10 +1,10 @@
-"""The reward `judge`: a language model behind an endpoint says how right a free-form answer is.
+"""The judge: a language model behind an endpoint says how right a free-form answer is.
 
     groups ─► answers ─► judge.jsonl (asked before?) ─► the endpoint, each new one once ─► [G] scores
 
 A group of which an answer has no score (the judge is away and `judge_down` skip, its reply is no number, it
-refuses the request) has none at all, nan throughout: compared by the other rewards alone, no answer gains or
-loses by it.
+refuses the request) has none at all, nan throughout: compared by the other rewards alone, or where the judge
+stands for accuracy by ROUGE, no answer gains or loses by it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error, first_line
 from video_r1.files import append_line, digest, part_of, parts_of
 from video_r1.processes import decided_by_first, gather, process_index
+from video_r1.rewards.group import Answered
 from video_r1.rewards.judging import JUDGED_TYPE, judge_question, load_judge_template, read_score
 from video_r1.rollout.chat import Completion, completions_of
 from video_r1.rollout.endpoint import (
@@ -92,7 +93,7 @@ class Judge:
         self.model = decided_by_first(self._tried)
         self.scores = remembered([self.path, *parts_of(self.path)])
 
-    def __call__(self, groups: Sequence[RolloutGroup]) -> list[Tensor]:
+    def __call__(self, groups: Sequence[RolloutGroup | Answered]) -> list[Tensor]:
         """[G] float32 in [0, 1] for each group; nan throughout where it has none. An answer that is not there
         is 0 without a question. Raises JudgeAway.
         """
@@ -113,7 +114,7 @@ class Judge:
             for group, scores in zip(groups, found, strict=True)
         ]
 
-    def questions(self, group: RolloutGroup) -> list[Asked | None]:
+    def questions(self, group: RolloutGroup | Answered) -> list[Asked | None]:
         """What to ask about each ordered completion's answer; None where it gives none."""
         sample = group.sample
         answers = [extract_answer(rollout.text) for rollout in group.ordered]
@@ -234,7 +235,7 @@ class Judge:
         return self.model
 
 
-def judged(group: RolloutGroup) -> bool:
+def judged(group: RolloutGroup | Answered) -> bool:
     return group.sample.problem_type == JUDGED_TYPE
 
 
