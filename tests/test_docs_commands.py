@@ -203,9 +203,11 @@ def run_short(command: str, words: list[str], values: Mapping[str, Any]) -> None
     """Runs it on what is there: other models are the packaged one, other manifests the folder's."""
     models = {values[name] for name in MODELS if values.get(name)}
     instead = {model: "lab-base" for model in models if not Path(model, "config.json").is_file()}
-    for name in MANIFESTS:
-        if values.get(name) in words and not Path(values[name]).exists():
-            shutil.copy("questions.json", values[name])
+    for manifest in {values[name] for name in MANIFESTS if values.get(name) in words}:
+        if not Path(manifest).suffix:  # a data set of the hub
+            instead[manifest] = "questions.json"
+        elif not Path(manifest).exists():
+            shutil.copy("questions.json", manifest)
     words = [(instead | {"/data": "."}).get(word, word) for word in words]
     extra = [*SHORT[command].split(), *(["--engine", "transformers"] if values.get("engine") else [])]
     assert main([*command.split(), *words, *extra]) == 0
