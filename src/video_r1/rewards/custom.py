@@ -17,10 +17,13 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Every field of the samples as a column, the rows' own ones too; None where a row has it not. Those of a
-    table of TRL's (data/trl_rows.py) are given as they stand there; otherwise no own one hides a field.
+    table of TRL's (data/trl_rows.py) are given as they stand there; otherwise no own one hides a field. The
+    `path` of several clips is their list.
     """
 
     def column(sample: Sample, name: str) -> Any:
+        if name == "path" and sample.more_paths:
+            return [*sample.paths]
         if name in FIELDS and PROMPT not in sample.extra:
             return getattr(sample, name)
         return sample.extra.get(name, getattr(sample, name, None))
