@@ -12,7 +12,7 @@ import glob
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -123,7 +123,10 @@ def _named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
 
     try:
         builder = datasets.load_dataset_builder(name)  # from the card and the names of the files
-        files = (builder.config.data_files or {}).get(split, ())
+        found = builder.config.data_files or {}
+        if found and split not in found:  # before anything is downloaded
+            raise ManifestError(_no_split(split, found))
+        files = found.get(split, ())
         if files and all(file.endswith(ENDING) for file in files):
             yield from enumerate(table_rows(files, builder.info.features), start=1)
         elif archives := [file for file in files if _TAR.search(file)]:
@@ -158,13 +161,20 @@ def _folder_rows(dataset: Any) -> Iterator[tuple[int, Any]]:
         yield number, {**row, **found}
 
 
+def _no_split(split: str, found: Iterable[object]) -> str:
+    return (
+        f"the data set has no split {split!r}, only {', '.join(map(str, found))}; of Parquet files, a "
+        "pattern names those of one, such as hf://datasets/OWNER/NAME/data/test-*.parquet"
+    )
+
+
 def _dataset_rows(dataset: Any, split: str) -> Iterator[tuple[int, Any]]:
     """Of a Dataset or IterableDataset, or of one of several by split."""
     import datasets
 
     if isinstance(dataset, dict):  # one data set per split
         if split not in dataset:
-            raise ManifestError(f"the data set has no split {split!r}, only {', '.join(map(str, dataset))}")
+            raise ManifestError(_no_split(split, dataset))
         dataset = dataset[split]
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise ManifestError(

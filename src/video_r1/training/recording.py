@@ -91,8 +91,7 @@ def record_group(
     sample, shown = group.sample, group.prompt.media
     frames = save_shown(shown, run_dir / "frames" / f"{step}-{_file_name(sample.problem_id)}.jpg")
     frames["timestamps"] = [round(float(t), 3) for media in shown for t in media.timestamps]
-    # The whole path would tell a reader of the report how its writer's disk is arranged.
-    names = ["/".join(PurePath(path).parts[-2:]) for path in sample.paths]
+    names = [_short(path) for path in sample.paths]
     contrast = group.shuffled_prompt
     permutation = contrast.permutation if contrast else None
     ordered = _completions(group.ordered, group.rewards)
@@ -134,6 +133,14 @@ def group_facts(group: RolloutGroup) -> dict[str, Any]:
         "p_shuffled": group.p_shuffled,
         "reward": _number(group.total_reward[0]),
     }
+
+
+def _short(path: str) -> str:
+    """A file and its folder, behind the member that it is of an archive or table. The whole path would tell a
+    reader of the report how its writer's disk is arranged.
+    """
+    inside, joined, file = path.rpartition("::")
+    return inside + joined + "/".join(PurePath(file).parts[-2:])
 
 
 def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
