@@ -15,7 +15,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 
 FAMILIES = ("qwen2_5_vl", "qwen3_5")

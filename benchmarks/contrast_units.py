@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import machine
-from video_r1.data.media import decode_media
+from video_r1.data.decoding.media import decode_media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Question, build_question, derived_generator
-from video_r1.data.records import load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor

@@ -27,9 +27,9 @@ from torch import Tensor
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, spread
-from video_r1.data import containers
-from video_r1.data.media import decode_media, fitted_size, frame_indices, resize
-from video_r1.data.records import Sample
+from video_r1.data.decoding import containers
+from video_r1.data.decoding.media import decode_media, fitted_size, frame_indices, resize
+from video_r1.data.manifests.records import Sample
 from video_r1.settings.frames import FrameBudget
 
 BUDGET = FrameBudget(max_frames=16)

@@ -27,11 +27,11 @@ import torch
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import compare, in_turns, machine, seconds, spread
-from video_r1.data.decoders import read_media
-from video_r1.data.media import shuffled_order
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import shuffled_order
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import derived_generator
-from video_r1.data.records import Sample
 from video_r1.evaluation.asking import sampling_seed
 from video_r1.evaluation.runner import evaluate
 from video_r1.lab.clips import write_clip

@@ -59,7 +59,7 @@ def write_manifest(path: Path, rows: int, seed: int = 0) -> None:
 def measure(path: Path) -> dict[str, float]:
     """Checks the manifest at `path` in this process; seconds include the imports that the check needs."""
     start = time.perf_counter()
-    from video_r1.data.records import load_manifest
+    from video_r1.data.manifests.records import load_manifest
 
     samples = load_manifest(path)
     seconds = time.perf_counter() - start

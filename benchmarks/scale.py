@@ -281,9 +281,9 @@ class _Files(http.server.SimpleHTTPRequestHandler):
 def measured() -> dict[str, float]:
     """Milliseconds to decode a clip of 360p and to fetch it from a server on this machine, medians of 12."""
     from benchmarks.decode import FPS, write_clip
-    from video_r1.data.decoders import read_media
-    from video_r1.data.records import Sample
-    from video_r1.data.remote import RemoteCache
+    from video_r1.data.decoding.decoders import read_media
+    from video_r1.data.manifests.records import Sample
+    from video_r1.data.sources.remote import RemoteCache
     from video_r1.settings.frames import FrameBudget
 
     decoding, fetching, sizes = [], [], []

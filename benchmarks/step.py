@@ -29,10 +29,10 @@ from benchmarks._sizes import SIZES, build_model
 from benchmarks._timing import compare, flops, in_turns, machine, seconds, spread
 from benchmarks.decode import write_clip
 from benchmarks.update import TOLERANCES, expanded_logprobs
-from video_r1.data.media import decode_media
+from video_r1.data.decoding.media import decode_media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.reading import Question, build_question
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import VisionFeatures, encode_vision, group_logprobs

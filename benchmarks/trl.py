@@ -39,9 +39,9 @@ from transformers import (
 from benchmarks._command import benchmark_parser
 from benchmarks._sizes import SIZES, build_model
 from benchmarks._timing import in_turns, machine, spread
-from video_r1.data.media import decode_media
+from video_r1.data.decoding.media import decode_media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.lab.model import CHAT_TEMPLATE, base_folder
 from video_r1.models.loading import load_processor
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer

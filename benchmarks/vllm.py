@@ -24,9 +24,9 @@ import torch
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, seconds, spread
-from video_r1.data.decoders import read_media
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import Prompt, PromptBuilder, video_metadata
-from video_r1.data.records import load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor, size_multiple

@@ -22,9 +22,9 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, spread
 from benchmarks.decode import write_clip
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media, decode_media
-from video_r1.data.records import Sample
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media, decode_media
+from video_r1.data.manifests.records import Sample
 from video_r1.settings.frames import FrameBudget
 
 Read = Callable[[Sample, FrameBudget], Media]

@@ -8,7 +8,7 @@ import torch
 from tiny_models import has_timestamps, tiny_model, tiny_tokenizer
 from torch import Tensor
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 
 TOKENIZER = tiny_tokenizer()

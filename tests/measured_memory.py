@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 
 VIDEO = 2

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.settings.frames import FrameBudget
 
 SIDE = 56

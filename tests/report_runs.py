@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.evaluation.summary import summarise
 from video_r1.training.recording import save_strip

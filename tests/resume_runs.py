@@ -23,7 +23,7 @@ from tiny_models import tiny_checkpoint
 from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 
 SERVER = multiprocessing.get_context("forkserver")

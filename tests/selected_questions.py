@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 
 

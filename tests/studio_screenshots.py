@@ -27,8 +27,8 @@ from playwright.sync_api import Browser, Page, expect
 from report_runs import write_demo, write_evaluation, write_lines, write_rl_run
 from studio_server import studio
 
-from video_r1.data.decoders import read_media
-from video_r1.data.records import Sample, load_manifest
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.report.page import build_report
 from video_r1.settings.commands import LabSettings

@@ -27,7 +27,7 @@ from chat_endpoint import (
 
 from video_r1.annotation import endpoint as endpoint_module
 from video_r1.annotation.teachers import sample_seed
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rollout import chat
 from video_r1.rollout import endpoint as client

@@ -19,10 +19,10 @@ from video_r1.annotation.command import run_annotate
 from video_r1.annotation.runner import Counts
 from video_r1.cli import main
 from video_r1.data import reading
-from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import read_cached_at
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.frame_cache import read_cached_at
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import load_manifest
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.rollout.transformers import TransformersEngine

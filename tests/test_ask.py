@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from tiny_models import moving_square, tiny_processor, write_clip
 
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, MediaError, PromptError, RequestError
 from video_r1.evaluation import interview

@@ -9,7 +9,7 @@ import pytest
 from tiny_questions import read_lines, training_arguments
 
 from video_r1.cli import main
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError
 
 

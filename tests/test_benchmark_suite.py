@@ -16,7 +16,7 @@ from benchmark_fixtures import lab_clips, write_benchmarks
 from browser import FilePage, chromium, find_chromium
 
 from video_r1.cli import main
-from video_r1.data.frame_cache import read_cached_at
+from video_r1.data.decoding.frame_cache import read_cached_at
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Coverage, Questions
 from video_r1.evaluation.gap_figure import figure_rows, gain_marks, gain_page, gap_marks, gap_page

@@ -11,7 +11,7 @@ import datasets
 import pytest
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
 
-from video_r1.data.options import answer_of, options_of
+from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions

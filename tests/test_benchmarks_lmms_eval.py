@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.evaluation.metrics import mean_relative_accuracy, task_mean
 from video_r1.evaluation.scoring import score_output
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from video_r1 import progress as progress_module
 from video_r1.data.check import check_media, format_counts, run_check
-from video_r1.data.records import Sample, load_manifest
+from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.errors import ManifestError
 from video_r1.progress import Progress
 
@@ -58,7 +58,7 @@ ROWS = [
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media, monkeypatch, workers):
-    from video_r1.data import decoders
+    from video_r1.data.decoding import decoders
 
     opened = []
 

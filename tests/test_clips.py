@@ -14,8 +14,8 @@ import torch
 from media_files import SIDE, SMALL, decoded_frames, picture, sample, write_video
 from PIL import Image
 
-from video_r1.data import clips, containers
-from video_r1.data.media import decode_media, frame_indices, resize
+from video_r1.data.decoding import clips, containers
+from video_r1.data.decoding.media import decode_media, frame_indices, resize
 from video_r1.settings.frames import FrameBudget
 
 FORMATS = {

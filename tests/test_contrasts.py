@@ -16,10 +16,10 @@ from tiny_models import has_timestamps
 from tiny_questions import read_lines, training_arguments
 
 from video_r1.data.contrasts import blind_prompt, contrast_frames, contrast_prompt
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.data.reading import build_question
-from video_r1.data.records import load_manifest
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
 from video_r1.models.group_forward import encode_vision

@@ -16,7 +16,7 @@ from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines
 from torch import Tensor
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.group import reward_terms

@@ -12,9 +12,9 @@ import torch
 from chat_endpoint import chat_endpoint, images_of, write_questions
 from tiny_questions import read_lines
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TextPrompts
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval

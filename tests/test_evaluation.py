@@ -15,9 +15,9 @@ from PIL import Image
 from tiny_models import moving_square, write_clip
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from video_r1.data import frame_cache
+from video_r1.data.decoding import frame_cache
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
 from video_r1.evaluation import runner

@@ -17,11 +17,17 @@ from PIL import Image
 from tiny_models import moving_square, write_clip
 from tiny_questions import training_arguments, write_manifest
 
-from video_r1.data import frame_cache
-from video_r1.data.decoders import read_media_at
-from video_r1.data.frame_cache import FrameCache, cache_key, open_frame_cache, read_cached, read_cached_at
-from video_r1.data.media import Media, decode_media
-from video_r1.data.records import Sample
+from video_r1.data.decoding import frame_cache
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.decoding.frame_cache import (
+    FrameCache,
+    cache_key,
+    open_frame_cache,
+    read_cached,
+    read_cached_at,
+)
+from video_r1.data.decoding.media import Media, decode_media
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError, MediaError
 from video_r1.settings.frames import FrameBudget
 

@@ -10,9 +10,9 @@ import pytest
 from damaged_media import KINDS, damaged_files
 from media_files import SIDE, SMALL, sample, write_video
 
-from video_r1.data import decoders
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media
+from video_r1.data.decoding import decoders
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media
 from video_r1.errors import MediaError
 from video_r1.settings.frames import FrameBudget
 

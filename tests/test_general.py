@@ -16,9 +16,9 @@ from test_rollout_transformers import assert_same
 from tiny_models import moving_square
 from torch import Tensor
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TOKEN_FEATURES, Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.models import general_forward
 from video_r1.models.general_forward import placeholder_ids

@@ -13,9 +13,9 @@ from test_memory_plan import OF_ANY_STAGE, recipe_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from video_r1.cli import main
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision

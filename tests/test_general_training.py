@@ -15,9 +15,9 @@ from tiny_questions import read_lines, training_arguments
 from transformers import AutoModelForImageTextToText
 
 from video_r1 import cli
-from video_r1.data.decoders import read_media
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, size_multiple
 from video_r1.rollout.choice import open_engine

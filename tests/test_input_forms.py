@@ -16,8 +16,8 @@ from PIL import Image
 from tgrpo_trainers import make_trainer
 from tiny_questions import read_lines, training_arguments
 
-from video_r1.data import remote
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
+from video_r1.data.sources import remote
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 FIGURES = ("loss", "grad_norm", "reward/total", "temporal/p", "media/skipped", "completion/length")

@@ -20,7 +20,7 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import read_lines
 from torch.multiprocessing.spawn import spawn
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rewards.correctness import correctness

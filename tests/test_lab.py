@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from video_r1.data.answers import extract_answer
-from video_r1.data.decoders import read_media
-from video_r1.data.records import load_manifest
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES

@@ -10,7 +10,7 @@ import torch
 from tiny_questions import read_lines
 
 from video_r1.cli import main
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.lab.questions import NAMED_FAMILIES
 from video_r1.rewards.group import answer_scores, correct_mask, format_scores

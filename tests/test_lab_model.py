@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder, build_processor, build_tokenizer, frame_side
 from video_r1.lab.pretraining import FRAME_TIMES, Conversations, corpus, patches

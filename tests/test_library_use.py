@@ -17,7 +17,7 @@ from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 
 from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
 from video_r1.cli import main
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.models.loading import load_model
 

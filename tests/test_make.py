@@ -14,7 +14,7 @@ from video_r1.cli import main
 from video_r1.data.making.layouts import LAYOUTS, layout_of
 from video_r1.data.making.refusals import REMEDIES
 from video_r1.data.making.subtitles import subtitle_lines
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 
 

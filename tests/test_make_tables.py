@@ -14,9 +14,9 @@ from made_tables import make, write_shelf, written
 from video_r1.cli import main
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.columns import guess_columns
+from video_r1.data.making.options import listed, options_of, read_choice, reading_of, split_options
 from video_r1.data.making.refusals import Refused
-from video_r1.data.options import listed, options_of, read_choice, reading_of, split_options
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 
 

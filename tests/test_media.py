@@ -14,8 +14,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media, fitted_size, frame_indices, resize, shuffled_order
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media, fitted_size, frame_indices, resize, shuffled_order
 from video_r1.errors import ConfigError
 from video_r1.settings.frames import FrameBudget
 

@@ -12,7 +12,7 @@ from av.stream import Disposition
 from media_files import SIDE, SMALL, noise, picture, sample, saved, write_video
 from PIL import Image
 
-from video_r1.data.decoders import read_media
+from video_r1.data.decoding.decoders import read_media
 from video_r1.errors import MediaError
 
 

@@ -19,9 +19,9 @@ from damaged_media import good_files, many_streams
 from media_files import SMALL, sample, saved, write_video
 from PIL import Image
 
-from video_r1.data import decoders
-from video_r1.data.decoders import Decoders, read_media
-from video_r1.data.media import decode_media
+from video_r1.data.decoding import decoders
+from video_r1.data.decoding.decoders import Decoders, read_media
+from video_r1.data.decoding.media import decode_media
 from video_r1.errors import ConfigError, MediaError
 from video_r1.settings.frames import FrameBudget
 
@@ -162,9 +162,9 @@ def test_the_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "a.mp4", 8)
     program = (
         "import sys, os\n"
-        "from video_r1.data import decoders\n"
-        "from video_r1.data.decoders import FrameBudget, read_media\n"
-        "from video_r1.data.records import Sample\n"
+        "from video_r1.data.decoding import decoders\n"
+        "from video_r1.data.decoding.decoders import FrameBudget, read_media\n"
+        "from video_r1.data.manifests.records import Sample\n"
         f"read_media(Sample(1, '', 'video', 'OCR', '', {str(clip)!r}), FrameBudget())\n"
         "print(decoders._decoders.idle[0].number, decoders._decoders.server[0].pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"

@@ -24,10 +24,10 @@ from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines, write_manifest
 
 from video_r1.cli import main
-from video_r1.data.decoders import read_media
-from video_r1.data.parquet_rows import table_rows
-from video_r1.data.places import media_root_of
-from video_r1.data.records import Sample, check_manifest, load_manifest
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.parquet_rows import table_rows
+from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
+from video_r1.data.sources.places import media_root_of
 from video_r1.errors import ManifestError
 from video_r1.lab.smoke import first_rows
 
@@ -105,8 +105,8 @@ def test_a_folder_of_tables_is_a_manifest(
 
 CODE = """
 import json, sys
-from video_r1.data.decoders import read_media
-from video_r1.data.records import load_manifest
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.manifests.records import load_manifest
 from video_r1.settings.frames import FrameBudget
 
 for manifest in sys.argv[1].split():
@@ -267,7 +267,7 @@ def test_a_manifest_made_of_a_folder_of_tables(tmp_path: Path) -> None:
 
 
 def test_tables_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: Any) -> None:
-    from video_r1.data import parquet_rows
+    from video_r1.data.manifests import parquet_rows
 
     tables = [str(one_table(tmp_path / f"{n:02}.parquet", {"n": [n, n]})) for n in range(40)]
     read: Counter[str] = Counter()

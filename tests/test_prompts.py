@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.prompts import PromptBuilder, response_text
-from video_r1.data.records import ProblemType, Sample
 from video_r1.data.templates import load_template, subtitle_text
 from video_r1.errors import ConfigError, PromptError
 

@@ -11,7 +11,7 @@ import pytest
 from benchmark_fixtures import lab_clips, reference_row
 
 from video_r1.cli import main
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.evaluation import protocol
 from video_r1.evaluation.paper import setup_differences

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader
-from video_r1.data.records import Sample
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.rollout.sampling import prompt_seed
 from video_r1.seeds import derived_seed

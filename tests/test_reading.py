@@ -11,9 +11,9 @@ import torch
 from tiny_models import moving_square, write_clip
 from tiny_questions import write_manifest
 
-from video_r1.data import frame_cache
+from video_r1.data.decoding import frame_cache
+from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.data.reading import Batch, Clips, Reader, quarantined
-from video_r1.data.records import Sample, load_manifest
 from video_r1.errors import MediaError, PromptError
 from video_r1.settings.frames import FrameBudget
 

@@ -12,7 +12,7 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import read_lines, training_arguments, write_manifest
 from transformers import TrainerCallback
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 BATCH, STEPS, SLOW = 3, 3, 0.3  # questions a step; steps; seconds that each read takes longer

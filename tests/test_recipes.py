@@ -13,7 +13,7 @@ from tiny_questions import read_lines, write_manifest
 
 from video_r1.catalogue import catalogue
 from video_r1.cli import carry_out, main
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe

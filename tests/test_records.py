@@ -8,9 +8,9 @@ import datasets
 import pytest
 from datasets import config as datasets_config
 
-from video_r1.data import rows
-from video_r1.data.places import path_below
-from video_r1.data.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
+from video_r1.data.manifests import rows
+from video_r1.data.manifests.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
+from video_r1.data.sources.places import path_below
 from video_r1.errors import ManifestError
 
 CHOICE = {

@@ -26,13 +26,13 @@ from media_files import SMALL, sample, write_video
 from PIL import Image
 
 from video_r1.cli import main
-from video_r1.data import remote
 from video_r1.data.check import check_media
-from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import FrameCache, read_cached
-from video_r1.data.places import media_root_of, path_below
-from video_r1.data.records import check_manifest, load_manifest
-from video_r1.data.remote import NoAnswer, RemoteCache, below, folder_of, is_address, relative_to
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.frame_cache import FrameCache, read_cached
+from video_r1.data.manifests.records import check_manifest, load_manifest
+from video_r1.data.sources import remote
+from video_r1.data.sources.places import media_root_of, path_below
+from video_r1.data.sources.remote import NoAnswer, RemoteCache, below, folder_of, is_address, relative_to
 from video_r1.errors import ConfigError, ManifestError, MediaError, VideoR1Error
 
 LARGE = 10**9
@@ -352,7 +352,7 @@ def test_processes_and_threads_fetch_a_file_once(
     address, asked = server
     size = clip.stat().st_size
     program = (
-        "import sys; from pathlib import Path; from video_r1.data.remote import RemoteCache\n"
+        "import sys; from pathlib import Path; from video_r1.data.sources.remote import RemoteCache\n"
         f"with RemoteCache({str(tmp_path)!r}, {LARGE}).file('{address}/slow.mp4') as path:\n"
         f"    assert Path(path).stat().st_size == {size}\n"
     )
@@ -394,7 +394,7 @@ def test_a_process_that_is_killed_while_it_fetches(
 ) -> None:
     address, asked = server
     program = (
-        "from video_r1.data.remote import RemoteCache\n"
+        "from video_r1.data.sources.remote import RemoteCache\n"
         f"with RemoteCache({str(tmp_path)!r}, {LARGE}).file('{address}/slow.mp4'): pass\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program])

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.models import adapters

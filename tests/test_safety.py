@@ -15,7 +15,7 @@ from tgrpo_trainers import make_trainer
 from tiny_models import tiny_checkpoint
 from tiny_questions import row, write_manifest
 
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.models.loading import load_model
 from video_r1.report.page import build_report

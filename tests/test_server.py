@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny_models import moving_square, tiny_model, tiny_processor
 from transformers import GenerationConfig
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.rollout import addresses
 from video_r1.rollout.engine import SamplingSettings

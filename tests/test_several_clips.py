@@ -20,10 +20,10 @@ from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample, side
 from test_rollout_transformers import build_model, reference_inputs, teacher_forced
 
 from video_r1.data.contrasts import contrast_order, contrast_prompt
-from video_r1.data.media import Media, Shown
+from video_r1.data.decoding.media import Media, Shown
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts
 from video_r1.data.reading import build_question
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import PromptError
 from video_r1.models.family import find_family

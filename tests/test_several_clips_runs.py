@@ -21,12 +21,12 @@ from tiny_models import moving_square, write_clip
 from tiny_questions import read_lines, row, training_arguments
 from transformers import AutoProcessor
 
-from video_r1.data import frame_cache
 from video_r1.data.check import check_media
-from video_r1.data.frame_cache import FrameCache
+from video_r1.data.decoding import frame_cache
+from video_r1.data.decoding.frame_cache import FrameCache
+from video_r1.data.manifests.records import check_manifest, load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Batch, Reader, quarantined
-from video_r1.data.records import check_manifest, load_manifest
 from video_r1.errors import MediaError, RequestError
 from video_r1.evaluation.ask import question_sample, run_ask
 from video_r1.evaluation.benchmarks.loading import load_questions

@@ -13,8 +13,8 @@ from tiny_questions import read_lines, training_arguments, write_manifest
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import Prompt
-from video_r1.data.records import load_manifest
 from video_r1.errors import ConfigError
 from video_r1.models import head
 from video_r1.recipe import load_recipe

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import RewardError
 from video_r1.rewards.custom import call_reward_function, reward_columns
 from video_r1.rewards.shaping import (

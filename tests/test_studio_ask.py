@@ -18,7 +18,7 @@ from tiny_models import moving_square, write_clip
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.model import base_folder
 from video_r1.studio import model_process, uploads
 from video_r1.studio.answerer import Answerer

@@ -19,7 +19,7 @@ from report_runs import write_lines, write_rl_run
 from studio_screenshots import ask_lab_questions
 from studio_server import studio
 
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.settings.commands import LabSettings
 

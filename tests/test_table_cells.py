@@ -19,11 +19,11 @@ import torch
 from media_files import SMALL, noise, sample, saved, write_video
 
 from video_r1.cli import main
-from video_r1.data import remote
-from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import cache_key
-from video_r1.data.places import MediaPlaces, data_type_of, path_below
-from video_r1.data.table_cells import cells_beside
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.frame_cache import cache_key
+from video_r1.data.sources import remote
+from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
+from video_r1.data.sources.table_cells import cells_beside
 from video_r1.errors import MediaError
 
 ROWS, GROUP = 7, 3

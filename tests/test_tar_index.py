@@ -20,15 +20,15 @@ import torch
 from media_files import SMALL, noise, picture, sample, saved, write_video
 from PIL import Image
 
-from video_r1.data import remote, tar_index
-from video_r1.data.decoders import read_media
-from video_r1.data.frame_cache import cache_key
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.refusals import Refused
-from video_r1.data.places import MediaPlaces, data_type_of, path_below
-from video_r1.data.records import check_manifest
-from video_r1.data.remote import RemoteCache, local_file
-from video_r1.data.tar_index import Part, members_of, split_member
+from video_r1.data.manifests.records import check_manifest
+from video_r1.data.sources import remote, tar_index
+from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
+from video_r1.data.sources.remote import RemoteCache, local_file
+from video_r1.data.sources.tar_index import Part, members_of, split_member
 from video_r1.errors import MediaError
 
 ROW = {

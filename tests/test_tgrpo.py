@@ -15,7 +15,7 @@ from tiny_models import tiny_checkpoint
 from torch import Tensor
 from transformers import TrainerCallback
 
-from video_r1.data.records import load_manifest
+from video_r1.data.manifests.records import load_manifest
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, RewardError
 from video_r1.models.loading import freeze_vision, load_model

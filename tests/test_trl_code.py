@@ -24,7 +24,7 @@ from video_r1 import (
     load_manifest,
     read_media,
 )
-from video_r1.data.trl_rows import trl_samples
+from video_r1.data.manifests.trl_rows import trl_samples
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings

@@ -11,10 +11,10 @@ import torch
 from tiny_models import moving_square
 from torch import Tensor
 
-from video_r1.data.decoders import read_media
-from video_r1.data.media import Media, shuffled_order
+from video_r1.data.decoding.decoders import read_media
+from video_r1.data.decoding.media import Media, shuffled_order
+from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample, load_manifest
 from video_r1.data.rollouts import Rollout
 from video_r1.lab.clips import write_lab
 from video_r1.models.group_forward import group_logprobs

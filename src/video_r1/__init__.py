@@ -7,10 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from video_r1.data.decoders import read_media
-    from video_r1.data.media import Media
+    from video_r1.data.decoding.decoders import read_media
+    from video_r1.data.decoding.media import Media
+    from video_r1.data.manifests.records import Sample, load_manifest
     from video_r1.data.prompts import PromptBuilder
-    from video_r1.data.records import Sample, load_manifest
     from video_r1.errors import VideoR1Error
     from video_r1.models.loading import load_model, load_processor
     from video_r1.recipe import load_recipe
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "FrameBudget": "settings.frames",
-    "Media": "data.media",
-    "read_media": "data.decoders",
+    "Media": "data.decoding.media",
+    "read_media": "data.decoding.decoders",
     "PromptBuilder": "data.prompts",
-    "Sample": "data.records",
-    "load_manifest": "data.records",
+    "Sample": "data.manifests.records",
+    "load_manifest": "data.manifests.records",
     "VideoR1Error": "errors",
     "load_model": "models.loading",
     "load_processor": "models.loading",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.catalogue import MERGED, counterpart
-from video_r1.data.places import media_root_of
+from video_r1.data.sources.places import media_root_of
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import RECIPES, MadeFor
 

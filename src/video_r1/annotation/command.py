@@ -9,10 +9,10 @@ from typing import Any
 from video_r1.annotation.endpoint import EndpointTeacher
 from video_r1.annotation.runner import Counts, annotate, rejected_path
 from video_r1.annotation.teachers import EngineTeacher, Teacher
-from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.places import media_root_of
+from video_r1.data.decoding.frame_cache import open_frame_cache
+from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.data.reading import Reader
-from video_r1.data.records import Sample, load_manifest
+from video_r1.data.sources.places import media_root_of
 from video_r1.data.templates import load_template
 from video_r1.errors import VideoR1Error, writing_to
 from video_r1.files import digest

@@ -5,9 +5,9 @@ from contextlib import closing
 from typing import Any
 
 from video_r1.annotation.teachers import Answered, Failed, Question, sample_seed
-from video_r1.data.frame_cache import open_frame_cache, read_cached
+from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TextPrompts
-from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
 from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint

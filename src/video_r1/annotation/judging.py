@@ -6,7 +6,7 @@ from typing import NamedTuple
 from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.data.answers import extract_answer, read_answer
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.rewards.correctness import above, correctness
 from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings

@@ -25,8 +25,8 @@ from video_r1.annotation.filters import FILTERS, rationale_of
 from video_r1.annotation.journal import Journal, writable
 from video_r1.annotation.judging import Verdict, judge
 from video_r1.annotation.teachers import Answered, Question, Teacher
-from video_r1.data.places import media_root_of, path_below
-from video_r1.data.records import FIELDS, Sample
+from video_r1.data.manifests.records import FIELDS, Sample
+from video_r1.data.sources.places import media_root_of, path_below
 from video_r1.errors import RequestError
 from video_r1.files import part_of, parts_of, replacing
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from video_r1.data.manifests.records import Problem, Sample, check_manifest
 from video_r1.data.reading import Batch, Reader
-from video_r1.data.records import Problem, Sample, check_manifest
 from video_r1.progress import Progress
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import RemoteSettings

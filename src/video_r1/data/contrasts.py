@@ -22,9 +22,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
-from video_r1.data.media import Shown, clips_of, shuffled_order
+from video_r1.data.decoding.media import Shown, clips_of, shuffled_order
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
-from video_r1.data.records import Sample
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from video_r1.data.chat_templates import end_token_id, prompt_text, special_tokens
-from video_r1.data.media import Media, Shown, clips_of, reordered
-from video_r1.data.records import Sample
+from video_r1.data.decoding.media import Media, Shown, clips_of, reordered
+from video_r1.data.manifests.records import Sample
 from video_r1.data.templates import Template, load_template
 from video_r1.errors import PromptError
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order

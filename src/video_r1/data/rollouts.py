@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
-from video_r1.data.records import Sample
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import get_args
 
 from video_r1.data.grounding import GROUNDING_HINTS
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.settings.carried import template_text
 from video_r1.settings.shared import ProblemType

@@ -20,7 +20,7 @@ from video_r1.settings.decoding import AskSettings
 from video_r1.tables import table
 
 if TYPE_CHECKING:
-    from video_r1.data.records import Sample
+    from video_r1.data.manifests.records import Sample
     from video_r1.evaluation.interview import View
 
 _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
@@ -98,8 +98,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     with options is multiple choice and any other free-form. Options without letters get them: "A. left".
     Raises RequestError when there is no such file.
     """
-    from video_r1.data.places import data_type_of
-    from video_r1.data.records import Sample
+    from video_r1.data.manifests.records import Sample
+    from video_r1.data.sources.places import data_type_of
 
     assert settings.path is not None  # settings without it are refused
     path, *others = map(found_file, [settings.path, *settings.more_paths])
@@ -122,8 +122,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
 def found_file(said: str) -> str:
     """The absolute path of a file of this machine, or an address. Raises RequestError when there is none."""
-    from video_r1.data.remote import local_file, on_this_machine
-    from video_r1.data.tar_index import split_member
+    from video_r1.data.sources.remote import local_file, on_this_machine
+    from video_r1.data.sources.tar_index import split_member
 
     path = on_this_machine(said)
     if (file := local_file(path)) is None:

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
-from video_r1.data.frame_cache import open_frame_cache
-from video_r1.data.media import Shown, clips_of
+from video_r1.data.decoding.frame_cache import open_frame_cache
+from video_r1.data.decoding.media import Shown, clips_of
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.evaluation.metrics import mean_figure, paired_difference
 from video_r1.evaluation.summary import cell
 from video_r1.settings.frames import Contrast, Order

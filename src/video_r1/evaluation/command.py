@@ -18,7 +18,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     bench = bench or BenchmarkSettings()
     if (settings.manifest is None) == (bench.bench is None):
         raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
-    from video_r1.data.records import load_manifest  # these import torch
+    from video_r1.data.manifests.records import load_manifest  # these import torch
     from video_r1.evaluation.suite import load_suite, run_questions
     from video_r1.processes import claimed_by_first, decided_by_first, process_group
 

@@ -13,10 +13,10 @@ from typing import Any
 
 from video_r1.data.answers import read_answer
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
-from video_r1.data.frame_cache import open_frame_cache, read_cached
+from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, derived_generator
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError
 from video_r1.evaluation.asking import sampling_seed

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from video_r1.data.answers import extract_answer
-from video_r1.data.records import ProblemType, Sample
+from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.templates import ANSWER_HINTS, Template
 
 # The words that the published checkpoints were trained and evaluated with.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation import protocol
 from video_r1.evaluation.asking import Answers, Asking, asked_with

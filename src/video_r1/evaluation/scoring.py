@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from video_r1.data.answers import extract_answer, parse_number, read_answer
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.evaluation import protocol
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.rewards.correctness import correctness

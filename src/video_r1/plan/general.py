@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError
 from video_r1.models.family import text_of, vision_parameters
 from video_r1.models.general_forward import micro_batches

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.data.records import FIELDS, Sample
-from video_r1.data.trl_rows import PROMPT
+from video_r1.data.manifests.records import FIELDS, Sample
+from video_r1.data.manifests.trl_rows import PROMPT
 from video_r1.errors import RewardError
 
 # reward(prompts=[str] * N, completions=[str] * N, completion_ids=…, <column>=…) -> N numbers or None
@@ -17,8 +17,8 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
     """Every field of the samples as a column, the rows' own ones too; None where a row has it not. Those of a
-    table of TRL's (data/trl_rows.py) are given as they stand there; otherwise no own one hides a field. The
-    `path` of several clips is their list.
+    table of TRL's (data/manifests/trl_rows.py) are given as they stand there; otherwise no own one hides a
+    field. The `path` of several clips is their list.
     """
 
     def column(sample: Sample, name: str) -> Any:

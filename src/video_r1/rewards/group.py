@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from video_r1.data.answers import extract_answer
+from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from video_r1.data.media import Media
+from video_r1.data.decoding.media import Media
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
 from video_r1.evaluation.interview import Interview, View, sampling_of

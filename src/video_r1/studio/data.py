@@ -15,10 +15,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from video_r1.data.frame_folders import FOLDER_FPS, frame_names
-from video_r1.data.records import Sample
-from video_r1.data.remote import local_file, open_remote_cache
-from video_r1.data.tar_index import TAR, Part, split_member
+from video_r1.data.manifests.records import Sample
+from video_r1.data.sources.frame_folders import FOLDER_FPS, frame_names
+from video_r1.data.sources.remote import local_file, open_remote_cache
+from video_r1.data.sources.tar_index import TAR, Part, split_member
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.keep import PASS_RATES, Keep, parse_keep

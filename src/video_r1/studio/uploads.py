@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
-from video_r1.data.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
+from video_r1.data.sources.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
 
 LARGEST = 512 << 20  # bytes of one
 TOGETHER = 2 << 30  # bytes of all; the first go

@@ -16,7 +16,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import VideoR1Error
 from video_r1.processes import gather_lists

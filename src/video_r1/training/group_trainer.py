@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Clips, Question, build_question
-from video_r1.data.records import Sample
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import VideoR1Error
 from video_r1.files import append_line

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
-from video_r1.data.records import Sample
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line
 

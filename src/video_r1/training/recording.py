@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from video_r1.data.media import Media, resize
+from video_r1.data.decoding.media import Media, resize
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.files import append_line
 

@@ -15,10 +15,10 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from video_r1.data.pass_rates import kept_samples
+from video_r1.data.manifests.pass_rates import kept_samples
+from video_r1.data.manifests.records import Sample, load_manifest
+from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.records import Sample, load_manifest
-from video_r1.data.trl_rows import is_trl_table, trl_samples
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
 from video_r1.models.family import find_family
@@ -249,7 +249,8 @@ Questions = (
 def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:
     """Samples of a manifest's path, a data set, a list of rows or of samples; by name where there are several
     sets; None of None. Rows are checked as those of a manifest in `media_root` are (default: the current
-    folder); a table of TRL's form is read as data/trl_rows.py says, its pictures into the run folder.
+    folder); a table of TRL's form is read as data/manifests/trl_rows.py says, its pictures into the run
+    folder.
 
     Raises ManifestError with every problem.
     """

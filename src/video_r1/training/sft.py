@@ -16,9 +16,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from video_r1.data.media import Shown
+from video_r1.data.decoding.media import Shown
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, response_text
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, PromptError
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count

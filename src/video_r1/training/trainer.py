@@ -30,10 +30,10 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
-from video_r1.data.frame_cache import open_frame_cache
+from video_r1.data.decoding.frame_cache import open_frame_cache
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Reader
-from video_r1.data.records import Sample
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
 from video_r1.models.four_bits import record_four_bits

@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, Unusable, build_question, derived_generator
-from video_r1.data.records import Sample
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.group import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings

@@ -20,12 +20,12 @@ from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.columns import Columns, guess_columns
 from video_r1.data.making.drafts import Making, manifest_row, question_and_options
 from video_r1.data.making.layouts import LAYOUTS, Draft, layout_of
+from video_r1.data.making.options import Reading, reading_of
 from video_r1.data.making.refusals import REMEDIES, Refused
 from video_r1.data.making.tabular import read_table
-from video_r1.data.options import Reading, reading_of
-from video_r1.data.places import MediaPlaces, media_root_of
-from video_r1.data.records import FIELDS, Sample, check_manifest
-from video_r1.data.rows import Unreadable
+from video_r1.data.manifests.records import FIELDS, Sample, check_manifest
+from video_r1.data.manifests.rows import Unreadable
+from video_r1.data.sources.places import MediaPlaces, media_root_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, json_lines, replace_json, replace_text
 from video_r1.settings.commands import MakeSettings

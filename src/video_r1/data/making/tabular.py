@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from video_r1.data.rows import Unreadable, read_rows
+from video_r1.data.manifests.rows import Unreadable, read_rows
 from video_r1.errors import ManifestError
 
 KEY = "key"

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from video_r1.data.options import listed, split_options
+from video_r1.data.making.options import listed, split_options
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.spec import Row, json_or_parquet
 

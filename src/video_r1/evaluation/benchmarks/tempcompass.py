@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from video_r1.data.answers import LETTERS
-from video_r1.data.options import answer_of, options_of
+from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.spec import Row, json_or_parquet
 

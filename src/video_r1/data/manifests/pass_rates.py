@@ -10,7 +10,7 @@ import difflib
 import sys
 from collections.abc import Mapping, Sequence
 
-from video_r1.data.records import Sample
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError, ManifestError
 from video_r1.processes import process_index
 from video_r1.settings.keep import PASS_RATES, parse_keep

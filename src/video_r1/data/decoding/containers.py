@@ -9,7 +9,7 @@ import av
 import av.error
 from av.stream import Discard, Disposition
 
-from video_r1.data.tar_index import Part, open_file
+from video_r1.data.sources.tar_index import Part, open_file
 
 MAX_PIXELS = 8192 * 8192  # a frame or an image that declares more is not decoded
 MAX_STREAMS = 64  # pictures, sound, subtitles; FFmpeg looks for the codec of each

@@ -20,9 +20,9 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from video_r1.data.places import data_type_of
-from video_r1.data.remote import Found, at_address, is_address
-from video_r1.data.table_cells import SCHEME, cell_path
+from video_r1.data.sources.places import data_type_of
+from video_r1.data.sources.remote import Found, at_address, is_address
+from video_r1.data.sources.table_cells import SCHEME, cell_path
 from video_r1.errors import ManifestError, MediaError
 from video_r1.processes import process_index
 from video_r1.progress import Progress

@@ -22,11 +22,11 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 
-from video_r1.data.decoder_process import COMMAND, START, STOP, receive, receive_into, send
-from video_r1.data.media import Media, decode_media
-from video_r1.data.records import Sample
-from video_r1.data.remote import local_file, open_remote_cache
-from video_r1.data.tar_index import TABLE, Part, split_member
+from video_r1.data.decoding.decoder_process import COMMAND, START, STOP, receive, receive_into, send
+from video_r1.data.decoding.media import Media, decode_media
+from video_r1.data.manifests.records import Sample
+from video_r1.data.sources.remote import local_file, open_remote_cache
+from video_r1.data.sources.tar_index import TABLE, Part, split_member
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
@@ -34,7 +34,7 @@ _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from video_r1.data.decoder_process import serve
+from video_r1.data.decoding.decoder_process import serve
 serve(int(sys.argv[2]))
 """
 

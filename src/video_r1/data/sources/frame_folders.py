@@ -6,7 +6,7 @@ clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of
 import os
 import re
 
-from video_r1.data.endings import IMAGE_ENDINGS
+from video_r1.data.sources.endings import IMAGE_ENDINGS
 
 FOLDER_FPS = 2.0
 """Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the

@@ -22,12 +22,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from video_r1.data.bounded_folder import PARTIAL, BoundedFolder
-from video_r1.data.decoders import read_media_at
-from video_r1.data.frame_folders import frame_stamps
-from video_r1.data.media import Media
-from video_r1.data.records import Sample
-from video_r1.data.remote import local_file
+from video_r1.data.decoding.decoders import read_media_at
+from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
+from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
+from video_r1.data.sources.frame_folders import frame_stamps
+from video_r1.data.sources.remote import local_file
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 

@@ -30,9 +30,18 @@ from urllib.parse import unquote
 from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
-from video_r1.data.bounded_folder import PARTIAL, BoundedFolder, locked
-from video_r1.data.table_cells import cell_of, cell_path, cells_beside
-from video_r1.data.tar_index import TABLE, TAR, Members, Part, member_of, members_of, part_of, split_member
+from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder, locked
+from video_r1.data.sources.table_cells import cell_of, cell_path, cells_beside
+from video_r1.data.sources.tar_index import (
+    TABLE,
+    TAR,
+    Members,
+    Part,
+    member_of,
+    members_of,
+    part_of,
+    split_member,
+)
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
 from video_r1.files import digest
 from video_r1.hub import ask_the_hub

@@ -65,7 +65,7 @@ def serve(control_number: int) -> None:
     import av.logging
     import torch
 
-    import video_r1.data.media  # noqa: F401  before forking
+    import video_r1.data.decoding.media  # noqa: F401  before forking
 
     torch.set_num_threads(1)  # workers, not their threads, fill the cores
     av.logging.set_level(av.logging.PANIC)
@@ -124,9 +124,9 @@ def _work(channel: socket.socket) -> None:
 
 
 def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
-    from video_r1.data.media import decode_media
-    from video_r1.data.records import Sample
-    from video_r1.data.tar_index import Part
+    from video_r1.data.decoding.media import decode_media
+    from video_r1.data.manifests.records import Sample
+    from video_r1.data.sources.tar_index import Part
     from video_r1.errors import MediaError
     from video_r1.settings.frames import FrameBudget
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from video_r1.data.records import Problem, Sample
+from video_r1.data.manifests.records import Problem, Sample
 from video_r1.errors import ManifestError
 
 PROMPT = "prompt"

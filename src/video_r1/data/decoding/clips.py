@@ -26,8 +26,8 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from video_r1.data.containers import MAX_PIXELS, open_video
-from video_r1.data.tar_index import Part
+from video_r1.data.decoding.containers import MAX_PIXELS, open_video
+from video_r1.data.sources.tar_index import Part
 
 _BYTES_IN_MEMORY = 32 << 20  # packets of one clip
 _TIME_TOLERANCE = 1e-4  # seconds; window times are written with few digits

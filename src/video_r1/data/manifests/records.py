@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from video_r1.data.answers import parse_number
-from video_r1.data.fields import (
+from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
+from video_r1.data.manifests.fields import (
     messages_field,
     one_of,
     options_field,
@@ -26,12 +27,11 @@ from video_r1.data.fields import (
     text_field,
     window_field,
 )
-from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
-from video_r1.data.parquet_rows import OwnPlace
-from video_r1.data.places import MediaPlaces, media_root_of
-from video_r1.data.remote import check_schemes, is_address
-from video_r1.data.rows import Unreadable, placed_rows
-from video_r1.data.tar_index import split_member
+from video_r1.data.manifests.parquet_rows import OwnPlace
+from video_r1.data.manifests.rows import Unreadable, placed_rows
+from video_r1.data.sources.places import MediaPlaces, media_root_of
+from video_r1.data.sources.remote import check_schemes, is_address
+from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ManifestError
 from video_r1.packages import check_math_verify
 from video_r1.processes import process_index

@@ -11,8 +11,8 @@ import posixpath
 import tarfile
 from typing import Any, BinaryIO, NamedTuple
 
-from video_r1.data.frame_folders import in_order
-from video_r1.data.table_cells import SCHEME as TABLE
+from video_r1.data.sources.frame_folders import in_order
+from video_r1.data.sources.table_cells import SCHEME as TABLE
 
 Members = dict[str, tuple[int, int]]
 """(first byte, bytes) of each file in an archive, by its name; (-1, 0) of what is no plain file."""

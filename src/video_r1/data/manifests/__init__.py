@@ -1,0 +1,1 @@
+"""Manifests: rows, read from wherever they are, checked and made Samples."""
