@@ -16,6 +16,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.evaluation.summary import summarise
+from video_r1.settings.frames import CONTROLS
 from video_r1.training.recording import save_strip
 
 # Text from outside that must stay text.
@@ -262,6 +263,22 @@ def write_evaluation(folder: Path, ordered: float, shuffled: float, questions: i
     summary = {"questions": questions, "settings": {"seed": 0}, "frames": {"8": summarise(lines)}}
     (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
     return summary
+
+
+def write_controls(folder: Path, rate: float, direct: float) -> None:
+    """120 questions in order and with five controls, with reasoning and directly."""
+    random_ = random.Random(folder.name)
+    for begin, right, tokens in (("predictions", rate, 180), ("direct", direct, 6)):
+        write_lines(folder / f"{begin}-16.jsonl", [
+            {
+                "problem_id": i, "order": order, "output": f"<answer>{order} {i}</answer>", "answer": "B",
+                "score": float(random_.random() < right - 0.1 * CONTROLS.index(order)), "strict_score": 0.0,
+                "format": True, "prediction": "B", "finish_reason": "stop", "tokens": tokens + i % 3,
+                "problem_type": ("multiple choice", "numerical")[i % 2], "data_type": "video",
+                "data_source": "lab", "task_type": ("object_rel_direction_medium", "count")[i % 2],
+            }
+            for order in CONTROLS for i in range(120)
+        ])  # fmt: skip
 
 
 def write_demo(demo: Path) -> dict[str, Any]:

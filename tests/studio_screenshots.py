@@ -24,7 +24,7 @@ from pathlib import Path
 from browser import chromium
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect
-from report_runs import write_demo, write_evaluation, write_lines, write_rl_run
+from report_runs import write_controls, write_demo, write_evaluation, write_lines, write_rl_run
 from studio_server import studio
 
 from video_r1.data.decoding.decoders import read_media
@@ -43,6 +43,7 @@ VIEWS = {
     "ask": "#/ask",
     "data": "#/data/lab%2Frl.json",
     "evaluations": "#/evaluations/runs%2Feval-rl/runs%2Feval-sft",
+    "controls": "#/evaluations/runs%2Fcontrols/runs%2Fcontrols%20(direct)",
 }
 WIDTHS = (390, 1280, 2560)
 MARGIN = 16
@@ -64,6 +65,7 @@ def write_folders(folder: Path) -> None:
     config.write_text(config.read_text().replace("temporal_rule: margin", 'temporal_rule: "off"'))
     (runs / "t-grpo" / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
     collapse(runs / "collapsed")
+    write_controls(runs / "controls", 0.8, 0.55)
     for name, rate in (("eval-rl", 0.7), ("eval-sft", 0.5)):
         write_evaluation(runs / name, rate, 0.5)
         answer_lab_questions(runs / name, samples)
@@ -198,8 +200,9 @@ def save(page: Page, selector: str, height: int, path: Path) -> None:
     box = page.locator(selector).first.bounding_box()
     assert box is not None
     top = max(0.0, page.evaluate("scrollY") + box["y"] - MARGIN)
-    clip = {"x": 0, "y": top, "width": PICTURE, "height": min(height, box["height"] + 2 * MARGIN)}
-    shown = Image.open(io.BytesIO(page.screenshot(clip=clip, full_page=True)))
+    tall = min(height, box["height"] + 2 * MARGIN)
+    png = page.screenshot(clip={"x": 0, "y": top, "width": PICTURE, "height": tall}, full_page=True)
+    shown = Image.open(io.BytesIO(png))
     shown.convert("RGB").save(path, "WEBP", quality=86, method=6)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,36 +14,20 @@ import pytest
 from browser import fits
 from chat_endpoint import chat_endpoint
 from PIL import Image
-from report_runs import write_lines, write_rl_run
+from report_runs import write_controls, write_lines, write_rl_run
 from studio_screenshots import ask_lab_questions
 from studio_server import studio
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.clips import write_lab
 from video_r1.settings.commands import LabSettings
+from video_r1.settings.frames import CONTROLS
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, Route, expect
 
-ORDERS = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
 SLOW = 60_000
-
-
-def write_answers(folder: Path, rate: float, direct: float) -> None:
-    """120 questions in order and with five controls, with reasoning and directly."""
-    random_ = random.Random(folder.name)
-    for begin, right, tokens in (("predictions", rate, 180), ("direct", direct, 6)):
-        write_lines(folder / f"{begin}-16.jsonl", [
-            {
-                "problem_id": i, "order": order, "output": f"<answer>{order} {i}</answer>", "answer": "B",
-                "score": float(random_.random() < right - 0.1 * ORDERS.index(order)), "strict_score": 0.0,
-                "format": True, "prediction": "B", "finish_reason": "stop", "tokens": tokens + i % 3,
-                "problem_type": ("multiple choice", "numerical")[i % 2], "data_type": "video",
-                "data_source": "lab", "task_type": ("object_rel_direction_medium", "count")[i % 2],
-            }
-            for order in ORDERS for i in range(120)
-        ])  # fmt: skip
 
 
 def write_question_about_two(folder: Path) -> None:
@@ -72,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rl_run(folder / "other", steps=12, every=6)
     write_question_about_two(folder)
     for name, rates in (("eval-sft", (0.6, 0.5)), ("eval-rl", (0.8, 0.55))):
-        write_answers(folder / name, *rates)
+        write_controls(folder / name, *rates)
     return folder
 
 
@@ -174,7 +157,7 @@ def test_evaluations_of_five_controls_and_both_ways_of_answering(page: Page, add
     expect(whole.locator("td").nth(4)).to_contain_text("+174 tokens")
     by_order = table.locator("tbody", has_text="By order of the frames")
     names = by_order.locator("th[scope=row]").all_inner_texts()
-    assert names == ["in order", *ORDERS[1:]]
+    assert names == ["in order", *CONTROLS[1:]]
     expect(by_order.locator("tr", has_text="blind")).to_contain_text("order gains +0.")
     by_order.locator("tr", has_text="blind").get_by_role("button").first.click()
     expect(page.locator("#questions .lead")).to_contain_text(
@@ -280,6 +263,28 @@ def test_everything_is_reached_by_tab_with_a_visible_focus(page: Page, address: 
     missing = "all => all.map(node => node.outerHTML.slice(0, 120))"
     left = [f"[data-key='{i}']" for i in range(count) if str(i) not in reached]
     assert not left, page.locator(", ".join(left)).evaluate_all(missing)
+
+
+def test_rows_and_frames_by_arrow_keys(page: Page, address: str) -> None:
+    opened(page, address, "#/data/lab%2Ftest.json")
+    rows = page.locator(".rows button")
+    rows.first.focus()
+    for key, row in (("ArrowDown", 2), ("ArrowDown", 3), ("ArrowUp", 2)):
+        page.keyboard.press(key)
+        expect(page.locator(".stage .facts")).to_contain_text(f"row {row} ·")
+        expect(rows.nth(row - 1)).to_be_focused()
+    page.keyboard.press("Tab")
+    assert page.evaluate("Boolean(document.activeElement.closest('.stage'))")  # not through all rows
+    opened(page, address, "#/run/rl")
+    tile = page.locator(".column.shuffled .tile button").nth(2)
+    tile.focus()
+    expect(page.locator(".tile.same")).to_have_count(2)
+    page.keyboard.press("Enter")
+    before = page.locator("dialog output").inner_text()
+    page.keyboard.press("ArrowRight")
+    expect(page.locator("dialog output")).not_to_have_text(before)
+    page.keyboard.press("Escape")
+    expect(tile).to_be_focused()
 
 
 @pytest.mark.parametrize("view", VIEWS)

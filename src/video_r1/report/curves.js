@@ -111,9 +111,9 @@ function enlarge(spec, radius, axis) {
 
 // Tables ---------------------------------------------------------------------------------------------------------
 
-/** A table each of whose cells knows its column: a narrow screen shows the rows as cards. */
+/** A table each of whose cells knows its column, by its `data-short` where it has one: a narrow screen shows the rows as cards. */
 function headed(table) {
-  const heads = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+  const heads = [...table.tHead.rows[0].cells].map((head) => head.dataset.short ?? head.textContent);
   for (const body of table.tBodies) for (const row of body.rows) [...row.cells].forEach((cell, i) => { if (cell.tagName === "TD") cell.dataset.head = heads[i]; });
   return table;
 }

@@ -221,8 +221,8 @@ function groupView(group, state, refresh) {
     group.options.some((option) => isRight(option, group.answer)) ? "" : make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), group.answer),
     columns);
   columns.before(make("div", { class: "controls" }, sorts.node, keeps.node));
-  view.addEventListener("pointerover", (event) => highlight(view, group.permutation && event.target.closest(".tile")));
-  view.addEventListener("pointerleave", () => highlight(view, null));
+  for (const kind of ["pointerover", "focusin"]) view.addEventListener(kind, (event) => highlight(view, group.permutation && event.target.closest(".tile")));
+  for (const kind of ["pointerleave", "focusout"]) view.addEventListener(kind, () => highlight(view, null));
   return view;
 }
 

@@ -12,7 +12,7 @@ function dataView(view, [wanted]) {
   const filters = Object.fromEntries(ROW_FILTERS.map(([name, label]) => [name, choice(`data-${name}`, label, [["", "any"]], () => filter())]));
   const lead = make("p", { class: "lead", "aria-live": "polite" });
   const notes = make("ul", { class: "notes", "aria-label": "What was left out" });
-  const body = make("tbody", {});
+  const body = make("tbody", { keydown: step });
   const stage = make("div", { class: "stage" });
   const pictures = make("div", {});
   const position = make("output", { class: "position", "aria-live": "polite" });
@@ -21,7 +21,7 @@ function dataView(view, [wanted]) {
   const keepField = make("span", { class: "choice" }, make("label", { for: "data-keep" }, "Pass rates"), keep);
   const list = make("table", { class: "rows" },
     make("thead", {}, make("tr", {}, ["row", "question", "type", "source", "pass rates", ""].map((name) => make("th", { scope: "col" }, name)))), body);
-  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows" }, list);
+  const table = make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Rows; the arrow keys go from one to the next" }, list);
   document.getElementById("main").replaceChildren(
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-manifest" }, "Manifest"), manifest)), lead, notes,
     make("div", { class: "controls" }, make("span", { class: "choice" }, make("label", { for: "data-words" }, "Find"), words),
@@ -95,6 +95,16 @@ function dataView(view, [wanted]) {
     if (chosen === null || !shown.some((item) => item.row === chosen)) open(shown[0]);
   }
 
+  /** The list has one stop of the Tab key, its open row; from there the arrow keys go on. */
+  function step(event) {
+    const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+    const row = by && body.rows[[...body.rows].indexOf(event.target.closest("tr")) + by];
+    if (!row) return;
+    event.preventDefault();
+    row.querySelector("button").focus();
+    row.querySelector("button").click();
+  }
+
   function rowNode(item) {
     const rates = Object.entries(item.rates).map(([name, rate]) => `${name} ${show(rate)}`).join(", ");
     const button = make("button", { type: "button", class: "title", click: () => open(item) }, item.problem || "(no question)");
@@ -106,7 +116,11 @@ function dataView(view, [wanted]) {
   }
 
   function open(item) {
-    body.querySelectorAll("tr").forEach((node) => node.classList.toggle("chosen", Boolean(item) && node.dataset.row === String(item.row)));
+    for (const node of body.rows) {
+      const isOpen = Boolean(item) && node.dataset.row === String(item.row);
+      node.classList.toggle("chosen", isOpen);
+      node.querySelector("button").tabIndex = isOpen ? 0 : -1;
+    }
     chosen = item ? item.row : null;
     if (!item) { stage.replaceChildren(); return; }
     const playable = !item.problems.length;

@@ -74,10 +74,10 @@ function versusTable(answer, left, right, list) {
     const key = JSON.stringify([row.benchmark, row.group]);
     groups.set(key, [...(groups.get(key) || []), row]);
   }
-  const heads = [["questions", ""], ["", "picture"], [left, "ordered"], [right, "shuffled"], ["left minus right", ""], ["left wins", ""], ["right wins", ""]];
+  const heads = [["questions", ""], ["", "picture"], [left, "ordered", "left"], [right, "shuffled", "right"], ["left minus right", ""], ["left wins", ""], ["right wins", ""]];
   return make("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Scores" }, headed(make("table", { class: "scores versus" },
     make("caption", {}, "Mean scores over the questions that both have answered, with 95 % bootstrap intervals; that of the difference is paired."),
-    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style]) => make("th", { scope: "col", class: style, dir: "auto" }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
+    make("thead", {}, make("tr", {}, make("th", { scope: "col" }, ""), heads.map(([name, style, short]) => make("th", { scope: "col", class: style, dir: "auto", "data-short": short }, style === "picture" ? make("span", { class: "ends" }, ["0", "0.5", "1"].map((end) => make("span", {}, end))) : name)))),
     [...groups.values()].map((rows) => make("tbody", {},
       rows[0].group || rows[0].benchmark ? make("tr", { class: "part" }, make("th", { scope: "rowgroup", colspan: 8, dir: "auto" }, [rows[0].benchmark, GROUP_NAMES[rows[0].group]].filter(Boolean).join(" · "))) : "",
       rows.map((row) => make("tr", {}, make("th", { scope: "row", dir: "auto" }, rowName(row)), make("td", {}, show(row.questions)), make("td", { class: "picture" }, pairPlot(row)),
