@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from report_runs import (
     HOSTILE,
     plain_frames,
+    write_controls,
     write_evaluation,
     write_hostile_run,
     write_lines,
@@ -23,6 +25,7 @@ from report_runs import (
 
 from video_r1.cli import main
 from video_r1.errors import RequestError
+from video_r1.evaluation.summary import summarise
 from video_r1.report.groups import choose_evenly, read_groups
 from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
 from video_r1.report.run_data import Series, read_run, read_series, thin
@@ -209,6 +212,24 @@ def test_scores_of_several_frame_counts_and_of_a_bare_demo_summary(tmp_path: Pat
     assert rows["rl"]["ordered"] == {"mean": 0.75, "low": 0.7, "high": 0.8, "n": 400.0}
     assert rows["rl"]["gap"] == {"mean": 0.25, "low": 0.2, "high": 0.3, "n": None}
     assert (rows["rl"]["format"], rows["base"]["shuffled"]) == (0.9, None)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_direct_answers_have_a_row(tmp_path: Path, finished: bool) -> None:
+    write_controls(tmp_path / "x", 0.8, 0.4)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "x" / "direct-16.jsonl", tmp_path / "alone")
+    if finished:
+        records = [
+            [json.loads(line) for line in (tmp_path / "x" / f"{begin}-16.jsonl").open()]
+            for begin in ("predictions", "direct")
+        ]
+        summary = {"frames": {"16": summarise(*records)}}
+        (tmp_path / "x" / "summary.json").write_text(json.dumps(summary))
+    rows = {row["name"]: row for row in page_data(tmp_path)["scores"]}
+    assert list(rows) == ["alone", "x", "x, direct"]
+    assert rows["alone"]["ordered"] == rows["x, direct"]["ordered"]
+    assert rows["x"]["ordered"]["mean"] - rows["x, direct"]["ordered"]["mean"] > 0.2
 
 
 def test_header_of_a_run(tmp_path: Path) -> None:
