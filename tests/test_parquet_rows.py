@@ -232,6 +232,26 @@ def test_a_folder_of_clips_with_metadata(tmp_path: Path, clips: list[Path]) -> N
     samples = load_manifest(folder)
     assert [one.path for one in samples] == [str(folder / "train" / clip.name) for clip in clips[:2]]
     assert main(["data", "check", str(folder)]) == 0
+    (folder / "train" / clips[1].name).unlink()
+    (folder / "train" / clips[1].name).symlink_to(clips[1])  # out of the folder
+    first, second = check_manifest(folder).samples, check_manifest(folder).problems
+    assert first == samples[:1] and "allowed_roots" in second[0].text and len(second) == 1
+    found = load_manifest(folder, allowed_roots=[clips[1].parent])
+    assert [one.path for one in found] == [samples[0].path, str(clips[1])]
+
+
+def test_the_media_root_of_a_pattern(memory: Any, tmp_path: Path) -> None:
+    """The deepest folder that all of its tables are in; a file's name may have the signs of patterns."""
+    for place in ("a", "b"):
+        table = one_table(tmp_path / place / "t.parquet", {"clip": [CELL], "problem_id": [place]})
+        memory.pipe(f"/set/{place}/t.parquet", table.read_bytes())
+    for pattern in ("*/t.parquet", "**/t.parquet", "[ab]/*.parquet"):
+        assert media_root_of(str(tmp_path / pattern), None) == str(tmp_path)
+        assert media_root_of(f"memory://set/{pattern}", None) == "memory://set"
+    for manifest in (f"{tmp_path}/*/t.parquet", "memory://set/*/t.parquet"):
+        assert [one.problem_id for one in load_manifest(manifest)] == ["a", "b"]
+    odd = (tmp_path / "a" / "t.parquet").rename(tmp_path / "a" / "t[1].parquet")
+    assert len(load_manifest(odd)) == 1 and media_root_of(odd, None) == str(odd.parent)
 
 
 def test_what_has_no_rows_says_what_to_do(tmp_path: Path) -> None:

@@ -176,6 +176,20 @@ def test_where_they_stand() -> None:
     assert "".join(said(blind)) == "Does the ball of  fall as in ?" + rest and blind.frames == 0
 
 
+def test_marks_of_other_turns_are_text() -> None:
+    """Templates from Qwen3-VL on show nothing in them."""
+    turns = ("system", "Name <video>."), ("user", "Hello."), ("assistant", "A <video>?"), ("user", "Same?")
+    chat = tuple({"role": role, "content": text} for role, text in turns)
+    builder = PromptBuilder(PROCESSORS["qwen3_vl"])
+    for sample, clips in ((TWO, clips_of(64)), (make_sample(), clips_of(64)[:1])):
+        prompt = builder.build(replace(sample, messages=chat), clips)
+        texts = [[part.get("text", "[video]") for part in turn["content"]] for turn in prompt.messages]
+        assert texts == [["Name <video>."], ["[video]"] * len(clips) + ["Hello."], ["A <video>?"], ["Same?"]]
+    asked = ({"role": "user", "content": "<video><video>"}, chat[2], chat[3])
+    blind = builder.build(replace(TWO, messages=asked), clips_of(64), torch.empty(0, dtype=torch.long))
+    assert blind.messages[0]["content"] == [{"type": "text", "text": ""}]  # templates take its first part
+
+
 def test_a_row_with_one_file_and_marks() -> None:
     """One mark is where it stands; other numbers are text, as ever."""
     builder, clip = PromptBuilder(PROCESSORS["qwen2_5_vl"]), make_clip("qwen2_5_vl")

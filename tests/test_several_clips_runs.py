@@ -100,6 +100,10 @@ def test_a_row_names_several_files(manifest: Path, folder: Path) -> None:
             {"messages": [{"role": "user", "content": "<video><video><video>?"}]},
             "has the mark <video> 3 times",
         ),
+        (
+            {"messages": [{"role": "system", "content": "<video>"}, {"role": "user", "content": "<video>?"}]},
+            "has the mark <video> 1 times",  # only the user's count
+        ),
     ],
 )
 def test_what_a_manifest_refuses(folder: Path, fields: dict[str, Any], problem: str) -> None:

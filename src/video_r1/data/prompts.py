@@ -2,9 +2,10 @@
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -115,20 +116,18 @@ class TextPrompts:
 
     def _chat(self, sample: Sample, visuals: Sequence[list[dict[str, str]]]) -> list[dict[str, Any]]:
         """The chat: one message by the template, or the sample's own. The visuals of each file stand at its
-        mark in the text, without marks before the first question.
+        mark in the user's text, without marks before the first question.
         """
-        text = self.question(sample)
-        said = sample.messages or ({"role": "user", "content": text},)
-        if is_marked(sample, text):
-            pieces = [turn["content"].split(sample.mark) for turn in said]
-        else:
+        said = turns_of(sample, self.question(sample))
+        pieces = between_marks(sample, said)
+        if pieces is None:
             first = next(place for place, turn in enumerate(said) if turn["role"] == "user")
             before = [""] * len(visuals)
             pieces = [[*before * (place == first), turn["content"]] for place, turn in enumerate(said)]
         waiting, chat = iter(visuals), []
         for turn, (start, *others) in zip(said, pieces, strict=True):
             behind = [part for piece in others for part in (*next(waiting), *_parts(piece))]
-            chat.append({**turn, "content": [*_parts(start), *behind]})
+            chat.append({**turn, "content": [*_parts(start), *behind] or [{"type": "text", "text": ""}]})
         return chat
 
     def build(
@@ -153,17 +152,26 @@ class TextPrompts:
         return [{"type": media.kind}]
 
 
-def is_marked(sample: Sample, text: str) -> bool:
-    """Whether the text says by marks where each of the sample's files goes. Another number of marks is plain
-    text of a question about one file; of one about several it raises PromptError.
+def turns_of(sample: Sample, text: str) -> Sequence[Mapping[str, str]]:
+    """The messages of a sample, or its text as the only one."""
+    return sample.messages or ({"role": "user", "content": text},)
+
+
+def between_marks(sample: Sample, said: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
+    """Each turn's text in pieces, between which the sample's files go; None where no marks say so. Only marks
+    in the user's turns count: templates of newer models show nothing in others. Another number of them is
+    plain text of a question about one file; of one about several it raises PromptError.
     """
-    marks, count = text.count(sample.mark), len(sample.paths)
+    pieces = [
+        turn["content"].split(sample.mark) if turn["role"] == "user" else [turn["content"]] for turn in said
+    ]
+    marks, count = sum(map(len, pieces)) - len(pieces), len(sample.paths)
     if count > 1 and marks not in (0, count):
         raise PromptError(
             f"question {sample.problem_id!r}: its prompt has the mark {sample.mark} {marks} times for "
             f"{count} files; write it once for each, or nowhere, in the record and the template"
         )
-    return marks == count
+    return pieces if marks == count else None
 
 
 def _parts(text: str) -> list[dict[str, str]]:
@@ -207,8 +215,8 @@ class PromptBuilder(TextPrompts):
     def question(self, sample: Sample) -> str:
         """Raises PromptError when the record's text holds one of the tokenizer's special tokens."""
         text = super().question(sample)
-        marked = is_marked(sample, text)
-        self._refuse_special_tokens(text.replace(sample.mark, "") if marked else text, sample)
+        pieces = between_marks(sample, turns_of(sample, text)) or [[text]]
+        self._refuse_special_tokens("\n".join(chain.from_iterable(pieces)), sample)
         return text
 
     def build(

@@ -20,7 +20,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from video_r1.data.sources.places import data_type_of
+from video_r1.data.sources.places import data_type_of, is_pattern
 from video_r1.data.sources.remote import Found, at_address, is_address
 from video_r1.data.sources.table_cells import SCHEME, cell_path
 from video_r1.errors import ManifestError, MediaError
@@ -41,7 +41,8 @@ class InTable:
     """Stands where a row has a file itself (an Image or Video of `datasets`, or bytes), not its name.
 
     places: the paths that it has, of its cell in a Parquet table: one, or those of all in its list. None in
-    memory, and of lists of bytes alone, whose lengths only reading them would tell.
+    memory, and of lists of bytes alone, whose lengths only reading them would tell. `OwnPlace`, but for a
+    link that leads out of a folder of files.
     """
 
     column: str
@@ -72,10 +73,10 @@ class _Light(NamedTuple):
     def places(self, name: str, row: int, table: str) -> tuple[str, ...] | None:
         """Those of `InTable`."""
         if self.held[name][1]:
-            return (cell_path(name, row, table),)
+            return (OwnPlace(cell_path(name, row, table)),)
         if name not in self.lengths:
             return None
-        return tuple(cell_path(name, row, table, item) for item in range(self.lengths[name][row]))
+        return tuple(OwnPlace(cell_path(name, row, table, item)) for item in range(self.lengths[name][row]))
 
 
 def name_of(source: str) -> str:
@@ -85,7 +86,7 @@ def name_of(source: str) -> str:
 
 def tables_of(source: str) -> list[str]:
     """The tables that a path, an address or a pattern with `*` names, sorted. Raises ManifestError."""
-    if not glob.has_magic(source) or source.startswith(("http://", "https://")):
+    if not is_pattern(source):
         return [source]
     if not is_address(source):
         found = glob.glob(source, recursive=True)
@@ -182,8 +183,7 @@ def placed(row: dict[str, Any]) -> dict[str, Any]:
             "several that have no names, or the table is in memory (then give the data set's name, its "
             "folder or its Parquet files instead; Dataset.to_parquet writes one)"
         )
-    paths = [OwnPlace(place) for place in one.places]
-    return {**row, "path": paths[0] if len(paths) == 1 else paths}
+    return {**row, "path": one.places[0] if len(one.places) == 1 else [*one.places]}
 
 
 def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:

@@ -281,7 +281,8 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
     data_source = text_field(row, "data_source", found, required=False)
     subtitles = text_field(row, "subtitles", found, required=False).strip() or None
     if len(paths) > 1:
-        text = "".join([turn["content"] for turn in said] or [problem, *options])
+        asked = [turn["content"] for turn in said if turn["role"] == "user"]
+        text = "\n".join(asked or [problem, *options])
         marks, has_window = text.count(f"<{data_type}>"), (start, end) != (None, None)
         found.extend(several_problems(len(paths), data_type, problem_type, marks, has_window))
     if row.get("fps") is not None and rate_of(row["fps"]) is None and any(map(os.path.isdir, paths)):

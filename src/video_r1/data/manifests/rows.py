@@ -8,8 +8,8 @@ a string). What has its types already, on the hub or in memory, is read through 
 
 from __future__ import annotations
 
-import glob
 import json
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ from video_r1.data.manifests.parquet_rows import (
     tables_of,
 )
 from video_r1.data.sources.endings import MANIFEST_ENDINGS
-from video_r1.data.sources.places import path_below
+from video_r1.data.sources.places import is_pattern, path_below
 from video_r1.data.sources.remote import fetch, is_address, on_this_machine
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.hub import ask_the_hub, is_hub_id
@@ -98,7 +98,7 @@ def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
 def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
     """Of a file, a pattern of tables, a folder, or an id of the hub."""
     path = Path(source)
-    if path.suffix == ENDING and not path.is_dir() and (path.is_file() or glob.has_magic(source)):
+    if path.suffix == ENDING and not path.is_dir() and (path.is_file() or is_pattern(source)):
         yield from enumerate(table_rows(tables_of(source)), start=1)
     elif path.is_file():
         yield from _file_rows(path)
@@ -135,7 +135,7 @@ def _named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
                 f"path tar://MEMBER::ARCHIVE, such as tar://0001.mp4::{archives[0]}"
             )
         elif files and hasattr(builder, "BASE_FEATURE"):
-            yield from _folder_rows(datasets.load_dataset(name, split=split, streaming=True))
+            yield from _folder_rows(datasets.load_dataset(name, split=split, streaming=True), name)
         else:
             yield from _dataset_rows(datasets.load_dataset(name), split)
     except VideoR1Error:
@@ -147,15 +147,21 @@ def _named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
         ) from error
 
 
-def _folder_rows(dataset: Any) -> Iterator[tuple[int, Any]]:
+def _folder_rows(dataset: Any, folder: str) -> Iterator[tuple[int, Any]]:
     """The metadata of a streamed folder of files, each row with the place of its file."""
+    inside = os.path.join(os.path.realpath(folder), "")
+
+    def place(path: str) -> str:
+        real = path if is_address(path) else os.path.realpath(path)
+        return OwnPlace(real) if is_address(path) or real.startswith(inside) else real
+
     held = held_files(dataset.features)
     for name, (_, alone) in held.items():
         feature = type(dataset.features[name])(decode=False) if alone else None
         dataset = dataset.cast_column(name, feature) if alone else dataset.remove_columns(name)
     for number, row in enumerate(dataset, start=1):
         found = {
-            name: InTable(name, kind, (row[name]["path"],) if alone else None)
+            name: InTable(name, kind, (place(row[name]["path"]),) if alone else None)
             for name, (kind, alone) in held.items()
         }
         yield number, {**row, **found}

@@ -32,18 +32,29 @@ def data_type_of(path: str) -> Literal["image", "video"]:
     return "image" if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS else "video"
 
 
+def is_pattern(source: str) -> bool:
+    """Whether it names Parquet tables, here or at an address, by a pattern."""
+    first = source.partition("::")[0]
+    is_table = first.endswith(".parquet") and not first.startswith(("http://", "https://"))
+    return is_table and glob.has_magic(first) and not os.path.exists(source)
+
+
 def media_root_of(source: object, media_root: str | Path | None) -> str:
     """The media root of a manifest, links followed, or its address. By default it is the folder of the
-    manifest's file, the folder or data set of the hub that is the manifest, or else the current folder.
+    manifest's file (of a pattern the deepest that all are in), the folder or data set of the hub that is the
+    manifest, or else the current folder.
     """
     source = on_this_machine(str(source)) if isinstance(source, (str, Path)) else ""
     if media_root is None:
-        if is_address(source):
-            return folder_of(source)
-        if is_hub_id(source) and not (os.path.exists(source) or source.endswith(MANIFEST_ENDINGS)):
+        if os.path.isfile(source) or is_address(source) or is_pattern(source):
+            above = folder_of if is_address(source) else os.path.dirname
+            media_root = above(source)
+            while is_pattern(source) and glob.has_magic(media_root):
+                media_root = above(media_root)
+        elif is_hub_id(source) and not (os.path.exists(source) or source.endswith(MANIFEST_ENDINGS)):
             return f"hf://datasets/{source}"
-        in_folder = os.path.isfile(source) or glob.has_magic(source)
-        media_root = os.path.dirname(source) if in_folder else source if os.path.isdir(source) else ""
+        else:
+            media_root = source if os.path.isdir(source) else ""
     root = on_this_machine(str(media_root))
     return root if is_address(root) else os.path.realpath(root or ".")
 
