@@ -130,6 +130,8 @@ def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
         page.goto(f"{address}{view}")
         expect(page.locator(".players video"), name).to_have_count(2)
         assert page.locator(".players figcaption").all_inner_texts() == names
+        if name == "ask":
+            expect(page.get_by_label("Question of the manifest")).to_have_value("0")
         lengths = set()
         for video in page.locator(".players video").all():
             page.wait_for_function("video => video.readyState > 1", arg=video.element_handle())

@@ -63,8 +63,12 @@ function askView(view, [manifest, row]) {
     preview.replaceChildren(clip ? player(clip, image, window) : "");
   }
 
+  /** The row that is asked about, where the list has it. */
+  const select = () => { rows.selectedIndex = clip ? shownRows.findIndex((item) => item.row === clip.row) : -1; };
+
   function take(item) {
     choose({ manifest: manifests.value, row: item.row }, item.media === "image", item);
+    select();
     question.value = item.problem;
     options.value = item.options.join("\n");
     type.value = [...type.options].some((option) => option.value === item.type) ? item.type : "";
@@ -78,6 +82,7 @@ function askView(view, [manifest, row]) {
       if (!view.open || manifests.value !== name) return;
       shownRows = found.shown;
       rows.replaceChildren(...shownRows.map((item, i) => make("option", { value: i }, `${item.row + 1} · ${item.problem.slice(0, 90)}`)));
+      select();
       if (!shownRows.length && found.more) setTimeout(find, 500, at);
       else if (!shownRows.length && found.next) setTimeout(find, 0, found.next);
       else if (!shownRows.length) rows.replaceChildren(make("option", { disabled: true }, "no row has these words"));
