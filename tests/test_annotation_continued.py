@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from chat_endpoint import (
     write_questions,
 )
 
+from video_r1.annotation.command import drawing
 from video_r1.annotation.journal import Journal
 from video_r1.cli import main
+from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.files import replacing
+from video_r1.settings.annotation import AnnotateSettings
 
 
 @pytest.fixture
@@ -134,6 +138,15 @@ def test_another_manifest_and_another_model_are_refused(endpoint: ChatEndpoint, 
     manifest.write_text(manifest.read_text().replace("which way", "whither"))
     with pytest.raises(RequestError, match="manifest"):
         annotate(endpoint.url, manifest, out)
+
+
+def test_earlier_turns_are_of_the_manifest(tmp_path: Path) -> None:
+    settings = AnnotateSettings(manifest="m.json", teacher="http://localhost:1/v1", out="cot.json")
+    sample = load_manifest(write_questions(tmp_path, 1))[0]
+    asked = {"role": "user", "content": sample.problem}
+    chats = [replace(sample, messages=({"role": "system", "content": said}, asked)) for said in ("A", "B")]
+    first, again, other = (drawing(settings, [chat])["manifest"] for chat in (chats[0], *chats))
+    assert first == again != other
 
 
 def test_no_other_file_is_overwritten(endpoint: ChatEndpoint, tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
                 + ([s.subtitles] if settings.subtitles else [])
                 + ([s.fps] if s.fps else [])
                 + [*s.more_paths]
+                + [[turn["role"], turn["content"]] for turn in s.messages]
                 for s in samples
             ]
         ),

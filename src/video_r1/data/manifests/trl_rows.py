@@ -79,14 +79,19 @@ def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
 
 def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
     """Messages with their texts alone: where a picture stands is the trainer's choice, as in TRL. Several
-    stand where the content has a part for each."""
+    stand where the user's content has a part for each."""
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(said, Sequence) or not all(isinstance(turn, Mapping) for turn in said):
         raise ValueError(f"its prompt is a {type(prompt).__name__}, no text and no list of messages")
     contents = [turn.get("content") for turn in said]
     parts = [[{"text": one}] if isinstance(one, str) else one or [] for one in contents]
-    places = sum(part.get("type") == "image" for content in parts for part in content)
-    mark = "<image>" if places == pictures > 1 else ""
+    roles = [
+        turn.get("role")
+        for turn, content in zip(said, parts, strict=True)
+        for part in content
+        if part.get("type") == "image"
+    ]
+    mark = "<image>" if roles == ["user"] * pictures and pictures > 1 else ""
     turns = []
     for turn, content in zip(said, parts, strict=True):
         texts = [part.get("text") or mark * (part.get("type") == "image") for part in content]
