@@ -4,6 +4,7 @@ way than this project does, its settings, and a whole evaluation with the small 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,17 @@ def question(problem_type: Any, truth: str = "B", **fields: Any) -> Sample:
 )
 def test_prompts(problem_type: Any, prompt: str) -> None:
     assert protocol.TEMPLATE.render(question(problem_type)) == prompt
+
+
+def test_a_chat_about_several_clips() -> None:
+    """Only its last turn is asked there, which has not all of the marks."""
+    turns = ("Here is <video>.", "Does <video> go there?")
+    chat = tuple({"role": "user", "content": turn} for turn in turns)
+    sample = replace(question("free-form"), problem=turns[1], messages=chat, more_paths=("other.mp4",))
+    asked = protocol.as_asked(sample)
+    assert asked.messages == () and asked.problem == "Does  go there?" and asked.paths == sample.paths
+    marked = replace(sample, problem="Is <video> as <video>?", messages=())
+    assert protocol.as_asked(marked).problem == marked.problem
 
 
 @pytest.mark.parametrize(

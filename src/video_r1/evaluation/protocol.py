@@ -47,8 +47,13 @@ TEMPLATE = ReferenceTemplate("{question}\n" + _INSTRUCTION + " {hint}", ANSWER_H
 
 
 def as_asked(sample: Sample) -> Sample:
-    """The sample as it is asked there: about the whole clip, by the template."""
-    return replace(sample, start=None, end=None, messages=())
+    """The sample as it is asked there: about the whole clip, by the template. Of a chat only the last turn is
+    left, so that several clips stand before it.
+    """
+    problem = sample.problem
+    if sample.messages and sample.more_paths:
+        problem = problem.replace(sample.mark, "")
+    return replace(sample, problem=problem, start=None, end=None, messages=())
 
 
 def read_answer(output: str) -> str:

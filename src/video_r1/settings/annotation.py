@@ -13,7 +13,9 @@ from video_r1.settings.shared import ManifestSettings, problems_of_out
 class AnnotateSettings(DecodingSettings, ManifestSettings):
     """Annotation"""
 
-    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    manifest: str | None = setting(
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+    )
     teacher: str | None = setting(
         None,
         "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1); "

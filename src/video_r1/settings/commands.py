@@ -20,7 +20,7 @@ class CheckSettings(PlacesSettings, RemoteSettings):
     """Manifest check"""
 
     manifest: str | None = setting(
-        None, "JSON or JSON-lines file or its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
     )
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)

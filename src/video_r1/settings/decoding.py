@@ -80,7 +80,9 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 class EvalSettings(DecodingSettings, ManifestSettings):
     """Evaluation"""
 
-    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    manifest: str | None = setting(
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+    )
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
     order: list[Order] = setting(
@@ -117,7 +119,9 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 class AuditSettings(DecodingSettings, ManifestSettings):
     """Audit"""
 
-    manifest: str | None = setting(None, "JSON or JSON-lines file, or a Hugging Face data set id")
+    manifest: str | None = setting(
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+    )
     out: str | None = setting(
         None,
         "the manifest with pass rates, .json or .jsonl; answers and figures go to the folder of that name "

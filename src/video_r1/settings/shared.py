@@ -139,7 +139,7 @@ class DataSettings(ManifestSettings):
     """Data"""
 
     train_manifest: str | None = setting(
-        None, "JSON or JSON-lines file or its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
     )
     eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")
     keep: str | None = setting(
