@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
-import socket
 import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ports import free_port
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch", "transformers", "accelerate", "video_r1.training.tgrpo"])
@@ -32,9 +33,7 @@ def start_processes(
     count: int, work: str, *args: Any, environment: Mapping[str, str] | None = None
 ) -> tuple[list[Any], list[Path]]:
     """The processes, at work, and what each prints into; the first of `args` is the folder of these files."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = Path(args[0])
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes, logs = [], []

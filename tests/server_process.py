@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from ports import free_port
 from transformers import AutoConfig
 
 from video_r1.lab.model import base_folder
@@ -66,9 +66,7 @@ class ServerProcess:
         (plugin / "recorder-1.dist-info" / "entry_points.txt").write_text(
             "[vllm.general_plugins]\nrecorder = recorder:plugin\n"
         )
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         settings = ServeSettings(
             model=str(model or base_folder()),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from ports import free_port
 from test_docs import ROOT, command_lines, request
 from tiny_questions import read_lines
 
@@ -56,9 +56,7 @@ def test_in_the_process(place: Path) -> None:
 
 
 def test_on_a_server(place: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     serve = [port if word == PORT else word for word in documented("serve", "runs/lab-sft", PORT)]
     command = [word.replace(f":{PORT}", f":{port}") for word in documented("lab-tgrpo", "runs/server")]
     with (place / "server.log").open("wb") as log:
