@@ -30,9 +30,10 @@ from video_r1.data.check import check_media
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.frame_cache import FrameCache, read_cached
 from video_r1.data.manifests.records import check_manifest, load_manifest
-from video_r1.data.sources import remote
+from video_r1.data.sources import addresses, remote
+from video_r1.data.sources.addresses import NoAnswer, below, folder_of, is_address, relative_to
 from video_r1.data.sources.places import media_root_of, path_below
-from video_r1.data.sources.remote import NoAnswer, RemoteCache, below, folder_of, is_address, relative_to
+from video_r1.data.sources.remote import RemoteCache
 from video_r1.errors import ConfigError, ManifestError, MediaError, VideoR1Error
 
 LARGE = 10**9
@@ -49,7 +50,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(remote, "PAUSE", 0.0)
+    monkeypatch.setattr(addresses, "PAUSE", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     remote.open_remote_cache.cache_clear()
 
@@ -280,7 +281,7 @@ def test_a_server_that_gives_takes_its_time_or_breaks_off(
     server: tuple[str, Counter[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     name: str, requests: int, reason: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(remote.HTTP_SECONDS, "sock_read", 0.5)
+    monkeypatch.setitem(addresses.HTTP_SECONDS, "sock_read", 0.5)
     address, asked = server
     budget = replace(SMALL, remote_cache=str(tmp_path / "copies"))
     for _ in range(2):
@@ -339,7 +340,7 @@ def test_the_least_recently_used_copies_go_but_none_in_use(tmp_path: Path, memor
 
 def read_all(address: str, folder: Path, size: int) -> None:
     """Eight files, each checked, over a folder that holds some of them."""
-    remote.PAUSE = 0.0
+    addresses.PAUSE = 0.0
     cache = RemoteCache(folder, 3 * size + 1)
     for number in range(24):
         with cache.file(f"{address}/slow{number % 8}.mp4") as path:

@@ -26,8 +26,9 @@ from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.refusals import Refused
 from video_r1.data.manifests.records import check_manifest
 from video_r1.data.sources import remote, tar_index
+from video_r1.data.sources.addresses import local_file
 from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
-from video_r1.data.sources.remote import RemoteCache, local_file
+from video_r1.data.sources.remote import RemoteCache
 from video_r1.data.sources.tar_index import Part, members_of, split_member
 from video_r1.errors import MediaError
 

@@ -122,7 +122,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
 def found_file(said: str) -> str:
     """The absolute path of a file of this machine, or an address. Raises RequestError when there is none."""
-    from video_r1.data.sources.remote import local_file, on_this_machine
+    from video_r1.data.sources.addresses import local_file, on_this_machine
     from video_r1.data.sources.tar_index import split_member
 
     path = on_this_machine(said)

@@ -22,8 +22,8 @@ from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.data.manifests.rows import placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.data.sources.addresses import is_address
 from video_r1.data.sources.places import media_root_of
-from video_r1.data.sources.remote import is_address
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.asking import Answers, Asking, asked_with
 from video_r1.evaluation.audit_figure import audit_page

@@ -25,7 +25,8 @@ import torch
 from video_r1.data.decoding.decoder_process import COMMAND, START, STOP, receive, receive_into, send
 from video_r1.data.decoding.media import Media, decode_media
 from video_r1.data.manifests.records import Sample
-from video_r1.data.sources.remote import local_file, open_remote_cache
+from video_r1.data.sources.addresses import local_file
+from video_r1.data.sources.remote import open_remote_cache
 from video_r1.data.sources.tar_index import TABLE, Part, split_member
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget

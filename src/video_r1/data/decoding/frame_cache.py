@@ -25,9 +25,9 @@ from safetensors.torch import save_file
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
+from video_r1.data.sources.addresses import local_file
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
 from video_r1.data.sources.frame_folders import frame_stamps
-from video_r1.data.sources.remote import local_file
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 

@@ -10,9 +10,9 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
+from video_r1.data.sources.addresses import is_address
 from video_r1.data.sources.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
 from video_r1.data.sources.places import data_type_of
-from video_r1.data.sources.remote import is_address
 from video_r1.data.sources.tar_index import members_of
 
 MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)

@@ -20,8 +20,8 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
+from video_r1.data.sources.addresses import Found, at_address, is_address
 from video_r1.data.sources.places import data_type_of, is_pattern
-from video_r1.data.sources.remote import Found, at_address, is_address
 from video_r1.data.sources.table_cells import SCHEME, cell_path
 from video_r1.errors import ManifestError, MediaError
 from video_r1.processes import process_index

@@ -29,8 +29,8 @@ from video_r1.data.manifests.fields import (
 )
 from video_r1.data.manifests.parquet_rows import OwnPlace
 from video_r1.data.manifests.rows import Unreadable, placed_rows
+from video_r1.data.sources.addresses import check_schemes, is_address
 from video_r1.data.sources.places import MediaPlaces, media_root_of
-from video_r1.data.sources.remote import check_schemes, is_address
 from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ManifestError
 from video_r1.packages import check_math_verify

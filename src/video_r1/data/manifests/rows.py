@@ -27,9 +27,9 @@ from video_r1.data.manifests.parquet_rows import (
     table_rows,
     tables_of,
 )
+from video_r1.data.sources.addresses import fetch, is_address, on_this_machine
 from video_r1.data.sources.endings import MANIFEST_ENDINGS
 from video_r1.data.sources.places import is_pattern, path_below
-from video_r1.data.sources.remote import fetch, is_address, on_this_machine
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.hub import ask_the_hub, is_hub_id
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
-from video_r1.data.sources.endings import IMAGE_ENDINGS, MANIFEST_ENDINGS
-from video_r1.data.sources.remote import (
+from video_r1.data.sources.addresses import (
     below,
     check_schemes,
     folder_of,
@@ -17,6 +16,7 @@ from video_r1.data.sources.remote import (
     on_this_machine,
     relative_to,
 )
+from video_r1.data.sources.endings import IMAGE_ENDINGS, MANIFEST_ENDINGS
 from video_r1.data.sources.tar_index import TABLE, split_member
 from video_r1.errors import ManifestError
 from video_r1.hub import is_hub_id
