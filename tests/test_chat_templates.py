@@ -12,25 +12,25 @@ from video_r1.rollout.engine import SamplingSettings
 
 FAMILY = "qwen3_5"
 EMPTY = "<think>\n\n</think>\n\n"
-# The assistant's turn as the templates of Qwen3.5 begin it: from 4B up, and of the smaller ones.
-LARGE = """
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is false %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- else %}
-        {{- '<think>\\n' }}
-    {%- endif %}
-{%- endif %}"""
-SMALL = """
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-    {%- if enable_thinking is defined and enable_thinking is true %}
-        {{- '<think>\\n' }}
-    {%- else %}
-        {{- '<think>\\n\\n</think>\\n\\n' }}
-    {%- endif %}
-{%- endif %}"""
+
+
+def thinking_turn(value: str, then: str, otherwise: str) -> str:
+    """The assistant's turn of a template that asks whether `enable_thinking` has that value."""
+    return f"""
+{{%- if add_generation_prompt %}}
+    {{{{- '<|im_start|>assistant\\n' }}}}
+    {{%- if enable_thinking is defined and enable_thinking is {value} %}}
+        {{{{- '{then}' }}}}
+    {{%- else %}}
+        {{{{- '{otherwise}' }}}}
+    {{%- endif %}}
+{{%- endif %}}"""
+
+
+NO_THOUGHT, A_THOUGHT = r"<think>\n\n</think>\n\n", r"<think>\n"
+# As the templates of Qwen3.5 begin it: from 4B up, and of the smaller ones.
+LARGE = thinking_turn("false", NO_THOUGHT, A_THOUGHT)
+SMALL = thinking_turn("true", A_THOUGHT, NO_THOUGHT)
 ALWAYS = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n<think>\\n' }}{%- endif %}"
 PLAIN = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 

@@ -33,7 +33,7 @@ def check_media(media: Media, data_type: str) -> None:
 
 def most_resident_bytes() -> int:
     """The most memory that any of this process's workers has had at once."""
-    status = [Path(f"/proc/{worker.number}/status").read_text() for worker in decoders._decoders.idle]
+    status = [Path(f"/proc/{worker.number}/status").read_text() for worker in decoders._decoders.one.idle]
     return max(int(text.split("VmHWM:")[1].split()[0]) << 10 for text in status)
 
 

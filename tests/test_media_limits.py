@@ -38,7 +38,7 @@ def own_decoders() -> Iterator[Decoders]:
 @pytest.fixture
 def workers(own_decoders: Decoders, monkeypatch: pytest.MonkeyPatch) -> Decoders:
     """Decoders without a worker yet."""
-    monkeypatch.setattr(decoders, "_decoders", own_decoders)
+    monkeypatch.setattr(decoders._decoders, "one", own_decoders)
     while own_decoders.idle:
         own_decoders._stop(own_decoders.idle.pop())
     return own_decoders
@@ -166,7 +166,7 @@ def test_the_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
         "from video_r1.data.decoding.decoders import FrameBudget, read_media\n"
         "from video_r1.data.manifests.records import Sample\n"
         f"read_media(Sample(1, '', 'video', 'OCR', '', {str(clip)!r}), FrameBudget())\n"
-        "print(decoders._decoders.idle[0].number, decoders._decoders.server[0].pid, flush=True)\n"
+        "print(decoders._decoders.one.idle[0].number, decoders._decoders.one.server[0].pid, flush=True)\n"
         "os.kill(os.getpid(), 9)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

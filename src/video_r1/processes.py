@@ -1,22 +1,47 @@
-"""What several processes of one command agree on. With a single process every function is the identity, and
-torch is not imported: what reads manifests alone, as the studio's server, does without it.
+"""What several processes of one command agree on, and what each of them has once.
+
+With a single process every function is the identity, and torch is not imported: what reads manifests alone,
+as the studio's server, does without it.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
 
 T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=1)  # for processes that share work, who meet at its end only
+
+
+class Closable(Protocol):
+    def close(self) -> object: ...
+
+
+Held = TypeVar("Held", bound=Closable)
+
+
+class OneAProcess(Generic[Held]):
+    """`one` is what `make` gives, closed when the process ends. A forked process has another, as it must not
+    talk on its parent's pipes and sockets.
+    """
+
+    def __init__(self, make: Callable[[], Held]) -> None:
+        self.make = make
+        self.one = make()
+        os.register_at_fork(after_in_child=self.renew)
+        atexit.register(lambda: self.one.close())
+
+    def renew(self) -> None:
+        self.one = self.make()
 
 
 def process_count() -> int:

@@ -7,15 +7,14 @@ cannot compare in time is not the same. It serves all threads, one comparison at
 
 from __future__ import annotations
 
-import atexit
 import json
-import os
 import subprocess
 import sys
 import threading
 from functools import lru_cache
 
 from video_r1.errors import VideoR1Error
+from video_r1.processes import OneAProcess
 
 SECONDS = 5  # for one comparison
 MEMORY = 4 << 30  # bytes of address space
@@ -47,7 +46,7 @@ def same_expression(answer: str, truth: str) -> bool:
     answer, truth = answer.strip(), truth.strip()
     if not answer or not truth:
         return False
-    return answer == truth or _comparer.ask(_delimited(truth), _delimited(answer))
+    return answer == truth or _comparer.one.ask(_delimited(truth), _delimited(answer))
 
 
 def _delimited(text: str) -> str:
@@ -110,13 +109,4 @@ def _started() -> subprocess.Popen[str]:
     return process
 
 
-_comparer = _Comparer()
-
-
-def _forget_parents_process() -> None:
-    global _comparer
-    _comparer = _Comparer()  # a forked process must not talk on its parent's pipes
-
-
-os.register_at_fork(after_in_child=_forget_parents_process)
-atexit.register(lambda: _comparer.close())
+_comparer = OneAProcess(_Comparer)

@@ -7,7 +7,6 @@ to fork this one, with its threads and its GPU, would not be safe, and every fre
 to import torch. They stay for the next read; there are as many as reads have been going on at once.
 """
 
-import atexit
 import json
 import math
 import os
@@ -29,6 +28,7 @@ from video_r1.data.sources.addresses import local_file
 from video_r1.data.sources.remote import open_remote_cache
 from video_r1.data.sources.tar_index import TABLE, Part, split_member
 from video_r1.errors import MediaError, VideoR1Error
+from video_r1.processes import OneAProcess
 from video_r1.settings.frames import FrameBudget
 
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
@@ -173,16 +173,7 @@ def _exchange(
     return Media(frames, times, reply["duration"], sample.data_type), reply["last"]
 
 
-_decoders = Decoders()
-
-
-def _forget_parents_decoders() -> None:
-    global _decoders
-    _decoders = Decoders()  # a forked process must not talk on its parent's sockets
-
-
-os.register_at_fork(after_in_child=_forget_parents_decoders)
-atexit.register(lambda: _decoders.close())
+_decoders = OneAProcess(Decoders)
 
 
 def read_media(sample: Sample, budget: FrameBudget) -> Media:
@@ -211,7 +202,7 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
         part = open_remote_cache(budget.remote_cache, budget.remote_bytes).part(sample.path)
     if budget.seconds == 0:
         return decode_media(sample, budget, part)
-    return _decoders.read(sample, budget, part)
+    return _decoders.one.read(sample, budget, part)
 
 
 def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
