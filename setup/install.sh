@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 python=${PYTHON:-python3}
 stamp=$venv/installed
+cpu_builds=https://download.pytorch.org/whl/cpu
 
 accelerator=${ACCELERATOR:-cpu}
 if [ -z "${ACCELERATOR:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
@@ -33,8 +34,14 @@ if [ "$accelerator" = cuda ]; then
 else
     cp constraints.txt "$limits"
     say "installing torch"
-    pip install -c "$limits" "$(grep '^torch==' constraints.txt)"
-    pip install --no-deps "$(grep '^torchvision==' constraints.txt)" # its dependencies could bring another torch
+    # For Linux the package index has torch with CUDA alone. One lookup, no dependencies: those come with the package.
+    pip install --no-deps --retries 1 --extra-index-url "$cpu_builds" $(grep -E '^(torch|torchvision)==' constraints.txt)
+    if [ "$(uname)" = Linux ] && ! "$venv/bin/python" -m pip show torch 2>/dev/null | grep -q '^Version: .*+cpu'; then
+        say "found no torch for CPUs; its builds are at $cpu_builds: let pip reach that address, or a copy of it"
+        say "(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), or set ACCELERATOR=cuda to take the build for NVIDIA GPUs"
+        "$venv/bin/python" -m pip uninstall -qq -y torch torchvision
+        exit 1
+    fi
 fi
 say "installing the package and its dependencies"
 pip install -c "$limits" -e '.[dev,lora]'

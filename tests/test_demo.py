@@ -9,6 +9,7 @@ import pytest
 
 from video_r1.errors import VideoR1Error
 from video_r1.lab import demo
+from video_r1.recipe import load_recipe
 
 
 @pytest.mark.slow
@@ -33,3 +34,17 @@ def test_a_stage_that_fails_says_why_and_ends_the_demo(
         demo.train_stage("sft", 1, train_manifest=tmp_path / "missing.json", output_dir=tmp_path / "run")
     said = capfd.readouterr().err
     assert "missing.json" in said and "Traceback" not in said
+
+
+def test_the_demo_trains_on_the_cpu_beside_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its two processes cannot share one GPU. What starts them is a stand-in: there is no GPU here."""
+    from torch.distributed.launcher import api
+
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        api, "elastic_launch", lambda config, work: lambda command, texts: asked.append(texts)
+    )
+    demo.train_stage("rl", 3, output_dir=tmp_path)
+    (texts,) = asked
+    recipe = load_recipe("rl", "lab-tgrpo", texts)
+    assert recipe.values()["use_cpu"] is True and recipe.values()["max_steps"] == 3

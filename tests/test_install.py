@@ -17,6 +17,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = (ROOT / "setup" / "install.sh").read_text(encoding="utf-8")
+CPU_BUILDS = "https://download.pytorch.org/whl/cpu"
 
 
 def limits_for_cuda() -> list[str]:
@@ -72,6 +73,39 @@ def test_the_wheels_extra_brings_the_tested_vllm(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("video_r1-*.whl")
     found = from_the_public_index(tmp_path, f"{wheel}[vllm]")
     assert found["vllm"].startswith("0.32.") and found["torch"].startswith("2.13.")
+
+
+@pytest.mark.slow
+def test_the_versions_for_cpus_fit_together(tmp_path: Path) -> None:
+    """Torch is the build that install.sh looks for elsewhere; everything besides comes from the index."""
+    pins = dict(pin.split("==") for pin in (ROOT / "constraints.txt").read_text().split() if "==" in pin)
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--retries", "1"]
+    fetch += ["-d", str(tmp_path), "--extra-index-url", CPU_BUILDS, f"torch=={pins['torch']}+cpu"]
+    if subprocess.run(fetch, capture_output=True).returncode:
+        pytest.skip("torch's build for CPUs is out of reach")
+    extras = "dev,lora,qlora,deepspeed,trackers,smolvlm,math,studio"
+    found = from_the_public_index(
+        tmp_path, "--find-links", str(tmp_path), "-c", str(ROOT / "constraints.txt"), f"{ROOT}[{extras}]"
+    )
+    assert found["torch"] == f"{pins['torch']}+cpu" and found["torchvision"] == pins["torchvision"]
+    assert not any(name.startswith("nvidia-cu") for name in found)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has torch for CPUs")
+def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path) -> None:
+    """Pip is a stand-in that found the index's build, which has CUDA: on a laptop that would be gigabytes."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho Version: 2.13.0\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "VENV": str(tmp_path), "ACCELERATOR": "cpu", "PYTHON": sys.executable}
+    done = subprocess.run(
+        [ROOT / "setup" / "install.sh"], capture_output=True, text=True, env=environment, timeout=60
+    )
+    assert done.returncode == 1 and f"its builds are at {CPU_BUILDS}" in done.stderr
+    calls = (tmp_path / "log").read_text().splitlines()
+    assert "--no-deps" in calls[0] and CPU_BUILDS in calls[0] and "uninstall" in calls[-1]
+    assert not (tmp_path / "installed").exists()
 
 
 FAKE_TORCH = """

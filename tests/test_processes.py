@@ -58,6 +58,17 @@ def test_one_gpu_of_eight(
     assert not isinstance(trainer.model_wrapped, nn.DataParallel)
 
 
+def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would end with "duplicate GPU"; on the CPU, as the demo trains, they are one run."""
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"2 processes were started on this machine, which has 1 GPU"):
+        SFTConfig(**training_arguments(tmp_path, use_cpu=False))
+    assert SFTConfig(**training_arguments(tmp_path, use_cpu=True)).use_cpu
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    SFTConfig(**training_arguments(tmp_path, use_cpu=False))
+
+
 def read_steps(path: Path) -> list[list[int]]:
     """Of each step the questions that one process has trained on."""
     return json.loads(path.read_text())

@@ -54,6 +54,7 @@ def run_demo(
 ) -> dict[str, Any]:
     """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
 
+    On the CPU, beside a GPU too: one GPU does not serve two processes, and so small a model gains nothing.
     All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
     quick: a few steps of everything, which show that it runs and prove nothing. family: of the base. Raises
     RequestError when a folder of `out` that it would replace is not an earlier demo's, VideoR1Error when
@@ -116,7 +117,8 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
             folder = out / f"eval-{stage}"
-            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, **shared}
+            test = {"model": checkpoint, "manifest": lab / "test.json", "out": folder, "device": "cpu"}
+            test |= shared
             recipe = load_recipe("eval", RECIPES["eval"], {name: str(value) for name, value in test.items()})
             run_eval(recipe.section(EvalSettings), recipe.section(BenchmarkSettings))
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -160,6 +162,7 @@ def train_stage(command: str, steps: int, **settings: Any) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     in_all = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
     settings |= {"max_steps": steps, "per_device_train_batch_size": in_all // PROCESSES}
+    settings["use_cpu"] = True
     texts = {name: str(value) for name, value in settings.items()}
     config = LaunchConfig(
         1, 1, PROCESSES, run_id=command, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0

@@ -58,11 +58,17 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
-            self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-        if several and not torch.accelerator.is_available() and not deepspeed:
+        if several and not devices and not deepspeed:
             self.use_cpu = True  # without a GPU, accelerate joins processes on CPUs only when it is told to
+        elif here > devices > 0 and not self.use_cpu:
+            raise ConfigError(
+                f"{here} processes were started on this machine, which has {devices} GPU(s): start one for "
+                "each GPU (--num_processes), or set use_cpu"
+            )
         super().__post_init__()
         found = super().n_gpu
         if found > 1:
