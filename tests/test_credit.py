@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +18,11 @@ from tiny_questions import read_lines
 from torch import Tensor
 
 from video_r1.data.manifests.records import Sample
+from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
-from video_r1.rewards.group import reward_terms
-from video_r1.rewards.shaping import key_drops, likelihood_reward
+from video_r1.rewards.group import RewardTerms, reward_terms, score_group, weighted_sum
+from video_r1.rewards.shaping import gate_reward, key_drops, likelihood_reward
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import (
     deviation,
@@ -212,13 +214,33 @@ def test_likelihood_reward() -> None:
     # the mean is 0.623, with the wrong response's in it
     step = likelihood_reward(correct, drops, "likelihood_step", alpha=0.3)
     torch.testing.assert_close(step, torch.tensor([0.3, 0.0, 0.0, 0.0]))
-    # with α = 1 a correct response keeps of its 1 what is lost: 0.5, 0, and 0.259; a wrong one pays nothing
-    gate = likelihood_reward(correct, drops, "likelihood_gate", alpha=1.0)
-    torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.7408182]))
     with pytest.raises(ValueError, match="4 responses but 2 drops"):
         likelihood_reward(correct, drops[:2], "likelihood")
     with pytest.raises(ValueError, match="'margin'"):
         likelihood_reward(correct, drops, "margin")
+
+
+def test_gate_reward() -> None:
+    """With α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1, and 0.259 of 0.6."""
+    drops = torch.tensor([math.log(2), -0.5, 2.0, 0.3])
+    gate = gate_reward(torch.tensor([1.0, 1.0, 0.0, 0.6]), drops, alpha=1.0)
+    torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.6 * 0.7408182]))
+    with pytest.raises(ValueError, match="4 responses but 2 drops"):
+        gate_reward(torch.ones(4), drops[:2], alpha=1.0)
+
+
+def test_a_gate_keeps_the_ranking_of_graded_answers() -> None:
+    """Words right of 10: 6 (correct), 4 and 0, drops of 0. A tenth of each is left, in the same order."""
+    truth = "a b c d e f g h i j"
+    answers = ["a b c d e f z z z z", "a b c d z z z z z z", "z"]
+    rollouts = [Rollout(torch.tensor([1]), torch.zeros(1), f"<answer>{a}</answer>", "stop") for a in answers]
+    sample = Sample(1, "?", "video", "OCR", f"<answer>{truth}</answer>", "/v.mp4", ())
+    settings = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.9, length_reward=0)
+    question = Question(sample, cast(Any, None), cast(Any, None), 0)
+    terms = RewardTerms(("accuracy", "temporal"))
+    found = score_group(question, rollouts, [], terms, settings, [torch.zeros(1)] * 3)
+    total = weighted_sum(found.rewards, {})
+    torch.testing.assert_close(total, torch.tensor([0.06, 0.04, 0.0]))
 
 
 def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
@@ -246,14 +268,29 @@ def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_do
     alike, unlike = group("1100"), group("1100")
     for each, second in ((alike, 0.0), (unlike, math.log(9))):
         drops = torch.tensor([second, 0.0, 1.0, 1.0])
-        correct = each.rewards["accuracy"] > 0.5
-        each.rewards["temporal"] = likelihood_reward(correct, drops, "likelihood_gate", alpha=0.9)
+        each.rewards["temporal"] = gate_reward(each.rewards["accuracy"], drops, alpha=0.9)
         each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
     give_advantages([alike, unlike], settings)
     assert alike.base_advantages is not None
     torch.testing.assert_close(alike.advantages, alike.base_advantages, rtol=0, atol=2e-3)  # eps
     std = ((0.65**2 + 0.15**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-4
     assert unlike.advantages.tolist() == pytest.approx([0.65 / std, -0.15 / std, -0.25 / std, -0.25 / std])
+
+
+def test_a_gate_alone_ranks_a_group_that_is_right_throughout() -> None:
+    """Drops of 0.01, 0.02, 0.02 and 0.03 earn 1 − 0.9·e^−Δ: 0.109, 0.118, 0.118 and 0.127. The division
+    makes advantages of full size of that, where plain GRPO has 0."""
+    settings = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.9, length_reward=0)
+    right, drops = group("1111"), torch.tensor([0.01, 0.02, 0.02, 0.03])
+    right.rewards["temporal"] = gate_reward(right.rewards["accuracy"], drops, alpha=0.9)
+    right.total_reward = right.rewards["accuracy"] + right.rewards["temporal"]
+    give_advantages([right], settings)
+    earned = [1 - 0.9 * math.exp(-drop) for drop in (0.01, 0.02, 0.02, 0.03)]
+    scale = statistics.stdev(earned) + 1e-4
+    expected = [(each - statistics.fmean(earned)) / scale for each in earned]
+    assert right.advantages.tolist() == pytest.approx(expected, abs=1e-4)
+    assert right.advantages[3] > 1.19 and right.advantages[0] < -1.19
+    assert right.base_advantages is not None and not right.base_advantages.any()
 
 
 def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:

@@ -17,6 +17,7 @@ from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
 from video_r1.rewards.shaping import (
     format_reward,
+    gate_reward,
     key_drops,
     length_reward,
     likelihood_reward,
@@ -236,9 +237,12 @@ def score_group(
         token_drops=drops,
     )
     if drops is not None and group.drops is not None and settings.pays_temporal:
-        rule = settings.temporal_rule
-        paid_by = key_drops(drops) if rule == "likelihood_gate" else group.drops
-        every["temporal"] = likelihood_reward(correct, paid_by, rule, settings.temporal_alpha)
+        rule, alpha = settings.temporal_rule, settings.temporal_alpha
+        every["temporal"] = (
+            gate_reward(accuracy, key_drops(drops), alpha)
+            if rule == "likelihood_gate"
+            else likelihood_reward(correct, group.drops, rule, alpha)
+        )
     group.rewards = {name: every[name] for name in terms.built_in if name in every}
     return group
 

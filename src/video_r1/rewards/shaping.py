@@ -53,7 +53,7 @@ def temporal_reward(
     margin:    r_t = α·(p − p̃) if p > p̃, else 0
     threshold: r_t = α          if p ≥ μ·p̃, else 0   (arXiv 2503.21776 v4; μ = 1)
     others:    r_t = 0  (`weight` and `tokens` multiply advantages: training/advantages.py; by likelihood:
-               `likelihood_reward`)
+               `likelihood_reward`, `gate_reward`)
     """
     p = _share(correct)
     p_shuffled = _share(correct_shuffled)
@@ -77,8 +77,6 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
     correct: [G] bool; drops: [G] float, Δ_i in nats a token (training/drops.py). Returns [G] float32:
     likelihood:      α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0: the share of its tokens' probability that is lost
     likelihood_apart: the same, but added to the advantages (training/advantages.py)
-    likelihood_gate: −α·exp(−Δ_i) with Δ of the key tokens (`key_drops`), at most 0 and at least −α: with
-                     α = 1 a correct response keeps of its accuracy what the contrast clip takes from it
     likelihood_step: α if Δ_i > mean_j Δ_j, else 0                       (TaRO, arXiv 2606.09248)
     Unlike a bonus that all correct responses share, it does not cancel in advantages.
     """
@@ -86,13 +84,22 @@ def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha:
         raise ValueError(f"{len(correct)} responses but {len(drops)} drops")
     if rule in ("likelihood", "likelihood_apart"):
         amounts = -torch.expm1(-drops.clamp(min=0.0))
-    elif rule == "likelihood_gate":
-        amounts = -torch.exp(-drops.clamp(min=0.0))
     elif rule == "likelihood_step":
         amounts = (drops > drops.mean()).to(drops.dtype)
     else:
         raise ValueError(f"the rule {rule!r} is none of those by likelihood")
     return alpha * correct.to(torch.float32) * amounts.to(torch.float32)
+
+
+def gate_reward(accuracy: Tensor, drops: Tensor, alpha: float) -> Tensor:
+    """−α·a_i·exp(−Δ_i), between −α·a_i and 0: a response keeps of its accuracy what the contrast clip takes.
+
+    accuracy: [G] float in [0, 1]; drops: [G] float, Δ_i of the key tokens (`key_drops`). Returns [G] float32.
+    In all a_i·(1 − α·exp(−Δ_i)) is earned: with equal drops a better answer earns more, graded ones included.
+    """
+    if len(accuracy) != len(drops):
+        raise ValueError(f"{len(accuracy)} responses but {len(drops)} drops")
+    return -alpha * (accuracy * torch.exp(-drops.clamp(min=0.0))).to(torch.float32)
 
 
 def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
