@@ -55,7 +55,7 @@ class Fleet:
     questions_per_gpu: int = cost(4, "assumed: questions of a step, for each GPU of the fleet")
     media_threads: int = cost(4, "recipe video-r1-7b-tgrpo, of each trainer")
     clip_mb: float = cost(2.4, "published set: 310 GB less 146,000 images of 0.2 MB, by 116,000 videos")
-    decode_ms: float = cost(50, "measured: benchmarks.decode (360p, 46 ms) ÷ benchmarks.workers (0.92)")
+    decode_ms: float = cost(50, "measured: benchmarks.decode (360p, 46 ms) ÷ benchmarks.workers (0.95)")
     request_ms: float = cost(50, "assumed: until the first byte comes from object storage")
     stream_mb_s: float = cost(50, "assumed: one transfer from object storage")
     frame_mb: float = cost(4.8, "exact: 16 frames of 128 · 28 · 28 pixels, 3 bytes each")

@@ -6,24 +6,27 @@ import errno
 import inspect
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
 import typing
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
-from video_r1.commands import COMMANDS
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import MediaError, RequestError
 from video_r1.recipe import load_recipe
 from video_r1.settings.commands import CheckSettings, LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
-from video_r1.settings.training import TGRPOSettings
+from video_r1.settings.frames import Contrast
+from video_r1.settings.training import TemporalRule, TGRPOSettings
 from video_r1.settings.types import alternatives
 from video_r1.signals import Interrupted
 
@@ -91,6 +94,24 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     assert said in text
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("temporal_rule", {choice.rpartition("_")[2] for choice in get_args(TemporalRule)} - {"off"}),
+        ("temporal_contrast", get_args(Contrast)),
+    ],
+)
+def test_help_has_a_word_for_every_choice(name: str, words: Collection[str]) -> None:
+    text = TGRPOSettings.__dataclass_fields__[name].metadata["help"]
+    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
+
+
+@pytest.mark.parametrize("name", ["sft", "rl", "plan", "eval"])
+def test_help_has_the_dry_run_where_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([name, "--help"])
+    assert ("--smoke" in capsys.readouterr().out) == (name in TRAINS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

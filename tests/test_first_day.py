@@ -1,8 +1,8 @@
 """docs/first-day.md is replayed: its commands run, in a folder of made clips, and print what it promises.
 
-Figures are masked, but for those of `video-r1 data`; … stands for anything. What takes long is shortened
-(SHORT), and plans are of a model with fewer layers. The set-up and the demo, which take minutes, are held
-against what they print.
+Figures are masked, but for those of `video-r1 data` and the demo; … stands for anything. What takes long is
+shortened (SHORT), and plans are of a model with fewer layers. The set-up and the demo, which take minutes,
+are held against what they print.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pattern(line: str, exact: bool) -> re.Pattern[str]:
 
 def missing(step: Step, said: str) -> list[str]:
     """The promised lines that were not printed."""
-    exact = step.command.startswith(("cat ", "video-r1 data"))
+    exact = step.command.startswith(("cat ", "video-r1 data", DEMO))
     printed = said.splitlines()
     return [
         line

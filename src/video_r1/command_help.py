@@ -5,7 +5,7 @@ import itertools
 import textwrap
 from collections.abc import Container, Iterable
 
-from video_r1.commands import COMMANDS
+from video_r1.commands import COMMANDS, TRAINS
 from video_r1.recipe_files import packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.types import default_text, describe_type
@@ -37,16 +37,19 @@ def command_help(name: str) -> str:
         lines += ["required (a recipe may give it):", *itertools.chain(*needs), ""]
     lines += ["examples:", *(f"  video-r1 {example}" for example in command.examples), ""]
     if command.plans_training:
-        for paragraph in (
+        paragraphs = [
             "A recipe is a YAML file of `key: value` lines; options override it. With the package come "
             f"{', '.join(packaged_recipes())}.",
             "Every field of transformers.TrainingArguments is a setting too, for example warmup_steps, "
             "eval_strategy, eval_steps, save_total_limit, deepspeed, fsdp.",
-            "--smoke tries the recipe for two steps with the small packaged model, on the first rows of its "
-            "manifest or, where there is none, on made-up clips; it prints what it replaced, and leaves its "
-            "report (OUTPUT_DIR-smoke.html). --print_config prints what would run.",
-        ):
-            lines += textwrap.wrap(paragraph, WIDTH)
+        ]
+        if name in TRAINS:
+            paragraphs.append(
+                "--smoke tries the recipe for two steps with the small packaged model, on the first rows of "
+                "its manifest or, where there is none, on made-up clips; it prints what it replaced, and "
+                "leaves its report (OUTPUT_DIR-smoke.html). --print_config prints what would run."
+            )
+        lines += [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, WIDTH)]
         lines.append("")
     for kind in command.sections:
         lines += [f"{kind.__doc__}:", *section_help(kind, command.required), ""]

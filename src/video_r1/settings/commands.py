@@ -219,4 +219,4 @@ class DemoSettings(Settings):
     out: str = setting("runs/demo", "folder for data, checkpoints, summary.json and report.html")
     seed: int = setting(0, "seed of data and training")
     family: LabFamily = setting("qwen2_5_vl", "architecture of the small model")
-    quick: bool = setting(False, "a few steps of every stage, in a minute and a half; nothing is learnt")
+    quick: bool = setting(False, "a few steps of every stage, in less than 90 seconds; nothing is learnt")
