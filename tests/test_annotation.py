@@ -8,9 +8,13 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from chat_endpoint import (
@@ -63,6 +67,19 @@ def test_rows_are_the_manifests_with_rationales(endpoint: ChatEndpoint, tmp_path
     assert all(sample.process for sample in load_manifest(out, tmp_path))
     assert files(out.parent) == {"cot.json", "cot.rejected.jsonl", "cot.journal.jsonl"}
     assert (out.parent / "cot.rejected.jsonl").read_text() == ""
+
+
+def test_a_table_with_dates_and_decimal_numbers(endpoint: ChatEndpoint, tmp_path: Path) -> None:
+    """What JSON has no value for, found in a row that is written at the very end."""
+    rows = json.loads(write_questions(tmp_path, 2, clips=2).read_text())
+    table, seen = tmp_path / "t.parquet", datetime(2026, 1, 2, 3, 4)
+    more = {"seen": seen, "day": seen.date(), "price": Decimal("1.50")}
+    pq.write_table(pa.Table.from_pylist([{**row, **more} for row in rows]), table)
+    for name in ("cot.json", "cot.jsonl"):
+        annotate(endpoint.url, table, tmp_path / name)
+        kept = [sample.extra for sample in load_manifest(tmp_path / name)]
+        assert len(kept) == 2
+        assert kept[0].items() >= {"seen": str(seen), "day": "2026-01-02", "price": "1.50"}.items()
 
 
 def test_rejected_ones_stand_beside_with_the_reason(

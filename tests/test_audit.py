@@ -243,6 +243,35 @@ def test_media_that_cannot_be_used_are_reported(
         audited(nothing, checkpoint)
 
 
+def test_bad_rows_are_left_out_of_the_audit_and_of_out(
+    data: Path, checkpoint: Path, engines: list[ScriptedEngine]
+) -> None:
+    rows: list[Any] = json.loads(data.read_text())
+    rows[2]["problem_id"] = 1  # no True
+    bad = [{**rows[2], "problem_id": True}, rows[0], "text", {**rows[1], "problem_id": "x", "solution": None}]
+    data.write_text(json.dumps([rows[0], *bad, *rows[1:], rows[5]]))
+    engines.append(scripted())
+    assert audited(data, checkpoint, bad_rows="leave_out")["questions"] == 6
+    out = data.with_name("manifest.audited.json")
+    rates = [{name: right / 4 for name, right in each.items()} for each in RIGHT]
+    assert json.loads(out.read_text()) == [
+        row | {"pass_rates": each} for row, each in zip(rows, rates, strict=True)
+    ]
+    assert len(load_manifest(out)) == 6  # and trains as it is
+
+
+@pytest.mark.parametrize("bad_rows", ["stop", "leave_out"])
+@pytest.mark.parametrize("change", ["gone", "another"])
+def test_a_manifest_that_changes_meanwhile(data: Path, tmp_path: Path, bad_rows: str, change: str) -> None:
+    samples, rows = load_manifest(data), json.loads(data.read_text())
+    rows[-1:] = [] if change == "gone" else [{**rows[-1], "problem_id": "other"}]
+    data.write_text(json.dumps(rows))
+    settings: Any = AuditSettings(manifest=str(data), model="m", bad_rows=bad_rows)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="since the audit began"):
+        audit.write_audited(settings, samples, {}, tmp_path / "out.json")
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_where_it_goes(
     data: Path, checkpoint: Path, engines: list[ScriptedEngine], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -83,6 +83,33 @@ def replacing(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Writes the rows of a manifest that its block gives, one after another, in one step (`replacing`): as a
+    list where the name ends in .json, else as lines. What JSON has no value for (a time, a decimal number of
+    a table) is written as text.
+    """
+    is_list, written = path.suffix == ".json", 0
+    with replacing(path) as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            nonlocal written
+            begin, end = (",\n" if written else "[\n", "") if is_list else ("", "\n")
+            file.write(begin + json.dumps(row, ensure_ascii=False, default=str) + end)
+            written += 1
+
+        yield write
+        if is_list:
+            file.write("\n]\n" if written else "[]\n")
+
+
+def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes a manifest as `writing_rows` does."""
+    with writing_rows(path) as write:
+        for row in rows:
+            write(row)
 
 
 def replace_text(path: Path, text: str) -> None:

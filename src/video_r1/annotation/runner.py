@@ -13,7 +13,6 @@ Several processes share the questions, each with a teacher and a journal of its 
 that was killed is continued, by however many processes.
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,7 @@ from video_r1.annotation.teachers import Answered, Question, Teacher
 from video_r1.data.manifests.records import FIELDS, Sample
 from video_r1.data.sources.places import media_root_of, path_below
 from video_r1.errors import RequestError
-from video_r1.files import part_of, parts_of, replacing
+from video_r1.files import part_of, parts_of, writing_rows
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
@@ -175,10 +174,8 @@ def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSetting
     assert settings.manifest is not None and settings.out is not None
     out = Path(settings.out)
     root = media_root_of(settings.manifest, settings.media_root)
-    as_list = out.suffix == ".json"
-    begin, between, end = ("[\n", ",\n", "\n]\n") if as_list else ("", "\n", "\n")
     counts = Counts()
-    with writable(out), replacing(out) as kept_file, replacing(rejected_path(out)) as rejected_file:
+    with writable(out), writing_rows(out) as keep, writing_rows(rejected_path(out)) as reject:
         for sample in samples:
             if sample.problem_id not in journal:
                 continue
@@ -187,15 +184,11 @@ def write(samples: Sequence[Sample], journal: Journal, settings: AnnotateSetting
             failed = Verdict(None, found["failed"], []) if "failed" in found else None
             verdict = failed or judge(sample, completions, settings)
             if verdict.kept is not None:
-                row = kept_row(sample, completions[verdict.kept], verdict, root)
-                kept_file.write(between if counts.questions["kept"] else begin)
-                kept_file.write(json.dumps(row, ensure_ascii=False))
+                keep(kept_row(sample, completions[verdict.kept], verdict, root))
             else:
-                row = rejected_row(sample, completions, verdict, found.get("reason", ""))
-                rejected_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                reject(rejected_row(sample, completions, verdict, found.get("reason", "")))
             counts.questions[verdict.reason or "kept"] += 1
             counts.rationales.update(one.rejected or "kept" for one in verdict.judged)
-        kept_file.write(end if counts.questions["kept"] else "[]\n" * as_list)
     return counts
 
 

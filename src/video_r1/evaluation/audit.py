@@ -9,8 +9,8 @@ contrast asks for its own answers only. "One frame" is the contrast `frozen`, on
 place: a prompt of another length would be a difference of its own.
 """
 
-import json
 import shlex
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.asking import Answers, Asking, asked_with
 from video_r1.evaluation.audit_figure import audit_page
 from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_sentences, audit_table
-from video_r1.files import replace_json, replace_text, replacing
+from video_r1.files import replace_json, replace_rows, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rollout.choice import open_engine, open_prompts
@@ -43,7 +43,8 @@ SETTINGS_FILE = "settings.json"
 def run_audit(settings: AuditSettings) -> dict[str, Any]:
     """Audit a manifest, print the table and return what `audit.json` holds, and OUT as `manifest`.
 
-    OUT has the manifest's rows as they are and their pass rates, those of questions that could be asked.
+    OUT has the manifest's rows as they are, but those that `bad_rows` leaves out, and the pass rates of
+    questions that could be asked.
     The folder of its name has the answers, `quarantine.jsonl`, `audit.json` and the picture, `audit.html`.
     Started again with the same settings it continues. Raises ManifestError, ConfigError, RequestError (also
     where OUT is no audit's, or holds answers to other settings), and VideoR1Error where no question can be
@@ -207,27 +208,29 @@ def write_audited(
     rates: Mapping[str | int, Mapping[str, float]],
     out: Path,
 ) -> None:
-    """The manifest's rows as they are, each with its pass rates; one without answers has none.
+    """The samples' rows as they are, each with its pass rates; one without answers has none.
 
     Raises RequestError when the manifest is not that of `samples` any more.
     """
-    begin, between, end = ("[\n", ",\n", "\n]\n") if out.suffix == ".json" else ("", "\n", "\n")
-    with replacing(out) as file:
-        for number, row in enumerate(_rows(settings, samples)):
-            plain = {name: value for name, value in row.items() if name != PASS_RATES}
-            if found := rates.get(row["problem_id"]):
-                plain[PASS_RATES] = found
-            file.write(between if number else begin)
-            file.write(json.dumps(plain, ensure_ascii=False, default=str))
-        file.write(end)
+
+    def with_rates(row: Mapping[str, Any]) -> dict[str, Any]:
+        found = rates.get(row["problem_id"])
+        plain = {name: value for name, value in row.items() if name != PASS_RATES}
+        return {**plain, PASS_RATES: found} if found else plain
+
+    replace_rows(out, map(with_rates, _rows(settings, samples)))
 
 
 def _rows(settings: AuditSettings, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    manifest, expected = settings.manifest, iter(samples)
+    """The first row with a sample's id is its own; no bad one before it has the same (`check_manifest`)."""
+    manifest, waiting = settings.manifest, deque(samples)
+    changed = "since the audit began; begin another one"
     for number, row in placed_rows(manifest, "train", media_root_of(manifest, settings.media_root)):
-        sample = next(expected, None)
-        if sample is None or not isinstance(row, dict) or row.get("problem_id") != sample.problem_id:
-            raise RequestError(
-                f"{manifest}, row {number} has changed since the audit began; begin another one"
-            )
-        yield row
+        name = row.get("problem_id") if isinstance(row, dict) else None
+        if waiting and repr(name) == repr(waiting[0].problem_id):  # True is no 1
+            waiting.popleft()
+            yield row
+        elif settings.bad_rows == "stop":
+            raise RequestError(f"{manifest}, row {number} has changed {changed}")
+    if waiting:
+        raise RequestError(f"{manifest}: the row of question {waiting[0].problem_id!r} has gone {changed}")

@@ -27,7 +27,7 @@ from video_r1.data.manifests.records import FIELDS, Sample, check_manifest
 from video_r1.data.manifests.rows import Unreadable
 from video_r1.data.sources.places import MediaPlaces, media_root_of
 from video_r1.errors import ManifestError, RequestError
-from video_r1.files import claimed, json_lines, replace_json, replace_text
+from video_r1.files import claimed, replace_rows
 from video_r1.settings.commands import MakeSettings
 from video_r1.settings.frames import FrameBudget
 from video_r1.tables import table
@@ -91,9 +91,9 @@ def run_make(settings: MakeSettings) -> int:
     bad = {line["problem_id"] for line in unusable}
     kept = [row.said for row in rows if row.said["problem_id"] not in bad]
     with claimed(out.parent):
-        replace_text(refused_path, json_lines(refused).decode("utf-8", "backslashreplace"))
+        replace_rows(refused_path, refused)
         if kept:
-            write_manifest(out, kept)
+            replace_rows(out, kept)
     print(summary(samples, kept, refused, found.rows, out, refused_path, root))
     return 1 if not kept or (refused and settings.strict) else 0
 
@@ -229,15 +229,6 @@ def checked(
         ]
         samples = result.usable
     return samples, refused
-
-
-def write_manifest(out: Path, rows: list[dict[str, Any]]) -> None:
-    """As a list, or as lines where the name ends in .jsonl. Values that JSON has not are written as text."""
-    plain = json.loads(json.dumps(rows, default=str, ensure_ascii=False))
-    if out.suffix == ".json":
-        replace_json(out, plain)
-    else:
-        replace_text(out, json_lines(plain).decode("utf-8", "backslashreplace"))
 
 
 def understood(found: Table) -> str:
