@@ -248,8 +248,8 @@ def test_bad_rows_are_left_out_of_the_audit_and_of_out(
 ) -> None:
     rows: list[Any] = json.loads(data.read_text())
     rows[2]["problem_id"] = 1  # no True
-    bad = [{**rows[2], "problem_id": True}, rows[0], "text", {**rows[1], "problem_id": "x", "solution": None}]
-    data.write_text(json.dumps([rows[0], *bad, *rows[1:], rows[5]]))
+    bad = [rows[0], "text", {**rows[1], "problem_id": "x", "solution": None}]
+    data.write_text(json.dumps([*rows[:2], *bad, {**rows[2], "problem_id": True}, *rows[2:], rows[5]]))
     engines.append(scripted())
     assert audited(data, checkpoint, bad_rows="leave_out")["questions"] == 6
     out = data.with_name("manifest.audited.json")

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TextIO
+from typing import IO, Any, BinaryIO, NamedTuple, TextIO
 
 from video_r1.errors import RequestError, first_line
 
@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _claimed: set[Path] = set()
+_without_locks: set[int] = set()  # devices, of which it has been said
 
 
 def append_line(path: Path, record: Any) -> None:
@@ -162,6 +163,25 @@ def differences(before: Any, after: Mapping[str, Any]) -> dict[str, tuple[Any, A
     return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
 
 
+def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
+    """Locks an open file until it is closed. An exclusive lock on NFS needs a file that is open for writing.
+
+    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: processes that this one forks
+    do not hold the lock on after its death. On a file system without locks it says so once, and goes on.
+    Raises BlockingIOError when another one has the lock and LOCK_NB is set.
+    """
+    try:
+        (fcntl.lockf if of_process else fcntl.flock)(file, how)
+    except (BlockingIOError, PermissionError) as error:  # some systems say the one, some the other
+        raise BlockingIOError(*error.args) from error
+    except OSError as error:
+        if (device := os.fstat(file.fileno()).st_dev) not in _without_locks:
+            _without_locks.add(device)
+            logger.warning(
+                "%s cannot be locked (%s): let no two commands write to that folder at once", file.name, error
+            )
+
+
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Inside, no other process may claim the folder, which is made where it is missing.
@@ -175,18 +195,15 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    # lockf, not flock: processes that this one forks do not hold the lock on after its death.
     with (folder / LOCK).open("a+") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError) as error:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, of_process=True)
+        except BlockingIOError as error:
             file.seek(0)
             raise RequestError(
                 f"{folder} is being written by another command ({file.read().strip() or 'of unknown name'}); "
                 "wait for its end, stop it, or name another folder"
             ) from error
-        except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): start no second command on it", folder, error)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

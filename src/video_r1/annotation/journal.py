@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import differences, json_lines, whole_lines
+from video_r1.files import differences, json_lines, lock, whole_lines
 
 
 class Journal:
@@ -33,7 +33,7 @@ class Journal:
             self._file = path.open("a+b")
         try:
             try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise RequestError(
                     f"{path} is being written by another process; wait for it, or stop it"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from video_r1.errors import ConfigError
+from video_r1.files import lock
 
 logger = logging.getLogger(__name__)
 PARTIAL = ".partial"
@@ -54,7 +55,7 @@ class BoundedFolder:
             self.warn_once(f"files of %d bytes are larger than {self.setting}_gb, and are not kept", size)
             return False
         with (self.folder / ".size").open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # against other processes and threads
+            lock(file, fcntl.LOCK_EX)  # against other processes and threads
             text = file.read()
             total = size + (int(text) if text.isdigit() else self.limit)
             if total > self.limit:
@@ -98,12 +99,12 @@ class BoundedFolder:
 def _remove_unused(path: Path) -> bool:
     """Removes a file unless somebody holds a lock on it. Returns whether it is gone."""
     try:
-        with path.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with path.open("r+b") as file:
+            lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink(missing_ok=True)
     except FileNotFoundError:
         pass
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):  # in use, or another's
         return False
     return True
 
@@ -111,10 +112,10 @@ def _remove_unused(path: Path) -> bool:
 def locked(path: Path, how: int) -> BinaryIO | None:
     """The open file under that lock, which ends when it is closed; None where there is none."""
     try:
-        file = path.open("rb")
+        file = path.open("rb" if how == fcntl.LOCK_SH else "r+b")
     except FileNotFoundError:
         return None
-    fcntl.flock(file, how)
+    lock(file, how)
     try:
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file

@@ -36,7 +36,7 @@ from video_r1.data.sources.tar_index import (
     split_member,
 )  # fmt: skip
 from video_r1.errors import MediaError, VideoR1Error
-from video_r1.files import digest
+from video_r1.files import digest, lock
 
 INDEXES = 256  # of archives, in memory
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
@@ -76,7 +76,7 @@ class RemoteCache(BoundedFolder):
                         stack.callback(path.unlink, missing_ok=True)
                         self._fetch(address, path)
                         held = path.open("rb")
-                        fcntl.flock(held, fcntl.LOCK_SH)
+                        lock(held, fcntl.LOCK_SH)
                         if self.admit(path, entry):
                             path = entry
             with held:
