@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from test_group_forward import assert_same_gradients, expanded_batch, gradients,
 from tiny_models import FAMILIES
 
 from video_r1.errors import ConfigError
+from video_r1.models.adapters import add_adapters
 from video_r1.models.family import family_of, known_families, text_of, tower_of
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import EXPERTS, add_lora
@@ -84,9 +86,13 @@ def test_lora_of_a_familys_experts(family: str) -> None:
     assert_same_gradients(ours, gradients(model, expected, weights))
     assert all(float(ours[name].abs().max()) > 0 for name in ours if ".experts." in name)
     handed = dict(checkpoint_weights(model))
-    merged = model.merge_and_unload().state_dict()
-    assert handed.keys() == merged.keys()
+    added = copy.deepcopy(model)
+    add_adapters(added)
+    saved = added.unload().state_dict()
+    merged = model.merge_and_unload().state_dict()  # PEFT's own sum
+    assert handed.keys() == saved.keys() == merged.keys()
     for name, weight in merged.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-6, msg=name)
         turned = family == "qwen3_vl_moe" and ".experts." in name  # as published
         found = handed[name].transpose(1, 2) if turned else handed[name]
         torch.testing.assert_close(found, weight, rtol=0, atol=1e-6, msg=name)

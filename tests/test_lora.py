@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, tiny_checkpoint
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
+from video_r1.models.adapters import rounded_sum
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
 from video_r1.rewards import group
@@ -84,6 +85,44 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
         merge_adapter(merged, tmp_path / "again")
     with pytest.raises(ConfigError, match="there is no such folder"):
         merge_adapter(tmp_path / "nothing", tmp_path / "again")
+
+
+@pytest.mark.parametrize("size", [3e-5, 1e-3])
+def test_small_changes_of_bfloat16_weights_are_kept(size: float) -> None:
+    """The part of Δ that the sum has, as its projection on Δ. Rounding to the nearest number keeps less than
+    a third of a small one, so that a run's first steps would sample from the model without adapters.
+    """
+    torch.manual_seed(0)
+    weight = (0.03 * torch.randn(512, 1024)).bfloat16()
+    change = 2 * size * torch.randn(512, 64) @ (torch.rand(64, 1024) - 0.5) / 8
+
+    def kept(merged: torch.Tensor) -> float:
+        return float(((merged.float() - weight.float()) * change).sum() / change.square().sum())
+
+    merged = rounded_sum(weight, change)
+    assert merged.dtype == torch.bfloat16 and abs(kept(merged) - 1) < 0.03
+    assert size > 1e-4 or kept((weight.float() + change).bfloat16()) < 0.33
+    assert torch.equal(merged, rounded_sum(weight, change))  # a continued run samples the same
+    exact = weight.float() + change
+    assert ((merged.float() - exact).abs() <= 2.0 ** (exact.abs().log2().floor() - 7)).all()
+
+
+def test_nothing_added_changes_no_weight() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64)
+    for each in (weight, weight.bfloat16(), weight.half()):
+        assert torch.equal(rounded_sum(each, torch.zeros(64, 64)), each)
+    change = torch.randn(64, 64)
+    assert torch.equal(rounded_sum(weight, change), weight + change)
+
+
+def test_broken_adapters_are_not_merged(checkpoint: Path, tmp_path: Path) -> None:
+    model = with_trained_adapters(checkpoint)
+    next(each for name, each in model.named_parameters() if "lora_B" in name).data.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "adapters")
+    with pytest.raises(ConfigError, match="numbers in them are not finite"):
+        merge_adapter(tmp_path / "adapters", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
 
 
 def with_trained_adapters(checkpoint: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from video_r1.errors import ConfigError
 from video_r1.models.four_bits import dense_weight, is_four_bit
 
 logger = logging.getLogger(__name__)
@@ -17,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
-    """The weight of a PEFT layer with its active adapters added, in the base weight's number format.
+    """The weight of a PEFT layer with its active adapters added, in the base weight's number format (see
+    `rounded_sum`).
 
     The layer is left as it is. Weights in 4 bits are given in full, sharded ones (FSDP2) whole. A layer may
     also adapt a tensor of all experts: see `adapted_name`.
@@ -26,10 +28,43 @@ def merged_weight(layer: Any) -> Tensor:
     weight = dense_weight(base) if is_four_bit(base) else whole(getattr(base, adapted_name(layer)))
     if layer.merged or layer.disable_adapters:
         return weight
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            weight = weight + layer.get_delta_weight(adapter).to(weight)
-    return weight
+    changes = [layer.get_delta_weight(name) for name in layer.active_adapters if name in layer.lora_A]
+    return rounded_sum(weight, *changes) if changes else weight
+
+
+def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
+    """weight + changes, in the weight's number format; bfloat16 is rounded so that small changes are kept.
+
+    A bfloat16 number has 8 significant bits, so that the nearest one to W + Δ is W again where |Δ| is below
+    about |W| ÷ 512: nearly everywhere in the first hundred steps of a LoRA run. So it is rounded up with the
+    probability that its cut-off bits stand for (stochastic rounding, arXiv 1502.02551, section 3), by random
+    numbers that are the same at each call: the sum is right on average over the weights of a row.
+    """
+    exact = weight.float()
+    for change in changes:
+        exact = exact + change.to(exact)
+    if weight.dtype != torch.bfloat16:
+        return exact.to(weight.dtype)
+    fixed = torch.Generator(weight.device).manual_seed(0)
+    cut_off = 1 << 16  # bits of a float32 that bfloat16 does not have
+    noise = torch.randint(cut_off, exact.shape, generator=fixed, device=exact.device, dtype=torch.int32)
+    return ((exact.view(torch.int32) + noise) & -cut_off).view(torch.float32).bfloat16()
+
+
+@torch.no_grad()
+def add_adapters(model: nn.Module) -> None:
+    """Adds a PEFT model's adapters to its weights for good; the adapters stay beside them until `unload`.
+
+    Raises ConfigError when a sum is not finite.
+    """
+    layers: dict[str, Any] = {
+        n: each for n, each in model.named_modules() if hasattr(each, "get_delta_weight")
+    }
+    for name, layer in layers.items():
+        weight = merged_weight(layer)
+        if not torch.isfinite(weight).all():
+            raise ConfigError(f"{name}: its adapters are broken, numbers in them are not finite")
+        layer.get_base_layer().get_parameter(adapted_name(layer)).copy_(weight)
 
 
 def adapted_name(layer: Any) -> str:

@@ -25,6 +25,7 @@ from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
+from video_r1.models.adapters import add_adapters
 from video_r1.models.family import (
     check_kind,
     family_names,
@@ -186,8 +187,9 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
         base = load_model(name, quantised[0], quantization_config=quantised[1])
         base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
     model: Any = peft.PeftModel.from_pretrained(base, str(source))
+    add_adapters(model)
     with claimed(Path(out)):
-        model.merge_and_unload(safe_merge=True).save_pretrained(out)
+        model.unload().save_pretrained(out)
         load_processor(source).save_pretrained(out)
         if (source / RECORD).is_file():
             carried = read_record(source / RECORD)
