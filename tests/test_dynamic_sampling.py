@@ -79,6 +79,9 @@ def test_groups_are_written_down_once_for_all_updates_on_them(
     assert [line["step"] for line in left_out] == sorted(line["step"] for line in left_out)
     assert {line["step"] for line in left_out} == {1, 3}
     assert {line["reason"] for line in left_out} == {"no variance"}
+    assert [line["step"] for line in read_lines(tmp_path / "rollouts.jsonl")] == [1, 3]
+    sampled = ["reward/total" in line for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert sampled == [True, False, True, False]
     make_trainer(checkpoint, str(manifest), tmp_path / "none", log_rollouts=0, **settings).train()
     assert not (tmp_path / "none" / "left_out.jsonl").exists()
 

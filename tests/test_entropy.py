@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_tgrpo import plain_logits
+from test_tgrpo import assert_same_gradients, plain_logits, two_are_flat
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines
+from torch import Tensor
+
+from video_r1.data.rollouts import RolloutGroup
+from video_r1.training.rollouts import kept_tokens
 
 
 def nothing(completions: list[str], **columns: Any) -> list[float]:
     """Every completion earns the same: no group has a variance."""
     return [1.0] * len(completions)
+
+
+def plain_entropies(model: Any, groups: Sequence[RolloutGroup], temperature: float) -> Tensor:
+    """float64 [N], of the groups' tokens, one completion after the other."""
+    entropies = []
+    for group in groups:
+        for rollout in group.ordered:
+            scores = (plain_logits(model, group, rollout.token_ids) / temperature).log_softmax(-1)
+            entropies.append(-(scores.exp() * scores).sum(-1))
+    return torch.cat(entropies)
 
 
 @pytest.mark.parametrize("batch_size", [3, 1])
@@ -31,12 +46,7 @@ def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
     groups = [group for batch in batches for group in batch["batch"].groups]
 
     policy = copy.deepcopy(policy_of(trainer)).double()
-    entropies = []
-    for group in groups:
-        for rollout in group.ordered:
-            scores = (plain_logits(policy, group, rollout.token_ids) / 0.7).log_softmax(-1)
-            entropies.append(-(scores.exp() * scores).sum(-1))
-    expected = -0.5 * torch.cat(entropies).mean()
+    expected = -0.5 * plain_entropies(policy, groups, 0.7).mean()
     expected.backward()
 
     losses = [
@@ -45,12 +55,27 @@ def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
     loss = torch.stack(losses).sum()
     loss.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-    for (name, weight), double in zip(
-        policy_of(trainer).named_parameters(), policy.parameters(), strict=True
-    ):
-        if double.grad is not None:
-            scale = max(1e-3, double.grad.abs().max().item())
-            assert (weight.grad.double() - double.grad).abs().max().item() / scale < 1e-4, name
+    assert_same_gradients(policy_of(trainer), policy)
+
+
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_tokens_are_ranked_among_those_of_groups_of_equal_rewards(
+    checkpoint: Path, manifest: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """Whatever a micro-batch is made of, without a KL term too."""
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, rewards=two_are_flat, beta=0.0, temporal_rule="off",
+        top_entropy_quantile=0.3, temperature=0.7, per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=4 // batch_size,
+    )  # fmt: skip
+    policy = copy.deepcopy(policy_of(trainer)).double()
+    for inputs in first_step(trainer)[0]:
+        batch = inputs["batch"]
+        scored = trainer.logprobs(policy_of(trainer), batch, with_entropy=True)
+        entropies = plain_entropies(policy, batch.groups, 0.7)
+        expected = entropies >= torch.quantile(entropies, 0.7)
+        kept = kept_tokens(batch, scored, trainer.settings)
+        assert kept is not None and kept.tolist() == expected.tolist()
 
 
 def test_the_bonus_raises_the_entropy(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
-from tgrpo_trainers import first_step, make_trainer, policy_of, weights
+from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of, weights
 from tiny_models import tiny_checkpoint
 from torch import Tensor
 from transformers import TrainerCallback
@@ -73,8 +74,16 @@ def plain_loss(
             total = total + (loss.mean() if args.loss_type == "grpo" else loss.sum())
             tokens += len(loss)
             responses += 1
-    divisor = {"grpo": responses, "dapo": tokens, "dr_grpo": responses * args.max_completion_length}
-    return total / divisor[args.loss_type]
+    divisor = {"grpo": responses, "dr_grpo": responses * args.max_completion_length}
+    return total / divisor.get(args.loss_type, tokens)
+
+
+def assert_same_gradients(policy: Any, expected: Any) -> None:
+    """Of two copies of a model, the second in float64: within 1e-4 of each weight's largest."""
+    for (name, weight), double in zip(policy.named_parameters(), expected.parameters(), strict=True):
+        if double.grad is not None:
+            scale = max(1e-3, double.grad.abs().max().item())
+            assert (weight.grad.double() - double.grad).abs().max().item() / scale < 1e-4, name
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
@@ -106,18 +115,49 @@ def test_loss_equals_plain_reference(
     loss.backward()
 
     assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-    for (name, parameter), double in zip(
-        policy_of(trainer).named_parameters(), policy.parameters(), strict=True
-    ):
-        if double.grad is not None:
-            scale = max(1e-3, double.grad.abs().max().item())
-            error = (parameter.grad.double() - double.grad).abs().max().item()
-            assert error / scale < 1e-4, name
+    assert_same_gradients(policy_of(trainer), policy)
+
+
+def two_are_flat(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    """The second and the third of a step's groups of four have one reward."""
+    earned = many_tokens(completions, completion_ids)
+    return [0.5 if place // 4 in (1, 2) else reward for place, reward in enumerate(earned)]
+
+
+@pytest.mark.parametrize("batch_size", [4, 2])
+def test_groups_of_equal_rewards_count_in_the_mean_of_a_micro_batch(
+    checkpoint: Path, manifest: Path, tmp_path: Path, batch_size: int
+) -> None:
+    """`bnpo` without a KL term: their tokens are among those of the mean, by which micro-batches count."""
+    trainer = make_trainer(
+        checkpoint, str(manifest), tmp_path, rewards=two_are_flat, loss_type="bnpo", beta=0.0,
+        temporal_rule="off", per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=4 // batch_size,
+    )  # fmt: skip
+    batches, normaliser = first_step(trainer)
+    parts = [batch["batch"].groups for batch in batches]
+    groups = [group for part in parts for group in part]
+    assert [bool(group.advantages.any()) for group in groups] == [True, False, False, True]
+    for group in groups[1:3]:  # of other lengths than the rest
+        group.ordered = [
+            replace(r, token_ids=r.token_ids[:3], logprobs=r.logprobs[:3]) for r in group.ordered
+        ]
+    policy = copy.deepcopy(policy_of(trainer)).double()
+    expected = torch.stack([plain_loss(policy, None, part, trainer.settings) for part in parts]).mean()
+    expected.backward()
+    losses = [
+        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
+    ]
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
+    assert_same_gradients(policy_of(trainer), policy)
 
 
 def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """num_iterations 2: sampled once, the second loss has the first weights as the old policy."""
-    losses: list[float] = []
+    """num_iterations 2: sampled once, the second loss has the first weights as the old policy, ratios that
+    are clipped, and a policy that has left the reference."""
+    lines: list[dict[str, float]] = []
     states: list[Any] = []
     groups: list[list[RolloutGroup]] = []
 
@@ -127,22 +167,28 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
             groups.append([group for batch in trainer.step_batches for group in batch.groups])
 
         def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
-            losses.extend([logs["loss"]] if "loss" in logs else [])
+            lines.extend([logs] if "loss" in logs else [])
 
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, callbacks=[Watch()], num_iterations=2, max_steps=4, beta=0.0,
+        checkpoint, str(manifest), tmp_path, callbacks=[Watch()], num_iterations=2, max_steps=4, beta=0.5,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, save_strategy="no", optim="sgd",
-        learning_rate=0.05, max_grad_norm=0.0,
+        learning_rate=0.02, max_grad_norm=0.0,
     )  # fmt: skip
+    reference = copy.deepcopy(policy_of(trainer)).double()
     engine = CountingEngine(policy_of(trainer), trainer.processing_class)
     trainer.engine = trainer.rollouts.engine = engine
     trainer.train()
     assert engine.calls == 2
     assert groups[0] == groups[1] and groups[2] == groups[3] and groups[1] != groups[2]
     for step, old in ((0, 0), (1, 0), (2, 2), (3, 2)):
-        expected = plain_loss(states[step], None, groups[step], trainer.settings, old=states[old])
-        assert losses[step] == pytest.approx(expected.item(), abs=5e-6)
-    assert abs(losses[1] - losses[0]) > 1e-4
+        expected = plain_loss(states[step], reference, groups[step], trainer.settings, old=states[old])
+        assert lines[step]["loss"] == pytest.approx(expected.item(), abs=5e-6)
+        assert (lines[step]["policy/clip_ratio"] > 0.05) == (step != old)
+        assert (lines[step]["policy/kl"] > 0.001) == (step > 0)
+    unclipped = copy.copy(trainer.settings)
+    unclipped.epsilon = 1e9
+    without = plain_loss(states[1], reference, groups[1], unclipped, old=states[0])
+    assert abs(lines[1]["loss"] - without.item()) > 1e-3
 
 
 class CountingEngine(TransformersEngine):

@@ -82,6 +82,7 @@ class GroupTrainer(QuestionTrainer):
     ) -> None:
         self.terms = terms
         self.step_batches: list[PolicyBatch] = []
+        self.recorded: list[PolicyBatch] = []  # the last ones whose groups were written down
         self.newly_asked: list[tuple[Sequence[Ready[Question]], Sequence[RolloutGroup]]] = []
         callbacks = list(callbacks or [])
         if args.scale_rewards == "task":
@@ -336,8 +337,9 @@ class GroupTrainer(QuestionTrainer):
             self.reference_sync.load(Path(resume_from_checkpoint))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in QuestionTrainer, and records some of this step's groups."""
-        if "loss" in logs and self.is_world_process_zero():
+        """As in QuestionTrainer, and records some of this step's groups, once for all updates on them."""
+        if "loss" in logs and self.is_world_process_zero() and self.step_batches is not self.recorded:
+            self.recorded = self.step_batches
             groups = [group for batch in self.step_batches for group in batch.groups]
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             with tolerated("rollouts.jsonl"):

@@ -26,7 +26,7 @@ from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.metrics import Meter
-from video_r1.training.objective import high_entropy, loss_normaliser
+from video_r1.training.objective import high_entropy, loss_normaliser, objective_of
 from video_r1.training.questions import Ready
 
 
@@ -111,8 +111,8 @@ class StepRollouts:
 class PolicyBatch:
     """A micro-batch of groups, and what later updates on the same rollouts share.
 
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. Without a KL term groups
-    of equal rewards are not among them: advantages of 0 add nothing to the loss or its gradient.
+    Only `trained` ones meet the model: Q questions with N completion tokens in all. Groups of equal rewards
+    are among them where they count (`flat_groups_count`).
     """
 
     groups: list[RolloutGroup]
@@ -179,8 +179,8 @@ def policy_batches(
 ) -> list[PolicyBatch]:
     """Scored groups in their micro-batches of these sizes. vision: features of their prompts that are there.
 
-    all_taught: groups of equal rewards meet the model too, for a term that does not need them to differ. At
-    least one group of each micro-batch does, so that every process has a loss.
+    all_taught: groups of equal rewards meet the model too (`flat_groups_count`). At least one group of each
+    micro-batch does, so that every process has a loss.
     """
     remaining, batches = iter(range(len(groups))), []
     for size in sizes:
@@ -190,6 +190,16 @@ def policy_batches(
         batch.vision = None if vision is None else [vision[n] for n in taught]
         batches.append(batch)
     return batches
+
+
+def flat_groups_count(settings: TGRPOSettings) -> bool:
+    """Whether groups of equal rewards, whose advantages of 0 add nothing to the policy term, count all the
+    same: for a KL or entropy term, as tokens that a micro-batch's mean is over (bnpo), or as tokens that the
+    entropies of others are ranked among.
+    """
+    own_terms = settings.beta != 0 or settings.entropy_coef != 0
+    averaged = objective_of(settings.loss_type).average == "micro_batch"
+    return own_terms or averaged or settings.top_entropy_quantile < 1
 
 
 class StepScale(NamedTuple):

@@ -22,7 +22,8 @@ Where this differs from the paper and its code:
  7. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and on any
     device.
  8. The log-probs of the first update on a batch of rollouts serve as those of the old policy.
- 9. Groups of equal rewards are left out of the update when there is no KL term, to which they add exactly 0.
+ 9. Groups of equal rewards are left out of the update where they change nothing in it: above all, there is no
+    KL term (see `flat_groups_count`).
 10. A question whose media cannot be used gives its place to another one; it is never shown other media.
 11. With vLLM, a token's policy loss is weighted by π_old ÷ π_vLLM (capped), which rounding sets apart.
 12. With async_rollouts, π_vLLM is one update older than π_old.
@@ -57,7 +58,13 @@ from video_r1.training.group_trainer import GroupTrainer
 from video_r1.training.metrics import describe_groups, describe_update
 from video_r1.training.objective import Clip, entropy_sum, policy_loss
 from video_r1.training.questions import Ready
-from video_r1.training.rollouts import PolicyBatch, kept_tokens, policy_batches, step_scale
+from video_r1.training.rollouts import (
+    PolicyBatch,
+    flat_groups_count,
+    kept_tokens,
+    policy_batches,
+    step_scale,
+)
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
@@ -172,8 +179,7 @@ class TGRPOTrainer(GroupTrainer):
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
         give_advantages(groups, args, self.callback_of(TaskMoments))
         describe_groups(self.meter, groups, args.self_reflection_phrases)
-        all_taught = args.beta != 0 or args.entropy_coef != 0
-        return policy_batches(groups, [len(batch) for batch in pending], all_taught, vision)
+        return policy_batches(groups, [len(batch) for batch in pending], flat_groups_count(args), vision)
 
     def ask(self, ready: Sequence[Ready[Question]]) -> Asked:
         """Some of a step's questions with their completions and rewards."""
