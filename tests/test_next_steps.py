@@ -33,7 +33,10 @@ def commands(lines: list[str]) -> list[str]:
     ("words", "expected"),
     [
         ("lab make my/lab", ["video-r1 sft lab-sft --train_manifest my/lab/sft.json"]),
-        ("sft lab-sft", ["video-r1 rl lab-tgrpo --model_name_or_path runs/lab-sft"]),
+        (
+            "sft lab-sft",
+            ["video-r1 rl lab-tgrpo --model_name_or_path runs/lab-sft --train_manifest MANIFEST"],
+        ),
         (
             "sft lab-sft --train_manifest lab/sft.json --output_dir 'my runs/a'",
             ["video-r1 rl lab-tgrpo --model_name_or_path 'my runs/a' --train_manifest lab/rl.json"],
@@ -42,14 +45,23 @@ def commands(lines: list[str]) -> list[str]:
             "sft video-r1-7b-sft-lora",
             [
                 "video-r1 merge runs/video-r1-7b-sft-lora runs/video-r1-7b-sft-lora-merged",
-                "video-r1 rl video-r1-7b-tgrpo-lora --model_name_or_path runs/video-r1-7b-sft-lora-merged",
+                "video-r1 rl video-r1-7b-tgrpo-lora --model_name_or_path runs/video-r1-7b-sft-lora-merged "
+                "--train_manifest MANIFEST",
+            ],
+        ),
+        (
+            "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data --output_dir o",
+            [
+                "video-r1 merge o o-merged",
+                "video-r1 rl qwen3-vl-4b-tgrpo-lora --model_name_or_path o-merged --train_manifest MANIFEST "
+                "--media_root /data",
             ],
         ),
         (
             "sft video-r1-7b-sft --output_dir runs/x",
             [
                 f"accelerate launch --config_file {RECIPES}/accelerate/fsdp2.yaml --num_processes 8 "
-                "-m video_r1 rl video-r1-7b-tgrpo --model_name_or_path runs/x"
+                "-m video_r1 rl video-r1-7b-tgrpo --model_name_or_path runs/x --train_manifest MANIFEST"
             ],
         ),
         (
@@ -74,8 +86,21 @@ def commands(lines: list[str]) -> list[str]:
             "plan video-r1-7b-sft-lora --gpus 4 --sharding zero3",
             [
                 f"accelerate launch --config_file {RECIPES}/accelerate/zero3.yaml --num_processes 4 "
-                f"--deepspeed_config_file {RECIPES}/deepspeed/zero3.json -m video_r1 sft video-r1-7b-sft-lora"
+                f"--deepspeed_config_file {RECIPES}/deepspeed/zero3.json "
+                "-m video_r1 sft video-r1-7b-sft-lora --gradient_accumulation_steps 4"
             ],
+        ),
+        (
+            "plan video-r1-7b-tgrpo-lora --load_in_4bit --use_vllm false --gpu_memory 24GB "
+            "--length_range 1 2 --run_name='--x' --warmup_steps 9 --keep 'blind < 0.5'",
+            [
+                "video-r1 rl video-r1-7b-tgrpo-lora --load_in_4bit --use_vllm false --length_range 1 2 "
+                "--run_name=--x --warmup_steps 9 --keep 'blind < 0.5'"
+            ],
+        ),
+        (
+            "plan video-r1-7b-sft-lora --max_response_length 99 --num_generations 4",
+            ["video-r1 sft video-r1-7b-sft-lora --max_response_length 99"],
         ),
         ("data check lab/test.json", []),
     ],
@@ -101,7 +126,7 @@ def test_after_an_annotation_and_a_merge(tmp_path: Path) -> None:
     manifest = tmp_path / "train.json"
     manifest.write_text("[]")
     lines = after(f"annotate {manifest} --teacher http://x/v1 --out {tmp_path}/cot.json")
-    words = f"video-r1 sft video-r1-7b-sft --train_manifest {tmp_path}/cot.json --media_root {tmp_path}"
+    words = f"video-r1 sft qwen3-vl-4b-sft-lora --train_manifest {tmp_path}/cot.json --media_root {tmp_path}"
     assert commands(lines)[0] == words
     lines = after("merge runs/lora runs/merged")
     assert "video-r1 rl RECIPE --model_name_or_path runs/merged" in lines[0]
@@ -112,6 +137,45 @@ def test_a_run_of_several_processes_goes_on_with_as_many(monkeypatch: pytest.Mon
     monkeypatch.setenv("WORLD_SIZE", "2")
     (line,) = commands(after("sft video-r1-7b-sft-4x96"))
     assert "--num_processes 2 -m video_r1 rl video-r1-7b-tgrpo-4x96" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "said"),
+    [
+        ("video-r1-7b-tgrpo-lora", "", ""),
+        ("video-r1-7b-tgrpo-lora --gpus 4", "--gradient_accumulation_steps 2", ""),
+        (
+            "video-r1-7b-tgrpo-lora --gpus 3",
+            "--gradient_accumulation_steps 2",
+            "a step has 6 questions with 3 processes, 8 on the machine that the recipe is for",
+        ),
+        (
+            "video-r1-7b-tgrpo-lora --gpus 16",
+            "--gradient_accumulation_steps 1",
+            "a step has 16 questions with 16 processes, 8 on the machine that the recipe is for",
+        ),
+        (
+            "lab-tgrpo --gpus 4 --gradient_accumulation_steps 5",
+            "--gradient_accumulation_steps 5",
+            "",
+        ),
+        (
+            "video-r1-7b-tgrpo --gpus 4",
+            "",
+            "a step has 4 questions with 4 processes, 8 on the machine that the recipe is for; "
+            "--gradient_accumulation_steps 2 keeps them, if it fits",
+        ),
+        ("mine.yaml --gpus 2", "--gradient_accumulation_steps 1", ""),
+    ],
+)
+def test_a_step_keeps_its_questions_on_other_gpus(
+    words: str, option: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("made_for: {command: sft, gpus: 1}\n")  # SFT's two passes by default
+    line, *more = after(f"plan {words}")
+    found = " ".join(line.partition(" --gradient_accumulation_steps ")[1:]).split()
+    assert (" ".join(found), more) == (option, [said] * bool(said))
 
 
 def test_a_server_says_what_to_do_with_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,18 @@ def test_a_folder_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     model_of(128, 4, 2048).config.save_pretrained("Qwen/Qwen3-VL-8B-Thinking")
     assert not is_published("Qwen/Qwen3-VL-8B-Thinking")
     assert model_config("Qwen/Qwen3-VL-8B-Thinking").get_text_config().hidden_size == 128
+
+
+@pytest.mark.slow
+def test_the_page_of_recipes_has_the_plans_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
+    found = re.search(r"`([\w-]+)` with `([^`]+)` is planned at ([\d.]+) GB", page)
+    assert found is not None
+    assert main(["plan", found[1], *found[2].split()]) == 0
+    out = capsys.readouterr().out
+    peak = float(out.rpartition("\nfits: ")[2].split()[0]) * 2**30 / GB
+    assert float(found[3]) == pytest.approx(peak, abs=0.06)
+    assert f"next: video-r1 rl {found[1]} {found[2]}\n" in out
 
 
 def remedies(

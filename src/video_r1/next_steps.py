@@ -3,13 +3,16 @@
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from video_r1.catalogue import MERGED, counterpart
+from video_r1.commands import COMMANDS
 from video_r1.data.sources.places import media_root_of
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import RECIPES, MadeFor
+from video_r1.recipe_files import RECIPES, MadeFor, read_recipe
+from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 Values = Mapping[str, Any]
 ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
@@ -54,6 +57,42 @@ def launched(made_for: MadeFor, gpus: int, *words: object) -> str:
     return shlex.join([*launcher, "-m", "video_r1", *map(str, words)])
 
 
+def options(given: Values) -> list[str]:
+    """Settings as the words of a command line; true alone stands without a word after it."""
+    words: list[str] = []
+    for name, value in given.items():
+        if isinstance(value, str) and value.startswith("--"):
+            words.append(f"--{name}={value}")
+        else:
+            behind = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, behind)]
+    return words
+
+
+def same_questions(source: str, made_for: MadeFor, gpus: int, given: Values) -> tuple[list[str], list[str]]:
+    """The option by which a step of a recipe has as many questions on other GPUs than those it is made for,
+    and a line that has both numbers where it has not.
+
+    Accumulation is divided, never multiplied: that may need more memory than the recipe was planned with.
+    """
+    values = {**read_recipe(source)[0], **given}
+    usual = made_for.gpus or 1
+    if gpus == usual or "gradient_accumulation_steps" in given:
+        return [], []
+    defaults = (SFTSettings if made_for.command == "sft" else TGRPOSettings)()
+    batch = int(values.get("per_device_train_batch_size", defaults.per_device_train_batch_size))
+    passes = int(values.get("gradient_accumulation_steps", defaults.gradient_accumulation_steps))
+    wanted, kept = divmod(passes * usual, gpus)
+    fewer = min(passes, max(1, wanted))
+    option = options({"gradient_accumulation_steps": fewer}) if fewer != passes else []
+    if fewer * gpus == passes * usual:
+        return option, []
+    here, there = batch * fewer * gpus, batch * passes * usual
+    said = f"a step has {here} questions with {gpus} processes, {there} on the machine that the recipe is for"
+    remedy = f"; --gradient_accumulation_steps {wanted} keeps them, if it fits" if wanted and not kept else ""
+    return option, [said + remedy]
+
+
 def several() -> int:
     """Processes of this run, where a launcher has started more than one; else 0."""
     count = int(os.environ.get("WORLD_SIZE", 1))
@@ -73,11 +112,11 @@ def after_lab(recipe: Recipe, values: Values) -> list[str]:
 
 def after_annotate(recipe: Recipe, values: Values) -> list[str]:
     root = media_root_of(values["manifest"], values["media_root"])
-    words = ("sft", "video-r1-7b-sft", "--train_manifest", values["out"], "--media_root", root)
+    words = ("sft", "qwen3-vl-4b-sft-lora", "--train_manifest", values["out"], "--media_root", root)
     return [
         f"next: {line(*words)}",
-        "video-r1 recipes lists recipes for other models and machines; the same command asks again what was "
-        "not answered",
+        "that is for one GPU of 24 GB; video-r1 recipes lists recipes for other models and machines",
+        "the same command asks again what was not answered",
     ]
 
 
@@ -86,11 +125,15 @@ def after_sft(recipe: Recipe, values: Values) -> list[str]:
     lines, made = _model(out, values["use_peft"])
     other = counterpart("rl", start, recipe.made_for)
     if other is not None:
-        manifest = beside(values["train_manifest"], "rl.json")
-        words = ["rl", other, "--model_name_or_path", made]
-        words += ["--train_manifest", manifest] if manifest else []
-        gpus = several() or (recipe.made_for.gpus or 1)
-        lines.append(f"next: {launched(recipe.made_for, gpus, *words)}")
+        given = {"model_name_or_path": made}
+        own = read_recipe(other)[0]["train_manifest"]
+        manifest = beside(values["train_manifest"], "rl.json") or (None if Path(own).exists() else "MANIFEST")
+        given |= {"train_manifest": manifest} if manifest else {}
+        given |= {"media_root": values["media_root"]} if values["media_root"] else {}
+        made_for = replace(recipe.made_for, command="rl")
+        gpus = several() or (made_for.gpus or 1)
+        option, said = same_questions(other, made_for, gpus, given)
+        lines += [f"next: {launched(made_for, gpus, 'rl', other, *options(given), *option)}", *said]
     else:
         lines.append(f"next: {line('rl', 'RECIPE', '--model_name_or_path', made)}; see video-r1 recipes")
     return [*lines, LENGTHEN]
@@ -136,14 +179,17 @@ def after_eval(recipe: Recipe, values: Values) -> list[str]:
 
 
 def after_plan(recipe: Recipe, values: Values) -> list[str]:
-    """The command that trains as planned."""
+    """The command that trains as planned, with the settings that the plan was given."""
     command = values["stage"] or recipe.made_for.command
     if recipe.source is None or command is None:
         return []
     gpus = values["gpus"] or recipe.made_for.gpus or 1
     sharding = values["sharding"] or (recipe.made_for.sharding if gpus > 1 else "none")
-    made_for = MadeFor(command, gpus, sharding=sharding)
-    return [f"next: {launched(made_for, gpus, command, recipe.source)}"]
+    known = {*COMMANDS[command].types(), *recipe.training}
+    given = {name: value for name, value in recipe.overrides.items() if name in known}
+    option, said = same_questions(recipe.source, replace(recipe.made_for, command=command), gpus, given)
+    words = [command, recipe.source, *options(given), *option]
+    return [f"next: {launched(MadeFor(command, gpus, sharding=sharding), gpus, *words)}", *said]
 
 
 FOLLOWS: dict[str, Callable[[Recipe, Values], list[str]]] = {

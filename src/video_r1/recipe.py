@@ -32,13 +32,16 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Resolved settings of one command. `training`: `TrainingArguments` fields that no section has."""
+    """Resolved settings of one command. training: `TrainingArguments` fields that no section has. overrides:
+    what the command line gave beside the recipe, as it was written.
+    """
 
     command: str
     sections: tuple[Settings, ...]
     training: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
     made_for: MadeFor = field(default_factory=MadeFor)
+    overrides: dict[str, Any] = field(default_factory=dict)
 
     def section(self, kind: type[S]) -> S:
         """The section of the class `kind` (or of a class made from it). KeyError when there is none."""
@@ -79,9 +82,9 @@ def load_recipe(
     if source is not None:
         made_for = dataclasses.replace(made_for, command=made_for.command or stage_of(values))
         check_command(command, str(source), made_for, values.get("model_name_or_path"))
-    for name, value in (overrides or {}).items():
-        values[name.replace("-", "_")] = value
-        origins[name.replace("-", "_")] = f"option --{name}"
+    overrides = {name.replace("-", "_"): value for name, value in (overrides or {}).items()}
+    values |= overrides
+    origins |= {name: f"option --{name}" for name in overrides}
     types = COMMANDS[command].types()
     trains = COMMANDS[command].plans_training
     imported = training_argument_types() if trains and values.keys() - types.keys() else {}
@@ -105,7 +108,8 @@ def load_recipe(
             found.append((name, f"is missing; set it in the recipe or with --{name}"))
     raise_problems(found, origins)
     extra = {name: value for name, value in settings.items() if name not in types}
-    return Recipe(command, tuple(sections), extra, None if source is None else str(source), made_for)
+    source = None if source is None else str(source)
+    return Recipe(command, tuple(sections), extra, source, made_for, overrides)
 
 
 def stage_of(values: Mapping[str, Any]) -> str | None:

@@ -148,8 +148,8 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "what pays for the frame order: margin alpha·(p − p_shuffled); threshold alpha when p ≥ "
         "mu·p_shuffled; weight advantages × (1 + kappa·(p − p_shuffled)); likelihood alpha·(1 − exp(−drop)) "
         "by each response's drop in log-prob with the contrast clip (step: alpha above the group's mean; "
-        "apart: added to advantages; gate: −alpha·exp(−drop), of the fifth of its tokens that drop "
-        "most); tokens, the fifth of its tokens that drop most × (1 + kappa)",
+        "apart: added to advantages; gate: −alpha·accuracy·exp(−drop), of the fifth of its "
+        "tokens that drop most); tokens, the fifth of its tokens that drop most × (1 + kappa)",
     )
     temporal_contrast: Contrast = setting(
         "shuffled",
