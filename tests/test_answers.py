@@ -264,6 +264,17 @@ def test_options_without_letters_and_no_options_at_all() -> None:
         ("The answer is 5, and not 6", 5),
         ("Answer: -2", -2),
         ("1e3", 1000),
+        ("about 1e-3 m", 0.001),
+        ("about 20-30", 30),  # a range, of which the last number is read
+        ("about 20%-30%", 30),
+        ("from .5-.7", 0.7),
+        ("<answer>20-30 people</answer>", 20),
+        ("it is -30 degrees", -30),
+        ("x = -30.", -30),
+        ("(-30)", -30),
+        ("$-30", -30),
+        ("__-30__", -30),
+        ("答案是-30。", -30),
         ("many", None),
     ],
 )

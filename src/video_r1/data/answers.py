@@ -11,7 +11,11 @@ _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _OPEN_ANSWER = re.compile(r"<answer>(.*)\Z", re.DOTALL)
 _THINK = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|answer)>")
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# No sign: the dash of "20-30", "20%-30%", "f(x)-3", "COVID-19". A sign: "= -30", "$-30", and "约-30".
+_SIGN = r"(?:(?<![\dA-Za-z.)%°])[-+])?"
+_NUMBER = re.compile(
+    rf"{_SIGN}(?:\d{{1,3}}(?:,\d{{3}})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
