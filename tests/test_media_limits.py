@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image
 from video_r1.data.decoding import decoders
 from video_r1.data.decoding.decoders import Decoders, read_media
 from video_r1.data.decoding.media import decode_media
-from video_r1.errors import ConfigError, MediaError
+from video_r1.errors import ConfigError, MediaError, VideoR1Error
 from video_r1.settings.frames import FrameBudget
 
 LARGE = FrameBudget(frame_pixels=640 * 360, image_pixels=2000 * 2000)
@@ -138,6 +139,60 @@ def test_a_server_that_was_killed_is_started_again(tmp_path: Path, workers: Deco
     (worker,) = workers.idle
     os.kill(worker.number, signal.SIGKILL)
     assert len(read_media(good, SMALL).frames) == 4
+
+
+@pytest.mark.parametrize("with_server", [True, False])
+def test_workers_that_die_together_are_no_fault_of_a_file(
+    tmp_path: Path, workers: Decoders, with_server: bool
+) -> None:
+    """As where a machine has no memory left."""
+    clips = [sample(write_video(tmp_path / f"{number}.mp4", 8 + 2 * number)) for number in range(3)]
+    for worker in [workers._take(new=True) for _ in clips]:
+        workers._put_back(worker)
+    assert workers.server is not None
+    server, _ = workers.server
+    numbers = [worker.number for worker in workers.idle]
+    for number in [server.pid] * with_server + numbers:
+        os.kill(number, signal.SIGKILL)
+    found = [len(read_media(clips[0], SMALL).frames)]
+    threads = [
+        threading.Thread(target=lambda clip=clip: found.append(len(read_media(clip, SMALL).frames)))
+        for clip in clips
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(numbers) == 3 and found == [4] * 4
+    assert (workers.server[0] is not server) == with_server
+    assert all(worker.server is workers.server[0] for worker in workers.idle)
+
+
+def test_a_job_that_is_told_to_stop_reads_on(tmp_path: Path, workers: Decoders) -> None:
+    """SIGTERM reaches all its processes; the one that reads has a step to finish."""
+    good = sample(write_video(tmp_path / "good.mp4", 8))
+    read_media(good, SMALL)
+    assert workers.server is not None
+    (worker,) = workers.idle
+    for number in (workers.server[0].pid, worker.number):
+        os.kill(number, signal.SIGTERM)
+    assert len(read_media(good, SMALL).frames) == 4
+    assert workers.idle == [worker] and is_running(worker.number) and is_running(workers.server[0].pid)
+
+
+def test_a_server_that_is_ended_again_and_again(
+    tmp_path: Path, workers: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exchange(channel: Any, *question: Any) -> Any:
+        assert workers.server is not None
+        workers.server[0].kill()
+        raise EOFError
+
+    monkeypatch.setattr(decoders, "_exchange", exchange)
+    monkeypatch.setattr(decoders, "_ATTEMPTS", 2)
+    with pytest.raises(VideoR1Error, match=r"a.mp4: the process .* was ended 2 times meanwhile") as error:
+        read_media(sample(write_video(tmp_path / "a.mp4", 8)), SMALL)
+    assert not isinstance(error.value, MediaError)
 
 
 def test_many_threads_read_at_once(tmp_path: Path, workers: Decoders) -> None:

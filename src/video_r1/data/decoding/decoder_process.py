@@ -67,6 +67,8 @@ def serve(control_number: int) -> None:
 
     import video_r1.data.decoding.media  # noqa: F401  before forking
 
+    # Reaches all processes of a job that is to stop; the reader may read on, and ends these when it does.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)  # workers, not their threads, fill the cores
     av.logging.set_level(av.logging.PANIC)
     warnings.simplefilter("ignore")  # what is wrong with a file is told in the answer

@@ -32,6 +32,7 @@ from video_r1.processes import OneAProcess
 from video_r1.settings.frames import FrameBudget
 
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
+_ATTEMPTS = 4  # at one file
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -44,28 +45,37 @@ serve(int(sys.argv[2]))
 class _Worker:
     number: int  # process id
     channel: socket.socket
+    server: subprocess.Popen[bytes]  # that forked it, and alone can end it
 
 
 class Decoders:
     """Workers that decode, and the server that forks them. Thread-safe; started when they are needed."""
 
     def __init__(self) -> None:
-        self.idle: list[_Worker] = []
+        self.idle: list[_Worker] = []  # of the server that runs
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
     def read(self, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
-        """`decode_media` with these workers."""
-        ended = ""
-        for _ in range(2):  # the system may have killed the first worker for want of memory elsewhere
-            worker = self._take()
+        """`decode_media` with these workers.
+
+        The system may kill a worker for want of memory elsewhere, and idle ones with it: a file is what
+        cannot be used where a second worker, a new one, does not survive it either. That of a server that has
+        ended says nothing of the file.
+        """
+        crashed = False
+        for _ in range(_ATTEMPTS):
+            worker = self._take(new=crashed)
             try:
                 answer, last = _exchange(worker.channel, sample, budget, part)
             except TimeoutError:
                 self._stop(worker)
                 raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
             except (EOFError, ConnectionError):
-                ended = self._stop(worker)
+                reason = self._stop(worker)
+                if reason and crashed:
+                    raise MediaError(sample.path, f"makes the decoder crash ({reason})") from None
+                crashed = crashed or bool(reason)
                 continue
             except BaseException:  # Ctrl-C in the middle of an answer
                 self._stop(worker)
@@ -73,52 +83,62 @@ class Decoders:
             if last:
                 self._stop(worker)
             else:
-                with self.lock:
-                    self.idle.append(worker)
+                self._put_back(worker)
             if isinstance(answer, str):
                 raise MediaError(sample.path, answer)
             return answer
-        raise MediaError(sample.path, f"makes the decoder crash ({ended})")
+        raise VideoR1Error(
+            f"{sample.path}: the process that decodes media was ended {_ATTEMPTS - crashed} times meanwhile; "
+            "does the machine, or the job, have memory left?"
+        )
 
     def close(self) -> None:
         """Ends the server and the idle workers."""
         with self.lock:
-            while self.idle:
-                self.idle.pop().channel.close()
             if self.server is not None:
                 self._forget_server()
 
-    def _take(self) -> _Worker:
+    def _take(self, new: bool) -> _Worker:
         """An idle worker, or a new one."""
         with self.lock:
-            if self.idle:
+            if self.idle and not new:
                 return self.idle.pop()
             ours, theirs = socket.socketpair()
             with theirs:
                 for _ in range(2):  # a server that was killed meanwhile is started again
                     if self.server is None:
                         self.server = _start_server()
-                    control = self.server[1]
+                    process, control = self.server
                     try:
                         socket.send_fds(control, [COMMAND.pack(START, 0)], [theirs.fileno()])
-                        return _Worker(receive(control)["worker"], ours)
+                        return _Worker(receive(control)["worker"], ours, process)
                     except (EOFError, ConnectionError):
                         self._forget_server()
             raise VideoR1Error("the process that decodes media ended as soon as it was used; see above")
 
-    def _stop(self, worker: _Worker) -> str:
-        """Kills a worker. Returns what ended it, in words."""
+    def _put_back(self, worker: _Worker) -> None:
+        with self.lock:
+            if self._is_ours(worker):
+                self.idle.append(worker)
+            else:
+                worker.channel.close()
+
+    def _is_ours(self, worker: _Worker) -> bool:
+        return self.server is not None and self.server[0] is worker.server
+
+    def _stop(self, worker: _Worker) -> str | None:
+        """Kills a worker. Returns what ended it, in words; None where its server had ended."""
         worker.channel.close()
         with self.lock:
-            if self.server is None:
-                return "its server ended"
+            if self.server is None or not self._is_ours(worker):
+                return None
             control = self.server[1]
             try:
                 control.sendall(COMMAND.pack(STOP, worker.number))
                 code = receive(control)["exit"]
             except (EOFError, ConnectionError):
                 self._forget_server()
-                return "its server ended"
+                return None
         if code is None or code >= 0:
             return f"exit code {code}"
         return signal.Signals(-code).name
@@ -127,6 +147,8 @@ class Decoders:
         assert self.server is not None
         process, control = self.server
         self.server = None
+        while self.idle:  # nobody could end them any more
+            self.idle.pop().channel.close()
         control.close()
         process.kill()
         process.wait()
