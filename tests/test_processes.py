@@ -69,6 +69,11 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytes
     SFTConfig(**training_arguments(tmp_path, use_cpu=False))
 
 
+def test_a_setting_that_would_compile_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="torch_compile: a group's forward goes past what it compiles"):
+        SFTConfig(**training_arguments(tmp_path, torch_compile=True))
+
+
 def read_steps(path: Path) -> list[list[int]]:
     """Of each step the questions that one process has trained on."""
     return json.loads(path.read_text())

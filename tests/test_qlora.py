@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from resume_runs import any_format, comparable, write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
-from tiny_models import FAMILIES, tiny_checkpoint
+from tiny_models import FAMILIES, tiny_checkpoint, tiny_processor
 from tiny_questions import read_lines, training_arguments
 from torch import Tensor
+from vllm_prompts import clip_prompts, differences
 
 from video_r1 import packages
 from video_r1.cli import main
@@ -22,6 +24,8 @@ from video_r1.errors import ConfigError
 from video_r1.models.four_bits import dense_weight, is_four_bit, record_four_bits
 from video_r1.models.loading import add_lora, load_model
 from video_r1.rewards import group
+from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.weights import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
@@ -223,6 +227,25 @@ def test_vllm_is_given_layers_without_adapters_in_full(checkpoint: Path) -> None
     config = peft.LoraConfig(r=4, target_modules=["q_proj"])
     model = peft.get_peft_model(load_model(checkpoint, load_in_4bit=True), config)
     same_weights(dict(checkpoint_weights(model)), load_model(checkpoint, load_in_4bit=True).dequantize())
+
+
+@pytest.mark.vllm
+def test_vllm_samples_with_a_model_in_four_bits(tmp_path: Path) -> None:
+    """In the process. vLLM knows no such numbers and is given what they stand for; the generators that the
+    run draws from stay where they were.
+    """
+    model = adapted(tiny_checkpoint("qwen2_5_vl", tmp_path, for_vllm=True))
+    processor = tiny_processor("qwen2_5_vl")
+    before = torch.get_rng_state(), random.getstate()
+    engine = VLLMEngine(model, processor, max_model_len=512, max_sequences=16)
+    try:
+        assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+        engine.update_weights(model)
+        prompts = clip_prompts(processor)
+        groups = engine.generate(prompts, SamplingSettings(n=2, max_tokens=8, seed=0))
+        assert float(differences(model, prompts, groups).max()) < 1e-3
+    finally:
+        engine.close()
 
 
 # ---- 8-bit AdamW

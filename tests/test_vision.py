@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.launches import counted
 from video_r1.data.prompts import Prompt
 from video_r1.models import vision
-from video_r1.models.checked import Checked
+from video_r1.models.checked import TOLERANCE, Checked, tolerance
 from video_r1.models.group_forward import encode_vision
 from video_r1.models.vision import PatchProjection, Segments, attention_by_length
 
@@ -143,6 +143,28 @@ def test_a_fast_path_that_agrees_is_taken(caplog: pytest.LogCaptureFixture) -> N
     only = Checked("doubling", fast, failing)  # no engine for the plain one
     assert only(x).equal(2 * x)
     assert "doubling is taken unchecked: the plain path fails here (no kernel for this device)" in caplog.text
+
+
+def test_gradients_are_compared_when_they_are_first_needed(caplog: pytest.LogCaptureFixture) -> None:
+    """A rollout comes before the first update: the values are right there, the gradients wrong later."""
+    path = Checked("doubling", lambda x: x + x.detach(), doubled)
+    x = torch.randn(5, requires_grad=True)
+    with torch.no_grad():
+        assert path(x).equal(2 * x) and path.agrees and not caplog.text
+    (gradient,) = torch.autograd.grad(path(x).sum(), [x])
+    assert gradient.equal(torch.full((5,), 2.0)) and "doubling is off by" in caplog.text
+
+
+def test_rounding_is_no_disagreement() -> None:
+    """A gradient of a float32 weight has gone through bf16 where autocast is on: the plain path is as far
+    from the truth as the fast one."""
+    weight, patches = torch.randn(3, 3), torch.randn(4, 3)
+    assert tolerance([weight]) == TOLERANCE and tolerance([weight, weight.bfloat16()]) == 3 * 2**-7
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tolerance([weight]) == 3 * 2**-7
+        path = Checked("a product", lambda x, w: 1.01 * (x @ w), torch.matmul)
+        path(patches, weight.requires_grad_())
+    assert path.agrees and path.gradients_agree
 
 
 @pytest.mark.parametrize("broken", [failing, lambda q, k, v, parts, scale: q.transpose(1, 2) * 0])

@@ -59,6 +59,11 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if self.torch_compile:
+            raise ConfigError(
+                "torch_compile: a group's forward goes past what it compiles; attention is compiled and "
+                "decoding recorded without it. Leave it out"
+            )
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"

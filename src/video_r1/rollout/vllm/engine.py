@@ -12,11 +12,13 @@ import copy
 import gc
 import math
 import os
+import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 from transformers import AutoConfig, GenerationConfig
 
@@ -116,6 +118,8 @@ class VLLMEngine:
         inner = vision_language_model(model)
         config = copy.deepcopy(inner.config)
         config.architectures = [type(inner).__name__]  # a model made in code has none
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config  # vLLM is given weights in 4 bits in full
         config.save_pretrained(self._folder.name)
         inner.generation_config.save_pretrained(self._folder.name)
         self.processor.save_pretrained(self._folder.name)
@@ -250,17 +254,23 @@ def generation_config(source: str | Path) -> GenerationConfig:
 
 
 def _start(arguments: dict[str, Any]) -> Any:
+    """vLLM's LLM. What its worker sets for the whole process, which trains as well, is set back."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    threads = torch.set_num_threads
+    threads, precision = torch.set_num_threads, torch.backends.cuda.matmul.fp32_precision
+    drawn = random.getstate(), numpy.random.get_state()
     try:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(f"vLLM cannot be imported ({error}); install it, or sample without it") from error
     use_transformers_positions()
     try:
-        return LLM(**arguments)
+        with torch.random.fork_rng():
+            return LLM(**arguments)
     except ValueError as error:
         raise ConfigError(f"vLLM refuses {arguments['model']}: {error}") from error
     finally:
-        torch.set_num_threads = threads  # vLLM's CPU worker puts a function in its place that does nothing
+        torch.set_num_threads = threads  # its worker for CPUs puts a function there that does nothing
+        torch.backends.cuda.matmul.fp32_precision = precision  # TF32 or not is the run's setting
+        random.setstate(drawn[0])
+        numpy.random.set_state(drawn[1])
