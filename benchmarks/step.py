@@ -43,7 +43,7 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import ContrastUnit, FrameBudget
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.advantages import group_advantages
-from video_r1.training.drops import logprob_drops
+from video_r1.training.drops import logprob_drops, samples_as_it_scores
 from video_r1.training.objective import policy_loss
 from video_r1.training.reference import frozen_copy
 
@@ -150,8 +150,11 @@ class Step:
         sampling = SamplingSettings(n=settings.num_generations, max_tokens=settings.max_completion_length)
         ordered, shuffled = sample_rollouts(self.engine, questions, sampling, settings.shuffled_generations)
         vision = self.vision([question.ordered for question in questions])
-        permuted = vision if unit == "patch" else None
-        drops = logprob_drops(self.model, questions, ordered, settings.temperature, len(questions), permuted)
+        exact = samples_as_it_scores(self.model)
+        drops = logprob_drops(
+            self.model, questions, ordered, settings.temperature, len(questions),
+            vision if unit == "patch" or not exact else None, exact,
+        )  # fmt: skip
         return self.updated(self.scored(questions, ordered, shuffled, drops), vision)
 
     def generate(self, prompt: Prompt, count: int) -> list[Rollout]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import pytest
 import torch
 from group_batches import build, tokens_of
+from PIL import Image
 from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample
 from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of
 from tiny_models import has_timestamps
-from tiny_questions import read_lines, training_arguments
+from tiny_questions import read_lines, row, training_arguments
 
 from video_r1.data.contrasts import blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.decoding.media import Media
@@ -22,7 +25,7 @@ from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.data.reading import build_question
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
-from video_r1.models.group_forward import encode_vision
+from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings
@@ -209,6 +212,61 @@ def test_a_frozen_tower_sees_a_clip_twice(
         for name in ours:
             if not name.startswith(timed):
                 assert ours[name] == pytest.approx(others[name], abs=1e-4), name
+
+
+class Elsewhere:
+    """An engine that is none of ours, whose log-probs are rounded."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self.engine = engine
+        self.update_weights, self.rest, self.close = engine.update_weights, engine.rest, engine.close
+
+    def generate(self, *args: Any, **options: Any) -> list[list[Rollout]]:
+        groups = self.engine.generate(*args, **options)
+        return [[replace(one, logprobs=one.logprobs.bfloat16().float()) for one in each] for each in groups]
+
+
+@pytest.mark.parametrize("case", ["float32", "bf16", "bf16, frozen tower", "another engine"])
+def test_a_clip_that_does_not_move_loses_nothing(
+    checkpoint: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a still clip all orders are one: drops are exactly 0, however the sampler rounds, since both sides
+    are computed in one way. In float32 one of them is what was sampled with."""
+    image = np.zeros((56, 56, 3), np.uint8)
+    image[10:30, 20:40] = (220, 30, 30)
+    (tmp_path / "clip").mkdir()
+    for number in range(8):
+        Image.fromarray(image).save(tmp_path / "clip" / f"{number}.png")
+    still = row(1, "multiple choice", "video", "clip/") | {"fps": 4.0}
+    (tmp_path / "still.json").write_text(json.dumps([still, still | {"problem_id": 2}]))
+
+    model = load_model(checkpoint, "bfloat16" if "bf16" in case else "float32")
+    if "frozen" in case:
+        freeze_vision(model)
+    trainer = make_trainer(
+        model, str(tmp_path / "still.json"), tmp_path / "run", temporal_rule="likelihood",
+        per_device_train_batch_size=1, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    if case == "another engine":
+        trainer.rollouts.engine = Elsewhere(cast(TransformersEngine, trainer.engine))
+    scored: list[int] = []
+
+    def heard(*args: Any, **options: Any) -> Any:
+        scored.append(1)
+        return group_logprobs(*args, **options)
+
+    monkeypatch.setattr("video_r1.training.drops.group_logprobs", heard)
+    batches, _ = first_step(trainer)
+    groups = [group for batch in batches for group in batch["batch"].groups]
+    drops = torch.cat([drops for group in groups for drops in group.token_drops])
+    if case == "float32":
+        assert len(scored) == 2 and drops.abs().max() < 1e-4
+        return
+    assert len(scored) == 4 and not drops.any()
+    assert all((batch["batch"].vision is not None) == ("frozen" in case) for batch in batches)  # shared
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
+    packed = torch.cat([trainer.logprobs(policy_of(trainer), batch["batch"]).logprobs for batch in batches])
+    assert (sampled - packed).abs().max() > 1e-3  # or there would be nothing to see
 
 
 def test_an_image_has_no_contrast() -> None:

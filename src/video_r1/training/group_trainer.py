@@ -35,6 +35,8 @@ from video_r1.recipe import Recipe
 from video_r1.rewards.group import RewardTerms, score_groups
 from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.general import GeneralEngine
+from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.checks import (
     CHECKED_QUESTIONS,
     Preflight,
@@ -44,7 +46,7 @@ from video_r1.training.checks import (
 )
 from video_r1.training.credit import TaskMoments
 from video_r1.training.difficulty import Difficulty
-from video_r1.training.drops import Comparison, compare
+from video_r1.training.drops import Comparison, compare, samples_as_it_scores
 from video_r1.training.dynamic_sampling import Asked, LeftOut, fill_places
 from video_r1.training.judge import Judge, JudgeAway
 from video_r1.training.metrics import LEFT_OUT, tolerated
@@ -197,16 +199,18 @@ class GroupTrainer(QuestionTrainer):
         """What the contrast clips take from the completions' log-probs, where the temporal rule needs it.
 
         The features of ordered prompts are shared with the updates where the vision tower, of a known family,
-        is frozen and a contrast of temporal patches permutes them.
+        is frozen, and a contrast of temporal patches permutes them or drops need them themselves.
         """
         args = self.settings
         if not args.needs_drops:
             return Comparison()
         known = find_family(vision_language_model(cast(nn.Module, self.model))) is not None
-        shared = known and self.vision_is_frozen and args.contrast_unit == "patch"
+        here = not args.use_vllm and isinstance(self.rollouts.engine, TransformersEngine | GeneralEngine)
         with self.meter.seconds("contrast"), self.whole_policy() as model:
+            as_sampled = here and samples_as_it_scores(model)
+            shared = known and self.vision_is_frozen and (args.contrast_unit == "patch" or not as_sampled)
             size = args.per_device_train_batch_size
-            return compare(model, questions, ordered, args.temperature, size, shared)
+            return compare(model, questions, ordered, args.temperature, size, shared, as_sampled)
 
     def score(
         self,
