@@ -13,12 +13,16 @@ import distributed_runs
 import peft
 import torch
 from accelerate.state import PartialState
+from deepspeed.runtime.zero.parameter_offload import (  # pyright: ignore[reportMissingImports]
+    FWD_MODULE_STACK,
+)
 from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 from distributed_work import Watch, save
 from tgrpo_trainers import make_trainer
 from tiny_questions import training_arguments
 from transformers import training_args
 
+from video_r1.lab.model import base_folder
 from video_r1.models.family import family_of
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.engine import SamplingSettings
@@ -101,6 +105,8 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
     trainer.train()
     sample_at_its_own_pace(trainer)
     check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
+    if trainer.deepspeed.zero_optimization_stage() == 3:
+        check_hooks(trainer)
     kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
     torch.save(dict(trainer.model.named_buffers()), folder / name / f"buffers-{os.environ['RANK']}.pt")
     save(trainer, watch, folder / name, kinds)
@@ -126,6 +132,31 @@ def check_sharding(trainer: Any, stage: int) -> None:
         assert all(p.ds_tensor.numel() == -(-p.ds_numel // 2) for p in partial)
         if partial:
             assert sum(p.ds_numel for p in partial) > 0.9 * parameter_count(model)
+
+
+def check_hooks(trainer: Any) -> None:
+    """Entering once more leaves no more hooks behind, nor names of models that are running."""
+    offload = trainer.deepspeed.optimizer.parameter_offload
+
+    def left_behind() -> list[int]:
+        return [len(each) for each in (offload.forward_hooks, offload.backward_hooks, FWD_MODULE_STACK)]
+
+    before = left_behind()
+    with trainer.whole_weights():
+        assert left_behind()[:2] == [0, 0]
+    assert left_behind() == before and before[0] > 20
+
+
+def with_vllm(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:
+    """Two T-GRPO steps with a vLLM in each process, which has no whole weights when it is built."""
+    kind = changes.pop("kind", "all")
+    adapters = None if kind == "all" else peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"])
+    settings = common(zero, save_strategy="no", eval_strategy="no", use_vllm=True, **changes)
+    trainer = make_trainer(
+        base_folder(), str(folder / "manifest.json"), folder / name, peft=adapters, max_prompt_length=900,
+        per_device_train_batch_size=2, **settings,
+    )  # fmt: skip
+    trainer.train()
 
 
 def sft(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import pytest
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
@@ -18,6 +19,7 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
+from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model
 from video_r1.rollout.vllm.weights import checkpoint_weights
@@ -205,6 +207,13 @@ def as_on_a_gpu(folder: Path) -> None:
         group_logprobs(wanted, prompts, completions).logprobs.sum().backward()
     for (name, one), two in zip(plain.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(two.grad, one.grad, msg=name)
+
+
+def refused(folder: Path, message: str) -> None:
+    """A trainer that is not built, for this reason."""
+    let_accelerate_shard_on_cpu()
+    with pytest.raises(ConfigError, match=message):
+        make_trainer(folder / "model", str(folder / "manifest.json"), folder / "refused", **common(2))
 
 
 def handed_over(folder: Path) -> None:

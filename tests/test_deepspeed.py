@@ -183,6 +183,18 @@ def test_adapters_and_a_frozen_vision_tower(folder: Path, kind: str, stage: int)
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["all", "lora"])
+def test_zero3_with_vllm_in_the_processes(folder: Path, kind: str) -> None:
+    """vLLM has the trainer's weights before the first step and after each one."""
+    run = two_processes("with_vllm", folder, f"vllm-{kind}", 3, "launch", kind=kind)
+    steps = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["sampler/logprob_difference"] < 1e-3 for line in steps)
+    assert "log-probs differ" not in (folder / "process-0.log").read_text()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_best_model_is_the_one_that_is_saved(folder: Path, stage: int) -> None:

@@ -92,6 +92,26 @@ def test_sft_equals_one_process(folder: Path, kind: str, environment: dict[str, 
     same_run(folder / "sft-1", run)
 
 
+VERSION_1 = {
+    **{"FSDP_VERSION": "1", "FSDP_RESHARD_AFTER_FORWARD": "FULL_SHARD"},
+    **{"FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "FSDP_SYNC_MODULE_STATES": "false"},  # they need a GPU
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (VERSION_1, "trains and saves models here: set fsdp_version: 2 in"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, "set fsdp_state_dict_type: FULL_STATE_DICT in"),
+    ],
+)
+def test_fsdp_that_cannot_train_or_save_is_refused(
+    folder: Path, changes: dict[str, str], message: str
+) -> None:
+    """What accelerate takes where its file does not say otherwise."""
+    run_processes(2, "distributed_work:refused", folder, message, environment={**FSDP2, **changes})
+
+
 def test_sft_counts_tokens_over_all_processes(folder: Path) -> None:
     """Whether or not the Trainer is told to: its own setting would do it a second time."""
     run = folder / "sft-own-tokens"

@@ -133,7 +133,9 @@ def test_a_range_is_two_shares(checkpoint: Path, manifest: Path, tmp_path: Path,
 def test_a_run_with_both_is_continued_exactly(
     checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bit for bit, over the end of an epoch (two steps)."""
+    """Bit for bit, over the end of an epoch (two steps); also where the Trainer puts callbacks with the state
+    of the checkpoint in place of others, as early stopping wants it.
+    """
     monkeypatch.setattr("video_r1.rewards.group.answer_scores", odd_sums)
     settings: dict[str, Any] = {
         "rewards": mostly_equal, "dynamic_sampling": 2, "difficulty_range": [0.1, 0.8], "max_steps": 5,
@@ -149,9 +151,10 @@ def test_a_run_with_both_is_continued_exactly(
     assert {line["reason"] for line in left_out} == {"replaced", "tried", "no variance"}
     asked = {line["problem_id"] for line in rollouts if line["step"] > 2}
     assert 0 not in asked  # always right, as the first epoch has shown
-    for step in (1, 3):
+    for step, restored in ((1, False), (3, True)):
         half = tmp_path / f"from-{step}"
         shutil.copytree(tmp_path / "whole", half)
+        settings["restore_callback_states_from_checkpoint"] = restored
         resumed = make_trainer(checkpoint, str(manifest), half, **settings)
         resumed.train(resume_from_checkpoint=str(half / f"checkpoint-{step}"))
         assert comparable(half / "metrics.jsonl") == comparable(tmp_path / "whole" / "metrics.jsonl")

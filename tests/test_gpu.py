@@ -305,6 +305,7 @@ def test_vllm_in_the_process_samples_videos(family: str, figures: Figures) -> No
     model, prompts = model.to(DEVICE), clip_prompts(processor)
     settings = VLLMSettings(vllm_gpu_memory_utilization=0.2)
     engine = VLLMEngine(model, processor, max_model_len=1024, settings=settings)
+    engine.update_weights(model)
     groups = engine.generate(prompts, SamplingSettings(n=4, max_tokens=16, seed=0))
     figures["logprob_difference"] = float(differences(model, prompts, groups).mean())
     engine.close()

@@ -87,6 +87,7 @@ def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) 
     differs on purpose is found."""
     model, prompts = model_of(family), prompts_of(family)
     engine = VLLMEngine(model, tiny_processor(family), max_model_len=1024, max_sequences=32)
+    engine.update_weights(model)
     calls: list[dict[str, Any]] = []
     inner = engine.llm.apply_model(lambda model: model)[0]
     embed = inner.embed_multimodal

@@ -20,6 +20,8 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.sampling import prompt_seed
+from video_r1.rollout.transformers import stop_token_ids
+from video_r1.rollout.vllm import engine as vllm_engine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.positions import prompt_positions
 from video_r1.rollout.vllm.requests import asks_of
@@ -124,6 +126,26 @@ def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None
         VLLMEngine(base_folder(), load_processor(base_folder()))
 
 
+def test_weights_that_are_shared_out_are_not_read_when_the_engine_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under ZeRO-3 a parameter is empty outside of `whole_weights`. Without weights nothing is sampled."""
+    calls: list[str] = []
+    llm = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=512, dtype=torch.float32),
+        collective_rpc=lambda name, **kwargs: calls.append(name),
+    )
+    monkeypatch.setattr(vllm_engine, "_start", lambda arguments: llm)
+    processor = tiny_processor("qwen2_5_vl")
+    model = tiny_model("qwen2_5_vl", processor.tokenizer)
+    for parameter in model.parameters():
+        parameter.data = torch.empty(0)
+    engine = VLLMEngine(model, processor, max_model_len=512)
+    assert calls == [] and engine.stop_ids == stop_token_ids(model.generation_config, processor)
+    with pytest.raises(VideoR1Error, match="vLLM has no weights"):
+        engine.generate([], SamplingSettings())
+
+
 def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> None:
     """Sleep of level 2 needs a GPU; here vLLM is replaced by what it is asked for."""
     calls: list[str] = []
@@ -137,12 +159,12 @@ def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> No
     engine = VLLMEngine.__new__(VLLMEngine)
     engine.llm, engine.tokenizer = Recorder(), tiny_processor("qwen2_vl").tokenizer
     engine.max_model_len, engine.stop_ids = 4096, []
-    engine._sleep, engine._asleep = True, False
+    engine._sleep, engine._asleep, engine._has_weights = True, False, True
     model = tiny_model("qwen2_vl", engine.tokenizer)
     engine.rest()
     engine.rest()
     assert calls == ["sleep {'level': 2}"]
-    with pytest.raises(VideoR1Error, match="given its weights back"):
+    with pytest.raises(VideoR1Error, match="hand the model's over first"):
         engine.generate([], SamplingSettings())
     engine.update_weights(model)
     assert calls[1:4] == ["wake_up ['weights']", "collective_rpc take_weights", "wake_up ['kv_cache']"]

@@ -168,10 +168,16 @@ class GroupTrainer(QuestionTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """As in QuestionTrainer, with the questions that `difficulty_range` leaves."""
         loader = super().get_train_dataloader()
-        if difficulty := self.callback_of(Difficulty):
+        if self.callback_of(Difficulty):
             assert self.source is not None
-            self.source.choices = difficulty.choices
+            self.source.choices = self.kept_questions
         return loader
+
+    def kept_questions(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
+        """The questions that `difficulty_range` leaves of an epoch, by number."""
+        difficulty = self.callback_of(Difficulty)
+        assert difficulty is not None
+        return difficulty.choices(samples, epoch)
 
     def pending_rollouts(self) -> list[Any]:
         """The next step's questions, which are being read; [] where it needs no rollouts or there is none."""

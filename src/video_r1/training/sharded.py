@@ -36,16 +36,19 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
             yield
     elif zero_stage(accelerator) == 3:
         import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where ZeRO-3 is in use
+        from deepspeed.runtime.zero import parameter_offload  # pyright: ignore[reportMissingImports]
 
         engine: Any = model
         with deepspeed.zero.GatheredParameters(list(engine.parameters())):
             # The hooks of ZeRO-3 would give each layer's weights back after it has run.
             hooks = engine.optimizer.parameter_offload
             hooks._remove_module_hooks()
+            hooks.forward_hooks, hooks.backward_hooks = [], []  # it keeps those that are removed
             try:
                 yield
             finally:
                 hooks.setup_zero_stage3_hooks()
+                parameter_offload.FWD_MODULE_STACK.pop()  # the model, which stands there already
     else:
         yield
 
@@ -82,9 +85,11 @@ def keep_figures_exact(accelerator: Accelerator) -> None:
 
 
 def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raises ConfigError for a model of the general path whose weights would be shared out: processes gather
-    a layer's together, and on this path each runs the layers as often as its own questions need it.
+    """Raises ConfigError for FSDP that cannot train here (`check_fsdp`), and for a model of the general path
+    whose weights would be shared out: processes gather a layer's together, and on this path each runs the
+    layers as often as its own questions need it.
     """
+    check_fsdp(accelerator)
     kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero_stage(accelerator) == 3 else None
     inner = vision_language_model(model)
     if kind is not None and find_family(inner) is None:
@@ -92,6 +97,24 @@ def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
             f"{type(inner).__name__} takes the general path, which does not work with weights that {kind} "
             "shares out among processes; use DDP or ZeRO-2"
         )
+
+
+def check_fsdp(accelerator: Accelerator) -> None:
+    """Raises ConfigError for FSDP's version 1, whose weights cannot be gathered for a whole rollout, and for
+    checkpoints of shares, in which there is no model, and from which a run cannot be continued.
+    """
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None:
+        return
+    for name, found, wanted in (
+        ("fsdp_version", plugin.fsdp_version, 2),
+        ("fsdp_state_dict_type", plugin.state_dict_type.name, "FULL_STATE_DICT"),
+    ):
+        if found != wanted:
+            raise ConfigError(
+                f"{name} is {found}, and only {wanted} trains and saves models here: set {name}: {wanted} in "
+                "accelerate's file, as recipes/accelerate/fsdp2.yaml does"
+            )
 
 
 IN_CHECKPOINTS = frozenset(

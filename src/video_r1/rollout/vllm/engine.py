@@ -48,8 +48,8 @@ ENVIRONMENT = {
 class VLLMEngine:
     """Samples with vLLM, which holds its own copy of the weights (`update_weights` hands new ones over).
 
-    model: checkpoint folder or hub id; or a transformers model (also within PEFT or DDP), whose weights are
-        handed over at once.
+    model: checkpoint folder or hub id, whose weights are loaded; or a transformers model (also within PEFT,
+        DDP or FSDP2), whose weights `update_weights` has to hand over first: here they may be shared out.
     processor: the one that the prompts are built with.
     dtype: "auto" is that of the model or the checkpoint.
     max_model_len: most tokens of prompt and completion together, where the model allows as many.
@@ -82,6 +82,7 @@ class VLLMEngine:
         self._asleep = False
         self._neighbours = neighbours(settings.vllm_tensor_parallel_size)
         in_memory = not isinstance(model, (str, Path))
+        self._has_weights = not in_memory
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
             dtype = str(vision_language_model(model).dtype).removeprefix("torch.")
@@ -107,10 +108,7 @@ class VLLMEngine:
         self.llm = _start(arguments)
         self.max_model_len: int = self.llm.model_config.max_model_len
         self._dtype: torch.dtype = self.llm.model_config.dtype
-        if in_memory:
-            self.update_weights(model)
-        else:
-            self.stop_ids = stop_token_ids(generation_config(source), self.tokenizer)
+        self.stop_ids = stop_token_ids(generation_config(source), self.tokenizer)
 
     def _describe(self, model: Any) -> str:
         """A folder with all of the model's checkpoint but its weights."""
@@ -135,6 +133,7 @@ class VLLMEngine:
         if self._asleep:  # only now: the weights' copies on their way need room as well
             self.llm.wake_up(["kv_cache"])
             self._asleep = False
+        self._has_weights = True
         self.reset_caches()
         self.stop_ids = stop_token_ids(vision_language_model(model).generation_config, self.tokenizer)
 
@@ -153,13 +152,12 @@ class VLLMEngine:
 
         A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed of prompt q
         (see `prompt_seeds`) fixes its completions.
-        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`.
+        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error where
+        no weights have been handed over since the engine was built or has rested.
         """
         asks = asks_of(prompts, sampling, counts, self.max_model_len, self.stop_ids)
-        if self._asleep:
-            raise VideoR1Error(
-                "vLLM has given its weights back; hand the model's over first (update_weights)"
-            )
+        if not self._has_weights:
+            raise VideoR1Error("vLLM has no weights; hand the model's over first (update_weights)")
         requests = [(engine_input(prompts[ask.place], self._dtype), ask.parameters) for ask in asks]
         own = slice(None)
         if self._neighbours is not None:
@@ -195,7 +193,7 @@ class VLLMEngine:
         """
         if self._sleep and not self._asleep:
             self.llm.sleep(level=2)
-            self._asleep = True
+            self._asleep, self._has_weights = True, False
 
     def close(self) -> None:
         """Gives vLLM's memory back."""
