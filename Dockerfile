@@ -2,6 +2,8 @@
 #
 #   docker build -t video-r1-cuda .
 #   docker run --rm --gpus all --shm-size 16g -v "$PWD":/data video-r1-cuda rl my.yaml
+#
+# That is one process on one GPU; docs/recipes.md has the line for several.
 FROM nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04
 
 # gcc and Python's headers: Triton compiles its kernels where they run.
@@ -17,7 +19,7 @@ COPY src src
 ENV PIP_NO_CACHE_DIR=1
 ARG ACCELERATOR=cuda
 RUN ACCELERATOR=$ACCELERATOR setup/install.sh
-RUN if [ "$ACCELERATOR" = cuda ]; then .venv/bin/pip install -q -c .venv/constraints.txt -e '.[qlora,deepspeed,vllm,trackers]'; fi
+RUN if [ "$ACCELERATOR" = cuda ]; then .venv/bin/pip install -q -c .venv/constraints.txt -e '.[qlora,deepspeed,vllm,trackers,smolvlm,math,studio]'; fi
 
 ENV PATH=/opt/video-r1/.venv/bin:$PATH HF_HOME=/data/.cache/huggingface
 WORKDIR /data

@@ -71,6 +71,17 @@ def extras_are_there(names: str) -> None:
     assert {*names.split(",")} <= known.keys()
 
 
+def the_dockerfile_says(line: str, words: str = "") -> None:
+    """The same line as at the Dockerfile's head, with a command that the image takes."""
+    assert f"#   {line}\n" in (ROOT / "Dockerfile").read_text()
+    if words:
+        read_request(*find_command(shlex.split(words)))
+
+
+def lies_in_the_image(path: str) -> None:
+    assert "WORKDIR /opt/video-r1\n" in (ROOT / "Dockerfile").read_text() and (ROOT / path).is_dir()
+
+
 def prints_the_recipes(code: str) -> None:
     said: list[Path] = []
     exec(code, {"print": said.append})
@@ -99,7 +110,9 @@ SHELL: dict[str, Callable[..., None]] = {
     r"source \.venv/bin/activate": lambda: target_is_there("install"),
     r"pip install '\.\[(.+)\]'": extras_are_there,
     r'pip install "video-r1\[(.+)\] @ git\+\$\(git remote get-url origin\)"': extras_are_there,
-    r"docker build -t \S+ \.": lambda: (ROOT / "Dockerfile").stat() and None,
+    r"(docker build .+)": the_dockerfile_says,
+    r"(docker run .+ video-r1-cuda (.+))": the_dockerfile_says,
+    r"R=/opt/video-r1/(\S+)": lies_in_the_image,
     r"R=\$\(python -c '(.+)'\)": prints_the_recipes,
     r"python -m benchmarks\.(\w+)(.*)": benchmark_takes,
     r"(?:hf download|vllm serve|cd \S+ && unzip|python -m lmms_eval) .*": lambda: (

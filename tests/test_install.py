@@ -201,6 +201,13 @@ def test_the_images_instructions_are_well_formed() -> None:
     assert ("RUN", "ACCELERATOR=$ACCELERATOR setup/install.sh") in found
 
 
+def test_the_image_has_all_that_users_can_install() -> None:
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = re.findall(r"-e '\.\[(.+)\]'", SCRIPT + (ROOT / "Dockerfile").read_text())
+    installed = {extra for extras in named for extra in extras.split(",")}
+    assert installed == about["optional-dependencies"].keys() - {"bench", "docs"}
+
+
 def test_the_image_has_what_its_steps_need() -> None:
     """What is copied is there and not left out by .dockerignore; the set-up and the build need no more."""
     copied = {name for word, rest in instructions() if word == "COPY" for name in rest.split()[:-1]}
