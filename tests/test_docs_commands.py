@@ -109,7 +109,6 @@ SHELL: dict[str, Callable[..., None]] = {
     r"make ([a-z-]+)": target_is_there,
     r"source \.venv/bin/activate": lambda: target_is_there("install"),
     r"pip install '\.\[(.+)\]'": extras_are_there,
-    r'pip install "video-r1\[(.+)\] @ git\+\$\(git remote get-url origin\)"': extras_are_there,
     r"(docker build .+)": the_dockerfile_says,
     r"(docker run .+ video-r1-cuda (.+))": the_dockerfile_says,
     r"R=/opt/video-r1/(\S+)": lies_in_the_image,

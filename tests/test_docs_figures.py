@@ -39,6 +39,16 @@ def test_every_table_of_figures_says_what_makes_it(name: str) -> None:
             assert table.start() in marked, table[0].splitlines()[0]
 
 
+def test_the_readmes_figures_are_those_of_their_files() -> None:
+    text = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    gaps = json.loads((DOCS / "demo" / "seed-0.json").read_text())["temporal_gap"]
+    for gap in (gaps["sft"], gaps["rl"]):
+        low, high = gap["interval95"]
+        assert f"{gap['gap']:.3f} [{low:.3f}, {high:.3f}]" in text
+    ratio = json.loads((DOCS / "figures" / "update.json").read_text())["ratio"]
+    assert f"1/{ratio:.1f} of the usual time" in text
+
+
 def test_files_of_benchmarks_are_among_the_runs() -> None:
     """Their files have the names of runs, and the runs are of benchmarks that there are."""
     for page in PAGES:
