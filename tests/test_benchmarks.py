@@ -15,6 +15,7 @@ from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
+from video_r1.evaluation.benchmarks.spec import manifest_rows
 from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
 
 
@@ -513,6 +514,24 @@ def test_lettered_options(options: Any, expected: list[str]) -> None:
 def test_answers_become_letters(answer: Any, expected: str) -> None:
     assert answer_of(answer, ["A. left", "B. right"]) == expected
     assert answer_of(answer, []) == str(answer)
+
+
+def test_an_answer_that_is_one_options_letter_and_anothers_text() -> None:
+    """The benchmark says which it is: "What letter is written first?" of MVBench, whose answers are texts."""
+    letters = options_of(["E", "A", "I"])
+    assert answer_of("A", letters) == "A"
+    assert answer_of("A", letters, "text") == "B"
+    assert answer_of("C", letters, "text") == "C"  # no option's text
+    texts = {name for name, benchmark in BENCHMARKS.items() if benchmark.answers_are == "text"}
+    assert texts == {"mvbench", "tvbench", "mvp", "mvp_mini"}
+
+
+def test_mvbench_reads_answers_as_texts(tmp_path: Path) -> None:
+    row = {"video": "7.mp4", "question": "What letter is written first?", "candidates": ["E", "A", "I"]}
+    (tmp_path / "mvbench" / "json").mkdir(parents=True)
+    (tmp_path / "mvbench" / "json" / "character_order.json").write_text(json.dumps([row | {"answer": "A"}]))
+    (found,) = manifest_rows(BENCHMARKS["mvbench"], tmp_path)
+    assert found["solution"] == "<answer>B</answer>" and found["options"] == ["A. E", "B. A", "C. I"]
 
 
 def test_a_wrong_tempcompass_answer_is_no_silent_mistake() -> None:

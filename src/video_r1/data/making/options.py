@@ -36,15 +36,18 @@ def _prefix(option: str) -> str:
     return match.group() if match else ""
 
 
-def answer_of(answer: Any, options: Sequence[str]) -> str:
-    """The option's letter for an answer given as letter, as `"B. text"` or as the option's text."""
+def answer_of(answer: Any, options: Sequence[str], read_as: Literal["letter", "text"] = "letter") -> str:
+    """The option's letter for an answer given as letter, as `"B. text"` or as the option's text.
+
+    read_as: what an answer is that is one option's letter and another one's text ("A" of "A. E", "B. A").
+    """
     text = str(answer).strip()
     if not options:
         return text
     letters = [option[0] for option in options]
     texts = [option[len(_prefix(option)) :].strip() for option in options]
     bare = text.strip("().: ")
-    if bare in letters:
+    if bare in letters and not (read_as == "text" and text in texts):
         return bare
     if text in texts:
         return letters[texts.index(text)]

@@ -53,6 +53,7 @@ class Benchmark:
     problem: str = "question"
     choices: str = "options"
     answer: str = "answer"
+    answers_are: Literal["letter", "text"] = "letter"  # where one could be either: options "E", "A" and "I"
     task_type: str  # template
     only: Mapping[str, str] = field(default_factory=dict)  # without rows that have other values in these
     regression: Sequence[str] = ()  # task types whose answer is a measured number
@@ -132,6 +133,7 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
             task = filled(benchmark.task_type, row)
             problem_type = benchmark.problem_type_of(row, task)
             options = options_of(row.get(benchmark.choices) or [], problem_type)
+            answer = answer_of(row[benchmark.answer], options, benchmark.answers_are)
             place = first_existing(folder, benchmark.places_of(row))
             form = benchmark.prompts.get(task) or benchmark.prompts.get("", "{question}")
             form = form.replace("{kind}", "multi-choice" if options else "open-ended")
@@ -141,7 +143,7 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
                 "data_type": "video",
                 "problem_type": problem_type,
                 "options": options,
-                "solution": f"<answer>{answer_of(row[benchmark.answer], options)}</answer>",
+                "solution": f"<answer>{answer}</answer>",
                 "path": f"{benchmark.name}/{place.path}",
                 "data_source": row.get("data_source", benchmark.title),
                 "task_type": task,
