@@ -80,6 +80,7 @@ def ask_lab_questions(run: Path, samples: list[Sample]) -> None:
         frames = save_strip(media.frames, run / "frames" / f"lab-{number}.jpg")
         order = random.Random(number).sample(range(len(media.frames)), len(media.frames))
         line |= {name: getattr(sample, name) for name in RECORDED}
+        line["path"] = sample.path
         line |= {"data_type": "video", "permutation": order, "contrast": "shuffled"}
         line["frames"] = frames | {"timestamps": [round(float(time), 3) for time in media.timestamps]}
         for completion in [*line["ordered"], *line["shuffled"]]:

@@ -108,6 +108,7 @@ def test_both_orders_of_clips_and_images(builder: PromptBuilder, media: Path, tm
     assert [(record["problem_id"], record["order"]) for record in records] == [
         (1, "ordered"), (1, "shuffled"), ("two", "ordered"), ("two", "shuffled"), (3, "ordered"),
     ]  # fmt: skip
+    assert len({record["question"] for record in records}) == 2  # of the same words, about a clip or an image
     assert records[1] | {"output": "It is A.", "prediction": "A", "score": 0.0, "frames": 8} == records[1]
     assert records[0]["strict_score"] == records[0]["score"] == records[0]["format"] == 1.0
     figures = summary["frames"]["8"]

@@ -13,6 +13,7 @@ from report_runs import write_lines
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
+from video_r1.data.manifests.records import question_digest
 from video_r1.studio.server import application
 
 
@@ -95,6 +96,48 @@ def test_two_evaluations_side_by_side(folder: Path) -> None:
         )
         gone = client.get("/api/versus", params={"left": "../rl", "right": "sft"})
         assert gone.status_code == 404 and "no such evaluation" in gone.json()["error"]
+
+
+def test_whose_clip_it_is(tmp_path: Path) -> None:
+    """Manifests that all count from 1: an answer that another one begins with, another text, another clip."""
+    row = {"problem_id": 1, "problem": "How many?", "data_type": "video", "problem_type": "multiple choice"}
+    row |= {"options": ["A. 1", "B. 10"], "solution": " <answer>B. 10</answer>", "path": "shelf/7.mp4"}
+    rows = {
+        "a": row | {"options": [], "problem_type": "free-form", "solution": "<answer>Both</answer>"},
+        "b": row | {"problem": "How many more?"},
+        "c": row | {"path": "shelf/8.mp4"},
+        "d": row,
+        "e": row | {"pass_rates": {"blind": 0.5}},
+        "f": row | {"start": 1.0},
+    }
+    for name in "abcde":
+        (tmp_path / f"{name}.json").write_text(json.dumps([rows[name]]))
+    run = {"step": 1, "frames": {}, "answer": "B", "path": "elsewhere/7.mp4"}
+    write_lines(tmp_path / "run" / "rollouts.jsonl", [row | run])
+    facts = (row["problem"], row["options"], "B", ["/elsewhere/7.mp4"])
+    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+
+        def row_of(**said: Any) -> Any:
+            for side, score in (("left", 1.0), ("right", 0.0)):
+                line = {"problem_id": 1, "order": "ordered", "output": "", "answer": "B", "score": score}
+                write_lines(tmp_path / side / "predictions-8.jsonl", [line | said])
+            return get(client, "/api/questions", left="left", right="right")["shown"][0]["row"]
+
+        found = row_of(question=question_digest(*facts))
+        assert (found["manifest"], found["options"], found["others"]) == ("d.json", row["options"], 0)
+        assert row_of(question=question_digest("Another?", *facts[1:])) is None
+        found = row_of()  # of an older version
+        assert (found["manifest"], found["problem"], found["others"]) == ("b.json", "How many more?", 2)
+        assert row_of(answer="Bo") is None and row_of(answer="Both")["manifest"] == "a.json"
+
+        place = {"run": "run", "at": 0, "life": get(client, "/api/entries", run="run")["life"]}
+        clip = get(client, "/api/group", **place)["clip"]
+        assert (clip["manifest"], clip["others"]) == ("d.json", 0)
+        (tmp_path / "d.json").unlink()  # what is left has the same clip
+        (tmp_path / "f.json").write_text(json.dumps([rows["f"]]))  # and a part of it
+        client.app.state.manifests.finder.looks_again()  # type: ignore[attr-defined]
+        clip = get(client, "/api/group", **place)["clip"]
+        assert (clip["manifest"], clip["others"]) == ("e.json", 1)
 
 
 def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ def write_question_about_two(folder: Path) -> None:
     row = rows[0] | both | {"problem": "Do they go the same way?", "solution": "<answer>yes</answer>"}
     row.pop("options", None)
     (folder / "lab" / "two.json").write_text(json.dumps([row]))
+    copied = row | {"path": [f"again/{path}" for path in row["path"]]}
+    (folder / "lab" / "two_again.json").write_text(json.dumps([copied]))
     shutil.copytree(folder / "rl", folder / "two")
     line = json.loads((folder / "two" / "rollouts.jsonl").read_text().splitlines()[0])
     line["frames"] |= {"clips": [4, 4], "timestamps": [0.0, 1.0, 2.0, 3.0] * 2}
@@ -139,6 +141,8 @@ def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
             assert drawn(video)
         assert len(lengths) == 2
     page.goto(f"{address}#/run/two")
+    said = "This is row 1 of lab/two.json; 1 other row may be meant as well."
+    expect(page.locator(".column.ordered")).to_contain_text(said)
     for order, begins in (("ordered", [0, 0]), ("shuffled", [2, 1])):
         videos = page.locator(f".column.{order} .players video")
         expect(videos).to_have_count(2)

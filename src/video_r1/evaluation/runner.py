@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, question_digest
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation import protocol
@@ -81,6 +81,7 @@ class _Evaluation(Asking):
         overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
         return {
             "problem_id": sample.problem_id,
+            "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
             "order": prompt.order,
             "output": rollout.text,
             **scored._asdict(),

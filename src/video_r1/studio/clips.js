@@ -95,12 +95,16 @@ function framePlayer(clip, times, pace, frames, still) {
   return node;
 }
 
+/** That the row is one of several with this question: how many more there are. */
+const oneOfSeveral = (row) => (row.others
+  ? make("p", { class: "quiet" }, `This is row ${show(row.row + 1)} of ${row.manifest}; ${plural(row.others, "other row")} may be meant as well.`) : "");
+
 /** The clips of a recorded group above their frames, in order or as the contrast shows them. */
 function groupClip(group, order) {
   const { clip } = group;
   if (!clip || group.media === "image") return "";
   const place = { manifest: clip.manifest, row: clip.row };
-  if (order === "ordered") return player(place, false, clip, group);
+  if (order === "ordered") return [oneOfSeveral(clip), player(place, false, clip, group)];
   const told = group.timestamps.filter((time) => time !== null).length === group.count;
   if (!group.permutation?.length || !told || clip.files.length !== firstFrames(group).length) return "";
   return besideEachOther("Clip", clip.files.map((frames, i) => {

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from video_r1.data.manifests.records import Sample
+from video_r1.data.manifests.records import Sample, question_digest
 from video_r1.data.sources.addresses import local_file
 from video_r1.data.sources.frame_folders import FOLDER_FPS, frame_names
 from video_r1.data.sources.remote import open_remote_cache
@@ -25,7 +25,7 @@ from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
 from video_r1.studio.answers import Answer, number
 from video_r1.studio.finding import Finder
-from video_r1.studio.manifest_index import COLUMNS, ManifestIndex, pattern_of
+from video_r1.studio.manifest_index import COLUMNS, ManifestIndex, paths_of, pattern_of
 
 OPEN_MANIFESTS = 12  # whose indexes are kept in memory
 PAGE = 50  # rows of one answer
@@ -175,12 +175,6 @@ def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
     }
 
 
-def paths_of(row: dict[str, Any]) -> list[str]:
-    """The files of a row."""
-    path = row.get("path", "")
-    return [text(one) for one in path] if isinstance(path, list) and path else [text(path)]
-
-
 def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
     """Of a folder of frames: how many (`count`), and how many of them a second (`fps`). Raises ValueError."""
     count = 0
@@ -206,29 +200,40 @@ def _places(path: str) -> Part | list[Part]:
         return Part(copy, 0, file.seek(0, os.SEEK_END), f"cell{ending}")
 
 
-def row_of(indexes: Sequence[ManifestIndex], problem_id: str, answer: str) -> dict[str, Any] | None:
-    """The row of a manifest that has this question and this answer, for a page that shows its clip."""
+def row_of(
+    indexes: Sequence[ManifestIndex], problem_id: str, answer: str, question: str
+) -> dict[str, Any] | None:
+    """The row of a manifest that has this question, for a page that shows its clip. `others`: how many more
+    there are that it may be and that show something else.
+
+    question: of `question_digest`; "" where it is not known, and only the name and the answer are compared.
+    """
+    shown: dict[tuple[Any, ...], dict[str, Any]] = {}
     for index in indexes:
         with index.lock:
-            for row in index.rows_named(problem_id):
-                fields = index.row(row) or {}
-                if answer and answer in text(fields.get("solution", "")):
-                    paths = paths_of(fields)
-                    try:
-                        files = [frames_of(index.places.find(path), fields) for path in paths]
-                    except ValueError:  # the page says that it does not play
-                        files = [None] * len(paths)
-                    return {
-                        "manifest": index.manifest.name,
-                        "row": row,
-                        "problem": text(fields.get("problem", ""))[:TEXT],
-                        "options": [text(option)[:TEXT] for option in as_list(fields.get("options"))[:26]],
-                        "media": text(fields.get("data_type", "")),
-                        "start": finite(fields.get("start")),
-                        "end": finite(fields.get("end")),
-                        "files": files,
-                    }
-    return None
+            for row, sample in index.questions(problem_id):
+                facts = (sample.problem, sample.options, sample.answer, sample.paths)
+                if sample.answer == answer and question in ("", question_digest(*facts)):
+                    shown.setdefault((*sample.shown, *facts), _clip_of(index, row, sample))
+    return {**next(iter(shown.values())), "others": len(shown) - 1} if shown else None
+
+
+def _clip_of(index: ManifestIndex, row: int, sample: Sample) -> dict[str, Any]:
+    fields = index.row(row) or {}
+    try:
+        files = [frames_of(index.places.find(path), fields) for path in paths_of(fields)]
+    except ValueError:  # the page says that it does not play
+        files = [None] * len(sample.paths)
+    return {
+        "manifest": index.manifest.name,
+        "row": row,
+        "problem": sample.problem[:TEXT],
+        "options": [option[:TEXT] for option in sample.options[:26]],
+        "media": sample.data_type,
+        "start": sample.start,
+        "end": sample.end,
+        "files": files,
+    }
 
 
 def clip(request: Request) -> Response:

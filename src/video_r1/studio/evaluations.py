@@ -219,6 +219,7 @@ def _question(
     indexes: Sequence[ManifestIndex], problem: str, left: dict[str, Any], right: dict[str, Any]
 ) -> dict[str, Any]:
     answer = text(left.get("answer", ""))
+    digest = text(left.get("question") or right.get("question") or "")  # not there in those of older versions
     return {
         "id": problem[:200],
         "answer": answer[:2000],
@@ -226,7 +227,7 @@ def _question(
         "task": text(left.get("task_type") or "")[:80],
         "left": _output(left),
         "right": _output(right),
-        "row": row_of(indexes, problem, answer),
+        "row": row_of(indexes, problem, answer, digest),
     }
 
 

@@ -45,6 +45,22 @@ class Names:
         return self.numbers[name]
 
 
+class NamedPlaces(MediaPlaces):
+    """Of files that may not be read the path as the row says it."""
+
+    def find(self, path: str) -> str:
+        try:
+            return super().find(path)
+        except ValueError:
+            return path
+
+
+def paths_of(row: dict[str, Any]) -> list[str]:
+    """The files of a row, or of a recorded group."""
+    path = row.get("path", "")
+    return [text(one) for one in path] if isinstance(path, list) and path else [text(path)]
+
+
 class ManifestIndex:
     """An index of one manifest, as far as it was read. `life` counts how often its rows have changed."""
 
@@ -53,7 +69,7 @@ class ManifestIndex:
         self.lock = threading.Lock()
         found, file = manifest.found, manifest.file
         self.tail = Tail(found, file) if _has_lines(manifest) else ListFile(found, file)
-        self.places = MediaPlaces(str(found.folder.resolve()))
+        self.places, self.named = (of(str(found.folder.resolve())) for of in (MediaPlaces, NamedPlaces))
         self.life = 0
         self._forget()
 
@@ -132,9 +148,12 @@ class ManifestIndex:
         ((_, line),) = self.lines([number])
         return parse(line)
 
-    def rows_named(self, problem_id: object) -> list[int]:
-        """Rows that may be the question's: where its name has the same hash."""
-        return np.flatnonzero(np.array(self.ids) == hash(str(problem_id))).tolist()
+    def questions(self, problem_id: str) -> Iterator[tuple[int, Sample]]:
+        """The good rows with that name, each as a sample; also where its files may not be read from here."""
+        for number in np.flatnonzero(np.array(self.ids) == hash(problem_id)).tolist():
+            sample, _ = check_row(self.row(number), self.named, 0)
+            if sample is not None and str(sample.problem_id) == problem_id:
+                yield number, sample
 
     def sample(self, number: int) -> tuple[Sample | None, list[str]]:
         """A row as a checked sample, or None and what is wrong with it."""

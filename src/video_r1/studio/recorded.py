@@ -4,9 +4,11 @@ which the group itself is read when somebody looks at it.
 
 from typing import Any
 
+from video_r1.data.manifests.records import question_digest
 from video_r1.report.groups import group_of, strip_of
 from video_r1.report.run_data import as_list, as_table, finite, text, whole
 from video_r1.studio.folders import Found
+from video_r1.studio.manifest_index import paths_of
 from video_r1.studio.tail import Tail, parse
 
 MAX_ENTRIES = 100_000
@@ -55,11 +57,15 @@ class Recorded:
         return record if record is not None and entry_of(record) == self.entries[number] else None
 
     def group(self, number: int, address: str) -> dict[str, Any] | None:
-        """The group of an entry for the page; `address`: that of its frames."""
+        """The group of an entry for the page, and its `question` (`question_digest`); `address`: that of its
+        frames.
+        """
         record = self.record(number)
         if record is None:
             return None
-        return group_of(record, address if strip_of(self.found.folder, record) else None)
+        group = group_of(record, address if strip_of(self.found.folder, record) else None)
+        question = question_digest(group["problem"], group["options"], group["answer"], paths_of(record))
+        return {**group, "question": question}
 
 
 def entry_of(record: dict[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def group(request: Request) -> Answer:
     if found is None:
         raise HTTPException(404, "this group is not in rollouts.jsonl any more: the run was started again")
     # The clip itself plays where a manifest below the folders has the question.
-    clip = row_of(manifests(request).indexes(0.1), found["id"], found["answer"])
+    clip = row_of(manifests(request).indexes(0.1), found["id"], found["answer"], found.pop("question"))
     return Answer({**found, "clip": clip})
 
 

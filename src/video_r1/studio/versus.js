@@ -110,6 +110,6 @@ function questionNode(item, left, right) {
     make("p", { class: "facts", dir: "auto" }, [`question ${item.id}`, item.type, item.task, row ? row.manifest : "in no manifest below these folders"].filter(Boolean).join(" · ")),
     row ? make("h3", { class: "question", dir: "auto" }, row.problem) : "",
     row && row.options.length ? make("ul", { class: "options" }, row.options.map((option) => make("li", { class: isRight(option, item.answer) ? "right" : null, dir: "auto" }, option))) : "",
-    make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), clip,
+    make("p", { class: "answer", dir: "auto" }, make("span", {}, "Right answer "), item.answer), row ? oneOfSeveral(row) : "", clip,
     make("div", { class: "columns" }, side(left, item.left, "ordered"), side(right, item.right, "shuffled")));
 }

@@ -33,6 +33,7 @@ from video_r1.data.sources.addresses import check_schemes, is_address
 from video_r1.data.sources.places import MediaPlaces, media_root_of
 from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ManifestError
+from video_r1.files import digest
 from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
 from video_r1.settings.shared import BadRows, ProblemType
@@ -108,6 +109,14 @@ class Sample:
     def shown(self) -> tuple[str | float | None, ...]:
         """What is decoded: samples that are alike in this have the same frames."""
         return *self.paths, self.data_type, self.start, self.end, self.fps
+
+
+def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
+    """What tells questions of one id apart, wherever their files lie: of the folders only the names in them
+    count. answer: that of `Sample.answer`.
+    """
+    names = ["::".join(part.rstrip("/").rpartition("/")[2] for part in path.split("::")) for path in paths]
+    return digest([problem, list(options), answer, names])
 
 
 FIELDS = tuple(field.name for field in fields(Sample) if field.name not in ("extra", "more_paths"))
