@@ -99,12 +99,12 @@ COMMANDS: dict[str, Command] = {
     "sft": Command(
         "supervised cold start on rationales", "training.sft:run_sft", "recipe",
         (ModelSettings, DataSettings, SFTSettings, PromptSettings), (), _TRAINING,
-        ("sft lab-sft", "sft video-r1-7b-sft --train_manifest cot.json --media_root /data")),
+        ("sft lab-sft", "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data")),
     "rl": Command(
         "T-GRPO or GRPO", "training.tgrpo:run_rl", "recipe",
         (ModelSettings, DataSettings, TGRPOSettings, VLLMSettings, PromptSettings), (), _TRAINING,
         ("rl lab-tgrpo --learning_rate 1e-5",
-         "rl video-r1-7b-tgrpo --model_name_or_path runs/sft --max_steps 1000",
+         "rl qwen3-vl-4b-tgrpo-lora --model_name_or_path Qwen/Qwen3-VL-4B-Instruct --train_manifest my.json",
          "rl my.yaml --temporal_rule off --num_generations 16")),
     "plan": Command(
         "tokens and GPU memory that a recipe of sft or rl needs", "plan.command:run_plan", "recipe",
