@@ -10,13 +10,16 @@ from typing import Any
 import datasets
 import pytest
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
+from PIL import Image
 
+from video_r1.data.decoding.media import decode_media
 from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
 from video_r1.evaluation.benchmarks.spec import manifest_rows
 from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
+from video_r1.settings.frames import FrameBudget
 
 
 @pytest.fixture(scope="module")
@@ -333,7 +336,9 @@ def test_the_published_counts() -> None:
             "VSIBench/arkitscenes/4.mp4",
             ("object_counting", WHOLE),
         ),
-        ("videommmu", {}, "VideoMMMU/validation_Art_Theory_3.mp4", ("Art", WHOLE)),
+        ("videommmu", {"problem_id": 300}, "VideoMMMU/validation_Art_Theory_3.mp4", ("Adaptation", WHOLE)),
+        ("videommmu", {"problem_id": 301}, "VideoMMMU/dev_Biology_3.mp4", ("Comprehension", WHOLE)),
+        ("videommmu", {"problem_id": 900}, "VideoMMMU/dev_Biology_3.mp4", ("Perception", WHOLE)),
         ("mmvu", {}, "MMVU/videos/Computer_Science/7.mp4", ("Computer Science", WHOLE)),
         (
             "mvbench",
@@ -381,6 +386,85 @@ def test_the_references_json(
         found.problem == "What will the person do next?"
     )  # the reference has no prompt of the benchmark's own
     assert found.data_type == "video"
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "path", "place"),
+    [
+        ("videomme", {"task_type": "OCR"}, "VideoMME/f_-1.mp4", "data/f_-1.MP4"),
+        ("videommmu", {}, "VideoMMMU/validation_Art_Theory_3.mp4", "Art/validation_Art_Theory_3.mp4"),
+        ("tempcompass", {"original_question_type": ""}, "TempCompass/1.mp4", "videos/1.mp4"),
+        ("mvbench", {"video": "1.webm"}, "MVBench/ssv2_video/1.mp4", "video/data0613/ssv2_video/1.webm"),
+        ("mvbench", {"problem_id": 2001}, "MVBench/nturgbd/S_rgb.mp4", "video/nturgbd_convert/S_rgb.mp4"),
+        (
+            "mvbench",
+            {"problem_id": 801, "video": "Z.mp4", "start": 1.5, "end": 17.1},
+            "MVBench/star/Charades_v1_480/Z.mp4",
+            "video/star/Charades_segment/Z_1.5_17.1.mp4",
+        ),
+        (
+            "mvbench",
+            {
+                "problem_id": 1601,
+                "video": "castle_s07",
+                "data_type": "frame",
+                "start": 0.0,
+                "end": 2.0,
+                "fps": 3,
+            },
+            "MVBench/tvqa/frames_fps3_hq/castle_s07.mp4",
+            "video/tvqa/frames_fps3_hq/castle_s07/00001.jpg",
+        ),
+    ],
+)
+def test_the_references_json_beside_copies_of_the_hub(
+    name: str, row: dict[str, Any], path: str, place: str, tmp_path: Path
+) -> None:
+    """Clips lie where the archives of the benchmark's own data set put them."""
+    rows = [reference_row(row.get("problem_id", 7), f"./Evaluation/{path}", **row)]
+    (tmp_path / f"eval_{name}.json").write_text(json.dumps(rows))
+    file = tmp_path / name / place
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a clip or a frame")
+    (found,) = load(name, tmp_path, tmp_path / "out").samples
+    is_folder, is_cut = file.suffix == ".jpg", "segment" in place
+    assert Path(found.path) == (file.parent if is_folder else file).resolve()
+    assert found.fps == (3 if is_folder else None)
+    assert (found.start is not None) == is_folder and found.extra.get("cut", False) == is_cut
+
+
+def test_frames_of_a_folder_are_read(root: Path, tmp_path: Path) -> None:
+    """TVQA's clips are folders of three frames a second."""
+    shutil.copytree(root / "mvbench", tmp_path / "mvbench")
+    folder = tmp_path / "mvbench/tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14"
+    folder.with_suffix(".mp4").unlink()
+    folder.mkdir()
+    for number in range(1, 13):
+        Image.new("RGB", (56, 56), (20 * number, 0, 0)).save(folder / f"{number:05}.jpg")
+    (found,) = [s for s in load("mvbench", tmp_path, tmp_path / "out").samples if s.path == str(folder)]
+    media = decode_media(found, FrameBudget(fps=3.0))
+    assert (found.start, found.end, found.fps) == (0.0, 2.5, 3)
+    assert media.timestamps.max() < 2.5 and len(media.frames) == 8  # of the 12
+
+
+def test_open_answers_of_videommmu(tmp_path: Path) -> None:
+    """As the reference's JSON has them: letters in a picture are options, one spelling counts."""
+    answers = {
+        "A": CHOICE,
+        "['24/7', '3.429', '3.43]": "numerical",
+        "12.97": "numerical",
+        "a cell": "free-form",
+    }
+    folder = tmp_path / "videommmu/Adaptation"
+    folder.mkdir(parents=True)
+    asked = {"question": "Which?", "question_type": "open", "options": []}
+    rows = [{"id": f"dev_Biology_{n}", **asked, "answer": answer} for n, answer in enumerate(answers)]
+    (folder / "test.json").write_text(json.dumps(rows))
+    found = list(manifest_rows(BENCHMARKS["videommmu"], tmp_path))
+    assert [row["problem_type"] for row in found] == list(answers.values())
+    assert found[0]["options"] == ["A. ", "B. ", "C. ", "D. "] and "multi-choice" in found[0]["problem"]
+    solutions = ("A", "3.429", "12.97", "a cell")
+    assert [row["solution"] for row in found] == [f"<answer>{answer}</answer>" for answer in solutions]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def _number(text: str) -> float | None:
 
 
 def _mean_relative_accuracy(predicted: float, truth: float) -> float:
-    """MRA with float32 numbers, where an error of exactly 1 − θ mostly counts."""
+    """MRA with float32 numbers, where an error of exactly 1 − θ counts or not as it is rounded."""
     prediction, target = torch.tensor(predicted), torch.tensor(truth)
     error = (prediction - target).abs() / (target.abs() + 1e-8)
     thresholds = torch.arange(0.5, 0.975, 0.05)

@@ -10,7 +10,7 @@ has `file` and `folder`, the names of its file without ending and of the folder 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 from video_r1.data.answers import parse_number
@@ -59,6 +59,9 @@ class Benchmark:
     regression: Sequence[str] = ()  # task types whose answer is a measured number
     open_ended: bool = False  # whether there are questions without options
     places: Sequence[str] = ()  # templates of where a clip may lie
+    clip: str = (
+        ""  # the field that the places name a clip by, where it is the name of its file without ending
+    )
     window: tuple[str, str] | None = None  # fields with the start and the end in seconds
     # By task type, or "" for all: a text with {question}, and {kind} of it, multi-choice or open-ended.
     prompts: Mapping[str, str] = field(default_factory=dict)
@@ -147,7 +150,7 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
                 "path": f"{benchmark.name}/{place.path}",
                 "data_source": row.get("data_source", benchmark.title),
                 "task_type": task,
-                **({} if place.is_window else window_of(row, benchmark.window)),
+                **seconds_of(row, benchmark.window, place),
                 **benchmark.sets_of(row),
             }
 
@@ -156,35 +159,49 @@ def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
     """Rows of our manifest from the reference's evaluation JSON (`eval_<name>.json`).
 
     Paths there are `./Evaluation/<Title>/…`, relative to the folder of the file. They are looked for as they
-    stand, without `Evaluation`, and in this project's own folder of the benchmark.
+    stand, without `Evaluation`, and in this project's own folder of the benchmark: as they stand, and where
+    its data set has them.
     """
     root = file.parent
     for row in json_or_parquet(file):
+        task = benchmark.task_in_reference(row)
         parts = [part for part in str(row["path"]).split("/") if part != "."]
         inner = parts[1:] if parts[0] == "Evaluation" else parts
         own = [benchmark.name, *inner[1:]]
-        place = first_existing(root, [Place("/".join(path)) for path in (parts, inner, own)])
+        places = [Place("/".join(path)) for path in (parts, inner, own)]
+        if benchmark.clip:
+            named = {benchmark.clip: PurePosixPath(parts[-1]).stem, **row, "file": task}
+            published = benchmark.places_of(named)
+            places += [place._replace(path=f"{benchmark.name}/{place.path}") for place in published]
+        place = first_existing(root, places)
         yield {
             "problem_id": f"{benchmark.name}-{row['problem_id']}",
             "problem": row["problem"],
-            "data_type": "image" if row["data_type"] == "image" else "video",  # "frame" where clips are MP4s
+            "data_type": "image"
+            if row["data_type"] == "image"
+            else "video",  # or "frame", of folders of frames
             "problem_type": row["problem_type"],
             "options": row.get("options") or [],
             "solution": row["solution"],
             "path": place.path,
             "data_source": benchmark.title,
-            "task_type": benchmark.task_in_reference(row),
-            **window_of(row, benchmark.window),
+            "task_type": task,
+            **seconds_of(row, benchmark.window, place),
         }
 
 
 def first_existing(folder: Path, places: Sequence[Place]) -> Place:
-    """The first place that has a file; the first of all where none has."""
-    return next((place for place in places if (folder / place.path).is_file()), places[0])
+    """The first place that has a file or a folder of frames; the first of all where none has."""
+    return next((place for place in places if (folder / place.path).exists()), places[0])
 
 
-def window_of(row: Row, names: tuple[str, str] | None) -> Row:
-    """`start` and `end` of the question's window in seconds, where the row has both."""
+def seconds_of(row: Row, names: tuple[str, str] | None, place: Place) -> Row:
+    """`start` and `end` of the question's window in seconds, where the row has both, or `cut` where the file
+    is the window; and `fps`, the rate of a folder of frames, where the row has one.
+    """
+    if place.is_window:
+        return {"cut": True}
+    rate = {} if row.get("fps") is None else {"fps": row["fps"]}
     if names is None or any(row.get(name) is None for name in names):
-        return {}
-    return {"start": float(row[names[0]]), "end": float(row[names[1]])}
+        return rate
+    return {"start": float(row[names[0]]), "end": float(row[names[1]]), **rate}

@@ -5,13 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from video_r1.data.answers import LETTERS
+from video_r1.data.answers import LETTERS, parse_number
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.pairs import read_mvp, read_timeblind, read_vinoground
 from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 from video_r1.evaluation.benchmarks.tempcompass import read_tempcompass
 
 QUESTIONS_PER_TASK = 200  # of MVBench
+QUESTIONS_PER_TRACK = 300  # of VideoMMMU
+_TRACKS = ("Adaptation", "Comprehension", "Perception")
+_PICTURED = tuple("ABCD")
+_ABOVE = ("", "video/", "data0613/", "video/data0613/")
 
 
 def discipline(question_id: str, tables: Tables) -> str:
@@ -24,8 +28,26 @@ def videommmu_places(row: Row, tables: Tables) -> list[Place]:
 
 
 def videommmu_task(row: Row, tables: Tables) -> str:
-    """The reference does not name the track."""
-    return discipline(PurePosixPath(row["path"]).stem, tables)
+    """The reference numbers the questions from 1, track after track, and names none."""
+    return _TRACKS[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TRACK]
+
+
+def read_videommmu(path: Path) -> Iterator[Row]:
+    """An open answer that is a letter chooses among A to D in the picture, and of one that lists spellings
+    (`['24/7', '3.429', '3.43]`) the first number counts: as in the reference's JSON.
+    """
+    for row in json_or_parquet(path):
+        answer = str(row["answer"]).strip()
+        if len(row.get("options") or ()) == 0:
+            if answer in _PICTURED:
+                row = {**row, "options": [f"{letter}. " for letter in _PICTURED]}
+            elif answer.startswith("["):
+                spellings = [each.strip(" []'\"") for each in answer.split(",")]
+                row = {
+                    **row,
+                    "answer": next((each for each in spellings if parse_number(each) is not None), answer),
+                }
+        yield row
 
 
 def mmvu_places(row: Row, tables: Tables) -> list[Place]:
@@ -38,18 +60,22 @@ def mmvu_task(row: Row, tables: Tables) -> str:
 
 
 def mvbench_places(row: Row, tables: Tables) -> Iterator[Place]:
-    """The archives keep their folder when they are unpacked side by side, or are in `video` or `data0613`."""
+    """The archives lie in `video` and keep their folder when they are unpacked, there or above it; that of
+    `data0613` has several. Clips without an ending are folders of frames.
+    """
     folder, name = tables["folders"][row["file"]], str(row["video"])
     stem = str(PurePosixPath(name).with_suffix("")) if "." in name else name
     names = dict.fromkeys([name, f"{stem}.mp4"] if "." in name else [f"{stem}.mp4"])
     places = [Place(f"{folder}/{each}") for each in names]
+    if "." not in name:
+        places.append(Place(f"{folder}/{stem}"))
     if converted := tables["converted"].get(folder):
         places += [Place(f"{converted}/{each}") for each in names]
     if cut := tables["cut"].get(folder):
         window = f"{row.get('start')}_{row.get('end')}"
         places += [Place(f"{cut}/{stem}_{window}.mp4", True), Place(f"{cut}/{stem}.mp4", True)]
     for place in places:
-        yield from (place._replace(path=above + place.path) for above in ("", "video/", "data0613/"))
+        yield from (place._replace(path=above + place.path) for above in _ABOVE)
 
 
 def mvbench_task(row: Row, tables: Tables) -> str:
@@ -84,7 +110,7 @@ def read_charades_sta(path: Path) -> Iterator[Row]:
 
 
 SPECIAL: dict[str, dict[str, Any]] = {
-    "videommmu": {"find_places": videommmu_places, "find_task": videommmu_task},
+    "videommmu": {"read": read_videommmu, "find_places": videommmu_places, "find_task": videommmu_task},
     "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
     "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
     "tempcompass": {"read": read_tempcompass},
