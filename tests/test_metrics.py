@@ -126,6 +126,20 @@ def test_both_headlines_of_vsi_bench() -> None:
         task_mean([1.0], ["a", "b"])
 
 
+def test_the_mean_of_two_kinds_of_questions() -> None:
+    """VSI-Bench as Video-R1's table has it: accuracy 0.75 of four choices and MRA 0.2 of two numbers."""
+    numbers = {"problem_type": "regression"}
+    records = [record(n, "ordered", score) for n, score in enumerate((1.0, 1.0, 1.0, 0.0))]
+    assert "kind_mean" not in summarise(records)["ordered"]
+    records += [record(n, "ordered", score, **numbers) for n, score in ((4, 0.2), (5, 0.2))]
+    found = summarise(records)["ordered"]
+    assert found["kind_mean"]["accuracy"] == pytest.approx((0.75 + 0.2) / 2)
+    assert found["accuracy"] == pytest.approx(3.4 / 6)
+    # resampled in each kind: the numbers' mean is always 0.2
+    ends = [(end + 0.2) / 2 for end in mean_figure([1.0, 1.0, 1.0, 0.0])[1:3]]
+    assert found["kind_mean"]["interval95"] == pytest.approx(ends)
+
+
 def record(question: int, order: str, score: float, **fields: object) -> dict:
     return {
         "problem_id": question, "order": order, "score": score, "strict_score": 0.0, "format": 1.0,

@@ -32,6 +32,7 @@ LETTER = (
     " Please provide only the single option letter (e.g., A, B, C, D, etc.) within the "
     "<answer> </answer> tags."
 )
+DECODER = "PyAV decodes here, decord there: pixels may differ by rounding"
 NUMBER = " Please provide the numerical value (e.g., 42 or 3.14) within the <answer> </answer> tags."
 
 
@@ -119,7 +120,7 @@ def test_its_settings_are_defaults_of_a_recipe(tmp_path: Path) -> None:
     assert settings.frame_pixels == settings.image_pixels == 200_704
     assert settings.prompt_template is None
     assert load_recipe("eval", None, given | {"protocol": "none"}).section(EvalSettings).fps == 8.0
-    assert setup_differences(settings, []) == ["max_new_tokens is 9 here and 1024 there"]
+    assert setup_differences(settings, []) == ["max_new_tokens is 9 here and 1024 there", DECODER]
     for name, value in (("prompt_template", "mine.txt"), ("subtitles", True)):
         with pytest.raises(ConfigError, match=f"{name}.*prompt of its own"):
             load_recipe("eval", None, given | {name: value})
@@ -171,7 +172,10 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert summary["setup_differences"] == [
         "frame_pixels is 3136 here and 200704 there",
         "max_new_tokens is 4 here and 1024 there",
+        DECODER,
         "MVBench: 1 of 4,000 questions, 1 media files missing",
+        "MVBench: episodic_reasoning is asked about its clips; the reference's published code shows none of "
+        'them (it has no branch for their data_type, "frame")',
     ]
     assert "- max_new_tokens is 4 here and 1024 there" in capsys.readouterr().out
     # Answers to other prompts are not continued.

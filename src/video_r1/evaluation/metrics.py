@@ -114,7 +114,8 @@ def overlap_figures(overlaps: Sequence[Mapping[str, float]]) -> dict[str, dict[s
 
 
 def task_mean(scores: ArrayLike, tasks: Sequence[str]) -> Figure:
-    """VSI-Bench's own headline: the mean over task types of the mean over each task's questions.
+    """The mean over task types of the mean over each task's questions: VSI-Bench's own headline. Over the two
+    kinds of its questions, choices and numbers, it is the figure of Video-R1's table.
 
     scores: [N]; tasks: the task type of each. The three difficulties of the relative direction are first
     averaged into one task. The interval resamples within each task.

@@ -118,7 +118,7 @@ def _summary_of(
     if bench.compare == "paper" or settings.protocol:
         differences = setup_differences(settings, suite)
         summary |= {"protocol": settings.protocol, "setup_differences": differences}
-        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences or ["nothing"]))
+        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
     return summary
 
 

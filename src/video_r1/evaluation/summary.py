@@ -48,7 +48,8 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     Each further contrast that was asked stands beside `shuffled`, and its gap in `temporal_gaps`. An order
     without records and a gap without pairs are left out; a gap is over the questions that were asked both
     ways. `by_task` is there when records name task types; an order in which all of them do
-    also has `task_mean`, the mean over task types, beside the mean over questions. `by_pairs` is there when
+    also has `task_mean`, the mean over task types, beside the mean over questions, and one in which some are
+    regression and some are not `kind_mean`, the mean of the two kinds' means. `by_pairs` is there when
     records name the sets they are in: its figures are over sets (see `pair_records`). Where both ways of
     answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
     direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
@@ -59,6 +60,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
         return summarise(direct) if direct else {}
     figures = _figures(records, direct)
     _add_task_means(figures, records)
+    _add_kind_means(figures, records)
     for name, field in _GROUPINGS.items():
         groups, direct_groups = _grouped(records, field), _grouped(direct, field)
         if groups:
@@ -88,6 +90,13 @@ def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
         if all(record.get("task_type") for record in chosen):
             headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
             figures[order]["task_mean"] = headline.as_json("accuracy")
+
+
+def _add_kind_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
+    for order, chosen in _by_order(records).items():
+        measured = [str(record["problem_type"] == "regression") for record in chosen]
+        if len(set(measured)) == 2:
+            figures[order]["kind_mean"] = task_mean(_scores(chosen), measured).as_json("accuracy")
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
