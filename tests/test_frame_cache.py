@@ -103,7 +103,8 @@ def test_what_decides_the_pixels_decides_the_entry(clip: Path, tmp_path: Path) -
         cache_key(replace(question, start=1.0), BUDGET, 8),
         cache_key(replace(question, end=1.0), BUDGET, 8),
     ]
-    for change in ({"fps": 4.0}, {"min_frames": 2}, {"frame_pixels": 84 * 84}, {"size_multiple": 56}):
+    areas = ({"frame_pixels": 84 * 84}, {"size_multiple": 56}, {"least_pixels": 784})
+    for change in ({"fps": 4.0}, {"min_frames": 2}, *areas):
         keys.append(cache_key(question, replace(BUDGET, **change), 8))
     copy = tmp_path / "clip.mp4"
     copy.write_bytes(clip.read_bytes())

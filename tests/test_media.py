@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from media_files import SIDE, SMALL, picture, sample
 from PIL import Image
@@ -50,7 +50,8 @@ def test_frame_indices_are_even_in_number_and_spread_over_the_whole_clip(total, 
 
 
 @pytest.mark.parametrize(
-    "change", [{"fps": 0}, {"fps": float("inf")}, {"max_frames": 1}, {"frame_pixels": 783}]
+    "change",
+    [{"fps": 0}, {"fps": float("inf")}, {"max_frames": 1}, {"frame_pixels": 783}, {"least_pixels": 200_000}],
 )
 def test_budgets_without_sense_are_refused(change):
     with pytest.raises(ConfigError):
@@ -90,6 +91,28 @@ def test_sizes_agree_with_the_qwen_processor_when_it_shrinks(height, width, mult
     if rounded > squares and min(fitted) > multiple:
         # theirs divides in floats: 72 × 72 within 56 × 56 becomes 55.99… and then 28
         assert fitted == smart_resize(height, width, multiple, pixels, pixels * (1 + 1e-9))
+
+
+@given(st.integers(28, 4000), st.integers(28, 4000))
+@example(240, 427)  # 9 × 15 squares: 135 visual tokens for two frames, scaled up to the budget 231
+@example(320, 480)  # between the two: 11 × 17, the nearest multiples
+@example(360, 640)
+def test_sizes_agree_with_the_qwen_processor_where_the_least_is_given(height, width):
+    least, most = 128 * 784, 256 * 784
+    assume(max(height, width) <= 200 * min(height, width))
+    fitted = fitted_size(height, width, most, 28, least)
+    if round(height / 28) * round(width / 28) <= 256:
+        assert fitted == smart_resize(height, width, 28, least, most)
+    else:
+        assert fitted == fitted_size(height, width, most, 28)
+
+
+def test_frames_are_scaled_up_to_the_least_area(tmp_path):
+    for number in range(4):
+        Image.new("RGB", (100, 60)).save(tmp_path / f"{number}.png")
+    for least, size in ((None, (224, 392)), (4 * 784, (56, 112)), (16 * 784, (112, 168))):
+        media = read_media(sample(tmp_path), FrameBudget(least_pixels=least))
+        assert media.frames.shape[-2:] == size
 
 
 def test_resizing_is_that_of_the_qwen_processor():

@@ -20,6 +20,7 @@ from video_r1.evaluation.scoring import score_output
 from video_r1.recipe import load_recipe
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.frames import FrameBudget
 
 THINK = (
     "Please think about this question as if you were a human pondering deeply. Engage in an internal "
@@ -126,6 +127,12 @@ def test_its_settings_are_defaults_of_a_recipe(tmp_path: Path) -> None:
             load_recipe("eval", None, given | {name: value})
 
 
+def test_small_frames_are_scaled_up_less() -> None:
+    sized = protocol.as_sized(FrameBudget(frame_pixels=256 * 784))
+    assert sized == FrameBudget(frame_pixels=256 * 784, least_pixels=128 * 784)
+    assert protocol.as_sized(FrameBudget(frame_pixels=3136)) == FrameBudget(frame_pixels=3136)
+
+
 def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Of the reference's JSON, about whole clips, with its words and its scores."""
     clip = lab_clips(tmp_path / "lab")[0]
@@ -145,6 +152,7 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         return generate(engine, prompts, *arguments)
 
     monkeypatch.setattr(TransformersEngine, "generate", recorded)
+    monkeypatch.setattr(protocol, "LEAST_PIXELS", 784)
     small = ["--frame_pixels", "3136", "--dtype", "float32", "--media_seconds", "0", "--device", "cpu"]
     run = [
         "eval",
@@ -164,6 +172,8 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     expected = "What will the person do next?Options:\nA. Wash.\nB. Close.\n\n" + THINK + LETTER
     assert prompt.messages[-1]["content"][-1] == {"type": "text", "text": expected}
     assert prompt.frames == 8  # of four seconds, not of the one of the window
+    made_with = json.loads((tmp_path / "o/mvbench/evaluation.json").read_text())
+    assert made_with["budget"]["least_pixels"] == 784
     (record,) = [json.loads(line) for line in (tmp_path / "o/mvbench/predictions-16.jsonl").open()]
     assert record["prediction"] == protocol.read_answer(record["output"])
     summary = json.loads((tmp_path / "o/summary.json").read_text())

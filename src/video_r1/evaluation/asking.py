@@ -61,7 +61,8 @@ def asked_with(
     return {
         "seed": settings.seed,
         "sampling": asdict(sampling),
-        "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS},
+        "budget": {name: getattr(budget, name) for name in _BUDGET_FIELDS}
+        | ({"least_pixels": budget.least_pixels} if budget.least_pixels else {}),
         "questions": digest(
             [
                 [s.problem_id, s.path, s.solution, s.start, s.end, *([s.fps] if s.fps else []), *s.more_paths]

@@ -117,6 +117,7 @@ def _own_ways(settings: EvalSettings) -> list[str]:
         else "the prompt is this project's own (a checkpoint trained with another one needs prompt_template)",
         "answers are read by a tolerant parser; the reference compares the text in the answer tags, or the "
         "whole output where there are none (the strict score is printed beside)",
+        "frames smaller than frame_pixels are scaled up to it; there to 128 · 28 · 28 pixels",
         "the paper names temperature 0.01; its published code has 0.1",
     ]
 

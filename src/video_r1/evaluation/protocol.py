@@ -12,6 +12,10 @@ import torch
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.templates import ANSWER_HINTS, Template
+from video_r1.settings.frames import FrameBudget
+
+# Frames are scaled up to this area only, by its author (issue 11).
+LEAST_PIXELS = 128 * 28 * 28
 
 # The words that the published checkpoints were trained and evaluated with.
 _INSTRUCTION = (
@@ -54,6 +58,11 @@ def as_asked(sample: Sample) -> Sample:
     if sample.messages and sample.more_paths:
         problem = problem.replace(sample.mark, "")
     return replace(sample, problem=problem, start=None, end=None, messages=())
+
+
+def as_sized(budget: FrameBudget) -> FrameBudget:
+    """The budget with small frames as they are there, where it has room for them."""
+    return replace(budget, least_pixels=LEAST_PIXELS) if budget.frame_pixels > LEAST_PIXELS else budget
 
 
 def read_answer(output: str) -> str:

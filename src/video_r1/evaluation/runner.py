@@ -37,7 +37,7 @@ def evaluate(
     budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
     settings: the frame counts and orders (images have no shuffled order and are asked once), the sampling,
     how many questions the engine is given at once, each of them in every order, and the protocol, which
-    replaces the prompt's template and the scores.
+    replaces the prompt's template, the size of small frames and the scores.
 
     Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order, and of direct
     answers `direct-<frames>.jsonl`;
@@ -50,6 +50,7 @@ def evaluate(
     if settings.protocol == "reference":
         samples = [protocol.as_asked(sample) for sample in samples]
         prompt_builder = prompt_builder.with_template(protocol.TEMPLATE)
+        budget = protocol.as_sized(budget)
     for sample in samples:
         check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
     sampling = SamplingSettings.of(settings)

@@ -36,6 +36,7 @@ class FrameBudget:
     size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
     # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
     frame_counts: tuple[int, ...] = ()
+    least_pixels: int | None = None  # smaller frames are scaled up to this area in place of frame_pixels
     # The limits of one file, after which it counts as unusable. They do not change what is read.
     seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
     memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
@@ -55,6 +56,11 @@ class FrameBudget:
             raise ConfigError(
                 f"a file may take {self.seconds} seconds and {self.memory:,} bytes; give 0 seconds (no "
                 f"limits) or more, and at least {_LEAST_MEMORY:,} bytes"
+            )
+        if self.least_pixels is not None and not 0 < self.least_pixels <= self.frame_pixels:
+            raise ConfigError(
+                f"least_pixels is {self.least_pixels}; it must be above 0 and at most frame_pixels "
+                f"({self.frame_pixels})"
             )
         for name in ("frame_pixels", "image_pixels"):
             if getattr(self, name) < self.size_multiple**2:

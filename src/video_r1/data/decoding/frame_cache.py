@@ -134,6 +134,7 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
     if sample.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
         rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
+        rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
     return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
 
 

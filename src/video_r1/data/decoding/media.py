@@ -86,11 +86,15 @@ def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> li
     return [round(place * (total_frames - 1) / (count - 1)) for place in range(count)]
 
 
-def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
+def fitted_size(
+    height: int, width: int, pixels: int, multiple: int, least: int | None = None
+) -> tuple[int, int]:
     """(height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
 
     Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
-    small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it.
+    small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it. least:
+    small frames are scaled up to this area only, and those between the two rounded to the nearest multiples,
+    as `smart_resize` does.
 
     Raises:
         ValueError: one side is more than 200 times the other.
@@ -101,6 +105,13 @@ def fitted_size(height: int, width: int, pixels: int, multiple: int) -> tuple[in
             "which the models do not take"
         )
     squares = pixels // multiple**2
+    if least is not None:
+        sides = [max(1, round(side / multiple)) for side in (height, width)]
+        if math.prod(sides) * multiple**2 < least:
+            scale = math.sqrt(least / (height * width))
+            sides = [math.ceil(side * scale / multiple) for side in (height, width)]
+        if math.prod(sides) <= squares:
+            return sides[0] * multiple, sides[1] * multiple
     rows = max(1, math.isqrt(pixels * height // (width * multiple**2)))
     columns = max(1, math.isqrt(pixels * width // (height * multiple**2)))
     return min(rows, squares) * multiple, min(columns, squares) * multiple
@@ -184,7 +195,7 @@ def _read_video(
         nonlocal size
         if size is None:
             height, width = frame.shape[-2:]
-            size = fitted_size(height, width, budget.frame_pixels, budget.size_multiple)
+            size = fitted_size(height, width, budget.frame_pixels, budget.size_multiple, budget.least_pixels)
         # torch resizes channels-last bytes fastest, which is what `frame` is; the result is made contiguous
         return resize(frame[None], *size)[0].contiguous()
 
