@@ -91,6 +91,39 @@ def test_resamples_in_parts_are_all_there() -> None:
     assert len(np.unique(means)) > 1400
 
 
+def test_questions_about_one_clip_are_drawn_together() -> None:
+    # 50 clips of 8 questions that are all right or all wrong say as much as 50: √(0.44 × 0.56 ÷ 50) = 0.0702
+    clips = [f"{clip}.mp4" for clip in range(50) for _ in range(8)]
+    right = [1.0] * 22 * 8 + [0.0] * 28 * 8
+    figure = mean_figure(right, clips)
+    assert (figure.mean, figure.questions) == (0.44, 400)
+    assert figure.low == pytest.approx(0.44 - 1.96 * 0.0702, abs=0.02)
+    assert figure.high == pytest.approx(0.44 + 1.96 * 0.0702, abs=0.02)
+    assert figure[1:3] == mean_figure(right[::8])[1:3]
+    assert paired_difference(right, [0.0] * 400, clips) == figure
+    # The one answer of a clip weighs as much as each of the three of another.
+    assert set(bootstrap_means([1.0, 0.0, 0.0, 0.0], ["a", "b", "b", "b"]).tolist()) == {0.0, 0.25, 1.0}
+    # One clip, or two that are alike, say nothing of others: the questions count.
+    half = [1.0, 0.0] * 20
+    assert mean_figure(half, ["a"] * 40) == mean_figure(half, ["a"] * 20 + ["b"] * 20) == mean_figure(half)
+    with pytest.raises(ValueError, match="2 scores but 1 clips"):
+        mean_figure([1.0, 0.0], ["a"])
+
+
+@pytest.mark.parametrize("number", [1, 7, 458])
+def test_questions_with_clips_of_their_own_are_drawn_as_ever(number: int) -> None:
+    """The lab's: intervals are bit for bit those over questions, by the plain way."""
+    scores = np.random.default_rng(2).random(number)
+    drawn = np.random.default_rng(0).integers(0, number, (2000, number))
+    plain = scores[drawn].mean(axis=1)
+    clips = [f"./videos/{place}.mp4" for place in range(number)]
+    assert (bootstrap_means(scores, clips) == plain).all() and (bootstrap_means(scores) == plain).all()
+    assert mean_figure(scores, clips)[1:3] == tuple(np.quantile(plain, (0.025, 0.975)))
+    tasks = ["a", "b"] * number
+    twice = np.concatenate([scores, scores])
+    assert task_mean(twice, tasks, [*clips, *map(str, range(number))]) == task_mean(twice, tasks)
+
+
 def test_the_gap_is_paired() -> None:
     # Half of the questions are right in both orders, the others wrong but for 10, which need the order: the
     # pairs differ by 1 in 10 of 100. Standard error √(0.1 × 0.9 ÷ 100) = 0.03; unpaired it is 0.07.
@@ -124,6 +157,21 @@ def test_both_headlines_of_vsi_bench() -> None:
     assert merged_task("object_rel_distance") == "object_rel_distance"
     with pytest.raises(ValueError, match="1 scores but 2 task types"):
         task_mean([1.0], ["a", "b"])
+
+
+def test_every_interval_resamples_clips() -> None:
+    """Accuracy, gap, task mean and groups: of eight questions about two clips, all of one right."""
+    rows = [
+        record(n, order, float(n < 4 and order == "ordered"), task_type="t", clip=("a", "b")[n // 4])
+        for order in ("ordered", "shuffled")
+        for n in range(8)
+    ]
+    figures = summarise(rows)
+    found = [figures["ordered"], figures["temporal_gap"], figures["ordered"]["task_mean"]]
+    found += [figures["by_task"]["t"]["ordered"], figures["by_type"]["multiple choice"]["temporal_gap"]]
+    assert [each["interval95"] for each in found] == [[0.0, 1.0]] * 5
+    alone = [{name: value for name, value in each.items() if name != "clip"} for each in rows]
+    assert summarise(alone)["ordered"]["interval95"][1] < 1.0
 
 
 def test_the_mean_of_two_kinds_of_questions() -> None:

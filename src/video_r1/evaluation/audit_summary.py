@@ -64,14 +64,17 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
         "views": {},
     }
     for view in VIEWS:
-        if values := [rates[view] for _, rates in audited if view in rates]:
-            answered = mean_figure([value > ANSWERED for value in values]).as_json("share")
-            figures["views"][view] = mean_figure(values).as_json("rate") | {"answered": answered}
-    if both := [(rates["ordered"], rates[contrast]) for _, rates in _with_both(audited, contrast)]:
-        needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both]).as_json("share")
+        if asked := [(sample.shown, rates[view]) for sample, rates in audited if view in rates]:
+            clips, values = zip(*asked, strict=True)
+            answered = mean_figure([value > ANSWERED for value in values], clips).as_json("share")
+            figures["views"][view] = mean_figure(values, clips).as_json("rate") | {"answered": answered}
+    if paired := _with_both(audited, contrast):
+        clips = [sample.shown for sample, _ in paired]
+        both = [(rates["ordered"], rates[contrast]) for _, rates in paired]
+        needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both], clips).as_json("share")
         other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)
         figures["needs_order"] = needs | {"other_way": other_way}
-        figures["temporal_gap"] = paired_difference(*zip(*both, strict=True)).as_json("gap")
+        figures["temporal_gap"] = paired_difference(*zip(*both, strict=True), clips=clips).as_json("gap")
     in_order = [rates["ordered"] for _, rates in audited if "ordered" in rates]
     for name, extreme in (("never_right", 0.0), ("always_right", 1.0)):
         figures[name] = fmean(value == extreme for value in in_order) if in_order else 0.0

@@ -1,11 +1,13 @@
 """Evaluation figures: means, intervals and relative accuracy, vectorised over questions. No torch.
 
-N is the number of questions; scores are float64 in [0, 1].
+N is the number of questions; scores are float64 in [0, 1]. Questions about one clip are right or wrong
+together, so that intervals resample clips, each with all of its questions (`bootstrap_means`). `clips` says
+what each question shows, [N] of anything that can be compared; None: each its own clip.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,9 @@ RESAMPLES = 2_000
 OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # of questions with an overlap of at least this
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
 _DIRECTION_DIFFICULTY = re.compile(r"(object_rel_direction)_(?:easy|medium|hard)")
+
+
+Clips = Sequence[Hashable] | None
 
 
 class Figure(NamedTuple):
@@ -46,25 +51,45 @@ def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np
     return (relative[..., None] < tolerances).mean(axis=-1)
 
 
-def bootstrap_means(scores: ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> NDArray[np.float64]:
-    """Means of `resamples` samples of N questions, drawn with replacement from scores [N] → [resamples]."""
+def bootstrap_means(
+    scores: ArrayLike, clips: Clips = None, resamples: int = RESAMPLES, seed: int = 0
+) -> NDArray[np.float64]:
+    """Means of the scores [N] of `resamples` samples of K clips, drawn with replacement from the K that there
+    are → [resamples]; or of N questions where these spread wider, as few clips may look certain by chance.
+    """
     values = np.asarray(scores, dtype=np.float64)
+    places: dict[Hashable, int] = {}
+    shown = range(len(values)) if clips is None else clips
+    clip = [places.setdefault(each, len(places)) for each in shown]
+    if len(clip) != len(values):
+        raise ValueError(f"{len(values)} scores but {len(clip)} clips")
+    by_clip = _resampled_means(np.bincount(clip, values), np.bincount(clip), resamples, seed)
+    if len(places) == len(values):
+        return by_clip
+    by_question = _resampled_means(values, np.ones(len(values)), resamples, seed)
+    return max(by_clip, by_question, key=np.std)
+
+
+def _resampled_means(
+    sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """[resamples] means of K groups drawn with replacement; sums, counts [K]: of each group's scores."""
     generator = np.random.default_rng(seed)
-    rows = max(1, _DRAWS_AT_ONCE // len(values))
-    means = [
-        values[generator.integers(0, len(values), (min(rows, resamples - done), len(values)))].mean(axis=1)
-        for done in range(0, resamples, rows)
-    ]
+    rows = max(1, _DRAWS_AT_ONCE // len(sums))
+    means = []
+    for done in range(0, resamples, rows):
+        drawn = generator.integers(0, len(sums), (min(rows, resamples - done), len(sums)))
+        means.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
     return np.concatenate(means)
 
 
-def mean_figure(scores: ArrayLike, seed: int = 0) -> Figure:
-    """The mean of scores [N ≥ 1] with its percentile bootstrap interval over questions."""
+def mean_figure(scores: ArrayLike, clips: Clips = None, seed: int = 0) -> Figure:
+    """The mean of scores [N ≥ 1] with its percentile bootstrap interval over clips."""
     values = np.asarray(scores, dtype=np.float64)
-    return _figure(values.mean(), bootstrap_means(values, seed=seed), len(values))
+    return _figure(values.mean(), bootstrap_means(values, clips, seed=seed), len(values))
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike) -> Figure:
+def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) -> Figure:
     """The mean of the first minus the mean of the second values [N], of the same questions in the same order:
     the temporal gap, where these are scores with ordered and with shuffled frames.
 
@@ -74,7 +99,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Figure:
     one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.shape != other.shape:
         raise ValueError(f"{len(one)} values but {len(other)} others; they come in pairs")
-    return mean_figure(one - other)
+    return mean_figure(one - other, clips)
 
 
 def share_figure(right: int, count: int) -> Figure:
@@ -95,38 +120,42 @@ def share_difference(first: Figure, second: Figure) -> Figure:
     return Figure(difference, difference - below, difference + above, min(first.questions, second.questions))
 
 
-def overlap_figures(overlaps: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+def overlap_figures(
+    overlaps: Sequence[Mapping[str, float]], clips: Sequence[Hashable]
+) -> dict[str, dict[str, Any]]:
     """Figures of answers that say where and when: for each overlap (tIoU, IoU) its mean over the questions
     that are scored by it, and the shares R@m of those whose overlap is at least m.
 
-    overlaps: of each question, by name. Returns {"tIoU": {"mean", "interval95", "questions", "R@0.3":
-    {"share", "interval95", "questions"}, …}}.
+    overlaps: of each question, by name; clips: what it shows. Returns {"tIoU": {"mean", "interval95",
+    "questions", "R@0.3": {"share", "interval95", "questions"}, …}}.
     """
     figures = {}
     for name in sorted({name for each in overlaps for name in each}):
         values = [each[name] for each in overlaps if name in each]
+        shown = [clip for each, clip in zip(overlaps, clips, strict=True) if name in each]
         shares = {  # 0.3 as a quotient may lie a rounding error below it
             share: share_figure(sum(value >= least - 1e-9 for value in values), len(values)).as_json("share")
             for share, least in OVERLAP_SHARES.items()
         }
-        figures[name] = mean_figure(values).as_json("mean") | shares
+        figures[name] = mean_figure(values, shown).as_json("mean") | shares
     return figures
 
 
-def task_mean(scores: ArrayLike, tasks: Sequence[str]) -> Figure:
+def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> Figure:
     """The mean over task types of the mean over each task's questions: VSI-Bench's own headline. Over the two
     kinds of its questions, choices and numbers, it is the figure of Video-R1's table.
 
     scores: [N]; tasks: the task type of each. The three difficulties of the relative direction are first
-    averaged into one task. The interval resamples within each task.
+    averaged into one task. The interval resamples the clips within each task.
     """
     values, names = np.asarray(scores, dtype=np.float64), np.asarray(tasks, dtype=object)
     if len(values) != len(names):
         raise ValueError(f"{len(values)} scores but {len(names)} task types")
     merged: dict[str, list[NDArray[np.float64]]] = {}
     for number, task in enumerate(dict.fromkeys(names)):
-        chosen = values[names == task]
-        means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, seed=number)))
+        members = np.flatnonzero(names == task)
+        chosen, shown = values[members], clips and [clips[member] for member in members]
+        means = np.concatenate(([chosen.mean()], bootstrap_means(chosen, shown, seed=number)))
         merged.setdefault(merged_task(task), []).append(means)
     # [0] is the figure itself, the rest its resamples
     headline = np.mean([np.mean(parts, axis=0) for parts in merged.values()], axis=0)

@@ -1,8 +1,8 @@
 """The paper's table (arXiv 2503.21776, version 4) and how our figures stand to it.
 
 Published figures are percentages of questions without an interval. A difference is marked when the published
-figure lies outside the 95 % interval of ours, that is, when drawing other questions of the same kind would
-rarely explain it. What else may explain it is listed by `setup_differences`.
+figure lies outside the 95 % interval of ours, that is, when drawing other clips and questions like these
+would rarely explain it. What else may explain it is listed by `setup_differences`.
 """
 
 import tomllib

@@ -116,7 +116,11 @@ class _Evaluation(Asking):
     def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
         """Figures over all samples and the orders of this run, whichever run answered them."""
         wanted = self.keys(self.samples)
-        records = {way: [found[key] for key in wanted if key in found] for way, found in answered.items()}
+        clips = {sample.problem_id: {"clip": sample.shown} for sample in self.samples}
+        records = {
+            way: [found[key] | clips[key[0]] for key in wanted if key in found]
+            for way, found in answered.items()
+        }
         keys = [key for key in wanted if all(key in found for found in answered.values())]
         return summarise(records.get("reasoned", []), records.get("direct", [])) | {
             "skipped": self.skipped(dict.fromkeys(keys))

@@ -54,6 +54,7 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
     answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
     direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
     lengths. Figures are of the direct answers where there are no others.
+    Records with an equal `clip` are about the same one, and intervals resample them together.
     An order in which all questions are of grounding types has `overlaps` (see `overlap_figures`).
     """
     if not records:
@@ -88,15 +89,17 @@ def _of_kind(kind: str, pairs: Iterable[Record]) -> list[Record]:
 def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
     for order, chosen in _by_order(records).items():
         if all(record.get("task_type") for record in chosen):
-            headline = task_mean(_scores(chosen), [record["task_type"] for record in chosen])
+            tasks = [record["task_type"] for record in chosen]
+            headline = task_mean(_scores(chosen), tasks, _clips(chosen))
             figures[order]["task_mean"] = headline.as_json("accuracy")
 
 
 def _add_kind_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
     for order, chosen in _by_order(records).items():
-        measured = [str(record["problem_type"] == "regression") for record in chosen]
+        measured = [str(record.get("problem_type") == "regression") for record in chosen]
         if len(set(measured)) == 2:
-            figures[order]["kind_mean"] = task_mean(_scores(chosen), measured).as_json("accuracy")
+            mean = task_mean(_scores(chosen), measured, _clips(chosen))
+            figures[order]["kind_mean"] = mean.as_json("accuracy")
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
@@ -150,6 +153,7 @@ def _as_one(members: Sequence[Record]) -> dict[str, Any]:
     cut_off = any(record["finish_reason"] == "length" for record in members)
     tasks = {record.get("task_type") for record in members}
     return worst | {
+        "clip": _clip(members[0]),
         "prediction": all(record["prediction"] for record in members),
         "finish_reason": "length" if cut_off else "stop",
         "tokens": sum(record.get("tokens", 0) for record in members),
@@ -187,7 +191,7 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
     return figures
 
 
-def _difference(name: str, field: str, sides: Mapping[str, Iterable[Record]]) -> dict[str, Any]:
+def _difference(name: str, field: str, sides: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
     """The paired difference of a field, called `name`, between two sides, with their means over the questions
     that both have; {} where there are none."""
     values = {side: {r["problem_id"]: r[field] for r in records} for side, records in sides.items()}
@@ -197,13 +201,16 @@ def _difference(name: str, field: str, sides: Mapping[str, Iterable[Record]]) ->
         return {}
     paired = {side: [found[question] for question in both] for side, found in values.items()}
     means = {side: fmean(found) for side, found in paired.items()}
-    return paired_difference(*paired.values()).as_json(name) | means
+    shown = {record["problem_id"]: _clip(record) for records in sides.values() for record in records}
+    clips = [shown[question] for question in both]
+    return paired_difference(*paired.values(), clips=clips).as_json(name) | means
 
 
 def _order_figures(records: Sequence[Record]) -> dict[str, Any]:
     measured = [record["overlaps"] for record in records if record.get("overlaps")]
-    overlaps = {"overlaps": overlap_figures(measured)} if len(measured) == len(records) else {}
-    return mean_figure(_scores(records)).as_json("accuracy") | {
+    clips = _clips(records)
+    overlaps = {"overlaps": overlap_figures(measured, clips)} if len(measured) == len(records) else {}
+    return mean_figure(_scores(records), clips).as_json("accuracy") | {
         "strict_accuracy": fmean(record["strict_score"] for record in records),
         "format_rate": fmean(record["format"] for record in records),
         "unparsable_rate": fmean(not record["prediction"] for record in records),
@@ -221,6 +228,15 @@ def _by_order(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 def _scores(records: Iterable[Record]) -> list[float]:
     return [record["score"] for record in records]
+
+
+def _clips(records: Iterable[Record]) -> list[Any]:
+    return [_clip(record) for record in records]
+
+
+def _clip(record: Record) -> Any:
+    """What a question shows, which decides what intervals resample; itself where that is not known."""
+    return record.get("clip", record["problem_id"])
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
