@@ -217,6 +217,17 @@ def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: 
     assert not second.exists()
 
 
+def test_the_folder_of_weights_is_named_in_full(
+    loopback: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server was started in another folder."""
+    monkeypatch.chdir(tmp_path)
+    client = engine(loopback.url, tmp_path, folder="runs/mine")
+    client.update_weights(copy.deepcopy(TINY))
+    assert Path(loopback.loaded).parent.parent == tmp_path / "runs" / "mine"
+    client.close()
+
+
 def test_a_server_that_stays_away(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path, wait=0.5)
     loopback.script, loopback.down = ["error"] * 6, 10**6

@@ -6,6 +6,8 @@ What needs two GPUs is replaced: the group of processes and the broadcast into i
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -47,11 +49,12 @@ def test_one_connection_for_all_hand_overs_until_one_fails(sent: list[dict[str, 
         if path in broken:
             raise ServerFailure("away")
 
-    hand_over = NCCLHandOver("http://127.0.0.1:8000", workers=2, device="cpu")
+    hand_over, served = over_nccl(), "first weights"
     weights = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4, dtype=torch.bfloat16)}
     for version in ("first", "second"):
         hand_over.keep(weights, version)
-        hand_over.send(call)
+        hand_over.send(call, served)
+        served = version
         assert {name: (t.tolist(), t.dtype) for name, t in sent[-1].items()} == {
             name: (t.tolist(), t.dtype) for name, t in weights.items()
         }
@@ -66,13 +69,97 @@ def test_one_connection_for_all_hand_overs_until_one_fails(sent: list[dict[str, 
     calls.clear()
     broken.append("/update_weights")
     with pytest.raises(ServerFailure, match="away"):
-        hand_over.send(call)
+        hand_over.send(call, served)
     assert Group.destroyed == 1
     broken.clear()
-    hand_over.send(call)
+    hand_over.send(call, served)
     assert [path for path, _ in calls][-4:] == ["/init_weight_transfer_engine", *update]
     hand_over.close()
     assert Group.destroyed == 2
+
+
+def over_nccl(limit: float = 60.0) -> NCCLHandOver:
+    Group.destroyed = 0
+    hand_over = NCCLHandOver("http://127.0.0.1:8000", workers=2, device="cpu", limit=limit)
+    hand_over.keep({"a": torch.ones(2)}, "ours")
+    return hand_over
+
+
+def test_a_server_that_has_come_back_is_connected_again(sent: list[dict[str, Tensor]]) -> None:
+    """It has its first weights; the group of its former processes would be waited for without end."""
+    paths: list[str] = []
+    hand_over = over_nccl()
+    for served, connections in (("first weights", 1), ("ours", 1), ("first weights", 2)):
+        hand_over.send(lambda path, body=None: paths.append(path), served)
+        assert paths.count("/init_weight_transfer_engine") == connections
+        assert Group.destroyed == connections - 1
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """What waits as NCCL does for a process that has died; a thread is left in it until the test's end."""
+    over = threading.Event()
+
+    def wait(*_: Any, **__: Any) -> None:
+        over.wait()
+
+    engine = importlib.import_module(MODULE)
+    monkeypatch.setattr(engine, "open_trainer_endpoint", lambda info: Group())
+    monkeypatch.setattr(engine, "packed_nccl_broadcast_producer", wait)
+    yield wait
+    over.set()
+
+
+def test_a_server_that_dies_while_it_is_sent_to(waits: Callable[..., None]) -> None:
+    sending = threading.Event()
+
+    def call(path: str, body: Any = None) -> None:
+        if path == "/update_weights":
+            sending.set()
+            raise ServerFailure("it died")
+
+    hand_over = over_nccl()
+    with pytest.raises(ServerFailure, match="it died"):
+        hand_over.send(call, "first weights")
+    assert sending.is_set() and Group.destroyed == 1 and hand_over.engine is None
+
+
+def test_a_transfer_that_does_not_end_is_given_up(waits: Callable[..., None]) -> None:
+    """Nor does it ask anything of the server, if it ends after all."""
+    paths: list[str] = []
+    hand_over = over_nccl(limit=0.5)
+    with pytest.raises(ServerFailure, match=r"not taken the weights after 0\.5 s"):
+        hand_over.send(lambda path, body=None: paths.append(path), "first weights")
+    assert paths[-1] == "/update_weights" and Group.destroyed == 1
+    client = SyncClient(lambda path, body=None: paths.append(path))
+    client.under_way.set_exception(TimeoutError())
+    with pytest.raises(ServerFailure, match="given up"):
+        client.finish_weight_update()
+    assert paths[-1] == "/update_weights"
+
+
+def test_a_server_that_dies_while_it_is_connected(
+    waits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call(path: str, body: Any = None) -> None:
+        raise ServerFailure("it died")
+
+    monkeypatch.setattr(importlib.import_module(MODULE), "open_trainer_endpoint", waits)
+    with pytest.raises(ServerFailure, match="it died"):
+        over_nccl().send(call, "first weights")
+
+
+def test_an_update_that_broke_off_is_ended_before_the_next(sent: list[dict[str, Tensor]]) -> None:
+    paths: list[str] = []
+
+    def call(path: str, body: Any = None) -> None:
+        paths.append(path)
+        if path == "/start_weight_update" and "/finish_weight_update" not in paths:
+            raise ServerFailure("HTTP 500: start_weight_update called while one is already active.")
+
+    over_nccl().send(call, "first weights")
+    start, finish = "/start_weight_update", "/finish_weight_update"
+    assert paths[1:] == [start, finish, start, "/update_weights", finish] and len(sent) == 1
 
 
 def test_the_client_has_what_vllm_calls() -> None:
@@ -82,16 +169,14 @@ def test_the_client_has_what_vllm_calls() -> None:
 
 
 def test_copies_use_their_memory_again() -> None:
-    """Contiguous, in the server's number format, and where the weights are: no way through main memory."""
-    copies = Copies(on_host=False)
+    """Contiguous, in the server's number format, and in main memory."""
+    copies = Copies()
     first = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4)}
     taken = copies.take(first.items(), torch.bfloat16)
     places = {name: tensor.data_ptr() for name, tensor in taken.items()}
     assert all(tensor.is_contiguous() and tensor.dtype == torch.bfloat16 for tensor in taken.values())
+    assert {tensor.device.type for tensor in taken.values()} == {"cpu"}
     second = {name: tensor + 1 for name, tensor in first.items()}
     again = copies.take(second.items(), torch.bfloat16)
     assert {name: tensor.data_ptr() for name, tensor in again.items()} == places
     assert all(torch.equal(again[name].float(), tensor) for name, tensor in second.items())
-    on_meta = Copies(on_host=False).take([("c", torch.ones(2, device="meta"))], torch.float32)
-    assert on_meta["c"].device.type == "meta"
-    assert Copies(on_host=True).take(first.items(), torch.float32)["a"].device.type == "cpu"

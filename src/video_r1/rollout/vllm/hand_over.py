@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import shutil
 import socket
+import threading
 import urllib.parse
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +21,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from video_r1.files import follow_umask
-from video_r1.rollout.http_client import ServerFailure
+from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 
 Call = Callable[..., Any]
 """Posts to the server: `call(path, body=None)` returns its answer."""
 
 
 class Copies:
-    """Copies of weights by name, in memory that later copies use again: that of the weights' own GPU or the
-    host's, which is pinned where a GPU fills it.
-    """
+    """Copies of weights by name in main memory, which later copies use again; pinned where a GPU fills it."""
 
-    def __init__(self, on_host: bool) -> None:
-        self.on_host = on_host
+    def __init__(self) -> None:
         self.memory: dict[str, Tensor] = {}
 
     def take(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
         """The weights, contiguous and in this number format; they replace those of the call before."""
         for name, tensor in weights:
             if name not in self.memory:
-                device = "cpu" if self.on_host else tensor.device
-                pinned = self.on_host and tensor.is_cuda
-                self.memory[name] = torch.empty(tensor.shape, dtype=dtype, device=device, pin_memory=pinned)
+                self.memory[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
             self.memory[name].copy_(tensor.to(dtype), non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
@@ -50,7 +48,7 @@ class FolderHandOver:
     """Writes a checkpoint's weights into `folder`, which the server sees under the same path."""
 
     def __init__(self, folder: Path) -> None:
-        self.copies = Copies(on_host=True)
+        self.copies = Copies()
         self.folder = folder
         self.close = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         self.current = folder
@@ -66,8 +64,10 @@ class FolderHandOver:
         if before != self.folder:
             shutil.rmtree(before, ignore_errors=True)
 
-    def send(self, call: Call) -> None:
-        """Gives them to the server, which is paused. Raises ServerFailure and ServerRefusal."""
+    def send(self, call: Call, served: str) -> None:
+        """Gives them to the server, which is paused. served: the version that it has until then, whatever it
+        is. Raises ServerFailure and ServerRefusal.
+        """
         kwargs = {"weights_path": str(self.current)}
         call("/collective_rpc", {"method": "take_weights", "kwargs": kwargs})
 
@@ -75,31 +75,63 @@ class FolderHandOver:
 class NCCLHandOver:
     """Sends the weights from GPU to GPU, through vLLM's weight transfer.
 
-    url: the server's address; workers: its processes with a GPU. The present weights stay on this process's
-    GPU, in the server's number format. Each `send` after a failure makes a new connection.
+    url: the server's address; workers: its processes with a GPU; device: this process's GPU; limit: seconds
+    for connecting, and for one transfer. The present weights wait in main memory, in the server's number
+    format. Each `send` after a failure, or to a server that has come back, makes a new connection.
     """
 
-    def __init__(self, url: str, workers: int, device: str = "cuda") -> None:
-        self.copies = Copies(on_host=False)
-        self.url, self.workers, self.device = url, workers, device
+    def __init__(self, url: str, workers: int, device: str, limit: float) -> None:
+        self.copies = Copies()
+        self.url, self.workers, self.device, self.limit = url, workers, torch.device(device), limit
         self.weights: Mapping[str, Tensor] = {}
+        self.version = self.sent = ""  # of these weights, and of those that the connected server took last
         self.engine: Any = None
 
     def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
-        self.weights = {} if weights is None else weights
+        self.weights, self.version = {} if weights is None else weights, version
 
-    def send(self, call: Call) -> None:
+    def send(self, call: Call, served: str) -> None:
+        """As FolderHandOver.send."""
+        if served != self.sent:  # the connection is to processes that have ended
+            self.close()
         try:
             if self.engine is None:
-                self.engine = self.connect(call)
-            self.engine.send_weights()
+                client = SyncClient(call)
+                self.engine = self.settled(client.under_way, lambda: self.connect(client))
+            self.engine.client.under_way = under_way = Future()
+            self.settled(under_way, self.engine.send_weights)
         except BaseException as error:  # whatever it was, Ctrl-C too: half-used connections are of no use
             self.close()
             if isinstance(error, (OSError, RuntimeError)):  # NCCL says with the latter that one side is gone
                 raise ServerFailure(f"the transfer of weights broke off: {error}") from error
             raise
+        self.sent = self.version
 
-    def connect(self, call: Call) -> Any:
+    def settled(self, under_way: Future[Any], work: Callable[[], Any]) -> Any:
+        """What `work` returns; raises what ends it first: its own error, that of a route, or the limit.
+
+        In a thread of its own: NCCL waits without end for a server that has died, until `close` aborts it.
+        """
+
+        def run() -> None:
+            try:
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)
+                settle(under_way, work())
+            except BaseException as error:
+                settle(under_way, error)
+
+        threading.Thread(target=run, name="weights", daemon=True).start()
+        try:
+            return under_way.result(self.limit)
+        except BaseException as error:
+            if not under_way.done():
+                settle(under_way, error)  # nothing more is asked of the server
+                if isinstance(error, TimeoutError):
+                    raise ServerFailure(f"it had not taken the weights after {self.limit:g} s") from error
+            raise
+
+    def connect(self, client: SyncClient) -> Any:
         """vLLM's engine of the trainer's side, connected with all workers."""
         from vllm.distributed.weight_transfer import base  # pyright: ignore[reportMissingImports]
         from vllm.distributed.weight_transfer import nccl_engine as nccl  # pyright: ignore[reportMissingImports]
@@ -119,7 +151,7 @@ class NCCLHandOver:
 
         info = nccl.NCCLTrainerInitInfo(local_address(self.url), free_port(), 1 + self.workers, rank=0)
         engine = nccl.NCCLTrainerWeightTransferEngine
-        return engine.trainer_init(info, client=SyncClient(call), source=Present())
+        return engine.trainer_init(info, client=client, source=Present())
 
     def close(self) -> None:
         if self.engine is not None:
@@ -131,22 +163,50 @@ HandOver = FolderHandOver | NCCLHandOver
 
 
 class SyncClient:
-    """vLLM's control of a weight transfer, over the server's routes."""
+    """vLLM's control of a weight transfer, over the server's routes.
+
+    under_way: what is being done; the first route that fails ends it, and no other is asked after its end.
+    """
 
     def __init__(self, call: Call) -> None:
         self.call = call
+        self.under_way: Future[Any] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.call("/init_weight_transfer_engine", {"init_info": init_info})
+        self._post("/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self.call("/start_weight_update")
+        try:
+            self.call("/start_weight_update")
+        except (ServerFailure, ServerRefusal) as failure:
+            if "already active" not in str(failure):
+                raise
+            self._post("/finish_weight_update", {"weight_version": None})  # one that broke off
+            self._post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
-        self.call("/update_weights", {"update_info": update_info})
+        self._post("/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.call("/finish_weight_update", {"weight_version": weight_version})
+        self._post("/finish_weight_update", {"weight_version": weight_version})
+
+    def _post(self, path: str, body: Any = None) -> None:
+        if self.under_way.done():
+            raise ServerFailure("the transfer of weights was given up")
+        try:
+            self.call(path, body)
+        except BaseException as error:
+            settle(self.under_way, error)
+            raise
+
+
+def settle(under_way: Future[Any], outcome: Any) -> None:
+    """Ends it with a result or an exception, unless something else has ended it."""
+    with suppress(InvalidStateError):
+        if isinstance(outcome, BaseException):
+            under_way.set_exception(outcome)
+        else:
+            under_way.set_result(outcome)
 
 
 def local_address(url: str) -> str:

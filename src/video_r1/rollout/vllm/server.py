@@ -88,7 +88,8 @@ class ServerEngine:
         self._key = os.environ.get(KEY_VARIABLE)
         self._model = None if model is None else str(model)
         self._stop_ids = stop_token_ids(generation, self.tokenizer)
-        self._folder = Path(tempfile.gettempdir() if folder is None else folder)
+        # As a server that was started in another folder has to find it
+        self._folder = Path(tempfile.gettempdir() if folder is None else folder).absolute()
         self._hand_over: HandOver | None = None  # None: the server samples with what it started with
         self._version: str | None = None
         self._recovery = threading.Lock()
@@ -175,19 +176,23 @@ class ServerEngine:
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
             if process_count() > 1 and process_index() == 0:
                 threading.Thread(target=self._keep_supplied, daemon=True).start()
-            return NCCLHandOver(self.url, int(self._get("/get_world_size")["world_size"]))
+            workers = int(self._get("/get_world_size")["world_size"])
+            return NCCLHandOver(self.url, workers, f"cuda:{torch.cuda.current_device()}", self.timeout)
         return FolderHandOver(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _give_weights(self) -> None:
         """Gives the server the present weights unless it has them, and drops what it has cached of others."""
         self._reach()
-        if self._hand_over is None or self._get("/weight_info")["weight_version"] == self._version:
+        if self._hand_over is None:
+            return
+        served = self._get("/weight_info")["weight_version"]
+        if served == self._version:
             return
         if process_index() and isinstance(self._hand_over, NCCLHandOver):
             raise ServerFailure("it waits for the first process's weights")
         try:
             self._post("/pause?mode=abort")
-            self._hand_over.send(self._post)
+            self._hand_over.send(self._post, served)
             for cache in ("encoder", "mm", "prefix"):
                 self._post(f"/reset_{cache}_cache")
             self._post("/update_weight_version", {"new_version": self._version})
