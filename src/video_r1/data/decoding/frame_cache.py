@@ -3,8 +3,8 @@
     <folder>/ab/ab12….safetensors   the frames of one clip window under one budget, with a checksum
 
 An entry's name is a digest of everything that decides its pixels: the file's path, size and time of change
-(of a folder of frames, those of every frame), the window, the budget and `VERSION`. A file that was replaced,
-or another budget, is another entry.
+(of a folder of frames, those of every frame; in a table or an archive, those of this), the window, the budget
+and `VERSION`. A file that was replaced, or another budget, is another entry.
 
 Many processes may share a folder (bounded_folder.py); two writers of the same entry write the same bytes.
 What is read is checked; an entry that fails is removed and the clip is decoded again. Frames are kept as they
@@ -28,6 +28,8 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.sources.addresses import local_file
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
 from video_r1.data.sources.frame_folders import frame_stamps
+from video_r1.data.sources.remote import open_remote_cache
+from video_r1.data.sources.tar_index import split_member
 from video_r1.files import digest
 from video_r1.settings.frames import FrameBudget
 
@@ -118,7 +120,9 @@ def read_cached_at(
 
 
 def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
-    """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good."""
+    """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good, but
+    for those inside of tables and archives.
+    """
     file: tuple[object, ...] = (sample.path,)
     if (local := local_file(sample.path)) is not None:
         try:
@@ -130,6 +134,8 @@ def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
                 file = (sample.path, sample.fps, *frame_stamps(sample.path))
         except OSError:
             return None
+    elif inside := split_member(sample.path):
+        file = (*file, *open_remote_cache(budget.remote_cache, budget.remote_bytes).state(inside[1]))
     rule: tuple[object, ...] = ("image", budget.image_pixels)
     if sample.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)

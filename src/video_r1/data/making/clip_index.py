@@ -121,6 +121,8 @@ def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 
 def _members(archive: str) -> list[str]:
     """The images and videos in a tar archive; none in what is no archive."""
+    if not os.path.isfile(archive):  # a pipe would never answer
+        return []
     try:
         with open(archive, "rb") as file:
             found = members_of(file)

@@ -30,6 +30,11 @@ _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*:(//|:)")
 _LOCAL = {"file", "local", "asynclocal", "reference", "git", "dvc", "generic"}
 _OTHER_ANSWERS = (408, 425, 429)  # statuses below 500 after which a server may still give the file
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_STAMPS = (
+    "size", "ETag", "etag", "Content-MD5", "Digest", "content_hash", "md5Hash", "blob_id", "xet_hash", "CRC",
+    "generation", "Last-Modified", "LastModified", "last_modified", "modified", "mtime", "updated", "created",
+    "date_time",
+)  # fmt: skip
 Found = TypeVar("Found")
 _archives = threading.Lock()  # a file system inside another one's file has one place where it reads
 
@@ -123,6 +128,18 @@ def fetch(address: str, target: Path) -> None:
             raise IsADirectoryError("a folder")
 
     at_address(address, copy)
+
+
+def stamps_at(address: str) -> dict[str, str]:
+    """What changes when a file does, of what its file system tells without reading it: by the names that this
+    gives. Raises as `at_address`.
+    """
+
+    def told(system: Any, path: str) -> dict[str, str]:
+        info = system.info(path)
+        return {name: str(info[name]) for name in _STAMPS if info.get(name) is not None}
+
+    return at_address(address, told)
 
 
 def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:

@@ -7,7 +7,8 @@ that share the folder fetch a file once; while it is read it stays (bounded_fold
 draft, so that a transfer that breaks off leaves nothing behind (addresses.py).
 
 Of a tar archive (tar_index.py) only its headers and the members that are asked for are fetched; its index is
-kept in the same folder, also that of an archive on this machine, whose members are read where they lie.
+kept in the same folder, also that of an archive on this machine, whose members are read where they lie. One
+that is replaced, as well as a Parquet table (table_cells.py), has other files: its state is in their names.
 """
 
 import fcntl
@@ -15,6 +16,7 @@ import functools
 import json
 import os
 import re
+import stat
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from video_r1.data.sources.addresses import NoAnswer, at_address, fetch, is_address, local_file
+from video_r1.data.sources.addresses import NoAnswer, at_address, fetch, is_address, stamps_at
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder, locked
 from video_r1.data.sources.table_cells import cell_of, cell_path, cells_beside
 from video_r1.data.sources.tar_index import (
@@ -38,9 +40,10 @@ from video_r1.data.sources.tar_index import (
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.files import digest, lock
 
-INDEXES = 256  # of archives, in memory
+MEMBERS = 1_000_000  # of archives whose indexes are in memory, some 250 MB
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
 _HEADERS = 1 << 16  # bytes that are read of an archive around each header
+_OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # of which nothing changes
 
 
 class RemoteCache(BoundedFolder):
@@ -54,6 +57,8 @@ class RemoteCache(BoundedFolder):
         self.unanswered: Counter[str] = Counter()  # files in a row, by the place that they are in
         self._indexes: dict[tuple[object, ...], Members] = {}  # of archives
         self._indexing = threading.Lock()
+        self._states: dict[str, tuple[str, ...]] = {}  # of archives and tables at addresses
+        self._asking = threading.Lock()
 
     @contextmanager
     def file(self, address: str) -> Iterator[str]:
@@ -92,13 +97,14 @@ class RemoteCache(BoundedFolder):
         member, archive = inside[0].removeprefix(TAR), inside[1]
         try:
             facts = os.stat(archive)
-            stamp = (facts.st_size, facts.st_mtime_ns)
+            if not stat.S_ISREG(facts.st_mode):
+                raise ValueError("the archive is no plain file")
 
             def read() -> Members:
                 with open(archive, "rb") as file:
                     return members_of(file)
 
-            found = self._members(archive, stamp, read)
+            found = self._members(archive, (facts.st_size, facts.st_mtime_ns), read)
             return part_of(found, member, archive)
         except FileNotFoundError as error:
             raise MediaError(path, "there is no such archive") from error
@@ -107,11 +113,40 @@ class RemoteCache(BoundedFolder):
         except ValueError as error:
             raise MediaError(path, str(error)) from error
 
-    def _members(self, archive: str, stamp: tuple[int, ...], read: Callable[[], Members]) -> Members:
+    def state(self, container: str) -> tuple[int | str, ...]:
+        """What another table or archive in the place of this one has not; () where nothing tells.
+
+        At an address it is asked once a process; one that does not answer has the state of the last time.
+        """
+        if not is_address(container):
+            facts = os.stat(container) if os.path.exists(container) else None
+            return (facts.st_size, facts.st_mtime_ns) if facts else ()
+        if _OF_A_COMMIT.fullmatch(container):
+            return ()
+        with self._asking:
+            if container not in self._states:
+                self._states[container] = self._asked(container)
+            return self._states[container]
+
+    def _asked(self, container: str) -> tuple[str, ...]:
+        entry, known = self.place(f"{digest(['state', container], size=20)}.json"), ()
+        with suppress(OSError, ValueError):
+            known = (str(json.loads(entry.read_bytes())),)
+            os.utime(entry)
+        try:
+            state = (digest(stamps_at(container), size=20),)
+        except MediaError:
+            return known
+        if state != known:
+            self._keep(entry, json.dumps(*state).encode())
+        return state
+
+    def _members(self, archive: str, stamp: tuple[int | str, ...], read: Callable[[], Members]) -> Members:
         """The index of an archive: from memory, from the folder, or read and kept in both."""
         key = (archive, *stamp)
         with self._indexing:
-            if key not in self._indexes:
+            found = self._indexes.pop(key, None)
+            if found is None:
                 entry = self.place(f"{digest(('members', *key), size=20)}.json")
                 try:
                     found = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
@@ -119,10 +154,11 @@ class RemoteCache(BoundedFolder):
                 except (OSError, ValueError, AttributeError, TypeError):
                     found = read()
                     self._keep(entry, json.dumps(found).encode())
-                self._indexes[key] = found
-                while len(self._indexes) > INDEXES:
+                room = MEMBERS - len(found)
+                while self._indexes and sum(map(len, self._indexes.values())) > room:
                     self._indexes.pop(next(iter(self._indexes)))
-            return self._indexes[key]
+            self._indexes[key] = found  # the last one used
+            return found
 
     def _keep(self, entry: Path, content: bytes) -> None:
         draft = entry.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
@@ -172,6 +208,8 @@ class RemoteCache(BoundedFolder):
     def _fetch_inside(self, address: str, draft: Path) -> None:
         """A member of an archive at an address, or a cell of a table. Raises as `fetch`."""
         begin, _, container = address.partition("::")
+        if not is_address(container) and os.path.exists(container) and not os.path.isfile(container):
+            raise MediaError(address, "lies in no plain file")
         take = self._take_cell if begin.startswith(TABLE) else self._take_member
 
         def copy(system: Any, path: str) -> None:
@@ -190,7 +228,7 @@ class RemoteCache(BoundedFolder):
             with system.open(path, "rb", block_size=_HEADERS) as file:
                 return members_of(file)
 
-        first, size = member_of(self._members(archive, (), read), begin.removeprefix(TAR))
+        first, size = member_of(self._members(archive, self.state(archive), read), begin.removeprefix(TAR))
         content = system.cat_file(path, start=first, end=first + size)
         if len(content) != size:
             raise ValueError("its server does not give parts of files; fetch the archive first")
@@ -216,10 +254,10 @@ class RemoteCache(BoundedFolder):
             draft.write_bytes(found)
 
     def _name(self, address: str) -> str:
-        """Of an entry: a digest of the address, and of the state of a table that is on this machine."""
-        table = local_file(address)
-        facts = os.stat(table) if table is not None and os.path.exists(table) else None
-        return digest([address, facts.st_size, facts.st_mtime_ns] if facts else address, size=20)
+        """Of an entry: a digest of the address, and of the state of the table or archive that it is in."""
+        inside = split_member(address)
+        state = self.state(inside[1]) if inside else ()
+        return digest([address, *state] if state else address, size=20)
 
 
 def _suffix(address: str) -> str:
