@@ -176,6 +176,41 @@ def test_a_run_that_is_told_to_stop_does_not_wait(endpoint: JudgeEndpoint, tmp_p
         judge([group("left")])
 
 
+def test_a_judge_that_accepts_requests_and_does_not_answer(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
+    judge = open_judge(endpoint, tmp_path, judge_down="stop", judge_timeout=0.5)
+    endpoint.pause = 60
+    with pytest.raises(JudgeAway, match=r"had given no answer after 0\.7 s; .*judge_timeout"):
+        judge([group("left")])
+    assert len(endpoint.asked()) <= 2
+
+
+@pytest.mark.parametrize("down", ["wait", "stop"])
+def test_a_run_that_is_told_to_stop_does_not_wait_for_an_answer(
+    endpoint: JudgeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, down: str
+) -> None:
+    """Unless it comes at once; what a step learns is not changed by it."""
+    told = threading.Event()
+    judge = open_judge(endpoint, tmp_path, told.is_set, judge_down=down)
+    told.set()
+    assert judge([group("left")])[0].tolist() == [pytest.approx(score("left"))]
+    told.clear()
+    monkeypatch.setattr(judge_module, "LAST_WORDS", 0.2)
+    endpoint.pause = 60
+    threading.Timer(0.5, told.set).start()
+    with pytest.raises(JudgeAway, match=r"no answer after 0\.2 s"):
+        judge([group("right")])
+    assert endpoint.asked() == ["left", "right"]
+
+
+def test_skip_hears_the_judge_out_before_a_stop(
+    endpoint: JudgeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge_module, "LAST_WORDS", 0.0)
+    judge = open_judge(endpoint, tmp_path, lambda: True, judge_down="skip")
+    endpoint.pause = 0.5
+    assert judge([group("left")])[0].tolist() == [pytest.approx(score("left"))]
+
+
 def test_stop_raises(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     judge = open_judge(endpoint, tmp_path, judge_down="stop")
     endpoint.away = True

@@ -36,6 +36,9 @@ class JudgeSettings(Settings):
     judge_wait: float = setting(
         60.0, "seconds to wait for it before the run begins, and before stop or skip", at_least=0
     )
+    judge_timeout: float = setting(
+        120.0, "seconds for one request to it; more for a judge that reasons at length", above=0
+    )
     judge_concurrency: int = setting(64, "requests to it at once, of each process", above=0)
 
     def problems(self) -> Iterator[Problem]:

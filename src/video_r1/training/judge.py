@@ -9,6 +9,7 @@ stands for accuracy by ROUGE, no answer gains or loses by it.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 FILE = "judge.jsonl"
 LONGEST_REPLY = 1024  # tokens; a judge that reasons needs more than a number
 LOOK_AGAIN = 5.0  # seconds between two looks for a judge who is away
+LAST_WORDS = 10.0  # seconds for an answer once the run is told to stop
 TRIAL = ("How many legs has a cat?", "four", "It has 4 legs.")
 
 
@@ -79,7 +81,8 @@ class Judge:
         self.settings, self.meter, self.stopped = settings, meter, stopped
         self.template = load_judge_template(settings.judge_template)
         key = os.environ.get(settings.judge_key_variable)
-        self.endpoint = Endpoint(endpoint_urls(settings.judge_endpoint), key, wait=settings.judge_wait)
+        urls = endpoint_urls(settings.judge_endpoint)
+        self.endpoint = Endpoint(urls, key, settings.judge_timeout, settings.judge_wait)
         self.client = ChatClient(self.endpoint, settings.judge_concurrency)
         self.path = folder / FILE
         self.scores: dict[str, float] = {}
@@ -201,16 +204,42 @@ class Judge:
         }
         where = f"the judge at {self.endpoint.url}"
         try:
-            (completion,) = await self.client.draw(1, lambda n, drawn: body, completions_of)
+            drawn = self.client.draw(1, lambda n, drawn: body, completions_of)
+            (completion,) = await self._in_time(asyncio.ensure_future(drawn))
         except ServerRefusal as refusal:
             if refusal.status in REFUSED_QUESTION:
                 return asked, None, str(refusal)
             raise JudgeAway(f"{where} refuses all requests: {refusal}", passes=False) from refusal
         except ServerFailure as failure:
             raise JudgeAway(f"{where} fails: {failure}") from failure
+        except JudgeAway:
+            raise
         except VideoR1Error as error:  # the client has waited for it
             raise JudgeAway(f"{where} does not answer: {first_line(error.__cause__ or error)}") from error
         return asked, score_of(completion), completion.text
+
+    async def _in_time(self, drawn: asyncio.Future[list[Completion]]) -> list[Completion]:
+        """What is drawn within `judge_wait` and one request's time, however often it is asked for; in a few
+        seconds once the run is told to stop, unless it would then learn without the judge (skip).
+
+        Raises JudgeAway.
+        """
+        limit = self.settings.judge_wait + self.settings.judge_timeout
+        until, told = time.monotonic() + limit, self.settings.judge_down == "skip"
+        try:
+            while not drawn.done():
+                if not told and self.stopped():
+                    until, told = min(until, time.monotonic() + LAST_WORDS), True
+                if time.monotonic() > until:
+                    limit = LAST_WORDS if self.stopped() else limit
+                    raise JudgeAway(
+                        f"the judge at {self.endpoint.url} had given no answer after {limit:g} s; where "
+                        "it is slow, raise judge_timeout or lower judge_concurrency"
+                    )
+                await asyncio.wait([drawn], timeout=0.1)
+            return drawn.result()
+        finally:
+            drawn.cancel()
 
     def _rest(self) -> None:
         """Some seconds, or until the run is told to stop."""
