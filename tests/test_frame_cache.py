@@ -245,6 +245,23 @@ def write_and_read(folder: Path, limit: int) -> None:
     assert cache.damaged == 0
 
 
+def test_an_entry_is_for_whoever_may_read_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o002)
+    try:
+        cache = FrameCache(tmp_path, LARGE)
+        cache.put(*one_entry(1))
+    finally:
+        os.umask(before)
+    (entry,) = entries(cache)
+    assert entry.stat().st_mode & 0o777 == 0o664
+
+    def refused(*given: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refused)  # of another user's
+    assert cache.get(one_entry(1)[0]) is not None and cache.damaged == 0 and entry.exists()
+
+
 def test_parallel_writers_and_readers(tmp_path: Path) -> None:
     limit = 12 * 40_000
     start = multiprocessing.get_context("fork").Process

@@ -16,11 +16,12 @@ from chat_endpoint import chat_endpoint
 from tiny_models import moving_square, write_clip
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
+from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.model import base_folder
-from video_r1.studio import model_process, uploads
+from video_r1.studio import asking, model_process, uploads
 from video_r1.studio.answerer import Answerer
 from video_r1.studio.server import application
 
@@ -314,3 +315,21 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     answerer.stopped.add(answerer.number + 1)
     stopped = ask(question=["Why?"])
     assert [event["event"] for event in stopped[-2:]] == ["state", "end"]
+
+
+def test_a_clip_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the disk is full amid it, pressing the button again copies it again."""
+    source, copied = tmp_path / "mine.mp4", tmp_path / "asked" / "mine.mp4"
+    source.write_bytes(b"a clip")
+
+    def half(source: Path, target: Path) -> None:
+        target.write_bytes(b"a c")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(asking.shutil, "copyfile", half)
+        with pytest.raises(HTTPException, match="No space left"):
+            asking._keep_clip(source, copied)
+    assert [*copied.parent.iterdir()] == []
+    asking._keep_clip(source, copied)
+    assert copied.read_bytes() == b"a clip" and [*copied.parent.iterdir()] == [copied]

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -195,14 +196,20 @@ def _row(asked: dict[str, Any], source: str) -> dict[str, Any]:
 
 
 def _keep_clip(source: Path, copied: Path) -> None:
+    """Copies the clip, whole or not at all. Raises HTTPException."""
+    draft = copied.with_name(f".{copied.name}.partial")
     try:
         copied.parent.mkdir(exist_ok=True)
         if copied.parent.is_symlink() or os.path.lexists(copied):
             if copied.parent.is_symlink() or copied.is_symlink():
                 raise HTTPException(409, f"{copied} is or lies in a link, so nothing is written to it")
             return
-        shutil.copyfile(source, copied)
+        draft.unlink(missing_ok=True)  # no link that somebody put there
+        shutil.copyfile(source, draft)
+        draft.replace(copied)
     except OSError as error:
+        with suppress(OSError):
+            draft.unlink()
         raise HTTPException(507, f"{copied} cannot be written: {error.strerror}") from error
 
 

@@ -16,6 +16,7 @@ import os
 import stat
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -59,7 +60,8 @@ class FrameCache(BoundedFolder):
                     float(facts["duration"]),
                     facts["kind"],  # type: ignore[arg-type]
                 )
-            os.utime(path)  # used just now
+            with suppress(PermissionError):  # another's
+                os.utime(path)  # used just now
         except (FileNotFoundError, RuntimeError):  # RuntimeError: torch opens the file again, and it has gone
             self.misses += 1
             return None
@@ -78,6 +80,7 @@ class FrameCache(BoundedFolder):
         try:
             path.parent.mkdir(exist_ok=True)
             save_file({"frames": media.frames, "timestamps": media.timestamps}, draft, facts)
+            draft.chmod((self.folder / ".size").stat().st_mode & 0o777)  # safetensors: for the owner alone
             self.admit(draft, path)
         except (OSError, SafetensorError) as error:
             self.warn_once("an entry cannot be written (%s); such clips are decoded again", error)
