@@ -28,7 +28,7 @@ from video_r1.evaluation.audit_summary import audit_sentences
 from video_r1.files import replace_json, replace_text
 from video_r1.lab.study import CONTROL
 from video_r1.lab.study_figure import study_svg
-from video_r1.lab.study_tables import by_rate, differences_table, means_table
+from video_r1.lab.study_tables import by_rate, differences_table, means_table, over_rates
 
 DOCS = Path(__file__).parents[1] / "docs"
 RUNS = {
@@ -347,11 +347,16 @@ def study_differences(rate: float, found: Sequence[Any]) -> str:
     return differences_table(by_rate(found[0])[rate], CONTROL)
 
 
+def study_differences_all(found: Sequence[Any]) -> str:
+    """The same over all shares together, of the arms and seeds that have run at each."""
+    return differences_table(over_rates(found[0]), CONTROL)
+
+
 MAKERS: dict[str, Callable[[Sequence[Any]], str]] = {
     made.__name__: made
     for made in (
         demo, demo_seconds, audit, ratios, update, states, likelihood, sft, decode, annotation, launches,
-        gpu_steps, contrast_units,
+        gpu_steps, contrast_units, study_differences_all,
     )
 }  # fmt: skip
 MAKERS |= {

@@ -14,7 +14,13 @@ import pytest
 from video_r1.cli import main
 from video_r1.lab import study
 from video_r1.lab.study_figure import study_svg
-from video_r1.lab.study_tables import FIGURES, paired_difference, study_tables, t_quantile
+from video_r1.lab.study_tables import (
+    FIGURES,
+    over_rates,
+    paired_difference,
+    study_tables,
+    t_quantile,
+)
 from video_r1.settings.commands import StudySettings
 
 
@@ -66,6 +72,22 @@ def test_tables_name_what_excludes_zero() -> None:
     assert "| +0.000 [+0.000, +0.000] |" in text  # the lying marks: no difference, not emphasised
 
 
+def test_differences_over_all_rates_by_hand() -> None:
+    """A seed counts where it has run at each rate, and pairs with its own cold start."""
+    runs = [result(seed, "grpo", 0.5, rate=rate) for seed in range(3) for rate in (0.0, 0.9)]
+    runs += [result(seed, "margin", 0.5 + 0.1 * seed, rate=0.0) for seed in range(3)]
+    runs += [result(seed, "margin", 0.7, rate=0.9, credit=0.5) for seed in range(2)]
+    runs += [result(0, "unmarked", 0.9)]
+    arms = over_rates(runs)
+    assert set(arms) == {"grpo", "margin"} and [run["seed"] for run in arms["margin"]] == [0, 1]
+    assert [run["accuracy"]["ordered"] for run in arms["margin"]] == pytest.approx([0.6, 0.65])
+    assert arms["margin"][0]["habits"]["cued"] == {"mark": 0.5, "one look": 0.25}
+    assert arms["margin"][0]["credit"] is None
+    found = paired_difference(arms["margin"], arms["grpo"], FIGURES["ordered"], compared=1)
+    assert found is not None and found.mean == pytest.approx(0.125) and found.seeds == 2
+    assert "## Differences over all rates together\n\n| arm |" in study_tables(runs, "grpo")
+
+
 def test_the_picture_has_every_arm_and_rate() -> None:
     runs = [
         result(seed, arm, 0.5 + 0.1 * (arm == "margin")) for seed in range(3) for arm in ("grpo", "margin")
@@ -77,6 +99,14 @@ def test_the_picture_has_every_arm_and_rate() -> None:
     assert {"0% of the training clips marked", "90% of the training clips marked"} <= set(texts)
     assert texts.count("+10.0 [+10.0, +10.0], 3 seeds") == 2
     assert texts.count("+0.0 [+0.0, +0.0], 3 seeds") == 2
+
+
+def test_wide_intervals_end_at_the_pictures_edge() -> None:
+    """So that those of three seeds do not make the others too small to see."""
+    runs = [result(seed, "grpo", 0.5) for seed in range(3)]
+    runs += [result(seed, "weight", 0.1 + 0.4 * seed) for seed in range(3)]
+    text = study_svg(runs, "grpo")
+    assert "+30" in text and "+60" not in text
 
 
 def test_unknown_arm_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

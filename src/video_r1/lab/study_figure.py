@@ -7,6 +7,7 @@ from video_r1.evaluation.figures import COLOURS
 from video_r1.lab.study_tables import Difference, Result, by_rate, differences_of
 
 DRAWN = {"ordered": "without marks", "lying marks": "with lying marks"}
+WIDEST = 30.0  # percentage points; of three seeds an interval may go further, and ends at the edge
 _LEFT, _PANEL, _GAP, _TOP, _LINE = 150, 230, 44, 66, 15  # pixels
 _STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#1b1f24}.faint{font-size:12px;fill:#6b7280}"
@@ -20,7 +21,7 @@ def study_svg(results: Sequence[Result], control: str) -> str:
     arms = list(dict.fromkeys(arm for panel in panels.values() for arm in panel))
     ends = [100 * end for panel in panels.values() for found in panel.values() for end in _ends(found)]
     most = max([5.0, *map(abs, ends)])
-    most = min(100.0, 5 * (most // 5 + 1))
+    most = min(WIDEST, 5 * (most // 5 + 1))
     height = _TOP + len(arms) * (_LINE * len(DRAWN) + 10) + 12
     parts = [_legend()]
     for place, (rate, found) in enumerate(panels.items()):

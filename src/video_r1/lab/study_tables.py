@@ -24,6 +24,8 @@ FIGURES: dict[str, Callable[[Result], float | None]] = {
     "s a step": lambda run: run["step_seconds"],
 }
 """The columns: accuracies over the test videos without marks, unless a name says otherwise."""
+MEASURED = ("accuracy", "habits", "training_accuracy", "credit", "step_seconds")
+"""Keys of a result that hold numbers."""
 COMPARED = ("ordered", "gap", "lost without marks", "lying marks", "in training")
 
 
@@ -100,6 +102,31 @@ def by_rate(results: Sequence[Result]) -> dict[float, dict[str, list[Result]]]:
     return rates
 
 
+def over_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """By arm the means over all rates of a study, one for each seed that has run at every rate. What is
+    compared is linear in them, so the differences are means over the rates too.
+    """
+    rates = {run["rate"] for run in results}
+    runs: dict[tuple[str, int, str], list[Result]] = {}
+    for run in results:
+        runs.setdefault((run["arm"], run["seed"], run["cold_start"]), []).append(run)
+    arms: dict[str, list[Result]] = {}
+    for (arm, seed, cold_start), found in runs.items():
+        if {run["rate"] for run in found} == rates:
+            measured = [{name: run[name] for name in MEASURED} for run in found]
+            begun = {"arm": arm, "seed": seed, "cold_start": cold_start}
+            arms.setdefault(arm, []).append(begun | _mean(measured))
+    return arms
+
+
+def _mean(values: Sequence[Any]) -> Any:
+    """Of numbers; of mappings key by key; None where there is nothing."""
+    first = values[0]
+    if isinstance(first, Mapping):
+        return {key: _mean([value[key] for value in values]) for key in first}
+    return None if None in values else fmean(values)
+
+
 def differences_of(
     arms: Mapping[str, Sequence[Result]], control: str, names: Sequence[str]
 ) -> dict[str, dict[str, Difference | None]]:
@@ -123,6 +150,8 @@ def study_tables(results: Sequence[Result], control: str) -> str:
                 "",
                 differences_table(arms, control),
             ]
+    if len(by_rate(results)) > 1 and len(arms := over_rates(results)) > 1:
+        lines += ["## Differences over all rates together", "", differences_table(arms, control)]
     return "\n".join(lines)
 
 
