@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
-from video_r1.studio import listed, tail
+from video_r1.studio import folders, listed, tail
 from video_r1.studio.finding import Finder
 from video_r1.studio.folders import Library
 from video_r1.studio.manifest_index import ManifestIndex
@@ -127,3 +127,20 @@ def test_pages_of_rows(tmp_path: Path) -> None:
         assert rest["shown"][0]["row"] == 51
         refused = client.get("/api/rows", params={"manifest": "m.jsonl", "keep": "import os"})
         assert refused.status_code == 400 and "keep" in refused.json()["error"]
+
+
+def test_a_tree_that_takes_long_is_listed_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, looks = [100.0], []
+
+    def look(root: Path, depth: int) -> list[Path]:
+        looks.append(now[0])
+        now[0] += 3
+        return []
+
+    monkeypatch.setattr(folders, "find_run_folders", look)
+    monkeypatch.setattr(folders.time, "monotonic", lambda: now[0])
+    library = Library([tmp_path])
+    for _ in range(40):
+        library.runs()
+        now[0] += 1
+    assert looks == [100.0, 133.0]

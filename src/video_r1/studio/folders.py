@@ -20,7 +20,8 @@ from video_r1.report.run_data import as_table, find_run_folders, flat
 
 DEPTH = 5  # of run folders below a folder that was given
 SETTINGS_BYTES = 200_000  # of a config.yaml that is read
-LISTING_SECONDS = 2.0  # for which a listing is good
+LISTING_SECONDS = 2.0  # for which a listing is good,
+LISTINGS = 10  # or for so many times as long as it took
 
 
 class Refused(Exception):
@@ -58,20 +59,23 @@ class Found:
 
 
 class Library:
-    """The runs below some folders. They are looked for again when the listing is two seconds old."""
+    """The runs below some folders, looked for again when the listing is two seconds old, or ten times as old
+    as looking took.
+    """
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
         self.roots = [Path(os.path.realpath(root)) for root in roots]
         self._runs: dict[str, Found] = {}
-        self._listed = -LISTING_SECONDS
+        self._again = 0.0  # when they are looked for again
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Found]:
         """All run folders, by name."""
         with self._lock:
-            if time.monotonic() - self._listed >= LISTING_SECONDS:
+            if (began := time.monotonic()) >= self._again:
                 self._runs = {found.name: found for found in self._look()}
-                self._listed = time.monotonic()
+                ended = time.monotonic()
+                self._again = ended + max(LISTING_SECONDS, LISTINGS * (ended - began))
             return self._runs
 
     def _look(self) -> list[Found]:
