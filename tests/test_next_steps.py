@@ -178,13 +178,21 @@ def test_a_step_keeps_its_questions_on_other_gpus(
     assert (" ".join(found), more) == (option, [said] * bool(said))
 
 
-def test_a_server_says_what_to_do_with_it() -> None:
-    lines = while_served(ServeSettings(model="Qwen/Qwen2.5-VL-7B-Instruct", host="0.0.0.0", port=8001))
-    first, second = commands(lines)
-    assert first.startswith("video-r1 rl video-r1-7b-tgrpo --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct ")
-    assert "http://127.0.0.1:8001" in first and "http://127.0.0.1:8001" in second
-    for line in (first, second):
-        name, rest = find_command(shlex.split(line)[1:])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_server_says_what_to_do_with_it(on_gpu: bool) -> None:
+    """Training loads onto the GPUs that the server has not taken."""
+    settings = ServeSettings(model="Qwen/Qwen2.5-VL-7B-Instruct", host="0.0.0.0", port=8001)
+    found = [shlex.split(line) for line in while_served(settings, on_gpu)[1:] if "(" not in line]
+    start = ["CUDA_VISIBLE_DEVICES=FREE", "accelerate", "launch"] if on_gpu else ["video-r1", "rl"]
+    assert found[0][: len(start)] == start
+    if on_gpu:
+        file, count = (found[0][found[0].index(word) + 1] for word in ("--config_file", "--num_processes"))
+        assert Path(file).name == "fsdp2.yaml" and Path(file).is_file() and count == "COUNT"
+        found[0] = found[0][found[0].index("video_r1") :]
+    assert found[0][1:3] == ["rl", "video-r1-7b-tgrpo"]
+    for words in found:
+        assert "http://127.0.0.1:8001" in words
+        name, rest = find_command(words[1:])
         read_request(name, rest)
 
 

@@ -31,7 +31,11 @@ def test_words_and_variables() -> None:
     assert after(words, "--weight-transfer-config") == '{"backend": "nccl"}'
     module, _, name = after(words, "--worker-extension-cls").rpartition(".")
     assert hasattr(sys.modules[module], name)
-    assert variables == {"VLLM_SERVER_DEV_MODE": "1", "VIDEO_R1_POSITIONS": "transformers"}
+    assert variables == {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "VIDEO_R1_POSITIONS": "transformers",
+        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": "VIDEO_R1_POSITIONS",
+    }
     words, variables = server_command(ServeSettings(model="runs/sft"), CPU_OPTIONS)
     assert "--weight-transfer-config" not in words and "--enforce-eager" in words
     assert "--no-enable-chunked-prefill" in words and after(words, "--block-size") == "32"

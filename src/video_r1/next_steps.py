@@ -11,11 +11,10 @@ from video_r1.catalogue import MERGED, counterpart
 from video_r1.commands import COMMANDS
 from video_r1.data.sources.places import media_root_of
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import RECIPES, MadeFor, read_recipe
+from video_r1.recipe_files import MadeFor, launcher, read_recipe
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 Values = Mapping[str, Any]
-ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 CONTINUED = {
     "sft": "goes on from there",
     "rl": "goes on from there",
@@ -49,12 +48,7 @@ def launched(made_for: MadeFor, gpus: int, *words: object) -> str:
     """As `line`, on several GPUs by accelerate with the file of the sharding."""
     if gpus < 2:
         return line(*words)
-    file = RECIPES / "accelerate" / f"{ACCELERATE[made_for.sharding]}.yaml"
-    launcher = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(gpus)]
-    deepspeed = RECIPES / "deepspeed" / f"{made_for.sharding}.json"
-    if deepspeed.is_file():
-        launcher += ["--deepspeed_config_file", str(deepspeed)]
-    return shlex.join([*launcher, "-m", "video_r1", *map(str, words)])
+    return shlex.join([*launcher(made_for, gpus), *map(str, words)])
 
 
 def options(given: Values) -> list[str]:

@@ -22,6 +22,7 @@ from video_r1.settings.types import parse
 
 PACKAGE = Path(str(resources.files("video_r1")))
 RECIPES = PACKAGE / "recipes"
+ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 PACKAGED_MODEL = "lab-base"
 """The name by which the small pretrained base that comes with the package may be called."""
 
@@ -43,6 +44,16 @@ class MadeFor:
             return "CPU" if self.gpus == 0 else ""
         memory = "" if self.gpu_memory is None else f"{(parse_bytes(self.gpu_memory) or 0) / 1e9:g} GB"
         return f"{self.gpus} × {memory or 'GPU'}"
+
+
+def launcher(made_for: MadeFor, processes: int | str) -> list[str]:
+    """The words before those of a command on several GPUs: accelerate, with the file of the sharding."""
+    file = RECIPES / "accelerate" / f"{ACCELERATE[made_for.sharding]}.yaml"
+    words = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
+    deepspeed = RECIPES / "deepspeed" / f"{made_for.sharding}.json"
+    if deepspeed.is_file():
+        words += ["--deepspeed_config_file", str(deepspeed)]
+    return [*words, "-m", "video_r1"]
 
 
 def model_folder(name: str | None) -> str | None:

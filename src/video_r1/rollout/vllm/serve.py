@@ -13,7 +13,7 @@ from typing import Any
 from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
 from video_r1.models.family import find_family
-from video_r1.recipe_files import MadeFor
+from video_r1.recipe_files import MadeFor, launcher
 from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions, rule_of_training, warn_of_positions
 from video_r1.settings.vllm import ServeSettings
 
@@ -85,7 +85,12 @@ def server_command(
         else:
             words += [f"--{option}", str(value)]
     variables = CPU_VARIABLES if options_of_cpu else {}
-    environment = {"VLLM_SERVER_DEV_MODE": "1", VARIABLE: "transformers", **variables}
+    environment = {
+        "VLLM_SERVER_DEV_MODE": "1",
+        VARIABLE: "transformers",
+        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": VARIABLE,  # to workers on other machines
+        **variables,
+    }
     return words + shlex.split(settings.vllm_options), environment
 
 
@@ -123,26 +128,31 @@ def run_serve(settings: ServeSettings) -> None:
     words = runnable(command)
     shown = " ".join(f"{name}={value}" for name, value in environment.items())
     print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
-    print(*while_served(settings), sep="\n", file=sys.stderr, flush=True)
+    print(*while_served(settings, torch.cuda.is_available()), sep="\n", file=sys.stderr, flush=True)
     environment |= os.environ
     rule = "transformers" if environment[VARIABLE] == "transformers" else "vllm"
     warn_of_positions(settings.model, rule, "this server")
     os.execve(words[0], words, environment)
 
 
-def while_served(settings: ServeSettings) -> list[str]:
-    """What to do with the server, in another shell."""
+def while_served(settings: ServeSettings, on_gpu: bool) -> list[str]:
+    """What to do with the server, in another shell; training on GPUs takes those that it leaves free."""
     model, host = str(settings.model), settings.host.replace("0.0.0.0", "127.0.0.1")
     url = f"http://{host}:{settings.port}"
-    use = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", url]
-    recipe = counterpart("rl", checkpoint_behind(model), MadeFor(gpus=8, gpu_memory="80GB")) or "RECIPE"
-    commands = [
-        ["rl", recipe, "--model_name_or_path", model, *use],
-        ["eval", model, "--bench", "mvbench", "--engine", url],
-    ]
+    made_for = MadeFor(gpus=8, gpu_memory="80GB", sharding="fsdp2")
+    recipe = counterpart("rl", checkpoint_behind(model), made_for) or "RECIPE"
+    train = ["rl", recipe, "--model_name_or_path", model, "--use_vllm", "true", "--vllm_mode", "server"]
+    train += ["--vllm_server_base_url", url]
+    if on_gpu:
+        free = f"CUDA_VISIBLE_DEVICES=FREE {shlex.join([*launcher(made_for, 'COUNT'), *train])}"
+        training = [f"  {free}", "  (FREE: the GPUs that the server leaves, such as 1,2,3; COUNT: how many)"]
+    else:
+        training = [f"  {shlex.join(['video-r1', *train])}"]
+    ask = ["video-r1", "eval", model, "--bench", "mvbench", "--engine", url]
     return [
         "once it listens, in another shell (Ctrl-C ends it here; the same command starts it again):",
-        *(f"  {shlex.join(['video-r1', *words])}" for words in commands),
+        *training,
+        f"  {shlex.join(ask)}",
     ]
 
 
