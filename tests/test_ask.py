@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -248,9 +249,22 @@ def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, c
         assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None
         still = replace(sample, path="still.png", data_type="image")
         picture = Media(prompts[0].media[0].frames[:1], torch.zeros(1), 0.0, "image")
-        opened._clips[still.shown] = (picture,)
+        opened._clips[opened._key(still)] = (picture,)
         with pytest.raises(MediaError, match="an image, which cannot be reversed; ask in order, or blind"):
             opened.prompts(still, ["reversed"])
+
+
+def test_a_clip_that_is_replaced_is_read_again(checkpoint: Path, clip: Path, tmp_path: Path) -> None:
+    """Under its name, while a model stays loaded, as in the studio."""
+    path = tmp_path / "clip.mp4"
+    shutil.copy(clip, path)
+    sample = question("Where?", path)
+    settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
+    with closing(Interview(settings)) as opened:
+        (before,) = opened.media(sample)
+        assert opened.media(sample)[0] is before and opened.has(sample)
+        write_clip(path, moving_square(frames=4))
+        assert not opened.has(sample) and len(opened.media(sample)[0].frames) < len(before.frames)
 
 
 def test_an_answer_that_no_option_is(clip: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from video_r1.data.answers import read_answer
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
-from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
+from video_r1.data.decoding.frame_cache import cache_key, open_frame_cache, read_cached
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, derived_generator
@@ -62,21 +62,25 @@ class Interview:
         self._processor, self.builder, self.budget = open_prompts(settings)
         self._cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._engine: RolloutEngine | None = None
-        self._clips: dict[tuple[object, ...], Clips] = {}
+        self._clips: dict[tuple[str | None, ...], Clips] = {}
 
     def has(self, sample: Sample) -> bool:
         """Whether the clip's frames are here already."""
-        return sample.shown in self._clips
+        return self._key(sample) in self._clips
 
     def media(self, sample: Sample) -> Clips:
         """The frames of the sample's clip, decoded at the first question about it. Raises MediaError."""
-        key = sample.shown
+        key = self._key(sample)
         if (media := self._clips.pop(key, None)) is None:
             media = tuple(read_cached(file, self.budget, self._cache) for file in sample.files)
         self._clips[key] = media
         while len(self._clips) > CLIPS_KEPT:
             self._clips.pop(next(iter(self._clips)))
         return media
+
+    def _key(self, sample: Sample) -> tuple[str | None, ...]:
+        """Another one where a file has been replaced under its name."""
+        return tuple(cache_key(file, self.budget, self.budget.max_frames) for file in sample.files)
 
     def prompts(self, sample: Sample, orders: Sequence[Order]) -> list[Prompt]:
         """Raises MediaError, also for a clip that is too short for a contrast, and PromptError."""
