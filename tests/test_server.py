@@ -22,11 +22,15 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
-from video_r1.rollout import addresses
+from video_r1.lab.model import base_folder
+from video_r1.rollout import addresses, choice
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm import server
 from video_r1.rollout.vllm.serve import WANTED, shape
 from video_r1.rollout.vllm.server import ServerEngine
+from video_r1.settings.decoding import EvalSettings
+from video_r1.settings.frames import FrameBudget
+from video_r1.settings.vllm import VLLMSettings
 
 PROCESSOR = tiny_processor("qwen2_5_vl")
 GENERATION = GenerationConfig(eos_token_id=[3, 5])
@@ -215,6 +219,19 @@ def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: 
     assert torch.equal(load_file(second / "model.safetensors")["lm_head.weight"], model.lm_head.weight)
     client.close()
     assert not second.exists()
+
+
+def test_a_request_has_the_time_that_the_settings_give(
+    loopback: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training more for longer completions, since a long one may take a slow server half an hour."""
+    given: list[float] = []
+    monkeypatch.setattr(choice, "ServerEngine", lambda *_, **named: given.append(named["timeout"]))
+    choice.open_engine(EvalSettings(model=str(base_folder()), engine=loopback.url, timeout=7), PROCESSOR)
+    settings = VLLMSettings(use_vllm=True, vllm_mode="server", vllm_server_base_url=loopback.url)
+    for longest in (4096, 20000):
+        choice.training_engine(TINY, PROCESSOR, settings, longest=longest, frames=FrameBudget())
+    assert given == [7, 600, 2000]
 
 
 def test_the_folder_of_weights_is_named_in_full(

@@ -73,7 +73,8 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         check_vllm_takes(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
         ends = generation_config(settings.model)
-        return ServerEngine(addresses(settings.engine), processor, ends, model=settings.model)
+        urls, timeout = addresses(settings.engine), settings.timeout
+        return ServerEngine(urls, processor, ends, model=settings.model, timeout=timeout)
     if settings.engine == "vllm":
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
@@ -163,6 +164,7 @@ def training_engine(
     if settings.vllm_mode == "server":
         assert settings.vllm_server_base_url is not None  # settings without it are refused
         wait = settings.vllm_server_timeout
-        ends = model.generation_config
-        return ServerEngine(settings.vllm_server_base_url, processor, ends, folder=folder, wait=wait)
+        timeout = max(600.0, longest / 10)  # ten tokens a second
+        url, ends = settings.vllm_server_base_url, model.generation_config
+        return ServerEngine(url, processor, ends, folder=folder, wait=wait, timeout=timeout)
     return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings, frames=frames)

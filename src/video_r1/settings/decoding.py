@@ -55,7 +55,7 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     )
     concurrency: int = setting(16, "requests to an endpoint at once", above=0)
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
-    timeout: float = setting(600.0, "seconds for one request to an endpoint", above=0)
+    timeout: float = setting(600.0, "seconds for one request to an endpoint or a server", above=0)
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
     max_new_tokens: int = setting(1024, "longest output in tokens", above=0)
     temperature: float = setting(0.01, "sampling temperature; 0 is greedy", at_least=0)

@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 
 KEY_VARIABLE = "VLLM_API_KEY"
 WATCH_SECONDS = 2.0
+TRANSFER_SECONDS = 600.0  # from GPU to GPU
 ATTEMPTS = 5  # of one request, each after the server has answered its health check
 
 
@@ -177,7 +178,7 @@ class ServerEngine:
             if process_count() > 1 and process_index() == 0:
                 threading.Thread(target=self._keep_supplied, daemon=True).start()
             workers = int(self._get("/get_world_size")["world_size"])
-            return NCCLHandOver(self.url, workers, f"cuda:{torch.cuda.current_device()}", self.timeout)
+            return NCCLHandOver(self.url, workers, f"cuda:{torch.cuda.current_device()}", TRANSFER_SECONDS)
         return FolderHandOver(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _give_weights(self) -> None:
