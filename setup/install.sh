@@ -25,6 +25,7 @@ pip() { PIP_DISABLE_PIP_VERSION_CHECK=1 "$venv/bin/python" -m pip -qq "$@"; }
 
 [ -x "$venv/bin/python" ] || { say "making $venv"; "$python" -m venv "$venv"; }
 rm -f "$stamp"
+packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 limits=$venv/constraints.txt
 if [ "$accelerator" = cuda ]; then
     # The same versions as on a CPU, save for what belongs to builds for CPUs.
@@ -35,8 +36,10 @@ else
     cp constraints.txt "$limits"
     say "installing torch"
     # For Linux the package index has torch with CUDA alone. One lookup, no dependencies: those come with the package.
-    pip install --no-deps --retries 1 --extra-index-url "$cpu_builds" $(grep -E '^(torch|torchvision)==' constraints.txt)
-    if [ "$(uname)" = Linux ] && ! "$venv/bin/python" -m pip show torch 2>/dev/null | grep -q '^Version: .*+cpu'; then
+    # A file of requirements adds to the indexes that the user has configured; an option would replace them.
+    { echo "--extra-index-url $cpu_builds"; grep -E '^(torch|torchvision)==' constraints.txt; } >"$venv/torch.txt"
+    pip install --no-deps --retries 1 -r "$venv/torch.txt"
+    if [ "$(uname)" = Linux ] && ! grep -q '^cuda.* = None' "$packages/torch/version.py"; then
         say "found no torch for CPUs; its builds are at $cpu_builds: let pip reach that address, or a copy of it"
         say "(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), or set ACCELERATOR=cuda to take the build for NVIDIA GPUs"
         "$venv/bin/python" -m pip uninstall -qq -y torch torchvision
@@ -46,7 +49,6 @@ fi
 say "installing the package and its dependencies"
 pip install -c "$limits" -e '.[dev,lora]'
 
-packages=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 # -S: without .pth files, so that a hook of an earlier set-up does not hide what the import does by itself.
 if "$venv/bin/python" -S -c "import sys; sys.path.append('$packages'); import torchvision" 2>/dev/null; then
     rm -f "$packages"/torchvision_cpu_hook.{py,pth}

@@ -92,20 +92,26 @@ def test_the_versions_for_cpus_fit_together(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has torch for CPUs")
-def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path) -> None:
-    """Pip is a stand-in that found the index's build, which has CUDA: on a laptop that would be gigabytes."""
+@pytest.mark.parametrize("cuda", ["None", "'13.0'"])
+def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path, cuda: str) -> None:
+    """Pip is a stand-in that installed torch for CPUs, or the index's build: on a laptop that'd be gigabytes."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho Version: 2.13.0\n')
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho {tmp_path}\n')
     python.chmod(0o755)
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"cuda: Optional[str] = {cuda}\n")
     environment = {**os.environ, "VENV": str(tmp_path), "ACCELERATOR": "cpu", "PYTHON": sys.executable}
     done = subprocess.run(
         [ROOT / "setup" / "install.sh"], capture_output=True, text=True, env=environment, timeout=60
     )
-    assert done.returncode == 1 and f"its builds are at {CPU_BUILDS}" in done.stderr
     calls = (tmp_path / "log").read_text().splitlines()
-    assert "--no-deps" in calls[0] and CPU_BUILDS in calls[0] and "uninstall" in calls[-1]
-    assert not (tmp_path / "installed").exists()
+    (torch,) = [call for call in calls if "--no-deps" in call]
+    requirements = Path(torch.split(" -r ")[1]).read_text()  # a file adds to the configured indexes
+    assert f"--extra-index-url {CPU_BUILDS}\n" in requirements and "torch==2.13" in requirements
+    for_cpus = cuda == "None"
+    assert (done.returncode == 0) == (tmp_path / "installed").exists() == for_cpus
+    assert (f"its builds are at {CPU_BUILDS}" in done.stderr) == ("uninstall" in calls[-1]) == (not for_cpus)
 
 
 FAKE_TORCH = """
