@@ -94,7 +94,7 @@ def test_the_versions_for_cpus_fit_together(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has torch for CPUs")
 @pytest.mark.parametrize("cuda", ["None", "'13.0'"])
 def test_without_torch_for_cpus_the_set_up_says_where_it_is(tmp_path: Path, cuda: str) -> None:
-    """Pip is a stand-in that installed torch for CPUs, or the index's build: on a laptop that'd be gigabytes."""
+    """Pip is a stand-in that installed torch for CPUs, or the index's build with CUDA, which is gigabytes."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/log\necho {tmp_path}\n')
