@@ -54,7 +54,7 @@ def series(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
     meter = Meter()
     for each in groups:
         describe_credit(meter, each)
-    return meter.drain(1)
+    return meter.drain()
 
 
 def test_credit_of_a_bonus_that_cancels() -> None:
@@ -79,8 +79,8 @@ def test_credit_is_one_quotient_over_several_steps_and_processes() -> None:
     meter = Meter()
     meter.norms("temporal/credit", torch.tensor([3.0, 0.0]), torch.tensor([1.0, 2.0]))
     meter.norms("temporal/credit", torch.tensor([0.0, 4.0]), torch.tensor([2.0, 4.0]))
-    assert meter.drain(2) == {"temporal/credit": 1.0}  # √(9 + 16) ÷ √(5 + 20)
-    assert meter.drain(1) == {}
+    assert meter.drain() == {"temporal/credit": 1.0}  # √(9 + 16) ÷ √(5 + 20)
+    assert meter.drain() == {}
 
 
 def test_groups_without_variance_have_no_credit() -> None:

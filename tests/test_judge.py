@@ -77,7 +77,7 @@ def test_scores_of_groups(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     assert "max_tokens" not in request
     text = request["messages"][0]["content"]
     assert "<question>\nWhich way?\n</question>" in text and "\nit moves right\n</right_answer>" in text
-    series = judge.meter.drain(1)
+    series = judge.meter.drain()
     assert (series["judge/remembered"], series["judge/unread"], series["judge/skipped"]) == (0, 0, 0)
 
 
@@ -90,7 +90,7 @@ def test_what_it_said_is_remembered_beside_the_run(endpoint: JudgeEndpoint, tmp_
     again = judge([group("left", "right", "up")])
     assert again[0].tolist()[:2] == first[0].tolist()[::-1]
     assert len(endpoint.requests) == asked + 2 and endpoint.asked()[-1] == "up"  # and the trial
-    assert judge.meter.drain(1)["judge/remembered"] == pytest.approx(2 / 3)
+    assert judge.meter.drain()["judge/remembered"] == pytest.approx(2 / 3)
     assert len(remembered([tmp_path / "judge.jsonl"])) == 3
     line = read_lines_leniently(tmp_path / "judge.jsonl")[-1]
     assert (line["answer"], line["score"], line["problem_id"]) == ("up", score("up"), 1)
@@ -115,7 +115,7 @@ def test_a_reply_that_is_no_number_leaves_the_group_out(
         scores = judge([group("right", "left"), group("right", "up", number=2)])
     assert scores[0].isnan().all() and not scores[1].isnan().any()
     assert endpoint.asked().count("left") == 1  # it is no failure that passes
-    series = judge.meter.drain(1)
+    series = judge.meter.drain()
     assert series["judge/unread"] == pytest.approx(1 / 3) and series["judge/skipped"] == 0.5
     assert f"said {said!r}" in caplog.text and "its group is not judged" in caplog.text
     assert {line["answer"] for line in read_lines(tmp_path / "judge.jsonl")} == {"right", "up"}
@@ -228,7 +228,7 @@ def test_skip_leaves_groups_out_until_it_is_back(
         scores = judge([group("left", "right"), group("left", number=2), group("", number=3)])
         assert scores[0].isnan().all()  # "left" is known, but "right" is not: the group is not judged
         assert (scores[1].tolist(), scores[2].tolist()) == ([pytest.approx(score("left"))], [0.0])
-        assert judge.meter.drain(1)["judge/skipped"] == pytest.approx(1 / 4)
+        assert judge.meter.drain()["judge/skipped"] == pytest.approx(1 / 4)
         began = time.monotonic()
         assert judge([group("up")])[0].isnan().all()
         assert time.monotonic() - began < 0.15  # it is looked for once, not waited for again

@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 from video_r1 import progress as progress_module
 from video_r1.progress import COLUMNS, Progress, Warnings, folded, tidy_output
 from video_r1.training.guards import StepProgress
-from video_r1.training.metrics import Meter, describe_groups
+from video_r1.training.metrics import Meter, StepSeconds, describe_groups
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
 
@@ -131,7 +131,19 @@ def test_rewards_deviate_inside_a_group() -> None:
     group = group_of()
     group.rewards["mine"] = torch.tensor([3.0, math.nan])
     describe_groups(meter, [group], ())
-    series = meter.drain(1)
+    series = meter.drain()
     assert series["reward_std/accuracy"] == pytest.approx(2 * math.sqrt(0.5) / 3)
     assert series["reward_std/total"] == series["reward_std/accuracy"]
     assert series["reward/mine"] == 3 and "reward_std/mine" not in series
+
+
+def test_seconds_are_those_of_a_step_of_this_run() -> None:
+    """Also of one that is continued: step 100 is its first."""
+    meter = Meter()
+    callback, about = StepSeconds(meter), (SimpleNamespace(), TrainerState(global_step=99), TrainerControl())
+    for steps in (1, 4):
+        for _ in range(steps):
+            callback.on_step_begin(*about)
+            meter.total("seconds/rollout", 3.0)
+            callback.on_step_end(*about)
+        assert meter.drain()["seconds/rollout"] == 3.0

@@ -40,7 +40,7 @@ def test_weights_and_series() -> None:
     assert weights is not None
     # exp(0.5) = 1.649 is capped, exp(-1) = 0.368 and exp(0) = 1 are not
     torch.testing.assert_close(weights, torch.tensor([1.2, math.exp(-1), 1.0]))
-    series = meter.drain(1)
+    series = meter.drain()
     assert series["sampler/logprob_difference"] == pytest.approx(0.5)  # (0.5 + 1 + 0) ÷ 3
     assert series["sampler/logprob_difference_max"] == pytest.approx(1.0)
     assert series["sampler/share_capped"] == pytest.approx(1 / 3)
@@ -78,17 +78,17 @@ def test_means_are_over_tokens_and_the_peak_over_all() -> None:
     meter = Meter()
     sampler_weights(torch.tensor([-1.0]), [group([-3.0])], VLLMSettings(), meter)
     sampler_weights(torch.full((3,), -1.0), [group([-1.0, -1.0]), group([-1.4])], VLLMSettings(), meter)
-    series = meter.drain(1)
+    series = meter.drain()
     assert series["sampler/logprob_difference"] == pytest.approx(2.4 / 4)
     assert series["sampler/logprob_difference_max"] == pytest.approx(2.0)
-    assert meter.drain(1) == {}
+    assert meter.drain() == {}
 
 
 def test_the_correction_can_be_off() -> None:
     meter = Meter()
     settings = VLLMSettings(vllm_importance_sampling_correction=False)
     assert sampler_weights(TRAINER, [group(*SAMPLED)], settings, meter) is None
-    assert meter.drain(1)["sampler/share_capped"] == 0.0
+    assert meter.drain()["sampler/share_capped"] == 0.0
 
 
 class StaleEngine(TransformersEngine):

@@ -42,6 +42,7 @@ class Meter:
         self.counts: dict[str, float] = defaultdict(float)  # only quotients have one
         self.peaks: dict[str, float] = {}
         self.roots: set[str] = set()  # quotients whose root is logged
+        self.steps = 0  # optimizer steps, counted by StepSeconds
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
         """Add to a quotient: `value` is a sum over `count` things."""
@@ -75,8 +76,9 @@ class Meter:
         self.add("speed/rollouts_per_second", len(rollouts), share)
         self.add("speed/tokens_per_second", sum(len(rollout.token_ids) for rollout in rollouts), share)
 
-    def drain(self, steps: int) -> dict[str, float]:
+    def drain(self) -> dict[str, float]:
         """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
+        steps = max(1, self.steps)
         parts = gather((self.sums, self.counts, self.peaks, self.roots))
         self.__init__()
         for sums, counts, peaks, roots in parts:
@@ -90,7 +92,7 @@ class Meter:
         series: dict[str, float] = {}
         for name, value in sorted(self.sums.items()):
             if name.startswith("seconds/"):
-                series[name] = value / len(parts) / max(1, steps)
+                series[name] = value / len(parts) / steps
             elif name not in self.counts:
                 series[name] = value
             elif self.counts[name] > 0:
@@ -181,6 +183,7 @@ class StepSeconds(TrainerCallback):
         self.start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        self.meter.steps += 1
         self.meter.total("seconds/update", time.perf_counter() - self.start)
         self.meter.peak("memory/peak_gib", take_peak_memory())
 

@@ -125,7 +125,6 @@ class QuestionTrainer(Trainer, ABC):
         self.source: QuestionSource[Any, Any] | None = None
         self.upcoming: deque[list[Any]] = deque()  # the next steps' micro-batches, which are being read
         self.steps_read_ahead = 1
-        self.logged_step = 0
         self.checkpoints_go_to = self.folder
         self.described_by: Recipe | Settings = args if recipe is None else recipe
         run_folder = RunFolder(self.folder, self.described_by)
@@ -247,9 +246,8 @@ class QuestionTrainer(Trainer, ABC):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the series gathered since the last logging step."""
         if "loss" in logs:
-            logs = {**logs, **self.meter.drain(self.state.global_step - self.logged_step)}
+            logs = {**logs, **self.meter.drain()}
             logs["updates/skipped"] = self.guard.skipped
-            self.logged_step = self.state.global_step
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
