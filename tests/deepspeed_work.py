@@ -69,7 +69,11 @@ def common(zero: str | None, **changes: Any) -> dict[str, Any]:
 
 
 class WatchBeforeStep(Watch):
-    """As Watch, where the backward pass ends with the step: gradients as they are after clipping."""
+    """As Watch, where the backward pass ends with the step: gradients as they are after clipping. `exact`:
+    the share of them, of the last step, that bf16 cannot hold.
+    """
+
+    exact = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         engine_class: Any = deepspeed.DeepSpeedEngine
@@ -79,6 +83,8 @@ class WatchBeforeStep(Watch):
         def watched_step(engine: Any, *arguments: Any, **options: Any) -> None:
             whole = {name: safe_get_full_grad(p) for name, p in engine.module.named_parameters()}
             found = {name: torch.zeros(()) if g is None else g.float().clone() for name, g in whole.items()}
+            flat = torch.cat([gradient.flatten() for gradient in found.values()])
+            watch.exact = float((flat != flat.bfloat16().float()).float().mean())
             norm = torch.stack([g.norm() for g in found.values()]).norm()
             scale = torch.clamp(args.max_grad_norm / (norm + 1e-6), max=1.0)
             watch.gradients.append({name: gradient * scale for name, gradient in found.items()})
@@ -104,6 +110,7 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
     )  # fmt: skip
     trainer.train()
     sample_at_its_own_pace(trainer)
+    assert watch.exact > 0.4  # under bf16 too: passes and processes are added up in float32
     check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
     if trainer.deepspeed.zero_optimization_stage() == 3:
         check_hooks(trainer)

@@ -72,6 +72,10 @@ def test_a_plan_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tm
     text = capsys.readouterr().out
     assert text.startswith(f"shape of {tmp_path}; on one GPU\nrl of runs/lab-sft: 0.00 billion weights")
     assert "8 completions of up to 64" in text and "\nfits: " in text
+    server = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", "http://127.0.0.1:1"]
+    assert main([*words, "80GB", *server]) == 0
+    text = capsys.readouterr().out
+    assert "\n  hand-over  " in text
     assert main([*words, "1MB", "--max_completion_length", "32"]) == 1
     text = capsys.readouterr().out
     assert "\ndoes not fit: " in text
@@ -204,6 +208,40 @@ def test_shared_parts_shrink_with_the_processes() -> None:
         assert four.parts[part] == alone.parts[part] // 4
     assert four.parts["activations"] == alone.parts["activations"]
     assert four.peak < alone.peak
+
+
+def test_a_server_is_handed_whole_weights() -> None:
+    """All weights of the policy, gathered."""
+    model = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    sharding = sharding_of({"fsdp": "full_shard"}, 4)
+    server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
+    recipe = recipe_of(**server)
+    plan = memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu", sharding=sharding)
+    assert set(plan.phases) == {"update", "optimizer step", "hand-over"}
+    always = sum(plan.parts[part] for part in ("weights", "optimizer", "reference"))
+    assert plan.phases["hand-over"] - always >= tensor_bytes(model.parameters())
+
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+
+
+@pytest.mark.parametrize(
+    ("training", "kind", "size"),
+    [
+        ({}, "zero2", 4),
+        ({}, "zero3", 4),
+        ({"deepspeed": ZERO3}, None, 2),
+        ({"deepspeed": {**ZERO3, "data_types": {"grad_accum_dtype": "fp32"}}}, None, 4),
+    ],
+)
+def test_gradients_of_bf16_weights_are_counted_as_they_are_added_up(
+    training: dict[str, Any], kind: Any, size: int
+) -> None:
+    model = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    sharding = sharding_of(training, 4, kind)
+    recipe = recipe_of(bf16=True)
+    plan = memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu", sharding=sharding)
+    assert plan.parts["gradients"] == size * plan.traced.trainable // 4
 
 
 def weights_of(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -39,7 +39,8 @@ class MemoryPlan:
 
     `parts`: weights, gradients, optimizer, reference, gathered (weights of other processes), activations
     (kept for the backward pass), logits, KV cache, vLLM; not all of them are there at once. `phases`: the
-    most that is there while sampling (rollout), in forward and backward (update) and in the optimizer step.
+    most that is there while sampling (rollout), in forward and backward (update), in the optimizer step and
+    while a server is handed the weights (hand-over), one of which at a time is on its way there.
     """
 
     recipe: Recipe
@@ -111,18 +112,19 @@ def memory_plan(
     weights = int(traced.weights * policy.stored * sharding.share(sharding.weights))
     optimizer = _optimizer_bytes(str(values.get("optim", "")), traced, policy.stored, sharding)
     update, left, whole = _gathered(traced, sharding, policy)
-    in_this_process = values.get("use_vllm") and values.get("vllm_mode", "colocate") == "colocate"
-    beside = None
-    if in_this_process and isinstance(training, TGRPOSettings):
+    on_server, beside = False, None
+    if values.get("use_vllm") and isinstance(training, TGRPOSettings):
         ours = recipe.section(VLLMSettings)
-        beside = vllm_share(config, traced.parameters, row, training, ours, gpu_memory or 0)
+        on_server = ours.vllm_mode == "server"
+        if not on_server:
+            beside = vllm_share(config, traced.parameters, row, training, ours, gpu_memory or 0)
     vllm = 0 if beside is None else beside.share
     cache, sampling = 0, vllm
     if prefill is not None:
         cache, sampling = _sampling(config, policy, traced, row, prefill, prompts, sequences)
     parts = {
         "weights": weights,
-        "gradients": int(traced.gradients * policy.stored * sharding.share(sharding.gradients)),
+        "gradients": int(traced.gradients * policy.summed * sharding.share(sharding.gradients)),
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
         # of adapters, a whole copy in every process
         "reference": policy.reference * _reference_bytes(policy, traced, weights, sharding),
@@ -145,6 +147,8 @@ def memory_plan(
         unused = math.inf if gpu_memory is None else gpu_memory - always - whole
         if prefill is not None and unused > 2 * traced.adapted:  # as `has_memory_for` asks
             phases["rollout"] += traced.adapted
+    if on_server:
+        phases["hand-over"] = always + whole
     return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
 
 
@@ -190,11 +194,11 @@ def _policy(
     kept = sharding.share(sharding.gradients)
     if sharding.fsdp and training.gradient_accumulation_steps > 1:
         kept = 1.0  # it sums the gradients of several passes whole, and shares them out after the last one
-    if sharding.fsdp and autocast:
-        kept *= 2  # in float32
     computing = autocast if sharding.fsdp and autocast else dtype
     stored = dtype.itemsize // computing.itemsize
-    return Policy(settings, training, computing, stored, autocast, device_type, kept)
+    exact = sharding.float32_gradients or (sharding.fsdp and autocast is not None)
+    summed = 4 // computing.itemsize if exact else 1
+    return Policy(settings, training, computing, stored, autocast, device_type, summed, summed * kept)
 
 
 def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding) -> int:

@@ -11,6 +11,8 @@ import yaml
 from video_r1.errors import ConfigError
 from video_r1.settings.commands import GPUSharding
 
+FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
+
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
@@ -23,6 +25,7 @@ class Sharding:
     optimizer: bool = False
     whole_in_step: bool = False  # weights that are shared out are gathered once for forward and backward
     master: bool = False  # the optimizer keeps float32 weights of its own beside bf16 ones (DeepSpeed)
+    float32_gradients: bool = False  # those of bf16 weights are added up so (DeepSpeed)
     offload: bool = False  # the optimizer is in main memory
 
     @property
@@ -41,13 +44,15 @@ class Sharding:
 
 def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | None = None) -> Sharding:
     """The sharding of this kind; without one, what TrainingArguments ask for. Raises ConfigError."""
-    if kind in ("zero2", "zero3"):
-        return _deepspeed(gpus, int(kind[-1]), offload=False)
+    if kind in ("zero2", "zero3"):  # by the files that come with the recipes
+        return _deepspeed(gpus, int(kind[-1]), offload=False, exact=True)
     if kind is None and training.get("deepspeed"):
         given = training["deepspeed"]
-        zero = (given if isinstance(given, Mapping) else read_mapping(given)).get("zero_optimization", {})
+        options = given if isinstance(given, Mapping) else read_mapping(given)
+        zero = options.get("zero_optimization", {})
         offload = bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
-        return _deepspeed(gpus, int(zero.get("stage", 0)), offload)
+        exact = options.get("data_types", {}).get("grad_accum_dtype") in FLOAT32
+        return _deepspeed(gpus, int(zero.get("stage", 0)), offload, exact)
     if kind == "fsdp2":
         return Sharding(f"{gpus} GPUs, FSDP2", gpus, True, True, True)
     if kind is None and training.get("fsdp"):
@@ -75,6 +80,9 @@ def read_mapping(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _deepspeed(processes: int, stage: int, offload: bool) -> Sharding:
+def _deepspeed(processes: int, stage: int, offload: bool, exact: bool) -> Sharding:
     name = f"{processes} GPUs, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
-    return Sharding(name, processes, stage >= 3, stage >= 2, stage >= 1, master=True, offload=offload)
+    return Sharding(
+        name, processes, stage >= 3, stage >= 2, stage >= 1,
+        master=True, float32_gradients=exact, offload=offload,
+    )  # fmt: skip

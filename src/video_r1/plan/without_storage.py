@@ -60,6 +60,7 @@ class Policy:
     stored: int  # bytes of a weight at rest for each byte of it in `dtype`
     autocast: torch.dtype | None
     device_type: str
+    summed: int  # bytes of a gradient that is added up for each byte of a weight in `dtype`
     gradients_kept: float  # share of a gradient's bytes that stays here once it is whole
 
     @property
