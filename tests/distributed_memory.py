@@ -38,7 +38,7 @@ def measure(folder: Path, hidden: int, layers: int) -> None:
     keep_figures_exact(accelerator)
     plain = model_of(hidden, layers, 2048)
     plain.gradient_checkpointing_enable({"use_reentrant": False})
-    reference = prepare_reference(frozen_copy(plain), accelerator)
+    reference = prepare_reference(frozen_copy(plain, accelerator), accelerator)
     optimizer: Any = torch.optim.AdamW(plain.parameters())
     model, optimizer = accelerator.prepare(plain, optimizer)
     prompt = question()

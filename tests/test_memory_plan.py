@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -284,7 +285,8 @@ def test_the_plan_agrees_with_a_measured_update(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
-    reference = policy if lora else frozen_copy(model)
+    alone: Any = SimpleNamespace(mixed_precision="no", is_fsdp2=False, state=None)
+    reference = policy if lora else frozen_copy(model, alone)
     adapters = frozen_adapters(policy, torch.device("cpu")) if lora else {}
     policy.train()
     prompt = question()

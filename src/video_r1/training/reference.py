@@ -37,7 +37,7 @@ class Reference:
         if hasattr(policy, "disable_adapter"):
             self.adapters = frozen_adapters(policy, accelerator.device)
         else:
-            self.model = prepare_reference(frozen_copy(policy), accelerator)
+            self.model = prepare_reference(frozen_copy(policy, accelerator), accelerator)
 
     @contextmanager
     def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
@@ -131,31 +131,42 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
         policy.train(was_training)
 
 
-def frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A whole copy of the model that does not train. Every process has to call it."""
-    return copy.deepcopy(model, whole_parameters(model)).eval().requires_grad_(False)
+def frozen_copy(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """A whole copy of the model that does not train, each weight `as_computed`. Every process has to call it.
 
-
-def as_computed(reference: Any, accelerator: Accelerator) -> Any:
-    """The frozen copy with the weights in bf16 or fp16 that mixed precision rounds whenever it computes: the
-    same values in half the memory. FSDP2 rounds all weights, autocast those of linear layers.
+    Where FSDP2 gives all processes the weights of the first one, those of the others have no storage.
     """
+    copies = whole_parameters(model) | as_computed(model, accelerator)
+    return copy.deepcopy(model, copies).eval().requires_grad_(False)
+
+
+def as_computed(model: PreTrainedModel, accelerator: Accelerator) -> dict[int, Any]:
+    """Copies of weights, by the weight's id, in the bf16 or fp16 that mixed precision rounds them to whenever
+    it computes: the same values in half the memory. FSDP2 rounds all weights, autocast those of linear
+    layers; DeepSpeed has its own way. Without storage where the first process's weights are to come.
+    """
+    if zero_stage(accelerator) is not None:
+        return {}
     rounded = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    if rounded is None:
-        return reference
-    embedding = reference.get_input_embeddings().weight  # autocast leaves it alone; a head may share it
-    for module in reference.modules():
-        if accelerator.is_fsdp2 or isinstance(module, nn.Linear | nn.Conv3d):
-            for weight in module.parameters(recurse=False):
-                if weight.dtype == torch.float32 and (accelerator.is_fsdp2 or weight is not embedding):
-                    weight.data = weight.data.to(rounded)
-    return reference
+    fsdp, plugin = accelerator.is_fsdp2, getattr(accelerator.state, "fsdp_plugin", None)
+    waits = (
+        fsdp and plugin is not None and plugin.cpu_ram_efficient_loading and not accelerator.is_main_process
+    )
+    embedding = model.get_input_embeddings().weight  # autocast leaves it alone; a head may share it
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            linear = isinstance(module, nn.Linear | nn.Conv3d) and weight is not embedding
+            rounds = rounded is not None and weight.dtype == torch.float32 and (fsdp or linear)
+            if (rounds or waits) and id(weight) not in copies:
+                device, dtype = "meta" if waits else weight.device, rounded if rounds else weight.dtype
+                copies[id(weight)] = nn.Parameter(weight.detach().to(device, dtype, copy=True), False)
+    return copies
 
 
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The frozen copy (whole, on any device) that KL is taken to, sharded where the policy is sharded."""
+    """The `frozen_copy` that KL is taken to, sharded where the policy is sharded."""
     if zero_stage(accelerator) is None:
-        reference = as_computed(reference, accelerator)
         if accelerator.is_fsdp2:
             return fsdp2_prepare_model(accelerator, reference)
         return accelerator.prepare_model(reference, evaluation_mode=True)
