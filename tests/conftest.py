@@ -54,6 +54,16 @@ def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     remote.open_remote_cache.cache_clear()
 
 
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    """The file system whose addresses begin with memory://, emptied afterwards."""
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2.5-VL with its processor."""

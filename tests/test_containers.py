@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,25 +14,13 @@ from media_files import SMALL, sample
 
 from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
-from video_r1.data.sources import addresses, remote
+from video_r1.data.sources import remote
 from video_r1.data.sources.remote import RemoteCache
 from video_r1.errors import MediaError
 
+pytestmark = pytest.mark.usefixtures("own_copies")
+
 COMMIT = "hf://datasets/owner/name@" + 40 * "a" + "/data/t.parquet"
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(addresses, "PAUSE", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    remote.open_remote_cache.cache_clear()
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
 
 
 def table(path: Path, *clips: bytes) -> Path:

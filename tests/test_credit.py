@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from test_tgrpo import plain_logprobs
+from test_tgrpo import assert_same_gradients, plain_logprobs
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines
 from torch import Tensor
@@ -428,12 +428,7 @@ def test_weighted_tokens_in_the_gradient(
         trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
     ]
     torch.stack(losses).sum().backward()
-    for (name, parameter), double in zip(
-        policy_of(trainer).named_parameters(), model.parameters(), strict=True
-    ):
-        if double.grad is not None:
-            scale = max(1e-3, double.grad.abs().max().item())
-            assert (parameter.grad.double() - double.grad).abs().max().item() / scale < 1e-4, name
+    assert_same_gradients(policy_of(trainer), model)
 
 
 def test_tokens_add_no_reward() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tgrpo import assert_same_gradients, plain_logits, two_are_flat
+from test_tgrpo import assert_same_step, plain_logits, two_are_flat
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from tiny_questions import read_lines
 from torch import Tensor
@@ -47,15 +47,7 @@ def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
 
     policy = copy.deepcopy(policy_of(trainer)).double()
     expected = -0.5 * plain_entropies(policy, groups, 0.7).mean()
-    expected.backward()
-
-    losses = [
-        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
-    ]
-    loss = torch.stack(losses).sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-    assert_same_gradients(policy_of(trainer), policy)
+    assert_same_step(trainer, batches, normaliser, policy, expected)
 
 
 @pytest.mark.parametrize("batch_size", [4, 2])

@@ -7,13 +7,11 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -65,13 +63,6 @@ def write_shards(folder: Path, clips: list[Path]) -> Path:
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory, clips: list[Path]) -> Path:
     return write_shards(tmp_path_factory.mktemp("shelf") / "set", clips)
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
 
 
 def frames_of(one: Sample, folder: Path) -> torch.Tensor:

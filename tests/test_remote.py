@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from media_files import SMALL, sample, write_video
@@ -30,13 +29,15 @@ from video_r1.data.check import check_media
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.frame_cache import FrameCache, read_cached
 from video_r1.data.manifests.records import check_manifest, load_manifest
-from video_r1.data.sources import addresses, remote
+from video_r1.data.sources import addresses
 from video_r1.data.sources.addresses import NoAnswer, below, folder_of, is_address, relative_to
 from video_r1.data.sources.places import media_root_of, path_below
 from video_r1.data.sources.remote import RemoteCache
 from video_r1.errors import ConfigError, ManifestError, MediaError, VideoR1Error
 
 LARGE = 10**9
+pytestmark = pytest.mark.usefixtures("own_copies")
+
 ROW = {
     "problem_id": 1, "problem": "What?", "data_type": "video", "problem_type": "free-form",
     "solution": "<answer>x</answer>", "path": "clip.mp4",
@@ -46,20 +47,6 @@ ROW = {
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_video(tmp_path_factory.mktemp("media") / "clip.mp4", 50)
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(addresses, "PAUSE", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    remote.open_remote_cache.cache_clear()
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

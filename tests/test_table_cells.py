@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -91,13 +89,6 @@ def test_what_cannot_be_read(
     with pytest.raises(MediaError, match=re.escape(reason)) as error:
         read_media(sample(whole), replace(SMALL, seconds=0, remote_cache=str(tmp_path / "cache")))
     assert error.value.path == whole
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
 
 
 def test_a_table_at_an_address(tmp_path: Path, clips: list[Path], memory: Any) -> None:

@@ -9,12 +9,10 @@ import json
 import re
 import tarfile
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 import torch
 from media_files import SMALL, noise, picture, sample, saved, write_video
@@ -312,13 +310,6 @@ def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
         frame = client.get("/api/clip", params={**place, "row": 2, "frame": 3})
         assert frame.content == (tmp_path / "shards" / "3.png").read_bytes()
         assert client.get("/api/clip", params={**place, "row": 2, "frame": 4}).status_code == 404
-
-
-@pytest.fixture
-def memory() -> Iterator[Any]:
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
 
 
 def test_an_archive_at_an_address(tmp_path: Path, files: Path, memory: Any) -> None:

@@ -86,6 +86,20 @@ def assert_same_gradients(policy: Any, expected: Any) -> None:
             assert (weight.grad.double() - double.grad).abs().max().item() / scale < 1e-4, name
 
 
+def assert_same_step(
+    trainer: Any, batches: Sequence[Any], normaliser: Any, policy: Any, expected: Tensor
+) -> None:
+    """A step's micro-batches have the loss and the gradients of `expected`, a loss of the copy `policy`."""
+    expected.backward()
+    losses = [
+        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
+    ]
+    loss = torch.stack(losses).sum()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
+    assert_same_gradients(policy_of(trainer), policy)
+
+
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize("batch_size", [3, 1])
 def test_loss_equals_plain_reference(
@@ -107,15 +121,7 @@ def test_loss_equals_plain_reference(
         copy.deepcopy(cast(Any, trainer.reference).model).double(),
     )
     expected = plain_loss(policy, reference, groups, trainer.settings)
-    expected.backward()
-    losses = [
-        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
-    ]
-    loss = torch.stack(losses).sum()
-    loss.backward()
-
-    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-    assert_same_gradients(policy_of(trainer), policy)
+    assert_same_step(trainer, batches, normaliser, policy, expected)
 
 
 def two_are_flat(completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -144,14 +150,7 @@ def test_groups_of_equal_rewards_count_in_the_mean_of_a_micro_batch(
         ]
     policy = copy.deepcopy(policy_of(trainer)).double()
     expected = torch.stack([plain_loss(policy, None, part, trainer.settings) for part in parts]).mean()
-    expected.backward()
-    losses = [
-        trainer.compute_loss(policy_of(trainer), batch, num_items_in_batch=normaliser) for batch in batches
-    ]
-    loss = torch.stack(losses).sum()
-    loss.backward()
-    assert loss.item() == pytest.approx(expected.item(), abs=2e-6)
-    assert_same_gradients(policy_of(trainer), policy)
+    assert_same_step(trainer, batches, normaliser, policy, expected)
 
 
 def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
