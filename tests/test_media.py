@@ -39,6 +39,11 @@ def test_frame_indices_worked_by_hand(total, fps, expected):
     assert frame_indices(total, fps, FrameBudget()) == expected
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_clip_shorter_than_a_frames_time_gives_two(least: int) -> None:
+    assert frame_indices(10, 25.0, FrameBudget(min_frames=least)) == [0, 9]
+
+
 @given(total=st.integers(2, 5000), fps=st.sampled_from([1.0, 12.5, 25.0, 50.0]), most=st.integers(2, 64))
 def test_frame_indices_are_even_in_number_and_spread_over_the_whole_clip(total, fps, most):
     indices = frame_indices(total, fps, FrameBudget(max_frames=most))

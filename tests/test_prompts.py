@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import sys
 import threading
@@ -13,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import FAMILIES, has_timestamps, moving_square, tiny_model, tiny_processor
+from tokenizers.processors import TemplateProcessing
 
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import ProblemType, Sample
 from video_r1.data.prompts import PromptBuilder, response_text
 from video_r1.data.templates import load_template, subtitle_text
 from video_r1.errors import ConfigError, PromptError
+from video_r1.settings.frames import Contrast
 
 PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
 
@@ -339,3 +342,24 @@ def test_the_processors_own_limit_on_video_pixels_neither_warns_nor_acts(
     assert warned == []
     assert torch.equal(before.input_ids, after.input_ids)
     assert torch.equal(before.features["pixel_values_videos"], after.features["pixel_values_videos"])
+
+
+@pytest.mark.parametrize("shown", ["clip", "image", "nothing"])
+@pytest.mark.parametrize("written", [True, False])
+def test_the_token_of_the_start_stands_there_once(shown: str, written: bool) -> None:
+    """Written by the chat template or else added by the tokenizer, as Gemma's adds one to any text."""
+    plain = PROCESSORS["qwen2_5_vl"]
+    clip = make_image("qwen2_5_vl") if shown == "image" else make_clip("qwen2_5_vl")
+    none = torch.empty(0, dtype=torch.long) if shown == "nothing" else None
+    contrast: Contrast = "shuffled" if none is None else "blind"
+    before = PromptBuilder(plain).build(make_sample(), clip, none, contrast).input_ids
+    processor = copy.deepcopy(plain)
+    tokenizer = processor.tokenizer
+    start = tokenizer.convert_ids_to_tokens(int(before[0])) if written else "<|im_end|>"
+    tokenizer.bos_token = start
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        f"{start} $A", special_tokens=[(start, tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+    after = PromptBuilder(processor).build(make_sample(), clip, none, contrast).input_ids
+    assert after.tolist() == [*([] if written else [tokenizer.bos_token_id]), *before.tolist()]

@@ -365,7 +365,10 @@ def test_commands_compute_in_bf16_on_a_gpu(
     monkeypatch.setattr(choice, "computes_in_bf16", lambda device: on_gpu)
     settings = EvalSettings(model=str(checkpoint), manifest="m.json", out="x", dtype=dtype, device="cpu")  # pyright: ignore[reportArgumentType]
     engine = choice.open_engine(settings, load_processor(checkpoint))
-    assert isinstance(engine, TransformersEngine) and engine.model.dtype == computed
+    assert isinstance(engine, TransformersEngine)
+    assert {weight.dtype for weight in engine.model.parameters()} == {computed}
+    angles = [value for name, value in engine.model.named_buffers() if name.endswith("inv_freq")]
+    assert {value.dtype for value in angles} == {torch.float32}  # those of positions
 
 
 def test_tokens_are_reported_as_they_come() -> None:

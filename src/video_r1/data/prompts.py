@@ -227,15 +227,18 @@ class PromptBuilder(TextPrompts):
         text = prompt_text(self.processor, plain.messages, plain.thinks)
         for shown in plain.media:
             self._check_frames(sample, shown)
+        start = self.tokenizer.bos_token
+        # A template that writes the token of the start has it once: the tokenizer would add another one
+        common = {"add_special_tokens": False} if start and text.startswith(start) else {}
         with _TOKENIZING:
             if plain.frames == 0:
-                encoded = self.processor(text=[text], return_tensors="pt")
+                encoded = self.processor(text=[text], return_tensors="pt", **common)
             elif plain.media[0].kind == "image" or not self.takes_videos:
                 images = [frame for shown in plain.media for frame in shown.frames]
-                encoded = self.processor(text=[text], images=[images], **self._settings)
+                encoded = self.processor(text=[text], images=[images], **self._settings, **common)
             else:
                 metadata = {"video_metadata": [video_metadata(shown) for shown in plain.media]}
-                settings = self._settings | self._video_settings | metadata
+                settings = self._settings | self._video_settings | metadata | common
                 videos = [shown.frames for shown in plain.media]
                 try:
                     encoded = self.processor(text=[text], videos=[videos], **settings)

@@ -76,11 +76,11 @@ def reordered(shown: Sequence[Media], permutation: Tensor) -> tuple[Media, ...]:
 def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:
     """Which frames of a clip are taken: `budget.fps` of them a second, evenly from the first to the last.
 
-    Their number is at least min_frames, at most max_frames, never more than the clip has, and rounded
+    Their number is at least min_frames and 2, at most max_frames, never more than the clip has, and rounded
     down to an even number; a clip of one frame gives none. Places are rounded to the nearest frame.
     """
     wanted = total_frames / clip_fps * budget.fps
-    count = min(max(wanted, budget.min_frames), budget.max_frames, total_frames)
+    count = min(max(wanted, budget.min_frames, TEMPORAL_PATCH), budget.max_frames, total_frames)
     # 1e-6: 4 s × 2 fps must not become 7.999… and then 6
     count = math.floor((count + 1e-6) / TEMPORAL_PATCH) * TEMPORAL_PATCH
     return [round(place * (total_frames - 1) / (count - 1)) for place in range(count)]
