@@ -76,6 +76,17 @@ def test_it_follows_the_policy_every_few_steps(checkpoint: Path, manifest: Path,
     assert not (tmp_path / "reference").exists()  # the run folder is a model alone
 
 
+@pytest.mark.parametrize("follows", [True, False])
+def test_one_that_follows_is_float32_in_mixed_precision(
+    checkpoint: Path, manifest: Path, tmp_path: Path, follows: bool
+) -> None:
+    """In bf16 it would lose the small steps that it takes towards the policy."""
+    trainer = make_trainer(checkpoint, str(manifest), tmp_path, bf16=True, sync_ref_model=follows)
+    reference: Any = trainer.reference.model  # type: ignore[union-attr]
+    formats = {weight.dtype for weight in reference.parameters()}
+    assert formats == ({torch.float32} if follows else {torch.float32, torch.bfloat16})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

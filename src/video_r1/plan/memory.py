@@ -247,7 +247,8 @@ def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sha
     """
     if not policy.copied:
         return traced.gradients * policy.stored
-    if policy.autocast is None or sharding.fsdp:
+    follows = isinstance(policy.training, TGRPOSettings) and policy.training.sync_ref_model
+    if policy.autocast is None or follows or sharding.fsdp:
         return weights // policy.stored
     return weights - traced.linear * (policy.dtype.itemsize - policy.autocast.itemsize)
 

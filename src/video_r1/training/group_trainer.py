@@ -107,9 +107,10 @@ class GroupTrainer(QuestionTrainer):
         if args.use_vllm:
             self.add_callback(SamplerCheck(self.sampler_difference, not args.async_rollouts))
         policy = cast(PreTrainedModel, self.model)
-        self.reference = Reference(policy, self.accelerator) if args.beta != 0 else None
+        follows = args.sync_ref_model
+        self.reference = Reference(policy, self.accelerator, follows) if args.beta != 0 else None
         self.reference_sync: ReferenceSync | None = None
-        if args.sync_ref_model and self.reference is not None:
+        if follows and self.reference is not None:
             every, alpha = args.ref_model_sync_steps, args.ref_model_mixup_alpha
             self.reference_sync = ReferenceSync(self.reference, self.accelerator, every, alpha)
             self.add_callback(self.reference_sync)

@@ -31,13 +31,13 @@ class Reference:
     that follows the policy (`ReferenceSync`) lies in the checkpoint.
     """
 
-    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator) -> None:
+    def __init__(self, policy: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> None:
         self.model: nn.Module | None = None
         self.adapters: dict[str, nn.Module] = {}
         if hasattr(policy, "disable_adapter"):
             self.adapters = frozen_adapters(policy, accelerator.device)
         else:
-            self.model = prepare_reference(frozen_copy(policy, accelerator), accelerator)
+            self.model = prepare_reference(frozen_copy(policy, accelerator, follows), accelerator)
 
     @contextmanager
     def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
@@ -131,12 +131,13 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
         policy.train(was_training)
 
 
-def frozen_copy(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """A whole copy of the model that does not train, each weight `as_computed`. Every process has to call it.
+def frozen_copy(model: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> PreTrainedModel:
+    """A whole copy of the model that does not train, each weight `as_computed`, or exact where the copy
+    `follows` the policy by steps that bf16 would lose. Every process has to call it.
 
     Where FSDP2 gives all processes the weights of the first one, those of the others have no storage.
     """
-    copies = whole_parameters(model) | as_computed(model, accelerator)
+    copies = whole_parameters(model) | ({} if follows else as_computed(model, accelerator))
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 
