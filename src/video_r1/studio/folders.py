@@ -70,13 +70,17 @@ class Library:
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Found]:
-        """All run folders, by name."""
-        with self._lock:
+        """All run folders, by name; while they are looked for, those that were there before, if any."""
+        if not self._lock.acquire(blocking=not self._runs):
+            return self._runs
+        try:
             if (began := time.monotonic()) >= self._again:
                 self._runs = {found.name: found for found in self._look()}
                 ended = time.monotonic()
                 self._again = ended + max(LISTING_SECONDS, LISTINGS * (ended - began))
             return self._runs
+        finally:
+            self._lock.release()
 
     def _look(self) -> list[Found]:
         found: dict[Path, Found] = {}
