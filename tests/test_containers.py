@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tarfile
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from media_files import SMALL, sample
 from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.sources import remote
+from video_r1.data.sources.addresses import NoAnswer
 from video_r1.data.sources.remote import RemoteCache
 from video_r1.errors import MediaError
 
@@ -63,6 +66,48 @@ def test_one_that_is_replaced_at_its_address(tmp_path: Path, memory: Any, make: 
         RemoteCache(tmp_path / "x", 10**9).file(address),
     ):
         pass
+
+
+def test_a_place_that_does_not_answer_is_asked_once(
+    tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is known of it already is told meanwhile."""
+    for name in "abc":
+        memory.put_file(str(table(tmp_path / "t", b"0", name.encode())), f"/b/{name}")
+    before = RemoteCache(tmp_path / "copies", 10**9)
+    states = {name: before.state(f"memory://b/{name}") for name in "abc"}
+    cache, asked = RemoteCache(tmp_path / "copies", 10**9), list[str]()
+    assert cache.state("memory://b/a") == states["a"]
+
+    def told(address: str) -> dict[str, str]:
+        asked.append(address)
+        told = Future[object]()
+        threading.Thread(target=lambda: told.set_result(cache.state("memory://b/a")), daemon=True).start()
+        assert told.result(20) == states["a"]
+        raise NoAnswer(address, "cannot be fetched")
+
+    monkeypatch.setattr(remote, "stamps_at", told)
+    assert cache.state("memory://b/b") == states["b"] and cache.state("memory://b/c") == states["c"]
+    assert asked == ["memory://b/b"]
+    assert cache.state("other://b/c") == () and asked[1:] == ["other://b/c"]
+
+
+def test_another_users_copy_is_read(tmp_path: Path, memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.put_file(str(table(tmp_path / "t", b"0", b"1")), "/b/t")
+    cache = RemoteCache(tmp_path / "copies", 10**9)
+
+    def refuse(path: Path, *times: None) -> None:
+        if times:  # `Path.touch` of a file of our own
+            return plain(path, *times)
+        refused.append(path)
+        raise PermissionError(1, "Operation not permitted")
+
+    plain, refused = os.utime, list[Path]()
+    monkeypatch.setattr(os, "utime", refuse)
+    for _ in range(2):
+        with cache.file("parquet://video/1::memory://b/t") as path:
+            assert Path(path).read_bytes() == b"1"
+    assert refused
 
 
 def test_it_is_asked_once_a_process_and_not_of_a_commit(

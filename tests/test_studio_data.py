@@ -160,7 +160,7 @@ def test_nobody_waits_while_runs_are_looked_for_again(
 
     monkeypatch.setattr(folders, "find_run_folders", lambda root, depth: [tmp_path])
     before = library.runs()
-    library._again = 0.0
+    library._listing._again = 0.0
     monkeypatch.setattr(folders, "find_run_folders", look)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(library.runs)

@@ -204,18 +204,33 @@ def row_of(
     indexes: Sequence[ManifestIndex], problem_id: str, answer: str, question: str
 ) -> dict[str, Any] | None:
     """The row of a manifest that has this question, for a page that shows its clip. `others`: how many more
-    there are that it may be and that show something else.
+    there are that it may be and that show something else. Rows whose files are there come before the others.
 
     question: of `question_digest`; "" where it is not known, and only the name and the answer are compared.
     """
-    shown: dict[tuple[Any, ...], dict[str, Any]] = {}
+    playing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
+    missing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
     for index in indexes:
         with index.lock:
             for row, sample in index.questions(problem_id):
                 facts = (sample.problem, sample.options, sample.answer, sample.paths)
-                if sample.answer == answer and question in ("", question_digest(*facts)):
-                    shown.setdefault((*sample.shown, *facts), _clip_of(index, row, sample))
-    return {**next(iter(shown.values())), "others": len(shown) - 1} if shown else None
+                own = question_digest(*facts)
+                if sample.answer == answer and question in ("", own):
+                    if _are_there(index, sample):
+                        playing.setdefault((*sample.shown, *facts), (index, row, sample))
+                    else:
+                        missing.setdefault(own, (index, row, sample))
+    if not (found := playing or missing):
+        return None
+    index, row, sample = next(iter(found.values()))
+    with index.lock:
+        return {**_clip_of(index, row, sample), "others": len(found) - 1}
+
+
+def _are_there(index: ManifestIndex, sample: Sample) -> bool:
+    """Whether its files are, as far as can be told without a request."""
+    files = filter(None, map(local_file, sample.paths))
+    return all(os.path.exists(os.path.join(index.manifest.path.parent, file)) for file in files)
 
 
 def _clip_of(index: ManifestIndex, row: int, sample: Sample) -> dict[str, Any]:

@@ -5,14 +5,12 @@ and of a file that may be a manifest only its beginning.
 """
 
 import os
-import threading
-import time
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
-from video_r1.studio.folders import DEPTH, Found, Library, Refused
+from video_r1.studio.folders import DEPTH, Found, Library, Listing, Refused
 
 LOOKED_SECONDS = 10.0  # for which what was found is good
 NAMES_OF_A_FOLDER = 3000
@@ -40,48 +38,39 @@ class Finder:
 
     def __init__(self, library: Library) -> None:
         self.library = library
-        self._lock = threading.Lock()
-        self._looked = -LOOKED_SECONDS
+        self._listing = Listing(self._look, LOOKED_SECONDS)
         self._heads: dict[tuple[Path, int, int], bool] = {}
-        self._manifests: dict[str, Manifest] = {}
-        self._checkpoints: dict[str, Path] = {}
 
     def manifests(self) -> dict[str, Manifest]:
         """By name."""
-        self._look()
-        return self._manifests
+        return self._listing.now()[0]
 
     def checkpoints(self) -> dict[str, Path]:
         """By name, those that were written last first, then the base that ships with the package."""
-        self._look()
-        return self._checkpoints
+        return self._listing.now()[1]
 
-    def _look(self) -> None:
-        with self._lock:
-            if time.monotonic() - self._looked < LOOKED_SECONDS:
-                return
-            manifests: dict[str, Manifest] = {}
-            checkpoints: dict[str, tuple[float, Path]] = {}
-            for root in self.library.roots:
-                for folder, names in _folders(root):
-                    found = Found(self.library.name(root, folder), folder, root)
-                    if "config.json" in names and any(name.endswith(".safetensors") for name in names):
-                        checkpoints[found.name] = (os.stat(folder).st_mtime, folder)
-                    for file in filter(self._may_be, names):
-                        if self._is_manifest(found, file):
-                            name = self.library.name(root, folder / file)
-                            manifests[name] = Manifest(name, found, file)
-            last_first = sorted(checkpoints.items(), key=lambda item: (-item[1][0], item[0]))
-            self._manifests = manifests
-            self._checkpoints = {name: folder for name, (_, folder) in last_first}
-            base = Path(str(files("video_r1"))) / "lab" / "base"
-            if (base / "config.json").is_file() and base not in self._checkpoints.values():
-                self._checkpoints[PACKAGED] = base
-            self._looked = time.monotonic()
+    def _look(self) -> tuple[dict[str, Manifest], dict[str, Path]]:
+        manifests: dict[str, Manifest] = {}
+        written: dict[str, tuple[float, Path]] = {}
+        for root in self.library.roots:
+            for folder, names in _folders(root):
+                found = Found(self.library.name(root, folder), folder, root)
+                if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+                    written[found.name] = (os.stat(folder).st_mtime, folder)
+                for file in filter(self._may_be, names):
+                    if self._is_manifest(found, file):
+                        name = self.library.name(root, folder / file)
+                        manifests[name] = Manifest(name, found, file)
+        last_first = sorted(written.items(), key=lambda item: (-item[1][0], item[0]))
+        checkpoints = {name: folder for name, (_, folder) in last_first}
+        base = Path(str(files("video_r1"))) / "lab" / "base"
+        if (base / "config.json").is_file() and base not in checkpoints.values():
+            checkpoints[PACKAGED] = base
+        return manifests, checkpoints
 
     def looks_again(self) -> None:
         """What was just written is found with the next question."""
-        self._looked = -LOOKED_SECONDS
+        self._listing.anew()
 
     @staticmethod
     def _may_be(name: str) -> bool:
@@ -106,6 +95,7 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
     while waiting and left > 0:
         folder, depth = waiting.pop(0)
         names: list[str] = []
+        inside: list[Path] = []
         try:
             with os.scandir(folder) as listing:
                 for count, entry in enumerate(listing):
@@ -113,10 +103,11 @@ def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
                         break
                     if entry.is_dir(follow_symlinks=False):
                         if depth > 0 and not entry.name.startswith((".", "frames")):
-                            waiting.append((folder / entry.name, depth - 1))
+                            inside.append(folder / entry.name)
                     elif entry.is_file(follow_symlinks=False):
                         names.append(entry.name)
         except OSError:  # another's folder, or gone
             continue
+        waiting += [(each, depth - 1) for each in sorted(inside)]
         left -= len(names)
         yield folder, sorted(names)

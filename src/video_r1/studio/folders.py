@@ -9,10 +9,10 @@ import os
 import stat
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import yaml
 
@@ -20,8 +20,9 @@ from video_r1.report.run_data import as_table, find_run_folders, flat
 
 DEPTH = 5  # of run folders below a folder that was given
 SETTINGS_BYTES = 200_000  # of a config.yaml that is read
-LISTING_SECONDS = 2.0  # for which a listing is good,
+LISTING_SECONDS = 2.0  # for which a listing of runs is good,
 LISTINGS = 10  # or for so many times as long as it took
+T = TypeVar("T")
 
 
 class Refused(Exception):
@@ -58,37 +59,59 @@ class Found:
             return ""
 
 
-class Library:
-    """The runs below some folders, looked for again when the listing is two seconds old, or ten times as old
-    as looking took.
+class Listing(Generic[T]):
+    """What `look` found, looked for again when that is `seconds` old, or ten times as old as looking took.
+
+    While one thread looks, the others have what was found before; they wait where there is nothing yet, or
+    where it is not what they have just written.
     """
 
-    def __init__(self, roots: Sequence[str | Path]) -> None:
-        self.roots = [Path(os.path.realpath(root)) for root in roots]
-        self._runs: dict[str, Found] = {}
-        self._again = 0.0  # when they are looked for again
+    def __init__(self, look: Callable[[], T], seconds: float) -> None:
+        self._look, self._seconds = look, seconds
         self._lock = threading.Lock()
+        self._again = 0.0  # when it is looked for again
+        self._found: T | None = None
 
-    def runs(self) -> dict[str, Found]:
-        """All run folders, by name; while they are looked for, those that were there before, if any."""
-        if not self._lock.acquire(blocking=not self._runs):
-            return self._runs
+    def now(self) -> T:
+        found = self._found
+        if not self._lock.acquire(blocking=found is None):
+            assert found is not None
+            return found
         try:
-            if (began := time.monotonic()) >= self._again:
-                self._runs = {found.name: found for found in self._look()}
+            found = self._found
+            if found is None or time.monotonic() >= self._again:
+                began = time.monotonic()
+                self._found = found = self._look()
                 ended = time.monotonic()
-                self._again = ended + max(LISTING_SECONDS, LISTINGS * (ended - began))
-            return self._runs
+                self._again = ended + max(self._seconds, LISTINGS * (ended - began))
+            return found
         finally:
             self._lock.release()
 
-    def _look(self) -> list[Found]:
+    def anew(self) -> None:
+        """Who asks next is given what is there by then."""
+        with self._lock:
+            self._found = None
+
+
+class Library:
+    """The runs below some folders."""
+
+    def __init__(self, roots: Sequence[str | Path]) -> None:
+        self.roots = [Path(os.path.realpath(root)) for root in roots]
+        self._listing = Listing(self._look, LISTING_SECONDS)
+
+    def runs(self) -> dict[str, Found]:
+        """All run folders, by name."""
+        return self._listing.now()
+
+    def _look(self) -> dict[str, Found]:
         found: dict[Path, Found] = {}
         for root in self.roots:
             for folder in find_run_folders(root, DEPTH) if root.is_dir() else []:
                 if folder not in found:  # one of the given folders may lie in another
                     found[folder] = Found(self.name(root, folder), folder, root)
-        return list(found.values())
+        return {one.name: one for one in found.values()}
 
     def name(self, root: Path, folder: Path) -> str:
         """How the page calls what lies below one of the folders."""

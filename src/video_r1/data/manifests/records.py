@@ -113,8 +113,9 @@ class Sample:
 
 def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
     """What tells questions of one id apart, wherever their files lie: of the folders only the names in them
-    count. answer: that of `Sample.answer`.
+    count, of the text all but the marks of several files. answer: that of `Sample.answer`.
     """
+    problem = problem.replace("<video>", "").replace("<image>", "")
     names = ["::".join(part.rstrip("/").rpartition("/")[2] for part in path.split("::")) for path in paths]
     return digest([problem, list(options), answer, names])
 

@@ -18,6 +18,7 @@ import os
 import re
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,6 +43,7 @@ from video_r1.files import digest, lock
 
 MEMBERS = 1_000_000  # of archives whose indexes are in memory, some 250 MB
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
+SILENCE = 10.0  # seconds without the state of a container, after which its place is not asked for others'
 _HEADERS = 1 << 16  # bytes that are read of an archive around each header
 _OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # of which nothing changes
 
@@ -59,6 +61,7 @@ class RemoteCache(BoundedFolder):
         self._indexing = threading.Lock()
         self._states: dict[str, tuple[str, ...]] = {}  # of archives and tables at addresses
         self._asking = threading.Lock()
+        self._silent: set[str] = set()  # places that did not tell a state
 
     @contextmanager
     def file(self, address: str) -> Iterator[str]:
@@ -85,7 +88,7 @@ class RemoteCache(BoundedFolder):
                         if self.admit(path, entry):
                             path = entry
             with held:
-                os.utime(path)  # used just now
+                _used_now(path)
                 yield str(path)
 
     def part(self, path: str) -> Part | list[Part]:
@@ -116,13 +119,16 @@ class RemoteCache(BoundedFolder):
     def state(self, container: str) -> tuple[int | str, ...]:
         """What another table or archive in the place of this one has not; () where nothing tells.
 
-        At an address it is asked once a process; one that does not answer has the state of the last time.
+        At an address it is asked once a process; one that does not answer, and what else lies in its place,
+        has the state of the last time.
         """
         if not is_address(container):
             facts = os.stat(container) if os.path.exists(container) else None
             return (facts.st_size, facts.st_mtime_ns) if facts else ()
         if _OF_A_COMMIT.fullmatch(container):
             return ()
+        if (found := self._states.get(container)) is not None:
+            return found  # nobody waits for what is known
         with self._asking:
             if container not in self._states:
                 self._states[container] = self._asked(container)
@@ -132,10 +138,16 @@ class RemoteCache(BoundedFolder):
         entry, known = self.place(f"{digest(['state', container], size=20)}.json"), ()
         with suppress(OSError, ValueError):
             known = (str(json.loads(entry.read_bytes())),)
-            os.utime(entry)
+            _used_now(entry)
+        if _place_of(container) in self._silent:
+            return known
+        began = time.monotonic()
         try:
             state = (digest(stamps_at(container), size=20),)
-        except MediaError:
+        except MediaError as error:
+            # fsspec's HTTP calls a server that says nothing a missing file
+            if isinstance(error, NoAnswer) or time.monotonic() - began > SILENCE:
+                self._silent.add(_place_of(container))
             return known
         if state != known:
             self._keep(entry, json.dumps(*state).encode())
@@ -150,7 +162,7 @@ class RemoteCache(BoundedFolder):
                 entry = self.place(f"{digest(('members', *key), size=20)}.json")
                 try:
                     found = {name: tuple(place) for name, place in json.loads(entry.read_bytes()).items()}
-                    os.utime(entry)
+                    _used_now(entry)
                 except (OSError, ValueError, AttributeError, TypeError):
                     found = read()
                     self._keep(entry, json.dumps(found).encode())
@@ -186,7 +198,7 @@ class RemoteCache(BoundedFolder):
                 path.unlink(missing_ok=True)
 
     def _fetch(self, address: str, draft: Path) -> None:
-        place = "/".join(address.rpartition("::")[2].split("/", 3)[:3])
+        place = _place_of(address)
         try:
             if split_member(address):
                 self._fetch_inside(address, draft)
@@ -258,6 +270,16 @@ class RemoteCache(BoundedFolder):
         inside = split_member(address)
         state = self.state(inside[1]) if inside else ()
         return digest([address, *state] if state else address, size=20)
+
+
+def _place_of(address: str) -> str:
+    """The host or bucket that it lies in."""
+    return "/".join(address.rpartition("::")[2].split("/", 3)[:3])
+
+
+def _used_now(path: Path) -> None:
+    with suppress(PermissionError):  # another's
+        os.utime(path)
 
 
 def _suffix(address: str) -> str:
