@@ -16,6 +16,7 @@ from tiny_models import FAMILIES, tiny_checkpoint
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
+from video_r1.models import adapters
 from video_r1.models.adapters import rounded_sum
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
@@ -114,6 +115,50 @@ def test_nothing_added_changes_no_weight() -> None:
         assert torch.equal(rounded_sum(each, torch.zeros(64, 64)), each)
     change = torch.randn(64, 64)
     assert torch.equal(rounded_sum(weight, change), weight + change)
+
+
+def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight, change = torch.randn(6, 5, 4).bfloat16(), 1e-3 * torch.randn(6, 5, 4)
+    at_once = rounded_sum(weight, change, change)
+    assert not torch.equal(at_once, weight)
+    monkeypatch.setattr(adapters, "ROUNDED_AT_ONCE", 50)  # two rows, which makes three parts
+    assert torch.equal(rounded_sum(weight, change, change), at_once)
+
+
+BEYOND: dict[str, dict[str, Any]] = {
+    "use_dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True},
+    "trainable_token_indices": {"trainable_token_indices": [5, 6]},
+    "adapters of the embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("what", BEYOND)
+def test_adapters_that_are_more_than_lora_are_not_trained(checkpoint: Path, what: str) -> None:
+    """Their completions would be sampled from another policy than the one that learns."""
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **BEYOND[what]})
+    with pytest.raises(ConfigError, match=f"{what}.*another policy"):
+        add_lora(load_model(checkpoint), config=config)
+
+
+@pytest.mark.parametrize("what", ["use_dora", "lora_bias", "trainable_token_indices"])
+def test_such_adapters_are_merged_whole(checkpoint: Path, tmp_path: Path, what: str) -> None:
+    """Of a run elsewhere."""
+    config = peft.LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], **BEYOND[what]})
+    model: Any = peft.get_peft_model(load_model(checkpoint), config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for weight in filter(lambda each: each.requires_grad, model.parameters()):
+            weight.add_(0.3 * torch.randn(weight.shape, generator=generator))
+    model.save_pretrained(tmp_path / "adapters")
+    load_processor(checkpoint).save_pretrained(tmp_path / "adapters")
+    tokens = torch.arange(4, 12)[None]
+    with torch.no_grad():
+        expected, before = model.eval()(tokens).logits, load_model(checkpoint)(tokens).logits
+        found = load_model(merge_adapter(tmp_path / "adapters", tmp_path / "merged"))(tokens).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - before).abs().max() > 0.01
 
 
 def test_broken_adapters_are_not_merged(checkpoint: Path, tmp_path: Path) -> None:

@@ -222,6 +222,19 @@ def test_shared_parts_shrink_with_the_processes() -> None:
     assert four.peak < alone.peak
 
 
+def test_bf16_weights_that_train_under_fsdp2_are_float32() -> None:
+    """accelerate makes them so in mixed precision, not those below adapters."""
+    model = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    sharding = sharding_of({"fsdp": "full_shard"}, 4)
+    for lora in (False, True):
+        plans = []
+        for dtype in ("bfloat16", "float32"):
+            recipe = recipe_of(bf16=True, use_peft=lora, dtype=dtype)
+            plan = memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cuda", sharding=sharding)
+            plans.append([plan.parts[part] for part in ("weights", "gradients", "optimizer")])
+        assert (plans[0] == plans[1]) == (not lora)
+
+
 def test_a_server_is_handed_whole_weights() -> None:
     """All weights of the policy, gathered."""
     model = tiny_model("qwen2_5_vl", tiny_tokenizer())

@@ -15,6 +15,23 @@ from video_r1.models.four_bits import dense_weight, is_four_bit
 
 logger = logging.getLogger(__name__)
 
+ROUNDED_AT_ONCE = 1 << 24  # weights, with 14 bytes of working memory each
+
+
+def beyond_lora(model: Any) -> str | None:
+    """What a PEFT model's adapters have besides W + s·B·A of linear layers and experts, or None.
+
+    Neither `merged_weight` nor a model that vLLM holds would have it.
+    """
+    for config in model.peft_config.values():
+        if config.peft_type != "LORA":
+            return f"peft_type {getattr(config.peft_type, 'value', config.peft_type)}"
+        for name in ("use_dora", "lora_bias", "trainable_token_indices", "alora_invocation_tokens"):
+            if getattr(config, name, None):
+                return name
+    embeddings = (name for name, each in model.named_modules() if getattr(each, "lora_embedding_A", None))
+    return next((f"adapters of the embedding {name}" for name in embeddings), None)
+
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
@@ -40,15 +57,21 @@ def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
     probability that its cut-off bits stand for (stochastic rounding, arXiv 1502.02551, section 3), by random
     numbers that are the same at each call: the sum is right on average over the weights of a row.
     """
-    exact = weight.float()
-    for change in changes:
-        exact = exact + change.to(exact)
-    if weight.dtype != torch.bfloat16:
-        return exact.to(weight.dtype)
+    total = torch.empty_like(weight)
     fixed = torch.Generator(weight.device).manual_seed(0)
     cut_off = 1 << 16  # bits of a float32 that bfloat16 does not have
-    noise = torch.randint(cut_off, exact.shape, generator=fixed, device=exact.device, dtype=torch.int32)
-    return ((exact.view(torch.int32) + noise) & -cut_off).view(torch.float32).bfloat16()
+    rows = max(1, ROUNDED_AT_ONCE // max(1, weight[0].numel()))
+    for result, own, *added in zip(*(each.split(rows) for each in (total, weight, *changes)), strict=True):
+        exact = own.to(torch.float32, copy=True)
+        for change in added:
+            exact += change.to(exact)
+        if weight.dtype == torch.bfloat16:
+            noise = torch.randint(
+                cut_off, exact.shape, generator=fixed, device=exact.device, dtype=torch.int32
+            )
+            exact = noise.add_(exact.view(torch.int32)).bitwise_and_(-cut_off).view(torch.float32)
+        result.copy_(exact)
+    return total
 
 
 @torch.no_grad()

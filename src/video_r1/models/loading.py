@@ -25,7 +25,7 @@ from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
-from video_r1.models.adapters import add_adapters
+from video_r1.models.adapters import add_adapters, beyond_lora
 from video_r1.models.family import (
     check_kind,
     family_names,
@@ -187,9 +187,10 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
         base = load_model(name, quantised[0], quantization_config=quantised[1])
         base = base.dequantize(None if dtype == "auto" else getattr(torch, dtype))
     model: Any = peft.PeftModel.from_pretrained(base, str(source))
-    add_adapters(model)
+    if plain := beyond_lora(model) is None:
+        add_adapters(model)
     with claimed(Path(out)):
-        model.unload().save_pretrained(out)
+        (model.unload() if plain else model.merge_and_unload(safe_merge=True)).save_pretrained(out)
         load_processor(source).save_pretrained(out)
         if (source / RECORD).is_file():
             carried = read_record(source / RECORD)
@@ -211,8 +212,8 @@ def add_lora(
 
     targets: names of the modules to adapt; None for every linear layer of the text model, with vision_tower
     of the tower too; in models with experts also EXPERTS, the tensors that hold those of a layer. config: a
-    peft one in place of these. Raises ConfigError when peft is not installed, and for vision_tower where the
-    model's family has no file.
+    peft one in place of these. Raises ConfigError when peft is not installed, for vision_tower where the
+    model's family has no file, and for adapters that are more than LoRA.
     """
     try:
         import peft
@@ -239,7 +240,13 @@ def add_lora(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules or None,
             target_parameters=experts or None, task_type="CAUSAL_LM",
         )  # fmt: skip
-    return peft.get_peft_model(model, config)
+    adapted = peft.get_peft_model(model, config)
+    if beyond := beyond_lora(adapted):
+        raise ConfigError(
+            f"{beyond}: completions are sampled with LoRA of linear layers and of experts alone (W + s·B·A), "
+            "so that another policy would be sampled than is trained; leave it out"
+        )
+    return adapted
 
 
 def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:

@@ -189,6 +189,8 @@ def _policy(
     if training.bf16 if training.bf16 is not None else device_type == "cuda":
         if sharding.master:  # DeepSpeed turns the weights themselves into bf16
             dtype = torch.bfloat16
+        elif sharding.fsdp and not settings.use_peft:  # accelerate makes weights that train float32
+            dtype, autocast = torch.float32, torch.bfloat16
         elif dtype == torch.float32:
             autocast = torch.bfloat16
     kept = sharding.share(sharding.gradients)

@@ -84,7 +84,7 @@ class GroupTrainer(QuestionTrainer):
     ) -> None:
         self.terms = terms
         self.step_batches: list[PolicyBatch] = []
-        self.recorded: list[PolicyBatch] = []  # the last ones whose groups were written down
+        self.recorded = True  # whether groups of theirs are written down
         self.newly_asked: list[tuple[Sequence[Ready[Question]], Sequence[RolloutGroup]]] = []
         callbacks = list(callbacks or [])
         if args.scale_rewards == "task":
@@ -317,7 +317,8 @@ class GroupTrainer(QuestionTrainer):
         """The first questions, sampled and scored as a step's questions are."""
         questions = self.first_questions(count)
         sampled = self.rollouts.sample(questions)
-        return self.score(questions, sampled.ordered, sampled.shuffled)
+        with self.stopping_before_the_step():
+            return self.score(questions, sampled.ordered, sampled.shuffled)
 
     def sampler_difference(self) -> tuple[float, int]:
         """How far the engine's log-probs are from the trainer's on the first questions, in both orders."""
@@ -349,8 +350,8 @@ class GroupTrainer(QuestionTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in QuestionTrainer, and records some of this step's groups, once for all updates on them."""
-        if "loss" in logs and self.is_world_process_zero() and self.step_batches is not self.recorded:
-            self.recorded = self.step_batches
+        if "loss" in logs and self.is_world_process_zero() and not self.recorded:
+            self.recorded = True
             groups = [group for batch in self.step_batches for group in batch.groups]
             tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
             with tolerated("rollouts.jsonl"):

@@ -159,6 +159,7 @@ class TGRPOTrainer(GroupTrainer):
         if batches[0]["iteration"] == 0 or not self.step_batches:
             with self.stopping_before_the_step():
                 self.step_batches = self.roll_out([batch["pending"] for batch in batches])
+                self.recorded = False
         self.rollouts.begin_next(self.pending_rollouts())
         # Gradients are averaged over processes, hence the division.
         scale, processes = step_scale(self.step_batches, args), process_count()

@@ -263,7 +263,7 @@ def _start(arguments: dict[str, Any]) -> Any:
         raise ConfigError(f"vLLM cannot be imported ({error}); install it, or sample without it") from error
     use_transformers_positions()
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
             return LLM(**arguments)
     except ValueError as error:
         raise ConfigError(f"vLLM refuses {arguments['model']}: {error}") from error
