@@ -38,6 +38,9 @@ def write_question_about_two(folder: Path) -> None:
     row.pop("options", None)
     (folder / "lab" / "two.json").write_text(json.dumps([row]))
     copied = row | {"path": [f"again/{path}" for path in row["path"]]}
+    for path in row["path"]:
+        (folder / "lab" / "again" / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "lab" / path, folder / "lab" / "again" / path)
     (folder / "lab" / "two_again.json").write_text(json.dumps([copied]))
     shutil.copytree(folder / "rl", folder / "two")
     line = json.loads((folder / "two" / "rollouts.jsonl").read_text().splitlines()[0])
