@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks._command import benchmark_parser
@@ -65,7 +66,7 @@ def measured(arguments: argparse.Namespace, lora: bool, checkpointing: bool) -> 
         model.gradient_checkpointing_enable({"use_reentrant": False})
         if lora:
             model.enable_input_require_grads()
-    reference = policy if lora else frozen_copy(model)
+    reference = policy if lora else frozen_copy(model, Accelerator())
     adapters = frozen_adapters(policy, device) if lora else {}
     generator = torch.Generator().manual_seed(1)
     prompt = question(size, generator)

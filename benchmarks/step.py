@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from benchmarks._command import benchmark_parser
@@ -69,7 +70,7 @@ class Step:
         self.frozen: bool = arguments.frozen
         if self.frozen:
             freeze_vision(model)
-        self.model, self.reference = model.eval(), frozen_copy(model)
+        self.model, self.reference = model.eval(), frozen_copy(model, Accelerator())
         self.builder = PromptBuilder(processor)
         side = SIDES[arguments.size]
         self.budget = FrameBudget(max_frames=SIZES[arguments.size].frames, frame_pixels=side * side)
