@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from video_r1.errors import RequestError
-from video_r1.files import append_line, claimed, digest, follow_umask, replace_json, replacing
+from video_r1.files import append_line, claimed, follow_umask, replace_json, replacing
+from video_r1.fingerprint import digest
 
 HOLDER = """
 import os, sys, time

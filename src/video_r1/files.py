@@ -2,7 +2,6 @@
 
 import fcntl
 import glob
-import hashlib
 import json
 import logging
 import os
@@ -149,18 +148,6 @@ def follow_umask(folder: Path) -> None:
     probe.unlink()
     for path in folder.glob("*.safetensors"):
         path.chmod(mode)
-
-
-def digest(value: Any, size: int = 8) -> str:
-    """A fingerprint of a JSON value, `size` bytes in hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=size).hexdigest()
-
-
-def differences(before: Any, after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Settings whose JSON values are not those that were read from a file: name to (there, here)."""
-    there, here = before if isinstance(before, dict) else {}, json.loads(json.dumps(after))
-    names = sorted(there.keys() | here.keys())
-    return {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
 
 
 def lock(file: IO[Any], how: int, of_process: bool = False) -> None:

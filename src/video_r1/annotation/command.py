@@ -15,7 +15,7 @@ from video_r1.data.reading import Reader
 from video_r1.data.sources.places import media_root_of
 from video_r1.data.templates import load_template
 from video_r1.errors import VideoR1Error, writing_to
-from video_r1.files import digest
+from video_r1.fingerprint import digest
 from video_r1.processes import decided_by_first, process_group
 from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.settings.annotation import AnnotateSettings

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import differences, json_lines, lock, whole_lines
+from video_r1.files import json_lines, lock, whole_lines
+from video_r1.fingerprint import changed, refuse_changed
 
 
 class Journal:
@@ -52,12 +53,10 @@ class Journal:
                     "choose another --out"
                 )
             self._note(entry, place)
-            if number == 1 and (changed := differences(entry["settings"], settings)):
-                said = ", ".join(f"{name} {was!r} and now {now!r}" for name, (was, now) in changed.items())
-                raise RequestError(
-                    f"{self.path} holds an annotation with other settings ({said}); continue with the same "
-                    "ones, choose another --out, or move the file away"
-                )
+            if number == 1:
+                remedy = "Continue with the same ones, choose another --out, or move the file away"
+                changes = changed(entry["settings"], settings)
+                refuse_changed(f"{self.path} holds an annotation", changes, remedy)
         if self._file.seek(0, os.SEEK_END) == 0:
             self.append([{"settings": settings}])
 

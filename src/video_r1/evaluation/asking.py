@@ -31,7 +31,8 @@ from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, qu
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts
-from video_r1.files import differences, digest, part_of, parts_of, replace_json
+from video_r1.files import part_of, parts_of
+from video_r1.fingerprint import continue_or_refuse, digest
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
@@ -160,15 +161,7 @@ class Asking(ABC):
 
     def begin(self, made_with: Mapping[str, Any]) -> dict[Round, list[Key]]:
         """For the first process: what is answered already, by round. See `run`."""
-        path = self.folder / self.settings_file
-        if path.is_file():
-            changed = differences(json.loads(path.read_text(encoding="utf-8")), made_with)
-            if changed:
-                raise RequestError(  # its answers would be mixed with these
-                    f"{self.folder} holds {self.what} with other settings ({', '.join(changed)}); "
-                    "choose another output folder, or delete this one"
-                )
-        replace_json(path, made_with)
+        continue_or_refuse(self.folder / self.settings_file, made_with, self.what)
         for path in (self.quarantine, *parts_of(self.quarantine)):
             path.unlink(missing_ok=True)
         return {each: list(self.answered(each)) for each in self.rounds}

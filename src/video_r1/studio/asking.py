@@ -21,7 +21,8 @@ from video_r1.data.manifests.records import PROBLEM_TYPES, check_manifest
 from video_r1.data.sources.places import data_type_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
-from video_r1.files import append_line, digest
+from video_r1.files import append_line
+from video_r1.fingerprint import digest
 from video_r1.report.run_data import as_list, as_table, finite, text, whole
 from video_r1.settings.decoding import SCHEMES, has_path
 from video_r1.settings.frames import Contrast

@@ -25,7 +25,8 @@ from torch import Tensor
 from video_r1.data.answers import extract_answer
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error, first_line
-from video_r1.files import append_line, digest, part_of, parts_of
+from video_r1.files import append_line, part_of, parts_of
+from video_r1.fingerprint import digest
 from video_r1.processes import decided_by_first, gather, process_index
 from video_r1.rewards.group import Answered
 from video_r1.rewards.judging import JUDGED_TYPE, judge_question, load_judge_template, read_score

@@ -21,6 +21,7 @@ from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
+from video_r1.fingerprint import refuse_changed
 from video_r1.models.family import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
@@ -136,12 +137,8 @@ def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
     check_processes(checkpoint, settings)
     changed = changed_settings(settings, folder)
     refused = {name: values for name, values in changed.items() if name not in MAY_CHANGE}
-    if refused:
-        said = ", ".join(f"{name} ({there!r} → {here!r})" for name, (there, here) in refused.items())
-        raise ConfigError(
-            f"output_dir {folder} holds a run with other settings: {said}. Choose another output_dir, or "
-            "remove the folder to start again"
-        )
+    remedy = "Choose another output_dir, or remove the folder to start again"
+    refuse_changed(f"output_dir {folder} holds a run", refused, remedy, ConfigError)
     finished = is_finished(folder) and not any(name in changed for name in LENGTHS)
     if finished:
         logger.warning("%s: this run is finished; remove the folder to run it again", folder)

@@ -31,7 +31,7 @@ from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
 from video_r1.data.sources.frame_folders import frame_stamps
 from video_r1.data.sources.remote import open_remote_cache
 from video_r1.data.sources.tar_index import split_member
-from video_r1.files import digest
+from video_r1.fingerprint import digest
 from video_r1.settings.frames import FrameBudget
 
 VERSION = 2  # raise it when the same file and budget give other pixels

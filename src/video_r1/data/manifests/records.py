@@ -33,7 +33,7 @@ from video_r1.data.sources.addresses import check_schemes, is_address
 from video_r1.data.sources.places import MediaPlaces, media_root_of
 from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ManifestError
-from video_r1.files import digest
+from video_r1.fingerprint import digest
 from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
 from video_r1.settings.shared import BadRows, ProblemType

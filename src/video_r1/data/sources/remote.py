@@ -39,7 +39,8 @@ from video_r1.data.sources.tar_index import (
     split_member,
 )  # fmt: skip
 from video_r1.errors import MediaError, VideoR1Error
-from video_r1.files import digest, lock
+from video_r1.files import lock
+from video_r1.fingerprint import digest
 
 MEMBERS = 1_000_000  # of archives whose indexes are in memory, some 250 MB
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
