@@ -132,7 +132,7 @@ def test_another_manifest_and_another_model_are_refused(endpoint: ChatEndpoint, 
     manifest, out = write_questions(tmp_path, 2), tmp_path / "cot.json"
     annotate(endpoint.url, manifest, out)
     endpoint.model = "student"
-    with pytest.raises(RequestError, match="teacher .'teacher' → 'student'"):
+    with pytest.raises(RequestError, match=r"teacher .'teacher' → 'student'"):
         annotate(endpoint.url, manifest, out)
     endpoint.model = "teacher"
     manifest.write_text(manifest.read_text().replace("which way", "whither"))

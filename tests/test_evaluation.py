@@ -393,7 +393,7 @@ def test_two_evaluations_share_no_folder(builder: PromptBuilder, media: Path, tm
         evaluate(samples, ScriptedEngine(), builder, model="b", **settings)
     with pytest.raises(RequestError, match=r"other settings: model .*, seed"):
         evaluate(samples, ScriptedEngine(), builder, seed=1, **settings)
-    with pytest.raises(RequestError, match="prompts .*, questions"):
+    with pytest.raises(RequestError, match=r"prompts .*, questions"):
         evaluate([sample(2, media, problem="?")], ScriptedEngine(), builder,
                  model="a", **settings)  # fmt: skip
 
