@@ -30,8 +30,7 @@ from video_r1.data.prompts import Prompt, PromptBuilder, video_metadata
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.sampling import prompt_seeds
+from video_r1.rollout.engine import SamplingSettings, prompt_seeds
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.requests import sampling_parameters

@@ -22,7 +22,7 @@ from transformers import TrainerCallback
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 

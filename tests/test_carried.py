@@ -16,7 +16,7 @@ from video_r1 import SFTConfig, SFTTrainer
 from video_r1.data.templates import load_template
 from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
-from video_r1.rollout.choice import open_prompts
+from video_r1.rollout.engine_factory import open_prompts
 from video_r1.settings.carried import BUDGET, RECORD
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.shared import ModelSettings, PromptSettings

@@ -20,8 +20,8 @@ from video_r1.evaluation import ask
 from video_r1.evaluation.command import run_eval
 from video_r1.evaluation.interview import Interview, View, sampling_of
 from video_r1.rollout import endpoint, endpoint_engine
-from video_r1.rollout.choice import is_endpoint, open_engine
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine_factory import is_endpoint, open_engine
 from video_r1.settings.decoding import AskSettings, EvalSettings
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "model": "teacher"}

@@ -18,7 +18,7 @@ from video_r1.models.adapters import add_adapters
 from video_r1.models.family import family_of, known_families, text_of, tower_of
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import EXPERTS, add_lora
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
 

@@ -24,10 +24,9 @@ from video_r1.models import general_forward
 from video_r1.models.general_forward import placeholder_ids
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import add_lora, freeze_vision
-from video_r1.rollout.choice import in_process_engine
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import SamplingSettings, draw_tokens, prompt_seeds, sampling_logprobs
+from video_r1.rollout.engine_factory import in_process_engine
 from video_r1.rollout.general import GeneralEngine
-from video_r1.rollout.sampling import draw_tokens, prompt_seeds, sampling_logprobs
 
 PROCESSORS = {family: general_processor(family) for family in GENERAL}
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))

@@ -20,7 +20,7 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, size_multiple
-from video_r1.rollout.choice import open_engine
+from video_r1.rollout.engine_factory import open_engine
 from video_r1.settings.decoding import EvalSettings
 from video_r1.settings.frames import FrameBudget
 from video_r1.training.sft import SFTConfig, SFTTrainer

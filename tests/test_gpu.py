@@ -28,7 +28,7 @@ from video_r1.lab.model import base_folder
 from video_r1.models import vision
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rollout import captured
+from video_r1.rollout import shared_prefix
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
@@ -193,8 +193,8 @@ def test_recorded_decoding_gives_the_same_tokens(
         return [rollout for group in engine.generate(prompts, settings) for rollout in group]
 
     recorded = sample()
-    figures |= {"recorded": captured.replayed_step.agrees, "seconds": seconds_of(sample)}
-    monkeypatch.setattr(captured, "RECORDED_ON", ())
+    figures |= {"recorded": shared_prefix.replayed_step.agrees, "seconds": seconds_of(sample)}
+    monkeypatch.setattr(shared_prefix, "RECORDED_ON", ())
     plain = sample()
     figures["seconds_one_by_one"] = seconds_of(sample)
     same = [a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(recorded, plain, strict=True)]

@@ -11,8 +11,15 @@ from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS, Located, parse_located, read_located, truth_problems
 from video_r1.data.manifests.records import Sample, check_manifest
 from video_r1.data.prompts import TextPrompts
-from video_r1.rewards.correctness import correctness, is_correct
-from video_r1.rewards.overlap import box_iou, common_iou, overlaps, span_iou, track_iou
+from video_r1.rewards.correctness import (
+    box_iou,
+    common_iou,
+    correctness,
+    is_correct,
+    overlaps,
+    span_iou,
+    track_iou,
+)
 from video_r1.rewards.shaping import format_reward
 
 TEMPORAL, SPATIAL, BOTH, TRACKING = GROUNDING_FORMS

@@ -17,9 +17,9 @@ from video_r1.models import gated_delta
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.packing import fork_layout
-from video_r1.rollout import captured
-from video_r1.rollout.captured import DecodingStep
+from video_r1.rollout import shared_prefix
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.shared_prefix import DecodingStep
 from video_r1.rollout.transformers import TransformersEngine
 
 CLIP = ("video", (2, 4, 4))
@@ -142,16 +142,16 @@ def test_recorded_hybrid_steps_begin_at_the_same_state(broken: bool, monkeypatch
 
     def replayed(tokens: Tensor, position: Tensor, decoding: DecodingStep) -> Tensor:
         if decoding.outdated:  # as a recording does: once to set up, then for good
-            captured.plain_step(tokens, position, decoding)
+            shared_prefix.plain_step(tokens, position, decoding)
             decoding.graph, decoding.buffers = object(), decoding.cache.keys  # pyright: ignore[reportAttributeAccessIssue]
-        logits = captured.plain_step(tokens, position, decoding)
+        logits = shared_prefix.plain_step(tokens, position, decoding)
         return logits + 1 if broken else logits
 
-    checked = Checked("decoding by a CUDA graph", replayed, captured.plain_step)
+    checked = Checked("decoding by a CUDA graph", replayed, shared_prefix.plain_step)
     engine = TransformersEngine(build_model("qwen3_5", stop_share=0.1), PROCESSORS["qwen3_5"])
     prompts, settings = build_prompts("qwen3_5"), SamplingSettings(n=3, max_tokens=40, seed=1)
     expected = engine.generate(prompts, settings)
-    monkeypatch.setattr(captured, "RECORDED_ON", ("cpu",))
-    monkeypatch.setattr(captured, "replayed_step", checked)
+    monkeypatch.setattr(shared_prefix, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(shared_prefix, "replayed_step", checked)
     assert_same(engine.generate(prompts, settings), expected)
     assert checked.agrees is not broken

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from video_r1.rollout.vllm.last_error import VARIABLE, LastError, say_why
+from video_r1.rollout.vllm.serve import LAST_ERROR_VARIABLE, LastError, say_why
 
 
 class EngineDeadError(Exception):
@@ -21,7 +21,7 @@ class EngineDeadError(Exception):
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "error"
     path.touch()
-    monkeypatch.setenv(VARIABLE, str(path))
+    monkeypatch.setenv(LAST_ERROR_VARIABLE, str(path))
     return path
 
 

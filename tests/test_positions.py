@@ -13,9 +13,9 @@ import pytest
 from chat_endpoint import chat_endpoint
 from tiny_models import FAMILIES, has_timestamps, tiny_checkpoint, tiny_model, tiny_tokenizer
 
-from video_r1.rollout.choice import open_engine, open_prompts
+from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.rollout.vllm import serve
-from video_r1.rollout.vllm.positions import VARIABLE, rule_of_training
+from video_r1.rollout.vllm.mrope import POSITIONS_VARIABLE, rule_of_training
 from video_r1.settings.carried import RECORD
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.vllm import ServeSettings
@@ -85,8 +85,8 @@ def test_a_server_of_another_rule(
     with caplog.at_level(logging.WARNING):
         serve.run_serve(settings)
         assert not warnings_of(caplog)
-        monkeypatch.setenv(VARIABLE, "vllm")
+        monkeypatch.setenv(POSITIONS_VARIABLE, "vllm")
         serve.run_serve(settings)
-    assert [given[2][VARIABLE] for given in became] == ["transformers", "vllm"]
+    assert [given[2][POSITIONS_VARIABLE] for given in became] == ["transformers", "vllm"]
     (said,) = warnings_of(caplog)
     assert "this server has those of vllm" in said

@@ -26,7 +26,7 @@ from video_r1.models.loading import add_lora, load_model
 from video_r1.rewards import group
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.training.sft import SFTConfig, SFTTrainer
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

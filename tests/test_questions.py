@@ -11,7 +11,7 @@ import torch
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader
 from video_r1.errors import MediaError, VideoR1Error
-from video_r1.rollout.sampling import prompt_seed
+from video_r1.rollout.engine import prompt_seed
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import FrameBudget
 from video_r1.training.questions import MemoryCache, QuestionSource, Slot, StepBatches

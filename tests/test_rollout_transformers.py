@@ -23,10 +23,9 @@ from video_r1.models.adapters import merged_adapters
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_processor
-from video_r1.rollout import captured, choice
-from video_r1.rollout.captured import DecodingStep
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.sampling import draw_tokens, sampling_logprobs
+from video_r1.rollout import engine_factory, shared_prefix
+from video_r1.rollout.engine import SamplingSettings, draw_tokens, sampling_logprobs
+from video_r1.rollout.shared_prefix import DecodingStep
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
 
@@ -284,16 +283,16 @@ def test_recorded_steps_check_themselves(
 
     def replayed(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
         steps.append(len(tokens))
-        logits = captured.plain_step(tokens, position, decoding)
+        logits = shared_prefix.plain_step(tokens, position, decoding)
         return logits + 1 if broken == "differs" else logits
 
-    fast = captured._replayed if broken == "fails" else replayed
-    checked = Checked("decoding by a CUDA graph", fast, captured.plain_step)
+    fast = shared_prefix._replayed if broken == "fails" else replayed
+    checked = Checked("decoding by a CUDA graph", fast, shared_prefix.plain_step)
     engine = TransformersEngine(build_model("qwen2_5_vl", stop_share=0.1), PROCESSORS["qwen2_5_vl"])
     prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=3, max_tokens=70, seed=1)
     expected = engine.generate(prompts, settings)
-    monkeypatch.setattr(captured, "RECORDED_ON", ("cpu",))
-    monkeypatch.setattr(captured, "replayed_step", checked)
+    monkeypatch.setattr(shared_prefix, "RECORDED_ON", ("cpu",))
+    monkeypatch.setattr(shared_prefix, "replayed_step", checked)
     assert_same(engine.generate(prompts, settings), expected)
     assert checked.agrees is (broken is None)
     assert caplog.text.count("the plain path is taken") == (broken is not None)
@@ -305,7 +304,7 @@ def test_a_step_can_be_repeated() -> None:
     engine = TransformersEngine(build_model("qwen2_5_vl"), PROCESSORS["qwen2_5_vl"])
     engine._stop_ids = []  # else completions would leave, and their room with them
     keys: list[tuple[int, torch.Tensor]] = []
-    plain = captured.plain_step
+    plain = shared_prefix.plain_step
 
     def twice(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
         first = plain(tokens, position, decoding)
@@ -316,7 +315,7 @@ def test_a_step_can_be_repeated() -> None:
     prompts, settings = build_prompts("qwen2_5_vl"), SamplingSettings(n=2, max_tokens=66, seed=1)
     expected = engine.generate(prompts, settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(captured, "plain_step", twice)
+        patch.setattr(shared_prefix, "plain_step", twice)
         assert_same(engine.generate(prompts, settings), expected)
     assert len({address for address, _ in keys}) == 2  # room for 64 tokens, and for 128
     assert bool(keys[10][1][:, :, :11].abs().sum(-1).all()) and not bool(keys[10][1][:, :, 11:].any())
@@ -339,7 +338,7 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
     """Under mixed precision rotation gives them in float32, twice the memory of the values."""
     model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
     kept: set[torch.dtype] = set()
-    plain = captured.plain_step
+    plain = shared_prefix.plain_step
 
     def looking(tokens: torch.Tensor, position: torch.Tensor, decoding: DecodingStep) -> torch.Tensor:
         cache = decoding.cache
@@ -347,7 +346,7 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
         kept.update(tensor.dtype for layers in states for tensor in layers.values())
         return plain(tokens, position, decoding)
 
-    monkeypatch.setattr(captured, "plain_step", looking)
+    monkeypatch.setattr(shared_prefix, "plain_step", looking)
     with torch.autocast("cpu", torch.bfloat16):
         TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(
             prompts, SamplingSettings(n=2, max_tokens=4, seed=4)
@@ -362,9 +361,9 @@ def test_commands_compute_in_bf16_on_a_gpu(
     on_gpu: bool, dtype: str, computed: torch.dtype, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A float32 file, such as training writes, would take twice the memory and many times the time there."""
-    monkeypatch.setattr(choice, "computes_in_bf16", lambda device: on_gpu)
+    monkeypatch.setattr(engine_factory, "computes_in_bf16", lambda device: on_gpu)
     settings = EvalSettings(model=str(checkpoint), manifest="m.json", out="x", dtype=dtype, device="cpu")  # pyright: ignore[reportArgumentType]
-    engine = choice.open_engine(settings, load_processor(checkpoint))
+    engine = engine_factory.open_engine(settings, load_processor(checkpoint))
     assert isinstance(engine, TransformersEngine)
     assert {weight.dtype for weight in engine.model.parameters()} == {computed}
     angles = [value for name, value in engine.model.named_buffers() if name.endswith("inv_freq")]

@@ -23,7 +23,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.lab.model import base_folder
-from video_r1.rollout import addresses, choice
+from video_r1.rollout import addresses, engine_factory
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm import server
 from video_r1.rollout.vllm.serve import WANTED, shape
@@ -226,11 +226,12 @@ def test_a_request_has_the_time_that_the_settings_give(
 ) -> None:
     """In training more for longer completions, since a long one may take a slow server half an hour."""
     given: list[float] = []
-    monkeypatch.setattr(choice, "ServerEngine", lambda *_, **named: given.append(named["timeout"]))
-    choice.open_engine(EvalSettings(model=str(base_folder()), engine=loopback.url, timeout=7), PROCESSOR)
+    monkeypatch.setattr(engine_factory, "ServerEngine", lambda *_, **named: given.append(named["timeout"]))
+    open_settings = EvalSettings(model=str(base_folder()), engine=loopback.url, timeout=7)
+    engine_factory.open_engine(open_settings, PROCESSOR)
     settings = VLLMSettings(use_vllm=True, vllm_mode="server", vllm_server_base_url=loopback.url)
     for longest in (4096, 20000):
-        choice.training_engine(TINY, PROCESSOR, settings, longest=longest, frames=FrameBudget())
+        engine_factory.training_engine(TINY, PROCESSOR, settings, longest=longest, frames=FrameBudget())
     assert given == [7, 600, 2000]
 
 

@@ -30,8 +30,8 @@ from video_r1.models.family import find_family
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.report.groups import group_of
 from video_r1.rollout.chat import chat_request
-from video_r1.rollout.choice import in_process_engine
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine_factory import in_process_engine
 from video_r1.training.drops import logprob_drops
 from video_r1.training.recording import record_group, same_size
 

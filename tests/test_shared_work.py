@@ -14,7 +14,7 @@ from tiny_models import tiny_checkpoint
 from tiny_questions import write_manifest
 
 from video_r1.errors import ConfigError
-from video_r1.rollout import choice
+from video_r1.rollout import engine_factory
 
 pytestmark = pytest.mark.dist
 SIZES = ["--frame_pixels", "3136", "--image_pixels", "3136", "--media_seconds", "0", "--dtype", "float32"]
@@ -185,10 +185,10 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    assert choice.own_device() == "cuda"
-    monkeypatch.setattr(choice, "process_count", lambda: 3)
+    assert engine_factory.own_device() == "cuda"
+    monkeypatch.setattr(engine_factory, "process_count", lambda: 3)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert choice.own_device() == "cuda:1" and chosen == [1]
+    assert engine_factory.own_device() == "cuda:1" and chosen == [1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="process 3 of this machine has no GPU: there are 2"):
-        choice.own_device()
+        engine_factory.own_device()

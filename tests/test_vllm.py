@@ -22,8 +22,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.errors import RequestError
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.sampling import sampling_logprobs
+from video_r1.rollout.engine import SamplingSettings, sampling_logprobs
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from video_r1.rollout.http_client import ServerFailure
-from video_r1.rollout.vllm.hand_over import Copies, NCCLHandOver, SyncClient
+from video_r1.rollout.vllm.weight_sync import Copies, NCCLHandOver, SyncClient
 
 pytestmark = pytest.mark.vllm
 MODULE = "vllm.distributed.weight_transfer.nccl_engine"

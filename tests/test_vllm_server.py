@@ -37,8 +37,8 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rollout.choice import open_engine
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine_factory import open_engine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.commands import LabSettings

@@ -15,7 +15,7 @@ from video_r1.evaluation.command import run_eval
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
-from video_r1.rollout import choice
+from video_r1.rollout import engine_factory
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
@@ -44,7 +44,7 @@ def shared_engine(vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch) -> l
         vllm_engine.update_weights(given)
         return vllm_engine
 
-    monkeypatch.setattr(choice, "VLLMEngine", engine)
+    monkeypatch.setattr(engine_factory, "VLLMEngine", engine)
     monkeypatch.setattr(VLLMEngine, "close", lambda self: None)
     return built
 

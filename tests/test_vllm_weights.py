@@ -18,14 +18,13 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
-from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.sampling import prompt_seed
+from video_r1.rollout.engine import SamplingSettings, prompt_seed
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm import engine as vllm_engine
 from video_r1.rollout.vllm.engine import VLLMEngine
-from video_r1.rollout.vllm.positions import prompt_positions
+from video_r1.rollout.vllm.mrope import prompt_positions
 from video_r1.rollout.vllm.requests import asks_of
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -87,7 +87,7 @@ def drawing(settings: AnnotateSettings, samples: list[Sample]) -> dict[str, Any]
 
 def local_teacher(settings: AnnotateSettings) -> Teacher:
     """A checkpoint, on the engine that the settings name."""
-    from video_r1.rollout.choice import open_engine, open_prompts
+    from video_r1.rollout.engine_factory import open_engine, open_prompts
 
     decoding = copy(settings)
     decoding.model = settings.teacher

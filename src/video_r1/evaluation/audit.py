@@ -31,8 +31,8 @@ from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_senten
 from video_r1.files import replace_json, replace_rows, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
 from video_r1.rewards.correctness import correctness, is_correct
-from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AuditSettings
 from video_r1.settings.frames import Order
 from video_r1.settings.keep import PASS_RATES

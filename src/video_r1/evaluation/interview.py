@@ -22,8 +22,8 @@ from video_r1.errors import MediaError
 from video_r1.evaluation.asking import sampling_seed
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
 from video_r1.rewards.correctness import correctness, is_correct
-from video_r1.rollout.choice import open_engine, open_prompts
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import Order
 

@@ -18,7 +18,7 @@ from video_r1.evaluation.scoring import score_output
 from video_r1.evaluation.summary import check_pairs, summarise
 from video_r1.files import replace_json
 from video_r1.processes import decided_by_first
-from video_r1.rewards.overlap import overlaps
+from video_r1.rewards.correctness import overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.settings.decoding import Answer, EvalSettings, Protocol
 from video_r1.settings.frames import FrameBudget

@@ -21,7 +21,7 @@ from video_r1.evaluation.runner import evaluate
 from video_r1.evaluation.summary import ORDERS, cell, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.processes import process_index
-from video_r1.rollout.choice import open_engine, open_prompts
+from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
 from video_r1.settings.frames import CONTROLS
 from video_r1.tables import table

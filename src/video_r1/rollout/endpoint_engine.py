@@ -13,9 +13,8 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import VideoR1Error
 from video_r1.rollout.chat import FramesAs, chat_request, completions_of
 from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
-from video_r1.rollout.engine import SamplingSettings, wanted_counts
+from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal
-from video_r1.rollout.sampling import prompt_seed, prompt_seeds
 
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1

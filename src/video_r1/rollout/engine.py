@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout
+from video_r1.seeds import hashed_seed
 from video_r1.settings.decoding import DecodingSettings
 
 
@@ -66,3 +70,76 @@ def sample_rollouts(
     rollouts = engine.generate(prompts, replace(sampling, seed=tuple(seeds)), counts)
     remaining = iter(rollouts[len(questions) :])
     return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
+
+
+# ---- The sampling distribution, and a draw from it
+
+
+def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """Log-probabilities [..., V] float32 of the distribution that is sampled.
+
+    Temperature first, then the `top_k` most likely tokens (0: all), then the smallest set of tokens whose
+    probabilities add up to at least `top_p`; what is left is normalised again. Tokens outside have -inf.
+    `temperature` 0 (greedy) gives the model's own distribution.
+    """
+    scaled = logits.float()
+    if temperature > 0 and temperature != 1.0:
+        scaled = scaled / temperature
+    if temperature > 0 and (0 < top_k < scaled.shape[-1] or top_p < 1.0):
+        scaled = _truncated(scaled, top_p, top_k)
+    return scaled.log_softmax(-1)
+
+
+def _truncated(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    ordered, indices = logits.sort(-1, descending=True)
+    if 0 < top_k < logits.shape[-1]:
+        ordered[..., top_k:] = -torch.inf
+    if top_p < 1.0:
+        probabilities = ordered.softmax(-1)
+        before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
+        outside = before >= top_p
+        outside[..., 0] = False
+        ordered = ordered.masked_fill(outside, -torch.inf)
+    return torch.empty_like(logits).scatter_(-1, indices, ordered)
+
+
+def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
+    """Token ids [B] int64 drawn from `logprobs` [B, V] by inverting the cumulative distribution.
+
+    uniform: [B] float32 in [0, 1), one number a token. A token depends on its own number and its own
+    distribution only, so a sequence is the same whichever other sequences share its batch.
+    """
+    cumulative = logprobs.exp().cumsum(-1)
+    total = cumulative[:, -1:]
+    # Rounding may lift the threshold to the total itself, and then no token would be above it.
+    threshold = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1)
+
+
+def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
+    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every possible token."""
+    if sampling.temperature == 0:
+        return [torch.zeros(count, 0) for count in counts]
+    seeds = prompt_seeds(sampling.seed, len(counts))
+    return [
+        torch.rand(count, sampling.max_tokens, generator=torch.Generator().manual_seed(seed))
+        for count, seed in zip(counts, seeds, strict=True)
+    ]
+
+
+def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
+    """A seed for each prompt of a call: those given, or made from the call's own seed and the prompt's place.
+
+    A call's seed of None is drawn from torch's CPU generator. Raises ValueError when the lengths differ.
+    """
+    if seed is None or isinstance(seed, int):
+        call = int(torch.randint(2**62, ())) if seed is None else seed
+        return [prompt_seed(call, prompt) for prompt in range(prompts)]
+    if len(seed) != prompts:
+        raise ValueError(f"{prompts} prompts but {len(seed)} seeds")
+    return list(seed)
+
+
+def prompt_seed(seed: int, prompt: int) -> int:
+    """A seed in [0, 2**62) for one prompt of a call; an engine may add the completion's number to it."""
+    return hashed_seed(f"{seed}/{prompt}", bits=62)

@@ -27,8 +27,13 @@ from video_r1.models.general_forward import (
     without_placeholders,
 )
 from video_r1.models.group_forward import vision_language_model
-from video_r1.rollout.engine import SamplingSettings, wanted_counts
-from video_r1.rollout.sampling import draw_tokens, sampling_logprobs, uniform_numbers
+from video_r1.rollout.engine import (
+    SamplingSettings,
+    draw_tokens,
+    sampling_logprobs,
+    uniform_numbers,
+    wanted_counts,
+)
 from video_r1.rollout.transformers import MAX_SEQUENCES, OnToken, as_rollouts, eval_mode, stop_token_ids
 
 

@@ -30,10 +30,14 @@ from video_r1.models.group_forward import (
     visual_features,
 )
 from video_r1.models.onednn import onednn_linears
-from video_r1.rollout.captured import DecodingStep
-from video_r1.rollout.engine import SamplingSettings, wanted_counts
-from video_r1.rollout.sampling import draw_tokens, sampling_logprobs, uniform_numbers
-from video_r1.rollout.shared_prefix import SharedPrefixCache, shared_prefix_attention
+from video_r1.rollout.engine import (
+    SamplingSettings,
+    draw_tokens,
+    sampling_logprobs,
+    uniform_numbers,
+    wanted_counts,
+)
+from video_r1.rollout.shared_prefix import DecodingStep, SharedPrefixCache, shared_prefix_attention
 
 T = TypeVar("T")
 OnToken = Callable[[int, int, int], None]

@@ -7,7 +7,7 @@ A model that is asked with other frames or words than it has learnt from answers
 so. Hence these are the defaults of every command that loads the checkpoint. Other programs ignore the file.
 
 dtype: the number format that the model computed in. positions: whose rule places what follows a video, for
-models where vLLM has another one (see rollout/vllm/positions.py).
+models where vLLM has another one (see rollout/vllm/mrope.py).
 """
 
 import json

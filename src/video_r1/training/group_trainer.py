@@ -33,8 +33,8 @@ from video_r1.models.group_forward import (
 from video_r1.processes import decided_by_first, gather, gather_lists
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import RewardTerms, score_groups
-from video_r1.rollout.choice import training_engine
 from video_r1.rollout.engine import RolloutEngine
+from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.checks import (

@@ -27,7 +27,7 @@ from video_r1.models.loading import add_lora, load_model, load_processor, with_t
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, resolved
-from video_r1.rollout.vllm.positions import rule_of_training
+from video_r1.rollout.vllm.mrope import rule_of_training
 from video_r1.settings.carried import BUDGET, RECORD, adopted, read_record
 from video_r1.settings.shared import (
     DataSettings,

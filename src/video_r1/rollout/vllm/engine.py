@@ -29,10 +29,10 @@ from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather_lists, process_count, process_index
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.positions import use_transformers_positions
+from video_r1.rollout.vllm.mrope import use_transformers_positions
 from video_r1.rollout.vllm.requests import asks_of, engine_input, rollout_of
 from video_r1.rollout.vllm.serve import CPU_VARIABLES, EXTENSION, OPTIONS, cpu_options
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.rollout.engine import SamplingSettings, wanted_counts
-from video_r1.rollout.sampling import prompt_seed, prompt_seeds
+from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
 
 PIXELS = ("pixel_values", "pixel_values_videos")  # vLLM's names are those of Prompt.features
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import logging
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
 from video_r1.models.family import find_family
 from video_r1.recipe_files import MadeFor, launcher
-from video_r1.rollout.vllm.positions import VARIABLE, prompt_positions, rule_of_training, warn_of_positions
+from video_r1.rollout.vllm.mrope import (
+    POSITIONS_VARIABLE,
+    prompt_positions,
+    rule_of_training,
+    use_transformers_positions,
+    warn_of_positions,
+)
 from video_r1.settings.vllm import ServeSettings
 
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
-MIDDLEWARE = "video_r1.rollout.vllm.last_error.say_why"
+MIDDLEWARE = "video_r1.rollout.vllm.serve.say_why"
+LAST_ERROR_VARIABLE = "VIDEO_R1_LAST_ERROR"  # the file; set by the first process, inherited by the others
+CONSEQUENCE = "EngineDeadError"  # what is logged where the engine is waited for; never the cause
 
 OPTIONS: Mapping[str, Any] = {
     "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
@@ -87,8 +99,8 @@ def server_command(
     variables = CPU_VARIABLES if options_of_cpu else {}
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
-        VARIABLE: "transformers",
-        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": VARIABLE,  # to workers on other machines
+        POSITIONS_VARIABLE: "transformers",
+        "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": POSITIONS_VARIABLE,  # to workers on other machines
         **variables,
     }
     return words + shlex.split(settings.vllm_options), environment
@@ -130,7 +142,7 @@ def run_serve(settings: ServeSettings) -> None:
     print(f"{shown} {shlex.join(command)}", file=sys.stderr, flush=True)
     print(*while_served(settings, torch.cuda.is_available()), sep="\n", file=sys.stderr, flush=True)
     environment |= os.environ
-    rule = "transformers" if environment[VARIABLE] == "transformers" else "vllm"
+    rule = "transformers" if environment[POSITIONS_VARIABLE] == "transformers" else "vllm"
     warn_of_positions(settings.model, rule, "this server")
     os.execve(words[0], words, environment)
 
@@ -194,3 +206,48 @@ class WorkerExtension:
 
 WANTED = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False, "positions": "transformers"}
 """Log-probs of the sampled distribution, pixels as they are sent, and the trainer's rule of positions."""
+
+
+def plugin() -> None:
+    """What vLLM calls in each process of its own: acts only where the environment asks for it."""
+    if os.environ.get(POSITIONS_VARIABLE) == "transformers":
+        use_transformers_positions()
+        keep_last_error()
+
+
+# ---- What ended a server, in its own last answers
+
+
+class LastError(logging.Handler):
+    """Keeps the last exception that was logged in the file, but not those that only pass it on."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info and record.exc_info[1]
+        if not error or type(error).__name__ == CONSEQUENCE:
+            return
+        file, found = Path(os.environ[LAST_ERROR_VARIABLE]), f"{type(error).__name__}: {error}"
+        kept = file.read_text(encoding="utf-8")
+        if not kept or kept.partition(": ")[2] not in found:
+            file.write_text(found, encoding="utf-8")
+
+
+def keep_last_error() -> None:
+    """From now on, in this process of a server and in those that it starts."""
+    if LAST_ERROR_VARIABLE not in os.environ:
+        handle, os.environ[LAST_ERROR_VARIABLE] = tempfile.mkstemp(prefix="video-r1-serve-")
+        os.close(handle)
+        atexit.register(Path(os.environ[LAST_ERROR_VARIABLE]).unlink, missing_ok=True)
+    logging.getLogger("vllm").addHandler(LastError(logging.ERROR))
+
+
+async def say_why(request: Any, call_next: Any) -> Any:
+    """Middleware of the server: an answer of status 500 has the last error in place of its own text."""
+    answer = await call_next(request)
+    if answer.status_code != 500 or LAST_ERROR_VARIABLE not in os.environ:
+        return answer
+    reason = Path(os.environ[LAST_ERROR_VARIABLE]).read_text(encoding="utf-8")
+    if not reason:
+        return answer
+    from starlette.responses import JSONResponse  # vLLM's
+
+    return JSONResponse({"error": {"message": f"the server's last error was {reason}"}}, answer.status_code)

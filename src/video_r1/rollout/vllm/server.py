@@ -38,10 +38,9 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post, wait_for
 from video_r1.rollout.streamed import HearToken, WrittenTokens, post_streamed
 from video_r1.rollout.transformers import stop_token_ids
-from video_r1.rollout.vllm.hand_over import FolderHandOver, HandOver, NCCLHandOver
 from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
-from video_r1.rollout.vllm.weights import checkpoint_weights
+from video_r1.rollout.vllm.weight_sync import FolderHandOver, HandOver, NCCLHandOver, checkpoint_weights
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)

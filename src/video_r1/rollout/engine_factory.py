@@ -27,7 +27,7 @@ from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
-from video_r1.rollout.vllm.positions import recorded_rule, warn_of_positions
+from video_r1.rollout.vllm.mrope import recorded_rule, warn_of_positions
 from video_r1.rollout.vllm.server import ServerEngine, describe
 from video_r1.settings.decoding import SCHEMES, DecodingSettings, addresses, has_path
 from video_r1.settings.frames import FrameBudget

@@ -15,7 +15,6 @@ a server that is started with VIDEO_R1_POSITIONS=transformers (entry point group
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,11 @@ import torch
 from torch import Tensor
 
 from video_r1.models.family import find_family
-from video_r1.rollout.vllm.last_error import keep_last_error
 from video_r1.settings.carried import RECORD, read_record
 
 logger = logging.getLogger(__name__)
 
-VARIABLE = "VIDEO_R1_POSITIONS"
+POSITIONS_VARIABLE = "VIDEO_R1_POSITIONS"
 
 
 def rule_of_training(config: Any) -> str | None:
@@ -62,13 +60,6 @@ def use_transformers_positions() -> None:
     kinds: Any = (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration)
     for kind in kinds:
         kind.get_mrope_input_positions = prompt_positions
-
-
-def plugin() -> None:
-    """What vLLM calls in each process of its own: acts only where the environment asks for it."""
-    if os.environ.get(VARIABLE) == "transformers":
-        use_transformers_positions()
-        keep_last_error()
 
 
 def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
