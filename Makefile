@@ -5,7 +5,10 @@ PY := $(VENV)/bin/python
 # One thread per process: the tests' models are too small for more, and pytest-xdist runs two processes.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install install-test demo test test-slow check docs screenshots gpu-check bench
+# Tests run on the CPU, also on a machine with GPUs: `make gpu-check` has the tests that need one.
+PYTEST := $(ONE_THREAD) CUDA_VISIBLE_DEVICES= $(PY) -m pytest -n 2 --dist loadgroup
+
+.PHONY: help install install-test demo test test-slow test-all check docs screenshots gpu-check bench
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
@@ -19,11 +22,15 @@ install-test: install ## add what tests use besides: DeepSpeed, bitsandbytes, tr
 demo: install ## the whole pipeline on made-up clips, under 5 minutes on two cores; see runs/demo (FAMILY=qwen3_5: another model)
 	$(PY) -m video_r1 demo $(if $(FAMILY),--family $(FAMILY))
 
-test: install-test ## the fast tests
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup -m "not slow" $(ARGS)
+test: install-test ## the fast tests, on the CPU (ARGS="tests/test_settings.py -x": some of them)
+	$(PYTEST) -m "not slow" $(ARGS)
 
-test-slow: install-test ## all tests, the long ones too
-	$(ONE_THREAD) $(PY) -m pytest -n 2 --dist loadgroup $(ARGS)
+test-slow: install-test ## the slow tests alone: several processes, vLLM, browsers, long runs
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: ## `make test`, then the slow tests
+	@$(MAKE) --no-print-directory test
+	@$(MAKE) --no-print-directory test-slow
 
 check: install-test ## ruff, pyright and the layers of docs/design.md
 	$(PY) -m ruff check .

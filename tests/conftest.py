@@ -1,9 +1,10 @@
-"""What all tests share: one thread per process, no network, no time limits, and why a test is skipped."""
+"""Shared fixtures; one thread per process, no network, no time limits, and why a test is skipped."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ settings.load_profile("steady")
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run, with the reason. Tests of vLLM share one process of pytest-xdist, so
-    that only one vLLM lives at a time."""
+    """Skip the tests that this machine cannot run, with the reason. All tests of vLLM run in one process of
+    pytest-xdist, so that only one vLLM is in memory at a time."""
     missing = {}
     if importlib.util.find_spec("vllm") is None:
         missing["vllm"] = "vLLM is not installed"
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Copies of remote files in a folder of this test's own, fetched without pauses between attempts."""
+    """Give the test its own cache of remote files, with no pause between attempts."""
     from video_r1.data.sources import addresses, remote
 
     monkeypatch.setattr(addresses, "PAUSE", 0.0)
@@ -56,7 +57,7 @@ def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 @pytest.fixture
 def memory() -> Iterator[Any]:
-    """The file system whose addresses begin with memory://, emptied afterwards."""
+    """The memory:// file system, emptied after the test."""
     import fsspec
 
     system = fsspec.filesystem("memory")
@@ -64,25 +65,48 @@ def memory() -> Iterator[Any]:
     system.store.clear()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Qwen2.5-VL with its processor."""
+@pytest.fixture(autouse=True)
+def unchecked_fast_paths() -> None:
+    """Each test starts with fast paths that have not been compared with the plain ones yet."""
+    if (checked := sys.modules.get("video_r1.models.checked")) is None:
+        return
+    for name in [name for name in sys.modules if name.startswith(("video_r1.models.", "video_r1.rollout."))]:
+        for value in vars(sys.modules[name]).values():
+            if isinstance(value, checked.Checked):
+                value.agrees = value.gradients_agree = None
+
+
+def stamps(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Map each file of the folder to its size and modification time."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (stat.st_size, stat.st_mtime_ns) for path, stat in found.items()}
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A tiny Qwen2.5-VL with its processor. All tests share it: copy the folder before you change a file."""
     from tiny_models import tiny_checkpoint
 
-    return tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+    folder = tiny_checkpoint("qwen2_5_vl", tmp_path_factory.mktemp("model"))
+    before = stamps(folder)
+    yield folder
+    assert before.items() <= stamps(folder).items(), "a test changed the shared checkpoint"
 
 
-@pytest.fixture(scope="module")
-def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five clips and three pictures with questions of all types."""
+@pytest.fixture(scope="session")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Five clips and three pictures with questions of all types. All tests share the files: change none."""
     from tiny_questions import write_manifest
 
-    return write_manifest(tmp_path_factory.mktemp("data"))
+    path = write_manifest(tmp_path_factory.mktemp("data"))
+    before = stamps(path.parent)
+    yield path
+    assert before.items() <= stamps(path.parent).items(), "a test changed the shared manifest"
 
 
 @pytest.fixture(scope="module")
 def vllm_engine() -> Iterator[Any]:
-    """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Each user hands over weights first."""
+    """A VLLMEngine of the lab's base in float32, up to 1,024 tokens. Tests load their weights first."""
     from video_r1.lab.model import base_folder
     from video_r1.models.loading import load_model, load_processor
     from video_r1.rollout.vllm.engine import VLLMEngine
@@ -107,7 +131,7 @@ def studio_browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(studio_browser: Any) -> Iterator[Any]:
-    """A page that has to stay without errors, refusals of its policy, and requests to elsewhere."""
+    """A page that must show no errors, policy violations or requests to other hosts."""
     problems: list[str] = []
     shown = studio_browser.new_page(viewport={"width": 1280, "height": 900})
     shown.on("pageerror", lambda error: problems.append(str(error)))

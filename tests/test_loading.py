@@ -5,15 +5,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import FAMILIES, tiny_checkpoint
+from tiny_models import FAMILIES, tiny_checkpoint, tiny_model, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from video_r1.errors import ConfigError
-from video_r1.models.loading import add_lora, freeze_vision, load_model, load_processor, size_multiple
+from video_r1.models.loading import (
+    add_lora,
+    freeze_vision,
+    keep_angles_exact,
+    load_model,
+    load_processor,
+    size_multiple,
+)
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +142,17 @@ def test_what_trains(checkpoints: dict[str, Path], family: str) -> None:
     linear = [name for name, part in text if hasattr(part, "lora_A")]
     assert len(trainable) == len(linear) * 2 >= 24
     assert all("language_model" in name and "lora_" in name for name in trainable)
+
+
+def test_rotary_frequencies_are_computed_again() -> None:
+    """ZeRO-3 leaves them rounded to the weights' number format."""
+    model: Any = tiny_model("qwen2_5_vl", tiny_tokenizer())
+    exact = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    assert exact
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if "inv_freq" in name:
+                setattr(module, name, buffer.bfloat16())
+    keep_angles_exact(model)
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], buffer) for name, buffer in exact.items())
