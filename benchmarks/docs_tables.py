@@ -8,7 +8,7 @@ A table stands behind a comment that says what makes it and of which files, besi
 
 Without a name every table whose files are there is written anew. A NAME of RUNS (`all`: each of them) is run
 first, and what it prints becomes docs/figures/NAME.json. A demo's file is its summary.json, an audit's its
-audit.json, the study's its study.json, as they were written; docs/study/study.svg is drawn of the last.
+audit.json, the study's its study.json, as they were written; study.png is drawn of the last.
 """
 
 from __future__ import annotations
@@ -24,13 +24,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from research.temporal_credit.figure import draw_study
+from research.temporal_credit.study import CONTROL
+from research.temporal_credit.tables import by_rate, differences_table, means_table, over_rates
 from video_r1.evaluation.audit_summary import audit_sentences
 from video_r1.files import replace_json, replace_text
-from video_r1.lab.study import CONTROL
-from video_r1.lab.study_figure import study_svg
-from video_r1.lab.study_tables import by_rate, differences_table, means_table, over_rates
 
 DOCS = Path(__file__).parents[1] / "docs"
+STUDY = DOCS.parent / "research" / "temporal_credit"
+PAGES = [*sorted(DOCS.glob("*.md")), STUDY / "README.md"]
 RUNS = {
     "update": "update",
     "update-256": "update --completion 256",
@@ -387,12 +389,11 @@ def main() -> None:
     names = parser.parse_args().names
     for name in RUNS if "all" in names else names:
         run(name)
-    if (results := DOCS / "study" / "study.json").is_file():
-        picture = study_svg(json.loads(results.read_text(encoding="utf-8")), CONTROL)
-        replace_text(results.with_suffix(".svg"), picture)
-    for page in sorted(DOCS.glob("*.md")):
+    results = json.loads((STUDY / "study.json").read_text(encoding="utf-8"))
+    draw_study(results, CONTROL, STUDY / "study.png")
+    for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        if (anew := written_anew(text)) != text:
+        if (anew := written_anew(text, page.parent)) != text:
             replace_text(page, anew)
             print(f"{page.name}: written anew")
 

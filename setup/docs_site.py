@@ -1,11 +1,12 @@
-"""Hooks of mkdocs.yml: pages that stand outside of docs/, and tables of settings.
+"""Hooks of mkdocs.yml: pages from outside docs/, and tables of settings.
 
-README.md, CONTRIBUTING.md and CHANGELOG.md become pages, their links those of the site; links to other files
-of the repository become plain text. `<!-- settings: module:Class -->` becomes a table of its settings.
+Pages such as README.md become pages of the site. Links between pages and to pictures follow; links to other
+files of the repository become plain text. `<!-- settings: module:Class -->` becomes a table of its settings.
 """
 
 import dataclasses
 import importlib
+import posixpath
 import re
 from pathlib import Path
 from typing import Any
@@ -16,37 +17,47 @@ from video_r1.settings.base import own_field_types
 from video_r1.settings.types import default_text, describe_type
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {"index.md": "README.md", "contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
-LINK = re.compile(r"(?<!!)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
-IMAGE = re.compile(r"(!\[[^\]]*\])\(docs/")
+STUDY = "research/temporal_credit"
+OUTSIDE = {
+    "index.md": "README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "study.md": f"{STUDY}/README.md",
+}
+PICTURES = {"study.png": f"{STUDY}/study.png"}
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)((?:#[^)\s]*)?)\)")
 SETTINGS = re.compile(r"<!-- settings: ([\w.]+):(\w+) -->")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    for page, name in OUTSIDE.items():
-        text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, page, content=moved(text)))
+    for page, name in (OUTSIDE | PICTURES).items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    return SETTINGS.sub(lambda match: settings_table(match[1], match[2]), markdown)
+    text = SETTINGS.sub(lambda match: settings_table(match[1], match[2]), markdown)
+    return moved(text, page.file.src_uri)
 
 
-def moved(text: str) -> str:
-    """A page of the repository's root as one of the site."""
-    pages = {name: page for page, name in OUTSIDE.items()}
+def moved(text: str, page: str) -> str:
+    """Return the text of a page with the links of the repository's files turned into those of the site."""
+    places = {name: page for page, name in (OUTSIDE | PICTURES).items()}
+    source = posixpath.dirname(OUTSIDE.get(page, f"docs/{page}"))
 
     def link(match: re.Match[str]) -> str:
-        words, target, anchor = match.groups()
-        target = pages.get(target, target.removeprefix("docs/") if target.startswith("docs/") else "")
-        return f"[{words}]({target}{anchor})" if target else words
+        picture, words, target, anchor = match.groups()
+        path = posixpath.normpath(posixpath.join(source, target))
+        place = places.get(path, path.removeprefix("docs/") if path.startswith("docs/") else None)
+        if place is None:
+            return words
+        return f"{picture}[{words}]({posixpath.relpath(place, posixpath.dirname(page) or '.')}{anchor})"
 
-    return IMAGE.sub(r"\1(", LINK.sub(link, text))
+    return LINK.sub(link, text)
 
 
 def settings_table(module: str, name: str) -> str:
-    """The settings that a class declares itself: name, type, default, help."""
+    """Return a table of the settings that a class declares itself: name, type, default, help."""
     kind = getattr(importlib.import_module(module), name)
     hints, own = own_field_types(kind), kind.__annotations__
     rows = ["| setting | type | default | |", "|---|---|---|---|"]

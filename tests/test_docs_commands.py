@@ -54,7 +54,6 @@ READ = {
     "annotate": "its teacher answers in tags, which the packaged model has not learnt",
     "merge": "it needs the adapters of a run for a GPU",
     "serve": "it needs vLLM, and does not end",
-    "lab study": "it takes hours",
     "demo": "it takes minutes",
     "studio": "it does not end",
 }

@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from benchmarks import docs_tables, rollout, sft, update
-from benchmarks.docs_tables import DOCS, MAKERS, blocks, written_anew
-
-PAGES = sorted(DOCS.glob("*.md"))
+from benchmarks.docs_tables import DOCS, MAKERS, PAGES, blocks, written_anew
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.parent.name + page.name)
 def test_figures_are_those_of_their_files(page: Path) -> None:
-    for block in blocks(page.read_text(encoding="utf-8")):
+    for block in blocks(page.read_text(encoding="utf-8"), page.parent):
         assert block.maker in MAKERS
         assert block.body == block.made(), "python -m benchmarks.docs_tables writes it anew"
 

@@ -21,7 +21,6 @@ from video_r1.settings.commands import (
     PlanSettings,
     ReportSettings,
     StudioSettings,
-    StudySettings,
 )
 from video_r1.settings.decoding import AskSettings, AuditSettings, BenchmarkSettings, EvalSettings
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
@@ -85,10 +84,6 @@ COMMANDS: dict[str, Command] = {
         "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "sections", (BaseSettings,),
         ("folder",), ("folder",),
         ("lab base base --steps 4500 --seed 0", "lab base base-qwen3_5 --family qwen3_5")),
-    "lab study": Command(
-        "compare temporal rewards on the lab, with seeds and intervals", "lab.study:run_study", "sections",
-        (StudySettings,), ("out",), ("out",),
-        ("lab study runs/study", "lab study runs/study --arms grpo,likelihood --rates 0.9 --seeds 3")),
     "annotate": Command(
         "write rationales with a teacher and filter them into a manifest for SFT",
         "annotation.command:run_annotate", "sections", (AnnotateSettings,),

@@ -21,7 +21,6 @@ CONTINUED = {
     "eval": "goes on with the questions that are left",
     "data audit": "goes on with the questions that are left",
     "annotate": "goes on with the questions that are left",
-    "lab study": "goes on with the runs that are left",
 }
 """Commands that take up their work when they are started again, and how."""
 

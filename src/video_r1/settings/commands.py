@@ -97,21 +97,6 @@ class BaseSettings(Settings):
     threads: int = setting(1, "CPU threads; the result depends on them", above=0)
 
 
-@dataclass(kw_only=True)
-class StudySettings(Settings):
-    """Study"""
-
-    out: str | None = setting(None, "folder for labs, cold starts, runs, study.json and study.md")
-    arms: list[str] = setting([], "arms to run (default: all)")
-    rates: list[float] = setting([0.0, 0.5, 0.9], "shares of the training clips that carry a mark")
-    seeds: int = setting(5, "cold starts, and runs of every arm and rate", above=0)
-    first_seed: int = setting(0, "the first of them", at_least=0)
-    steps: int = setting(160, "optimizer steps of a run", above=0)
-    train: int = setting(3200, "questions of a cold start", above=0)
-    test: int = setting(400, "questions of a test", above=0)
-    workers: int = setting(2, "runs at a time, of one thread each", above=0)
-
-
 class GPU(NamedTuple):
     """By their makers: bf16 TFLOP/s of dense products, memory in GB, its TB/s, GB/s to the other GPUs."""
 

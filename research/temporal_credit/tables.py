@@ -1,4 +1,4 @@
-"""From the results of a study to tables: means over seeds, and paired differences to plain GRPO."""
+"""Tables of a study: means over seeds, and paired differences to plain GRPO with their intervals."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 Result = Mapping[str, Any]
-"""What a run's result.json holds."""
+"""Content of a run's result.json."""
 
 FIGURES: dict[str, Callable[[Result], float | None]] = {
     "ordered": lambda run: run["accuracy"]["ordered"],
@@ -23,14 +23,14 @@ FIGURES: dict[str, Callable[[Result], float | None]] = {
     "credit": lambda run: run["credit"],
     "s a step": lambda run: run["step_seconds"],
 }
-"""The columns: accuracies over the test videos without marks, unless a name says otherwise."""
+"""Columns of the tables: accuracies over the test videos without marks, unless a name says otherwise."""
 MEASURED = ("accuracy", "habits", "training_accuracy", "credit", "step_seconds")
-"""Keys of a result that hold numbers."""
+"""Numeric keys of a result."""
 COMPARED = ("ordered", "gap", "lost without marks", "lying marks", "in training")
 
 
 class Difference(NamedTuple):
-    """A mean over seeds of (arm − control), with its interval."""
+    """Mean over seeds of (arm − control), with its interval."""
 
     mean: float
     low: float
@@ -45,18 +45,14 @@ class Difference(NamedTuple):
 def paired_difference(
     arm: Sequence[Result], control: Sequence[Result], figure: Callable[[Result], float | None], compared: int
 ) -> Difference | None:
-    """Over the seeds that both have with the same cold start; None for fewer than two.
+    """Return the difference over the seeds whose cold start both have; None if there are fewer than two.
 
-    The interval is Student's, at 95 % for all of the `compared` arms together (Bonferroni): each of them
-    has the level 1 − 0.05 ÷ compared.
+    The interval is Student's. It holds at 95 % for all `compared` arms together (Bonferroni): each arm has
+    the level 1 − 0.05 ÷ compared.
     """
-    begun = {(run["seed"], run["cold_start"]): run for run in control}
-    pairs = [
-        (run, begun[run["seed"], run["cold_start"]])
-        for run in arm
-        if (run["seed"], run["cold_start"]) in begun
-    ]
-    values = [(figure(run), figure(other)) for run, other in pairs]
+    controls = {(run["seed"], run["cold_start"]): run for run in control}
+    pairs = [(run, controls.get((run["seed"], run["cold_start"]))) for run in arm]
+    values = [(figure(run), figure(other)) for run, other in pairs if other is not None]
     differences = [mine - theirs for mine, theirs in values if mine is not None and theirs is not None]
     if len(differences) < 2:
         return None
@@ -66,10 +62,10 @@ def paired_difference(
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """The value that a variable with Student's t distribution stays below with this probability, above 0.5.
+    """Return the quantile of Student's t distribution for a probability above 0.5.
 
-    By bisection on the distribution function, which is a finite sum for a whole number of degrees of freedom
-    (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+    Found by bisection on the distribution function, which is a finite sum for a whole number of degrees of
+    freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
     """
     low, high = 0.0, 1.0
     while _within(high, freedom) < 2 * probability - 1:
@@ -81,7 +77,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def _within(t: float, freedom: int) -> float:
-    """P(|T| < t)."""
+    """Return P(|T| < t)."""
     angle = math.atan(t / math.sqrt(freedom))
     term = total = math.cos(angle) if freedom % 2 else 1.0
     for step in range(2 + freedom % 2, freedom - 1, 2):
@@ -93,18 +89,17 @@ def _within(t: float, freedom: int) -> float:
 
 
 def by_rate(results: Sequence[Result]) -> dict[float, dict[str, list[Result]]]:
-    """The runs of each share of marked clips, by arm."""
-    rates: dict[float, dict[str, list[Result]]] = {
-        rate: {} for rate in sorted({run["rate"] for run in results})
-    }
-    for run in results:
+    """Group runs by share of marked clips (ascending), then by arm."""
+    rates: dict[float, dict[str, list[Result]]] = {}
+    for run in sorted(results, key=lambda run: run["rate"]):
         rates.setdefault(run["rate"], {}).setdefault(run["arm"], []).append(run)
     return rates
 
 
 def over_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """By arm the means over all rates of a study, one for each seed that has run at every rate. What is
-    compared is linear in them, so the differences are means over the rates too.
+    """Average the runs of an arm and a seed over all rates; a seed counts if it has run at every rate.
+
+    All compared figures are linear in these values, so the differences are means over the rates too.
     """
     rates = {run["rate"] for run in results}
     runs: dict[tuple[str, int, str], list[Result]] = {}
@@ -114,13 +109,13 @@ def over_rates(results: Sequence[Result]) -> dict[str, list[Result]]:
     for (arm, seed, cold_start), found in runs.items():
         if {run["rate"] for run in found} == rates:
             measured = [{name: run[name] for name in MEASURED} for run in found]
-            begun = {"arm": arm, "seed": seed, "cold_start": cold_start}
-            arms.setdefault(arm, []).append(begun | _mean(measured))
+            run = {"arm": arm, "seed": seed, "cold_start": cold_start}
+            arms.setdefault(arm, []).append(run | _mean(measured))
     return arms
 
 
 def _mean(values: Sequence[Any]) -> Any:
-    """Of numbers; of mappings key by key; None where there is nothing."""
+    """Return the mean of numbers, of mappings key by key; None if a value is missing."""
     first = values[0]
     if isinstance(first, Mapping):
         return {key: _mean([value[key] for value in values]) for key in first}
@@ -130,7 +125,7 @@ def _mean(values: Sequence[Any]) -> Any:
 def differences_of(
     arms: Mapping[str, Sequence[Result]], control: str, names: Sequence[str]
 ) -> dict[str, dict[str, Difference | None]]:
-    """Of each arm but the control, the differences in these figures."""
+    """Return the differences in the named figures for each arm except the control."""
     others = {arm: runs for arm, runs in arms.items() if arm != control}
     known = arms.get(control, ())
     return {
@@ -140,7 +135,7 @@ def differences_of(
 
 
 def study_tables(results: Sequence[Result], control: str) -> str:
-    """Markdown: for each share of marked clips the means of all arms, and the differences to the control."""
+    """Return Markdown: for each rate the means of all arms and the differences to the control."""
     lines: list[str] = []
     for rate, arms in by_rate(results).items():
         lines += [f"## {rate:.0%} of the training clips marked", "", means_table(arms)]
@@ -156,7 +151,7 @@ def study_tables(results: Sequence[Result], control: str) -> str:
 
 
 def means_table(arms: Mapping[str, Sequence[Result]]) -> str:
-    """Of the arms of one rate."""
+    """Return a Markdown table of the mean figures of each arm at one rate."""
     rows = [["arm", "seeds", *FIGURES]]
     for arm, runs in arms.items():
         cells = []
@@ -168,7 +163,7 @@ def means_table(arms: Mapping[str, Sequence[Result]]) -> str:
 
 
 def differences_table(arms: Mapping[str, Sequence[Result]], control: str) -> str:
-    """Of the arms of one rate; bold where the interval excludes 0."""
+    """Return a Markdown table of the differences at one rate; bold if the interval excludes 0."""
     rows = [["arm", "seeds", *COMPARED]]
     for arm, found in differences_of(arms, control, COMPARED).items():
         seeds = max((each.seeds for each in found.values() if each is not None), default=0)

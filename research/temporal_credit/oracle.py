@@ -1,7 +1,7 @@
-"""The true answer to a lab question about a contrast clip: its timeline run backwards, or one moment held.
+"""True answers to lab questions about a contrast clip (reversed, or frozen at one moment).
 
-The families (questions.py) draw an answer first and a timeline that has it. Here it is read off a timeline,
-any one, so that an answer to a contrast clip can be judged: right about the clip that was shown, or a habit.
+The lab draws an answer first and then a timeline that has it. The oracle reads the answer off any timeline,
+so that a model's answer to a contrast clip can be judged: right about the clip that it saw, or a habit.
 """
 
 import json
@@ -19,9 +19,9 @@ _RING = ("top left", "top right", "bottom right", "bottom left")  # clockwise
 def contrast_answer(
     family: str, question: Question, contrast: Literal["reversed", "frozen"], moment: int = 0
 ) -> str | None:
-    """The answer to the question of that family about the contrast clip; None where it has none.
+    """Return the answer to `question` about its contrast clip; None if the clip has none.
 
-    moment: which one a frozen clip shows.
+    moment: the moment that a frozen clip shows.
     """
     timeline = question.timeline
     shown = timeline[::-1] if contrast == "reversed" else (timeline[moment],) * len(timeline)
@@ -29,8 +29,10 @@ def contrast_answer(
 
 
 def true_answer(family: str, problem: str, timeline: Timeline) -> str | None:
-    """The answer of a family's question in its own words, by what the timeline shows; None where the question
-    supposes what is not there: the direction of what stands still, what followed a colour that is not shown.
+    """Return the answer to a family's question about `timeline`, in the family's words.
+
+    Returns None if the question presupposes something that is not shown, such as the direction of an object
+    that does not move.
     """
     return _ANSWERS[family](timeline, problem.rstrip("?").split()[-1])
 
@@ -46,7 +48,7 @@ def _direction(timeline: Timeline, named: str) -> str | None:
 
 
 def _neighbour(timeline: Timeline, named: str, by: int) -> str | None:
-    """The colour that follows the named one, or the one before it."""
+    """Return the colour `by` places after the named one."""
     colours = [colour for colour, _ in groupby(look.colour for look in timeline)]
     at = colours.index(named) + by if named in colours else -1
     return colours[at] if 0 <= at < len(colours) else None
@@ -84,7 +86,7 @@ def _story(timeline: Timeline, named: str) -> str:
 
 
 def _when(timeline: Timeline, named: str) -> str | None:
-    """The first stretch of the named colour; None where it comes twice."""
+    """Return the interval of the named colour; None if it comes twice."""
     runs = [(colour, len(list(looks))) for colour, looks in groupby(look.colour for look in timeline)]
     places = [place for place, (colour, _) in enumerate(runs) if colour == named]
     if len(places) != 1:

@@ -1,0 +1,50 @@
+"""The oracle against the answers that the question families draw, and by hand."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from research.temporal_credit.oracle import contrast_answer, true_answer
+from video_r1.lab.questions import NAMED_FAMILIES, Question
+from video_r1.lab.scenes import Look
+
+
+def drawn(family: str, count: int = 40) -> list[Question]:
+    return [NAMED_FAMILIES[family](np.random.default_rng(seed)) for seed in range(count)]
+
+
+@pytest.mark.parametrize("family", NAMED_FAMILIES)
+def test_answer_of_a_clip_in_order_is_the_familys_own(family: str) -> None:
+    for question in drawn(family):
+        assert true_answer(family, question.problem, question.timeline) == question.answer
+
+
+def test_reversed_answers() -> None:
+    for question in drawn("direction"):
+        flipped = {"left": "right", "right": "left", "up": "down", "down": "up"}
+        assert contrast_answer("direction", question, "reversed") == flipped[question.answer]
+    for question in drawn("first_colour"):
+        last = true_answer("last_colour", "Which colour came last?", question.timeline)
+        assert contrast_answer("first_colour", question, "reversed") == last
+    for question in drawn("after"):
+        named = question.problem.rstrip("?").split()[-1]
+        asked = replace(question, problem=f"What colour preceded {named}?")
+        assert contrast_answer("before", asked, "reversed") == question.answer
+
+
+def test_by_hand() -> None:
+    red, blue, green = (Look(colour) for colour in ("red", "blue", "green"))
+    assert true_answer("after", "What colour followed red?", [blue, red, red, green]) == "green"
+    assert true_answer("after", "What colour followed green?", [blue, red, red, green]) is None
+    assert true_answer("before", "What colour preceded white?", [blue, red, red, green]) is None
+    assert true_answer("count_before", "How many colours came before green?", [red, red, blue, green]) == "2"
+    assert true_answer("direction", "Which way?", [Look(x=x) for x in (0.2, 0.4, 0.3, 0.8)]) is None
+    corners = [Look().at(place) for place in ("top left", "bottom right", "top right", "bottom left")]
+    assert true_answer("rotation", "Which way round does it go?", corners) is None
+    assert true_answer("speed", "What is the speed?", [Look(x=x) for x in (0.05, 0.15, 0.45, 0.55)]) is None
+    assert true_answer("when", "When is the circle red?", [blue, red, red, blue]) == '{"time": [1, 3]}'
+    assert true_answer("when", "When is the circle red?", [red, blue, blue, red]) is None  # twice
+    # a medium circle of radius 0.16 in the middle
+    box = true_answer("box_at", "Where is the circle at second 1.5?", [blue, red])
+    assert box == '{"boxes": [340, 340, 660, 660]}'
