@@ -83,7 +83,7 @@ def run(
         finally:
             engine_of[0].updating.clear()
 
-    monkeypatch.setattr("video_r1.training.group_trainer.training_engine", engine)
+    monkeypatch.setattr("video_r1.training.tgrpo.training_engine", engine)
     monkeypatch.setattr(TGRPOTrainer, "compute_loss", watched)
     trainer = make_trainer(
         checkpoint, manifest, folder, callbacks=[marks], per_device_train_batch_size=BATCH, max_steps=6,
