@@ -25,7 +25,9 @@ from report_runs import (
 
 from video_r1.cli import main
 from video_r1.errors import RequestError
+from video_r1.evaluation.predictions import append_records
 from video_r1.evaluation.summary import summarise
+from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.groups import choose_evenly, read_groups
 from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
 from video_r1.report.run_data import Series, read_run, read_series, thin
@@ -303,6 +305,25 @@ def test_requests_that_cannot_be_met(tmp_path: Path, content: str) -> None:
         path.touch()
     with pytest.raises(RequestError, match=r"no such run folder|nothing to report"):
         build_report(path)
+
+
+def test_nothing_is_written_through_links_of_a_downloaded_run(tmp_path: Path) -> None:
+    run, own = tmp_path / "run", tmp_path / "own.txt"
+    write_rl_run(run, steps=3, every=3)
+    own.write_text("mine")
+    names = ("report.html", ".report.html.partial", "out.txt", ".out.txt.partial", ".lock", "answers.jsonl")
+    for name in names:
+        (run / name).symlink_to(own)
+    build_report(run)
+    replace_text(run / "out.txt", "new")
+    assert (run / "report.html").read_text("utf-8").startswith("<!DOCTYPE") and own.read_text() == "mine"
+    assert (run / "out.txt").read_text() == "new" and not (run / "report.html").is_symlink()
+    with pytest.raises(OSError, match="is a symbolic link"), claimed(run):
+        pass
+    for append in (append_line, lambda path, line: append_records(path, [line])):
+        with pytest.raises(OSError, match="is a symbolic link"):
+            append(run / "answers.jsonl", {})
+    assert own.read_text() == "mine"
 
 
 @pytest.mark.parametrize("text", HOSTILE)

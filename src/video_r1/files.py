@@ -1,11 +1,13 @@
 """Files that others read while they are written, and folders that one command at a time writes."""
 
+import errno
 import fcntl
 import glob
 import json
 import logging
 import os
 import re
+import secrets
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +23,22 @@ _claimed: set[Path] = set()
 _without_locks: set[int] = set()  # devices, of which it has been said
 
 
+def without_links(path: str, flags: int) -> int:
+    """Open `path` for the builtin `open(…, opener=without_links)`; refuse a symbolic link.
+
+    A downloaded run folder may contain links to any file of the user. Raises OSError (ELOOP).
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "this is a symbolic link, and nothing is written through links: remove it"
+        raise
+
+
 def append_line(path: Path, record: Any) -> None:
-    """Appends one JSON line. A half-written last line, left by a killed run, stays a line of its own."""
-    with path.open("ab+") as file:
+    """Append one JSON line. A half-written last line, left by a killed run, stays a separate line."""
+    with open(path, "ab+", opener=without_links) as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -65,17 +80,17 @@ def whole_lines(file: BinaryIO) -> Iterator[tuple[int, int, Any]]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[TextIO]:
-    """A text file (UTF-8) that takes the place of `path` in one step when the block ends well.
+def draft_of(path: Path) -> Iterator[Path]:
+    """Create an empty draft beside `path`; it replaces `path` in one step when the block ends without error.
 
-    Nobody sees half of it: it is written beside `path`, and is on the disk before it is renamed.
+    No reader sees half of the file: the draft is on the disk before it is renamed. The draft has a random
+    name and is always a new file, so a link in a downloaded folder is replaced and never written through.
     """
-    draft = path.with_name(f".{path.name}.partial")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
-        with draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+        yield draft
+        flush(draft)
         draft.replace(path)
     except OSError as error:
         if str(error.filename) == str(draft):
@@ -83,6 +98,13 @@ def replacing(path: Path) -> Iterator[TextIO]:
         raise
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Open a text file (UTF-8) that replaces `path` in one step when the block ends without an error."""
+    with draft_of(path) as draft, draft.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        yield file
 
 
 @contextmanager
@@ -142,8 +164,8 @@ def flush_folder(folder: Path) -> None:
 
 def follow_umask(folder: Path) -> None:
     """Gives the folder's weights the mode of its other files: safetensors makes them for the owner alone."""
-    probe = folder / ".mode"
-    probe.touch()
+    probe = folder / f".mode-{secrets.token_hex(8)}"
+    probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.glob("*.safetensors"):
@@ -182,7 +204,7 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
+    with open(folder / LOCK, "a+", opener=without_links) as file:
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, of_process=True)
         except BlockingIOError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import json_lines, lock, whole_lines
+from video_r1.files import json_lines, lock, whole_lines, without_links
 from video_r1.fingerprint import changed, refuse_changed
 
 
@@ -31,7 +31,7 @@ class Journal:
         self._failed: set[str] = set()
         with writable(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a+b")
+            self._file = open(path, "a+b", opener=without_links)  # noqa: SIM115
         try:
             try:
                 lock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError
-from video_r1.files import json_lines, parts_of, replacing, whole_lines
+from video_r1.files import json_lines, parts_of, replacing, whole_lines, without_links
 
 NEEDED = {"problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason"}
 
@@ -49,7 +49,7 @@ def merge_parts(
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
     if lines := json_lines(records):
-        with path.open("ab") as file:
+        with open(path, "ab", opener=without_links) as file:
             file.write(lines)
             file.flush()
             os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.errors import RequestError, writing_to
+from video_r1.files import replace_text
 from video_r1.report.groups import read_groups
 from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_object, read_run
 from video_r1.report.scores import read_scores, with_summary
@@ -74,7 +75,7 @@ def build_report(run: str | Path | Sequence[str | Path], out: str | Path | None 
     out = Path(out)
     with writing_to(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, "utf-8")
+        replace_text(out, page)
     return out
 
 

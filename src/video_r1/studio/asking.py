@@ -3,10 +3,8 @@ row that a question becomes.
 """
 
 import json
-import os
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -21,7 +19,7 @@ from video_r1.data.manifests.records import PROBLEM_TYPES, check_manifest
 from video_r1.data.sources.places import data_type_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
-from video_r1.files import append_line
+from video_r1.files import append_line, draft_of
 from video_r1.fingerprint import digest
 from video_r1.report.run_data import as_list, as_table, finite, text, whole
 from video_r1.settings.decoding import SCHEMES, has_path
@@ -198,19 +196,14 @@ def _row(asked: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _keep_clip(source: Path, copied: Path) -> None:
     """Copies the clip, whole or not at all. Raises HTTPException."""
-    draft = copied.with_name(f".{copied.name}.partial")
     try:
         copied.parent.mkdir(exist_ok=True)
-        if copied.parent.is_symlink() or os.path.lexists(copied):
-            if copied.parent.is_symlink() or copied.is_symlink():
-                raise HTTPException(409, f"{copied} is or lies in a link, so nothing is written to it")
-            return
-        draft.unlink(missing_ok=True)  # no link that somebody put there
-        shutil.copyfile(source, draft)
-        draft.replace(copied)
+        if copied.parent.is_symlink() or copied.is_symlink():
+            raise HTTPException(409, f"{copied} is or lies in a link, so nothing is written to it")
+        if not copied.exists():
+            with draft_of(copied) as draft:
+                shutil.copyfile(source, draft)
     except OSError as error:
-        with suppress(OSError):
-            draft.unlink()
         raise HTTPException(507, f"{copied} cannot be written: {error.strerror}") from error
 
 
