@@ -13,8 +13,7 @@ from browser import FilePage, chromium, find_chromium
 from chat_endpoint import chat_endpoint, images_of, write_questions
 
 from video_r1.cli import main
-from video_r1.data.manifests.pass_rates import kept_samples
-from video_r1.data.manifests.records import Sample, load_manifest
+from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error

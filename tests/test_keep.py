@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from video_r1.cli import main
-from video_r1.data.manifests.pass_rates import kept_samples
-from video_r1.data.manifests.records import Sample, load_manifest
+from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.errors import ConfigError, ManifestError, RequestError
 from video_r1.recipe import load_recipe
 from video_r1.settings.keep import LONGEST, parse_keep

@@ -23,8 +23,9 @@ from tiny_questions import read_lines, write_manifest
 
 from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media
-from video_r1.data.manifests.parquet_rows import table_rows
+from video_r1.data.manifests import tables as manifest_tables
 from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
+from video_r1.data.manifests.tables import table_rows
 from video_r1.data.sources.places import media_root_of
 from video_r1.errors import ManifestError
 from video_r1.lab.smoke import first_rows
@@ -278,13 +279,11 @@ def test_a_manifest_made_of_a_folder_of_tables(tmp_path: Path) -> None:
 
 
 def test_tables_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: Any) -> None:
-    from video_r1.data.manifests import parquet_rows
-
     tables = [str(one_table(tmp_path / f"{n:02}.parquet", {"n": [n, n]})) for n in range(40)]
     read: Counter[str] = Counter()
-    light_of = parquet_rows._light_of
+    light_of = manifest_tables._light_of
     monkeypatch.setattr(
-        parquet_rows, "_light_of", lambda said, job: read.update([job[0]]) or light_of(said, job)
+        manifest_tables, "_light_of", lambda said, job: read.update([job[0]]) or light_of(said, job)
     )
     rows = table_rows(tables)
     assert [next(rows)["n"] for _ in range(3)] == [0, 0, 1]

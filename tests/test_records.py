@@ -8,7 +8,7 @@ import datasets
 import pytest
 from datasets import config as datasets_config
 
-from video_r1.data.manifests import rows
+from video_r1.data.manifests import records, tables
 from video_r1.data.manifests.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
 from video_r1.data.sources.places import path_below
 from video_r1.errors import ManifestError
@@ -96,7 +96,7 @@ def as_lines(made):
 @pytest.mark.parametrize("piece", [1, 7, 100, 1 << 20])
 def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
     """A JSON list is parsed in pieces: wherever a piece ends, the rows are the same."""
-    monkeypatch.setattr(rows, "_READ_CHARACTERS", piece)
+    monkeypatch.setattr(records, "_READ_CHARACTERS", piece)
     made = [CHOICE, NUMBER | {"problem": "Wie viele Bälle? \u2603 \U0001f3c0 }, {"}]
     samples = load_manifest(write(tmp_path, spell(made)))
     assert [(s.problem_id, s.problem) for s in samples] == [(r["problem_id"], r["problem"]) for r in made]
@@ -253,14 +253,14 @@ BROKEN = [
 @pytest.mark.parametrize(("content", "text"), BROKEN, ids=[repr(content[:20]) for content, _ in BROKEN])
 @pytest.mark.parametrize("piece", [3, 1 << 20])
 def test_broken_json_is_named_with_its_place(tmp_path, monkeypatch, content, text, piece):
-    monkeypatch.setattr(rows, "_READ_CHARACTERS", piece)
+    monkeypatch.setattr(records, "_READ_CHARACTERS", piece)
     with pytest.raises(ManifestError) as error:
         load_manifest(write(tmp_path, content))
     assert text in str(error.value.problems[-1])
 
 
 def test_rows_that_are_numbers_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_READ_CHARACTERS", 2)
+    monkeypatch.setattr(records, "_READ_CHARACTERS", 2)
     found = check_manifest(write(tmp_path, "[12, 3456,7]")).problems
     assert [str(problem) for problem in found] == [
         f"row {row}: is {number}, not an object with fields" for row, number in ((1, 12), (2, 3456), (3, 7))
@@ -371,7 +371,7 @@ def test_a_datasets_dataset_with_null_columns(tmp_path):
 
 
 def test_a_dataset_reports_rows_beyond_the_first_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(rows, "_ROWS_PER_BATCH", 4)
+    monkeypatch.setattr(tables, "_ROWS_PER_BATCH", 4)
     made = [CHOICE | {"problem_id": n} for n in range(10)]
     made[8]["path"] = "/abs.mp4"
     found = check_manifest(datasets.Dataset.from_list(made), media_root=tmp_path).problems

@@ -15,8 +15,7 @@ from test_several_clips_runs import BUDGET, ROWS, write_files
 from tiny_questions import row
 
 from video_r1.data.decoding.decoders import read_media
-from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
-from video_r1.data.manifests.rows import placed_rows
+from video_r1.data.manifests.records import Sample, check_manifest, load_manifest, placed_rows
 from video_r1.data.manifests.trl_rows import trl_samples
 from video_r1.data.reading import Reader
 from video_r1.errors import MediaError

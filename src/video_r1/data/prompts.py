@@ -12,10 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from video_r1.data.chat_templates import end_token_id, prompt_text, special_tokens
 from video_r1.data.decoding.media import Media, Shown, clips_of, reordered
 from video_r1.data.manifests.records import Sample
-from video_r1.data.templates import Template, load_template
+from video_r1.data.templates import Template, end_token_id, load_template, prompt_text, special_tokens
 from video_r1.errors import PromptError
 from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order
 
@@ -39,7 +38,7 @@ class Prompt:
         for the clips' own order.
     messages: the chat, for engines that tokenise themselves.
     contrast: what the permutation is, where there is one.
-    thinks: whether the completion begins with its reasoning (chat_templates.py).
+    thinks: whether the completion begins with its reasoning (templates.py).
     """
 
     input_ids: Tensor

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from video_r1.data.answers import read_answer
-from video_r1.data.manifests.records import Sample, load_manifest
-from video_r1.data.manifests.rows import placed_rows
+from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.sources.addresses import is_address

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from video_r1 import packages
-from video_r1.data.manifests.rows import Unreadable, placed_rows
+from video_r1.data.manifests.records import placed_rows
+from video_r1.data.manifests.tables import Unreadable
 from video_r1.data.sources.places import media_root_of
 from video_r1.errors import ManifestError
 from video_r1.lab.clips import write_lab

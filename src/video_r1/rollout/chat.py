@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from video_r1.data.chat_templates import SWITCH
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
+from video_r1.data.templates import SWITCH
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.http_client import ServerFailure
 

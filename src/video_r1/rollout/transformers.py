@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
-from video_r1.data.chat_templates import end_token_id
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.data.templates import end_token_id
 from video_r1.errors import ConfigError
 from video_r1.models.adapters import merged_adapters
 from video_r1.models.family import text_of

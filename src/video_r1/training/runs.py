@@ -15,8 +15,7 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from video_r1.data.manifests.pass_rates import kept_samples
-from video_r1.data.manifests.records import Sample, load_manifest
+from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError

@@ -24,7 +24,7 @@ from video_r1.data.making.options import Reading, reading_of
 from video_r1.data.making.refusals import REMEDIES, Refused
 from video_r1.data.making.tabular import read_table
 from video_r1.data.manifests.records import FIELDS, Sample, check_manifest
-from video_r1.data.manifests.rows import Unreadable
+from video_r1.data.manifests.tables import Unreadable
 from video_r1.data.sources.places import MediaPlaces, media_root_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows

@@ -17,8 +17,8 @@ from video_r1.data.making.layouts import Draft, tags_in, without_tags
 from video_r1.data.making.options import Reading, listed, options_of, read_choice, split_options
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
-from video_r1.data.manifests.parquet_rows import InTable
 from video_r1.data.manifests.records import DATA_TYPES, FIELDS
+from video_r1.data.manifests.tables import InTable
 from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
 
 SubtitleForm = Literal["off", "text", "timed"]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from video_r1.data.making.options import Reading
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.tabular import KEY
-from video_r1.data.manifests.parquet_rows import InTable
+from video_r1.data.manifests.tables import InTable
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]

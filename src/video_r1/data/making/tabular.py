@@ -1,4 +1,4 @@
-"""Rows of tables that are no manifests yet: CSV, TSV, JSON by name, and all that `rows.py` reads."""
+"""Rows of tables that are no manifests yet: CSV, TSV, JSON by name, and all that a manifest may be."""
 
 import csv
 import json
@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from video_r1.data.manifests.rows import Unreadable, read_rows
+from video_r1.data.manifests.records import read_rows
+from video_r1.data.manifests.tables import Unreadable
 from video_r1.errors import ManifestError
 
 KEY = "key"

@@ -1,46 +1,58 @@
-"""Samples: one question about an image or video, or about several, read from a manifest and checked.
+"""Manifests: Samples, read from rows and checked.
 
 A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub, a `datasets.Dataset` or a list of
 rows; docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
+
+JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets` makes of
+a JSON file, gives each column one type: it would refuse the whole file, or convert silently, exactly where a
+row has to be reported (an id that is a number here and a string there, options that are a string). Parquet
+tables and data sets are read by tables.py.
 """
 
 from __future__ import annotations
 
+import difflib
+import json
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
 from video_r1.data.answers import parse_number
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
-from video_r1.data.manifests.fields import (
-    messages_field,
-    one_of,
-    options_field,
-    path_field,
-    quoted,
-    rate_of,
-    several_problems,
-    text_field,
-    window_field,
+from video_r1.data.manifests.tables import (
+    ENDING,
+    OwnPlace,
+    Unreadable,
+    dataset_rows,
+    name_of,
+    named_rows,
+    placed,
+    table_rows,
+    tables_of,
 )
-from video_r1.data.manifests.parquet_rows import OwnPlace
-from video_r1.data.manifests.rows import Unreadable, placed_rows
-from video_r1.data.sources.addresses import check_schemes, is_address
-from video_r1.data.sources.places import MediaPlaces, media_root_of
+from video_r1.data.sources.addresses import check_schemes, fetch, is_address, on_this_machine
+from video_r1.data.sources.endings import MANIFEST_ENDINGS
+from video_r1.data.sources.places import MediaPlaces, is_pattern, media_root_of, path_below
 from video_r1.data.sources.tar_index import split_member
-from video_r1.errors import ManifestError
+from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.fingerprint import digest
+from video_r1.hub import is_hub_id
 from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
+from video_r1.settings.keep import PASS_RATES, parse_keep
 from video_r1.settings.shared import BadRows, ProblemType
 
 if TYPE_CHECKING:
     import datasets
 
+_READ_CHARACTERS = 1 << 20
+_NOT_A_MANIFEST = "it must be a JSON list of rows, or have one JSON row on each line"
+_LETTER = re.compile(r"\s*\(?([A-Z])(?:[.):]|\s*$)")  # "A. text", "(A) text", "A: text", "A"
 DataType = Literal["image", "video"]
 DATA_TYPES: tuple[str, ...] = get_args(DataType)
 PROBLEM_TYPES: tuple[str, ...] = get_args(ProblemType)
@@ -311,3 +323,344 @@ def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample |
         options, process, data_source, start, end, extra, subtitles, said, tuple(more_paths),
     )  # fmt: skip
     return sample, []
+
+
+def text_field(row: dict[str, Any], name: str, found: list[str], required: bool = True) -> str:
+    value = row.get(name)
+    if value is None:
+        if required:
+            found.append(f"{name} is missing")
+        return ""
+    if not isinstance(value, str):
+        found.append(f"{name} is {quoted(value)}; it must be a string")
+        return ""
+    if required and not value.strip():
+        found.append(f"{name} is empty")
+        return ""
+    return value
+
+
+def path_field(row: dict[str, Any], find: Callable[[str], str], found: list[str]) -> list[str]:
+    """The files of a row whose `path` is a text or a list of them. find: where each lies, or ValueError."""
+    said = row.get("path")
+    if isinstance(said, (list, tuple)):
+        if not said or not all(isinstance(path, str) and path.strip() for path in said):
+            found.append(f"path is {quoted(said)}; a list of paths has a text for each clip or image")
+            return []
+    else:
+        said = [path] if (path := text_field(row, "path", found)) else []
+    paths = []
+    for path in said:
+        try:
+            paths.append(find(path))
+        except ValueError as error:
+            found.append(str(error))
+    return paths
+
+
+def several_problems(
+    count: int, data_type: str, problem_type: str, marks: int, has_window: bool
+) -> Iterator[str]:
+    """What keeps a row from showing `count` clips or images. marks: how many stand in its text."""
+    files = f"path names {count} {data_type}s"
+    if has_window:
+        yield f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
+    if problem_type in GROUNDING_FORMS:
+        yield f"a {problem_type} problem is about one {data_type}, and {files}"
+    if marks not in (0, count):
+        yield (
+            f"{files}, and its text has the mark <{data_type}> {marks} times; write it where each of them "
+            "goes, in their order, or nowhere: then they stand before the question"
+        )
+
+
+def messages_field(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
+    """Turns of a chat, whose last one asks."""
+    said = row.get("messages")
+    if said is None or said in ([], ()):
+        return ()
+    if not isinstance(said, (list, tuple)) or not all(map(_is_turn, said)):
+        turn = '{"role": "system" | "user" | "assistant", "content": a text}'
+        found.append(f"messages is {quoted(said)}; it must be a list of {turn}")
+        return ()
+    if said[-1]["role"] != "user":
+        found.append(f"messages end with one of the {said[-1]['role']}; the last one must be the user's")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in said)
+
+
+def _is_turn(turn: Any) -> bool:
+    return (
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+    )
+
+
+def one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
+    value = row.get(name)
+    if value is None:
+        found.append(f"{name} is missing")
+    elif not isinstance(value, str) or value not in known:
+        near = difflib.get_close_matches(str(value).lower().replace("_", " "), [k.lower() for k in known], 1)
+        hint = f" (did you mean {next(k for k in known if k.lower() == near[0])!r}?)" if near else ""
+        found.append(f"{name} is {quoted(value)}; known are {', '.join(known)}{hint}")
+    else:
+        return sys.intern(value)
+    return ""
+
+
+def options_field(
+    row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
+) -> tuple[tuple[str, ...], str | None]:
+    """The options, and the letter of the solution where the problem is multiple choice."""
+    options = row.get("options")
+    if options is None:
+        options = []
+    if not isinstance(options, (list, tuple)) or not all(isinstance(option, str) for option in options):
+        found.append(f"options is {quoted(options)}; it must be a list of strings")
+        return (), None
+    if problem_type != "multiple choice":
+        if options and problem_type:
+            found.append(f"options are given, but the problem is {problem_type}, not multiple choice")
+        return tuple(options), None
+    if len(options) < min_options:
+        found.append(f"a multiple choice problem needs two options or more, found {len(options)}")
+        return tuple(options), None
+    letters = []
+    for option in options:
+        match = _LETTER.match(option)
+        if match is None:
+            found.append(f"option {quoted(option)} does not begin with its letter, as in 'A. the man sits'")
+        else:
+            letters.append(match.group(1))
+    twice = sorted({letter for letter in letters if letters.count(letter) > 1})
+    if twice:
+        found.append(f"options use the letter {', '.join(twice)} more than once")
+    if not answer or len(letters) < len(options):
+        return tuple(options), None
+    solution = _LETTER.match(answer)
+    letter = solution and solution.group(1)
+    if letter is None:
+        found.append(
+            f"the solution of a multiple choice problem must be an option's letter, not {quoted(answer)}"
+        )
+    elif letter not in letters:
+        found.append(f"the solution {letter} is not among the options {', '.join(letters)}")
+    elif letter != answer.strip("(). :") and answer != options[letters.index(letter)].strip():
+        found.append(f"the solution {quoted(answer)} is not the text of option {letter}")
+    return tuple(options), letter
+
+
+def window_field(row: dict[str, Any], data_type: str, found: list[str]) -> tuple[float | None, float | None]:
+    times: list[float | None] = []
+    for name in ("start", "end"):
+        value = row.get(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (is_number and 0 <= value < 1e9):  # false for NaN as well
+            found.append(f"{name} is {quoted(value)}; it must be a time in seconds from the beginning")
+            return None, None
+        times.append(None if value is None else float(value))
+    start, end = times
+    if end is not None and end <= (start or 0.0):
+        found.append(f"the window ends ({end:g} s) before it starts ({start or 0.0:g} s)")
+    if data_type == "image" and (start is not None or end is not None):
+        found.append("start and end are for videos, and this is an image")
+    return start, end
+
+
+def rate_of(value: Any) -> float | None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < 1e6 else None
+
+
+def quoted(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def pass_rates(sample: Sample) -> dict[str, float]:
+    """A sample's pass rates by name, {} where it has none. Raises ManifestError when they are none."""
+    found = sample.extra.get(PASS_RATES, {})
+    if not isinstance(found, Mapping):
+        raise ManifestError(f"question {sample.problem_id!r}: {PASS_RATES} is no mapping of names to numbers")
+    rates = {str(name): value for name, value in found.items() if value is not None}
+    for name, value in rates.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise ManifestError(
+                f"question {sample.problem_id!r}: the pass rate {name!r} is {value!r}, no number from 0 to 1"
+            )
+    return rates
+
+
+def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False) -> list[Sample]:
+    """The samples that the expression keeps (settings/keep.py), in their order.
+
+    The first process says how many they are, unless `quiet`. Raises ConfigError for an expression that is not
+    understood, for a rate that no sample has, and where no sample is kept; ManifestError for damaged rates.
+    """
+    keep = parse_keep(expression)
+    rates = [pass_rates(sample) for sample in samples]
+    there = sorted({name for each in rates for name in each})
+    if not there:
+        raise ConfigError(
+            f"keep {expression!r}: the manifest has no pass rates; video-r1 data audit writes one that has"
+        )
+    for name in sorted(keep.names.difference(there)):
+        near = difflib.get_close_matches(name, there, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(
+            f"keep {expression!r}: no question has a pass rate {name!r}; {hint}There are {', '.join(there)}"
+        )
+    kept = [place for place, each in enumerate(rates) if keep.keeps(each)]
+    if not kept:
+        raise ConfigError(f"keep {expression!r}: none of the {len(samples):,} questions is kept")
+    if process_index() == 0 and not quiet:
+        lacking = sum(not keep.names <= rates[place].keys() for place in kept)
+        unknown = f", {lacking:,} of them without a rate that it names" if lacking else ""
+        said = f"keep {expression!r}: {len(kept):,} of {len(samples):,} questions are trained on{unknown}"
+        print(said, file=sys.stderr)
+    return [samples[place] for place in kept]
+
+
+def placed_rows(source: Any, split: str, media_root: str | None = None) -> Iterator[tuple[int, Any]]:
+    """As `read_rows`, each row that has a file of its own with the place of it as `path`: an `OwnPlace`, or
+    with a media root the text that a manifest with that root says.
+    """
+    for number, row in read_rows(source, split):
+        try:
+            row = placed(row) if isinstance(row, dict) else row
+        except ValueError as error:
+            row = Unreadable(str(error))
+        if media_root is not None and isinstance(row, dict):
+            path = row.get("path")
+            if isinstance(path, OwnPlace):
+                row = {**row, "path": path_below(media_root, path)}
+            elif isinstance(path, list) and path and isinstance(path[0], OwnPlace):
+                row = {**row, "path": [path_below(media_root, one) for one in path]}
+        yield number, row
+
+
+def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
+    """Numbered rows of a manifest: (row number from 1, whatever stands there or `Unreadable`).
+
+    In JSON lines the row number is the line number. Where a row has a file itself stands `InTable`; `placed`
+    (tables.py) makes its path of it. source, split: as for `records.load_manifest`.
+    Raises ManifestError when the source cannot be opened at all.
+    """
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        yield from enumerate(source, start=1)
+    elif not isinstance(source, (str, Path)):
+        yield from dataset_rows(source, split)
+    elif (name := on_this_machine(str(source))) and is_address(name):
+        yield from _rows_at(name, split)
+    else:
+        yield from _local_rows(name, split)
+
+
+def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
+    name = name_of(address)
+    if name.endswith(ENDING):
+        yield from enumerate(table_rows(tables_of(address)), start=1)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, name or "manifest")
+        try:
+            fetch(address, copy)
+        except MediaError as error:
+            raise ManifestError(str(error)) from error
+        yield from _local_rows(str(copy), split)
+
+
+def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a file, a pattern of tables, a folder, or an id of the hub."""
+    path = Path(source)
+    if path.suffix == ENDING and not path.is_dir() and (path.is_file() or is_pattern(source)):
+        yield from enumerate(table_rows(tables_of(source)), start=1)
+    elif path.is_file():
+        yield from _file_rows(path)
+    elif path.is_dir():
+        yield from named_rows(str(path), split)
+    elif path.suffix in MANIFEST_ENDINGS or path.is_absolute():
+        lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
+        raise ManifestError(f"{path}: no such manifest file{lab}")
+    elif "/" in source and not is_hub_id(source):
+        raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
+    else:
+        yield from named_rows(source, split)
+
+
+def _file_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            start = stream.read(_READ_CHARACTERS)
+            while start and start.isspace():
+                start = stream.read(_READ_CHARACTERS)
+            stream.seek(0)
+            rows = _list_rows(stream) if start.lstrip().startswith("[") else _line_rows(stream)
+            for number, row in rows:
+                yield number, row
+    except UnicodeDecodeError as error:
+        yield number + 1, Unreadable(f"the file is not UTF-8 text from here on ({error.reason})")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
+    for number, line in enumerate(stream, 1):
+        line = line.strip()
+        if not line:
+            continue
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == 1 and line == "{":
+                yield number, Unreadable(f"the file is one JSON object spread over lines; {_NOT_A_MANIFEST}")
+                return
+            yield number, Unreadable(f"line {number} is not JSON: {error}")
+
+
+def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
+    """Rows of one JSON list, parsed as the text comes in: a long list is never in memory as a whole."""
+    decoder = json.JSONDecoder()
+    text = stream.read(_READ_CHARACTERS)
+    place = text.index("[") + 1
+    lines = 1  # line number of text[0]
+    number, after_row = 0, False
+    size, complete = _READ_CHARACTERS, False
+    while True:
+        while place < len(text) and (text[place].isspace() or (after_row and text[place] == ",")):
+            after_row = after_row and text[place] != ","
+            place += 1
+        failure: Exception | None = None
+        if place < len(text):
+            if text[place] == "]" and (after_row or number == 0):
+                if (text[place + 1 :] + stream.read(_READ_CHARACTERS)).strip():
+                    yield number + 1, Unreadable("there is text after the end of the list")
+                return
+            if after_row:
+                failure = ValueError("a comma is missing")
+                complete = True
+            else:
+                try:
+                    row, end = decoder.raw_decode(text, place)
+                    if end < len(text) or complete:  # a number at the very end may go on in the next piece
+                        number, after_row, place = number + 1, True, end
+                        size = _READ_CHARACTERS
+                        yield number, row
+                        continue
+                except (ValueError, RecursionError) as error:
+                    failure = error
+        if complete:
+            line = lines + text.count("\n", 0, getattr(failure, "pos", place))
+            reason = getattr(failure, "msg", str(failure)) if failure else "the list is not closed"
+            yield (
+                number + 1,
+                Unreadable(f"the JSON is broken near line {line}: {reason}; nothing after it was read"),
+            )
+            return
+        more = stream.read(size)
+        size *= 2  # a long row is parsed again with each piece: pieces that grow keep the sum of work linear
+        complete = not more
+        lines += text.count("\n", 0, place)
+        text, place = text[place:] + more, 0

@@ -1,4 +1,4 @@
-"""Rows of Parquet tables without the files that lie in them, which stay where they are until a clip is read.
+"""Rows of Parquet tables, data sets and folders, without the files in them, which are read later.
 
     data/train-*.parquet ─► footers: how many rows ─► the light columns, by ranges ─► rows
                                                       columns that hold files ─► InTable: column, row, table
@@ -12,18 +12,21 @@ from __future__ import annotations
 import glob
 import os
 import posixpath
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from video_r1.data.sources.addresses import Found, at_address, is_address
 from video_r1.data.sources.places import data_type_of, is_pattern
 from video_r1.data.sources.table_cells import SCHEME, cell_path
-from video_r1.errors import ManifestError, MediaError
+from video_r1.errors import ManifestError, MediaError, VideoR1Error
+from video_r1.hub import ask_the_hub
 from video_r1.processes import process_index
 from video_r1.progress import Progress
 
@@ -33,7 +36,16 @@ if TYPE_CHECKING:
 ENDING = ".parquet"
 MEDIA_KINDS = ("image", "video")
 _TABLES_AT_A_TIME = 8
+_ROWS_PER_BATCH = 1000
+_TAR = re.compile(r"\.(tar|tgz)(\.|$)")
 _BYTES = ("binary", "large_binary", "binary_view")
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands where a row should be; `reason` says why there is none."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,3 +250,95 @@ def _lengths(table: Any, held: Mapping[str, tuple[str, bool]]) -> dict[str, list
             lists = table.read(beside[:1], use_threads=False).column(column).to_pylist()
             found[column] = [len(files or ()) for files in lists]
     return found
+
+
+def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a folder that `datasets` reads, or a data set of the hub. Files stay where they are: tables are read
+    without the columns that hold some, and of a folder of files (imagefolder, videofolder) only metadata.
+    """
+    if not Path(name).exists():
+        ask_the_hub()
+    import datasets  # takes two seconds, and a JSON manifest does without it
+
+    try:
+        builder = datasets.load_dataset_builder(name)  # from the card and the names of the files
+        found = builder.config.data_files or {}
+        if found and split not in found:  # before anything is downloaded
+            raise ManifestError(_no_split(split, found))
+        files = found.get(split, ())
+        if files and all(file.endswith(ENDING) for file in files):
+            yield from enumerate(table_rows(files, builder.info.features), start=1)
+        elif archives := [file for file in files if _TAR.search(file)]:
+            raise ManifestError(
+                f"{name}: made of tar archives, which have no table of questions; write JSON rows with the "
+                f"path tar://MEMBER::ARCHIVE, such as tar://0001.mp4::{archives[0]}"
+            )
+        elif files and hasattr(builder, "BASE_FEATURE"):
+            yield from _folder_rows(datasets.load_dataset(name, split=split, streaming=True), name)
+        else:
+            yield from dataset_rows(datasets.load_dataset(name), split)
+    except VideoR1Error:
+        raise
+    except Exception as error:  # the hub's client lets errors of several libraries through; all mean this
+        raise ManifestError(
+            f"{name}: neither a manifest file nor a data set that can be loaded "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _folder_rows(dataset: Any, folder: str) -> Iterator[tuple[int, Any]]:
+    """The metadata of a streamed folder of files, each row with the place of its file."""
+    inside = os.path.join(os.path.realpath(folder), "")
+
+    def place(path: str) -> str:
+        real = path if is_address(path) else os.path.realpath(path)
+        return OwnPlace(real) if is_address(path) or real.startswith(inside) else real
+
+    held = held_files(dataset.features)
+    for name, (_, alone) in held.items():
+        feature = type(dataset.features[name])(decode=False) if alone else None
+        dataset = dataset.cast_column(name, feature) if alone else dataset.remove_columns(name)
+    for number, row in enumerate(dataset, start=1):
+        found = {
+            name: InTable(name, kind, (place(row[name]["path"]),) if alone else None)
+            for name, (kind, alone) in held.items()
+        }
+        yield number, {**row, **found}
+
+
+def _no_split(split: str, found: Iterable[object]) -> str:
+    return (
+        f"the data set has no split {split!r}, only {', '.join(map(str, found))}; of Parquet files, a "
+        "pattern names those of one, such as hf://datasets/OWNER/NAME/data/test-*.parquet"
+    )
+
+
+def dataset_rows(dataset: Any, split: str) -> Iterator[tuple[int, Any]]:
+    """Of a Dataset or IterableDataset, or of one of several by split."""
+    import datasets
+
+    if isinstance(dataset, dict):  # one data set per split
+        if split not in dataset:
+            raise ManifestError(_no_split(split, dataset))
+        dataset = dataset[split]
+    if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
+        raise ManifestError(
+            "a manifest is a file, a data set id, a Dataset or IterableDataset, or a list of rows, not "
+            f"{type(dataset).__name__}"
+        )
+    held = held_files(dataset.features or {})
+    if held and isinstance(dataset, datasets.IterableDataset):
+        raise ManifestError(
+            f"a streamed data set brings the files in its columns {', '.join(held)} with each row; give the "
+            "data set's name, its folder or its Parquet files instead: rows are then read without them, and "
+            "each file when it is needed (or leave the columns out: remove_columns)"
+        )
+    stand_ins = {name: InTable(name, kind, None) for name, (kind, _) in held.items()}
+    batches = dataset.remove_columns(list(held)).with_format(None).iter(_ROWS_PER_BATCH)
+    rows = (
+        dict(zip(batch, values, strict=True))
+        for batch in cast("Iterator[dict[str, list]]", batches)
+        for values in zip(*batch.values(), strict=True)
+    )
+    for number, row in enumerate(rows, start=1):
+        yield number, {**row, **stand_ins}
