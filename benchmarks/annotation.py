@@ -30,7 +30,7 @@ import torch
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import machine
 from benchmarks.decode import write_clip
-from video_r1.annotation.command import run_annotate
+from video_r1.annotation.annotate import run_annotate
 from video_r1.rollout.endpoint import allow_open_files
 from video_r1.settings.annotation import AnnotateSettings
 

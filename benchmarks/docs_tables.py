@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from research.temporal_credit.figure import draw_study
 from research.temporal_credit.study import CONTROL
 from research.temporal_credit.tables import by_rate, differences_table, means_table, over_rates
-from video_r1.evaluation.audit_summary import audit_sentences
+from video_r1.evaluation.audit import audit_sentences
 from video_r1.files import replace_json, replace_text
 
 DOCS = Path(__file__).parents[1] / "docs"

@@ -32,8 +32,8 @@ from video_r1.data.decoding.media import shuffled_order
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import derived_generator
-from video_r1.evaluation.asking import sampling_seed
-from video_r1.evaluation.runner import evaluate
+from video_r1.evaluation.evaluate import evaluate
+from video_r1.evaluation.question_loop import sampling_seed
 from video_r1.lab.clips import write_clip
 from video_r1.lab.model import base_folder, frame_side
 from video_r1.models.loading import load_model, load_processor

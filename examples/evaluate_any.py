@@ -9,7 +9,7 @@ once. The folder has every answer; a run that was interrupted goes on.
 import sys
 from typing import Any
 
-from video_r1.evaluation.command import run_eval
+from video_r1.evaluation.evaluate import run_eval
 from video_r1.settings.decoding import EvalSettings
 
 

@@ -19,8 +19,7 @@ import numpy as np
 from PIL import Image
 from tiny_models import moving_square, write_clip
 
-from video_r1.annotation.command import run_annotate
-from video_r1.annotation.runner import Counts
+from video_r1.annotation.annotate import Counts, run_annotate
 from video_r1.settings.annotation import AnnotateSettings
 
 QUESTION = re.compile(r"Question (\d+):")

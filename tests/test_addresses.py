@@ -14,7 +14,7 @@ from chat_endpoint import annotate, chat_endpoint, wait_for, write_questions
 from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.evaluation.command import run_eval
+from video_r1.evaluation.evaluate import run_eval
 from video_r1.rollout import endpoint as client
 from video_r1.rollout.addresses import Address, Addresses
 from video_r1.rollout.http_client import ServerFailure, ServerRefusal

@@ -29,7 +29,7 @@ from chat_endpoint import (
     write_questions,
 )
 
-from video_r1.annotation import endpoint as endpoint_module
+from video_r1.annotation import teachers
 from video_r1.annotation.teachers import sample_seed
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
@@ -248,7 +248,7 @@ def test_a_refusal_that_meets_all_requests_stops_at_once(
 def test_an_endpoint_that_fails_at_everything_stops_the_run(
     endpoint: ChatEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_module, "FAILED_IN_A_ROW", 6)
+    monkeypatch.setattr(teachers, "FAILED_IN_A_ROW", 6)
     endpoint.always = 422
     manifest, out = write_questions(tmp_path, 40), tmp_path / "cot.json"
     with pytest.raises(VideoR1Error, match=r"questions in a row were not answered.*this is a 422"):
@@ -312,7 +312,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     at_once, held, others = 150, 4, set(threading.enumerate())
     alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
     most, decoders, threads = 0, set(), set()
-    read = endpoint_module.read_cached
+    read = teachers.read_cached
 
     def counted(*arguments: Any) -> Any:
         nonlocal most
@@ -323,7 +323,7 @@ def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
         most = max(most, len(alive))
         return media
 
-    monkeypatch.setattr(endpoint_module, "read_cached", counted)
+    monkeypatch.setattr(teachers, "read_cached", counted)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     # The endpoint's ends are open here too.
     monkeypatch.setattr(client, "OTHER_FILES", at_once + 150)

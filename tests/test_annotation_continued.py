@@ -22,8 +22,7 @@ from chat_endpoint import (
     write_questions,
 )
 
-from video_r1.annotation.command import drawing
-from video_r1.annotation.journal import Journal
+from video_r1.annotation.annotate import Journal, drawing
 from video_r1.cli import main
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError, VideoR1Error

@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from video_r1.annotation import filters
-from video_r1.annotation.filters import FILTERS, rationale_of, scripts, words_of
-from video_r1.annotation.judging import judge, judge_one
+from video_r1.annotation.filters import FILTERS, judge, judge_one, rationale_of, scripts, words_of
 from video_r1.data.manifests.records import Sample
 from video_r1.lab.questions import FAMILIES
 from video_r1.rollout.chat import Completion

@@ -15,8 +15,7 @@ import torch
 from chat_endpoint import write_questions
 from server_process import ServerProcess
 
-from video_r1.annotation.command import run_annotate
-from video_r1.annotation.runner import Counts
+from video_r1.annotation.annotate import Counts, run_annotate
 from video_r1.cli import main
 from video_r1.data import reading
 from video_r1.data.decoding.decoders import read_media

@@ -19,9 +19,9 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, MediaError, PromptError, RequestError
-from video_r1.evaluation import interview
+from video_r1.evaluation import session
 from video_r1.evaluation.ask import named_answer, question_sample, run_ask
-from video_r1.evaluation.interview import Interview, TextStream, heard, sampling_of
+from video_r1.evaluation.session import ModelSession, TextStream, heard, sampling_of
 from video_r1.models.loading import load_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -173,7 +173,7 @@ def test_an_answer_is_printed_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("video_r1.evaluation.interview.open_engine", lambda *_: Says(output))
+    monkeypatch.setattr("video_r1.evaluation.session.open_engine", lambda *_: Says(output))
     run_ask(
         AskSettings(
             model=str(checkpoint), path=str(clip), question=["What?"], options=options, frame_pixels=56 * 56
@@ -211,9 +211,9 @@ def test_contrasts_and_follow_up_questions(
 ) -> None:
     """The shares of each order with their intervals; the clip is decoded once for all questions."""
     engine, decoded = SeesOrder(), []
-    monkeypatch.setattr("video_r1.evaluation.interview.open_engine", lambda *_: engine)
-    read = interview.read_cached
-    monkeypatch.setattr(interview, "read_cached", lambda *a: decoded.append(a) or read(*a))
+    monkeypatch.setattr("video_r1.evaluation.session.open_engine", lambda *_: engine)
+    read = session.read_cached
+    monkeypatch.setattr(session, "read_cached", lambda *a: decoded.append(a) or read(*a))
     settings = AskSettings(
         model=str(checkpoint), path=str(clip), question=["Where to, left or right?", "And then?"],
         options=["left", "right"], answer="right", contrast=["shuffled", "blind"], samples=8,
@@ -241,10 +241,10 @@ def test_several_answers_are_drawn_as_the_settings_say() -> None:
 def test_without_a_right_answer_the_majority_in_order_counts(checkpoint: Path, clip: Path) -> None:
     sample = question("Where?", clip, options=["left", "right"])
     settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
-    with closing(Interview(settings)) as opened:
+    with closing(ModelSession(settings)) as opened:
         prompts = opened.prompts(sample, ["ordered", "reversed"])
         groups = SeesOrder().generate(prompts, SamplingSettings(n=4))
-        ordered, other = interview.views_of(sample, prompts, groups)
+        ordered, other = session.views_of(sample, prompts, groups)
         assert ordered.counted == [True] * 4 and other.counted == [False, True, False, True]
         assert other.gap is not None and other.gap.mean == 0.5 and ordered.gap is None
         still = replace(sample, path="still.png", data_type="image")
@@ -260,7 +260,7 @@ def test_a_clip_that_is_replaced_is_read_again(checkpoint: Path, clip: Path, tmp
     shutil.copy(clip, path)
     sample = question("Where?", path)
     settings = AskSettings(model=str(checkpoint), frame_pixels=56 * 56)
-    with closing(Interview(settings)) as opened:
+    with closing(ModelSession(settings)) as opened:
         (before,) = opened.media(sample)
         assert opened.media(sample)[0] is before and opened.has(sample)
         write_clip(path, moving_square(frames=4))

@@ -18,8 +18,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.evaluation import audit
-from video_r1.evaluation.audit import pass_rates_of, run_audit
-from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_sentences
+from video_r1.evaluation.audit import VIEWS, audit_figures, audit_sentences, pass_rates_of, run_audit
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.settings.decoding import AuditSettings
 from video_r1.settings.frames import Order

@@ -153,7 +153,7 @@ def test_all_controls_in_one_run(root: Path, tmp_path: Path, monkeypatch: pytest
         return summarise(records, direct)
 
     monkeypatch.setattr("video_r1.data.reading.read_cached_at", counted)
-    monkeypatch.setattr("video_r1.evaluation.runner.summarise", recorded)
+    monkeypatch.setattr("video_r1.evaluation.evaluate.summarise", recorded)
     run = command(root, tmp_path, "--bench", "mvbench,tempcompass", "--controls", "--allow_missing")
     assert main(run) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())["benchmarks"]

@@ -17,8 +17,8 @@ from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
+from video_r1.evaluation.benchmarks.readers import FORMS, as_choice
 from video_r1.evaluation.benchmarks.spec import manifest_rows
-from video_r1.evaluation.benchmarks.tempcompass import FORMS, as_choice
 from video_r1.settings.frames import FrameBudget
 
 

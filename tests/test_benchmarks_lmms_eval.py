@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from video_r1.data.manifests.records import Sample
+from video_r1.evaluation.evaluate import score_output
 from video_r1.evaluation.metrics import mean_relative_accuracy, task_mean
-from video_r1.evaluation.scoring import score_output
 
 _SPEC = importlib.util.find_spec("lmms_eval")
 pytestmark = pytest.mark.skipif(

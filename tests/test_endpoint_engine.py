@@ -17,8 +17,8 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TextPrompts
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
-from video_r1.evaluation.command import run_eval
-from video_r1.evaluation.interview import Interview, View, sampling_of
+from video_r1.evaluation.evaluate import run_eval
+from video_r1.evaluation.session import ModelSession, View, sampling_of
 from video_r1.rollout import endpoint, endpoint_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import is_endpoint, open_engine
@@ -114,7 +114,7 @@ def asked_aloud(folder: Path, url: str, samples: int = 2) -> tuple[list[View], l
     )  # fmt: skip
     heard: list[list[str]] = [[], []]
     sample = ask.question_sample(settings, "Question 1: where?")
-    with closing(Interview(settings)) as interview:
+    with closing(ModelSession(settings)) as interview:
         prompts = interview.prompts(sample, ["ordered", "shuffled"])
         sampling = sampling_of(settings)
         return interview.ask(sample, prompts, samples, sampling, lambda i, t: heard[i].append(t)), heard

@@ -20,9 +20,9 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError
-from video_r1.evaluation import runner
+from video_r1.evaluation import evaluate as evaluation
+from video_r1.evaluation.evaluate import score_output
 from video_r1.evaluation.metrics import OVERLAP_SHARES, share_figure
-from video_r1.evaluation.scoring import score_output
 from video_r1.evaluation.summary import summary_table
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
@@ -91,7 +91,7 @@ class ScriptedEngine:
 def evaluate(
     samples: Sequence[Sample], engine: Any, builder: PromptBuilder, *, folder: Path, **settings: Any
 ) -> dict[str, Any]:
-    return runner.evaluate(
+    return evaluation.evaluate(
         samples, engine, builder, BUDGET, EvalSettings(**{"order": BOTH, "seed": 0, **settings}), folder
     )
 

@@ -172,7 +172,7 @@ def test_rates_that_are_none(tmp_path: Path, fps: Any) -> None:
 
 
 def test_answers_at_another_rate_are_others(tmp_path: Path) -> None:
-    from video_r1.evaluation.asking import asked_with
+    from video_r1.evaluation.question_loop import asked_with
     from video_r1.rollout.engine import SamplingSettings
     from video_r1.settings.decoding import AskSettings
 

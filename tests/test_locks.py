@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from video_r1 import files
-from video_r1.annotation.journal import Journal
+from video_r1.annotation.annotate import Journal
 from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media
 from video_r1.data.sources import bounded_folder

@@ -14,9 +14,9 @@ from benchmark_fixtures import lab_clips, reference_row
 from video_r1.cli import main
 from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError
-from video_r1.evaluation import protocol
+from video_r1.evaluation import paper
+from video_r1.evaluation.evaluate import score_output
 from video_r1.evaluation.paper import setup_differences
-from video_r1.evaluation.scoring import score_output
 from video_r1.recipe import load_recipe
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.decoding import EvalSettings
@@ -61,7 +61,7 @@ def question(problem_type: Any, truth: str = "B", **fields: Any) -> Sample:
     ],
 )
 def test_prompts(problem_type: Any, prompt: str) -> None:
-    assert protocol.TEMPLATE.render(question(problem_type)) == prompt
+    assert paper.TEMPLATE.render(question(problem_type)) == prompt
 
 
 def test_a_chat_about_several_clips() -> None:
@@ -69,10 +69,10 @@ def test_a_chat_about_several_clips() -> None:
     turns = ("Here is <video>.", "Does <video> go there?")
     chat = tuple({"role": "user", "content": turn} for turn in turns)
     sample = replace(question("free-form"), problem=turns[1], messages=chat, more_paths=("other.mp4",))
-    asked = protocol.as_asked(sample)
+    asked = paper.as_asked(sample)
     assert asked.messages == () and asked.problem == "Does  go there?" and asked.paths == sample.paths
     marked = replace(sample, problem="Is <video> as <video>?", messages=())
-    assert protocol.as_asked(marked).problem == marked.problem
+    assert paper.as_asked(marked).problem == marked.problem
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_its_settings_are_defaults_of_a_recipe(tmp_path: Path) -> None:
 
 
 def test_small_frames_are_scaled_up_less() -> None:
-    sized = protocol.as_sized(FrameBudget(frame_pixels=256 * 784))
+    sized = paper.as_sized(FrameBudget(frame_pixels=256 * 784))
     assert sized == FrameBudget(frame_pixels=256 * 784, least_pixels=128 * 784)
-    assert protocol.as_sized(FrameBudget(frame_pixels=3136)) == FrameBudget(frame_pixels=3136)
+    assert paper.as_sized(FrameBudget(frame_pixels=3136)) == FrameBudget(frame_pixels=3136)
 
 
 def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         return generate(engine, prompts, *arguments)
 
     monkeypatch.setattr(TransformersEngine, "generate", recorded)
-    monkeypatch.setattr(protocol, "LEAST_PIXELS", 784)
+    monkeypatch.setattr(paper, "LEAST_PIXELS", 784)
     small = ["--frame_pixels", "3136", "--dtype", "float32", "--media_seconds", "0", "--device", "cpu"]
     run = [
         "eval",
@@ -175,7 +175,7 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     made_with = json.loads((tmp_path / "o/mvbench/evaluation.json").read_text())
     assert made_with["budget"]["least_pixels"] == 784
     (record,) = [json.loads(line) for line in (tmp_path / "o/mvbench/predictions-16.jsonl").open()]
-    assert record["prediction"] == protocol.read_answer(record["output"])
+    assert record["prediction"] == paper.read_answer(record["output"])
     summary = json.loads((tmp_path / "o/summary.json").read_text())
     assert summary["protocol"] == "reference"
     assert summary["benchmarks"]["mvbench"]["annotation"] == "reference"

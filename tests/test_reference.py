@@ -112,7 +112,7 @@ def test_validation_by_several_answers(
         scored.append(len(rollouts))
         return torch.tensor([float(rollout.token_ids.sum() % 2) for rollout in rollouts])
 
-    monkeypatch.setattr("video_r1.training.validation.answer_scores", scores)
+    monkeypatch.setattr("video_r1.evaluation.validation.answer_scores", scores)
     figures = []
     for count in (None, 5, 5):
         trainer = make_trainer(checkpoint, str(manifest), tmp_path / str(count), num_generations_eval=count)

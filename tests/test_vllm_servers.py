@@ -12,7 +12,7 @@ from distributed_process import exit_codes, last_words, start_processes
 from server_process import ServerProcess
 from tiny_questions import read_lines, write_manifest
 
-from video_r1.evaluation.command import run_eval
+from video_r1.evaluation.evaluate import run_eval
 from video_r1.lab.model import base_folder
 from video_r1.rollout.vllm.server import ServerEngine
 from video_r1.settings.decoding import EvalSettings

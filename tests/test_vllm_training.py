@@ -11,7 +11,7 @@ import torch
 from tiny_questions import read_lines
 
 from video_r1.evaluation import ask
-from video_r1.evaluation.command import run_eval
+from video_r1.evaluation.evaluate import run_eval
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor

@@ -86,7 +86,7 @@ COMMANDS: dict[str, Command] = {
         ("lab base base --steps 4500 --seed 0", "lab base base-qwen3_5 --family qwen3_5")),
     "annotate": Command(
         "write rationales with a teacher and filter them into a manifest for SFT",
-        "annotation.command:run_annotate", "sections", (AnnotateSettings,),
+        "annotation.annotate:run_annotate", "sections", (AnnotateSettings,),
         ("manifest",), ("manifest", "teacher", "out"),
         ("annotate train.json --teacher Qwen/Qwen2.5-VL-7B-Instruct --engine vllm --out cot.json",
          "annotate train.json --teacher http://host:8000/v1 --out cot.json --concurrency 2000",
@@ -111,7 +111,7 @@ COMMANDS: dict[str, Command] = {
         "sections", (), examples=("recipes",)),
     "eval": Command(
         "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
-        "evaluation.command:run_eval", "sections", (EvalSettings, BenchmarkSettings),
+        "evaluation.evaluate:run_eval", "sections", (EvalSettings, BenchmarkSettings),
         ("model", "manifest"), ("model",),
         ("eval runs/rl test.json --order ordered,shuffled --frames 16,32,64",
          "eval runs/rl --bench vsibench,mvbench --frames 16,32,64 --compare paper",

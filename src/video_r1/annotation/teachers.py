@@ -1,25 +1,30 @@
-"""Teachers: whatever writes K rationales for each of many questions.
+"""Teachers: engines and endpoints that write K rationales for each of many questions.
 
-A teacher's `answers(questions)` gives lists of Answered as they are finished, in any order, each question
-once. It runs ahead of its caller only by what it is working on, and holds the frames of a bounded number of
-questions.
+A teacher's `answers(requests)` yields lists of `TeacherAnswer` as they are finished, in any order, one for
+each request. It reads ahead by a bounded number of requests and holds no more frames than those need.
 """
 
 from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable
-from video_r1.rollout.chat import Completion
+from video_r1.errors import MediaError, PromptError, VideoR1Error
+from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
+from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.http_client import REFUSED_QUESTION, ServerFailure, ServerRefusal
 from video_r1.seeds import derived_seed
 from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.frames import FrameBudget
 
 
-class Question(NamedTuple):
+class TeacherRequest(NamedTuple):
     """place: in the manifest, from 0. done: it is answered, but shares a batch with one that is not."""
 
     place: int
@@ -34,7 +39,7 @@ class Failed(NamedTuple):
     reason: str
 
 
-class Answered(NamedTuple):
+class TeacherAnswer(NamedTuple):
     """outcome: the K completions of a question, or why there are none."""
 
     sample: Sample
@@ -45,7 +50,7 @@ class Teacher(Protocol):
     @property
     def batch_size(self) -> int: ...  # questions that are asked again together
 
-    def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]: ...
+    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]: ...
 
     def close(self) -> None: ...
 
@@ -72,7 +77,7 @@ class EngineTeacher:
     def batch_size(self) -> int:
         return self.settings.batch_size
 
-    def answers(self, questions: Iterable[Question]) -> Generator[list[Answered]]:
+    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]:
         batches = [list(batch) for _, batch in groupby(questions, lambda one: one.place // self.batch_size)]
         read = self.reader.batches(
             [Batch([question.sample for question in batch]) for batch in batches], self.builder.build
@@ -88,7 +93,7 @@ class EngineTeacher:
                 for i, group in zip(asked, groups, strict=True):
                     outcomes[i] = [Completion(rollout.text, rollout.finish_reason) for rollout in group]
             yield [
-                Answered(question.sample, outcome)
+                TeacherAnswer(question.sample, outcome)
                 for question, outcome in zip(batch, outcomes, strict=True)
                 if not question.done
             ]
@@ -96,3 +101,73 @@ class EngineTeacher:
     def close(self) -> None:
         self.reader.close()
         self.engine.close()
+
+
+FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
+
+
+class EndpointTeacher:
+    """Asks `model` at the endpoint for `samples` rationales of each question, as ChatClient does.
+
+    frames_as: see `chat_request`.
+
+    A question whose request fails eight times, or is refused as wrong, is given up and listed. VideoR1Error
+    is raised when the endpoint does not answer at all for `wait` seconds, refuses the key or the model, or
+    fails at 50 questions in a row. One object serves one run.
+    """
+
+    batch_size = 1
+
+    def __init__(
+        self, settings: AnnotateSettings, endpoint: Endpoint, model: str, frames_as: FramesAs
+    ) -> None:
+        self.settings, self.endpoint, self.model = settings, endpoint, model
+        self.frames_as: FramesAs = frames_as
+        self._prompts = TextPrompts(settings.prompt_template, settings.subtitles)
+        self._budget = settings.frame_budget(FrameBudget().size_multiple)
+        self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
+        self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
+
+    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]:
+        in_a_row = 0
+        with closing(self._client.each(questions, self._answer)) as finished:
+            for answered in finished:
+                outcomes = [one.outcome for one in answered]
+                failures = [one for one in outcomes if isinstance(one, Failed) and one.kind == "endpoint"]
+                some_well = any(isinstance(one, list) for one in outcomes)
+                in_a_row = 0 if some_well else in_a_row + len(failures)
+                yield answered
+                if in_a_row >= FAILED_IN_A_ROW:
+                    raise VideoR1Error(
+                        f"{self.endpoint.url}: {in_a_row} questions in a row were not answered, the last one "
+                        f"because: {failures[-1].reason}; started again, the annotation continues"
+                    )
+
+    def close(self) -> None:
+        """Ends the run: what is being decoded is waited for, requests under way are left to themselves."""
+        self._client.close()
+
+    async def _answer(self, question: TeacherRequest) -> TeacherAnswer:
+        return TeacherAnswer(question.sample, await self._outcome(question.sample))
+
+    async def _outcome(self, sample: Sample) -> list[Completion] | Failed:
+        settings = self.settings
+        sampling = SamplingSettings.of(settings)
+
+        def request(n: int, drawn: int) -> dict[str, Any]:
+            media = [read_cached(file, self._budget, self._frame_cache) for file in sample.files]
+            seed = sample_seed(settings.seed, sample.problem_id, drawn)
+            prompt = self._prompts.build(sample, media)
+            body = chat_request(self.model, prompt, self.frames_as, sampling, n, seed)
+            return body | settings.request_fields
+
+        try:
+            return await self._client.draw(settings.samples, request, completions_of)
+        except (MediaError, PromptError) as error:
+            return Failed(error.kind, str(error))
+        except ServerFailure as failure:
+            return Failed("endpoint", f"{failure} ({ATTEMPTS} attempts)")
+        except ServerRefusal as refusal:
+            if refusal.status in REFUSED_QUESTION:
+                return Failed("endpoint", str(refusal))
+            raise VideoR1Error(f"{self.endpoint.url} refuses all requests: {refusal}") from refusal

@@ -21,7 +21,7 @@ from video_r1.tables import table
 
 if TYPE_CHECKING:
     from video_r1.data.manifests.records import Sample
-    from video_r1.evaluation.interview import View
+    from video_r1.evaluation.session import View
 
 _LABELLED = re.compile(r"\(?[A-Za-z][.):]\s*\S")
 _ANSWERS_SHOWN = 4
@@ -39,10 +39,10 @@ def run_ask(settings: AskSettings) -> str:
     assert settings.question is not None  # settings without it are refused
     samples = [question_sample(settings, question) for question in settings.question]
     # After the file has been looked for: importing torch takes seconds.
-    from video_r1.evaluation.interview import Interview, sampling_of
+    from video_r1.evaluation.session import ModelSession, sampling_of
 
     sampling, answer = sampling_of(settings), ""
-    with closing(Interview(settings)) as interview:
+    with closing(ModelSession(settings)) as interview:
         for number, sample in enumerate(samples):
             prompts = interview.prompts(sample, ["ordered", *settings.contrast])
             if len(samples) > 1:

@@ -9,12 +9,15 @@ contrast asks for its own answers only. "One frame" is the contrast `frozen`, on
 place: a prompt of another length would be a difference of its own.
 """
 
+import math
 import shlex
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar
 
 from video_r1.data.answers import read_answer
@@ -24,17 +27,19 @@ from video_r1.data.rollouts import Rollout
 from video_r1.data.sources.addresses import is_address
 from video_r1.data.sources.places import media_root_of
 from video_r1.errors import RequestError, VideoR1Error, writing_to
-from video_r1.evaluation.asking import Answers, Asking, asked_with
-from video_r1.evaluation.audit_figure import audit_page
-from video_r1.evaluation.audit_summary import VIEWS, audit_figures, audit_sentences, audit_table
+from video_r1.evaluation.figures import COLOURS, figure_page
+from video_r1.evaluation.metrics import mean_figure, paired_difference
+from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
+from video_r1.evaluation.summary import cell
 from video_r1.files import replace_json, replace_rows, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AuditSettings
-from video_r1.settings.frames import Order
+from video_r1.settings.frames import Contrast, Order
 from video_r1.settings.keep import PASS_RATES
+from video_r1.tables import table
 
 SETTINGS_FILE = "settings.json"
 
@@ -151,13 +156,14 @@ def _write(
         "cut_off": sum(record["cut_off"] for record in answers.values()) / len(texts),
         **audit_figures(audited, settings.temporal_contrast, settings.samples),
     }
+
     replace_json(asking.folder / "audit.json", summary)
     replace_text(asking.folder / "audit.html", audit_page(summary, str(settings.model)))
     return summary
 
 
 @dataclass(frozen=True)
-class Audit(Asking):
+class Audit(QuestionLoop):
     what: ClassVar = "an audit"
     doing: ClassVar = "auditing"
     answers: ClassVar = "answers"
@@ -233,3 +239,266 @@ def _rows(settings: AuditSettings, samples: Sequence[Sample]) -> Iterator[dict[s
             raise RequestError(f"{manifest}, row {number} has changed {changed}")
     if waiting:
         raise RequestError(f"{manifest}: the row of question {waiting[0].problem_id!r} has gone {changed}")
+
+
+VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
+"""What may be shown of a clip, roughly from nothing to all of it."""
+SHOWN = {"blind": "blind", "frozen": "one frame"}
+"""What people call some of them."""
+ANSWERED = 0.5  # of its answers are right, and more
+GROUPS_SHOWN = 40
+
+Rates = Mapping[str, float]
+Audited = Sequence[tuple[Sample, Rates]]
+_GROUPINGS = {"by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source"}
+
+
+def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[str, Any]:
+    """Figures over all questions, and those of each modality, problem type and source.
+
+        {"all": {"questions", "chance",
+                 "views": {view: {"rate", "interval95", "questions", "answered": {"share", "interval95"}}},
+                 "needs_order": {"share", "interval95", "questions", "other_way"},
+                 "temporal_gap": {"gap", "interval95", "questions"},
+                 "never_right", "always_right"},
+         "by_modality": {name: as "all"}, "by_type": …, "by_source": …,
+         "pairs": [K + 1][K + 1] questions by right answers with the contrast (row) and in order (column)}
+
+    needs_order: answered in order and not with the contrast clip; other_way: the reverse, which only chance
+    explains. Both and the gap are over the videos that have both rates.
+    """
+    figures: dict[str, Any] = {"all": _figures(audited, contrast)}
+    for name, field in _GROUPINGS.items():
+        groups: dict[str, list[tuple[Sample, Rates]]] = {}
+        for sample, rates in audited:
+            groups.setdefault(getattr(sample, field) or "(no source)", []).append((sample, rates))
+        ranked = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
+        figures[name] = {group: _figures(members, contrast) for group, members in ranked}
+    pairs = [[0] * (samples + 1) for _ in range(samples + 1)]
+    for _, rates in _with_both(audited, contrast):
+        pairs[round(rates[contrast] * samples)][round(rates["ordered"] * samples)] += 1
+    return figures | {"pairs": pairs}
+
+
+def _with_both(audited: Audited, contrast: Contrast) -> Audited:
+    return [(sample, rates) for sample, rates in audited if {contrast, "ordered"} <= rates.keys()]
+
+
+def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "questions": len(audited),
+        "chance": fmean(1 / len(sample.options) if sample.options else 0.0 for sample, _ in audited),
+        "views": {},
+    }
+    for view in VIEWS:
+        if asked := [(sample.shown, rates[view]) for sample, rates in audited if view in rates]:
+            clips, values = zip(*asked, strict=True)
+            answered = mean_figure([value > ANSWERED for value in values], clips).as_json("share")
+            figures["views"][view] = mean_figure(values, clips).as_json("rate") | {"answered": answered}
+    if paired := _with_both(audited, contrast):
+        clips = [sample.shown for sample, _ in paired]
+        both = [(rates["ordered"], rates[contrast]) for _, rates in paired]
+        needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both], clips).as_json("share")
+        other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)
+        figures["needs_order"] = needs | {"other_way": other_way}
+        figures["temporal_gap"] = paired_difference(*zip(*both, strict=True), clips=clips).as_json("gap")
+    in_order = [rates["ordered"] for _, rates in audited if "ordered" in rates]
+    for name, extreme in (("never_right", 0.0), ("always_right", 1.0)):
+        figures[name] = fmean(value == extreme for value in in_order) if in_order else 0.0
+    return figures
+
+
+def shown(view: str) -> str:
+    return SHOWN.get(view, view)
+
+
+def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """All questions, then the largest groups of each grouping of more than one: (name, figures)."""
+    rows = [("all", summary["all"])]
+    for grouping in _GROUPINGS:
+        groups = summary[grouping]
+        rows += [(name, groups[name]) for name in [*groups][:GROUPS_SHOWN]] if len(groups) > 1 else []
+    return rows
+
+
+def audit_table(summary: Mapping[str, Any]) -> str:
+    """Mean pass rates in percent, 95 % intervals in brackets."""
+    views = list(summary["all"]["views"])
+    head = ("pass rates", "questions", "a guess", *map(shown, views), "temporal gap")
+    rows = [
+        (
+            name if not place else f"  {name}",
+            f"{figures['questions']:,}",
+            f"{100 * figures['chance']:.0f}",
+            *(cell(figures["views"].get(view), "rate", 100, 0) for view in views),
+            cell(figures.get("temporal_gap"), "gap", 100, 0),
+        )
+        for place, (name, figures) in enumerate(audit_rows(summary))
+    ]
+    return table(head, rows)
+
+
+def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
+    """What the figures say, in plain words; videos first."""
+    sentences, contrast = [], summary["contrast"]
+    for kind in ("video", "image"):
+        if (figures := summary["by_modality"].get(kind)) is None:
+            continue
+        views = figures["views"]
+        sentences.append(
+            f"{figures['questions']:,} questions on {kind}s; answered: most of {summary['samples']} "
+            f"answers are right, and a fixed guess is right in {percent(figures['chance'])}:"
+        )
+        told = {"blind": f"can be answered without the {kind}", "frozen": "can be answered from one frame"}
+        told |= {contrast: told.get(contrast, f"can be answered with its frames {contrast}")}
+        told |= {"ordered": f"can be answered with the {kind}" + " in order" * (kind == "video")}
+        sentences += [
+            f"  {_share(views[view]['answered'])} {words}" for view, words in told.items() if view in views
+        ]
+        if needs := figures.get("needs_order"):
+            sentences.append(
+                f"  {_share(needs)} need what the {contrast} clip lacks: answered in order, not with it "
+                f"(the other way round, by chance: {percent(needs['other_way'])})"
+            )
+        sentences.append(
+            f"  {percent(figures['never_right'])} are never right with it, "
+            f"{percent(figures['always_right'])} always: RL learns nothing from either"
+        )
+    for name, words in (("no_answer", "say none that could be read"), ("cut_off", "were cut off")):
+        if summary[name] > 0.05:
+            sentences.append(
+                f"{percent(summary[name])} of the answers {words}: the rates may be too low by as much"
+            )
+    return sentences
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _share(figure: Mapping[str, Any]) -> str:
+    """`31 % [28, 34]`"""
+    low, high = (f"{100 * end:.0f}" for end in figure["interval95"])
+    return f"{percent(figure['share'])} [{low}, {high}]"
+
+
+_LEFT, _PLOT, _RIGHT, _TOP = 230, 520, 250, 52  # pixels
+_ROW, _MARK = 34, 7  # height of a group, and of a mark's line in it
+_CELL, _MAP_LEFT = 34, 110
+_BLUE, _ORANGE, _PURPLE, _YELLOW = COLOURS[0], COLOURS[1], COLOURS[3], COLOURS[4]
+
+
+def audit_page(summary: Mapping[str, Any], model: str) -> str:
+    """The picture as one HTML page that needs nothing else."""
+    notes = [sentence.strip() for sentence in audit_sentences(summary)]
+    figure = f"{rates_svg(summary)}<h1>{_map_title(summary)}</h1>{map_svg(summary)}"
+    return figure_page(f"What the questions can be answered from: {model}", notes, figure)
+
+
+def rates_svg(summary: Mapping[str, Any]) -> str:
+    """The mean pass rate of each group and view."""
+    views = list(summary["all"]["views"])
+    fixed = {"blind": _PURPLE, "frozen": _YELLOW, "ordered": _BLUE}
+    others = iter((_ORANGE, COLOURS[2], COLOURS[5]))
+    colour = {view: fixed.get(view) or next(others) for view in views}
+    rows = audit_rows(summary)
+    bottom = _TOP + len(rows) * _ROW
+
+    def x(share: float) -> float:
+        return _LEFT + _PLOT * share
+
+    parts = [
+        f'<line class="grid" x1="{x(share):.0f}" x2="{x(share):.0f}" y1="{_TOP - 6}" y2="{bottom}"/>'
+        f'<text class="faint" x="{x(share):.0f}" y="{_TOP - 12}" text-anchor="middle">{percent(share)}</text>'
+        for share in (0, 0.25, 0.5, 0.75, 1)
+    ]
+    for place, view in enumerate(views):
+        at = _LEFT + 110 * place
+        parts.append(
+            f'<circle cx="{at}" cy="14" r="4" fill="{colour[view]}"/>'
+            f'<text x="{at + 10}" y="18.5">{escape(shown(view))}</text>'
+        )
+    at = _LEFT + 110 * len(views)
+    parts.append(f'<line class="zero" stroke-dasharray="3 2" x1="{at}" x2="{at}" y1="5" y2="23"/>')
+    parts.append(f'<text x="{at + 10}" y="18.5">a fixed guess</text>')
+    for number, (name, figures) in enumerate(rows):
+        y = _TOP + number * _ROW
+        parts.append(_row(name, figures, colour, x, y, number == 0))
+    height = bottom + 8
+    return (
+        f'<svg viewBox="0 0 {_LEFT + _PLOT + _RIGHT} {height}" width="{_LEFT + _PLOT + _RIGHT}" role="img" '
+        f'aria-label="pass rates by source and type">{"".join(parts)}</svg>'
+    )
+
+
+def _row(
+    name: str, figures: Mapping[str, Any], colour: Mapping[str, str], x: Any, y: float, is_title: bool
+) -> str:
+    label = name if len(name) <= 30 else f"{name[:29]}…"
+    guess, middle = x(figures["chance"]), y + _ROW / 2
+    parts = [
+        f"<title>{escape(name)}: {figures['questions']:,} questions</title>",
+        f'<text{" class=title" if is_title else ""} x="0" y="{middle + 4}">{escape(label)}</text>',
+        f'<line class="zero" stroke-dasharray="3 2" x1="{guess:.1f}" x2="{guess:.1f}" y1="{y + 3}" '
+        f'y2="{y + _ROW - 3}"/>',
+    ]
+    for place, view in enumerate(view for view in colour if view in figures["views"]):
+        figure = figures["views"][view]
+        low, high = figure["interval95"]
+        at = y + 6 + _MARK * place
+        told = f"{shown(view)}: {percent(figure['rate'])} [{percent(low)}, {percent(high)}]"
+        parts.append(
+            f'<g fill="{colour[view]}" stroke="{colour[view]}"><title>{escape(told)}</title>'
+            f'<line x1="{x(low):.1f}" x2="{x(high):.1f}" y1="{at}" y2="{at}" stroke-width="2"/>'
+            f'<circle cx="{x(figure["rate"]):.1f}" cy="{at}" r="3"/></g>'
+        )
+    blind = figures["views"].get("blind")
+    notes = [f"{percent(blind['answered']['share'])} without it"] if blind else []
+    notes += [f"{percent(figures['needs_order']['share'])} by order"] if "needs_order" in figures else []
+    text = f"{', '.join(notes)} ({figures['questions']:,})"
+    parts.append(f'<text class="faint" x="{_LEFT + _PLOT + 16}" y="{middle + 4}">{escape(text)}</text>')
+    return f"<g>{''.join(parts)}</g>"
+
+
+def _map_title(summary: Mapping[str, Any]) -> str:
+    return (
+        f"Videos by right answers of {summary['samples']}: in order and {escape(shown(summary['contrast']))}"
+    )
+
+
+def map_svg(summary: Mapping[str, Any]) -> str:
+    """Questions by the numbers of right answers in order (to the right) and with the contrast (upwards)."""
+    pairs: Sequence[Sequence[int]] = summary["pairs"]
+    most, count = max(map(max, pairs)), len(pairs)
+    if not most:
+        return "<p>No video was asked both ways.</p>"
+    parts = []
+    for row, counts in enumerate(pairs):
+        y = 8 + _CELL * (count - 1 - row)
+        for column, questions in enumerate(counts):
+            left = _MAP_LEFT + _CELL * column
+            fill = "var(--faint)" if column == row else _BLUE if column > row else _ORANGE
+            strength = 0.12 + 0.78 * math.sqrt(questions / most) if questions else 0.0
+            said = f"{column} right in order, {row} with the contrast: {questions:,} questions"
+            parts.append(
+                f'<g><title>{escape(said)}</title><rect x="{left}" y="{y}" width="{_CELL - 1}" '
+                f'height="{_CELL - 1}" fill="{fill}" fill-opacity="{strength:.2f}" stroke="var(--grid)"/>'
+                f'<text x="{left + _CELL / 2}" y="{y + _CELL / 2 + 4}" text-anchor="middle">'
+                f"{questions or ''}</text></g>"
+            )
+        parts.append(f'<text class="faint" x="{_MAP_LEFT - 8}" y="{y + 21}" text-anchor="end">{row}</text>')
+        left = _MAP_LEFT + _CELL * row + _CELL / 2
+        parts.append(
+            f'<text class="faint" x="{left}" y="{8 + _CELL * count + 15}" text-anchor="middle">{row}</text>'
+        )
+    bottom = 8 + _CELL * count
+    parts.append(f'<text class="faint" x="0" y="{bottom / 2}">{escape(shown(summary["contrast"]))}</text>')
+    parts.append(
+        f'<text class="faint" x="{_MAP_LEFT + _CELL * count / 2}" y="{bottom + 33}" '
+        'text-anchor="middle">in order</text>'
+    )
+    width = _MAP_LEFT + _CELL * count + 8
+    return (
+        f'<svg viewBox="0 0 {width} {bottom + 40}" width="{width}" role="img" '
+        f'aria-label="questions by two rates">{"".join(parts)}</svg>'
+    )

@@ -27,6 +27,16 @@ _GROUPINGS = {
 _TABLES = (*_GROUPINGS, "by_pairs")
 
 Record = Mapping[str, Any]  # one line of a predictions file
+NEEDED = {
+    "problem_id",
+    "order",
+    "output",
+    "prediction",
+    "score",
+    "strict_score",
+    "format",
+    "finish_reason",
+}  # its fields
 
 
 def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[str, Any]:

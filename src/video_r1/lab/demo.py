@@ -90,7 +90,7 @@ def begin_anew(out: Path) -> None:
 def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     import torch
 
-    from video_r1.evaluation.command import run_eval
+    from video_r1.evaluation.evaluate import run_eval
     from video_r1.lab.clips import write_lab
     from video_r1.report.page import build_report
 

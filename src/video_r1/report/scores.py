@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from video_r1.evaluation.metrics import OVERLAP_SHARES
-from video_r1.evaluation.predictions import NEEDED
-from video_r1.evaluation.summary import ORDERS, summarise
+from video_r1.evaluation.summary import NEEDED, ORDERS, summarise
 from video_r1.report.run_data import (
     ANSWERS,
     Run,

@@ -21,8 +21,8 @@ from typing import Any, TextIO
 from video_r1.data.decoding.media import Media
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
-from video_r1.evaluation.interview import Interview, View, sampling_of
 from video_r1.evaluation.metrics import Figure
+from video_r1.evaluation.session import ModelSession, View, sampling_of
 from video_r1.recipe import load_recipe
 from video_r1.report.groups import place_of
 from video_r1.settings.decoding import AskSettings
@@ -38,7 +38,7 @@ class Answerer:
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._interview: Interview | None = None
+        self._interview: ModelSession | None = None
         self.number = 0
         self.stopped: set[int] = set()  # numbers of questions
 
@@ -64,7 +64,7 @@ class Answerer:
         sample = question_sample(settings, asked["settings"]["question"][0])
         if self._interview is None:
             self.say("state", text="opening the model")
-            self._interview = Interview(settings)
+            self._interview = ModelSession(settings)
         interview = self._interview
         decoded = not interview.has(sample)
         if decoded:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.errors import VideoR1Error, first_line
@@ -123,3 +124,34 @@ def last_whole_checkpoint(folder: str | Path) -> Path | None:
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+
+
+class BestCheckpoint(TrainerCallback):
+    """Takes up a continued run's validation: its best checkpoint, wherever the run folder lies now, and no
+    second validation before the first step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if state.global_step == 0:
+            return
+        args.eval_on_start = False
+        best = best_checkpoint(self.folder, state.best_global_step)
+        if best is not None:
+            state.best_model_checkpoint = str(best)
+
+
+def best_checkpoint(folder: Path, step: int | None) -> Path | None:
+    """The checkpoint of the best validation's step; None where there was no validation, or no checkpoint."""
+    best = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    return best if step and best.is_dir() else None
+
+
+def stopped_early(state: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint (its trainer_state.json) is the last one of a run that early stopping ended."""
+    saved = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
+    return saved is not None and (
+        saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
+    )

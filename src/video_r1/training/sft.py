@@ -20,6 +20,7 @@ from video_r1.data.decoding.media import Shown
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, response_text
 from video_r1.errors import ConfigError, PromptError
+from video_r1.evaluation.validation import held_out
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
@@ -27,7 +28,6 @@ from video_r1.settings.documented import documented
 from video_r1.settings.training import SFTSettings
 from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
-from video_r1.training.validation import held_out
 
 Example = tuple[Prompt, Tensor]
 """A prompt and the token ids [L] of its response, the end-of-turn token included."""

@@ -50,6 +50,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Clips, Question, build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line
 from video_r1.models.family import find_family, vision_parameters
 from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
@@ -91,7 +92,6 @@ from video_r1.training.rollouts import (
 )
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
-from video_r1.training.validation import temporal_accuracy
 
 Kind = TypeVar("Kind", bound=TrainerCallback)
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]

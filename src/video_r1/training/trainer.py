@@ -44,11 +44,14 @@ from video_r1.recipe import Recipe, resolved
 from video_r1.settings.base import Settings
 from video_r1.training.checkpoints import (
     UNFINISHED,
+    BestCheckpoint,
+    best_checkpoint,
     last_whole_checkpoint,
     publish_copy,
     publish_files,
     publish_folder,
     read_state,
+    stopped_early,
     writing,
 )
 from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
@@ -73,7 +76,6 @@ from video_r1.training.sharded import (
 )
 from video_r1.training.stopping import StopWhenAsked
 from video_r1.training.trackers import describe_run
-from video_r1.training.validation import BestCheckpoint, best_checkpoint, stopped_early
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ file; `special.py`, `pairs.py` and `tempcompass.py` have what cannot be declared
 import tomllib
 from pathlib import Path
 
+from video_r1.evaluation.benchmarks.readers import SPECIAL
 from video_r1.evaluation.benchmarks.spec import Benchmark
-from video_r1.evaluation.benchmarks.special import SPECIAL
 
 _NAMES = (
     *("vsibench", "videommmu", "mmvu", "mvbench", "tempcompass", "videomme"),  # the paper's

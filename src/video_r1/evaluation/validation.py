@@ -5,14 +5,10 @@ what a continued run has to know of earlier validations.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
-
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
@@ -24,37 +20,6 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 Built = TypeVar("Built")
 Answered = tuple[float, float, float | None]
 """Accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
-
-
-class BestCheckpoint(TrainerCallback):
-    """Takes up a continued run's validation: its best checkpoint, wherever the run folder lies now, and no
-    second validation before the first step.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        if state.global_step == 0:
-            return
-        args.eval_on_start = False
-        best = best_checkpoint(self.folder, state.best_global_step)
-        if best is not None:
-            state.best_model_checkpoint = str(best)
-
-
-def best_checkpoint(folder: Path, step: int | None) -> Path | None:
-    """The checkpoint of the best validation's step; None where there was no validation, or no checkpoint."""
-    best = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    return best if step and best.is_dir() else None
-
-
-def stopped_early(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint (its trainer_state.json) is the last one of a run that early stopping ended."""
-    saved = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
-    return saved is not None and (
-        saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]
-    )
 
 
 def temporal_accuracy(

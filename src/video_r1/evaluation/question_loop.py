@@ -15,8 +15,9 @@ no trace. What is asked for and what is kept of the answers is said by evaluatio
 """
 
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,8 +31,7 @@ from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
-from video_r1.evaluation.predictions import append_records, merge_parts, read_with_parts
-from video_r1.files import part_of, parts_of
+from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
 from video_r1.fingerprint import continue_or_refuse, digest
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
 from video_r1.progress import Progress
@@ -76,7 +76,7 @@ def asked_with(
 
 
 @dataclass(frozen=True)
-class Asking(ABC):
+class QuestionLoop(ABC):
     """Asks every sample in each of `orders` with each of `counts` frames at most.
 
     sampling: of each answer, without a seed; seed: of the contrast clips and all answers. batch_size:
@@ -302,3 +302,47 @@ def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:
         return prompt_builder.question(sample)
     except PromptError as error:  # met again, and listed, when its prompt is made
         return str(error)
+
+
+def read_predictions(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
+    """The records of a predictions file, if there is one; each has the fields `needed`. A last line that was
+    cut off as it was written is removed, so that its question is asked again. Raises RequestError for any
+    other line that is no record."""
+    if not path.is_file():
+        return []
+    records = []
+    with path.open("r+b") as file:
+        for number, _, record in whole_lines(file):
+            if record is None or not record.keys() >= needed:
+                raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
+            records.append(record)
+    return records
+
+
+def read_with_parts(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
+    """The records of a predictions file and of those parts of it that are not merged yet; see
+    `read_predictions`."""
+    return [record for file in (path, *parts_of(path)) for record in read_predictions(file, needed)]
+
+
+def merge_parts(
+    path: Path, records: Iterable[Mapping[str, Any]], place: Callable[[Mapping[str, Any]], Any]
+) -> None:
+    """Makes `path` hold the records, which are its own and those of its parts, in the order of `place`, in
+    one step; then the parts go. A file that is in this order already is left as it is."""
+    records, parts = list(records), parts_of(path)
+    ordered = sorted(records, key=place)
+    if parts or ordered != records:
+        with replacing(path) as file:
+            file.write(json_lines(ordered).decode())
+        for part in parts:
+            part.unlink()
+
+
+def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
+    if lines := json_lines(records):
+        with open(path, "ab", opener=without_links) as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())

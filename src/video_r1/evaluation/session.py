@@ -19,8 +19,8 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Clips, derived_generator
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError
-from video_r1.evaluation.asking import sampling_seed
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
+from video_r1.evaluation.question_loop import sampling_seed
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
@@ -51,7 +51,7 @@ class View:
     gap: Figure | None
 
 
-class Interview:
+class ModelSession:
     """A model and the clips that it was asked about. Close it: it holds the model.
 
     Raises ConfigError for an unusable checkpoint or server; the model is loaded with the first question.

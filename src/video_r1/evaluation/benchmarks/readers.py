@@ -1,0 +1,239 @@
+"""What single benchmarks need beyond their declaration: where clips lie, tasks in the reference's JSON."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from video_r1.data.answers import LETTERS, parse_number
+from video_r1.data.making.options import answer_of, listed, options_of, split_options
+from video_r1.errors import ManifestError
+from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
+
+FORMS = {"multi-choice": 1580, "yes_no": 2453, "caption_matching": 1503, "captioning": 2004}
+_NAMED = re.compile(r"(?:Option|Sentence|Caption) (?:\d|[A-Z]): (.*)", re.DOTALL)
+_INFORMATION = re.compile(r"Information [A-Z]: (.*)", re.DOTALL)
+_INFORMATION_QUESTION = "Which piece of information is consistent with the video?"
+
+
+def read_tempcompass(path: Path) -> Iterator[Row]:
+    """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder a form."""
+    form = path.stem if path.stem in FORMS else path.parent.name
+    if form not in FORMS:
+        return
+    rows = _nested(path) if path.stem in FORMS else json_or_parquet(path)
+    for row in rows:
+        yield {**row, **as_choice(form, row), "data_source": f"TempCompass/{form}"}
+
+
+def _nested(path: Path) -> Iterator[Row]:
+    try:
+        clips = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    for clip, aspects in clips.items():
+        for aspect, questions in aspects.items():
+            for question in questions:
+                yield {**question, "video_id": clip, "dim": aspect}
+
+
+def as_choice(form: str, row: Row) -> Row:
+    """`problem`, lettered `options` and the right `letter` of a question in one of the four forms."""
+    question, *lines = str(row["question"]).split("\n")
+    answer = str(row["answer"]).strip()
+    if form == "yes_no":
+        options = ["yes", "no"]
+        question = "\n".join([question, *lines])
+    elif form == "caption_matching":
+        options = [match.group(1) if (match := _NAMED.fullmatch(line)) else line for line in lines]
+        answer = match.group(1) if (match := _NAMED.fullmatch(answer)) else answer
+    elif form == "captioning":
+        options = [match.group(1) for line in lines if (match := _INFORMATION.fullmatch(line))]
+        answer, question = answer[:1], _INFORMATION_QUESTION
+    else:
+        options = lines
+    choices = options_of(options)
+    letter = answer_of(answer, choices)
+    if letter not in LETTERS:
+        raise ManifestError(f"TempCompass, {form}: the answer {answer!r} is none of {choices}")
+    return {"problem": question, "options": choices, "letter": letter}
+
+
+_TIMEBLIND_OPTIONS = re.compile(r"(.*?)\s*Option A:\s*(.*?)\s*Option B:\s*(.*)", re.DOTALL)
+
+
+def read_vinoground(path: Path) -> Iterator[Row]:
+    """`vinoground_textscore.json` asks which caption fits a clip, `vinoground_videoscore.json` which of two
+    clips in one file fits a caption; `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories:
+    a major one and any number of minor ones, which the authors' get_score_all.py counts alike.
+    """
+    kind = "text" if "textscore" in path.stem else "video"
+    found = _categories(path)
+    for row in json_or_parquet(path):
+        counterpart = str(row["idx"]).rpartition("_")[0]
+        question, options = split_options(str(row["question"]))
+        if len(options) != 2:
+            raise ManifestError(
+                f"{path}: question {row['idx']} has {len(options)} options, not two lines A. and B."
+            )
+        sets = {"id": f"{row['idx']}-{kind}", "counterpart": counterpart, f"{kind}_set": counterpart}
+        categories = found.get(counterpart, [])
+        major = categories[0] if categories else kind
+        yield {
+            **row,
+            **sets,
+            "question": question,
+            "options": options,
+            "major": major,
+            "categories": categories,
+        }
+
+
+def _categories(path: Path) -> dict[str, list[str]]:
+    """By counterpart: the major category, then the minor ones, which `;` separates."""
+    for folder in (path.parent, path.parent.parent):
+        if (folder / "vinoground.csv").is_file():
+            with (folder / "vinoground.csv").open(encoding="utf-8", newline="") as file:
+                rows = list(csv.DictReader(file))
+            both = {row["index"]: f"{row['major']};{row['minor'] or ''}".split(";") for row in rows}
+            return {index: [kind.strip() for kind in kinds if kind.strip()] for index, kinds in both.items()}
+    return {}
+
+
+def read_mvp(path: Path) -> Iterator[Row]:
+    """`video_id` is `<pair>_0` or `_1`; `candidates` is a list as Python writes it."""
+    for row in json_or_parquet(path):
+        pair, clip = str(row["video_id"]).rpartition("_")[0], str(row["video_path"]).lstrip("/")
+        yield {**row, "candidates": listed(row["candidates"]), "pair": pair, "clip": clip}
+
+
+def read_timeblind(path: Path) -> Iterator[Row]:
+    """Four rows an instance: question 0 of clip 0 and 1, question 1 of clip 0 and 1."""
+    for row in json_or_parquet(path):
+        number, text = int(row["index"]), str(row["question"]).strip()
+        part: Row = {"instance": number // 4, "asked": number % 4 // 2, "shown": number % 2}
+        part["clip"] = str(row["video_path"]).removeprefix("TimeBlind/")
+        choice = _TIMEBLIND_OPTIONS.fullmatch(text)
+        if row["type"] == "yes_no":
+            options, answer = ["yes", "no"], str(row["answer"]).strip().lower()
+        elif row["type"] == "multiple_choice" and choice:
+            text, *options = choice.groups()
+            answer = str(row["answer"]).strip()
+        else:
+            raise ManifestError(f"{path}: question {number} is neither yes_no nor has an Option A: and B:")
+        yield {**row, **part, "question": text, "options": options, "answer": answer}
+
+
+QUESTIONS_PER_TASK = 200  # of MVBench
+QUESTIONS_PER_TRACK = 300  # of VideoMMMU
+_TRACKS = ("Adaptation", "Comprehension", "Perception")
+_PICTURED = tuple("ABCD")
+_ABOVE = ("", "video/", "data0613/", "video/data0613/")
+
+
+def discipline(question_id: str, tables: Tables) -> str:
+    """`validation_Art_Theory_12` → `Art`."""
+    return tables["disciplines"].get("_".join(question_id.split("_")[1:-1]), "")
+
+
+def videommmu_places(row: Row, tables: Tables) -> list[Place]:
+    return [Place(f"{discipline(row['id'], tables)}/{row['id']}.mp4"), Place(f"{row['id']}.mp4")]
+
+
+def videommmu_task(row: Row, tables: Tables) -> str:
+    """The reference numbers the questions from 1, track after track, and names none."""
+    return _TRACKS[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TRACK]
+
+
+def read_videommmu(path: Path) -> Iterator[Row]:
+    """An open answer that is a letter chooses among A to D in the picture, and of one that lists spellings
+    (`['24/7', '3.429', '3.43]`) the first number counts: as in the reference's JSON.
+    """
+    for row in json_or_parquet(path):
+        answer = str(row["answer"]).strip()
+        if len(row.get("options") or ()) == 0:
+            if answer in _PICTURED:
+                row = {**row, "options": [f"{letter}. " for letter in _PICTURED]}
+            elif answer.startswith("["):
+                spellings = [each.strip(" []'\"") for each in answer.split(",")]
+                row = {
+                    **row,
+                    "answer": next((each for each in spellings if parse_number(each) is not None), answer),
+                }
+        yield row
+
+
+def mmvu_places(row: Row, tables: Tables) -> list[Place]:
+    """The address of the clip ends in `…/resolve/main/videos/<Subject>/<n>.mp4`."""
+    return [Place(row.get("video_path") or "videos/" + str(row["video"]).partition("/videos/")[2])]
+
+
+def mmvu_task(row: Row, tables: Tables) -> str:
+    return PurePosixPath(row["path"]).parent.name.replace("_", " ")
+
+
+def mvbench_places(row: Row, tables: Tables) -> Iterator[Place]:
+    """The archives lie in `video` and keep their folder when they are unpacked, there or above it; that of
+    `data0613` has several. Clips without an ending are folders of frames.
+    """
+    folder, name = tables["folders"][row["file"]], str(row["video"])
+    stem = str(PurePosixPath(name).with_suffix("")) if "." in name else name
+    names = dict.fromkeys([name, f"{stem}.mp4"] if "." in name else [f"{stem}.mp4"])
+    places = [Place(f"{folder}/{each}") for each in names]
+    if "." not in name:
+        places.append(Place(f"{folder}/{stem}"))
+    if converted := tables["converted"].get(folder):
+        places += [Place(f"{converted}/{each}") for each in names]
+    if cut := tables["cut"].get(folder):
+        window = f"{row.get('start')}_{row.get('end')}"
+        places += [Place(f"{cut}/{stem}_{window}.mp4", True), Place(f"{cut}/{stem}.mp4", True)]
+    for place in places:
+        yield from (place._replace(path=above + place.path) for above in _ABOVE)
+
+
+def mvbench_task(row: Row, tables: Tables) -> str:
+    """The reference numbers all 4,000 questions from 1, task after task."""
+    return list(tables["folders"])[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TASK]
+
+
+def read_tomato(path: Path) -> Iterator[Row]:
+    """`data/<kind of reasoning>.json`: questions by number, the answer as its place from 0."""
+    kind = path.stem.replace("&", "_")
+    try:
+        questions = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"{path}: cannot be read as JSON ({error})") from error
+    for number, row in questions.items():
+        yield {**row, "id": f"{kind}-{number}", "task": kind, "letter": LETTERS[row["answer"]]}
+
+
+def read_longvideobench(path: Path) -> Iterator[Row]:
+    """`candidates`, or `option0` to `option4` of which "N/A" is none; `correct_choice` counts from 0."""
+    for row in json_or_parquet(path):
+        five = [row.get(f"option{place}") for place in range(5)]
+        options = row.get("candidates") or [option for option in five if option not in (None, "N/A")]
+        yield {**row, "options": options, "letter": LETTERS[row["correct_choice"]]}
+
+
+def read_charades_sta(path: Path) -> Iterator[Row]:
+    """`timestamp` is [start, end] in seconds with one decimal, kept as 16-bit numbers."""
+    for row in json_or_parquet(path):
+        span = [round(float(second), 1) for second in row["timestamp"]]
+        yield {**row, "answer": json.dumps({"time": span})}
+
+
+SPECIAL: dict[str, dict[str, Any]] = {
+    "videommmu": {"read": read_videommmu, "find_places": videommmu_places, "find_task": videommmu_task},
+    "mmvu": {"find_places": mmvu_places, "find_task": mmvu_task},
+    "mvbench": {"find_places": mvbench_places, "find_task": mvbench_task},
+    "tempcompass": {"read": read_tempcompass},
+    "tomato": {"read": read_tomato},
+    "longvideobench": {"read": read_longvideobench},
+    "vinoground": {"read": read_vinoground},
+    "mvp": {"read": read_mvp},
+    "mvp_mini": {"read": read_mvp},
+    "timeblind": {"read": read_timeblind},
+    "charades_sta": {"read": read_charades_sta},
+}

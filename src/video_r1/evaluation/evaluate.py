@@ -1,0 +1,373 @@
+"""Evaluation: every question with every frame count in every frame order, scored.
+
+asking.py ─► score ─► predictions-<frames>.jsonl ─► summary.json
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from video_r1.data.answers import extract_answer, parse_number, read_answer
+from video_r1.data.manifests.records import Sample, load_manifest, question_digest
+from video_r1.data.prompts import Prompt, TextPrompts
+from video_r1.data.rollouts import Rollout
+from video_r1.errors import RequestError, writing_to
+from video_r1.evaluation import paper
+from video_r1.evaluation.benchmarks.loading import Questions, load_questions
+from video_r1.evaluation.gap_figure import gain_page, gap_page
+from video_r1.evaluation.metrics import mean_relative_accuracy
+from video_r1.evaluation.paper import COLUMNS, compare_with_paper, comparison_table, setup_differences
+from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
+from video_r1.evaluation.summary import NEEDED, ORDERS, cell, check_pairs, summarise, summary_table
+from video_r1.files import replace_json, replace_text
+from video_r1.processes import claimed_by_first, decided_by_first, process_group, process_index
+from video_r1.rewards.correctness import correctness, overlaps
+from video_r1.rewards.shaping import format_reward
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.engine_factory import open_engine, open_prompts
+from video_r1.settings.decoding import Answer, BenchmarkSettings, EvalSettings, Protocol
+from video_r1.settings.frames import CONTROLS, FrameBudget
+from video_r1.tables import table
+
+
+def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:
+    """Evaluate a checkpoint on a manifest or on benchmarks, print the tables and return the summary.
+
+    Reads the questions before it loads the model. Writes what `video_r1.evaluation.evaluate.evaluate` or
+    `video_r1.evaluation.evaluate.run_questions` writes, to `settings.out` or `evaluation_folder(…)`. Raises
+    ManifestError, ConfigError and RequestError, and VideoR1Error when another process of the evaluation (by
+    `accelerate launch`) is lost.
+    """
+    bench = bench or BenchmarkSettings()
+    if (settings.manifest is None) == (bench.bench is None):
+        raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
+    assert settings.model is not None  # settings without it are refused
+    name = settings.manifest or "benchmarks"
+    folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, name)
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"out: {folder} is a file; name a folder that is new or has this evaluation")
+
+    def questions() -> Any:
+        if settings.manifest is None:
+            return load_suite(settings, bench, folder)
+        return load_manifest(settings.manifest, **settings.manifest_options())[: settings.limit]
+
+    with process_group(folder):
+        asked = decided_by_first(questions)
+        with claimed_by_first(folder):
+            summary = run_questions(asked, settings, bench, folder)
+        print(f"\npredictions and figures: {folder}")
+    return summary
+
+
+def evaluation_folder(model: str, manifest: str) -> Path:
+    """Where the figures of a checkpoint on a manifest go: `runs/eval/<model>-<manifest>`."""
+    return Path("runs/eval") / "-".join([*Path(model).parts[-2:], Path(manifest).stem]).replace("/", "")
+
+
+class Scored(NamedTuple):
+    prediction: str  # the answer that was read, "" for none
+    score: float  # of that answer
+    strict_score: float  # of the text in the answer tags alone
+    format: float  # 1 when the whole output has the answer format
+
+
+def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Scored:
+    """Scores one output, tolerantly and strictly: regression by MRA, all else by the training reward. by: the
+    protocol that decides the prediction and its score in place of the tolerant reading."""
+    kind, truth = sample.problem_type, sample.answer
+    if by == "reference":
+        prediction = paper.read_answer(output)
+        score = paper.score(kind, prediction, truth)
+    else:
+        prediction = read_answer(output, kind, sample.options)
+        score = _score(kind, prediction, truth)
+    strict = _score(kind, extract_answer(output), truth)
+    return Scored(prediction, score, strict, format_reward(output, kind))
+
+
+def _score(problem_type: str, prediction: str, truth: str) -> float:
+    if problem_type != "regression":
+        return correctness(problem_type, prediction, truth)
+    numbers = [parse_number(text) for text in (prediction, truth)]
+    predicted, expected = (float("nan") if number is None else number for number in numbers)
+    return float(mean_relative_accuracy([predicted], [expected])[0])
+
+
+def evaluate(
+    samples: Sequence[Sample],
+    engine: RolloutEngine,
+    prompt_builder: TextPrompts,
+    budget: FrameBudget,
+    settings: EvalSettings,
+    folder: Path,
+) -> dict[str, Any]:
+    """Evaluates `engine` on `samples` and returns the summary, which is also written to `summary.json`.
+
+    budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
+    settings: the frame counts and orders (images have no shuffled order and are asked once), the sampling,
+    how many questions the engine is given at once, each of them in every order, and the protocol, which
+    replaces the prompt's template, the size of small frames and the scores.
+
+    Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order, and of direct
+    answers `direct-<frames>.jsonl`;
+    `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
+    `evaluation.json`, what makes the figures.
+    Started again with the same settings it continues, tries the quarantined questions again, and its figures
+    cover all samples. Every process of the command calls it, with an engine of its own, and has the summary.
+    Raises what `QuestionLoop.run` raises, and RequestError for `pairs` that are no sets.
+    """
+    if settings.protocol == "reference":
+        samples = [paper.as_asked(sample) for sample in samples]
+        prompt_builder = prompt_builder.with_template(paper.TEMPLATE)
+        budget = paper.as_sized(budget)
+    for sample in samples:
+        check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
+    sampling = SamplingSettings.of(settings)
+    made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
+    asking = _Evaluation(
+        samples, engine, prompt_builder, folder, settings.order, settings.frame_counts, sampling,
+        settings.seed, settings.batch_size, settings.answer,
+        settings.protocol,
+    )  # fmt: skip
+    asking.run(made_with, budget, settings)
+    return decided_by_first(lambda: asking.summary(made_with))
+
+
+@dataclass(frozen=True)
+class _Evaluation(QuestionLoop):
+    what: ClassVar = "an evaluation"
+    doing: ClassVar = "evaluating"
+    answers: ClassVar = "predictions"
+    settings_file: ClassVar = "evaluation.json"
+    needed: ClassVar = NEEDED
+
+    protocol: Protocol | None = None
+
+    def record(
+        self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
+    ) -> dict[str, Any]:
+        (rollout,) = rollouts
+        scored = score_output(sample, rollout.text, self.protocol)
+        overlap = overlaps(sample.problem_type, scored.prediction, sample.answer)
+        return {
+            "problem_id": sample.problem_id,
+            "question": question_digest(sample.problem, sample.options, sample.answer, sample.paths),
+            "order": prompt.order,
+            "output": rollout.text,
+            **scored._asdict(),
+            **({"overlaps": overlap} if overlap else {}),
+            "answer": sample.answer,
+            "frames": frames,
+            "tokens": len(rollout.token_ids),
+            "finish_reason": rollout.finish_reason,
+            "problem_type": sample.problem_type,
+            "data_type": sample.data_type,
+            "data_source": sample.data_source,
+            "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
+            **{name: sample.extra[name] for name in ("pairs",) if name in sample.extra},
+        }
+
+    def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
+        """For the first process, when all are done: merges their files and writes the summary."""
+        merged = self.merged()
+        frames = {
+            str(count): self.figures({way: merged[count, way] for way in self.ways}) for count in self.counts
+        }
+        summary = {
+            "questions": len(self.samples),
+            "answer": list(self.ways),
+            "settings": made_with,
+            "frames": frames,
+        }
+        replace_json(self.folder / "summary.json", summary)
+        return summary
+
+    def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
+        """Figures over all samples and the orders of this run, whichever run answered them."""
+        wanted = self.keys(self.samples)
+        clips = {sample.problem_id: {"clip": sample.shown} for sample in self.samples}
+        records = {
+            way: [found[key] | clips[key[0]] for key in wanted if key in found]
+            for way, found in answered.items()
+        }
+        keys = [key for key in wanted if all(key in found for found in answered.values())]
+        return summarise(records.get("reasoned", []), records.get("direct", [])) | {
+            "skipped": self.skipped(dict.fromkeys(keys))
+        }
+
+
+def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
+    """The questions of all benchmarks. Raises one RequestError with what is wrong with any of them."""
+    loaded, problems = [], []
+    for name in bench.bench or ():
+        try:
+            questions = load_questions(
+                name,
+                settings.media_root,
+                folder / Path(name).stem,
+                allow_missing=bench.allow_missing,
+                annotation=bench.annotation
+                or ("reference" if settings.protocol and name in COLUMNS else None),
+            )
+        except RequestError as error:
+            problems.append(str(error))
+        else:
+            loaded.append(questions)
+    if problems:
+        raise RequestError("; ".join(problems))
+    if len({questions.name for questions in loaded}) < len(loaded):
+        raise RequestError("bench: two of the manifests have the same name; their folders would be one")
+    return loaded
+
+
+def run_questions(
+    asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
+) -> dict[str, Any]:
+    """Evaluates `Sample`s or, with benchmarks, `Questions`, prints the tables and returns the summary that is
+    in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does. Every
+    process of the command calls it; the first one writes."""
+    if bench.controls:
+        settings = replace(settings, order=list(CONTROLS))
+    elif bench.temporal_gap:
+        settings = replace(settings, order=["ordered", "shuffled"])
+    processor, builder, budget = open_prompts(settings)
+    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
+        ask = partial(evaluate, engine=engine, prompt_builder=builder, budget=budget, settings=settings)
+        if bench.bench:
+            results = _results(asked, settings, folder, ask)
+            summary = _summary_of(results, asked, settings, bench)
+            if process_index() == 0:
+                replace_json(folder / "summary.json", summary)
+        else:
+            title = Path(str(settings.manifest)).stem
+            summary = ask(asked, folder=folder)
+            results = {title: {"title": title, "frames": summary["frames"]}}
+            print(summary_table(summary))
+        if bench.temporal_gap or bench.controls:
+            _draw(folder / "temporal-gap.html", gap_page(results, str(settings.model)))
+        if len(settings.answer) > 1:
+            _draw(folder / "reasoning.html", gain_page(results, str(settings.model)))
+    return summary
+
+
+def _draw(page: Path, text: str) -> None:
+    if process_index() == 0:
+        replace_text(page, text)
+    print(f"\nby task type: {page}")
+
+
+def _results(
+    suite: Sequence[Questions], settings: EvalSettings, folder: Path, ask: Callable[..., dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Each benchmark's figures by its name, printed as they come."""
+    results: dict[str, dict[str, Any]] = {}
+    for number, questions in enumerate(suite):
+        samples = questions.samples[: settings.limit]
+        coverage = questions.coverage._replace(questions=len(samples))
+        questions = questions._replace(samples=samples, coverage=coverage)
+        summary = ask(samples, folder=folder / questions.name)
+        results[questions.name] = described(questions, summary)
+        print(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
+        print(summary_table(summary))
+    return results
+
+
+def _summary_of(
+    results: Mapping[str, Any], suite: Sequence[Questions], settings: EvalSettings, bench: BenchmarkSettings
+) -> dict[str, Any]:
+    """The figures of all benchmarks, printed side by side, and beside the paper's where that is asked for."""
+    summary: dict[str, Any] = {"model": settings.model, "benchmarks": results}
+    print(f"\n{overview(results)}")
+    if bench.compare == "paper":
+        comparisons = compare_with_paper(results)
+        summary["comparison"] = [
+            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
+        ]
+        print(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
+    if bench.compare == "paper" or settings.protocol:
+        differences = setup_differences(settings, suite)
+        summary |= {"protocol": settings.protocol, "setup_differences": differences}
+        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
+    return summary
+
+
+def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """A benchmark's summary with what the figures are of."""
+    coverage, benchmark = questions.coverage, questions.benchmark
+    facts: dict[str, Any] = {
+        "title": questions.title,
+        "coverage": str(coverage),
+        "complete": coverage.complete,
+        "missing_media": list(coverage.missing),
+        "headline": "questions" if benchmark is None else benchmark.headline,
+        "answer": summary["answer"],
+        "settings": summary["settings"],
+        "frames": summary["frames"],
+    }
+    if benchmark is not None:
+        facts |= {
+            "dataset": benchmark.dataset,
+            "annotation": questions.annotation,
+            "metric": benchmark.metric,
+            "unverified": list(benchmark.unverified),
+        }
+    return facts
+
+
+def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """One line for each benchmark, frame count and mean: headline figures in percent."""
+    head = ["", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap", "reasoned − direct"]
+    rows: list[tuple[str, ...]] = []
+    directly = ", direct answers"
+    for result in results.values():
+        title, part = result["title"], "" if result["complete"] else " (part)"
+        own_way = directly if result.get("answer") == ["direct"] else ""
+        for frames, figures in result["frames"].items():
+            if result["headline"] == "tasks":
+                rows.append(_task_row(f"{title}, mean over task types{part}", frames, figures))
+                title = f"{result['title']}, mean over questions"
+            for way, own in ((own_way, figures), (directly, figures.get("direct"))):
+                if own:
+                    rows.append(_question_row(title + way + part, frames, own))
+                    rows += _pair_rows(result, way + part, frames, own)
+    if all(row[-1] == "-" for row in rows):
+        head, rows = head[:-1], [row[:-1] for row in rows]
+    return table(head, rows)
+
+
+def _task_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    ordered, shuffled = (_percent(figures.get(order, {}).get("task_mean"), "accuracy") for order in ORDERS)
+    return title, frames, ordered, "", "", shuffled, "", "-"
+
+
+def _pair_rows(
+    result: Mapping[str, Any], way: str, frames: str, figures: Mapping[str, Any]
+) -> list[tuple[str, ...]]:
+    rows = []
+    for name, pairs in figures.get("by_pairs", {}).items():
+        title = f"{result['title']}, {name}"
+        if result["headline"] == "tasks":
+            rows.append(_task_row(f"{title}, mean over task types{way}", frames, pairs))
+        rows.append(_question_row(title + way, frames, pairs))
+    return rows
+
+
+def _question_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
+    ordered = figures.get("ordered")
+    return (
+        title,
+        frames,
+        _percent(ordered, "accuracy"),
+        f"{100 * ordered['strict_accuracy']:.1f}" if ordered else "-",
+        f"{100 * ordered['unparsable_rate']:.1f}" if ordered else "-",
+        _percent(figures.get("shuffled"), "accuracy"),
+        _percent(figures.get("temporal_gap"), "gap"),
+        _percent(figures.get("reasoning_gains", {}).get("ordered"), "gain"),
+    )
+
+
+_percent = partial(cell, scale=100, digits=1)
