@@ -22,10 +22,10 @@ from report_runs import (
     write_lines,
     write_rl_run,
 )
-from video_r1.evaluation.predictions import append_records
 
 from video_r1.cli import main
 from video_r1.errors import RequestError
+from video_r1.evaluation.question_loop import append_records
 from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
 from video_r1.report.groups import choose_evenly, read_groups
