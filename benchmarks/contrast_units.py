@@ -3,7 +3,7 @@
     python -m benchmarks.contrast_units --json [--model FOLDER] [--manifest lab/test.json] [--questions 64]
 
 Samples G responses to each video of the lab (made here where no manifest is named), and takes their drops in
-log-probability (training/drops.py) with frames permuted and with patches. `units`: frames against patches,
+log-probability (training/logprob_contrast.py) with frames permuted and with patches. `units`: frames against patches,
 the correlation of the responses' drops Δ and of their ranks, that of the tokens' drops, and the share of key
 tokens (rule `tokens`) that are the same. `two_orders`: the same between two draws of shuffled frames, beyond
 which two units cannot agree.
@@ -34,7 +34,7 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 from video_r1.training.advantages import token_weights
-from video_r1.training.drops import logprob_drops
+from video_r1.training.logprob_contrast import logprob_drops
 
 SIDE, BATCH = 56, 16
 

@@ -32,7 +32,7 @@ from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.requests import asks_of, engine_input, server_request, visuals_of
 from video_r1.settings.frames import Contrast, Order
-from video_r1.training.drops import logprob_drops
+from video_r1.training.logprob_contrast import logprob_drops
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 CONTRASTS = get_args(Contrast)
@@ -255,7 +255,7 @@ def test_a_clip_that_does_not_move_loses_nothing(
         scored.append(1)
         return group_logprobs(*args, **options)
 
-    monkeypatch.setattr("video_r1.training.drops.group_logprobs", heard)
+    monkeypatch.setattr("video_r1.training.logprob_contrast.group_logprobs", heard)
     batches, _ = first_step(trainer)
     groups = [group for batch in batches for group in batch["batch"].groups]
     drops = torch.cat([drops for group in groups for drops in group.token_drops])

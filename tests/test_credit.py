@@ -31,10 +31,10 @@ from video_r1.training.advantages import (
     token_weights,
     updated_moments,
 )
-from video_r1.training.checks import warn_of_cancelled_bonus
+from video_r1.training.batches import PolicyBatch
+from video_r1.training.callbacks import warn_of_cancelled_bonus
 from video_r1.training.credit import TaskMoments, give_advantages
 from video_r1.training.metrics import Meter, describe_credit
-from video_r1.training.rollouts import PolicyBatch
 
 
 def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> RolloutGroup:

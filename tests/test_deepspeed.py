@@ -29,7 +29,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from video_r1.errors import VideoR1Error
 from video_r1.models.loading import load_model
-from video_r1.training.guards import UpdateGuard
+from video_r1.training.callbacks import UpdateGuard
 from video_r1.training.sharded import check_training_state, loss_that_skips
 
 pytestmark = [

@@ -15,9 +15,7 @@ from tiny_questions import read_lines
 from torch import equal
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.training.difficulty import Difficulty, accuracy_before, updated
-from video_r1.training.dynamic_sampling import teaches_nothing
-from video_r1.training.questions import Slot
+from video_r1.training.questions import Difficulty, Slot, accuracy_before, teaches_nothing, updated
 from video_r1.training.tgrpo import TGRPOTrainer
 
 

@@ -15,7 +15,7 @@ from tiny_questions import read_lines
 from torch import Tensor
 
 from video_r1.data.rollouts import RolloutGroup
-from video_r1.training.rollouts import kept_tokens
+from video_r1.training.batches import kept_tokens
 
 
 def nothing(completions: list[str], **columns: Any) -> list[float]:

@@ -23,7 +23,7 @@ from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.training import guards
+from video_r1.training import callbacks as guards
 from video_r1.training.checkpoints import last_whole_checkpoint
 
 

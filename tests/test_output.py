@@ -19,8 +19,8 @@ from transformers import TrainerControl, TrainerState
 
 from video_r1 import progress as progress_module
 from video_r1.progress import COLUMNS, Progress, Warnings, folded, tidy_output
-from video_r1.training.guards import StepProgress
-from video_r1.training.metrics import Meter, StepSeconds, describe_groups
+from video_r1.training.callbacks import StepProgress, StepSeconds
+from video_r1.training.metrics import Meter, describe_groups
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
 

@@ -18,7 +18,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.checks import sampler_weights
+from video_r1.training.batches import sampler_weights
 from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 

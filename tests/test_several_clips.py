@@ -32,7 +32,7 @@ from video_r1.report.groups import group_of
 from video_r1.rollout.chat import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import in_process_engine
-from video_r1.training.drops import logprob_drops
+from video_r1.training.logprob_contrast import logprob_drops
 from video_r1.training.recording import record_group, same_size
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from transformers import TrainerControl, TrainerState
 
 from video_r1.files import is_finished
 from video_r1.signals import Interrupted, ended_by_signals, told_of_signals
-from video_r1.training.stopping import StopWhenAsked
+from video_r1.training.callbacks import StopWhenAsked
 
 SLOW = 60.0
 

@@ -19,7 +19,7 @@ from tiny_questions import read_lines
 from transformers import TrainerCallback
 
 from video_r1.cli import main
-from video_r1.training import guards
+from video_r1.training import callbacks as guards
 from video_r1.training.tgrpo import TGRPOTrainer
 
 STEPS = 2

@@ -111,7 +111,7 @@ def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
 def token_weights(drops: Tensor, kappa: float) -> Tensor:
     """w_t = (1 + κ·key_t) ÷ its mean over the response: tokens that need the frame order count more.
 
-    drops: [L] float, d_t = log π(o_t | V) − log π(o_t | Ṽ) of one response (training/drops.py). key_t is 1
+    drops: [L] float, d_t = log π(o_t | V) − log π(o_t | Ṽ) of one response (logprob_contrast.py). key_t is 1
     where |d_t| is among the largest fifth (⌈L/5⌉ tokens and those that equal the least of them), else 0.
     Returns [L] of mean 1: a response counts the same whatever its length. Video-KTR (arXiv 2601.19686) trains
     the largest fifth alone, κ → ∞, joined with those of masked frames and of entropy.

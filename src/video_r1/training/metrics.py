@@ -5,32 +5,27 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback, TrainerState
 
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.files import append_line, json_lines, replace_text, whole_lines
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
-from video_r1.recipe import Recipe, save_resolved
 from video_r1.rewards.shaping import has_self_reflection
-from video_r1.settings.base import Settings
 from video_r1.training.advantages import without_variance
 from video_r1.training.objective import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
-LEFT_OUT = "left_out.jsonl"  # groups of a run folder that its steps learnt nothing from
+
+SKIPPED_GROUPS = "left_out.jsonl"  # groups of a run folder that its steps learnt nothing from
+
+
 VISIBLE_CHANGE = 0.01  # of an advantage, whose deviation in its group is 1
 
 
@@ -160,34 +155,6 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
     meter.add("policy/entropy", float(policy.entropy.detach().sum()), tokens)
 
 
-def take_peak_memory() -> float:
-    """GiB: the most allocated on a GPU since the last call; without one, the most the process has had."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class StepSeconds(TrainerCallback):
-    """Measures `seconds/update`, the passes forward and back and the optimizer without sampling; and
-    `memory/peak_gib`, the peak of a whole step in the process that needs most.
-    """
-
-    def __init__(self, meter: Meter) -> None:
-        self.meter = meter
-        self.start = 0.0
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        self.meter.steps += 1
-        self.meter.total("seconds/update", time.perf_counter() - self.start)
-        self.meter.peak("memory/peak_gib", take_peak_memory())
-
-
 @contextmanager
 def tolerated(record: str) -> Iterator[None]:
     """Where the disk refuses what is written inside, a warning says so, and the run goes on without it."""
@@ -200,48 +167,3 @@ def tolerated(record: str) -> Iterator[None]:
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
-
-
-class RunFolder(TrainerCallback):
-    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder.
-
-    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When
-    the disk refuses a line, the run goes on and says so once.
-    """
-
-    def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
-        self.folder = folder
-        self.settings = settings
-        self.start = time.time()
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        if not state.is_world_process_zero:
-            return
-        warn_once.cache_clear()  # every run of a process says it anew
-        save_resolved(self.settings, self.folder)
-        # A run that begins anew validates before its first step again (eval_on_start).
-        last = state.global_step or -1
-        metrics = keep_until(self.folder / "metrics.jsonl", last)
-        keep_until(self.folder / "rollouts.jsonl", last)
-        keep_until(self.folder / LEFT_OUT, last)
-        self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
-        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-            return
-        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time() - self.start, 3)}
-        for name, value in logs.items():
-            if name != "epoch" and isinstance(value, (int, float)):
-                line[name] = value if math.isfinite(value) else None
-        with tolerated("metrics.jsonl"):
-            append_line(self.folder / "metrics.jsonl", line)
-
-
-def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites a JSON-lines file with only its whole lines of steps up to `step`; returns these lines."""
-    if not path.exists():
-        return []
-    with path.open("r+b") as file:
-        kept = [line for _, _, line in whole_lines(file) if line is not None and line.get("step", 0) <= step]
-    replace_text(path, json_lines(kept).decode())
-    return kept

@@ -7,6 +7,7 @@ that is resumed therefore sees exactly what an uninterrupted one sees.
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_left
 from collections import OrderedDict
@@ -20,14 +21,24 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Reader, Unusable, derived_generator, quarantined
+from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import MediaError, PromptError, VideoR1Error
 from video_r1.files import append_line
+from video_r1.models.group_forward import VisualFeatures
+from video_r1.processes import gather, gather_lists
+from video_r1.training.advantages import without_variance
+from video_r1.training.recording import group_facts
 
 Loaded = TypeVar("Loaded")
+
+
 Content = TypeVar("Content")
+
 
 MAX_DRAWS = 100
 """Unusable questions in a row after which training stops: the media are then missing as a whole."""
@@ -35,7 +46,7 @@ MAX_DRAWS = 100
 
 class Slot(NamedTuple):
     """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0;
-    `round` counts the questions that have had the place before (dynamic_sampling.py).
+    `round` counts the questions that have had the place before.
     """
 
     epoch: int
@@ -220,3 +231,129 @@ def tensor_bytes(value: Any) -> int:
     elif not isinstance(value, (tuple, list)):
         return 0
     return sum(map(tensor_bytes, value))
+
+
+class Asked(NamedTuple):
+    """Scored groups, and the features of their ordered prompts where these are there (see PolicyBatch)."""
+
+    groups: list[RolloutGroup]
+    vision: list[VisualFeatures | None] | None
+
+
+class SkippedGroup(NamedTuple):
+    """A group without variance: its place and round, what is written down of it (`group_facts`), and the
+    question that has the place in the end (None: no further one had variance, and the first one keeps it).
+    """
+
+    slot: Slot
+    facts: dict[str, Any]
+    replaced_by: str | int | None
+
+    @property
+    def reason(self) -> str:
+        if self.slot.round > 0:
+            return "tried"
+        return "no variance" if self.replaced_by is None else "replaced"
+
+    def line(self, step: int) -> dict[str, Any]:
+        """Its line of left_out.jsonl."""
+        told = {"reason": self.reason, "round": self.slot.round, "replaced_by": self.replaced_by}
+        return {"step": step, **self.facts, **told}
+
+
+def fill_places(
+    slots: Sequence[Slot], asked: Asked, ask: Callable[[list[Slot]], Asked], rounds: int
+) -> tuple[Asked, list[SkippedGroup]]:
+    """The groups of these places after at most so many rounds, and all that had no variance.
+
+    ask: reads, samples and scores the questions of some slots ([] too: processes that sample together call it
+    together). Every process calls this with its own places.
+    """
+    groups, vision = list(asked.groups), asked.vision and list(asked.vision)
+    in_vain = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
+    for number in range(1, rounds + 1):
+        flat = [place for place, group in enumerate(groups) if teaches_nothing(group)]
+        if not any(gather(len(flat))):
+            break
+        further = ask([slots[place]._replace(round=number) for place in flat])
+        for n, place in enumerate(flat):
+            if teaches_nothing(further.groups[n]):
+                in_vain[place].append(group_facts(further.groups[n]))
+                continue
+            groups[place] = further.groups[n]
+            if vision is not None and further.vision is not None:
+                vision[place] = further.vision[n]
+    skipped = []
+    for slot, group, tried in zip(slots, groups, in_vain, strict=True):
+        by = None if teaches_nothing(group) else group.sample.problem_id
+        skipped += [SkippedGroup(slot._replace(round=n), facts, by) for n, facts in enumerate(tried)]
+    return Asked(groups, vision), skipped
+
+
+def teaches_nothing(group: RolloutGroup) -> bool:
+    """Whether all its completions earn the same."""
+    return bool(without_variance(group.total_reward[None]))
+
+
+Accuracy = tuple[float | None, int, float]
+"""Of a question: before the epoch in which it was last asked (None: never), that epoch, and now."""
+
+
+class Difficulty(TrainerCallback, ExportableState):
+    """Keeps the questions whose accuracy is unknown or in [low, high] (`difficulty_range`).
+
+    The record is the same in every process and lies in a checkpoint's trainer_state.json.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+        self.record: dict[str, Accuracy] = {}
+        self.kept: dict[int, Sequence[int]] = {}  # by epoch
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {"low": self.low, "high": self.high}, "attributes": {"record": self.record}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        callbacks: Any = state.stateful_callbacks  # of a new run or of the checkpoint
+        saved = callbacks[type(self).__name__]["attributes"]["record"]
+        self.record = {name: (before, epoch, now) for name, (before, epoch, now) in saved.items()}
+        self.kept = {}
+
+    def add(self, groups: Sequence[RolloutGroup], epochs: Sequence[int]) -> None:
+        """Takes in some groups, asked in these epochs. Every process calls it with its own."""
+        own = [(str(g.sample.problem_id), epoch, g.p) for g, epoch in zip(groups, epochs, strict=True)]
+        everyone, _ = gather_lists(own)
+        for name, epoch in sorted({(name, epoch) for name, epoch, _ in everyone}):
+            shares = [p for other, _, p in everyone if other == name]
+            self.record[name] = updated(self.record.get(name), epoch, math.fsum(shares) / len(shares))
+
+    def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
+        """The questions to ask in an epoch, by number, ascending. Raises VideoR1Error where none is left."""
+        if epoch not in self.kept:
+            known = [accuracy_before(self.record.get(str(sample.problem_id)), epoch) for sample in samples]
+            kept = [n for n, a in enumerate(known) if a is None or self.low <= a <= self.high]
+            if not kept:
+                easy = sum(a is not None and a > self.high for a in known)
+                raise VideoR1Error(
+                    f"difficulty_range [{self.low:g}, {self.high:g}] leaves none of {len(samples):,} "
+                    f"questions for epoch {epoch + 1}: {easy:,} are answered right more often, "
+                    f"{len(samples) - easy:,} less often. Widen it, or train for fewer epochs"
+                )
+            self.kept = {epoch: range(len(samples)) if len(kept) == len(samples) else kept}
+        return self.kept[epoch]
+
+
+def updated(accuracy: Accuracy | None, epoch: int, share: float) -> Accuracy:
+    """A question's entry after it was answered right in this share of its completions."""
+    if accuracy is None:
+        return None, epoch, share
+    before, last, now = accuracy
+    return before if last == epoch else now, epoch, (now + share) / 2
+
+
+def accuracy_before(accuracy: Accuracy | None, epoch: int) -> float | None:
+    """What was known of a question when the epoch began."""
+    if accuracy is None:
+        return None
+    before, last, now = accuracy
+    return now if last < epoch else before

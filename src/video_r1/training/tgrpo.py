@@ -64,32 +64,30 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.documented import documented
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.checks import (
-    CHECKED_QUESTIONS,
-    Preflight,
-    SamplerCheck,
-    sampler_difference,
-    sampler_weights,
-    warn_of_cancelled_bonus,
-)
-from video_r1.training.credit import TaskMoments, give_advantages
-from video_r1.training.difficulty import Difficulty
-from video_r1.training.drops import Comparison, compare, samples_as_it_scores
-from video_r1.training.dynamic_sampling import Asked, LeftOut, fill_places
-from video_r1.training.judge import Judge, JudgeAway
-from video_r1.training.metrics import LEFT_OUT, describe_groups, describe_update, tolerated
-from video_r1.training.objective import Clip, entropy_sum, policy_loss
-from video_r1.training.questions import Ready, Slot
-from video_r1.training.recording import record_group
-from video_r1.training.reference import Reference, ReferenceSync
-from video_r1.training.rollouts import (
+from video_r1.training.batches import (
     PolicyBatch,
     StepRollouts,
     flat_groups_count,
     kept_tokens,
     policy_batches,
+    sampler_weights,
     step_scale,
 )
+from video_r1.training.callbacks import (
+    CHECKED_QUESTIONS,
+    Preflight,
+    SamplerCheck,
+    sampler_difference,
+    warn_of_cancelled_bonus,
+)
+from video_r1.training.credit import TaskMoments, give_advantages
+from video_r1.training.judge import Judge, JudgeAway
+from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
+from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
+from video_r1.training.objective import Clip, entropy_sum, policy_loss
+from video_r1.training.questions import Asked, Difficulty, Ready, SkippedGroup, Slot, fill_places
+from video_r1.training.recording import record_group
+from video_r1.training.reference import Reference, ReferenceSync
 from video_r1.training.runs import Questions, RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
 
@@ -321,21 +319,21 @@ class TGRPOTrainer(QuestionTrainer):
             assert self.source is not None
             return self.ask(self.ready([self.source.submit(slot) for slot in slots]))
 
-        asked, left_out = fill_places(slots, asked, ask, rounds)
+        asked, skipped = fill_places(slots, asked, ask, rounds)
         if rounds > 0:
-            replaced = sum(group.reason == "replaced" for group in left_out)
+            replaced = sum(group.reason == "replaced" for group in skipped)
             self.meter.add("groups/replaced", replaced, len(slots))
         if self.settings.log_rollouts > 0:
-            self.record_left_out(left_out)
+            self.record_skipped(skipped)
         return asked
 
-    def record_left_out(self, own: Sequence[LeftOut]) -> None:
+    def record_skipped(self, own: Sequence[SkippedGroup]) -> None:
         """Writes down the step's groups without variance, those of all processes, by their places."""
         everyone, _ = gather_lists(own)
         if self.is_world_process_zero():
-            with tolerated(LEFT_OUT):
+            with tolerated(SKIPPED_GROUPS):
                 for group in sorted(everyone, key=lambda group: group.slot):
-                    append_line(self.folder / LEFT_OUT, group.line(self.state.global_step + 1))
+                    append_line(self.folder / SKIPPED_GROUPS, group.line(self.state.global_step + 1))
 
     def answered(self, ready: Sequence[Ready[Question]], groups: Sequence[RolloutGroup]) -> None:
         """Takes the groups into the record of `difficulty_range`, where there is one."""

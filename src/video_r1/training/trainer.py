@@ -42,6 +42,16 @@ from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, naming_lost_processes, wait_for_everyone
 from video_r1.recipe import Recipe, resolved
 from video_r1.settings.base import Settings
+from video_r1.training.callbacks import (
+    RunFolder,
+    StepProgress,
+    StepSeconds,
+    StopWhenAsked,
+    UpdateGuard,
+    check_trackers,
+    describe_run,
+    let_trackers_fail,
+)
 from video_r1.training.checkpoints import (
     UNFINISHED,
     BestCheckpoint,
@@ -54,8 +64,7 @@ from video_r1.training.checkpoints import (
     stopped_early,
     writing,
 )
-from video_r1.training.guards import StepProgress, UpdateGuard, check_trackers, let_trackers_fail
-from video_r1.training.metrics import Meter, RunFolder, StepSeconds
+from video_r1.training.metrics import Meter
 from video_r1.training.questions import EpochSlots, QuestionSource, Ready, Slot, StepBatches
 from video_r1.training.runs import (
     Questions,
@@ -74,8 +83,6 @@ from video_r1.training.sharded import (
     parameter_count,
     whole_weights,
 )
-from video_r1.training.stopping import StopWhenAsked
-from video_r1.training.trackers import describe_run
 
 logger = logging.getLogger(__name__)
 

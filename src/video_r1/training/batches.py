@@ -8,6 +8,7 @@ run has nothing to collect and is sampled by the present weights.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +26,9 @@ from video_r1.models.group_forward import GroupLogprobs, VisualFeatures
 from video_r1.processes import gather
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
-from video_r1.training.metrics import Meter
-from video_r1.training.objective import high_entropy, loss_normaliser, objective_of
+from video_r1.settings.vllm import VLLMSettings
+from video_r1.training.metrics import Meter, warn_once
+from video_r1.training.objective import high_entropy, importance_weights, loss_normaliser, objective_of
 from video_r1.training.questions import Ready
 
 
@@ -232,3 +234,27 @@ def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettin
     among = entropy.cpu()[torch.repeat_interleave(counted.bool(), policy.lengths.cpu())]
     everywhere = torch.cat(gather(among))
     return high_entropy(entropy, everywhere.to(entropy), settings.top_entropy_quantile)
+
+
+def sampler_weights(
+    trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
+) -> Tensor | None:
+    """Importance weights [N] of the groups' ordered completion tokens (`importance_weights`). None where the
+    settings want no correction.
+
+    trainer_logprobs: [N] of the model before the update, detached. Adds to the series
+    `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.
+    """
+    if settings.vllm_importance_sampling_cap is not None:
+        warn_once("vllm_importance_sampling_cap still works; it is vllm_importance_sampling_clip_max now")
+    rollouts = [rollout for group in groups for rollout in group.ordered]
+    sampled = torch.cat([rollout.logprobs for rollout in rollouts]).to(trainer_logprobs)
+    lengths = torch.tensor([len(rollout.token_ids) for rollout in rollouts], device=sampled.device)
+    difference = trainer_logprobs - sampled  # [N]
+    mode, bounds = settings.vllm_importance_sampling_mode, settings.importance_bounds
+    weights, tokens = importance_weights(difference, lengths, mode, bounds), len(sampled)
+    meter.add("sampler/logprob_difference", float(difference.abs().sum()), tokens)
+    meter.peak("sampler/logprob_difference_max", float(difference.abs().max()))
+    unbounded = importance_weights(difference, lengths, mode, (0.0, math.inf))
+    meter.add("sampler/share_capped", float((weights != unbounded).sum()), tokens)
+    return weights if settings.vllm_importance_sampling_correction else None

@@ -1,0 +1,474 @@
+"""Callbacks of both trainers: checks, skipped updates, progress, trackers, run folder and stopping."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
+
+from video_r1.data.prompts import Prompt
+from video_r1.data.rollouts import RolloutGroup
+from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.files import append_line, json_lines, replace_text, whole_lines
+from video_r1.models.group_forward import group_logprobs
+from video_r1.processes import gather, process_index
+from video_r1.progress import Progress
+from video_r1.recipe import Recipe, plain, save_resolved
+from video_r1.rewards.group import RewardTerms
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
+from video_r1.rollout.transformers import eval_mode
+from video_r1.settings.base import Settings
+from video_r1.settings.training import TGRPOSettings
+from video_r1.signals import Interrupted, told_of_signals
+from video_r1.training.checkpoints import last_whole_checkpoint
+from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
+
+logger = logging.getLogger(__name__)
+
+
+# Mean absolute difference of log-probs. With the same weights it is about 0.01 in bfloat16, 1e-5 in float32.
+SUSPICIOUS = 0.05
+
+
+CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
+
+
+class Preflight(TrainerCallback):
+    """`check_rewards` of the run's first questions before its first step. groups: samples and scores them."""
+
+    def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
+        self.groups = groups
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if state.global_step == 0:
+            check_rewards(self.groups())
+
+
+def warn_of_cancelled_bonus(terms: RewardTerms, settings: TGRPOSettings) -> None:
+    """Says so, in the first process, when the settings make the temporal reward cancel: where a group has
+    rewards of two values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
+    """
+    shared = settings.temporal_rule in ("margin", "threshold") and "temporal" in terms.names
+    adds = shared and settings.temporal_alpha * terms.weights.get("temporal", 1.0) != 0
+    telling = {name for name in terms.names if terms.weights.get(name, 1.0) != 0}
+    two_values = telling <= {"accuracy", "format", "temporal"}
+    if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
+        logger.warning(
+            "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
+            "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
+            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, "
+            "tokens or likelihood, which reach the gradient, or to off to save the shuffled completions"
+        )
+
+
+def check_rewards(groups: list[RolloutGroup]) -> None:
+    """Raises VideoR1Error when no completion of any group, in any process, earns a reward. A reward that is
+    the same everywhere but not 0 is only warned of.
+    """
+    mine = [
+        (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
+        for group in groups
+        for rollout, total in zip(group.ordered, group.total_reward, strict=True)
+    ]
+    completions = [entry for part in gather(mine) for entry in part]
+    if not completions:
+        return
+    truncated = sum(cut for _, cut, _, _ in completions) / len(completions)
+    example = completions[0][3][:160]
+    if all(total == 0 for total, _, _, _ in completions):
+        remedy = (
+            "Run SFT first so that the model learns the format, or name the prompt that it was trained with "
+            "in prompt_template"
+        )
+        if truncated > 0.9:
+            longest = max(length for _, _, length, _ in completions)
+            remedy = (
+                f"{truncated:.0%} of them were cut off at max_completion_length ({longest} tokens): raise it "
+                "or run SFT first"
+            )
+        raise VideoR1Error(
+            f"none of {len(completions)} completions earns any reward, so there is nothing to learn from: no "
+            f"right answer in <think>…</think><answer>…</answer> among them. {remedy}. One of them: "
+            f"{example!r}. (preflight_questions 0 skips this check.)"
+        )
+    if len({total for total, _, _, _ in completions}) == 1:
+        logger.warning(
+            "preflight: all %d completions earn the same reward; groups without variance teach nothing",
+            len(completions),
+        )
+
+
+class SamplerCheck(TrainerCallback):
+    """Says so when sampler and trainer are further apart than rounding explains: on a few tokens before the
+    first step, and once when a logged mean shows it later (weights that did not arrive).
+
+    difference: what `sampler_difference` gives for some of the run's questions. while_training: off where the
+    weights that sample are old ones on purpose.
+    """
+
+    def __init__(self, difference: Callable[[], tuple[float, int]], while_training: bool = True) -> None:
+        self.difference = difference
+        self.while_training = while_training
+        self.said = False
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        parts = gather(self.difference())
+        self.compare(sum(total for total, _ in parts) / max(1, sum(count for _, count in parts)))
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
+        if self.while_training:
+            self.compare((logs or {}).get("sampler/logprob_difference", 0.0))
+
+    def compare(self, difference: float) -> None:
+        if difference > SUSPICIOUS and not self.said:
+            logger.warning(
+                "vLLM's log-probs differ from the trainer's by %.3f on average (rounding: up to about 0.01); "
+                "check that both have the same weights, number format and processor files",
+                difference,
+            )
+            self.said = True
+
+
+@torch.no_grad()
+def sampler_difference(
+    engine: RolloutEngine, model: nn.Module, prompts: Sequence[Prompt], temperature: float
+) -> tuple[float, int]:
+    """After a hand-over: |log π_trainer − log π_sampler|, summed over some tokens; how many they are."""
+    with eval_mode(model):
+        engine.update_weights(model)
+        groups = engine.generate(
+            prompts, SamplingSettings(temperature=temperature, max_tokens=CHECKED_TOKENS, seed=0)
+        )
+        completions = [[rollout.token_ids for rollout in group] for group in groups]
+        scored = group_logprobs(model, prompts, completions, temperature=temperature).logprobs
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
+    return float((scored - sampled.to(scored)).abs().sum()), len(sampled)
+
+
+class UpdateGuard(TrainerCallback):
+    """Leaves out an update whose loss or gradient is not finite, and writes down its questions.
+
+    The questions go to `skipped_updates.jsonl` in the run folder: those of the micro-batches with such a loss
+    (of any process), or all of the step's where only the gradient shows it. After `limit` such updates in a
+    row training stops with VideoR1Error. All processes decide alike.
+    """
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.record = folder / "skipped_updates.jsonl"
+        self.limit = limit
+        self.skipped = 0
+        self.in_a_row = 0
+        self.step_ids: list[str | int] = []
+        self.culprits: list[str | int] = []
+
+    def watch(self, loss: Tensor, problem_ids: Sequence[str | int]) -> None:
+        """Note one micro-batch of the present step: its loss (scalar) and its questions."""
+        self.step_ids += problem_ids
+        if not math.isfinite(loss.item()):
+            self.culprits += problem_ids
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        """Takes up the counts of the run that is continued."""
+        lines = keep_until(self.record, state.global_step) if state.is_world_process_zero else []
+        steps = gather([line["step"] for line in lines])[0]
+        self.skipped, self.in_a_row = len(steps), 0
+        while steps and steps.pop() == state.global_step - self.in_a_row:
+            self.in_a_row += 1
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
+        deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)  # its backward pass ends with its step
+        # float16's loss scaling makes infinite gradients as a matter of course and skips these updates itself
+        finite = args.fp16 or (not optimizer.step_was_skipped if deepspeed else gradients_are_finite(model))
+        parts = gather((self.culprits, finite, self.step_ids))
+        culprits = [question for part, _, _ in parts for question in part]
+        questions = culprits or [question for *_, part in parts for question in part]
+        self.step_ids, self.culprits = [], []
+        if not culprits and all(finite for _, finite, _ in parts):
+            self.in_a_row = 0
+            return
+        self.skipped += 1
+        self.in_a_row += 1
+        # An optimizer leaves parameters without gradient alone: weights, moments and weight decay.
+        model.zero_grad(set_to_none=True)
+        what, step = "loss" if culprits else "gradient", state.global_step + 1
+        logger.warning("step %d: the %s is not finite; the update is skipped", step, what)
+        if state.is_world_process_zero:
+            with tolerated(self.record.name):
+                line = {"step": step, "not_finite": what, "problem_ids": questions}
+                append_line(self.record, line)
+        if deepspeed and not optimizer.step_was_skipped:
+            raise VideoR1Error(
+                f"the {what} of step {step} was not finite, and DeepSpeed has taken the step all the same: "
+                "the weights are spoiled. Start again from the last checkpoint, with ZeRO-2 or ZeRO-3 of "
+                "DeepSpeed 0.19.8 or later, which leave out such steps"
+            )
+        if self.in_a_row >= self.limit:
+            raise VideoR1Error(
+                f"the {what} was not finite in {self.in_a_row} updates in a row, last with problem_id "
+                f"{', '.join(map(repr, questions[:8]))}; all are in {self.record}. Lower learning_rate or "
+                "max_grad_norm, or start again from an earlier checkpoint"
+            )
+
+
+def gradients_are_finite(model: nn.Module) -> bool:
+    """Whether the norm of all gradients is a finite number; True where there are none."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    if not gradients:
+        return True
+    norm: Any = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):  # sharded gradients (FSDP2)
+        norm = norm.full_tensor()
+    return math.isfinite(norm.item())
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises ConfigError when a tracker of `report_to` is unknown or not installed."""
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise ConfigError(f"report_to: {error}") from error
+    for name in names:
+        if name not in get_available_reporting_integrations():
+            raise ConfigError(f"report_to: {name} is not installed; pip install {name}, or set it to none")
+
+
+def let_trackers_fail(callbacks: Sequence[TrainerCallback], names: Sequence[str]) -> None:
+    """Makes trackers whose server or disk fails during the run warn once instead of ending it.
+
+    A tracker that cannot even start ends it, with VideoR1Error: its settings are wrong, most likely.
+    """
+    kinds = tuple(get_reporting_integration_callbacks(names))
+    for tracker in callbacks:
+        if isinstance(tracker, kinds):
+            for event in [name for name in dir(TrainerCallback) if name.startswith("on_")]:
+                setattr(tracker, event, _may_fail(getattr(tracker, event), event, type(tracker).__name__))
+
+
+def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except Exception as error:  # a tracker's client raises whatever its network and its disk do to it
+            reason = f"{name}: {type(error).__name__}: {error}"
+            if event == "on_train_begin":
+                raise VideoR1Error(f"report_to: {reason}; set up the tracker or set it to none") from error
+            warn_once(f"{reason}; training goes on without it")
+            return None
+
+    return call
+
+
+class StepProgress(TrainerCallback):
+    """A bar with time left on a terminal, plain lines elsewhere; with some of the logged series, by the names
+    that they have there, as far as they are logged.
+    """
+
+    def __init__(self, description: str, series: Mapping[str, str]) -> None:
+        self.description = description
+        self.series = series
+        self.figures: dict[str, str] = {}
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if state.is_world_process_zero and not args.disable_tqdm:
+            self.bar = Progress(state.max_steps, self.description, "steps", done=state.global_step, slow=True)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
+        for name, series in self.series.items():
+            if series in (logs or {}):
+                decimals = ".2f" if series.startswith(("reward/", "temporal/")) else ".3g"
+                self.figures[name] = f"{logs[series]:{decimals}}"
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(1, **self.figures)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def take_peak_memory() -> float:
+    """GiB: the most allocated on a GPU since the last call; without one, the most the process has had."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class StepSeconds(TrainerCallback):
+    """Measures `seconds/update`, the passes forward and back and the optimizer without sampling; and
+    `memory/peak_gib`, the peak of a whole step in the process that needs most.
+    """
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+        self.start = 0.0
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        self.meter.steps += 1
+        self.meter.total("seconds/update", time.perf_counter() - self.start)
+        self.meter.peak("memory/peak_gib", take_peak_memory())
+
+
+class RunFolder(TrainerCallback):
+    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder.
+
+    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When
+    the disk refuses a line, the run goes on and says so once.
+    """
+
+    def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.start = time.time()
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        warn_once.cache_clear()  # every run of a process says it anew
+        save_resolved(self.settings, self.folder)
+        # A run that begins anew validates before its first step again (eval_on_start).
+        last = state.global_step or -1
+        metrics = keep_until(self.folder / "metrics.jsonl", last)
+        keep_until(self.folder / "rollouts.jsonl", last)
+        keep_until(self.folder / SKIPPED_GROUPS, last)
+        self.start = time.time() - (metrics[-1].get("time", 0.0) if metrics else 0.0)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **rest: Any) -> None:
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time() - self.start, 3)}
+        for name, value in logs.items():
+            if name != "epoch" and isinstance(value, (int, float)):
+                line[name] = value if math.isfinite(value) else None
+        with tolerated("metrics.jsonl"):
+            append_line(self.folder / "metrics.jsonl", line)
+
+
+def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
+    """Rewrites a JSON-lines file with only its whole lines of steps up to `step`; returns these lines."""
+    if not path.exists():
+        return []
+    with path.open("r+b") as file:
+        kept = [line for _, _, line in whole_lines(file) if line is not None and line.get("step", 0) <= step]
+    replace_text(path, json_lines(kept).decode())
+    return kept
+
+
+# Seconds in which a launcher passes on the Ctrl-C that the terminal has sent to all processes.
+SAME_PRESS = 1.0
+
+
+class StopWhenAsked(TrainerCallback):
+    """On Ctrl-C or SIGTERM, ends training with a checkpoint after the present step: in all processes after
+    the same one, whichever of them the signal has reached. A second Ctrl-C ends it at once. (A checkpoint
+    amid a step could not be continued exactly.)
+
+    every: a checkpoint is possible after so many steps (num_iterations: updates on the same rollouts).
+    """
+
+    def __init__(self, folder: Path, every: int = 1) -> None:
+        self.folder = folder
+        self.every = every
+        self.number: int | None = None
+        self.asked_at = self.begun_at = 0.0
+        self.step_seconds = 0.0
+        self.stopping = self.saved = False
+
+    @contextmanager
+    def listening(self, ended: Callable[[], Any]) -> Iterator[None]:
+        """For the time of the training. Raises Interrupted where it was stopped; `ended` lets trackers
+        and the progress bar know, unless it has to be at once.
+        """
+        self.number, self.stopping, self.saved = None, False, False
+        with told_of_signals(self.ask):
+            try:
+                yield
+            except Interrupted:
+                if self.saved:
+                    ended()
+                raise
+            if self.stopping:  # without a checkpoint, as save_strategy best may want it
+                raise self.interrupted()
+
+    def ask(self, number: int) -> None:
+        """What a signal does."""
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.asked_at = number, now
+            took = f" (the one before took {self.step_seconds:.0f} s)" if self.step_seconds else ""
+            say(
+                f"{signal.Signals(number).name}: this step is finished{took} and a checkpoint written; "
+                "Ctrl-C once more ends the run at once"
+            )
+        elif number == signal.SIGINT and now - self.asked_at >= SAME_PRESS * ("LOCAL_RANK" in os.environ):
+            raise self.interrupted()
+
+    def interrupted(self) -> Interrupted:
+        checkpoint = last_whole_checkpoint(self.folder)
+        saved = f"{checkpoint} is the last checkpoint" if checkpoint else "there is no checkpoint yet"
+        return Interrupted(self.number or signal.SIGTERM, saved)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        self.begun_at = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        self.step_seconds = time.monotonic() - self.begun_at
+        told = [number for number in gather(self.number) if number is not None]
+        if told and state.global_step % self.every == 0:
+            self.number, self.stopping = max(told), True
+            control.should_log = control.should_save = control.should_training_stop = True
+
+    def on_save(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        if self.stopping:
+            self.saved = True
+            raise self.interrupted()
+
+
+def say(text: str) -> None:
+    """Writes a line to standard error from a signal's handler, which may have interrupted a print."""
+    if process_index() == 0:
+        os.write(2, f"\nvideo-r1: {text}\n".encode())
+
+
+def describe_run(args: Any, folder: Path, recipe: Recipe | None) -> None:
+    """Gives the run the name of its folder, where it has no other, and its recipe's settings to the trackers.
+
+    They show what `args.to_dict` returns: TrainingArguments, which know nothing of model, adapters and data.
+    (Its own entries stay as they are: it hides tokens.)
+    """
+    if args.run_name is None:
+        args.run_name = folder.name
+    if recipe is not None:
+        args.to_dict = partial(_together, plain(recipe.values()), args.to_dict)
+
+
+def _together(others: dict[str, Any], own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    return {**others, **own()}
