@@ -3,7 +3,7 @@
     python -m benchmarks.contrast_units --json [--model FOLDER] [--manifest lab/test.json] [--questions 64]
 
 Samples G responses to each video of the lab (made here where no manifest is named), and takes their drops in
-log-probability (training/logprob_contrast.py) with frames permuted and with patches. `units`: frames against patches,
+log-probability (logprob_contrast.py) with frames permuted and with patches. `units`: frames against patches,
 the correlation of the responses' drops Δ and of their ranks, that of the tokens' drops, and the share of key
 tokens (rule `tokens`) that are the same. `two_orders`: the same between two draws of shuffled frames, beyond
 which two units cannot agree.

@@ -74,7 +74,7 @@ def temporal_reward(
 def likelihood_reward(correct: Tensor, drops: Tensor, rule: TemporalRule, alpha: float = 0.3) -> Tensor:
     """The reward for a correct response by what the contrast clip takes from its own likelihood.
 
-    correct: [G] bool; drops: [G] float, Δ_i in nats a token (training/logprob_contrast.py). Returns [G] float32:
+    correct: [G] bool; drops: [G] float, Δ_i in nats a token. Returns [G] float32:
     likelihood:      α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0: the share of its tokens' probability that is lost
     likelihood_apart: the same, but added to the advantages (training/advantages.py)
     likelihood_step: α if Δ_i > mean_j Δ_j, else 0                       (TaRO, arXiv 2606.09248)
