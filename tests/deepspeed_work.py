@@ -23,7 +23,7 @@ from tiny_questions import training_arguments
 from transformers import training_args
 
 from video_r1.lab.model import base_folder
-from video_r1.models.family import family_of
+from video_r1.models.families import family_of
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.training.sft import SFTConfig, SFTTrainer

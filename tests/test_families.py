@@ -14,10 +14,11 @@ from test_group_forward import assert_same_gradients, expanded_batch, gradients,
 from tiny_models import FAMILIES
 
 from video_r1.errors import ConfigError
-from video_r1.models.adapters import add_adapters
-from video_r1.models.family import family_of, known_families, text_of, tower_of
+from video_r1.models.families import FAMILIES as KNOWN
+from video_r1.models.families import family_of, text_of, tower_of
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import EXPERTS, add_lora
+from video_r1.models.lora import add_adapters
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
@@ -31,7 +32,7 @@ def rows_of(header: str) -> list[list[str]]:
 
 def test_every_family_has_a_file_a_row_and_a_tiny_model() -> None:
     rows = {row[0].strip("`"): row[1] for row in rows_of("`model_type`")}
-    assert rows == {kind: family.name for kind, family in known_families().items()}
+    assert rows == {kind: family.name for kind, family in KNOWN.items()}
     assert set(rows) == set(FAMILIES)
 
 
@@ -51,7 +52,7 @@ def test_every_cell_of_the_families_table_has_a_test_that_runs_for_all() -> None
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_parts_of_a_family_are_where_its_file_says(family: str) -> None:
     model = build(family)
-    assert family_of(model) is family_of(model.config) is known_families()[family]
+    assert family_of(model) is family_of(model.config) is KNOWN[family]
     assert text_of(model) is model.model.language_model and tower_of(model) is model.model.visual
     has_states = any("linear_attn" in name for name, _ in model.named_modules())
     assert (family_of(model).state_functions is not None) == has_states

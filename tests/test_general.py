@@ -1,4 +1,4 @@
-"""The general path: models without a file in `models/families/`, against their own forward and `generate`."""
+"""The general path: models that are not in `models/families.py`, against their own forward and `generate`."""
 
 from __future__ import annotations
 

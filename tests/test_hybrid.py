@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from video_r1.models import gated_delta
+from video_r1.models.attention import fork_layout
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.packing import fork_layout
 from video_r1.rollout import shared_prefix
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.shared_prefix import DecodingStep

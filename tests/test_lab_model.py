@@ -15,7 +15,7 @@ from video_r1.lab.model import base_folder, build_processor, build_tokenizer, fr
 from video_r1.lab.pretraining import FRAME_TIMES, Conversations, corpus, patches
 from video_r1.lab.questions import first_colour
 from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
-from video_r1.models.family import known_families
+from video_r1.models.families import FAMILIES as KNOWN
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model, load_processor, size_multiple
 from video_r1.rewards.shaping import format_reward
@@ -65,7 +65,7 @@ def asked(processor, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Pro
 
 def test_pretraining_asks_as_the_processor_does(family: str) -> None:
     """The same pixels in the same layout, the same tokens: placeholders, and times where there are any."""
-    timestamps = known_families()[family].timestamp_tokens > 0
+    timestamps = KNOWN[family].timestamp_tokens > 0
     tokenizer = build_tokenizer(corpus(0, rows=200))
     processor = build_processor(tokenizer, family)
     conversations = Conversations(processor, timestamps, seed=0)

@@ -16,10 +16,10 @@ from tiny_models import FAMILIES, tiny_checkpoint
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models import adapters
-from video_r1.models.adapters import rounded_sum
+from video_r1.models import lora
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
+from video_r1.models.lora import rounded_sum
 from video_r1.rewards import group
 
 
@@ -122,7 +122,7 @@ def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     weight, change = torch.randn(6, 5, 4).bfloat16(), 1e-3 * torch.randn(6, 5, 4)
     at_once = rounded_sum(weight, change, change)
     assert not torch.equal(at_once, weight)
-    monkeypatch.setattr(adapters, "ROUNDED_AT_ONCE", 50)  # two rows, which makes three parts
+    monkeypatch.setattr(lora, "ROUNDED_AT_ONCE", 50)  # two rows, which makes three parts
     assert torch.equal(rounded_sum(weight, change, change), at_once)
 
 

@@ -33,9 +33,9 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models.four_bits import is_four_bit
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model
+from video_r1.models.lora import is_four_bit
 from video_r1.plan.kernels import gated_delta_rule, states_without_storage
 from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.plan.sharding import sharding_of

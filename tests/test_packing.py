@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers.integrations.flex_attention import flex_attention_forward
 
 from video_r1.models import head
-from video_r1.models.attention import groups_attention_forward
-from video_r1.models.packing import BLOCK, block_mask, row_layout
+from video_r1.models.attention import BLOCK, block_mask, groups_attention_forward, row_layout
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])

@@ -21,8 +21,8 @@ from vllm_prompts import clip_prompts, differences
 from video_r1 import packages
 from video_r1.cli import main
 from video_r1.errors import ConfigError
-from video_r1.models.four_bits import dense_weight, is_four_bit, record_four_bits
 from video_r1.models.loading import add_lora, load_model
+from video_r1.models.lora import dense_weight, is_four_bit, record_four_bits
 from video_r1.rewards import group
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine

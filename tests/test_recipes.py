@@ -17,7 +17,7 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.plan.memory import memory_plan
 from video_r1.plan.shapes import published, published_config, published_processor
 from video_r1.plan.sharding import sharding_of

@@ -18,11 +18,11 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError
-from video_r1.models import adapters
-from video_r1.models.adapters import merged_adapters
+from video_r1.models import lora
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_processor
+from video_r1.models.lora import merged_adapters
 from video_r1.rollout import engine_factory, shared_prefix
 from video_r1.rollout.engine import SamplingSettings, draw_tokens, sampling_logprobs
 from video_r1.rollout.shared_prefix import DecodingStep
@@ -268,7 +268,7 @@ def test_merged_adapters_sample_the_same_and_leave_the_model_alone() -> None:
         assert not any("lora" in name for name, _ in engine.model.named_parameters())
     merged = engine.generate(prompts, settings)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapters, "has_memory_for", lambda weights: False)
+        patch.setattr(lora, "has_memory_for", lambda weights: False)
         assert_same(engine.generate(prompts, settings), merged)
     assert {name: id(module) for name, module in adapted.named_modules()} == layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapted.state_dict().items())

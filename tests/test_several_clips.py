@@ -26,7 +26,7 @@ from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts
 from video_r1.data.reading import build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import PromptError
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.report.groups import group_of
 from video_r1.rollout.chat import chat_request

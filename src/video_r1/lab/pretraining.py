@@ -26,7 +26,7 @@ from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.lab.model import build_model, build_processor, build_tokenizer, frame_side
 from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark
 from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
-from video_r1.models.family import known_families
+from video_r1.models.families import FAMILIES
 from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
 
@@ -218,7 +218,7 @@ def pretrain_base(settings: BaseSettings) -> None:
 def _pretrain(settings: BaseSettings, folder: Path) -> None:
     steps = settings.steps
     torch.set_num_threads(settings.threads)
-    timestamps = known_families()[settings.family].timestamp_tokens > 0
+    timestamps = FAMILIES[settings.family].timestamp_tokens > 0
     texts = itertools.chain(corpus(settings.seed), 500 * STAMPS if timestamps else ())
     tokenizer = build_tokenizer(texts)
     model: Any = build_model(tokenizer, settings.seed, settings.family)

@@ -4,7 +4,7 @@
     question, similar lengths together ─► logits that predict completion tokens (`logits_to_keep`)
 
 Positions, masks and where features stand are the model's own doing. Each completion costs its prompt once
-more, which families with a file in `models/families/` have once a question.
+more, which families of families.py have once a question.
 
 A model looks for a visual behind every placeholder that it is given, so a completion must have none: these
 tokens have no probability, neither here nor where completions are sampled (rollout/general.py).

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError, PromptError
-from video_r1.models.attention import IMPLEMENTATION
-from video_r1.models.family import check_kind, family_of, find_family, text_of
+from video_r1.models.attention import IMPLEMENTATION, row_layout
+from video_r1.models.families import check_kind, family_of, find_family, text_of
 from video_r1.models.gated_delta import fork_states
 from video_r1.models.general_forward import EncodedVisuals, encode_prompts, general_logprobs
 from video_r1.models.head import token_logprobs
-from video_r1.models.packing import row_layout
 from video_r1.models.vision import encode_visuals
 
 Result = TypeVar("Result")
@@ -91,7 +90,7 @@ def group_logprobs(
 ) -> GroupLogprobs:
     """Log-probabilities of every completion's tokens behind its prompt.
 
-    model: for conditional generation, also inside PEFT, DDP or FSDP. Of a known family (models/family.py) its
+    model: for conditional generation, also inside PEFT, DDP or FSDP. A known family (families.py) has its
     text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA; others
     take the general path (general_forward.py). With autocast, call within its context. `completions[q][g]`:
     token ids [L_qg] int64 of any lengths. vision_features: from `encode_vision`, one a prompt, to share a

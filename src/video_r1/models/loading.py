@@ -25,16 +25,21 @@ from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
 from video_r1.hub import ask_the_hub, is_hub_id
-from video_r1.models.adapters import add_adapters, beyond_lora
-from video_r1.models.family import (
+from video_r1.models.families import (
     check_kind,
     family_names,
     find_family,
     text_linear_layers,
     vision_parameters,
 )
-from video_r1.models.four_bits import four_bits, keep_codes_as_they_are, recorded_four_bits
 from video_r1.models.group_forward import vision_language_model
+from video_r1.models.lora import (
+    add_adapters,
+    beyond_lora,
+    four_bits,
+    keep_codes_as_they_are,
+    recorded_four_bits,
+)
 from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.shared import ModelSettings
 

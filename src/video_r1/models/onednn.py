@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from video_r1.models.family import text_of, tower_of
+from video_r1.models.families import text_of, tower_of
 from video_r1.models.vision import PatchProjection
 
 LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN takes 10 µs longer than the product of few

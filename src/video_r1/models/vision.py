@@ -26,7 +26,7 @@ from transformers.vision_utils import (
 )
 
 from video_r1.models.checked import Checked
-from video_r1.models.family import Family, family_of, tower_of
+from video_r1.models.families import Family, family_of, tower_of
 
 IMPLEMENTATION = "video_r1_vision_flash"
 """With "flash" in its name an implementation is given all segments at once; transformers calls any other one

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from video_r1.catalogue import checkpoint_behind
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.models.loading import load_processor
 from video_r1.plan.changes import fitting_changes, fitting_recipes
 from video_r1.plan.estimate import described as describe_estimate

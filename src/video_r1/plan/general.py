@@ -19,7 +19,7 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError
-from video_r1.models.family import text_of, vision_parameters
+from video_r1.models.families import text_of, vision_parameters
 from video_r1.models.general_forward import micro_batches
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs

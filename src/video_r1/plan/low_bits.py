@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from video_r1.models.four_bits import IN_FULL
+from video_r1.models.lora import IN_FULL
 
 BLOCK = 64  # weights that share a scale, a byte
 SCALES = 256  # scales that share a float32

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from video_r1.errors import ConfigError
-from video_r1.models.family import family_of, find_family
+from video_r1.models.families import family_of, find_family
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
 from video_r1.plan.general import check_general, general_row, trace_general
 from video_r1.plan.sharding import Sharding, sharding_of

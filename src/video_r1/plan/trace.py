@@ -16,7 +16,7 @@ from transformers.vision_utils import (
     get_vision_window_index,
 )
 
-from video_r1.models.family import family_of, text_of, tower_of
+from video_r1.models.families import family_of, text_of, tower_of
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.head import CHUNK_LOGITS, token_logprobs
 from video_r1.plan.without_storage import Policy, Row, Traced, Tracing, cached_bytes, without_storage

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
-from video_r1.models.adapters import adapted_linears
-from video_r1.models.family import find_family, text_of, tower_of, vision_parameters
+from video_r1.models.families import find_family, text_of, tower_of, vision_parameters
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import with_trained_parts
+from video_r1.models.lora import adapted_linears
 from video_r1.plan.kernels import ATTENTION_NAME, EXPERTS_NAME, states_without_storage
 from video_r1.plan.low_bits import eight_bit_states, in_four_bits
 from video_r1.settings.shared import ModelSettings

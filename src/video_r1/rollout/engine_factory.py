@@ -10,7 +10,7 @@ import torch
 
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
-from video_r1.models.family import family_names, find_family
+from video_r1.models.families import family_names, find_family
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import (
     PIXELS_OF_ANY_MODEL,

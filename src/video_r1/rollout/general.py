@@ -19,7 +19,6 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.models.adapters import merged_adapters
 from video_r1.models.general_forward import (
     EncodedVisuals,
     encode_prompts,
@@ -27,6 +26,7 @@ from video_r1.models.general_forward import (
     without_placeholders,
 )
 from video_r1.models.group_forward import vision_language_model
+from video_r1.models.lora import merged_adapters
 from video_r1.rollout.engine import (
     SamplingSettings,
     draw_tokens,

@@ -21,14 +21,14 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import end_token_id
 from video_r1.errors import ConfigError
-from video_r1.models.adapters import merged_adapters
-from video_r1.models.family import text_of
+from video_r1.models.families import text_of
 from video_r1.models.group_forward import (
     embedded,
     prompt_positions,
     vision_language_model,
     visual_features,
 )
+from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
     SamplingSettings,

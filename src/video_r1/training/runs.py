@@ -21,7 +21,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.files import is_finished, replace_json
 from video_r1.fingerprint import refuse_changed
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.models.group_forward import through_wrapper, vision_language_model
 
 

@@ -52,7 +52,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation.validation import temporal_accuracy
 from video_r1.files import append_line
-from video_r1.models.family import find_family, vision_parameters
+from video_r1.models.families import find_family, vision_parameters
 from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
 from video_r1.processes import decided_by_first, gather, gather_lists, process_count
 from video_r1.recipe import Recipe

@@ -36,8 +36,8 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Reader
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
-from video_r1.models.four_bits import record_four_bits
 from video_r1.models.loading import load_model, size_multiple
+from video_r1.models.lora import record_four_bits
 from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, naming_lost_processes, wait_for_everyone
 from video_r1.recipe import Recipe, resolved

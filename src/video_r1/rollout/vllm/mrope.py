@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from video_r1.models.family import find_family
+from video_r1.models.families import find_family
 from video_r1.settings.carried import RECORD, read_record
 
 logger = logging.getLogger(__name__)

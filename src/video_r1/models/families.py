@@ -1,24 +1,20 @@
-"""What the fast paths need to know of a model family and cannot ask of the model itself.
+"""Model families, and what the fast paths need to know of each that the model itself does not say.
 
-Each family is one file in `models/families/`, named by the `model_type` of its config; adding one is adding
-a file. What a model, its config or its processor says is not repeated there: placeholders and chat template
-(the processor), rotary positions (`get_rope_index` of transformers' class), the multiple of a frame's sides
-(the image processor's patch × merge), which layers have a state (`layer_types`), DeepStack (the tower).
+A family is an entry of `FAMILIES`, by `model_type`. What a model, its config or its processor
+says is not repeated here: placeholders and chat template (the processor), rotary positions (`get_rope_index`
+of transformers' class), the multiple of a frame's sides (the image processor's patch × merge), which layers
+have a state (`layer_types`), DeepStack (the tower).
 """
 
 from __future__ import annotations
 
-import pkgutil
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from video_r1.errors import ConfigError
 
-FILES = "video_r1.models.families"
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -62,16 +58,50 @@ class Family:
         return rf".*\b{self.tower.rpartition('.')[2]}\.({self.tower_linear})"
 
 
-@cache
-def known_families() -> dict[str, Family]:
-    """All families, by model type."""
-    names = sorted(module.name for module in pkgutil.iter_modules(import_module(FILES).__path__))
-    return {name: import_module(f"{FILES}.{name}").FAMILY for name in names}
+# arXiv 2502.13923: time positions in seconds (`second_per_grid_ts`), windows in the tower
+QWEN2_5_VL = Family(
+    "Qwen2.5-VL",
+    r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(gate_proj|up_proj|down_proj))|merger\.mlp\.[02]",
+    windows=True,
+)
+# arXiv 2409.12191: a video is one block of placeholders, its time is in the rotary positions
+QWEN2_VL = Family("Qwen2-VL", r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.(fc1|fc2))|merger\.mlp\.[02]")
+# arXiv 2511.21631: a time as text before each temporal patch, DeepStack, resampled positions
+QWEN3_VL = Family(
+    "Qwen3-VL",
+    r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.linear_fc[12])"
+    r"|(merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
+    timestamp_tokens=10,
+    resampled_positions=True,
+)
+# Experts in place of most feed-forward layers.
+QWEN3_VL_MOE = replace(QWEN3_VL, name="Qwen3-VL-MoE", transposed_experts=True)
+# Prompts, positions and tower of Qwen3-VL without DeepStack; three of four text layers are Gated DeltaNet,
+# which has a state in place of keys and values.
+QWEN3_5 = replace(
+    QWEN3_VL,
+    name="Qwen3.5",
+    text_linear=(*ATTENTION, *FEED_FORWARD, "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+    state_functions="transformers.models.qwen3_5.modeling_qwen3_5",
+)
+# Experts in place of the feed-forward layers, one of them for every token.
+QWEN3_5_MOE = replace(
+    QWEN3_5, name="Qwen3.5-MoE", state_functions="transformers.models.qwen3_5_moe.modeling_qwen3_5_moe"
+)
+FAMILIES = {
+    "qwen2_5_vl": QWEN2_5_VL,
+    "qwen2_vl": QWEN2_VL,
+    "qwen3_5": QWEN3_5,
+    "qwen3_5_moe": QWEN3_5_MOE,
+    "qwen3_vl": QWEN3_VL,
+    "qwen3_vl_moe": QWEN3_VL_MOE,
+}
+"""Families by model type."""
 
 
 def find_family(model: Any) -> Family | None:
     """The family of a transformers model or of its config; None for one that takes the general path."""
-    return known_families().get(str(getattr(getattr(model, "config", model), "model_type", None)))
+    return FAMILIES.get(str(getattr(getattr(model, "config", model), "model_type", None)))
 
 
 def family_of(model: Any) -> Family:
@@ -83,7 +113,7 @@ def family_of(model: Any) -> Family:
 
 
 def family_names() -> str:
-    return ", ".join(family.name for family in known_families().values())
+    return ", ".join(family.name for family in FAMILIES.values())
 
 
 def check_kind(model: Any) -> None:

@@ -1,1 +1,0 @@
-"""One file a model family, named by its `model_type`; see `models/family.py`."""
