@@ -15,7 +15,7 @@ from video_r1.cli import main
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks.loading import load_questions
 from video_r1.evaluation.benchmarks.readers import read_timeblind, read_vinoground
-from video_r1.evaluation.gap_figure import figure_rows, gap_marks
+from video_r1.evaluation.figures import figure_rows, gap_marks
 from video_r1.evaluation.metrics import mean_figure
 from video_r1.evaluation.summary import check_pairs, summarise, summary_table
 

@@ -17,7 +17,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import RequestError, writing_to
 from video_r1.evaluation import paper
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
-from video_r1.evaluation.gap_figure import gain_page, gap_page
+from video_r1.evaluation.figures import gain_page, gap_page
 from video_r1.evaluation.metrics import mean_relative_accuracy
 from video_r1.evaluation.paper import COLUMNS, compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
