@@ -24,10 +24,10 @@ from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_processor
+from video_r1.processes import Interrupted
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
-from video_r1.signals import Interrupted
 
 SIZES: dict[str, Any] = {
     "frame_pixels": 3136,

@@ -17,9 +17,9 @@ from video_r1.data.templates import load_template
 from video_r1.errors import ConfigError
 from video_r1.recipe import load_recipe
 from video_r1.rollout.engine_factory import open_prompts
-from video_r1.settings.carried import BUDGET, RECORD
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.shared import ModelSettings, PromptSettings
+from video_r1.settings.training_record import BUDGET, RECORD
 
 LEARNT = {"fps": 4.0, "min_frames": 2, "max_frames": 6, "frame_pixels": 56 * 56, "image_pixels": 56 * 84}
 TEMPLATE = "Look: {question}\n{options}\n{hint}\n#hint OCR: Read it."

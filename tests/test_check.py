@@ -11,11 +11,11 @@ import pytest
 from media_files import SMALL, write_video
 from PIL import Image
 
-from video_r1 import progress as progress_module
+from video_r1 import console as progress_module
+from video_r1.console import Progress
 from video_r1.data.check import check_media, format_counts, run_check
 from video_r1.data.manifests.records import Sample, load_manifest
 from video_r1.errors import ManifestError
-from video_r1.progress import Progress
 
 
 def row(problem_id: int, path: str, problem_type: str = "free-form", source: str = "lab/a", **more) -> dict:

@@ -22,13 +22,13 @@ import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import MediaError, RequestError
+from video_r1.processes import Interrupted
 from video_r1.recipe import load_recipe
 from video_r1.settings.commands import CheckSettings, LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.settings.frames import Contrast
 from video_r1.settings.training import TemporalRule, TGRPOSettings
 from video_r1.settings.types import alternatives
-from video_r1.signals import Interrupted
 
 
 def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:

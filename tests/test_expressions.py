@@ -104,7 +104,7 @@ def test_a_manifest_of_such_questions_names_the_missing_package(
         "solution": r"<answer>$\frac{1}{2}$</answer>", "path": "image.png",
     }]  # fmt: skip
     assert load_manifest(rows, tmp_path)[0].answer == r"$\frac{1}{2}$"
-    monkeypatch.setattr("video_r1.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("video_r1.availability.find_spec", lambda name: None)
     with pytest.raises(
         ConfigError, match=r"questions of the type math, whose.*pip install 'video-r1\[math\]'"
     ):

@@ -11,9 +11,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+from video_r1.availability import ask_the_hub, is_hub_id
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
-from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.loading import load_model, load_processor
 from video_r1.plan.shapes import model_config
 

@@ -23,12 +23,12 @@ from torch.multiprocessing.spawn import spawn
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.processes import Interrupted
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rewards.judging import judge_question, load_judge_template, read_score
 from video_r1.rollout import endpoint as client
 from video_r1.settings.training import TGRPOSettings
-from video_r1.signals import Interrupted
 from video_r1.training import judge as judge_module
 from video_r1.training.judge import Judge, JudgeAway, remembered
 from video_r1.training.metrics import Meter

@@ -12,7 +12,7 @@ from video_r1.cli import main
 from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.errors import ConfigError, ManifestError, RequestError
 from video_r1.recipe import load_recipe
-from video_r1.settings.keep import LONGEST, parse_keep
+from video_r1.settings.filters import LONGEST, parse_keep
 from video_r1.settings.shared import DataSettings
 from video_r1.training import runs
 

@@ -11,11 +11,11 @@ import pytest
 
 from video_r1.cli import find_command, main, read_request
 from video_r1.next_steps import again, next_steps
+from video_r1.processes import Interrupted
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import RECIPES
 from video_r1.rollout.vllm.serve import while_served
 from video_r1.settings.vllm import ServeSettings
-from video_r1.signals import Interrupted
 
 
 def after(words: str) -> list[str]:

@@ -17,8 +17,8 @@ import torch
 from report_runs import group_of
 from transformers import TrainerControl, TrainerState
 
-from video_r1 import progress as progress_module
-from video_r1.progress import COLUMNS, Progress, Warnings, folded, tidy_output
+from video_r1 import console as progress_module
+from video_r1.console import COLUMNS, Progress, Warnings, folded, tidy_output
 from video_r1.training.callbacks import StepProgress, StepSeconds
 from video_r1.training.metrics import Meter, describe_groups
 
@@ -91,7 +91,7 @@ def test_a_warning_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None
 
 WORK = """
 import logging, sys
-from video_r1.progress import tidy_output
+from video_r1.console import tidy_output
 tidy_output()
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model

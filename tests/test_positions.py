@@ -16,8 +16,8 @@ from tiny_models import FAMILIES, has_timestamps, tiny_checkpoint, tiny_model, t
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.rollout.vllm import serve
 from video_r1.rollout.vllm.mrope import POSITIONS_VARIABLE, rule_of_training
-from video_r1.settings.carried import RECORD
 from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.training_record import RECORD
 from video_r1.settings.vllm import ServeSettings
 
 

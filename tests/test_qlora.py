@@ -18,7 +18,7 @@ from tiny_questions import read_lines, training_arguments
 from torch import Tensor
 from vllm_prompts import clip_prompts, differences
 
-from video_r1 import packages
+from video_r1 import availability
 from video_r1.cli import main
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, load_model
@@ -207,7 +207,7 @@ def test_a_package_that_is_missing_is_named(
     """
     adapted(checkpoint).save_pretrained(tmp_path / "adapters")
     record_four_bits(load_model(checkpoint, load_in_4bit=True), tmp_path / "adapters")
-    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    monkeypatch.setattr(availability, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"^load_in_4bit needs .* pip install 'video-r1\[qlora\]'$"):
         load_model(checkpoint, load_in_4bit=True)
     assert main(["merge", str(tmp_path / "adapters"), str(tmp_path / "out")]) == 2
@@ -254,7 +254,7 @@ def test_vllm_samples_with_a_model_in_four_bits(tmp_path: Path) -> None:
 def test_names_of_optimizers() -> None:
     from transformers.training_args import OptimizerNames
 
-    theirs = {name.value for name in OptimizerNames if packages.is_bitsandbytes_optimizer(name.value)}
+    theirs = {name.value for name in OptimizerNames if availability.is_bitsandbytes_optimizer(name.value)}
     assert {"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "rmsprop_bnb"} <= theirs
     assert theirs.isdisjoint({"adamw_torch", "adamw_torch_8bit", "rmsprop", "galore_adamw_8bit", "sgd"})
 

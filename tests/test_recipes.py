@@ -11,7 +11,6 @@ import pytest
 import yaml
 from tiny_questions import read_lines, write_manifest
 
-from video_r1.catalogue import catalogue
 from video_r1.cli import carry_out, main
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ManifestError, RequestError
@@ -22,7 +21,14 @@ from video_r1.plan.memory import memory_plan
 from video_r1.plan.shapes import published, published_config, published_processor
 from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import load_recipe
-from video_r1.recipe_files import MadeFor, find_recipe, packaged_recipes, read_one_recipe, read_recipe
+from video_r1.recipe_files import (
+    MadeFor,
+    catalogue,
+    find_recipe,
+    packaged_recipes,
+    read_one_recipe,
+    read_recipe,
+)
 from video_r1.settings.commands import LabSettings
 
 GB = 10**9
@@ -219,7 +225,7 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_its_report(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("video_r1.training.sft.run_sft", notice)
-    monkeypatch.setattr("video_r1.packages.has_bitsandbytes", lambda: False)
+    monkeypatch.setattr("video_r1.availability.has_bitsandbytes", lambda: False)
     assert main(["sft", "video-r1-3b-sft", "--smoke", "--learning_rate", "2e-6"]) == 0
     out = capsys.readouterr().out
     assert "smoke: 2 steps of video-r1-3b-sft with the small packaged model; replaced are\n" in out

@@ -19,7 +19,7 @@ from tiny_questions import read_lines
 from transformers import TrainerControl, TrainerState
 
 from video_r1.files import is_finished
-from video_r1.signals import Interrupted, ended_by_signals, told_of_signals
+from video_r1.processes import Interrupted, ended_by_signals, told_of_signals
 from video_r1.training.callbacks import StopWhenAsked
 
 SLOW = 60.0
@@ -198,7 +198,7 @@ def test_a_library_keeps_its_handlers() -> None:
 
 def test_a_child_ends_by_the_signal_as_ever() -> None:
     code = (
-        "import os, signal, time\nfrom video_r1.signals import ended_by_signals\n"
+        "import os, signal, time\nfrom video_r1.processes import ended_by_signals\n"
         "with ended_by_signals():\n"
         "    child = os.fork()\n"
         "    if not child: time.sleep(60)\n"

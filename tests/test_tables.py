@@ -9,7 +9,7 @@ import pytest
 
 from video_r1.cli import main
 from video_r1.command_help import HELP_STYLES
-from video_r1.tables import show, table
+from video_r1.console import show, table
 
 
 class Terminal(io.StringIO):

@@ -22,14 +22,13 @@ from typing import Any
 
 from video_r1.command_help import HELP_STYLES, command_help, overview
 from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
+from video_r1.console import show, tidy_output
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.next_steps import again, next_steps
-from video_r1.progress import tidy_output
+from video_r1.processes import Interrupted, ended_by_signals, number_of
 from video_r1.recipe import Recipe, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list, takes_sentences
-from video_r1.signals import Interrupted, ended_by_signals, number_of
-from video_r1.tables import show
 
 # Not the program's fault: a folder without permission, a file in a folder's place, a full or read-only disk.
 NOT_ALLOWED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)

@@ -1,14 +1,21 @@
-"""Help texts of the command line, written from the settings' own names, types, defaults and help."""
+"""Help texts and shell completion, made from the settings' names, types, defaults and help.
 
+The command line is not read by argparse (see cli.py); the parser here only describes the commands to shtab.
+"""
+
+import argparse
 import dataclasses
 import itertools
 import textwrap
 from collections.abc import Container, Iterable
+from typing import Any, Literal, get_args, get_origin
 
-from video_r1.commands import COMMANDS, TRAINS
-from video_r1.recipe_files import packaged_recipes
+from video_r1.commands import COMMANDS, TRAINS, Command
+from video_r1.recipe_files import catalogue, packaged_recipes
 from video_r1.settings.base import Settings, own_field_types
-from video_r1.settings.types import default_text, describe_type
+from video_r1.settings.commands import CompletionSettings
+from video_r1.settings.training_arguments import training_argument_types
+from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, alternatives, default_text, describe_type
 
 WIDTH = 110
 COLUMN = 44
@@ -20,7 +27,7 @@ HELP_STYLES = {
 
 
 def overview(names: Iterable[str]) -> str:
-    """These commands with a line each."""
+    """List these commands, a line each."""
     lines = ["usage: video-r1 COMMAND [RECIPE] [--key value ...]", ""]
     lines += [f"  {name:<12} {COMMANDS[name].summary}" for name in names]
     lines += ["", "video-r1 COMMAND --help lists a command's settings."]
@@ -29,7 +36,7 @@ def overview(names: Iterable[str]) -> str:
 
 
 def command_help(name: str) -> str:
-    """Usage, examples and every setting of one command, grouped by section."""
+    """Return usage, examples and every setting of one command, grouped by section."""
     command = COMMANDS[name]
     lines = [f"usage: {usage(name)}", "", command.summary, ""]
     if command.required:
@@ -57,7 +64,7 @@ def command_help(name: str) -> str:
 
 
 def usage(name: str) -> str:
-    """The command with what stands without `--`; in brackets what may be left out."""
+    """Return the usage line: positional words, optional ones in brackets."""
     command = COMMANDS[name]
     words = ["[RECIPE]"] if command.sections else []
     words += [w.upper() if w in command.required else f"[{w.upper()}]" for w in command.positionals]
@@ -69,8 +76,8 @@ def usage(name: str) -> str:
 def section_help(
     kind: type[Settings], required: tuple[str, ...], only: Container[str] | None = None
 ) -> list[str]:
-    """One entry for each setting: name, type, help and default. only: of these, default of all that the
-    command can do without.
+    """Return an entry for each setting: name, type, help and default. only: these settings (default: all that
+    are not required).
     """
     lines: list[str] = []
     types, defaults, indent = own_field_types(kind), kind(), " " * COLUMN
@@ -85,3 +92,63 @@ def section_help(
         right = field.metadata["help"] + (f" [{default}]" if default else "")
         lines += textwrap.wrap(right, WIDTH, initial_indent=left.ljust(COLUMN), subsequent_indent=indent)
     return lines
+
+
+# ---- video-r1 completion
+
+
+def run_completion(settings: CompletionSettings) -> None:
+    """Print the completion script of a shell."""
+    import shtab
+
+    print(shtab.complete(completed_words(), shell=str(settings.shell)))
+
+
+def completed_words() -> argparse.ArgumentParser:
+    """Return a parser of all commands and settings. Text is completed with file names."""
+    top = argparse.ArgumentParser("video-r1", add_help=False)
+    top.add_argument("--help", action="store_true", help="list the commands")
+    top.add_argument("--version", action="store_true", help="print the version")
+    groups = {"": top.add_subparsers()}
+    for name, command in COMMANDS.items():
+        first, _, second = name.partition(" ")
+        if second and first not in groups:
+            groups[first] = groups[""].add_parser(first, add_help=False, help=first).add_subparsers()
+        group = groups[first if second else ""]
+        add_settings(group.add_parser(second or first, add_help=False, help=command.summary), name, command)
+    return top
+
+
+def add_settings(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
+    """Add a command's settings as options, and recipes and positional settings as arguments."""
+    commands = TRAINS if name == "plan" else (name,)
+    recipes = [entry.name for entry in catalogue() if entry.made_for.command in commands]
+    if recipes:
+        parser.add_argument("recipe", nargs="?", choices=recipes)
+    types = command.types()
+    for setting in command.positionals:
+        add_value(parser.add_argument(setting, nargs="?"), types[setting])
+    help_texts = {
+        field: kind.__dataclass_fields__[field].metadata["help"]
+        for kind in command.sections
+        for field in own_field_types(kind)
+    }
+    for setting, hint in ((training_argument_types() if name in TRAINS else {}) | types).items():
+        text = help_texts.get(setting, "a setting of transformers.TrainingArguments").replace("%", "%%")
+        add_value(parser.add_argument(f"--{setting}", help=text), hint)
+    for flag in ("help", "print_config", *(["smoke"] if name in TRAINS else [])):
+        parser.add_argument(f"--{flag}", action="store_true", help=f"see video-r1 {name} --help")
+
+
+def add_value(action: Any, hint: Any) -> None:
+    """Set the completions of a value: a Literal's choices, true or false, file names for text."""
+    import shtab
+
+    options = alternatives(hint)
+    choices = [value for option in options if get_origin(option) is Literal for value in get_args(option)]
+    if choices:
+        action.choices = [str(choice) for choice in choices]
+    elif bool in options:
+        action.choices = [TRUE_WORDS[0], FALSE_WORDS[0]]
+    elif str in options:
+        action.complete = shtab.FILE

@@ -107,7 +107,7 @@ COMMANDS: dict[str, Command] = {
         ("plan video-r1-7b-tgrpo", "plan my.yaml --gpus 4 --gpu_memory 24GB --sharding none --use_peft",
          "plan my.yaml --model_config Qwen/Qwen2.5-VL-32B-Instruct --gpus 16 --gpu h200 --sharding zero3")),
     "recipes": Command(
-        "the recipes that come with the package: machine, model and what for", "catalogue:run_recipes",
+        "the recipes that come with the package: machine, model and what for", "recipe_files:run_recipes",
         "sections", (), examples=("recipes",)),
     "eval": Command(
         "score a checkpoint on a manifest or on benchmarks, with frames in order and shuffled",
@@ -140,7 +140,7 @@ COMMANDS: dict[str, Command] = {
         "the whole pipeline on made-up clips", "lab.demo:run_demo", "values", (DemoSettings,),
         examples=("demo", "demo --quick", "demo --seed 1", "demo --family qwen3_5")),
     "completion": Command(
-        "a script by which a shell completes commands, settings and recipes", "completion:run_completion",
+        "a script by which a shell completes commands, settings and recipes", "command_help:run_completion",
         "sections", (CompletionSettings,), ("shell",), ("shell",),
         ("completion bash", "completion zsh")),
 }

@@ -7,11 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from video_r1.catalogue import MERGED, counterpart
 from video_r1.commands import COMMANDS
 from video_r1.data.sources.places import media_root_of
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import MadeFor, launcher, read_recipe
+from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher, read_recipe
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 Values = Mapping[str, Any]

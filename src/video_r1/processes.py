@@ -1,14 +1,16 @@
-"""What several processes of one command agree on, and what each of them has once.
+"""Processes of one command: values shared over all ranks, lost ranks, and signals (Ctrl-C and SIGTERM).
 
-With a single process every function is the identity, and torch is not imported: what reads manifests alone,
-as the studio's server, does without it.
+With a single process every collective function is the identity and torch is not imported, so that the
+studio's server runs without it.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
@@ -19,7 +21,7 @@ from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
 
 T = TypeVar("T")
-LONGEST_WAIT = timedelta(days=1)  # for processes that share work, who meet at its end only
+LONGEST_WAIT = timedelta(days=1)  # ranks that share work meet only at its end
 
 
 class Closable(Protocol):
@@ -30,8 +32,8 @@ Held = TypeVar("Held", bound=Closable)
 
 
 class OneAProcess(Generic[Held]):
-    """`one` is what `make` gives, closed when the process ends. A forked process has another, as it must not
-    talk on its parent's pipes and sockets.
+    """Resource `one` made by `make`, closed when the process ends. A forked process makes its own, because it
+    must not use its parent's pipes and sockets.
     """
 
     def __init__(self, make: Callable[[], Held]) -> None:
@@ -53,7 +55,7 @@ def process_index(group: Any = None) -> int:
 
 
 def gather(value: T, group: Any = None) -> list[T]:
-    """The value of every process of the group (default: all), in their order; each of them has to call it."""
+    """Gather the value of every rank of the group (default: all), in order. Every rank must call this."""
     if not _running():
         return [value]
     values: list[Any] = [None] * _distributed().get_world_size(group)
@@ -62,22 +64,22 @@ def gather(value: T, group: Any = None) -> list[T]:
 
 
 def own_share(work: Sequence[T]) -> Sequence[T]:
-    """What of some work is this process's: every n-th piece of it, with n processes."""
+    """Return this rank's part of the work: every n-th piece, with n ranks."""
     return work[process_index() :: process_count()]
 
 
 @contextmanager
 def process_group(folder: Path) -> Iterator[None]:
-    """Inside, the processes that a launcher (accelerate, torchrun) has started for this command know of one
-    another, and only the first of them writes to standard output. For work that they share in `folder`, each
-    with a whole model. They agree over gloo, which needs no GPU and notices at once when one is lost: the
-    others then raise VideoR1Error. An engine of vLLM ends the group when it is closed, so nothing is agreed
-    on after that.
+    """Join the processes that a launcher (accelerate, torchrun) started, for work shared in `folder`.
+
+    Each process has a whole model, and only rank 0 writes to standard output. The backend is gloo: it needs
+    no GPU and notices a lost rank at once, and the others raise VideoR1Error. Closing an engine of vLLM ends
+    the group, so no collective call may follow.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or _running():
         yield
         return
-    os.environ["ACCELERATE_USE_FSDP"] = "false"  # of a launcher's file; transformers would load shares
+    os.environ["ACCELERATE_USE_FSDP"] = "false"  # set by a launcher's config; transformers would load shards
     _distributed().init_process_group("gloo", timeout=LONGEST_WAIT)
     with ExitStack() as closing:
         closing.callback(lambda: _distributed().destroy_process_group() if _running() else None)
@@ -88,13 +90,13 @@ def process_group(folder: Path) -> Iterator[None]:
 
 
 def wait_for_everyone() -> None:
-    """Returns when every process has come here."""
+    """Wait until every rank is here."""
     if _running():
         _distributed().barrier()
 
 
 def decided_by_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns in the first process, in all of them; a VideoR1Error is raised in all of them."""
+    """Call `decide` on rank 0 and return its result on every rank. A VideoR1Error is raised on every rank."""
     outcome: Any = None
     if process_index() == 0:
         try:
@@ -109,22 +111,22 @@ def decided_by_first(decide: Callable[[], T]) -> T:
 
 @contextmanager
 def claimed_by_first(folder: Path) -> Iterator[None]:
-    """As `claimed`, for all processes of a run: the first one holds the claim."""
+    """Claim the folder for all ranks of a run: rank 0 holds the claim (see `files.claimed`)."""
     with ExitStack() as claim:
         decided_by_first(lambda: claim.enter_context(claimed(folder)))
         yield
 
 
 def gather_lists(own: Sequence[T], group: Any = None) -> tuple[list[T], slice]:
-    """The lists of all processes (of the group) end to end, and where this one's own is in them."""
+    """Concatenate the lists of all ranks of the group; return the slice that is this rank's too."""
     parts = gather(list(own), group)
     start = sum(len(part) for part in parts[: process_index(group)])
     return [entry for part in parts for entry in part], slice(start, start + len(own))
 
 
 def is_lost_process(error: BaseException) -> bool:
-    """Whether a collective call failed because another process, its machine or the network is gone, or did
-    not answer within `ddp_timeout`. (gloo has no error of its own: its messages name its source file.)
+    """Return whether a collective call failed because another rank, its machine or the network is gone, or
+    did not answer within `ddp_timeout`. (gloo has no error class: its messages name its source file.)
     """
     return isinstance(error, _distributed().DistError) or (
         isinstance(error, RuntimeError) and "gloo/" in str(error)
@@ -133,8 +135,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 @contextmanager
 def naming_lost_processes(folder: Path, saved: str = "the last checkpoint") -> Iterator[None]:
-    """Turns the error that a lost process leaves in the others into a VideoR1Error that says how to go on:
-    from what is saved in the folder."""
+    """Turn the error that follows a lost rank into a VideoR1Error that says how to resume from `folder`."""
     try:
         yield
     except RuntimeError as error:
@@ -155,7 +156,72 @@ def _distributed() -> Any:
 
 
 def _running() -> bool:
-    """Where nobody has imported torch, no processes have been joined."""
+    # Without torch imported, no processes have been joined.
     return "torch.distributed" in sys.modules and (
         _distributed().is_available() and _distributed().is_initialized()
     )
+
+
+# ---- Signals
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Signal that ended the work. The text says what is saved."""
+
+    def __init__(self, number: int = signal.SIGINT, saved: str = "") -> None:
+        super().__init__(saved)
+        self.number = int(number)
+
+
+def number_of(stop: KeyboardInterrupt) -> int:
+    """Return the number of the signal that caused `stop`."""
+    return stop.number if isinstance(stop, Interrupted) else int(signal.SIGINT)
+
+
+class Ending:
+    """Signal handler of a command's process. A forked child ends by the signal's default."""
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+
+    def __call__(self, number: int, frame: Any) -> None:
+        if os.getpid() == self.process:
+            raise Interrupted(number)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Raise Interrupted on a signal inside the block. Ignored signals (nohup) stay ignored."""
+    with _handled_by(Ending()):
+        yield
+
+
+@contextmanager
+def told_of_signals(tell: Callable[[int], None]) -> Iterator[None]:
+    """Call `tell` on a signal inside the block instead of ending the work. This has an effect only within
+    `ended_by_signals`: a program that uses this package as a library keeps its own handlers.
+    """
+    present = signal.getsignal(signal.SIGTERM)
+    if not isinstance(present, Ending) or present.process != os.getpid():
+        yield
+        return
+    with _handled_by(lambda number, frame: tell(number)):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

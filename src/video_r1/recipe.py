@@ -16,15 +16,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from video_r1.catalogue import counterpart
 from video_r1.commands import COMMANDS, TRAINS
 from video_r1.errors import ConfigError, RequestError
 from video_r1.files import replace_text
-from video_r1.recipe_files import MadeFor, model_folder, read_recipe, take_facts
+from video_r1.recipe_files import MadeFor, counterpart, model_folder, read_recipe, take_facts
 from video_r1.settings.base import Problem, Settings, own_field_types, raise_problems
-from video_r1.settings.carried import adopted
 from video_r1.settings.decoding import PROTOCOLS
 from video_r1.settings.training_arguments import training_argument_types
+from video_r1.settings.training_record import adopted
 from video_r1.settings.types import parse
 
 S = TypeVar("S", bound=Settings)
@@ -73,9 +72,9 @@ def load_recipe(
         source: path or name of a recipe; None starts from the defaults.
         overrides: setting name to value, as text from an option or already of the right type.
 
-    A protocol's settings and a checkpoint's own frames, template and number format are the defaults of the
-    settings that neither gives (see settings/carried.py). Raises ConfigError with every problem and where
-    each setting came from, and RequestError when the recipe cannot be read.
+    Settings that neither gives have the defaults of the protocol, then the frames, template and number format
+    that the checkpoint was trained with (settings/training_record.py). Raises ConfigError with every problem
+    and the origin of each setting, and RequestError when the recipe cannot be read.
     """
     values, origins = read_recipe(source) if source is not None else ({}, {})
     made_for = take_facts(values, origins)

@@ -1,6 +1,6 @@
-"""Recipe files: found by path or name, read together with the recipes that they are based on.
+"""Recipe files: find them by path or name, read them with their bases, list the packaged ones.
 
-Beside settings a file may say what it is for, `about` in one line and `made_for` the command and the machine:
+Beside settings a file may have `about`, its purpose in one line, and `made_for`, its command and machine:
 
     about: T-GRPO by LoRA
     made_for: {command: rl, gpus: 1, gpu_memory: 80GB, sharding: none}
@@ -10,12 +10,14 @@ import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from video_r1.console import table
 from video_r1.errors import RequestError
 from video_r1.settings.commands import GPUSharding, parse_bytes
 from video_r1.settings.types import parse
@@ -24,13 +26,14 @@ PACKAGE = Path(str(resources.files("video_r1")))
 RECIPES = PACKAGE / "recipes"
 ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 PACKAGED_MODEL = "lab-base"
-"""The name by which the small pretrained base that comes with the package may be called."""
+"""Name of the small pretrained base that comes with the package."""
+MERGED = "-merged"
+"""Suffix that the recipes add to a LoRA run's folder for its merged checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class MadeFor:
-    """The command and the machine of a recipe. gpus: 0 for CPUs, None where it does not say. gpu_memory: of
-    each, as text (80GB)."""
+    """Command and machine of a recipe. gpus: 0 for CPUs, None if not given. gpu_memory: of one GPU (80GB)."""
 
     command: str | None = None
     gpus: int | None = None
@@ -39,7 +42,7 @@ class MadeFor:
 
     @property
     def machine(self) -> str:
-        """ "8 × 80 GB" """
+        """Machine in words, such as "8 × 80 GB"."""
         if not self.gpus:
             return "CPU" if self.gpus == 0 else ""
         memory = "" if self.gpu_memory is None else f"{(parse_bytes(self.gpu_memory) or 0) / 1e9:g} GB"
@@ -47,7 +50,7 @@ class MadeFor:
 
 
 def launcher(made_for: MadeFor, processes: int | str) -> list[str]:
-    """The words before those of a command on several GPUs: accelerate, with the file of the sharding."""
+    """Return the words that start a command on several GPUs: accelerate with the sharding's config file."""
     file = RECIPES / "accelerate" / f"{ACCELERATE[made_for.sharding]}.yaml"
     words = ["accelerate", "launch", "--config_file", str(file), "--num_processes", str(processes)]
     deepspeed = RECIPES / "deepspeed" / f"{made_for.sharding}.json"
@@ -57,18 +60,18 @@ def launcher(made_for: MadeFor, processes: int | str) -> list[str]:
 
 
 def model_folder(name: str | None) -> str | None:
-    """The packaged base's folder for its name; any other name as it is."""
+    """Return the packaged base's folder for its name, and any other name unchanged."""
     is_packaged = name == PACKAGED_MODEL and not Path(PACKAGED_MODEL).exists()
     return str(PACKAGE / "lab" / "base") if is_packaged else name
 
 
 def packaged_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the packaged recipes."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def find_recipe(source: str | Path) -> Path | None:
-    """The file that a path or a packaged recipe's name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`) stands for."""
+    """Find a recipe by path or packaged name (`lab-tgrpo`, `recipes/lab-tgrpo.yaml`), or return None."""
     path = Path(source)
     if path.is_file():
         return path
@@ -77,8 +80,8 @@ def find_recipe(source: str | Path) -> Path | None:
 
 
 def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a recipe and of its bases, with `about` and `made_for`, and where each stands (`recipe
-    a.yaml, line 3`).
+    """Read a recipe and its bases: settings with `about` and `made_for`, and the origin of each (`recipe
+    a.yaml, line 3`). Raises RequestError.
     """
     path = find_recipe(source)
     if path is None:
@@ -108,7 +111,7 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """As `read_recipe`, of a file without what it is based on."""
+    """Read one recipe file without its base. Raises RequestError."""
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -130,7 +133,7 @@ def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def take_facts(values: dict[str, Any], origins: Mapping[str, str]) -> MadeFor:
-    """What a recipe is made for; `made_for` and `about` are taken out of its values. Raises RequestError."""
+    """Remove `made_for` and `about` from the values and return `made_for`. Raises RequestError."""
     values.pop("about", None)
     given = values.pop("made_for", None)
     if given is None:
@@ -148,3 +151,64 @@ def take_facts(values: dict[str, Any], origins: Mapping[str, str]) -> MadeFor:
     if facts.get("gpu_memory") and parse_bytes(facts["gpu_memory"]) is None:
         raise RequestError(f"{place}: gpu_memory is {facts['gpu_memory']!r}; write 80GB or 24GiB")
     return MadeFor(**facts)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A packaged recipe. start: the checkpoint that it names; output_dir: None if it does not train."""
+
+    name: str
+    about: str
+    made_for: MadeFor
+    start: str
+    output_dir: str | None
+
+    @property
+    def checkpoint(self) -> str:
+        """Published model that this recipe starts from, directly or through another recipe."""
+        return checkpoint_behind(self.start)
+
+
+@cache
+def catalogue() -> tuple[Entry, ...]:
+    """Read all packaged recipes."""
+    entries = []
+    for name in packaged_recipes():
+        values, origins = read_recipe(name)
+        about = str(values.get("about", ""))
+        made_for = take_facts(values, origins)
+        start = values.get("model_name_or_path") or values["model"]
+        entries.append(Entry(name, about, made_for, start, values.get("output_dir")))
+    return tuple(entries)
+
+
+def checkpoint_behind(start: str) -> str:
+    """Return the published model from which packaged recipes make the folder `start`, or `start` itself."""
+    for entry in catalogue():
+        if entry.output_dir and start in (entry.output_dir, entry.output_dir + MERGED):
+            return checkpoint_behind(entry.start)
+    return start
+
+
+def counterpart(command: str, start: str | None, made_for: MadeFor) -> str | None:
+    """Return the packaged recipe of `command` for the same model and machine, or None."""
+    model = None if start is None else model_folder(checkpoint_behind(start))
+    for entry in catalogue():
+        facts = entry.made_for
+        same = facts.command == command and facts.machine == made_for.machine
+        if same and model_folder(entry.checkpoint) == model:
+            return entry.name
+    return None
+
+
+def run_recipes() -> None:
+    """Print the table of packaged recipes, recipes for a CPU first."""
+    entries = sorted(catalogue(), key=lambda entry: (entry.made_for.gpus != 0, entry.name))
+    rows = (
+        (entry.name, str(entry.made_for.command), entry.made_for.machine, entry.checkpoint, entry.about)
+        for entry in entries
+    )
+    print(table(("recipe", "command", "machine", "model", "what"), rows, words=True))
+    print(
+        "\nvideo-r1 COMMAND RECIPE --print_config shows a recipe's settings, video-r1 plan RECIPE its memory."
+    )

@@ -33,6 +33,7 @@ from video_r1.annotation.teachers import (
     TeacherAnswer,
     TeacherRequest,
 )
+from video_r1.console import Progress, table
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import FIELDS, Sample, load_manifest
 from video_r1.data.reading import Reader
@@ -42,19 +43,18 @@ from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.files import json_lines, lock, part_of, parts_of, whole_lines, without_links, writing_rows
 from video_r1.fingerprint import changed, digest, refuse_changed
 from video_r1.processes import (
+    Interrupted,
     decided_by_first,
+    number_of,
     own_share,
     process_count,
     process_group,
     process_index,
     wait_for_everyone,
 )
-from video_r1.progress import Progress
 from video_r1.rollout.chat import Completion
 from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.settings.annotation import AnnotateSettings
-from video_r1.signals import Interrupted, number_of
-from video_r1.tables import table
 
 
 class Journal:

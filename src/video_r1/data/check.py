@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from video_r1.console import Progress, table
 from video_r1.data.manifests.records import Problem, Sample, check_manifest
 from video_r1.data.reading import Batch, Reader
-from video_r1.progress import Progress
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import RemoteSettings
-from video_r1.tables import table
 
 _SOURCES_SHOWN = 40
 

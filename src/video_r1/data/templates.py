@@ -34,8 +34,8 @@ from typing import Any, get_args
 from video_r1.data.grounding import GROUNDING_HINTS
 from video_r1.data.manifests.records import Sample
 from video_r1.errors import ConfigError
-from video_r1.settings.carried import template_text
 from video_r1.settings.shared import ProblemType
+from video_r1.settings.training_record import template_text
 
 # Few words on purpose: small models with their own tokenizer read the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."

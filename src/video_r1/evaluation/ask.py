@@ -13,11 +13,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
+from video_r1.console import table
 from video_r1.data.answers import LETTERS, lettered, read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.errors import RequestError
 from video_r1.settings.decoding import AskSettings
-from video_r1.tables import table
 
 if TYPE_CHECKING:
     from video_r1.data.manifests.records import Sample

@@ -18,6 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar
 
+from video_r1.console import table
 from video_r1.data.answers import read_answer
 from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
@@ -35,9 +36,8 @@ from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AuditSettings
+from video_r1.settings.filters import PASS_RATES
 from video_r1.settings.frames import Contrast, Order
-from video_r1.settings.keep import PASS_RATES
-from video_r1.tables import table
 
 SETTINGS_FILE = "settings.json"
 

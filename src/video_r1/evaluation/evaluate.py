@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from video_r1.console import table
 from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.manifests.records import Sample, load_manifest, question_digest
 from video_r1.data.prompts import Prompt, TextPrompts
@@ -30,7 +31,6 @@ from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import Answer, BenchmarkSettings, EvalSettings, Protocol
 from video_r1.settings.frames import CONTROLS, FrameBudget
-from video_r1.tables import table
 
 
 def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:

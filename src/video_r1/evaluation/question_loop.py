@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
+from video_r1.console import Progress
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.decoding.media import Shown, clips_of
@@ -34,7 +35,6 @@ from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
 from video_r1.fingerprint import continue_or_refuse, digest
 from video_r1.processes import decided_by_first, own_share, process_count, process_index, wait_for_everyone
-from video_r1.progress import Progress
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, DecodingSettings

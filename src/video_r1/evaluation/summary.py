@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any, get_args
 
+from video_r1.console import table
 from video_r1.errors import RequestError
 from video_r1.evaluation.metrics import (
     OVERLAP_SHARES,
@@ -14,7 +15,6 @@ from video_r1.evaluation.metrics import (
     task_mean,
 )
 from video_r1.settings.frames import Contrast, Order
-from video_r1.tables import table
 
 ORDERS = ("ordered", "shuffled")  # the two that a page shows
 CONTRASTS = get_args(Contrast)

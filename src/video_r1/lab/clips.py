@@ -18,12 +18,12 @@ import av
 import numpy as np
 from PIL import Image
 
+from video_r1.console import Progress
 from video_r1.data.answers import LETTERS, lettered
 from video_r1.errors import RequestError
 from video_r1.files import claimed, replace_json
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, read_mark
 from video_r1.lab.scenes import FPS, MARKS, SECONDS, render
-from video_r1.progress import Progress
 from video_r1.settings.commands import LabSettings
 
 SPLITS = {"train": 0, "test": 1}  # part of every sample's seed, so that train and test never share one

@@ -18,14 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from video_r1.console import tidy_output
 from video_r1.errors import RequestError, VideoR1Error
 from video_r1.files import claimed, replace_json
-from video_r1.progress import tidy_output
+from video_r1.processes import Interrupted
 from video_r1.recipe import load_recipe
-from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.decoding import BenchmarkSettings, EvalSettings
-from video_r1.signals import Interrupted
+from video_r1.settings.training_record import RECORD, read_record
 
 
 class Size(NamedTuple):

@@ -27,8 +27,8 @@ from video_r1.lab.model import build_model, build_processor, build_tokenizer, fr
 from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark
 from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
 from video_r1.models.families import FAMILIES
-from video_r1.settings.carried import RECORD
 from video_r1.settings.commands import BaseSettings
+from video_r1.settings.training_record import RECORD
 
 IGNORE = -100
 BATCH = 32  # conversations a step

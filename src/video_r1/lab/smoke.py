@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from video_r1 import packages
+from video_r1 import availability
 from video_r1.data.manifests.records import placed_rows
 from video_r1.data.manifests.tables import Unreadable
 from video_r1.data.sources.places import media_root_of
@@ -63,8 +63,8 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
             "vllm_mode": "colocate",
             "async_rollouts": 0,
         }
-    optimizer, missing = str(values.get("optim", "")), not packages.has_bitsandbytes()
-    if optimizer.startswith("paged_") or (missing and packages.is_bitsandbytes_optimizer(optimizer)):
+    optimizer, missing = str(values.get("optim", "")), not availability.has_bitsandbytes()
+    if optimizer.startswith("paged_") or (missing and availability.is_bitsandbytes_optimizer(optimizer)):
         changes["optim"] = "adamw_torch"  # paged: into main memory, where all is without a GPU
     if missing:
         changes["load_in_4bit"] = False

@@ -21,10 +21,10 @@ from transformers.core_model_loading import Transpose
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from video_r1.availability import ask_the_hub, is_hub_id
 from video_r1.data.prompts import frame_multiple
 from video_r1.errors import ConfigError, first_line
 from video_r1.files import claimed, follow_umask, replace_json
-from video_r1.hub import ask_the_hub, is_hub_id
 from video_r1.models.families import (
     check_kind,
     family_names,
@@ -40,8 +40,8 @@ from video_r1.models.lora import (
     keep_codes_as_they_are,
     recorded_four_bits,
 )
-from video_r1.settings.carried import RECORD, read_record
 from video_r1.settings.shared import ModelSettings
+from video_r1.settings.training_record import RECORD, read_record
 
 PIXELS_OF_ANY_MODEL = 28  # frame sides for a model that resizes as it wants
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")

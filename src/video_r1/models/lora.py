@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from video_r1.availability import check_bitsandbytes
 from video_r1.errors import ConfigError
 from video_r1.files import replace_json
-from video_r1.packages import check_bitsandbytes
 
 logger = logging.getLogger(__name__)
 

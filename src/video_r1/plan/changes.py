@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from video_r1.catalogue import Entry, catalogue
 from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import Recipe
+from video_r1.recipe_files import Entry, catalogue
 from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import parse_bytes
 from video_r1.settings.shared import PromptSettings

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import torch
 
-from video_r1.catalogue import checkpoint_behind
 from video_r1.models.families import find_family
 from video_r1.models.loading import load_processor
 from video_r1.plan.changes import fitting_changes, fitting_recipes
@@ -15,7 +14,7 @@ from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.plan.shapes import is_published, model_config, published_processor
 from video_r1.plan.sharding import Sharding, sharding_of
 from video_r1.recipe import Recipe
-from video_r1.recipe_files import model_folder
+from video_r1.recipe_files import checkpoint_behind, model_folder
 from video_r1.settings.base import own_field_types
 from video_r1.settings.commands import GPUS, PlanSettings, parse_bytes
 from video_r1.settings.shared import ModelSettings

@@ -1,15 +1,16 @@
-"""What a settings class is made of, and how its values are checked."""
+"""Base of the settings classes: fields with help texts, checks of values, docstrings that list settings."""
 
 import dataclasses
 import inspect
 import operator
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from video_r1.errors import ConfigError
-from video_r1.settings.types import describe_type, matches
+from video_r1.settings.types import default_text, describe_type, matches
 
 Problem = tuple[str, str]
 """The name of a setting, and what is wrong with its value and what to do."""
@@ -83,3 +84,34 @@ def own_field_types(kind: type) -> dict[str, Any]:
             hints = typing.get_type_hints(base)
             declared |= {name: hints[name] for name in own}
     return declared
+
+
+T = TypeVar("T", bound=type[Settings])
+WIDTH = 100
+
+
+def settings_docs(kind: T) -> T:
+    """Add every setting's name, type, default and help to the class's docstring, for `help(TGRPOConfig)`.
+
+    Use it as a decorator above `@dataclass`. Settings are grouped by the class that declares them.
+    """
+    types = own_field_types(kind)
+    sections: dict[type, list[str]] = {}
+    for field in dataclasses.fields(kind):
+        owner = next(base for base in kind.__mro__ if field.name in inspect.get_annotations(base))
+        hint = types.get(field.name, field.type)
+        value = field.default_factory() if callable(field.default_factory) else field.default
+        default = "" if value is dataclasses.MISSING else default_text(value)
+        hint = hint if isinstance(hint, str) else describe_type(hint)
+        head = f"{field.name}: {hint}" + (f" = {default}" if default else "")
+        told = " ".join(str(field.metadata.get("help", "")).split())
+        sections.setdefault(owner, []).extend(
+            [f"  {head}", *textwrap.wrap(told, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+        )
+    lines = []
+    for owner in sorted(sections, key=kind.__mro__.index):
+        own = issubclass(owner, Settings)
+        title = str(owner.__doc__) if own else f"{owner.__module__}.{owner.__name__}"
+        lines += ["", f"{title}:", *sections[owner]]
+    kind.__doc__ = "\n".join([textwrap.dedent(f"    {kind.__doc__}").rstrip(), *lines])
+    return kind

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from video_r1.errors import ConfigError
 from video_r1.settings.base import Problem, Settings, setting
+from video_r1.settings.filters import parse_keep
 from video_r1.settings.frames import FrameBudget
-from video_r1.settings.keep import parse_keep
 
 MANIFEST_ENDINGS = (".json", ".jsonl")
 BadRows = Literal["stop", "leave_out"]

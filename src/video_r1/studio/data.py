@@ -22,7 +22,7 @@ from video_r1.data.sources.remote import open_remote_cache
 from video_r1.data.sources.tar_index import TAR, Part, split_member
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
-from video_r1.settings.keep import PASS_RATES, Keep, parse_keep
+from video_r1.settings.filters import PASS_RATES, Keep, parse_keep
 from video_r1.studio.answers import Answer, number
 from video_r1.studio.finding import Finder
 from video_r1.studio.manifest_index import COLUMNS, ManifestIndex, paths_of, pattern_of

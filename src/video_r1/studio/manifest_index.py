@@ -14,7 +14,7 @@ import numpy as np
 from video_r1.data.manifests.records import Sample, check_row
 from video_r1.data.sources.places import MediaPlaces
 from video_r1.report.run_data import as_table, finite, text
-from video_r1.settings.keep import PASS_RATES, Keep
+from video_r1.settings.filters import PASS_RATES, Keep
 from video_r1.studio.finding import Manifest
 from video_r1.studio.listed import ListFile
 from video_r1.studio.tail import Tail, parse

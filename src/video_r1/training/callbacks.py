@@ -24,20 +24,19 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 
+from video_r1.console import Progress
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import append_line, json_lines, replace_text, whole_lines
 from video_r1.models.group_forward import group_logprobs
-from video_r1.processes import gather, process_index
-from video_r1.progress import Progress
+from video_r1.processes import Interrupted, gather, process_index, told_of_signals
 from video_r1.recipe import Recipe, plain, save_resolved
 from video_r1.rewards.group import RewardTerms
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.base import Settings
 from video_r1.settings.training import TGRPOSettings
-from video_r1.signals import Interrupted, told_of_signals
 from video_r1.training.checkpoints import last_whole_checkpoint
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
 

@@ -39,7 +39,7 @@ from video_r1.rollout.endpoint import (
     served_model,
 )
 from video_r1.rollout.http_client import REFUSED_QUESTION, ServerFailure, ServerRefusal, wait_for
-from video_r1.settings.judge import JudgeSettings
+from video_r1.settings.training import JudgeSettings
 from video_r1.training.metrics import Meter, tolerated
 
 logger = logging.getLogger(__name__)

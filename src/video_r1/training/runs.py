@@ -15,6 +15,7 @@ import yaml
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
+from video_r1.availability import check_optimizer
 from video_r1.data.manifests.records import Sample, kept_samples, load_manifest
 from video_r1.data.manifests.trl_rows import is_trl_table, trl_samples
 from video_r1.data.prompts import PromptBuilder
@@ -23,11 +24,9 @@ from video_r1.files import is_finished, replace_json
 from video_r1.fingerprint import refuse_changed
 from video_r1.models.families import find_family
 from video_r1.models.loading import add_lora, load_model, load_processor, with_trained_parts
-from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, process_count
 from video_r1.recipe import Recipe, resolved
 from video_r1.rollout.vllm.mrope import rule_of_training
-from video_r1.settings.carried import BUDGET, RECORD, adopted, read_record
 from video_r1.settings.shared import (
     DataSettings,
     LoadingSettings,
@@ -35,6 +34,7 @@ from video_r1.settings.shared import (
     ModelSettings,
     PromptSettings,
 )
+from video_r1.settings.training_record import BUDGET, RECORD, adopted, read_record
 from video_r1.training.checkpoints import check_writable, last_whole_checkpoint
 
 logger = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from video_r1.evaluation.validation import held_out
 from video_r1.models.group_forward import GroupLogprobs, group_logprobs
 from video_r1.processes import gather, process_count
 from video_r1.recipe import Recipe
-from video_r1.settings.documented import documented
+from video_r1.settings.base import settings_docs
 from video_r1.settings.training import SFTSettings
 from video_r1.training.runs import RunArguments, run_recipe
 from video_r1.training.trainer import QuestionTrainer
@@ -33,7 +33,7 @@ Example = tuple[Prompt, Tensor]
 """A prompt and the token ids [L] of its response, the end-of-turn token included."""
 
 
-@documented
+@settings_docs
 @dataclass
 class SFTConfig(SFTSettings, RunArguments):
     """All settings of an SFT run, every field of `TrainingArguments` among them. Raises ConfigError."""

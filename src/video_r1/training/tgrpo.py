@@ -61,7 +61,7 @@ from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.general import GeneralEngine
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.documented import documented
+from video_r1.settings.base import settings_docs
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.batches import (
@@ -95,7 +95,7 @@ Kind = TypeVar("Kind", bound=TrainerCallback)
 RewardFunctions = str | Callable[..., Any] | Sequence[str | Callable[..., Any]]
 
 
-@documented
+@settings_docs
 @dataclass
 class TGRPOConfig(TGRPOSettings, VLLMSettings, RunArguments):
     """All settings of a run: this project's own, TRL's by TRL's names, every field of `TrainingArguments`.

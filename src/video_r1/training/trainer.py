@@ -30,6 +30,7 @@ from transformers import (
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, TrainOutput, rotate_checkpoints
 
+from video_r1.availability import check_optimizer
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
@@ -38,7 +39,6 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.files import follow_umask, is_finished
 from video_r1.models.loading import load_model, size_multiple
 from video_r1.models.lora import record_four_bits
-from video_r1.packages import check_optimizer
 from video_r1.processes import claimed_by_first, decided_by_first, naming_lost_processes, wait_for_everyone
 from video_r1.recipe import Recipe, resolved
 from video_r1.settings.base import Settings

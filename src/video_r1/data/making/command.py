@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from video_r1.console import table
 from video_r1.data.check import check_media, format_counts
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.columns import Columns, guess_columns
@@ -30,7 +31,6 @@ from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows
 from video_r1.settings.commands import MakeSettings
 from video_r1.settings.frames import FrameBudget
-from video_r1.tables import table
 
 _COLUMN_ROWS = 100  # of a table, in which its columns are looked for: JSON rows need not all have the same
 

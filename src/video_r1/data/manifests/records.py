@@ -22,6 +22,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
+from video_r1.availability import check_math_verify, is_hub_id
 from video_r1.data.answers import parse_number
 from video_r1.data.grounding import GROUNDING_FORMS, truth_problems
 from video_r1.data.manifests.tables import (
@@ -41,10 +42,8 @@ from video_r1.data.sources.places import MediaPlaces, is_pattern, media_root_of,
 from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.fingerprint import digest
-from video_r1.hub import is_hub_id
-from video_r1.packages import check_math_verify
 from video_r1.processes import process_index
-from video_r1.settings.keep import PASS_RATES, parse_keep
+from video_r1.settings.filters import PASS_RATES, parse_keep
 from video_r1.settings.shared import BadRows, ProblemType
 
 if TYPE_CHECKING:
@@ -493,7 +492,7 @@ def pass_rates(sample: Sample) -> dict[str, float]:
 
 
 def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False) -> list[Sample]:
-    """The samples that the expression keeps (settings/keep.py), in their order.
+    """The samples that the expression keeps (settings/filters.py), in their order.
 
     The first process says how many they are, unless `quiet`. Raises ConfigError for an expression that is not
     understood, for a rate that no sample has, and where no sample is kept; ManifestError for damaged rates.

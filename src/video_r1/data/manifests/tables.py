@@ -22,13 +22,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
+from video_r1.availability import ask_the_hub
+from video_r1.console import Progress
 from video_r1.data.sources.addresses import Found, at_address, is_address
 from video_r1.data.sources.places import data_type_of, is_pattern
 from video_r1.data.sources.table_cells import SCHEME, cell_path
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
-from video_r1.hub import ask_the_hub
 from video_r1.processes import process_index
-from video_r1.progress import Progress
 
 if TYPE_CHECKING:
     import datasets

@@ -18,9 +18,9 @@ from urllib.parse import unquote
 from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
+from video_r1.availability import ask_the_hub
 from video_r1.data.sources.tar_index import split_member
 from video_r1.errors import ConfigError, MediaError, VideoR1Error, first_line
-from video_r1.hub import ask_the_hub
 
 ATTEMPTS = 3
 PAUSE = 1.0  # seconds before the second attempt, twice as many before the third

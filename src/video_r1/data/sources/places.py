@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Literal
 
+from video_r1.availability import is_hub_id
 from video_r1.data.sources.addresses import (
     below,
     check_schemes,
@@ -19,7 +20,6 @@ from video_r1.data.sources.addresses import (
 from video_r1.data.sources.endings import IMAGE_ENDINGS, MANIFEST_ENDINGS
 from video_r1.data.sources.tar_index import TABLE, split_member
 from video_r1.errors import ManifestError
-from video_r1.hub import is_hub_id
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:

@@ -5,8 +5,8 @@ past the video's last time position, as Qwen's first release did. For a clip of 
 two differ, and a policy that is trained under the one rule is another policy under the other (Qwen2-VL and
 Qwen2.5-VL; later models have text between frames, where both agree).
 
-Each rule has its library's name, in a checkpoint's record (settings/carried.py) as well. The libraries have
-not settled it: transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still has its own.
+Each rule has its library's name, also in a checkpoint's training record. The libraries have not settled it:
+transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still has its own.
 
 `use_transformers_positions` makes vLLM follow the trainer, in this process. `plugin` does in each process of
 a server that is started with VIDEO_R1_POSITIONS=transformers (entry point group `vllm.general_plugins`).
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from video_r1.models.families import find_family
-from video_r1.settings.carried import RECORD, read_record
+from video_r1.settings.training_record import RECORD, read_record
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from video_r1.catalogue import checkpoint_behind, counterpart
 from video_r1.errors import ConfigError
 from video_r1.models.families import find_family
-from video_r1.recipe_files import MadeFor, launcher
+from video_r1.recipe_files import MadeFor, checkpoint_behind, counterpart, launcher
 from video_r1.rollout.vllm.mrope import (
     POSITIONS_VARIABLE,
     prompt_positions,

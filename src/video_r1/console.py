@@ -1,34 +1,37 @@
-"""What a command says while it works: progress, as a bar on a terminal and as plain lines elsewhere; this
-package's warnings; and, in a log, nothing of other libraries' bars.
+"""Terminal output of a command: progress bars, tables, colours, this package's warnings.
+
+Where standard error is no terminal (a log file, a pipe), progress is plain lines, and the bars of other
+libraries are off.
 """
 
 import atexit
+import io
 import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 SECONDS_BETWEEN_LINES = 10.0
 COLUMNS = 80  # of a plain line
 BARS_OFF = ("HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")
-"""Environment variables that keep bars away. Transformers' ("Loading weights") heed the first."""
-BESIDE_THE_POINT = {"bitsandbytes.backends.cpu.ops": "kernels", "DeepSpeed": "Setting accelerator to"}
-"""Loggers of libraries that tell everyone without a GPU so, and a word of what they tell."""
+"""Environment variables that turn bars off. The first also turns off transformers' ("Loading weights")."""
+NOISE = {"bitsandbytes.backends.cpu.ops": "kernels", "DeepSpeed": "Setting accelerator to"}
+"""Loggers of libraries that comment on a machine without a GPU, and a word of the comment to suppress."""
 
 
 _bars: list[Any] = []  # on a terminal now
 
 
 class Progress(AbstractContextManager):
-    """Shows how far long work has come, with its rate and the time left.
+    """Progress of long work: how much is done, its rate and the time left.
 
-    On a terminal this is a bar; elsewhere (a log file, a pipe) it is a plain line about every 10 seconds and
-    one at the end, which goes on in the next one where it is longer than 80 columns. It writes to standard
-    error unless `stream` is given; `quiet`, it writes nothing. done: units of an earlier run, which do not
-    count for the rate. slow: seconds a unit are shown, whatever the rate.
+    On a terminal this is a bar. Elsewhere it is a plain line about every 10 seconds and one at the end; a
+    line of more than 80 columns is folded. It writes to standard error unless `stream` is given, and nothing
+    if `quiet`. done: units of an earlier run, which do not count for the rate. slow: always show seconds a
+    unit instead of units a second.
 
         with Progress(1200, "training", "steps") as bar:
             bar.update(loss=0.31)
@@ -55,7 +58,7 @@ class Progress(AbstractContextManager):
             self._task = self._bar.add_task(f"{description}:", total=total, completed=done, line=self._rows())
 
     def update(self, count: int = 1, **figures: Any) -> None:
-        """Adds `count` finished units; `figures` (loss=0.3) stand behind the rate."""
+        """Add `count` finished units; show `figures` (loss=0.3) after the rate."""
         self.done += count
         if figures:
             self._figures = [f"{name} {value}" for name, value in figures.items()]
@@ -65,7 +68,7 @@ class Progress(AbstractContextManager):
             self._print_line()
 
     def close(self) -> None:
-        """Ends the bar, or prints the last line. Calling it twice does nothing more."""
+        """End the bar, or print the last line. A second call does nothing."""
         if not self._closed:
             self._closed = True
             if self._bar is not None:
@@ -82,12 +85,10 @@ class Progress(AbstractContextManager):
         print(folded([f"{self.description}: {first}", *rest]), file=self._stream, flush=True)
 
     def _rows(self) -> str:
-        """Progress, and the figures below it."""
         parts = self._parts()
         return "\n".join(", ".join(row) for row in (parts[:3], parts[3:]) if row)
 
     def _parts(self) -> list[str]:
-        """How many, how fast, how long, and the figures."""
         elapsed = max(time.monotonic() - self._started, 1e-9)
         rate = (self.done - self._before) / elapsed
         left = self.total - self.done
@@ -104,7 +105,7 @@ class Progress(AbstractContextManager):
 
 
 def folded(parts: Sequence[str]) -> str:
-    """The parts with commas between them, in lines of at most COLUMNS where the parts are no longer."""
+    """Join the parts with commas, in lines of at most COLUMNS."""
     lines = [parts[0]]
     for part in parts[1:]:
         fits = len(lines[-1]) + len(", ,") + len(part) <= COLUMNS
@@ -113,7 +114,7 @@ def folded(parts: Sequence[str]) -> str:
 
 
 def _terminal_bar(stream: TextIO) -> Any:
-    """rich's display of a task, with a field `line`; it has been started."""
+    """Start rich's display of tasks that have a field `line`."""
     from rich import progress
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn
@@ -126,24 +127,24 @@ def _terminal_bar(stream: TextIO) -> Any:
         TextColumn("{task.fields[line]}", markup=False, table_column=Column(ratio=1, overflow="fold")),
         console=Console(file=stream),
         refresh_per_second=4,
-        redirect_stdout=False,  # what goes to a file stays there, and no process that is forked meanwhile
-        redirect_stderr=False,  # writes through a lock that the bar's thread may hold
+        redirect_stdout=False,  # a process forked meanwhile would write through a lock that the bar's
+        redirect_stderr=False,  # thread may hold
     )
     bar.start()
     _bars.append(bar)
-    atexit.register(bar.stop)  # the cursor comes back after an error too
+    atexit.register(bar.stop)  # restores the cursor after an error too
     return bar
 
 
 def tidy_output() -> None:
-    """For a command, before libraries are imported: what `Warnings` and BESIDE_THE_POINT say, and no bars of
-    other libraries where standard error is no terminal. A variable that is set stays as it is.
+    """Set up a command's output, before libraries are imported: print this package's warnings, suppress NOISE
+    and, where standard error is no terminal, other libraries' bars. Variables that are set stay as they are.
     """
     if not sys.stderr.isatty():
         for name in BARS_OFF:
             os.environ.setdefault(name, "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # DDP warns where no parameter is unused
-    for name, word in BESIDE_THE_POINT.items():
+    for name, word in NOISE.items():
         library = logging.getLogger(name)
         if not library.filters:
             library.addFilter(lambda record, word=word: word not in record.getMessage())
@@ -153,7 +154,7 @@ def tidy_output() -> None:
 
 
 class Warnings(logging.Handler):
-    """Prints this package's warnings on standard error: on a terminal in yellow and above the bar."""
+    """Handler that prints this package's warnings on standard error, on a terminal above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if any(getattr(other, "stream", None) is sys.stderr for other in logging.getLogger().handlers):
@@ -173,3 +174,33 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], words: bool = False) -> str:
+    """Format an aligned table: first column left, the others right (left if `words`)."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, pad_edge=False, header_style="bold")
+    for name in head:
+        grid.add_column(Text(name), justify="right" if grid.columns and not words else "left", no_wrap=True)
+    for row in rows:
+        grid.add_row(*map(Text, row))
+    text = io.StringIO()
+    Console(file=text, width=10_000, force_terminal=sys.stdout.isatty()).print(grid)
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
+
+
+def show(text: str, styles: dict[str, str], stream: TextIO) -> None:
+    """Print the text; on a terminal, style the matches of the regular expressions in `styles`."""
+    if not stream.isatty():
+        print(text, file=stream)
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styled = Text(text)
+    for pattern, style in styles.items():
+        styled.highlight_regex(pattern, style)
+    Console(file=stream).print(styled, soft_wrap=True)

@@ -1,0 +1,84 @@
+"""Optional packages and the Hugging Face hub: whether they are there, and what to do if not. Torch-free."""
+
+import functools
+import logging
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from video_r1.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BITSANDBYTES_OPTIMIZERS = re.compile(r"(paged_\w+|adamw_(bnb_)?8bit|ademamix\w*|lion_\w+|rmsprop_bnb\w*)")
+"""Values of TrainingArguments' `optim` that need bitsandbytes."""
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+LOCAL_FOLDERS = ("runs", "data")
+"""Folders of this package's recipes for runs and manifests. They are never owners on the hub."""
+SECONDS = 5.0
+
+
+def has_bitsandbytes() -> bool:
+    return find_spec("bitsandbytes") is not None
+
+
+def is_bitsandbytes_optimizer(name: str) -> bool:
+    """Return whether this value of `optim` needs bitsandbytes."""
+    return BITSANDBYTES_OPTIMIZERS.fullmatch(name) is not None
+
+
+def check_bitsandbytes(setting: str) -> None:
+    """Raise ConfigError, naming the setting that needs it, when bitsandbytes is not installed."""
+    if not has_bitsandbytes():
+        raise ConfigError(f"{setting} needs the package bitsandbytes: pip install 'video-r1[qlora]'")
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ConfigError when this value of `optim` needs bitsandbytes, which is not installed."""
+    if is_bitsandbytes_optimizer(name):
+        check_bitsandbytes(f"optim: {name}")
+
+
+def check_math_verify(manifest: object) -> None:
+    """Raise ConfigError, naming the manifest with math questions, when math-verify is not installed."""
+    if find_spec("math_verify") is None:
+        raise ConfigError(
+            f"{manifest} has questions of the type math, whose answers the package math-verify compares: "
+            "pip install 'video-r1[math]'"
+        )
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether `name`, which does not exist here, can be an id owner/name on the hub.
+
+    It counts as a missing path when it begins with `.`, `/` or `~`, has more than one slash, or begins with
+    a folder that exists in the working directory or is one of LOCAL_FOLDERS.
+    """
+    if not HUB_ID.fullmatch(name):
+        return False
+    first = name.partition("/")[0]
+    return first not in LOCAL_FOLDERS and not Path(first).is_dir()
+
+
+@functools.cache
+def ask_the_hub() -> None:
+    """Check once a process that the hub can be reached; if not, set its client offline (HF_HUB_OFFLINE=1).
+
+    An offline client uses downloaded files and fails at once for the rest. Without this check it retries for
+    25 seconds, for each file, before it reports that there is no network. Call this before loading from the
+    hub.
+    """
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception as error:  # requests, httpx or another client, by version: any error is no answer
+        logger.warning("%s does not answer (%s): only downloaded files are used", constants.ENDPOINT, error)
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes and libraries that start later
+        constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
