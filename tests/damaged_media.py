@@ -77,6 +77,15 @@ def bits_flipped(good: dict[str, bytes], suffix: str, draw: Draw) -> bytes:
     return data.tobytes()
 
 
+def bit_rotted(clip: bytes, number: int) -> bytes:
+    """An MP4 clip of H.264 with eight bits of its pictures flipped; its index is intact."""
+    draw = np.random.default_rng(number)
+    data = np.frombuffer(clip, np.uint8).copy()
+    places = draw.integers(clip.index(b"mdat") + 2000, clip.index(b"moov") - 4, 8)  # 2,000: x264's own text
+    data[places] ^= (1 << draw.integers(0, 8, 8)).astype(np.uint8)
+    return data.tobytes()
+
+
 def overwritten(good: dict[str, bytes], suffix: str, draw: Draw) -> bytes:
     data = bytearray(good[suffix])
     length = int(draw.integers(1, len(data)))

@@ -31,6 +31,11 @@ FORMATS = {
         "libx264",
         {"x264-params": "keyint=20:open-gop=1:bframes=3:scenecut=0"},
     ),
+    "H.264, open groups, pyramid": (
+        "clip.mkv",
+        "libx264",
+        {"x264-params": "keyint=20:open-gop=1:bframes=7:b-pyramid=normal:b-adapt=0:scenecut=0"},
+    ),
     "H.264, no B-frames": ("clip.mp4", "libx264", {"tune": "zerolatency", "x264-params": "keyint=30"}),
     "H.264, keyframes only": ("clip.mp4", "libx264", {"x264-params": "keyint=1"}),
     "H.264, no keyframe but one": ("clip.mp4", "libx264", {"x264-params": "keyint=infinite:intra-refresh=1"}),

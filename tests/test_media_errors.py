@@ -2,13 +2,15 @@
 
 import zlib
 from collections import Counter
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import av
-import av.logging
 import numpy as np
 import pytest
 from av.stream import Disposition
+from damaged_media import bit_rotted
 from media_files import SIDE, SMALL, noise, picture, sample, saved, write_video
 from PIL import Image
 
@@ -152,9 +154,63 @@ def test_windows_without_frames_are_errors(tmp_path, window, reason):
         read_media(sample(write_video(tmp_path / "a.mp4", 50), "video", *window), SMALL)
 
 
+@pytest.fixture(scope="module")
+def bit_rot(tmp_path_factory):
+    """A clip whose size FFmpeg decodes with threads, and 24 copies with some bits flipped."""
+    folder = tmp_path_factory.mktemp("rot")
+    healthy = write_video(folder / "healthy.mp4", 48, size=(640, 360))
+    content = healthy.read_bytes()
+    return healthy, [written(folder / f"{n}.mp4", bit_rotted(content, n)) for n in range(24)]
+
+
+def test_healthy_clips_are_read_after_damaged_ones(bit_rot):
+    healthy, copies = bit_rot
+    budget = replace(SMALL, seconds=6.0)
+    read_media(sample(healthy), SMALL)  # starts the worker
+    refused = []
+    for copy in copies:
+        with suppress(MediaError):
+            read_media(sample(copy), budget)
+        try:
+            read_media(sample(healthy), budget)
+        except MediaError as error:
+            refused.append((copy.name, error.reason))
+    assert not refused
+
+
+def test_bit_rotted_h264_is_refused_each_time(bit_rot):
+    for copy in bit_rot[1]:
+        reasons = set()
+        for _ in range(2):
+            with pytest.raises(MediaError, match="the video is damaged") as error:
+                read_media(sample(copy), SMALL)
+            reasons.add(error.value.reason)
+        assert len(reasons) == 1
+
+
+def test_a_transport_stream_with_lost_packets_gives_right_frames_or_an_error(tmp_path):
+    options = {"x264-params": "keyint=20:bframes=3:scenecut=0"}
+    path = write_video(tmp_path / "a.ts", 100, size=(320, 180), codec_options=options)
+    whole = path.read_bytes()
+    packets = [whole[place : place + 188] for place in range(0, len(whole), 188)]
+    frames = read_media(sample(path), replace(SMALL, min_frames=100, max_frames=100)).frames
+    right = {frame.numpy().tobytes() for frame in frames}
+    outcomes = Counter()
+    for lost in range(40, len(packets) - 20, len(packets) // 25):
+        for count in (1, 8):
+            path.write_bytes(b"".join(packets[:lost] + packets[lost + count :]))
+            try:
+                read = {frame.numpy().tobytes() for frame in read_media(sample(path), SMALL).frames}
+            except MediaError as error:
+                assert "the video is damaged" in error.reason
+                outcomes["refused"] += 1
+            else:
+                outcomes["right" if read <= right else "wrong"] += 1
+    assert outcomes["wrong"] == 0 and outcomes["right"] >= 5 and outcomes["refused"] >= 10
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi", "ts"])
 def test_random_damage_is_an_error_or_whole_media_never_something_else(tmp_path, suffix):
-    av.logging.set_level(av.logging.PANIC)
     good = write_video(tmp_path / f"good.{suffix}", 50).read_bytes()
     draw = np.random.default_rng(7)
     seen = Counter()

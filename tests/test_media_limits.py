@@ -168,6 +168,18 @@ def test_workers_that_die_together_are_no_fault_of_a_file(
     assert all(worker.server is workers.server[0] for worker in workers.idle)
 
 
+def test_a_worker_that_hangs_before_it_begins_is_replaced(
+    tmp_path: Path, workers: Decoders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "_BEGIN_SECONDS", 0.5, raising=False)
+    good = sample(write_video(tmp_path / "good.mp4", 8))
+    read_media(good, SMALL)
+    (hung,) = workers.idle
+    os.kill(hung.number, signal.SIGSTOP)
+    assert len(read_media(good, replace(SMALL, seconds=10)).frames) == 4
+    assert not is_running(hung.number) and workers.idle[0].number != hung.number
+
+
 def test_a_job_that_is_told_to_stop_reads_on(tmp_path: Path, workers: Decoders) -> None:
     """SIGTERM reaches all its processes; the one that reads has a step to finish."""
     good = sample(write_video(tmp_path / "good.mp4", 8))

@@ -13,6 +13,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -72,6 +73,7 @@ class _Packets:
     time_base: Fraction
     last_seconds: float  # of the last frame
     kept: list[Any] | None  # the packets themselves, when they are few bytes
+    lost: list[int]  # positions of packets of a transport stream that lack data
 
     def times(self) -> list[float]:
         """Presentation times in seconds from the first frame."""
@@ -85,6 +87,12 @@ class _Packets:
     def restarts(self) -> bool:
         """Whether decoding times go back, as where recordings were joined: the clock is not that of one."""
         return any(a > b for a, b in pairwise(self.sent()))
+
+    def require_whole(self, begin: int, last: int) -> None:
+        """Raise ValueError where data is missing between two positions: later pictures would be wrong."""
+        for position in self.lost:
+            if begin <= position <= last:
+                raise ValueError(f"the video is damaged: frame {position} lacks data that others depend on")
 
     def key_before(self, position: int) -> int:
         """The keyframe to start from: the last one that is neither decoded nor shown after `position`."""
@@ -120,11 +128,14 @@ def decode_clip(
             first, last, duration = clip_window(times, packets.last_seconds, start, end)
             chosen = choose(last - first, (last - first) / duration)
             positions = [packets.shown[first + index] for index in chosen]
-            try:
-                frames = _decode_listed(container, stream, packets, positions, finish)
-            except (_Unlisted, av.error.FFmpegError):
-                pass
-            else:
+            frames = None
+            with suppress(_Unlisted):
+                try:
+                    frames = _decode_listed(container, stream, packets, positions, finish)
+                except av.error.FFmpegError:
+                    with suppress(av.error.FFmpegError), open_video(file, threads=1) as (again, its_stream):
+                        frames = _decode_listed(again, its_stream, packets, positions, finish, lead_in=True)
+            if frames is not None:
                 return Clip(frames, [times[first + index] - (start or 0.0) for index in chosen], duration)
     return _decode_from_beginning(file, choose, finish, start, end, packets)
 
@@ -134,14 +145,16 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
     declared = len(stream.index_entries) if container.format.name.startswith("mov") else 0
     pts: list[int | None] = []
     dts: list[int | None] = []
-    keys, hidden, durations = [], set(), []
+    keys, lost, hidden, durations = [], [], set(), []
     kept: list[Any] | None = []
     size = 0
     for packet in container.demux(stream):
         if packet.size == 0 and packet.dts is None:  # the end
             continue
-        if packet.is_corrupt and container.format.name != "mpegts":  # there it may be one lost packet of many
-            raise ValueError(f"the video is damaged or cut short after {len(pts)} frames")
+        if packet.is_corrupt:
+            if container.format.name != "mpegts":  # there it may be one lost packet of many
+                raise ValueError(f"the video is damaged or cut short after {len(pts)} frames")
+            lost.append(len(pts) + 1)  # FFmpeg's parser passes the mark on one packet too early
         if packet.is_keyframe:
             keys.append(len(pts))
         if packet.is_discard:
@@ -158,7 +171,8 @@ def _list_packets(container: Any, stream: Any) -> _Packets:
         raise ValueError(f"the video is cut short: {len(pts)} of {declared} frames are there")
     if not pts:
         raise ValueError("the video has no frames")
-    packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept)  # type: ignore[arg-type]
+    lost = [position for position in lost if position + 1 not in keys]  # a keyframe: recordings were joined
+    packets = _Packets(pts, dts, keys, [], stream.time_base, 0, kept, lost)  # type: ignore[arg-type]
     # AVI has no presentation times: FFmpeg numbers the packets as they come
     if None in pts or (container.format.name == "avi" and stream.codec_context.has_b_frames):
         return packets
@@ -195,9 +209,19 @@ def clip_window(
 
 
 def _decode_listed(
-    container: Any, stream: Any, packets: _Packets, positions: list[int], finish: Callable[[Tensor], Tensor]
+    container: Any,
+    stream: Any,
+    packets: _Packets,
+    positions: list[int],
+    finish: Callable[[Tensor], Tensor],
+    lead_in: bool = False,
 ) -> list[Tensor]:
-    """The frames of the packets at `positions`, each decoded from the keyframe before it."""
+    """Return the frames of the packets at `positions`, each decoded from the keyframe before it.
+
+    lead_in: start one keyframe earlier and ignore errors up to that keyframe. H.264 with open groups of
+    pictures needs this: its pictures after a keyframe may name pictures before it. With more than one thread
+    FFmpeg reports an error too late to tell where it belongs.
+    """
     wanted = {packets.pts[position]: place for place, position in enumerate(positions)}
     frames: list[Tensor | None] = [None] * len(positions)
     context = stream.codec_context
@@ -216,11 +240,19 @@ def _decode_listed(
                 missing -= 1
 
     for begin, last in _runs(packets, positions):
-        for position, packet in _packets_from(container, stream, packets, begin, last):
+        packets.require_whole(begin, last)
+        earlier = packets.keys[: bisect_left(packets.keys, begin)] if lead_in else []
+        for position, packet in _packets_from(container, stream, packets, (earlier or [begin])[-1], last):
             if may_skip:
                 # NONREF drops pictures that no other picture refers to, so the rest stays exact
                 context.skip_frame = "DEFAULT" if packets.pts[position] in wanted else "NONREF"
-            collect(context.decode(packet))
+            try:
+                decoded = context.decode(packet)
+            except av.error.FFmpegError:
+                if position >= begin:
+                    raise
+                continue
+            collect(decoded)
         collect(context.decode(None))
         context.flush_buffers()
     if missing:
@@ -276,6 +308,7 @@ def _decode_from_beginning(
     packets: _Packets,
 ) -> Clip:
     """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
+    packets.require_whole(0, len(packets.pts))
     pts: list[int | None] = []
     try:
         with open_video(file) as (container, stream):

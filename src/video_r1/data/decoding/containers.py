@@ -22,7 +22,7 @@ _SEGMENT = 0x18538067
 
 
 @contextmanager
-def open_video(file: str | Part) -> Iterator[tuple[Any, Any]]:
+def open_video(file: str | Part, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
     """PyAV's container and its video stream. Raises ValueError, in words, for a file without a whole one."""
     if missing := missing_bytes(file):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
@@ -48,11 +48,12 @@ def open_video(file: str | Part) -> Iterator[tuple[Any, Any]]:
         for other in container.streams:
             if other.index != stream.index:
                 other.discard = Discard.all
-        if context.width * context.height < _THREADS_FROM_PIXELS:
+        if threads == 1 or context.width * context.height < _THREADS_FROM_PIXELS:
             context.thread_count = 1
         else:
             context.thread_type, context.thread_count = "AUTO", DECODER_THREADS
-        context.options = {"max_pixels": str(MAX_PIXELS)}
+        # explode: an error where FFmpeg would otherwise make up a damaged picture, not the same one each time
+        context.options = {"max_pixels": str(MAX_PIXELS), "err_detect": "explode"}
         yield container, stream
 
 

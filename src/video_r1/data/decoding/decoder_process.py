@@ -70,7 +70,7 @@ def serve(control_number: int) -> None:
     # Reaches all processes of a job that is to stop; the reader may read on, and ends these when it does.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)  # workers, not their threads, fill the cores
-    av.logging.set_level(av.logging.PANIC)
+    av.logging.set_level(None)  # silent, without the Python callback that deadlocks with FFmpeg's threads
     warnings.simplefilter("ignore")  # what is wrong with a file is told in the answer
     control = socket.socket(fileno=control_number)
     send(control, {"ready": os.getpid()})
@@ -110,6 +110,7 @@ def _work(channel: socket.socket) -> None:
         _, most = resource.getrlimit(resource.RLIMIT_AS)
         while not last:
             request = receive(channel)
+            send(channel, {"begun": True})
             # no handler: the kernel ends the process even where no Python runs
             signal.setitimer(signal.ITIMER_REAL, request["budget"]["seconds"] + _ORPHAN_SECONDS)
             if limited:

@@ -33,6 +33,7 @@ from video_r1.settings.frames import FrameBudget
 
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
 _ATTEMPTS = 4  # at one file
+_BEGIN_SECONDS = 20.0  # for a worker to take a request; one that hangs over an earlier file never does
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -48,6 +49,10 @@ class _Worker:
     server: subprocess.Popen[bytes]  # that forked it, and alone can end it
 
 
+class _NotBegun(Exception):
+    """The worker did not take the request, which says nothing of the file."""
+
+
 class Decoders:
     """Workers that decode, and the server that forks them. Thread-safe; started when they are needed."""
 
@@ -61,13 +66,17 @@ class Decoders:
 
         The system may kill a worker for want of memory elsewhere, and idle ones with it: a file is what
         cannot be used where a second worker, a new one, does not survive it either. That of a server that has
-        ended says nothing of the file.
+        ended says nothing of the file, nor does a worker that never begins with it.
         """
-        crashed = False
+        crashed = hung = False
         for _ in range(_ATTEMPTS):
-            worker = self._take(new=crashed)
+            worker = self._take(new=crashed or hung)
             try:
                 answer, last = _exchange(worker.channel, sample, budget, part)
+            except _NotBegun:
+                self._stop(worker)
+                hung = True
+                continue
             except TimeoutError:
                 self._stop(worker)
                 raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
@@ -179,11 +188,17 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 def _exchange(
     channel: socket.socket, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None
 ) -> tuple[Media | str, bool]:
-    """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`."""
-    deadline = time.monotonic() + budget.seconds
-    channel.settimeout(budget.seconds)
+    """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`, and
+    _NotBegun.
+    """
+    channel.settimeout(_BEGIN_SECONDS)
     place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
     send(channel, {"sample": {**place, "extra": {"fps": sample.fps}}, "budget": asdict(budget), "part": part})
+    try:
+        receive(channel, time.monotonic() + _BEGIN_SECONDS)
+    except TimeoutError as error:
+        raise _NotBegun from error
+    deadline = time.monotonic() + budget.seconds
     reply = receive(channel, deadline)
     if "reason" in reply:
         return reply["reason"], reply["last"]
