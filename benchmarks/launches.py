@@ -30,8 +30,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import add_lora
 from video_r1.plan.estimate import AFTER, BEFORE, estimate
-from video_r1.plan.memory import memory_plan
-from video_r1.plan.sharding import Sharding
+from video_r1.plan.memory import Sharding, memory_plan
 from video_r1.recipe import load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine

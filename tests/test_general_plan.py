@@ -20,8 +20,7 @@ from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision
 from video_r1.plan.estimate import estimate
-from video_r1.plan.memory import MemoryPlan, memory_plan
-from video_r1.plan.sharding import sharding_of
+from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.general import GeneralEngine

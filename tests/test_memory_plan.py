@@ -36,10 +36,8 @@ from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model
 from video_r1.models.lora import is_four_bit
-from video_r1.plan.kernels import gated_delta_rule, states_without_storage
-from video_r1.plan.memory import MemoryPlan, memory_plan
-from video_r1.plan.sharding import sharding_of
-from video_r1.plan.without_storage import LiveBytes
+from video_r1.plan.fake_trace import LiveBytes, gated_delta_rule, states_without_storage
+from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
 from video_r1.recipe import Recipe, load_recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine

@@ -15,7 +15,7 @@ from measured_memory import model_of
 from transformers import AutoModelForImageTextToText
 
 from video_r1.cli import main
-from video_r1.plan.command import gpu_memory, of_stage, planned_sharding
+from video_r1.plan.plan import gpu_memory, of_stage, planned_sharding
 from video_r1.plan.shapes import is_published, model_config, published, published_config
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import packaged_recipes
@@ -86,9 +86,9 @@ def test_packaged_recipes_need_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the hub was asked")
 
     monkeypatch.setattr(huggingface_hub, "get_session", asked)
-    monkeypatch.setattr("video_r1.plan.command.memory_plan", lambda config, recipe, **_: (config, recipe))
+    monkeypatch.setattr("video_r1.plan.plan.memory_plan", lambda config, recipe, **_: (config, recipe))
     seen = []
-    monkeypatch.setattr("video_r1.plan.command.described", lambda plan: seen.append(plan[0]) or "x")
+    monkeypatch.setattr("video_r1.plan.plan.described", lambda plan: seen.append(plan[0]) or "x")
     for name in packaged_recipes():
         if name != "lab-eval":
             with pytest.raises(AttributeError):  # there is no plan
@@ -160,7 +160,7 @@ def test_several_changes_where_one_is_not_enough(tmp_path: Path, capsys: pytest.
 
 def test_recipes_that_fit_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     model_of(128, 4, 2048).config.save_pretrained(tmp_path)
-    monkeypatch.setattr("video_r1.plan.command.fitting_changes", lambda *_: [])
+    monkeypatch.setattr("video_r1.plan.plan.fitting_changes", lambda *_: [])
     words = ["plan", "video-r1-7b-tgrpo", "--model_config", str(tmp_path)]
     assert (
         main([*words, "--gpus", "1", "--gpu_memory", "24GB", "--vllm_gpu_memory_utilization", "0.0001"]) == 1

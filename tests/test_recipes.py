@@ -17,9 +17,8 @@ from video_r1.errors import ManifestError, RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.smoke import smoke_recipe
 from video_r1.models.families import find_family
-from video_r1.plan.memory import memory_plan
+from video_r1.plan.memory import memory_plan, sharding_of
 from video_r1.plan.shapes import published, published_config, published_processor
-from video_r1.plan.sharding import sharding_of
 from video_r1.recipe import load_recipe
 from video_r1.recipe_files import (
     MadeFor,

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from video_r1.models.general_forward import micro_batches
-from video_r1.plan.general import tower_depth
-from video_r1.plan.sharding import Sharding
-from video_r1.plan.without_storage import Row, Traced
+from video_r1.plan.fake_trace import Row, Traced
+from video_r1.plan.memory import Sharding
+from video_r1.plan.trace import tower_depth
 from video_r1.recipe import Recipe
 from video_r1.settings.commands import GPUS
 from video_r1.settings.shared import ModelSettings

@@ -1,32 +1,157 @@
-"""What a recipe needs of a GPU's memory, before any weights are loaded: `video-r1 plan RECIPE`.
+"""GPU memory that a recipe needs, before any weights are loaded: `video-r1 plan RECIPE`.
 
-The update and the prefill are traced without storage (trace.py); weights, gradients, optimizer and the
-keys and values of the completions are counted, and so is what FSDP2 and ZeRO-3 gather: all weights while
-processes sample, layers in an update. Not counted: the CUDA context and the allocator's unused blocks (1 to 2
-GB on common GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
+The update and the prefill are traced without storage (trace.py). Counted are weights, gradients, optimizer
+states, keys and values of the completions, and what FSDP2 and ZeRO-3 gather: all weights while ranks sample,
+layers in an update. Not counted: the CUDA context and the allocator's unused blocks (1 to 2 GB on common
+GPUs, for which a limit in GB, not GiB, leaves room), and the pixels of a batch.
 """
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import PreTrainedConfig
 
 from video_r1.errors import ConfigError
-from video_r1.models.families import family_of, find_family
+from video_r1.models.families import find_family
 from video_r1.models.onednn import LEAST_PRODUCTS, MOST_ARRANGED_BYTES
-from video_r1.plan.general import check_general, general_row, trace_general
-from video_r1.plan.sharding import Sharding, sharding_of
-from video_r1.plan.trace import trace
-from video_r1.plan.vllm_share import VLLMShare, vllm_share
-from video_r1.plan.without_storage import Policy, Row, Traced
+from video_r1.plan.fake_trace import Policy, Row, Traced
+from video_r1.plan.trace import family_row, general_row, trace, trace_general
 from video_r1.recipe import Recipe
 from video_r1.rollout.shared_prefix import FIRST_CAPACITY
 from video_r1.rollout.transformers import MAX_PREFILL_TOKENS, MAX_SEQUENCES
-from video_r1.settings.shared import ModelSettings, PromptSettings
+from video_r1.settings.commands import GPUSharding
+from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
+
+FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """Which parts each process has a share of only."""
+
+    name: str = "one GPU"
+    processes: int = 1
+    weights: bool = False
+    gradients: bool = False
+    optimizer: bool = False
+    whole_in_step: bool = False  # weights that are shared out are gathered once for forward and backward
+    master: bool = False  # the optimizer keeps float32 weights of its own beside bf16 ones (DeepSpeed)
+    float32_gradients: bool = False  # those of bf16 weights are added up so (DeepSpeed)
+    offload: bool = False  # the optimizer is in main memory
+
+    @property
+    def buckets(self) -> bool:
+        """Whether DistributedDataParallel keeps a second copy of the gradients to send them in."""
+        return self.processes > 1 and not (self.weights or self.gradients or self.optimizer)
+
+    @property
+    def fsdp(self) -> bool:
+        """Whether weights are shared out by FSDP, which gathers them in the number format that computes."""
+        return self.weights and not self.master
+
+    def share(self, shared: bool) -> float:
+        return 1 / self.processes if shared else 1.0
+
+
+def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | None = None) -> Sharding:
+    """The sharding of this kind; without one, what TrainingArguments ask for. Raises ConfigError."""
+    if kind in ("zero2", "zero3"):  # by the files that come with the recipes
+        return _deepspeed(gpus, int(kind[-1]), offload=False, exact=True)
+    if kind is None and training.get("deepspeed"):
+        given = training["deepspeed"]
+        options = given if isinstance(given, Mapping) else read_mapping(given)
+        zero = options.get("zero_optimization", {})
+        offload = bool(zero.get("offload_optimizer", {}).get("device", "none") != "none")
+        exact = options.get("data_types", {}).get("grad_accum_dtype") in FLOAT32
+        return _deepspeed(gpus, int(zero.get("stage", 0)), offload, exact)
+    if kind == "fsdp2":
+        return Sharding(f"{gpus} GPUs, FSDP2", gpus, True, True, True)
+    if kind is None and training.get("fsdp"):
+        options = training.get("fsdp_config") or {}
+        options = dict(options) if isinstance(options, Mapping) else read_mapping(options)
+        options = {name.removeprefix("fsdp_"): value for name, value in options.items()}
+        asked = f"{training.get('fsdp', '')} {options.get('sharding_strategy', '')}".lower()
+        keeps = options.get("reshard_after_forward") in (False, "false", "SHARD_GRAD_OP")
+        keeps = keeps or "shard_grad_op" in asked
+        offload = "offload" in asked or bool(options.get("offload_params", False))
+        name = f"{gpus} GPUs, FSDP" + (" (weights whole in a step)" if keeps else "")
+        return Sharding(name, gpus, True, True, True, whole_in_step=keeps, offload=offload)
+    return Sharding(f"{gpus} GPUs, each with all weights" if gpus > 1 else "one GPU", gpus)
+
+
+def read_mapping(path: str | Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping. Raises ConfigError."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: is no mapping of settings")
+    return values
+
+
+def _deepspeed(processes: int, stage: int, offload: bool, exact: bool) -> Sharding:
+    name = f"{processes} GPUs, DeepSpeed ZeRO-{stage}{', optimizer in main memory' * offload}"
+    return Sharding(
+        name, processes, stage >= 3, stage >= 2, stage >= 1,
+        master=True, float32_gradients=exact, offload=offload,
+    )  # fmt: skip
+
+
+BYTES = 2  # bf16
+PROFILED_TOKENS = 8192  # vLLM's max_num_batched_tokens
+LIVE_COPIES = 2  # of a layer's largest activations
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMShare:
+    """Bytes on one GPU: of `weights`, of the `profile` run, of keys and values of one question (`question`:
+    its prompts once and all their completions), and the `share` that the settings give.
+    """
+
+    share: int
+    weights: int
+    profile: int
+    question: int
+
+    @property
+    def questions(self) -> int:
+        """Whose keys and values there is room for at once. Less than 1: it does not fit."""
+        return max(0, self.share - self.weights - self.profile) // self.question
+
+    @property
+    def least(self) -> int:
+        """Bytes with which one question at a time can be sampled."""
+        return self.weights + self.profile + self.question
+
+
+def vllm_share(
+    config: Any, parameters: int, row: Row, training: TGRPOSettings, settings: VLLMSettings, gpu_memory: int
+) -> VLLMShare:
+    """parameters: of the model. row: its longest prompt, and the completions of a question."""
+    text, vision, parts = config.get_text_config(), config.vision_config, settings.vllm_tensor_parallel_size
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    of_a_token = 2 * BYTES * text.num_hidden_layers * math.ceil(text.num_key_value_heads / parts) * size
+    orders = 2 if training.shuffled_generations else 1
+    completions = training.num_generations + training.shuffled_generations
+    tokens = orders * row.prompt + completions * row.completion
+    tower = (
+        row.visual * vision.spatial_merge_size**2 * (4 * vision.hidden_size + 2 * vision.intermediate_size)
+    )
+    layer = PROFILED_TOKENS * (4 * text.hidden_size + 2 * text.intermediate_size // parts)
+    profile = LIVE_COPIES * BYTES * max(tower, layer)
+    share = int(settings.vllm_gpu_memory_utilization * gpu_memory)
+    return VLLMShare(share, BYTES * parameters // parts, profile, tokens * of_a_token)
+
 
 ADAM_STATES = 2
 FSDP_LAYERS = 3  # one at work, the next one as it arrives and in its place
@@ -89,7 +214,7 @@ def memory_plan(
     if not known:
         check_general(config, recipe, sharding)
     row = (
-        _row(config, recipe, training, text_tokens)
+        family_row(config, recipe, training, text_tokens)
         if known
         else general_row(config, recipe, training, text_tokens, processor)
     )
@@ -150,30 +275,6 @@ def memory_plan(
     if on_server:
         phases["hand-over"] = always + whole
     return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
-
-
-def _row(config: Any, recipe: Recipe, training: TGRPOSettings | SFTSettings, text_tokens: int) -> Row:
-    """The longest forward pass that the settings allow, for an image or a video: the one with more tokens."""
-    vision, frames = config.vision_config, recipe.section(PromptSettings)
-    side = vision.patch_size * vision.spatial_merge_size
-    times = max(1, frames.max_frames // vision.temporal_patch_size)
-    video, image = times * (frames.frame_pixels // side**2), frames.image_pixels // side**2
-    squares = video // times if video >= image else image
-    grid = times if video >= image else 1, vision.spatial_merge_size, vision.spatial_merge_size * squares
-    visual = max(video, image)
-    if visual >= frames.max_prompt_length:
-        raise ConfigError(
-            f"the frames of a clip are {visual} tokens, which max_prompt_length ({frames.max_prompt_length}) "
-            "does not allow; lower max_frames, frame_pixels or image_pixels, or raise max_prompt_length"
-        )
-    marks = family_of(config).timestamp_tokens * grid[0]
-    prompt = min(visual + marks + text_tokens, frames.max_prompt_length)
-    completions, completion = (
-        (training.num_generations, training.max_completion_length)
-        if isinstance(training, TGRPOSettings)
-        else (1, training.max_response_length)
-    )
-    return Row(training.per_device_train_batch_size, grid, visual, prompt, completions, completion)
 
 
 def _policy(
@@ -274,3 +375,18 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
             layers += int(traced.outside_layers * (1 - policy.gradients_kept))
     update = traced.weights if sharding.whole_in_step else layers
     return update + left, left, traced.weights + left
+
+
+def check_general(config: Any, recipe: Recipe, sharding: Sharding) -> None:
+    """Raises ConfigError for what a run refuses: see docs/models.md."""
+    refused = {
+        "use_vllm": bool(recipe.values().get("use_vllm")),
+        "load_in_4bit": recipe.section(ModelSettings).load_in_4bit,
+        f"weights shared out ({sharding.name})": sharding.weights,
+    }
+    found = [name for name, asked in refused.items() if asked]
+    if found:
+        raise ConfigError(
+            f"{config.model_type} takes the general path, which does not work with {', '.join(found)} "
+            "(docs/models.md)"
+        )

@@ -1,16 +1,18 @@
-"""A model without storage, and the bytes of tensors that live while it runs.
+"""A model without storage, and the bytes of the tensors that live while it runs.
 
-Tensors have shapes but no memory (torch's FakeTensorMode); every allocation is added up while it lives. What
-a model keeps for its backward pass, with or without gradient checkpointing, adapters or mixed precision, is
-therefore not estimated from formulas. Stand-ins (plan/kernels.py) are attention, experts and layers with a
-state.
+Tensors have shapes but no memory (torch's FakeTensorMode); every allocation is counted while it lives. So the
+memory that a model keeps for its backward pass, with or without gradient checkpointing, adapters or mixed
+precision, is not estimated from formulas. Attention, experts, layers with a state and bitsandbytes' 4-bit
+layers have stand-ins that allocate what the GPU kernels allocate.
 """
 
 import copy
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,14 +20,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForImageTextToText, PreTrainedConfig
+from transformers import AttentionInterface, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from video_r1.models.families import find_family, text_of, tower_of, vision_parameters
+from video_r1.models.gated_delta import RULE
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import with_trained_parts
-from video_r1.models.lora import adapted_linears
-from video_r1.plan.kernels import ATTENTION_NAME, EXPERTS_NAME, states_without_storage
-from video_r1.plan.low_bits import eight_bit_states, in_four_bits
+from video_r1.models.lora import IN_FULL, adapted_linears
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 
@@ -273,3 +275,163 @@ def _count_gradients(live: LiveBytes, model: nn.Module) -> None:
     for weight in model.parameters():
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(counted)
+
+
+# "flash": transformers then hands vision attention whole sequences, without reading their lengths.
+ATTENTION_NAME = "video_r1_flash_without_storage"
+EXPERTS_NAME = "video_r1_experts_without_storage"
+CHUNK = 64  # tokens of the gated delta rule between two states
+
+
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
+) -> tuple[Tensor, None]:
+    """The memory of an attention kernel that writes no score matrix: [B, H, S, D] -> [B, S, H, D]."""
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
+    return _AttentionMemory.apply(query, key, value), None  # pyright: ignore[reportReturnType]
+
+
+class _AttentionMemory(torch.autograd.Function):
+    """Keeps query, key, value, the result and its log-sum-exp; backward makes one gradient for each."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        batch, heads, length, size = query.shape
+        out = query.new_empty(batch, length, heads, size)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors[:3])
+
+
+def experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """The memory of grouped products, where one expert stands for those that the router would choose: states
+    [S, d], chosen and weights [S, k] -> [S, d]."""
+    rows = states.repeat_interleave(chosen.shape[1], 0)
+    gate, up = nn.functional.linear(rows, module.gate_up_proj[0]).chunk(2, dim=-1)
+    out = nn.functional.linear(module.act_fn(gate) * up, module.down_proj[0])
+    return (out.unflatten(0, chosen.shape) * weights[..., None]).sum(1).to(states.dtype)
+
+
+@contextmanager
+def states_without_storage(module: str | None) -> Iterator[None]:
+    """Inside, the layers with a state of transformers' module of that name (None: there are none) call
+    `gated_delta_rule`.
+    """
+    if module is None:
+        yield
+        return
+    found = import_module(module)
+    real = getattr(found, RULE)
+    setattr(found, RULE, gated_delta_rule)
+    try:
+        yield
+    finally:
+        setattr(found, RULE, real)
+
+
+def gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **unused: Any
+) -> tuple[Tensor, Tensor]:
+    """The memory of the chunked rule of flash-linear-attention: query, key [B, T, H, Dk], value
+    [B, T, H, Dv], g, beta [B, T, H] -> [B, T, H, Dv] and the last states [B, H, Dk, Dv] in float32."""
+    return _RuleMemory.apply(query, key, value, g, beta)  # pyright: ignore[reportReturnType]
+
+
+class _RuleMemory(torch.autograd.Function):
+    """Keeps normalised queries and keys, values, gates and the product of the keys within each chunk; the
+    states between chunks are made in forward and again in backward, and are kept in neither.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor) -> Any:
+        within = key.new_empty(*key.shape[:3], CHUNK)
+        ctx.save_for_backward(*map(torch.empty_like, (query, key)), value, g, beta, within)
+        made = _between_chunks(key, value)
+        del made
+        state = key.new_empty(key.shape[0], *key.shape[2:], value.shape[-1], dtype=torch.float32)
+        return torch.empty_like(value), state
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_state: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        query, key, value, g, beta, _ = ctx.saved_tensors
+        made = _between_chunks(key, value), _between_chunks(key, value)  # and their gradients
+        del made
+        return tuple(map(torch.empty_like, (query, key, value, g, beta)))
+
+
+def _between_chunks(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+    """The states that chunks begin with, and what each token reads of keys and values and writes to them."""
+    batch, length, heads, size = key.shape
+    states = key.new_empty(batch, -(-length // CHUNK), heads, size, value.shape[-1])
+    return states, torch.empty_like(key), torch.empty_like(value), torch.empty_like(value)
+
+
+AttentionInterface.register(ATTENTION_NAME, attention)
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, experts)
+
+
+BLOCK = 64  # weights that share a scale, a byte
+SCALES = 256  # scales that share a float32
+STATES = 256  # optimizer states of 8 bits that share a float32
+SMALLEST = 4096  # weights of a tensor whose states are in 8 bits; smaller ones have float32
+
+
+class FourBitLinear(nn.Module):
+    """A linear layer's codes and scales without their values; two weights are one element of `weight`."""
+
+    def __init__(self, layer: nn.Linear, compute: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        self.compute = compute
+        count = layer.weight.numel()
+        self.weight = nn.Parameter(torch.empty(math.ceil(count / 2), dtype=torch.uint8), requires_grad=False)
+        scales = math.ceil(count / BLOCK)
+        self.register_buffer("scales", torch.empty(scales, dtype=torch.uint8))
+        self.register_buffer("coarse", torch.empty(math.ceil(scales / SCALES)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _Product.apply(x.to(self.compute), self.weight, self.out_features)
+        assert product is not None
+        return (product if self.bias is None else product + self.bias.to(self.compute)).to(x.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """Makes the whole weight and its scales for a moment, in both directions; keeps codes, not the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, codes: Tensor, out_features: int) -> Tensor:
+        ctx.shape = out_features, x.shape[-1]
+        return x @ _whole(x, ctx.shape).t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad @ _whole(grad, ctx.shape), None, None
+
+
+def _whole(like: Tensor, shape: tuple[int, int]) -> Tensor:
+    scales = like.new_empty(math.ceil(math.prod(shape) / BLOCK), dtype=torch.float32)
+    weight = like.new_empty(shape)
+    del scales
+    return weight
+
+
+def in_four_bits(model: nn.Module, compute: torch.dtype) -> None:
+    """Puts stand-ins in place of the layers that `load_in_4bit` quantises, below their adapters too."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, nn.Linear) and not any(part in name for part in (*IN_FULL, "lora_")):
+            model.set_submodule(name, FourBitLinear(layer, compute))
+
+
+def eight_bit_states(model: nn.Module) -> int:
+    """Bytes of 8-bit AdamW's two moments; in float32 for small tensors and, by the Trainer, embeddings."""
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    total = 0
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        count = weight.numel()
+        in_full = count < SMALLEST or any(weight is embedding for embedding in embeddings)
+        total += 2 * (4 * count if in_full else count + 4 * math.ceil(count / STATES))
+    return total
