@@ -11,8 +11,16 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.lab.clips import write_clip
-from video_r1.lab.model import base_folder, build_processor, build_tokenizer, frame_side
-from video_r1.lab.pretraining import FRAME_TIMES, Conversations, corpus, patches
+from video_r1.lab.model import (
+    FRAME_TIMES,
+    Conversations,
+    base_folder,
+    build_processor,
+    build_tokenizer,
+    corpus,
+    frame_side,
+    patches,
+)
 from video_r1.lab.questions import first_colour
 from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
 from video_r1.models.families import FAMILIES as KNOWN

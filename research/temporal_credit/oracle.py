@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby, pairwise
 from typing import Literal
 
-from video_r1.lab.questions import Question
+from video_r1.lab.questions import LabQuestion
 from video_r1.lab.scenes import SIZES, Look, box_of
 
 Timeline = Sequence[Look]
@@ -17,7 +17,7 @@ _RING = ("top left", "top right", "bottom right", "bottom left")  # clockwise
 
 
 def contrast_answer(
-    family: str, question: Question, contrast: Literal["reversed", "frozen"], moment: int = 0
+    family: str, question: LabQuestion, contrast: Literal["reversed", "frozen"], moment: int = 0
 ) -> str | None:
     """Return the answer to `question` about its contrast clip; None if the clip has none.
 

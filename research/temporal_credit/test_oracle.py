@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from research.temporal_credit.oracle import contrast_answer, true_answer
-from video_r1.lab.questions import NAMED_FAMILIES, Question
+from video_r1.lab.questions import NAMED_FAMILIES, LabQuestion
 from video_r1.lab.scenes import Look
 
 
-def drawn(family: str, count: int = 40) -> list[Question]:
+def drawn(family: str, count: int = 40) -> list[LabQuestion]:
     return [NAMED_FAMILIES[family](np.random.default_rng(seed)) for seed in range(count)]
 
 

@@ -81,7 +81,7 @@ COMMANDS: dict[str, Command] = {
         "write made-up clips with questions that need frame order", "lab.clips:write_lab", "sections",
         (LabSettings,), ("folder",), ("folder",), ("lab make lab --train 4000 --test 500 --seed 1",)),
     "lab base": Command(
-        "pretrain the lab's small base model", "lab.pretraining:pretrain_base", "sections", (BaseSettings,),
+        "pretrain the lab's small base model", "lab.model:pretrain_base", "sections", (BaseSettings,),
         ("folder",), ("folder",),
         ("lab base base --steps 4500 --seed 0", "lab base base-qwen3_5 --family qwen3_5")),
     "annotate": Command(

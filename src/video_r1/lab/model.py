@@ -1,16 +1,28 @@
-"""The small models: a real Qwen2.5-VL and a real Qwen3.5, with tokenizer, processor and chat template.
+"""The lab's small base models (a Qwen2.5-VL and a Qwen3.5 with tokenizer and processor), and their pretraining.
 
-Each is an ordinary checkpoint folder. `lab/pretraining.py` makes the bases that ship with the package.
+A base learns to see and to speak, not to answer: whatever the prompt asks, it describes an aspect of the frames
+in the order of time. A user's Qwen2.5-VL has learnt that, and more, before it is trained here. Both bases that
+ship with the package are ordinary checkpoint folders, made by `video-r1 lab base`.
 """
 
+import copy
+import itertools
 import json
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -26,6 +38,15 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from video_r1.data.answers import LETTERS, lettered
+from video_r1.data.templates import ANSWER_HINTS, INSTRUCTION
+from video_r1.files import claimed, follow_umask, replace_json
+from video_r1.lab.questions import ASKED_TYPES, any_question, read_mark
+from video_r1.lab.scenes import FPS, MARKS, MOMENTS, SECONDS, Look, listing, random_look, render
+from video_r1.models.families import FAMILIES
+from video_r1.settings.commands import BaseSettings
+from video_r1.settings.training_record import RECORD
 
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -152,3 +173,231 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl"
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=False)
     return model
+
+
+IGNORE = -100
+BATCH = 32  # conversations a step
+LEARNING_RATE = 1e-3
+WARMUP = 200  # steps
+# The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
+FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
+STAMPS = [
+    f"<{(first + second) / 2:.1f} seconds>"
+    for first, second in zip(FRAME_TIMES[::2], FRAME_TIMES[1::2], strict=True)
+]
+"""What stands before each temporal patch of a clip, where a model's processor writes times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One conversation about one clip or image. `pixels` [N, 6 · patch²] float32, patches in the model's
+    order."""
+
+    input_ids: Tensor  # [L]
+    labels: Tensor  # [L]
+    pixels: Tensor
+    is_image: bool
+
+
+def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
+    """Text of the lab to train the tokenizer on: questions, options, chains, instructions and hints."""
+    rng = np.random.default_rng(seed)
+    yield from 50 * (INSTRUCTION, *(ANSWER_HINTS[kind] for kind in ASKED_TYPES))
+    for _ in range(rows):
+        question = any_question(rng)
+        yield f"{question.problem}\n" + "\n".join(lettered(question.choices))
+        conclusion = f"{question.answer} is {LETTERS[rng.integers(4)]}."
+        yield f"<think>{question.chain} {conclusion}</think>\n<answer>{question.answer}</answer>"
+        yield f"<think>{read_mark(_any_mark(rng))}</think>"
+        yield f"user\nassistant\nsystem\n{listing([random_look(rng) for _ in range(MOMENTS)], 'scenes')}"
+
+
+def _any_mark(rng: np.random.Generator) -> str:
+    """No mark in half of the cases, or a letter of an option or a digit."""
+    return str(rng.choice(list(MARKS))) if rng.random() < 0.5 else ""
+
+
+def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
+    """A timeline and the attributes that can be listed of it."""
+    if rng.random() < 0.35:
+        timeline = any_question(rng).timeline
+    else:
+        digit = rng.random() < 0.25
+        looks = [random_look(rng, digit) for _ in range(MOMENTS if rng.random() < 0.8 else 1)]
+        for name in ("colour", "shape", "size"):
+            if rng.random() < 0.5:
+                looks = [replace(look, **{name: getattr(looks[0], name)}) for look in looks]
+        if rng.random() < 0.6:
+            looks = [replace(look, x=looks[0].x, y=looks[0].y) for look in looks]
+        if rng.random() < 0.1:
+            looks = [look if rng.random() < 0.5 else replace(look, shape="") for look in looks]
+        timeline = tuple(looks)
+    kinds = ["scenes", "colours"]
+    kinds += ["digits", "digits"] if all(look.shape.isdigit() for look in timeline) else ["shapes"]
+    if all(look.shape for look in timeline):
+        kinds += ["sizes", "places", "columns"]
+    return timeline, kinds
+
+
+def patches(frames: np.ndarray, images: Any) -> Tensor:
+    """[T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 6 · patch²] float32, laid out and
+    normalised as by the image processor `images`."""
+    if len(frames) == 1:
+        frames = frames.repeat(2, axis=0)
+    patch = images.patch_size
+    small = F.interpolate(
+        torch.from_numpy(frames).permute(0, 3, 1, 2),
+        size=(4 * patch, 4 * patch),
+        mode="bicubic",
+        antialias=True,
+    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (images.image_mean, images.image_std))
+    values = (small.float() / 255 - mean) / std
+    steps = len(frames) // 2
+    values = values.view(steps, 2, 3, 2, 2, patch, 2, 2, patch)
+    return values.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(steps * 16, -1)
+
+
+class Conversations(IterableDataset):
+    """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
+
+    def __init__(self, processor: Any, timestamps: bool, seed: int) -> None:
+        self.vocabulary, self.seed = processor.tokenizer.get_vocab(), seed
+        self.images, self.timestamps = processor.image_processor, timestamps
+        self._encode = partial(processor.tokenizer.encode, add_special_tokens=False)
+        self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
+
+    def _request(self, rng: np.random.Generator) -> str:
+        """Words that surround a turn: any words, or a question of the lab, with or without options."""
+        words = " ".join(rng.choice(self.words, size=int(rng.integers(1, 13))))
+        if rng.random() < 0.6:
+            return words
+        question = any_question(rng)
+        options = rng.permutation(list(question.choices)).tolist() if rng.random() < 0.5 else []
+        return "\n".join([question.problem, *lettered(options), words])
+
+    def row(self, rng: np.random.Generator) -> Row:
+        timeline, kinds = _timeline(rng)
+        mark = _any_mark(rng)
+        is_image = len(timeline) == 1
+        frames = render(timeline, FRAME_TIMES[:1] if is_image else FRAME_TIMES, rng, mark)
+        turns: list[tuple[str, str]] = []
+        aspects = rng.permutation(kinds)[: int(rng.integers(2, 4))].tolist()
+        if rng.random() < 0.6:
+            aspects.insert(int(rng.integers(0, len(aspects) + 1)), "mark")
+        for kind in aspects:
+            request = self._request(rng)
+            if rng.random() < 0.3:
+                request = f"{request} {kind}?"
+            turns.append((request, read_mark(mark) if kind == "mark" else f"{listing(timeline, kind)}."))
+        visual = self._visual(is_image)
+        ids: list[int] = []
+        labels: list[int] = []
+        for request, response in turns:
+            asked = self._encode(f"<|im_start|>user\n{visual}{request}<|im_end|>\n<|im_start|>assistant\n")
+            said = self._encode(f"{response}<|im_end|>")
+            end = self._encode("\n")
+            ids += asked + said + end
+            labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
+            visual = ""  # stands in the first turn alone
+        return Row(torch.tensor(ids), torch.tensor(labels), patches(frames, self.images), is_image)
+
+    def _visual(self, is_image: bool) -> str:
+        """The placeholders as the family's processor writes them, four tokens for a temporal patch."""
+        if is_image:
+            blocks = ["<|image_pad|>" * 4]
+        elif self.timestamps:
+            blocks = [f"{time}<|vision_start|>{'<|video_pad|>' * 4}<|vision_end|>" for time in STAMPS]
+        else:
+            blocks = ["<|video_pad|>" * 4] * len(STAMPS)
+        return f"<|vision_start|>{''.join(blocks)}<|vision_end|>"
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        torch.set_num_threads(1)
+        for index in itertools.count():
+            rng = np.random.default_rng((self.seed, index))
+            rows = sorted((self.row(rng) for _ in range(8 * BATCH)), key=lambda row: len(row.input_ids))
+            for at in rng.permutation(8):  # rows of like length share a batch: less padding
+                yield self.collate(sorted(rows[at * BATCH : (at + 1) * BATCH], key=lambda row: row.is_image))
+
+    def collate(self, rows: list[Row]) -> dict[str, Tensor]:
+        # no attention mask: padding stands on the right, where no token of a row looks
+        names = ("endoftext", "image_pad", "video_pad")
+        pad, image, video = (self.vocabulary[f"<|{name}|>"] for name in names)
+        ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
+        labels = pad_sequence([row.labels for row in rows], batch_first=True, padding_value=IGNORE)
+        types = ids.eq(image).int() + 2 * ids.eq(video).int()
+        batch = {"input_ids": ids, "labels": labels, "mm_token_type_ids": types}
+        images, videos = ([row for row in rows if row.is_image is wanted] for wanted in (True, False))
+        for suffix, kind, picked in (("", "image", images), ("_videos", "video", videos)):
+            if picked:
+                batch[f"pixel_values{suffix}"] = torch.cat([row.pixels for row in picked])
+                grids = [(len(row.pixels) // 16, 4, 4) for row in picked]
+                batch[f"{kind}_grid_thw"] = torch.tensor(grids)
+        if videos and not self.timestamps:
+            batch["second_per_grid_ts"] = torch.ones(len(videos))
+        return batch
+
+
+def learnt_with(processor: Any) -> dict[str, Any]:
+    """The frames that a base has learnt to see, which the commands take from the checkpoint."""
+    pixels = frame_side(processor) ** 2
+    return {
+        "fps": 2.0,
+        "min_frames": 4,
+        "max_frames": len(FRAME_TIMES),
+        "frame_pixels": pixels,
+        "image_pixels": pixels,
+        "dtype": "float32",
+        "positions": "transformers",
+    }
+
+
+def pretrain_base(settings: BaseSettings) -> None:
+    """Trains the base from random weights; writes a checkpoint folder. Seed and `threads` fix the result."""
+    assert settings.folder is not None
+    with claimed(Path(settings.folder)):
+        _pretrain(settings, Path(settings.folder))
+
+
+def _pretrain(settings: BaseSettings, folder: Path) -> None:
+    steps = settings.steps
+    torch.set_num_threads(settings.threads)
+    timestamps = FAMILIES[settings.family].timestamp_tokens > 0
+    texts = itertools.chain(corpus(settings.seed), 500 * STAMPS if timestamps else ())
+    tokenizer = build_tokenizer(texts)
+    model: Any = build_model(tokenizer, settings.seed, settings.family)
+    processor = build_processor(tokenizer, settings.family)
+    print(f"{sum(p.numel() for p in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    conversations = Conversations(processor, timestamps, settings.seed)
+    loader = DataLoader(conversations, batch_size=None, num_workers=1, prefetch_factor=4)
+    start, total, count = time.perf_counter(), 0.0, 0
+    for step, inputs in zip(range(1, steps + 1), loader, strict=False):
+        # linear warm-up, constant, then a linear decay over the last 30 %
+        scale = min(step / WARMUP, 1.0, (steps - step + 1) / (0.3 * steps))
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * scale
+        labels = inputs.pop("labels")
+        wanted = labels[:, 1:] != IGNORE
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden_states = model.model(**inputs, use_cache=False).last_hidden_state
+            logits = model.lm_head(hidden_states[:, :-1][wanted])
+        loss = F.cross_entropy(logits.float(), labels[:, 1:][wanted])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total, count = total + loss.item(), count + 1
+        if step % 50 == 0:
+            rate = step / (time.perf_counter() - start)
+            print(f"step {step}/{steps}  loss {total / count:.4f}  {rate:.2f} steps/s", flush=True)
+            total, count = 0.0, 0
+        if step % 1000 == 0 or step == steps:
+            copy.deepcopy(model).bfloat16().save_pretrained(folder)  # half the size
+            processor.save_pretrained(folder)
+            replace_json(folder / RECORD, learnt_with(processor))
+            follow_umask(folder)

@@ -1,4 +1,4 @@
-"""Questions of the lab: one function a family, each from a random generator to a `Question`.
+"""Questions of the lab: one function a family, each from a random generator to a `LabQuestion`.
 
 The chain of thought (`process`) always lists what is seen at each moment in the order of time and then
 concludes, so that a model whose base describes frames can learn to reason from few examples. The answer of
@@ -19,7 +19,7 @@ ASKED_TYPES: tuple[ProblemType, ...] = ("multiple choice", "numerical", "OCR", "
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class LabQuestion:
     """A timeline with a question about it."""
 
     timeline: tuple[Look, ...]
@@ -31,7 +31,7 @@ class Question:
     key_moments: tuple[int, ...] = EVERY_MOMENT  # that the answer depends on
 
 
-Family = Callable[[np.random.Generator], Question]
+Family = Callable[[np.random.Generator], LabQuestion]
 
 
 def _pick(rng: np.random.Generator, values: Collection[str], count: int | None = None) -> list[str]:
@@ -52,11 +52,11 @@ def _question(
     choices: Iterable[str] = (),
     key_moments: tuple[int, ...] = EVERY_MOMENT,
     problem_type: str = "multiple choice",
-) -> Question:
+) -> LabQuestion:
     """A question in one of its wordings. The chain lists the aspect of every moment, then concludes."""
     problem = wordings[int(rng.integers(len(wordings)))]
     chain = f"{listing(timeline, aspect)}." + (f" {conclusion}." if conclusion else "")
-    return Question(tuple(timeline), problem, problem_type, answer, chain, tuple(choices), key_moments)
+    return LabQuestion(tuple(timeline), problem, problem_type, answer, chain, tuple(choices), key_moments)
 
 
 def _still(rng: np.random.Generator) -> Look:
@@ -72,7 +72,7 @@ def _coloured(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
     return [replace(look, colour=colour) for colour in colours], colours
 
 
-def direction(rng: np.random.Generator) -> Question:
+def direction(rng: np.random.Generator) -> LabQuestion:
     words = ("left", "right", "up", "down")
     look, word = _still(rng), _one(rng, words)
     path = (0.15, 0.35, 0.65, 0.85)
@@ -84,19 +84,19 @@ def direction(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "places", wordings, word, f"it moves {word}", words)
 
 
-def first_colour(rng: np.random.Generator) -> Question:
+def first_colour(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     first, wordings = colours[0], ("Which colour came first?", "What colour was shown first?")
     return _question(rng, timeline, "colours", wordings, first, f"the first is {first}", COLOURS, (0,))
 
 
-def last_colour(rng: np.random.Generator) -> Question:
+def last_colour(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     last, wordings = colours[-1], ("Which colour came last?", "What colour was shown at the end?")
     return _question(rng, timeline, "colours", wordings, last, f"the last is {last}", COLOURS, (MOMENTS - 1,))
 
 
-def after(rng: np.random.Generator) -> Question:
+def after(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(0, MOMENTS - 1))
     named, answer = colours[at], colours[at + 1]
@@ -105,7 +105,7 @@ def after(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at, at + 1))
 
 
-def before(rng: np.random.Generator) -> Question:
+def before(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(1, MOMENTS))
     named, answer = colours[at], colours[at - 1]
@@ -114,21 +114,21 @@ def before(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "colours", wordings, answer, conclusion, COLOURS, (at - 1, at))
 
 
-def first_shape(rng: np.random.Generator) -> Question:
+def first_shape(rng: np.random.Generator) -> LabQuestion:
     look, shapes = _still(rng), _pick(rng, SHAPES)
     timeline = [replace(look, shape=shape) for shape in shapes]
     first, wordings = shapes[0], ("Which shape came first?", "What shape was shown first?")
     return _question(rng, timeline, "shapes", wordings, first, f"the first is {first}", SHAPES, (0,))
 
 
-def end_place(rng: np.random.Generator) -> Question:
+def end_place(rng: np.random.Generator) -> LabQuestion:
     look, places = _still(rng), _pick(rng, PLACES)
     timeline, last = [look.at(place) for place in places], places[-1]
     wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
     return _question(rng, timeline, "places", wordings, last, f"the last is {last}", PLACES, (MOMENTS - 1,))
 
 
-def growth(rng: np.random.Generator) -> Question:
+def growth(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     ways = {
         "growing": ("small", "medium", "medium", "large"),
@@ -142,7 +142,7 @@ def growth(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "sizes", wordings, word, f"it is {word}", ways)
 
 
-def rotation(rng: np.random.Generator) -> Question:
+def rotation(rng: np.random.Generator) -> LabQuestion:
     words = ("clockwise", "counterclockwise")
     look, word = _still(rng), _one(rng, words)
     ring = ["top left", "top right", "bottom right", "bottom left"]
@@ -155,7 +155,7 @@ def rotation(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "places", wordings, word, f"it goes {word}", words)
 
 
-def count_before(rng: np.random.Generator) -> Question:
+def count_before(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     at = int(rng.integers(MOMENTS))
     named, moments = colours[at], tuple(range(at + 1))
@@ -164,7 +164,7 @@ def count_before(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "colours", wordings, str(at), conclusion, (), moments, "numerical")
 
 
-def blinks(rng: np.random.Generator) -> Question:
+def blinks(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     pattern = _one(rng, ("0110", "1100", "0011", "0101", "1010", "1001", "1101", "1011"))
     timeline = [look if bit == "1" else replace(look, shape="") for bit in pattern]
@@ -174,7 +174,7 @@ def blinks(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "shapes", wordings, str(count), conclusion, problem_type="numerical")
 
 
-def digits(rng: np.random.Generator) -> Question:
+def digits(rng: np.random.Generator) -> LabQuestion:
     look = replace(_still(rng), size="large")
     shown = [str(d) for d in rng.integers(0, 10, size=MOMENTS)]
     timeline = [replace(look, shape=digit) for digit in shown]
@@ -182,7 +182,7 @@ def digits(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "digits", wordings, " ".join(shown), problem_type="OCR")
 
 
-def speed(rng: np.random.Generator) -> Question:
+def speed(rng: np.random.Generator) -> LabQuestion:
     look, step = _still(rng), int(rng.integers(1, 4))
     start = int(rng.integers(0, 10 - 3 * step))
     columns = [start + step * k for k in range(MOMENTS)]
@@ -197,7 +197,7 @@ def speed(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "columns", wordings, str(step), conclusion, problem_type="regression")
 
 
-def story(rng: np.random.Generator) -> Question:
+def story(rng: np.random.Generator) -> LabQuestion:
     timeline, colours = _coloured(rng)
     shape = timeline[0].shape
     answer = f"the {shape} was {', then '.join(colours)}"
@@ -205,31 +205,31 @@ def story(rng: np.random.Generator) -> Question:
     return _question(rng, timeline, "colours", wordings, answer, problem_type="free-form")
 
 
-def image_colour(rng: np.random.Generator) -> Question:
+def image_colour(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     wordings = (f"What colour is the {look.shape}?",)
     return _question(rng, [look], "colours", wordings, look.colour, f"it is {look.colour}", COLOURS, (0,))
 
 
-def image_place(rng: np.random.Generator) -> Question:
+def image_place(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     wordings = (f"Where is the {look.shape}?",)
     return _question(rng, [look], "places", wordings, look.place, f"it is {look.place}", PLACES, (0,))
 
 
-def image_digit(rng: np.random.Generator) -> Question:
+def image_digit(rng: np.random.Generator) -> LabQuestion:
     look = replace(_still(rng), shape=str(rng.integers(0, 10)), size="large")
     wordings = ("Which digit is shown?",)
     return _question(rng, [look], "digits", wordings, look.shape, key_moments=(0,), problem_type="OCR")
 
 
-def image_size(rng: np.random.Generator) -> Question:
+def image_size(rng: np.random.Generator) -> LabQuestion:
     look = replace(_still(rng), size=_one(rng, SIZES))
     wordings = (f"How big is the {look.shape}?",)
     return _question(rng, [look], "sizes", wordings, look.size, f"it is {look.size}", SIZES, (0,))
 
 
-def when(rng: np.random.Generator) -> Question:
+def when(rng: np.random.Generator) -> LabQuestion:
     look, colours = _still(rng), _pick(rng, COLOURS, 3)
     twice = int(rng.integers(3))  # which of the colours lasts two moments
     shown = [colour for place, colour in enumerate(colours) for _ in range(1 + (place == twice))]
@@ -244,13 +244,13 @@ def when(rng: np.random.Generator) -> Question:
     )
 
 
-def box_at_end(rng: np.random.Generator) -> Question:
+def box_at_end(rng: np.random.Generator) -> LabQuestion:
     look = _still(rng)
     wordings = f"Where is the {look.shape} at the end?", "Where does the object stop?"
     return _boxed(rng, look, MOMENTS - 1, wordings)
 
 
-def box_at(rng: np.random.Generator) -> Question:
+def box_at(rng: np.random.Generator) -> LabQuestion:
     look, moment = _still(rng), int(rng.integers(MOMENTS))
     wordings = (
         f"Where is the {look.shape} at second {moment}.5?",
@@ -259,7 +259,7 @@ def box_at(rng: np.random.Generator) -> Question:
     return _boxed(rng, look, moment, wordings)
 
 
-def _boxed(rng: np.random.Generator, look: Look, moment: int, wordings: tuple[str, ...]) -> Question:
+def _boxed(rng: np.random.Generator, look: Look, moment: int, wordings: tuple[str, ...]) -> LabQuestion:
     """The box of one moment of a look that goes through all corners."""
     timeline = [look.at(place) for place in _pick(rng, PLACES)]
     seen = timeline[moment]
@@ -288,6 +288,6 @@ def read_mark(mark: str) -> str:
     return f"mark: {mark or 'none'}."
 
 
-def any_question(rng: np.random.Generator) -> Question:
+def any_question(rng: np.random.Generator) -> LabQuestion:
     """A question of any family."""
     return list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)
