@@ -1,8 +1,8 @@
-"""The lab's small base models (a Qwen2.5-VL and a Qwen3.5 with tokenizer and processor), and their pretraining.
+"""The small base models of the lab (a Qwen2.5-VL and a Qwen3.5 with their processors) and their pretraining.
 
-A base learns to see and to speak, not to answer: whatever the prompt asks, it describes an aspect of the frames
-in the order of time. A user's Qwen2.5-VL has learnt that, and more, before it is trained here. Both bases that
-ship with the package are ordinary checkpoint folders, made by `video-r1 lab base`.
+A base learns to see and to speak, not to answer: whatever the prompt asks, it describes an aspect of the
+frames in the order of time. A user's Qwen2.5-VL knows that, and more, before it is trained here. Both bases
+that ship with the package are ordinary checkpoint folders, made by `video-r1 lab base`.
 """
 
 import copy
