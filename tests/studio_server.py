@@ -7,6 +7,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+TOKEN = "token-of-all-tests"
+AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def studio_client(*roots: Path, headers: dict[str, str] | None = None, **options: Any) -> Any:
+    """A test client of the application over these folders, with the token."""
+    from starlette.testclient import TestClient
+
+    from video_r1.studio.server import application
+
+    return TestClient(
+        application(roots, TOKEN, **options), base_url="http://127.0.0.1:7860", follow_redirects=False,
+        headers=AUTHORIZED | (headers or {}),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -252,15 +252,13 @@ def test_a_question_about_a_folder(tmp_path: Path) -> None:
 
 def test_the_studio_shows_its_frames(tmp_path: Path) -> None:
     pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from starlette.testclient import TestClient
-
-    from video_r1.studio.server import application
+    from studio_server import studio_client
 
     folder = frames_in(tmp_path / "clips" / "0001", range(12))
     bad = with_file(tmp_path / "clips" / "bad", "notes.txt")
     rows = [{**ROW, "fps": 4}, {**ROW, "problem_id": 2, "path": f"clips/{bad.name}"}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
+    with studio_client(tmp_path) as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
         assert shown[0]["files"] == [{"count": 12, "fps": 4.0}] and shown[0]["problems"] == []
         assert shown[1]["files"] == [None] and "notes.txt" in shown[1]["problems"][0]

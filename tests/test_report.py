@@ -318,10 +318,10 @@ def test_nothing_is_written_through_links_of_a_downloaded_run(tmp_path: Path) ->
     replace_text(run / "out.txt", "new")
     assert (run / "report.html").read_text("utf-8").startswith("<!DOCTYPE") and own.read_text() == "mine"
     assert (run / "out.txt").read_text() == "new" and not (run / "report.html").is_symlink()
-    with pytest.raises(OSError, match="is a symbolic link"), claimed(run):
+    with pytest.raises(PermissionError, match="is a symbolic link"), claimed(run):
         pass
     for append in (append_line, lambda path, line: append_records(path, [line])):
-        with pytest.raises(OSError, match="is a symbolic link"):
+        with pytest.raises(PermissionError, match="is a symbolic link"):
             append(run / "answers.jsonl", {})
     assert own.read_text() == "mine"
 

@@ -239,11 +239,9 @@ def test_ask(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str])
 @pytest.fixture
 def client(manifest: Path) -> Iterator[Any]:
     pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from starlette.testclient import TestClient
+    from studio_server import studio_client
 
-    from video_r1.studio.server import application
-
-    with TestClient(application([manifest.parent]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(manifest.parent) as client:
         yield client
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 from report_runs import HOSTILE, left_out_lines, write_hostile_run, write_lines, write_rl_run
+from studio_server import AUTHORIZED, TOKEN, studio_client
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
 
+from video_r1.cli import main
 from video_r1.studio import tail as tail_module
-from video_r1.studio.access import POLICY
+from video_r1.studio.access import POLICY, token_of
 from video_r1.studio.curves import Curves
-from video_r1.studio.server import application
 
 OWN = {"X-Video-R1": "1"}
 
@@ -31,13 +32,9 @@ def runs(tmp_path: Path) -> Path:
     return tmp_path / "runs"
 
 
-def client_of(*roots: Path, **options: Any) -> TestClient:
-    return TestClient(application(roots, **options), base_url="http://127.0.0.1:7860", follow_redirects=False)
-
-
 @pytest.fixture
 def client(runs: Path) -> Iterator[TestClient]:
-    with client_of(runs) as opened:
+    with studio_client(runs) as opened:
         yield opened
 
 
@@ -98,7 +95,7 @@ def test_lines_that_are_no_lines_are_left_out(runs: Path, monkeypatch: pytest.Mo
         '{"step": 1, "loss": 1}\nnone\n[' + "9" * 20_000 + ']\n{"step": 2, "loss": 2}\n\n{"step": 3, "pad": "'
         + "x" * 4500 + '", "loss": 3}\n\xff\n{"step": 4, "loss": NaN}\n{"step": 5, "loss": 1e999}\n'
     )  # fmt: skip
-    with client_of(runs) as client:
+    with studio_client(runs) as client:
         assert get(client, "/api/curves", run="rl")["more"]  # the first answer does not wait for the file
         read = get(client, "/api/curves", run="rl")
     assert read["steps"] == [1, 2, 3, 4, 5] and read["series"]["loss"] == [1, 2, 3, None, None]
@@ -160,7 +157,7 @@ def test_a_long_run_is_sketched_until_it_is_read(runs: Path, monkeypatch: pytest
     (runs / "long.jsonl").replace(runs / "rl" / "metrics.jsonl")
     monkeypatch.setattr(tail_module.time, "monotonic", lambda: next(clock))
     clock = (float(n) for n in range(10**9))
-    with client_of(runs) as client:
+    with studio_client(runs) as client:
         sketch = get(client, "/api/curves", run="rl")
         assert sketch["life"] == -1 and sketch["more"]
         assert 120 <= len(sketch["steps"]) <= 160 and sketch["steps"][0] == 1 and sketch["steps"][-1] == 3000
@@ -323,16 +320,45 @@ def test_no_get_changes_anything(client: TestClient, runs: Path) -> None:
     assert files_of(runs) == before
 
 
-def test_a_token_is_asked_of_everyone(runs: Path) -> None:
-    with client_of(runs, token="s3cret") as client:
-        for headers in ({}, {"Cookie": "video_r1_studio=wrong"}, {"Authorization": "Bearer s3cre"}):
-            assert client.get("/api/runs", headers=headers).status_code == 401
+def test_every_request_needs_the_token(runs: Path) -> None:
+    """Also on 127.0.0.1: every account of the machine can reach it."""
+    with studio_client(runs, headers={"Authorization": ""}) as client:
+        wrong = {"Cookie": "video_r1_studio_7860=wrong"}, {"Authorization": f"Bearer {TOKEN[:-1]}"}
+        for headers in ({}, *wrong, {**OWN, "Cookie": "video_r1_studio_7860="}):
+            for path in ("/", "/api/runs", "/page/charts.js", "/api/clip?upload=x"):
+                assert client.get(path, headers=headers).status_code == 401
+            assert client.post("/api/ask", headers={**OWN, **headers}, json={}).status_code == 401
         assert client.get("/", params={"token": "wrong"}).status_code == 401
-        entered = client.get("/", params={"token": "s3cret"})
+        assert client.get("/api/runs", headers=AUTHORIZED).status_code == 200
+        entered = client.get("/", params={"token": TOKEN})
         assert entered.status_code == 303 and entered.headers["location"] == "/"
         cookie = entered.headers["set-cookie"].lower()
         assert "httponly" in cookie and "samesite=strict" in cookie
+        assert client.get("/api/runs").status_code == 200
+    with studio_client(runs, any_host=True) as client:
         assert client.get("/api/runs", headers={"Host": "node3:7860"}).status_code == 200
+
+
+def test_where_the_token_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, is_new = token_of(None, None)
+    assert is_new and len(made) >= 43 and made != token_of(None, None)[0]
+    monkeypatch.setenv("VIDEO_R1_STUDIO_TOKEN", "of-the-environment")
+    (tmp_path / "token").write_text("of-a-file-0123456789\n")
+    assert token_of(None, None) == ("of-the-environment", False)
+    assert token_of(None, str(tmp_path / "token")) == ("of-a-file-0123456789", False)
+    assert token_of("of-the-command-line", str(tmp_path / "token"))[0] == "of-the-command-line"
+
+
+@pytest.mark.parametrize("given", [["--token", ""], ["--token", "s3cret"], ["--token_file", "token"], []])
+def test_short_and_empty_tokens_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VIDEO_R1_STUDIO_TOKEN", "")
+    (tmp_path / "token").write_text("\n")
+    assert main(["studio", ".", "--host", "203.0.113.1", *given]) == 2  # nobody can listen on that address
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "at least 16" in line
 
 
 def test_no_path_leads_out(client: TestClient, runs: Path, tmp_path: Path) -> None:
@@ -400,7 +426,7 @@ def test_a_hostile_run_is_answered_as_json(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / HOSTILE[1])
     os.mkfifo(tmp_path / HOSTILE[1] / "marks.jsonl")
     append(tmp_path / HOSTILE[1] / "metrics.jsonl", {"step": 1e300, "time": "x"}, {"step": -4, "loss": 1})
-    with client_of(tmp_path) as client:
+    with studio_client(tmp_path) as client:
         (row,) = (row for row in get(client, "/api/runs")["runs"] if row["kind"] == "rl")
         name = row["name"]
         for path in ("/api/run", "/api/curves", "/api/entries", "/api/compare"):
@@ -456,7 +482,7 @@ def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytes
     monkeypatch.setattr("video_r1.studio.left_out.MOST", 20)
     lines = [{"step": step, "problem_id": step, "reason": "no variance"} for step in range(1, 56)]
     write_lines(runs / "rl" / "left_out.jsonl", lines)
-    with client_of(runs) as client:
+    with studio_client(runs) as client:
         answer = get(client, "/api/left", run="rl", reason="no variance")
     assert [row["step"] for row in answer["rows"]] == list(range(55, 40, -1))
     assert answer["notes"] == ["the 40 oldest are not listed: left_out.jsonl has them"]
@@ -464,7 +490,7 @@ def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytes
 
 def test_hostile_lines_are_left_out_as_others(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / "run")
-    with client_of(tmp_path) as client:
+    with studio_client(tmp_path) as client:
         answer = get(client, "/api/left", run="run")
         assert answer["counts"] == {"replaced": 0, "tried": 0, "no variance": 3, "media": 1}
         row = next(row for row in answer["rows"] if row["problem"])
@@ -475,7 +501,9 @@ EVERY_ADDRESS = """
 import sys
 from starlette.testclient import TestClient
 from video_r1.studio.server import application
-with TestClient(application([sys.argv[1]]), base_url="http://127.0.0.1:7860") as client:
+headers = {"Authorization": "Bearer sixteen-characters"}
+app = application([sys.argv[1]], "sixteen-characters")
+with TestClient(app, base_url="http://127.0.0.1:7860", headers=headers) as client:
     for address in (
         "", "api/runs", "api/run?run=rl", "api/curves?run=rl", "api/compare?run=rl&run=rl",
         "api/entries?run=rl", "api/group?run=rl&life=1&at=0", "api/frames?run=rl&life=1&at=0",

@@ -18,12 +18,12 @@ from tiny_models import moving_square, write_clip
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
+from studio_server import studio_client
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.model import base_folder
 from video_r1.studio import asking, model_process, uploads
 from video_r1.studio.answerer import Answerer
-from video_r1.studio.server import application
 
 OWN = {"X-Video-R1": "1"}
 ROW = {
@@ -49,7 +49,7 @@ for line in sys.stdin:
         os.kill(os.getpid(), signal.SIGKILL)
     if word == "fail":
         say(event="error", error="no such layer")
-    say(event="asked", asked=asked)
+    say(event="asked", asked=asked, keys=sorted(name for name in os.environ if name.endswith("_API_KEY")))
     say(event="end")
 """
 
@@ -73,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
     monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
-    with TestClient(application([folder]), base_url="http://127.0.0.1:7860", headers=OWN) as opened:
+    with studio_client(folder, headers=OWN) as opened:
         yield opened
 
 
@@ -110,6 +110,17 @@ def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
     assert events(client, **address | {"model": " "})[1]["asked"]["settings"]["model"] == ""  # what it serves
     ours = events(client, engine="http://127.0.0.1:9", model="")[1]["asked"]["settings"]
     assert ours["model"] == str(folder / "model")
+
+
+def test_api_keys_go_to_named_addresses_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
+    for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
+        monkeypatch.setenv(name, "sk-own")
+    named, other = "http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"
+    with studio_client(folder, headers=OWN, engines=["http://127.0.0.1:9"]) as client:
+        assert events(client, engine=named)[1]["keys"] == ["OPENAI_API_KEY", "VLLM_API_KEY"]
+        for engine in (other, f"{named},{other}", f"http://127.0.0.1:9@127.0.0.1:8/v1?{named}"):
+            assert events(client, engine=engine)[1]["keys"] == []
 
 
 def test_a_question_about_several_clips(client: TestClient, folder: Path) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
-from starlette.testclient import TestClient
+
+from studio_server import studio_client
 
 from video_r1.studio import folders, listed, tail
 from video_r1.studio.finding import Finder
 from video_r1.studio.folders import Library
 from video_r1.studio.manifest_index import ManifestIndex
-from video_r1.studio.server import application
 
 
 def row(number: int, **fields: Any) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def test_pages_of_rows(tmp_path: Path) -> None:
     rows[7]["problem_type"] = "numerisch"
     rows[9]["problem_id"] = 8
     write(tmp_path / "m", rows, "lines")
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(tmp_path) as client:
 
         def get(**query: Any) -> Any:
             answer = client.get("/api/rows", params={"manifest": "m.jsonl", **query})

@@ -12,9 +12,9 @@ from report_runs import write_lines
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 from starlette.testclient import TestClient
+from studio_server import studio_client
 
 from video_r1.data.manifests.records import question_digest
-from video_r1.studio.server import application
 
 
 def predictions(folder: Path, right: range, questions: range = range(20)) -> None:
@@ -58,7 +58,7 @@ def get(client: TestClient, path: str, **query: Any) -> Any:
 
 
 def test_two_evaluations_side_by_side(folder: Path) -> None:
-    with TestClient(application([folder]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(folder) as client:
         assert [item["name"] for item in get(client, "/api/evaluations")["evaluations"]] == ["rl", "sft"]
         found = get(client, "/api/versus", left="rl", right="sft")
         assert found["frames"] == ["8"] and found["orders"] == ["ordered", "shuffled"]
@@ -115,7 +115,7 @@ def test_whose_clip_it_is(tmp_path: Path) -> None:
     run = {"step": 1, "frames": {}, "answer": "B", "path": "elsewhere/7.mp4"}
     write_lines(tmp_path / "run" / "rollouts.jsonl", [row | run])
     facts = (row["problem"], row["options"], "B", ["/elsewhere/7.mp4"])
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(tmp_path) as client:
 
         def row_of(**said: Any) -> Any:
             for side, score in (("left", 1.0), ("right", 0.0)):
@@ -156,7 +156,7 @@ def test_a_copy_of_a_manifest_whose_clips_lie_elsewhere(tmp_path: Path) -> None:
         (tmp_path / "c" / "7.mp4").unlink(missing_ok=True)
         if there == "c":
             (tmp_path / "c" / "7.mp4").write_bytes(b"0")
-        with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+        with studio_client(tmp_path) as client:
             found = get(client, "/api/questions", left="a", right="b")["shown"][0]["row"]
         assert (found["manifest"], found["others"]) == (manifest, 0)
 
@@ -174,7 +174,7 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
             predictions(tmp_path / model / benchmark, right)
     predictions(tmp_path / "b" / "mmvu", range(5))
     direct(tmp_path / "a" / "mvbench")
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(tmp_path) as client:
         names = {item["name"]: item["benchmarks"] for item in get(client, "/api/evaluations")["evaluations"]}
         assert (names["a/"], names["b/"], names["a/mvbench"]) == (2, 3, 1)
         assert "a/mvbench (direct)" in names and "a/ (direct)" not in names  # of one benchmark alone
@@ -191,7 +191,7 @@ def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:
     direct(folder / "rl")
     (folder / "alone").mkdir()
     shutil.copy(folder / "rl" / "direct-8.jsonl", folder / "alone")
-    with TestClient(application([folder]), base_url="http://127.0.0.1:7860") as client:
+    with studio_client(folder) as client:
         names = [item["name"] for item in get(client, "/api/evaluations")["evaluations"]]
         assert names == ["alone (direct)", "rl", "rl (direct)", "sft"]
         whole = get(client, "/api/versus", left="rl", right="rl (direct)")["rows"][0]

@@ -147,9 +147,7 @@ def test_a_manifest_of_a_table_with_the_files_themselves(tmp_path: Path) -> None
 
 def test_the_studio_plays_cells(tmp_path: Path, clips: list[Path]) -> None:
     pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from starlette.testclient import TestClient
-
-    from video_r1.studio.server import application
+    from studio_server import studio_client
 
     table(tmp_path / "t.parquet", clips)
     row = {
@@ -158,7 +156,7 @@ def test_the_studio_plays_cells(tmp_path: Path, clips: list[Path]) -> None:
     }  # fmt: skip
     rows = [row, {**row, "problem_id": 2, "path": "parquet://raw/6::t.parquet"}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
+    with studio_client(tmp_path) as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
         assert shown[0]["problems"] == [] and shown[0]["files"] == [None]
         place, content = {"manifest": "train.json", "row": 0}, clips[2].read_bytes()

@@ -272,9 +272,7 @@ def test_a_question_about_a_member(tmp_path: Path, files: Path, monkeypatch: pyt
 
 def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
     pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from starlette.testclient import TestClient
-
-    from video_r1.studio.server import application
+    from studio_server import studio_client
 
     packed(tmp_path / "shards" / "000.tar", files)
     frames_packed(tmp_path / "shards" / "001.tar", "clip/", range(4))
@@ -282,7 +280,7 @@ def test_the_studio_plays_members(tmp_path: Path, files: Path) -> None:
     rows = [ROW, {**ROW, "problem_id": 2, "path": "tar://0001.mp4::shards/no.tar"}]
     rows.append({**ROW, "problem_id": 3, "path": "tar://clip::shards/001.tar"})
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    with TestClient(application([tmp_path]), base_url="http://127.0.0.1:8000") as client:
+    with studio_client(tmp_path) as client:
         shown = client.get("/api/rows", params={"manifest": "train.json"}).json()["shown"]
         assert (
             shown[0]["problems"] == shown[2]["problems"] == []

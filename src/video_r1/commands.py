@@ -133,7 +133,7 @@ COMMANDS: dict[str, Command] = {
         "one HTML page from a run folder, or from several to compare", "report.page:build_report", "values",
         (ReportSettings,), ("run",), ("run",), ("report runs/rl", "report runs/grpo runs/tgrpo")),
     "studio": Command(
-        "a local page over run folders that follows them while they train", "studio.command:run_studio",
+        "a local page over run folders that follows them while they train", "studio.server:run_studio",
         "values", (StudioSettings,), ("folders",), (),
         ("studio", "studio runs /mnt/shared/runs", "studio runs --host 0.0.0.0 --port 8080")),
     "demo": Command(

@@ -26,14 +26,15 @@ _without_locks: set[int] = set()  # devices, of which it has been said
 def without_links(path: str, flags: int) -> int:
     """Open `path` for the builtin `open(…, opener=without_links)`; refuse a symbolic link.
 
-    A downloaded run folder may contain links to any file of the user. Raises OSError (ELOOP).
+    A downloaded run folder may contain links to any file of the user. Raises PermissionError.
     """
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError as error:
-        if error.errno == errno.ELOOP:
-            error.strerror = "this is a symbolic link, and nothing is written through links: remove it"
-        raise
+        if error.errno != errno.ELOOP:
+            raise
+        text = "this is a symbolic link, and nothing is written through links: remove it"
+        raise PermissionError(errno.EPERM, text, path) from error
 
 
 def append_line(path: Path, record: Any) -> None:

@@ -179,11 +179,17 @@ class StudioSettings(Settings):
     folders: list[str] | None = setting(
         None, "run folders, or folders above them (default: runs, or the current folder)"
     )
-    host: str = setting(
-        "127.0.0.1", "address to listen on; with any but this machine's own, a token is asked"
-    )
+    host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine")
     port: int = setting(7860, "port; 0: any that is free", at_least=0, at_most=65535)
-    token: str | None = setting(None, "what a browser has to know (default: a new one with another host)")
+    token: str | None = setting(
+        None, "token that browsers need, at least 16 characters (default: a new one; others see it in ps)"
+    )
+    token_file: str | None = setting(
+        None, "file with the token (default: the environment variable VIDEO_R1_STUDIO_TOKEN)"
+    )
+    engines: list[str] | None = setting(
+        None, "engines' addresses that receive the API keys of the environment; others are asked without keys"
+    )
 
 
 @dataclass(kw_only=True)

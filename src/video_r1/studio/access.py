@@ -1,17 +1,23 @@
-"""Who may speak to the server: this machine's own pages, or whoever has the token.
+"""Access control of the studio's server: every request needs the token.
 
-A page of another site cannot read answers (no CORS) or begin work (Sec-Fetch-Site), cannot rebind a name to
-this address (the Host header is checked), cannot write (a POST needs this page's origin and a header that
-forms cannot send), and what a run folder says cannot become script (the policy runs the page's files alone).
+The token is taken from the address once and kept as a cookie. A page of another site cannot read answers
+(no CORS), start work (Sec-Fetch-Site), rebind a name to this address (the Host header is checked) or write (a
+POST needs this page's origin and a header that forms cannot send). Text of a run folder cannot become a
+script: the policy allows the studio's own files only.
 """
 
 import hmac
-from collections.abc import Sequence
+import os
+import re
+import secrets
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from video_r1.errors import RequestError
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src 'self'; "
@@ -27,14 +33,16 @@ HEADERS = {
 }
 LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
 COOKIE = "video_r1_studio"
+TOKEN_VARIABLE = "VIDEO_R1_STUDIO_TOKEN"
+SHORTEST_TOKEN = 16  # characters
 OWN_HEADER = "x-video-r1"
 
 
 class Access:
-    """The gate before every answer. token: None where only this machine is listened to."""
+    """ASGI middleware in front of every answer. any_host: accept Host headers of other machines too."""
 
-    def __init__(self, app: ASGIApp, token: str | None, hosts: Sequence[str] = ()) -> None:
-        self.app, self.token, self.hosts = app, token, {*LOCAL, *hosts}
+    def __init__(self, app: ASGIApp, token: str, any_host: bool = False) -> None:
+        self.app, self.token, self.any_host = app, token, any_host
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -50,37 +58,66 @@ class Access:
         await (refusal or self.app)(scope, receive, with_headers)
 
     def refusal(self, scope: Scope) -> Response | None:
-        """What is answered instead, None where the request may pass."""
+        """Return the answer to a request that may not pass, None for one that may."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if self.token is None and host.rsplit(":", 1)[0] not in self.hosts:
+        if not self.any_host and host.rsplit(":", 1)[0] not in LOCAL:
             return _text(f"this server does not answer for {host[:100]!r}: open it by 127.0.0.1", 421)
-        # Another page may link to this one, and no more; what is no browser does not say where it is from.
+        # Another page may link to this one, and no more. Only browsers send the header.
         if scope["path"] != "/" and headers.get("sec-fetch-site", "none") not in ("same-origin", "none"):
             return _text("only this server's own page may ask", 403)
         if scope["method"] not in ("GET", "HEAD"):
             origin = headers.get("origin")
             if headers.get(OWN_HEADER) != "1" or (origin is not None and urlsplit(origin).netloc != host):
                 return _text("only this server's own page may write", 403)
-        if self.token is None:
-            return None
+        cookie = cookie_name(host)
         given = QueryParams(scope["query_string"]).get("token")
         if given is not None and self._is_token(given):
             # The token leaves the address bar, and with it the history.
             entered = RedirectResponse("/", 303)
-            entered.set_cookie(COOKIE, given, httponly=True, samesite="strict")
+            entered.set_cookie(cookie, given, httponly=True, samesite="strict")
             return entered
-        if self._is_token(_cookie(headers)) or self._is_token(headers.get("authorization", "")[7:]):
+        if self._is_token(_cookie(headers, cookie)) or self._is_token(headers.get("authorization", "")[7:]):
             return None
-        return _text("open the address with ?token=… that the server printed when it started", 401)
+        return _text("paste the address with ?token=… that the studio printed when it started", 401)
 
     def _is_token(self, given: str) -> bool:
-        return self.token is not None and hmac.compare_digest(given.encode(), self.token.encode())
+        return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
 
 
-def _cookie(headers: Headers) -> str:
+def cookie_name(host: str) -> str:
+    """Return the name of the cookie: browsers send one port's cookies to all ports of a machine."""
+    return f"{COOKIE}_{host.rpartition(':')[2]}" if host[-1:].isdigit() else COOKIE
+
+
+def token_of(token: str | None, token_file: str | None) -> tuple[str, bool]:
+    """Return the token and whether the studio made it.
+
+    A given one comes from `token`, else the file, else the environment variable. Raises RequestError for one
+    that is short or that an address cannot contain, and when the file cannot be read.
+    """
+    source, given = "--token", token
+    if given is None and token_file is not None:
+        source = f"--token_file {token_file}"
+        try:
+            given = Path(token_file).read_text("utf-8").strip()
+        except (OSError, UnicodeError) as error:
+            raise RequestError(f"{source} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if given is None:
+        source, given = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE)
+    if given is None:
+        return secrets.token_urlsafe(32), True
+    if len(given) < SHORTEST_TOKEN or not re.fullmatch(r"[A-Za-z0-9._~-]+", given):
+        raise RequestError(
+            f"{source}: a token has at least {SHORTEST_TOKEN} characters (letters, digits, -._~); this has "
+            f"{len(given)}; without a token the studio makes its own"
+        )
+    return given, False
+
+
+def _cookie(headers: Headers, wanted: str) -> str:
     pairs = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
-    return next((value for name, _, value in pairs if name == COOKIE), "")
+    return next((value for name, _, value in pairs if name == wanted), "")
 
 
 def _text(text: str, status: int) -> Response:

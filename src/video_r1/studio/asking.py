@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import urlsplit
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -22,7 +23,7 @@ from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, draft_of
 from video_r1.fingerprint import digest
 from video_r1.report.run_data import as_list, as_table, finite, text, whole
-from video_r1.settings.decoding import SCHEMES, has_path
+from video_r1.settings.decoding import addresses, has_path
 from video_r1.settings.frames import Contrast
 from video_r1.studio.answers import Answer, body_of
 from video_r1.studio.data import Manifests, manifests
@@ -47,12 +48,28 @@ async def ask(request: Request) -> Response:
     """The events of an answer as server-sent events; see answerer.py for what they are."""
     asked = await body_of(request)
     opened, question = await run_in_threadpool(_question, request, asked)
+    engine = question["settings"]["engine"]
+    keys = engine == "transformers" or origins_of(engine) <= request.app.state.key_origins
 
     async def lines() -> AsyncIterator[bytes]:
-        async for event in request.app.state.model.ask(opened, question):
+        async for event in request.app.state.model.ask(opened, question, keys):
             yield b"data: " + json.dumps(event).encode("ascii") + b"\n\n"
 
     return StreamingResponse(lines(), media_type="text/event-stream")
+
+
+def origins_of(engine: str) -> set[tuple[str, str, int]]:
+    """Return scheme, host and port of each address of an engine: keys go only to origins that were named.
+
+    Raises RequestError for what is no http:// or https:// address.
+    """
+    try:
+        parts = [urlsplit(address) for address in addresses(engine)]
+        return {(p.scheme, p.hostname or "", p.port or {"http": 80, "https": 443}[p.scheme]) for p in parts}
+    except (KeyError, ValueError) as error:
+        raise RequestError(
+            f"{engine[:200]!r}: an engine's address begins with http:// or https://"
+        ) from error
 
 
 def _question(request: Request, asked: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -84,8 +101,10 @@ def _model(request: Request, asked: dict[str, Any]) -> dict[str, str]:
     folder = manifests(request).finder.checkpoints().get(text(asked.get("checkpoint", "")))
     address = text(asked.get("engine", "")).strip()
     if address:
-        if not address.startswith(SCHEMES):
-            raise HTTPException(400, "an engine's address begins with http:// or https://")
+        try:
+            origins_of(address)
+        except RequestError as error:
+            raise HTTPException(400, str(error)) from error
         name = text(asked.get("model", "")).strip()  # none: the one that an endpoint serves
         if not name and not has_path(address):
             if folder is None:

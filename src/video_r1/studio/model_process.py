@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 LINE = 64 << 20  # bytes of an event: the frames of a long clip
 ANSWERER = (sys.executable, "-m", "video_r1.studio.answerer")
 STOPPING = 5.0  # seconds that a model has to stop; then its process is ended
+SECRETS = ("_KEY", "_TOKEN", "_SECRET", "_PASSWORD")  # ends of names of variables
 TOLD = 2000  # bytes of what a process that ended has said last
 
 
@@ -31,15 +32,15 @@ class ModelProcess:
         self._unended: int | None = None  # the question whose answer nobody waited for
 
     async def ask(
-        self, opened: tuple[Any, ...], asked: Mapping[str, Any]
+        self, opened: tuple[Any, ...], asked: Mapping[str, Any], keys: bool = True
     ) -> AsyncGenerator[dict[str, Any], None]:
         """The events of one question, as they come; the last is `end`, or `error` of a process that is gone.
 
         opened: what the process was begun for; one that was begun for something else is replaced. A caller
-        that stops listening stops the answer.
+        that stops listening stops the answer. keys: whether the process gets the API keys of the environment.
         """
         async with self._turn:
-            process = await self._free(opened)
+            process = await self._free(opened, keys)
             assert process.stdin is not None and process.stdout is not None
             self._number = number = self._number + 1
             process.stdin.write(json.dumps({"number": number, **asked}).encode() + b"\n")
@@ -60,11 +61,11 @@ class ModelProcess:
                     self._unended = number
                     process.stdin.write(json.dumps({"stop": number}).encode() + b"\n")
 
-    async def _free(self, opened: tuple[Any, ...]) -> asyncio.subprocess.Process:
+    async def _free(self, opened: tuple[Any, ...], keys: bool) -> asyncio.subprocess.Process:
         """The process, done with the answer that was stopped. One that does not stop is ended: it may wait
         for a server that says nothing.
         """
-        process = await self._begun(opened)
+        process = await self._begun(opened, keys)
         if self._unended is None:
             return process
         assert process.stdout is not None
@@ -77,9 +78,9 @@ class ModelProcess:
         except TimeoutError:
             await self.close()
         self._unended = None
-        return await self._begun(opened)
+        return await self._begun(opened, keys)
 
-    async def _begun(self, opened: tuple[Any, ...]) -> asyncio.subprocess.Process:
+    async def _begun(self, opened: tuple[Any, ...], keys: bool) -> asyncio.subprocess.Process:
         if self._process is not None and self._process.returncode is None and self._opened == opened:
             return self._process
         await self.close()
@@ -88,6 +89,7 @@ class ModelProcess:
         self._process = await asyncio.create_subprocess_exec(
             *ANSWERER, stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE, stderr=self._said, limit=LINE, start_new_session=True,
+            env={name: value for name, value in os.environ.items() if keys or not name.endswith(SECRETS)},
         )  # fmt: skip
         return self._process
 

@@ -1,4 +1,4 @@
-"""The application of all parts, and its server."""
+"""`video-r1 studio`: the application of all parts, and its server."""
 
 import asyncio
 import errno
@@ -9,19 +9,26 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
-
 from video_r1.errors import RequestError
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.exceptions import HTTPException
+    from starlette.middleware import Middleware
+    from starlette.middleware.gzip import GZipMiddleware
+    from starlette.requests import Request
+    from starlette.responses import Response
+    from starlette.routing import Route
+except ModuleNotFoundError as missing:
+    raise RequestError(
+        "studio needs the packages starlette and uvicorn: pip install 'video-r1[studio]'"
+    ) from missing
+
 from video_r1.studio import asking, data, evaluations, rollouts, runs
-from video_r1.studio.access import Access
+from video_r1.studio.access import LOCAL, Access, token_of
 from video_r1.studio.answers import Answer
+from video_r1.studio.asking import origins_of
 from video_r1.studio.finding import Finder
 from video_r1.studio.folders import Library, Refused
 from video_r1.studio.model_process import ModelProcess
@@ -41,9 +48,12 @@ KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
 def application(
-    roots: Sequence[str | Path], token: str | None = None, hosts: Sequence[str] = ()
+    roots: Sequence[str | Path], token: str, any_host: bool = False, engines: Sequence[str] = ()
 ) -> Starlette:
-    """The whole server, for uvicorn and for tests. token: asked of everyone where it is given."""
+    """Build the whole server, for uvicorn and for tests.
+
+    token: what every request has to bring. engines: addresses that may receive API keys of the environment.
+    """
     page = (files("video_r1.studio") / "studio.html").read_text("utf-8")
     texts = {name: (files(f"video_r1.{room}") / name).read_text("utf-8") for name, room in PAGE_FILES.items()}
 
@@ -67,7 +77,7 @@ def application(
             *(r for part in PARTS for r in part.ROUTES),
         ],
         middleware=[
-            Middleware(Access, token=token, hosts=hosts),
+            Middleware(Access, token=token, any_host=any_host),
             Middleware(GZipMiddleware, compresslevel=3),
         ],
         exception_handlers={HTTPException: _said, OSError: _unreadable, Refused: _unreadable},
@@ -77,6 +87,7 @@ def application(
     app.state.readers = Readers(library)
     app.state.manifests = data.Manifests(Finder(library))
     app.state.evaluations = evaluations.Evaluations()
+    app.state.key_origins = {origin for engine in engines for origin in origins_of(engine)}
     app.state.model, app.state.uploads, app.state.adding = ModelProcess(), Uploads(), asyncio.Lock()
     return app
 
@@ -88,8 +99,20 @@ async def _lifespan(app: Starlette) -> AsyncIterator[None]:
     app.state.uploads.close()
 
 
-def serve(roots: Sequence[Path], host: str, port: int, token: str | None) -> None:
-    """Prints the address and serves until it is told to end."""
+def run_studio(
+    folders: Sequence[str] | None = None, host: str = "127.0.0.1", port: int = 7860, token: str | None = None,
+    token_file: str | None = None, engines: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Print the address and serve the page until Ctrl-C.
+
+    Raises RequestError when a folder does not exist, the token is too short or the port is taken.
+    """
+    roots = [Path(folder) for folder in folders or ["runs" if Path("runs").is_dir() else "."]]
+    for root in roots:
+        if not root.is_dir():
+            raise RequestError(f"{root}: no such folder; name folders with runs, or one above them")
+    secret, is_new = token_of(token, token_file)
+    app = application(roots, secret, host not in (*LOCAL, "::1"), engines or ())
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -101,10 +124,9 @@ def serve(roots: Sequence[Path], host: str, port: int, token: str | None) -> Non
         remedy = "another studio may be open; choose another --port" if taken else "choose another --host"
         raise RequestError(f"{host}:{port} cannot be listened on: {error.strerror}; {remedy}") from error
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
-    print(
-        f"studio of {', '.join(map(str, roots))}: {address}{f'?token={token}' if token else ''}", flush=True
-    )
-    config = uvicorn.Config(application(roots, token), log_level="warning", server_header=False)
+    entry = f"?token={secret}" if is_new else ""  # a token that was given is not printed
+    print(f"studio of {', '.join(map(str, roots))}: {address}{entry}", flush=True)
+    config = uvicorn.Config(app, log_level="warning", server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
 
 
