@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable, Sequence
 from functools import partial
+from io import BytesIO
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 
+from video_r1.chat_client import (
+    ATTEMPTS,
+    ChatClient,
+    Endpoint,
+    FramesAs,
+    ServerFailure,
+    ServerRefusal,
+    completions_of,
+)
+from video_r1.data.templates import SWITCH
+from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import VideoR1Error
-from video_r1.rollout.chat import FramesAs, chat_request, completions_of
-from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
 from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
+JPEG_QUALITY = 90
 
 
 class EndpointEngine:
@@ -62,10 +75,8 @@ class EndpointEngine:
                 return chat_request(self.model, prompts[place], self.frames_as, sampling, n, seed)
 
             try:
-                if on_text is None:
-                    return place, await self._client.draw(counts[place], request, rollouts_of)
-                hear = partial(on_text, place)
-                return place, await self._client.draw_aloud(counts[place], request, rollouts_of, hear)
+                hear = on_text and partial(on_text, place)
+                return place, await self._client.draw(counts[place], request, rollouts_of, hear)
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
@@ -94,3 +105,80 @@ def rollouts_of(reply: Any) -> list[Rollout]:
         )
         for completion in completions
     ]
+
+
+# ---- Requests
+
+
+def chat_request(
+    model: str, prompt: Prompt, frames_as: FramesAs, sampling: SamplingSettings, n: int, seed: int
+) -> dict[str, Any]:
+    """The body of a request for `n` completions; of `sampling`, temperature, top_p and max_tokens count.
+
+    frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
+    vision understands; "video" as one video of those frames, vLLM's form. It has one place for a video's
+    times in a request, so that several clips go as images. That a completion is not to think is told where
+    frames go as vLLM's videos: other endpoints may refuse its field.
+    """
+    shown = [media for media in prompt.media if len(media.frames)]
+    is_video = frames_as == "video" and len(shown) == 1 and shown[0].kind == "video"
+    waiting = iter([visual_parts(media, is_video, place, len(shown)) for place, media in enumerate(shown, 1)])
+    messages = []
+    for turn in prompt.messages:
+        parts: list[dict[str, Any]] = []
+        for part in turn["content"]:
+            parts += [part] if part["type"] == "text" else next(waiting)
+        texts = [part["text"] for part in parts if part["type"] == "text"]
+        is_text = turn["role"] != "user" and len(texts) == len(parts)  # which all endpoints take as one
+        messages.append({"role": turn["role"], "content": "".join(texts) if is_text else parts})
+    return {
+        "model": model,
+        "messages": messages,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_tokens": sampling.max_tokens,
+        "n": n,
+        "seed": seed,
+        **(video_fields(shown[0]) if is_video else {}),
+        **({} if prompt.thinks or frames_as != "video" else {"chat_template_kwargs": {SWITCH: False}}),
+    }
+
+
+def visual_parts(media: Media, as_video: bool, place: int, count: int) -> list[dict[str, Any]]:
+    """What a message shows of one clip or image, which is number `place` of the `count` in its prompt."""
+    frames = [jpeg(frame) for frame in media.frames]
+    if media.kind == "image":
+        return [_image(frames[0])]
+    if as_video:
+        url = f"data:video/jpeg;base64,{','.join(frames)}"
+        return [{"type": "video_url", "video_url": {"url": url}}]
+    number = f"Video {place} of {count}: " if count > 1 else ""
+    said = f"{number}{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
+    parts: list[dict[str, Any]] = [{"type": "text", "text": said}]
+    for time_, frame in zip(media.timestamps.tolist(), frames, strict=True):
+        parts += [{"type": "text", "text": f"{time_:.1f} s"}, _image(frame)]
+    return parts
+
+
+def video_fields(media: Media) -> dict[str, Any]:
+    """vLLM's fields for frames that are sampled already: their times, on a clock of milliseconds."""
+    times = [round(1000 * seconds) for seconds in media.timestamps.tolist()]
+    video = {
+        "num_frames": -1,  # all that are sent
+        "fps": 1000.0,
+        "frames_indices": times,
+        "total_num_frames": max(round(1000 * media.duration), len(times)),
+        "duration": media.duration,
+    }
+    return {"media_io_kwargs": {"video": video}}
+
+
+def jpeg(frame: Tensor) -> str:
+    """A frame [3, H, W] uint8 as JPEG, in base64."""
+    file = BytesIO()
+    Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _image(data: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{data}"}}
