@@ -31,7 +31,7 @@ from benchmarks._command import benchmark_parser
 from benchmarks._timing import machine
 from benchmarks.decode import write_clip
 from video_r1.annotation.annotate import run_annotate
-from video_r1.rollout.endpoint import allow_open_files
+from video_r1.chat_client import allow_open_files
 from video_r1.settings.annotation import AnnotateSettings
 
 FRAMES, SIDE, CLIPS = 8, 112, 8

@@ -71,7 +71,7 @@ class ChatEndpoint:
                 if self.path == "/collective_rpc":  # of servers that video-r1 has started
                     told = {"results": [{"positions": owner_.positions}]}
                     return owner_.reply(self, 200 if owner_.positions else 404, told)
-                owner_.headers.append(dict(self.headers))
+                owner_.headers.append({name.title(): value for name, value in self.headers.items()})
                 owner_.chat(self, body)
 
         class Server(ThreadingHTTPServer):

@@ -64,9 +64,8 @@ def command(words: list[str], output: str, phase: Any) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     from video_r1.cli import main
-    from video_r1.rewards import group
+    from video_r1.rewards import group, judge
     from video_r1.rollout.transformers import TransformersEngine
-    from video_r1.training import judge
     from video_r1.training.tgrpo import TGRPOTrainer
 
     torch.set_num_threads(1)

@@ -13,11 +13,10 @@ import pytest
 from chat_endpoint import annotate, chat_endpoint, wait_for, write_questions
 from tiny_questions import read_lines
 
+from video_r1 import chat_client as client
+from video_r1.chat_client import Failover, ServerFailure, ServerRefusal
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation.evaluate import run_eval
-from video_r1.rollout import endpoint as client
-from video_r1.rollout.addresses import Address, Addresses
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.decoding import EvalSettings, addresses
 
@@ -34,14 +33,14 @@ def clock() -> Clock:
     return Clock()
 
 
-def fail(pool: Addresses, retry_after: float | None = None) -> str:
+def fail(pool: Failover, retry_after: float | None = None) -> str:
     """The address of a request that fails."""
     with pytest.raises(ServerFailure), pool.asking() as address:
         raise ServerFailure("away", retry_after)
     return address.url
 
 
-def answer(pool: Addresses) -> str:
+def answer(pool: Failover) -> str:
     with pool.asking() as address:
         return address.url
 
@@ -50,7 +49,7 @@ def answer(pool: Addresses) -> str:
 
 
 def test_the_least_busy_one_is_asked(clock: Clock) -> None:
-    pool = Addresses(["a", "b", "c"], clock)
+    pool = Failover(["a", "b", "c"], clock)
     with ExitStack() as under_way:
         first = [under_way.enter_context(pool.asking()).url for _ in range(7)]
         assert sorted(first[:3]) == sorted(first[3:6]) == ["a", "b", "c"]
@@ -61,8 +60,8 @@ def test_the_least_busy_one_is_asked(clock: Clock) -> None:
 
 
 def test_one_that_fails_is_left_out_and_tried_by_one_request(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
-    assert fail(pool) == "a" and pool.some_ready()
+    pool = Failover(["a", "b"], clock)
+    assert fail(pool) == "a" and pool.any_ready()
     assert {answer(pool) for _ in range(3)} == {"b"}
     clock.now += 1.0
     with pool.asking() as tries, pool.asking() as other:
@@ -72,7 +71,7 @@ def test_one_that_fails_is_left_out_and_tried_by_one_request(clock: Clock) -> No
 
 
 def test_it_is_left_out_twice_as_long_each_time_until_it_answers(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
+    pool = Failover(["a", "b"], clock)
     for rest in (1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0):
         assert fail(pool) == "a"
         clock.now += rest - 0.1
@@ -85,7 +84,7 @@ def test_it_is_left_out_twice_as_long_each_time_until_it_answers(clock: Clock) -
 
 
 def test_requests_that_fail_together_count_once(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
+    pool = Failover(["a", "b"], clock)
     with pytest.raises(ExceptionGroup), ExitStack() as under_way:
         busy = [under_way.enter_context(pool.asking()) for _ in range(8)]
         assert {address.url for address in busy} == {"a", "b"}
@@ -96,24 +95,24 @@ def test_requests_that_fail_together_count_once(clock: Clock) -> None:
 
 
 def test_when_all_are_left_out_the_one_that_returns_first_is_asked(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
+    pool = Failover(["a", "b"], clock)
     assert fail(pool) == "a"
     clock.now += 0.5
-    assert fail(pool) == "b" and not pool.some_ready() and pool.pause() == 0.0
+    assert fail(pool) == "b" and not pool.any_ready() and pool.pause() == 0.0
     assert fail(pool) == "a"  # it rests until 101 as before
     pool.is_back("b")
-    assert pool.some_ready() and answer(pool) == "b"
+    assert pool.any_ready() and answer(pool) == "b"
 
 
 def test_a_refusal_is_an_answer(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
+    pool = Failover(["a", "b"], clock)
     with pytest.raises(ServerRefusal), pool.asking():
         raise ServerRefusal("no", 400)
     assert answer(pool) == "a"
 
 
 def test_a_pause_is_that_of_the_one_who_asks_for_it(clock: Clock) -> None:
-    pool = Addresses(["a", "b"], clock)
+    pool = Failover(["a", "b"], clock)
     assert fail(pool, retry_after=60.0) == "a" and pool.pause() == 0.0
     assert fail(pool, retry_after=20.0) == "b" and pool.pause() == 20.0
     clock.now += 20.0
@@ -123,10 +122,9 @@ def test_a_pause_is_that_of_the_one_who_asks_for_it(clock: Clock) -> None:
 
 
 def test_one_address_alone_is_always_asked(clock: Clock) -> None:
-    pool = Addresses(["a"], clock)
+    pool = Failover(["a"], clock)
     with pool.asking():
         assert [fail(pool) for _ in range(5)] == ["a"] * 5
-    assert not Addresses([]).__dict__["_all"] and Address("a").under_way == 0
 
 
 def test_addresses_in_settings() -> None:
@@ -186,7 +184,7 @@ def test_an_annotation_outlives_one_of_its_endpoints(
         assert seeds(first.requests).keys() & seeds(second.requests).keys()
         assert seeds(first.requests + second.requests) == expected
     assert (tmp_path / "both.json").read_bytes() == (tmp_path / "alone.json").read_bytes()
-    assert f"{first.url}: " in caplog.text and "it is left out for 1 s" in caplog.text
+    assert f"{first.url}: " in caplog.text and "skipped for 1 s" in caplog.text
 
 
 def test_an_evaluation_shares_its_requests(tmp_path: Path) -> None:

@@ -29,12 +29,11 @@ from chat_endpoint import (
     write_questions,
 )
 
+from video_r1 import chat_client as client
 from video_r1.annotation import teachers
 from video_r1.annotation.teachers import sample_seed
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.rollout import chat
-from video_r1.rollout import endpoint as client
 
 
 @pytest.fixture
@@ -175,7 +174,7 @@ def test_a_video_for_an_endpoint_that_takes_none(endpoint: ChatEndpoint, tmp_pat
 
 def test_a_reasoning_that_stands_apart_is_the_rationale() -> None:
     message = {"reasoning_content": " It goes right. ", "content": "\n<answer>B</answer>"}
-    (completion,) = chat.completions_of({"choices": [{"message": message, "finish_reason": "stop"}]})
+    (completion,) = client.completions_of({"choices": [{"message": message, "finish_reason": "stop"}]})
     assert completion.text == "<think>It goes right.</think>\n<answer>B</answer>"
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from video_r1.annotation import filters
 from video_r1.annotation.filters import FILTERS, judge, judge_one, rationale_of, scripts, words_of
+from video_r1.chat_client import Completion
 from video_r1.data.manifests.records import Sample
 from video_r1.lab.questions import FAMILIES
-from video_r1.rollout.chat import Completion
 from video_r1.settings.annotation import AnnotateSettings
 
 OPTIONS = ("A. left", "B. right", "C. up")

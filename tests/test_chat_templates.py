@@ -6,8 +6,9 @@ import pytest
 from test_prompts import make_clip, make_sample
 from tiny_models import chat_template, tiny_processor
 
+from video_r1.chat_client import completions_of
 from video_r1.data.prompts import PromptBuilder, TextPrompts, response_text
-from video_r1.rollout.chat import chat_request, completions_of
+from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 
 FAMILY = "qwen3_5"

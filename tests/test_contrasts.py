@@ -27,7 +27,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
-from video_r1.rollout.chat import chat_request
+from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.requests import asks_of, engine_input, server_request, visuals_of

@@ -12,6 +12,7 @@ import torch
 from chat_endpoint import chat_endpoint, images_of, write_questions
 from tiny_questions import read_lines
 
+from video_r1 import chat_client
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import TextPrompts
@@ -19,7 +20,7 @@ from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.evaluation import ask
 from video_r1.evaluation.evaluate import run_eval
 from video_r1.evaluation.session import ModelSession, View, sampling_of
-from video_r1.rollout import endpoint, endpoint_engine
+from video_r1.rollout import endpoint_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import is_endpoint, open_engine
 from video_r1.settings.decoding import AskSettings, EvalSettings
@@ -64,7 +65,7 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str)
 def test_failures_that_pass_are_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any
 ) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
     with chat_endpoint() as server:
         server.script[0], server.script[2] = [event, event], [event]
         records = evaluated(tmp_path, server.url)
@@ -83,8 +84,8 @@ def test_at_most_so_many_at_once(tmp_path: Path) -> None:
 def test_failures_that_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: int, message: str
 ) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.01)
-    for module in (endpoint, endpoint_engine):
+    monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
+    for module in (chat_client, endpoint_engine):
         monkeypatch.setattr(module, "ATTEMPTS", 3)
     with chat_endpoint() as server:
         server.always = event

@@ -59,7 +59,7 @@ def test_lora(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
 
 
 def test_judge(checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("video_r1.training.judge.extract_answer", str.strip)  # random weights give none
+    monkeypatch.setattr("video_r1.rewards.judge.extract_answer", str.strip)  # random weights give none
     monkeypatch.setattr("judge_endpoint.GIVEN", re.compile(r"Given answer: (.*)\nDoes", re.DOTALL))
     endpoint = JudgeEndpoint()
     try:

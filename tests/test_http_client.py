@@ -13,7 +13,7 @@ from urllib.parse import unquote
 
 import pytest
 
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal, ask, get, post, wait_for
+from video_r1.chat_client import ServerFailure, ServerRefusal, get, post, request, wait_for
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -68,7 +68,7 @@ def test_a_body_is_let_go_when_it_is_sent(url: str) -> None:
         yield b"3"
         sent.append(True)
 
-    answer = wait_for(ask("POST", f"{url}/", None, 10.0, parts(), 3))
+    answer = wait_for(request("POST", f"{url}/", None, 10.0, parts(), 3))
     assert (answer["body"], answer["chunked"], sent) == ("123", None, [True])
 
 

@@ -20,17 +20,23 @@ from tgrpo_trainers import make_trainer
 from tiny_questions import read_lines
 from torch.multiprocessing.spawn import spawn
 
+from video_r1 import chat_client as client
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.processes import Interrupted
+from video_r1.rewards import judge as judge_module
 from video_r1.rewards.correctness import correctness
 from video_r1.rewards.group import reward_terms, score_groups
-from video_r1.rewards.judging import judge_question, load_judge_template, read_score
-from video_r1.rollout import endpoint as client
+from video_r1.rewards.judge import (
+    Judge,
+    JudgeAway,
+    judge_question,
+    load_judge_template,
+    read_score,
+    recorded_scores,
+)
 from video_r1.settings.training import TGRPOSettings
-from video_r1.training import judge as judge_module
-from video_r1.training.judge import Judge, JudgeAway, remembered
 from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOTrainer
 
@@ -46,7 +52,7 @@ def endpoint() -> Iterator[JudgeEndpoint]:
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "FIRST_PAUSE", 0.01)
     monkeypatch.setattr(client, "LONGEST_PAUSE", 0.02)
-    monkeypatch.setattr(judge_module, "LOOK_AGAIN", 0.2)
+    monkeypatch.setattr(judge_module, "RETRY_SECONDS", 0.2)
 
 
 def group(*answers: str, kind: Any = "free-form", number: int = 1) -> Any:
@@ -91,7 +97,7 @@ def test_what_it_said_is_remembered_beside_the_run(endpoint: JudgeEndpoint, tmp_
     assert again[0].tolist()[:2] == first[0].tolist()[::-1]
     assert len(endpoint.requests) == asked + 2 and endpoint.asked()[-1] == "up"  # and the trial
     assert judge.meter.drain()["judge/remembered"] == pytest.approx(2 / 3)
-    assert len(remembered([tmp_path / "judge.jsonl"])) == 3
+    assert len(recorded_scores([tmp_path / "judge.jsonl"])) == 3
     line = read_lines_leniently(tmp_path / "judge.jsonl")[-1]
     assert (line["answer"], line["score"], line["problem_id"]) == ("up", score("up"), 1)
     other = open_judge(endpoint, tmp_path, judge_fields={"top_k": 1})  # another judge, in effect
@@ -194,7 +200,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_an_answer(
     told.set()
     assert judge([group("left")])[0].tolist() == [pytest.approx(score("left"))]
     told.clear()
-    monkeypatch.setattr(judge_module, "LAST_WORDS", 0.2)
+    monkeypatch.setattr(judge_module, "LAST_SECONDS", 0.2)
     endpoint.pause = 60
     threading.Timer(0.5, told.set).start()
     with pytest.raises(JudgeAway, match=r"no answer after 0\.2 s"):
@@ -205,7 +211,7 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_an_answer(
 def test_skip_hears_the_judge_out_before_a_stop(
     endpoint: JudgeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(judge_module, "LAST_WORDS", 0.0)
+    monkeypatch.setattr(judge_module, "LAST_SECONDS", 0.0)
     judge = open_judge(endpoint, tmp_path, lambda: True, judge_down="skip")
     endpoint.pause = 0.5
     assert judge([group("left")])[0].tolist() == [pytest.approx(score("left"))]
@@ -308,7 +314,7 @@ def test_templates(tmp_path: Path) -> None:
     text = judge_question(load_judge_template(path), "Why?", " {answer} ", "so {truth}")
     assert text == '{"q": "Why?", "t": "{answer}", "a": "so {truth}"} {else}'
     path.write_text("Is it {truth}?")
-    with pytest.raises(ConfigError, match=r"\{answer\} does not stand in it"):
+    with pytest.raises(ConfigError, match=r"\{answer\} is missing"):
         load_judge_template(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_judge_template(tmp_path / "none.txt")
@@ -478,7 +484,7 @@ def test_killed_in_the_middle(tmp_path: Path, endpoint: JudgeEndpoint) -> None:
 
 def one_of_two(rank: int, folder: str, url: str, down: str) -> None:
     """A process with one answer to judge, or with none; writes what came of it."""
-    client.FIRST_PAUSE, judge_module.LOOK_AGAIN = 0.01, 0.2
+    client.FIRST_PAUSE, judge_module.RETRY_SECONDS = 0.01, 0.2
     torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     settings = TGRPOSettings(judge_endpoint=url, judge_wait=0.2, judge_down=cast(Any, down))
     judge = Judge(settings, Path(folder), Meter(), lambda: False)

@@ -18,12 +18,13 @@ from safetensors.torch import load_file
 from tiny_models import moving_square, tiny_model, tiny_processor
 from transformers import GenerationConfig
 
+from video_r1 import chat_client
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError, RequestError, VideoR1Error
 from video_r1.lab.model import base_folder
-from video_r1.rollout import addresses, engine_factory
+from video_r1.rollout import engine_factory
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm import server
 from video_r1.rollout.vllm.serve import WANTED, shape
@@ -371,8 +372,8 @@ def test_another_server_is_asked_again(
     loopback: Server, beside: Server, tmp_path: Path, event: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same completions, whoever gives them; the one that failed is left out."""
-    monkeypatch.setattr(addresses, "FIRST_REST", 1000.0)
-    monkeypatch.setattr(addresses, "LONGEST_REST", 1000.0)
+    monkeypatch.setattr(chat_client, "FIRST_SKIP", 1000.0)
+    monkeypatch.setattr(chat_client, "LONGEST_SKIP", 1000.0)
     expected = engine(loopback.url, tmp_path).generate(prompts(12), SETTINGS)
     alone = sent(loopback)
     loopback.requests.clear()
@@ -390,7 +391,7 @@ def test_another_server_is_asked_again(
 def test_a_server_that_returns_with_another_model_is_named(
     loopback: Server, beside: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(addresses, "FIRST_REST", 0.0)
+    monkeypatch.setattr(chat_client, "FIRST_SKIP", 0.0)
     client = engine([loopback.url, beside.url], tmp_path, concurrency=1)
     loopback.script, loopback.model = ["error"], "models/other"
     with pytest.raises(ConfigError, match=f"{loopback.url} serves models/other, not models/tiny"):
@@ -400,8 +401,8 @@ def test_a_server_that_returns_with_another_model_is_named(
 def test_all_servers_away(
     loopback: Server, beside: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(addresses, "FIRST_REST", 1000.0)  # whoever answers again is asked before
-    monkeypatch.setattr(addresses, "LONGEST_REST", 1000.0)
+    monkeypatch.setattr(chat_client, "FIRST_SKIP", 1000.0)  # whoever answers again is asked before
+    monkeypatch.setattr(chat_client, "LONGEST_SKIP", 1000.0)
     client = engine([loopback.url, beside.url], tmp_path, wait=0.5)
     for away in (loopback, beside):
         away.script, away.down = ["error"] * 20, 10**6

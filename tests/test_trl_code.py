@@ -26,7 +26,7 @@ from video_r1 import (
 )
 from video_r1.data.manifests.trl_rows import trl_samples
 from video_r1.errors import ConfigError, ManifestError
-from video_r1.rollout.chat import chat_request
+from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 
 CODE = """

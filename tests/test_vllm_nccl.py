@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from video_r1.rollout.http_client import ServerFailure
+from video_r1.chat_client import ServerFailure
 from video_r1.rollout.vllm.weight_sync import Copies, NCCLHandOver, SyncClient
 
 pytestmark = pytest.mark.vllm

@@ -6,9 +6,9 @@
 `openai` sends a request, authorises it, reads its errors and decodes streamed answers. This module adds what
 that package cannot do:
 
-- Several addresses of one model share the requests; one that fails is skipped for a while (`Failover`). A retry
-  goes to another address at once, and a pause that an address asks for (Retry-After) holds for all requests.
-  So retries are made here, and `openai` is told to make none.
+- Several addresses of one model share the requests; one that fails is skipped for a while (`Failover`). A
+  retry goes to another address at once, and a pause that an address asks for (Retry-After) holds for all
+  requests. So retries are made here, and `openai` is told to make none.
 - A request is a task on one event loop, not a thread. Its body is freed when it is sent and built again for a
   retry. So thousands of requests can wait while the frames of only a few are in memory.
 - A timeout covers the whole answer, so that a slow trickle of bytes cannot outlast it.
@@ -29,7 +29,16 @@ import resource
 import ssl
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -106,7 +115,7 @@ class ServerRefusal(Exception):
 
 
 def get(url: str, key: str | None, timeout: float) -> Any:
-    """Return the JSON value at `url`; None for an empty body. `key`: sent as bearer token. timeout: seconds."""
+    """Return the JSON value at `url`; None for an empty body. key: sent as bearer token; timeout: seconds."""
     return wait_for(request("GET", url, key, timeout))
 
 
@@ -196,7 +205,9 @@ async def _opened(
             given: Any = {"cast_to": httpx2.Response, "options": {"headers": headers}, "stream": stream}
             if stream:
                 given["stream_cls"] = openai.AsyncStream[object]
-            reply = await (client.get(url, **given) if method == "GET" else client.post(url, content=body, **given))
+            reply = await (
+                client.get(url, **given) if method == "GET" else client.post(url, content=body, **given)
+            )
             yield reply, partial(openai.AsyncStream, cast_to=object, response=reply, client=client)
     except openai.APIStatusError as error:
         raise _status_error(error) from error
@@ -453,7 +464,7 @@ class ChatClient:
             try:
                 return await self._once(build, read)
             except ServerFailure as failure:
-                # An endpoint that names a pause works: its answers count as failures only after `wait` seconds.
+                # An endpoint that names a pause works; only after `wait` seconds does its answer count.
                 asked_to_wait = failure.retry_after is not None
                 attempt += not asked_to_wait or time.monotonic() - began > self.endpoint.wait
                 if attempt >= ATTEMPTS:
@@ -487,7 +498,11 @@ class ChatClient:
         self, build: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]], on_text: OnText
     ) -> list[T]:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        body, chat, endpoint = await self._built(lambda: build() | streaming), StreamedChat(on_text), self.endpoint
+        body, chat, endpoint = (
+            await self._built(lambda: build() | streaming),
+            StreamedChat(on_text),
+            self.endpoint,
+        )
         with self._failover.asking() as address:
             url = f"{address.url}/chat/completions"
             await request_streamed(url, endpoint.key, endpoint.timeout, body, chat.take)
@@ -668,8 +683,8 @@ def open_endpoint(
 ) -> tuple[str, FramesAs]:
     """Return the name of the model to ask for and the form of its clips. Waits for addresses that start.
 
-    frames_as: "auto" is "video" if all addresses take one, else "images". Raises ConfigError as `served_model`
-    and `form_of_frames` do, and when two addresses serve different models.
+    frames_as: "auto" is "video" if all addresses take one, else "images". Raises ConfigError as
+    `served_model` and `form_of_frames` do, and when two addresses serve different models.
     """
     found = {one.url: (one, *served_model(one, wanted)) for one in endpoint.each()}
     names = {url: name for url, (_, name, _) in found.items()}

@@ -33,6 +33,7 @@ from video_r1.annotation.teachers import (
     TeacherAnswer,
     TeacherRequest,
 )
+from video_r1.chat_client import Completion, Endpoint, endpoint_urls, open_endpoint
 from video_r1.console import Progress, table
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import FIELDS, Sample, load_manifest
@@ -52,8 +53,6 @@ from video_r1.processes import (
     process_index,
     wait_for_everyone,
 )
-from video_r1.rollout.chat import Completion
-from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.settings.annotation import AnnotateSettings
 
 

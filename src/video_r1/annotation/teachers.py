@@ -10,15 +10,24 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
+from video_r1.chat_client import (
+    ATTEMPTS,
+    REFUSED_QUESTION,
+    ChatClient,
+    Completion,
+    Endpoint,
+    FramesAs,
+    ServerFailure,
+    ServerRefusal,
+    completions_of,
+)
 from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
 from video_r1.data.reading import Batch, Reader, Unusable
 from video_r1.errors import MediaError, PromptError, VideoR1Error
-from video_r1.rollout.chat import Completion, FramesAs, chat_request, completions_of
-from video_r1.rollout.endpoint import ATTEMPTS, ChatClient, Endpoint
+from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
-from video_r1.rollout.http_client import REFUSED_QUESTION, ServerFailure, ServerRefusal
 from video_r1.seeds import derived_seed
 from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.frames import FrameBudget

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
+from video_r1.rewards.judge import JudgeScores, SampleAnswers
 from video_r1.rewards.shaping import (
     format_reward,
     gate_reward,
@@ -27,17 +27,6 @@ from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
 BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal", "judge")
-
-
-class Answered(NamedTuple):
-    """A question and completions that answer it, [G] or any number."""
-
-    sample: Sample
-    ordered: Sequence[Rollout]
-
-
-# [G] in [0, 1] of each group, nan throughout where it is not judged (training/judge.py)
-JudgeScores = Callable[[Sequence[RolloutGroup | Answered]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +146,7 @@ def score_groups(
     judged: Sequence[Tensor | None] = [None] * len(questions)
     if judge is not None and settings.judge_as == "accuracy":
         both = [[*own, *others] for own, others in zip(ordered, shuffled, strict=True)]
-        judged = judge([Answered(one.sample, all_) for one, all_ in zip(questions, both, strict=True)])
+        judged = judge([SampleAnswers(one.sample, all_) for one, all_ in zip(questions, both, strict=True)])
     groups = [
         score_group(question, own, others, terms, settings, drop, scores)
         for question, own, others, drop, scores in zip(

@@ -21,10 +21,10 @@ from video_r1.chat_client import (
     ServerRefusal,
     completions_of,
 )
-from video_r1.data.templates import SWITCH
 from video_r1.data.decoding.media import Media
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
+from video_r1.data.templates import SWITCH
 from video_r1.errors import VideoR1Error
 from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from video_r1.chat_client import Endpoint, ServerFailure, ServerRefusal, endpoint_urls, open_endpoint
 from video_r1.data.prompts import PromptBuilder, TextPrompts
 from video_r1.errors import ConfigError
 from video_r1.models.families import family_names, find_family
@@ -20,11 +21,9 @@ from video_r1.models.loading import (
     size_multiple,
 )
 from video_r1.processes import process_count
-from video_r1.rollout.endpoint import Endpoint, endpoint_urls, open_endpoint
 from video_r1.rollout.endpoint_engine import EndpointEngine
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.general import GeneralEngine
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.engine import VLLMEngine, generation_config
 from video_r1.rollout.vllm.mrope import recorded_rule, warn_of_positions

@@ -57,6 +57,7 @@ from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_lo
 from video_r1.processes import decided_by_first, gather, gather_lists, process_count
 from video_r1.recipe import Recipe
 from video_r1.rewards.group import reward_terms, score_groups
+from video_r1.rewards.judge import Judge, JudgeAway
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.engine_factory import training_engine
 from video_r1.rollout.general import GeneralEngine
@@ -81,7 +82,6 @@ from video_r1.training.callbacks import (
     warn_of_cancelled_bonus,
 )
 from video_r1.training.credit import TaskMoments, give_advantages
-from video_r1.training.judge import Judge, JudgeAway
 from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
 from video_r1.training.objective import Clip, entropy_sum, policy_loss

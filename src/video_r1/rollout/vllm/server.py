@@ -28,15 +28,21 @@ from typing import Any, TypeVar
 import torch
 from transformers import GenerationConfig
 
+from video_r1.chat_client import (
+    Failover,
+    ServerFailure,
+    ServerRefusal,
+    get,
+    post,
+    request_streamed,
+    wait_for,
+)
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather, process_count, process_index, wait_for_everyone
-from video_r1.rollout.addresses import Addresses
 from video_r1.rollout.engine import SamplingSettings
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal, get, post, wait_for
-from video_r1.rollout.streamed import HearToken, WrittenTokens, post_streamed
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.requests import Ask, asks_of, rollout_of, server_request
 from video_r1.rollout.vllm.serve import WANTED, shape
@@ -82,7 +88,7 @@ class ServerEngine:
         urls = [url] if isinstance(url, str) else url
         self.urls = tuple(one.rstrip("/").removesuffix("/v1") for one in urls)
         self.url = " and ".join(self.urls)  # in words, and of the only one
-        self._addresses = Addresses(self.urls)
+        self._failover = Failover(self.urls)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.wait, self.timeout, self.concurrency = wait, timeout, concurrency * len(self.urls)
         self._key = os.environ.get(KEY_VARIABLE)
@@ -243,7 +249,7 @@ class ServerEngine:
         for _ in range(ATTEMPTS):
             recoveries = self._recoveries
             try:
-                with self._addresses.asking() as address:
+                with self._failover.asking() as address:
                     if address.failures:
                         self._longest(address.url)  # still the same model
                     url = f"{address.url}/inference/v1/generate"
@@ -252,7 +258,7 @@ class ServerEngine:
                 return sorted(choices, key=lambda choice: choice["index"])
             except ServerFailure as error:
                 failure = error
-                if self._addresses.some_ready():
+                if self._failover.any_ready():
                     continue
                 if recoveries == self._recoveries:
                     self._note(error)
@@ -261,13 +267,15 @@ class ServerEngine:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
 
-    def _heard(self, body: dict[str, Any], count: int, hear: HearToken) -> list[dict[str, Any]]:
+    def _heard(
+        self, body: dict[str, Any], count: int, hear: Callable[[int, int], object]
+    ) -> list[dict[str, Any]]:
         """The answer to one request, its tokens heard as they come: what was heard cannot be taken back."""
-        written, said = WrittenTokens(hear), json.dumps({**body, "stream": True}).encode()
+        written, said = StreamedTokens(hear), json.dumps({**body, "stream": True}).encode()
         try:
-            with self._addresses.asking() as address:
+            with self._failover.asking() as address:
                 url = f"{address.url}/inference/v1/generate"
-                wait_for(post_streamed(url, self._key, self.timeout, said, written.take))
+                wait_for(request_streamed(url, self._key, self.timeout, said, written.take))
                 self._check(choices := written.choices(), count)
         except (ServerFailure, ServerRefusal) as failure:
             raise VideoR1Error(f"{self.url} failed: {failure}") from failure
@@ -337,9 +345,9 @@ class ServerEngine:
         for url in others:
             with suppress(ServerFailure):
                 self._longest(url)
-                return self._addresses.is_back(url)
+                return self._failover.is_back(url)
         self._longest(last)
-        self._addresses.is_back(last)
+        self._failover.is_back(last)
 
     def _longest(self, url: str) -> int:
         """The longest sequence in tokens. Raises ServerFailure, and ConfigError for another server."""
@@ -379,3 +387,33 @@ def describe(url: str, key: str | None, timeout: float) -> dict[str, Any]:
 
 def _same_model(served: str, wanted: str) -> bool:
     return served == wanted or (Path(wanted).exists() and Path(served).resolve() == Path(wanted).resolve())
+
+
+class StreamedTokens:
+    """Completions of vLLM's token endpoint, assembled from streamed pieces.
+
+    on_token: is called with the index of a completion and each of its tokens.
+    """
+
+    def __init__(self, on_token: Callable[[int, int], object]) -> None:
+        self._on_token = on_token
+        self._choices: dict[int, dict[str, Any]] = {}
+
+    def take(self, event: Any) -> None:
+        """Add an event. Raises ServerFailure for one that is no piece of such an answer."""
+        try:
+            for piece in event["choices"]:
+                blank = {"index": piece["index"], "token_ids": [], "logprobs": {"content": []}}
+                so_far = self._choices.setdefault(piece["index"], blank)
+                so_far["token_ids"] += piece["token_ids"] or []
+                so_far["logprobs"]["content"] += (piece["logprobs"] or {"content": []})["content"]
+                for name in ("finish_reason", "weight_versions"):
+                    so_far[name] = piece.get(name) or so_far.get(name)
+        except (KeyError, TypeError) as error:
+            raise ServerFailure(f"its answer has no tokens: {json.dumps(event)[:200]}") from error
+        for piece in event["choices"]:
+            for token in piece["token_ids"] or []:
+                self._on_token(piece["index"], token)
+
+    def choices(self) -> list[dict[str, Any]]:
+        return list(self._choices.values())

@@ -20,12 +20,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from video_r1.chat_client import ServerFailure, ServerRefusal
 from video_r1.files import follow_umask
 from video_r1.models.families import find_family
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.loading import EXPERTS
 from video_r1.models.lora import adapted_name, dense_weight, is_four_bit, merged_weight, whole
-from video_r1.rollout.http_client import ServerFailure, ServerRefusal
 
 HEAD = "lm_head.weight"
 
