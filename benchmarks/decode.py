@@ -27,7 +27,7 @@ from torch import Tensor
 
 from benchmarks._command import benchmark_parser
 from benchmarks._timing import in_turns, machine, spread
-from video_r1.data.decoding import containers
+from video_r1.data.decoding import clips
 from video_r1.data.decoding.media import decode_media, fitted_size, frame_indices, resize
 from video_r1.data.manifests.records import Sample
 from video_r1.settings.frames import FrameBudget
@@ -80,7 +80,7 @@ def write_clip(path: Path, height: int, width: int, frames: int, seed: int, repe
 
 def with_ours(path: Path, threads: int) -> Tensor:
     sample = Sample(0, "?", "video", "free-form", "<answer>x</answer>", str(path))
-    containers.DECODER_THREADS = threads
+    clips.DECODER_THREADS = threads
     return decode_media(sample, BUDGET).frames
 
 

@@ -48,9 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def own_copies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Give the test its own cache of remote files, with no pause between attempts."""
-    from video_r1.data.sources import addresses, remote
+    from video_r1.data.sources import remote
 
-    monkeypatch.setattr(addresses, "PAUSE", 0.0)
+    monkeypatch.setattr(remote, "PAUSE", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     remote.open_remote_cache.cache_clear()
 

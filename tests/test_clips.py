@@ -14,7 +14,7 @@ import torch
 from media_files import SIDE, SMALL, decoded_frames, picture, sample, write_video
 from PIL import Image
 
-from video_r1.data.decoding import clips, containers
+from video_r1.data.decoding import clips
 from video_r1.data.decoding.media import decode_media, frame_indices, resize
 from video_r1.settings.frames import FrameBudget
 
@@ -51,7 +51,7 @@ FORMATS = {
 MODES = {
     "in memory": {},
     "seeking": {(clips, "_BYTES_IN_MEMORY"): 0},
-    "threads": {(containers, "_THREADS_FROM_PIXELS"): 0},
+    "threads": {(clips, "_THREADS_FROM_PIXELS"): 0},
 }
 
 

@@ -17,8 +17,7 @@ from media_files import SMALL, sample
 from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.sources import remote
-from video_r1.data.sources.addresses import NoAnswer
-from video_r1.data.sources.remote import RemoteCache
+from video_r1.data.sources.remote import NoAnswer, RemoteCache
 from video_r1.errors import MediaError
 
 pytestmark = pytest.mark.usefixtures("own_copies")

@@ -23,7 +23,7 @@ from video_r1.data.making.refusals import Refused
 from video_r1.data.manifests.records import Sample, check_manifest
 from video_r1.data.prompts import TextPrompts
 from video_r1.data.reading import derived_generator
-from video_r1.data.sources.frame_folders import FOLDER_FPS, frame_names
+from video_r1.data.sources.media_types import FOLDER_FPS, frame_names
 from video_r1.errors import MediaError
 
 ROW = {

@@ -26,7 +26,7 @@ from video_r1.data.decoding.decoders import read_media
 from video_r1.data.manifests import tables as manifest_tables
 from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
 from video_r1.data.manifests.tables import table_rows
-from video_r1.data.sources.places import media_root_of
+from video_r1.data.sources.media_paths import media_root_of
 from video_r1.errors import ManifestError
 from video_r1.lab.smoke import first_rows
 

@@ -10,7 +10,7 @@ from datasets import config as datasets_config
 
 from video_r1.data.manifests import records, tables
 from video_r1.data.manifests.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
-from video_r1.data.sources.places import path_below
+from video_r1.data.sources.media_paths import path_below
 from video_r1.errors import ManifestError
 
 CHOICE = {

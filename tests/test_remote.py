@@ -29,10 +29,9 @@ from video_r1.data.check import check_media
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.frame_cache import FrameCache, read_cached
 from video_r1.data.manifests.records import check_manifest, load_manifest
-from video_r1.data.sources import addresses
-from video_r1.data.sources.addresses import NoAnswer, below, folder_of, is_address, relative_to
-from video_r1.data.sources.places import media_root_of, path_below
-from video_r1.data.sources.remote import RemoteCache
+from video_r1.data.sources import remote
+from video_r1.data.sources.media_paths import media_root_of, path_below
+from video_r1.data.sources.remote import NoAnswer, RemoteCache, below, folder_of, is_address, relative_to
 from video_r1.errors import ConfigError, ManifestError, MediaError, VideoR1Error
 
 LARGE = 10**9
@@ -268,7 +267,7 @@ def test_a_server_that_gives_takes_its_time_or_breaks_off(
     server: tuple[str, Counter[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     name: str, requests: int, reason: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setitem(addresses.HTTP_SECONDS, "sock_read", 0.5)
+    monkeypatch.setitem(remote.HTTP_SECONDS, "sock_read", 0.5)
     address, asked = server
     budget = replace(SMALL, remote_cache=str(tmp_path / "copies"))
     for _ in range(2):
@@ -327,7 +326,7 @@ def test_the_least_recently_used_copies_go_but_none_in_use(tmp_path: Path, memor
 
 def read_all(address: str, folder: Path, size: int) -> None:
     """Eight files, each checked, over a folder that holds some of them."""
-    addresses.PAUSE = 0.0
+    remote.PAUSE = 0.0
     cache = RemoteCache(folder, 3 * size + 1)
     for number in range(24):
         with cache.file(f"{address}/slow{number % 8}.mp4") as path:

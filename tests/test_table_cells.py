@@ -20,8 +20,8 @@ from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.sources import remote
-from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
-from video_r1.data.sources.table_cells import cells_beside
+from video_r1.data.sources.archives import cells_beside
+from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
 from video_r1.errors import MediaError
 
 ROWS, GROUP = 7, 3
@@ -106,7 +106,7 @@ def test_a_column_says_what_its_cells_are() -> None:
 
 def test_the_table_stays_in_the_media_root(tmp_path: Path, clips: list[Path]) -> None:
     found = table(tmp_path / "root" / "data" / "t.parquet", clips)
-    places = MediaPlaces(str(tmp_path / "root"))
+    places = MediaPaths(str(tmp_path / "root"))
     whole = places.find("parquet://video/1::data/t.parquet")
     assert whole == f"parquet://video/1::{found}"
     assert path_below(places.root, whole) == "parquet://video/1::data/t.parquet"

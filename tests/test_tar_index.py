@@ -23,11 +23,10 @@ from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.refusals import Refused
 from video_r1.data.manifests.records import check_manifest
-from video_r1.data.sources import remote, tar_index
-from video_r1.data.sources.addresses import local_file
-from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
-from video_r1.data.sources.remote import RemoteCache
-from video_r1.data.sources.tar_index import Part, members_of, split_member
+from video_r1.data.sources import archives, remote
+from video_r1.data.sources.archives import Part, members_of, split_member
+from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
+from video_r1.data.sources.remote import RemoteCache, local_file
 from video_r1.errors import MediaError
 
 ROW = {
@@ -149,7 +148,7 @@ def test_a_folder_of_frames_in_an_archive(tmp_path: Path, seconds: float) -> Non
     with pytest.raises(MediaError, match="is a folder, not a media file"):
         read_media(sample(slow.path, "image"), budget)
     with pytest.raises(MediaError, match="at most"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tar_index, "MOST_FRAMES", 11)
+        patch.setattr(archives, "MOST_FRAMES", 11)
         read_media(sample(slow.path), budget)
 
 
@@ -222,7 +221,7 @@ def test_the_archive_stays_in_the_media_root(tmp_path: Path, files: Path) -> Non
         and local_file(sample_.path) == str(shard)
     )
     assert path_below(str(root), sample_.path) == ROW["path"]
-    places = MediaPlaces(str(root))
+    places = MediaPaths(str(root))
     assert places.find("tar://0001.mp4::inside.tar") == member("0001.mp4", shard)
     assert places.find(f"tar://0001.mp4::file://{shard}") == member("0001.mp4", shard)
     for archive in ("link.tar", "../outside/000.tar", str(tmp_path / "outside/000.tar"), "", ".",
@@ -231,10 +230,10 @@ def test_the_archive_stays_in_the_media_root(tmp_path: Path, files: Path) -> Non
             places.find(member("0001.mp4", archive))
     with pytest.raises(ValueError, match="is a URL"):
         places.find("tar://0001.mp4::https://host/000.tar")
-    allowed = MediaPlaces(str(root), allowed_roots=[tmp_path / "outside"])
+    allowed = MediaPaths(str(root), allowed_roots=[tmp_path / "outside"])
     outside = tmp_path / "outside" / "000.tar"
     assert split_member(allowed.find("tar://0001.mp4::link.tar")) == ("tar://0001.mp4", str(outside))
-    assert MediaPlaces("s3://b/c").find("tar://1.mp4::x/0.tar") == "tar://1.mp4::s3://b/c/x/0.tar"
+    assert MediaPaths("s3://b/c").find("tar://1.mp4::x/0.tar") == "tar://1.mp4::s3://b/c/x/0.tar"
 
 
 def test_an_archive_that_changes_is_another_entry_of_the_cache(tmp_path: Path, files: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from video_r1.commands import COMMANDS
-from video_r1.data.sources.places import media_root_of
+from video_r1.data.sources.media_paths import media_root_of
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher, read_recipe
 from video_r1.settings.training import SFTSettings, TGRPOSettings

@@ -38,7 +38,7 @@ from video_r1.console import Progress, table
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.manifests.records import FIELDS, Sample, load_manifest
 from video_r1.data.reading import Reader
-from video_r1.data.sources.places import media_root_of, path_below
+from video_r1.data.sources.media_paths import media_root_of, path_below
 from video_r1.data.templates import load_template
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.files import json_lines, lock, part_of, parts_of, whole_lines, without_links, writing_rows

@@ -99,7 +99,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     Raises RequestError when there is no such file.
     """
     from video_r1.data.manifests.records import Sample
-    from video_r1.data.sources.places import data_type_of
+    from video_r1.data.sources.media_paths import data_type_of
 
     assert settings.path is not None  # settings without it are refused
     path, *others = map(found_file, [settings.path, *settings.more_paths])
@@ -122,8 +122,8 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
 def found_file(said: str) -> str:
     """The absolute path of a file of this machine, or an address. Raises RequestError when there is none."""
-    from video_r1.data.sources.addresses import local_file, on_this_machine
-    from video_r1.data.sources.tar_index import split_member
+    from video_r1.data.sources.archives import split_member
+    from video_r1.data.sources.remote import local_file, on_this_machine
 
     path = on_this_machine(said)
     if (file := local_file(path)) is None:

@@ -23,8 +23,8 @@ from video_r1.data.answers import read_answer
 from video_r1.data.manifests.records import Sample, load_manifest, placed_rows
 from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.data.sources.addresses import is_address
-from video_r1.data.sources.places import media_root_of
+from video_r1.data.sources.media_paths import media_root_of
+from video_r1.data.sources.remote import is_address
 from video_r1.errors import RequestError, VideoR1Error, writing_to
 from video_r1.evaluation.figures import SHOWN, audit_page, percent
 from video_r1.evaluation.metrics import mean_figure, paired_difference

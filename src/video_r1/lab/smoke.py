@@ -17,7 +17,7 @@ import torch
 from video_r1 import availability
 from video_r1.data.manifests.records import placed_rows
 from video_r1.data.manifests.tables import Unreadable
-from video_r1.data.sources.places import media_root_of
+from video_r1.data.sources.media_paths import media_root_of
 from video_r1.errors import ManifestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder

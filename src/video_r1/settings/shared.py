@@ -9,7 +9,7 @@ from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.filters import parse_keep
 from video_r1.settings.frames import FrameBudget
 
-MANIFEST_ENDINGS = (".json", ".jsonl")
+MANIFEST_EXTENSIONS = (".json", ".jsonl")
 BadRows = Literal["stop", "leave_out"]
 """What happens to rows of a manifest that are no question."""
 ProblemType = Literal[
@@ -130,8 +130,8 @@ class ManifestSettings(PlacesSettings):
 
 def problems_of_out(out: str | None) -> Iterator[Problem]:
     """What is wrong with the name of a manifest that is to be written."""
-    if out is not None and not out.endswith(MANIFEST_ENDINGS):
-        yield "out", f"is {out!r}; it must end in {' or '.join(MANIFEST_ENDINGS)}"
+    if out is not None and not out.endswith(MANIFEST_EXTENSIONS):
+        yield "out", f"is {out!r}; it must end in {' or '.join(MANIFEST_EXTENSIONS)}"
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from video_r1.data.answers import LETTERS
 from video_r1.data.manifests.records import PROBLEM_TYPES, check_manifest
-from video_r1.data.sources.places import data_type_of
+from video_r1.data.sources.media_paths import data_type_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.ask import labelled, solution_of
 from video_r1.files import append_line, draft_of

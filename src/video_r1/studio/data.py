@@ -16,10 +16,9 @@ from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from video_r1.data.manifests.records import Sample, question_digest
-from video_r1.data.sources.addresses import local_file
-from video_r1.data.sources.frame_folders import FOLDER_FPS, frame_names
-from video_r1.data.sources.remote import open_remote_cache
-from video_r1.data.sources.tar_index import TAR, Part, split_member
+from video_r1.data.sources.archives import TAR, Part, split_member
+from video_r1.data.sources.media_types import FOLDER_FPS, frame_names
+from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.report.run_data import as_list, as_table, finite, short_path, text
 from video_r1.settings.filters import PASS_RATES, Keep, parse_keep

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from video_r1.data.manifests.records import Sample, check_row
-from video_r1.data.sources.places import MediaPlaces
+from video_r1.data.sources.media_paths import MediaPaths
 from video_r1.report.run_data import as_table, finite, text
 from video_r1.settings.filters import PASS_RATES, Keep
 from video_r1.studio.finding import Manifest
@@ -45,7 +45,7 @@ class Names:
         return self.numbers[name]
 
 
-class NamedPlaces(MediaPlaces):
+class NamedPlaces(MediaPaths):
     """Of files that may not be read the path as the row says it."""
 
     def find(self, path: str) -> str:
@@ -69,7 +69,7 @@ class ManifestIndex:
         self.lock = threading.Lock()
         found, file = manifest.found, manifest.file
         self.tail = Tail(found, file) if _has_lines(manifest) else ListFile(found, file)
-        self.places, self.named = (of(str(found.folder.resolve())) for of in (MediaPlaces, NamedPlaces))
+        self.places, self.named = (of(str(found.folder.resolve())) for of in (MediaPaths, NamedPlaces))
         self.life = 0
         self._forget()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from starlette.exceptions import HTTPException
 
-from video_r1.data.sources.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
+from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 
 LARGEST = 512 << 20  # bytes of one
 TOGETHER = 2 << 30  # bytes of all; the first go
@@ -30,7 +30,7 @@ class Uploads:
     async def take(self, filename: str, parts: AsyncIterator[bytes]) -> str:
         """Writes a file as it comes and returns its name. Raises HTTPException 413, 415."""
         ending = Path(filename).suffix.lower()
-        if ending not in (*VIDEO_ENDINGS, *IMAGE_ENDINGS):
+        if ending not in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
             raise HTTPException(415, f"{filename[:100]!r} is no video or image by its name")
         stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(filename).stem)[:40].strip("-") or "clip"
         name = f"{stem}-{secrets.token_hex(4)}{ending}"

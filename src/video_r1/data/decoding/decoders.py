@@ -10,23 +10,27 @@ to import torch. They stay for the next read; there are as many as reads have be
 import json
 import math
 import os
+import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import av.logging
 import torch
 
-from video_r1.data.decoding.decoder_process import COMMAND, START, STOP, receive, receive_into, send
 from video_r1.data.decoding.media import Media, decode_media
 from video_r1.data.manifests.records import Sample
-from video_r1.data.sources.addresses import local_file
-from video_r1.data.sources.remote import open_remote_cache
-from video_r1.data.sources.tar_index import TABLE, Part, split_member
+from video_r1.data.sources.archives import TABLE, Part, split_member
+from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.processes import OneAProcess
 from video_r1.settings.frames import FrameBudget
@@ -34,10 +38,17 @@ from video_r1.settings.frames import FrameBudget
 _START_SECONDS = 300  # of the server: a loaded machine or a slow drive may need long to import torch
 _ATTEMPTS = 4  # at one file
 _BEGIN_SECONDS = 20.0  # for a worker to take a request; one that hangs over an earlier file never does
+COMMAND = struct.Struct("<cq")
+START, STOP = b"+", b"-"
+_LENGTH = struct.Struct("<I")
+_LONGEST_MESSAGE = 1 << 20
+# A worker whose reader is gone ends itself this long after its time limit.
+_ORPHAN_SECONDS = 30
+_STATM = Path("/proc/self/statm")
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from video_r1.data.decoding.decoder_process import serve
+from video_r1.data.decoding.decoders import serve
 serve(int(sys.argv[2]))
 """
 
@@ -255,3 +266,118 @@ def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) ->
         Media(frames.clone(), times.clone(), together.duration, together.kind)
         for frames, times in zip(*parts, strict=True)
     ]
+
+
+def send(channel: socket.socket, message: dict[str, Any]) -> None:
+    text = json.dumps(message).encode()
+    channel.sendall(_LENGTH.pack(len(text)) + text)
+
+
+def receive(channel: socket.socket, deadline: float | None = None) -> dict[str, Any]:
+    """The next message. Raises EOFError when the other side is gone, TimeoutError after `deadline`."""
+    head = bytearray(_LENGTH.size)
+    receive_into(channel, memoryview(head), deadline)
+    (length,) = _LENGTH.unpack(head)
+    if length > _LONGEST_MESSAGE:
+        raise EOFError(f"a message of {length} bytes")
+    text = bytearray(length)
+    receive_into(channel, memoryview(text), deadline)
+    return json.loads(text)
+
+
+def receive_into(channel: socket.socket, buffer: memoryview, deadline: float | None = None) -> None:
+    """Fills the buffer; raises as `receive` does. `deadline` is a time of `time.monotonic`."""
+    while buffer:
+        if deadline is not None:
+            channel.settimeout(max(deadline - time.monotonic(), 1e-3))
+        count = channel.recv_into(buffer)
+        if count == 0:
+            raise EOFError
+        buffer = buffer[count:]
+
+
+def serve(control_number: int) -> None:
+    """Forks a worker for each socket that arrives on the control socket, and ends workers, until it closes.
+
+    A command is START with a socket, answered by the worker's process id, or STOP with a process id, answered
+    by the exit code (negative: the signal that ended it; null: it cannot be ended).
+    """
+    # Reaches all processes of a job that is to stop; the reader may read on, and ends these when it does.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)  # workers, not their threads, fill the cores
+    av.logging.set_level(None)  # silent, without the Python callback that deadlocks with FFmpeg's threads
+    warnings.simplefilter("ignore")  # what is wrong with a file is told in the answer
+    control = socket.socket(fileno=control_number)
+    send(control, {"ready": os.getpid()})
+    while True:
+        command, numbers, _, _ = socket.recv_fds(control, COMMAND.size, 1)
+        if len(command) < COMMAND.size:  # the reader is gone
+            return
+        kind, number = COMMAND.unpack(command)
+        if kind == START:
+            worker = os.fork()
+            if worker == 0:
+                control.close()
+                _work(socket.socket(fileno=numbers[0]))
+            os.close(numbers[0])
+            send(control, {"worker": worker})
+        else:
+            send(control, {"exit": _stop(number)})
+
+
+def _stop(worker: int) -> int | None:
+    os.kill(worker, signal.SIGKILL)  # the id is still its own: nobody else waits for it
+    for _ in range(400):
+        ended, status = os.waitpid(worker, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    return None  # it hangs inside the kernel, on a lost network drive for example
+
+
+def _work(channel: socket.socket) -> None:
+    """Answers requests until the reader is gone or too much memory has stayed behind. Never returns."""
+    code = 1
+    try:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        limited = _STATM.exists()  # systems without it do not keep to the limit either
+        at_start, last = _address_space() if limited else 0, False
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        while not last:
+            request = receive(channel)
+            send(channel, {"begun": True})
+            # no handler: the kernel ends the process even where no Python runs
+            signal.setitimer(signal.ITIMER_REAL, request["budget"]["seconds"] + _ORPHAN_SECONDS)
+            if limited:
+                last = _address_space() - at_start > request["budget"]["memory"] // 2
+                allowed = at_start + request["budget"]["memory"]
+                resource.setrlimit(resource.RLIMIT_AS, (min(allowed, most) if most > 0 else allowed, most))
+            _answer(channel, request, last)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        code = 0
+    except (EOFError, OSError):  # the reader is gone
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
+    question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
+    sample = Sample(**question, **request["sample"])
+    part = request["part"]
+    if part is not None:
+        part = [Part(*one) for one in part] if isinstance(part[0], list) else Part(*part)
+    try:
+        media = decode_media(sample, FrameBudget(**request["budget"]), part)
+    except MediaError as error:
+        send(channel, {"reason": error.reason, "last": last})
+        return
+    frames = media.frames.contiguous()
+    shape, times = list(frames.shape), media.timestamps.tolist()
+    send(channel, {"shape": shape, "times": times, "duration": media.duration, "last": last})
+    channel.sendall(frames.numpy().data.cast("B"))
+
+
+def _address_space() -> int:
+    """Bytes of address space in use."""
+    return int(_STATM.read_text().split()[0]) * resource.getpagesize()

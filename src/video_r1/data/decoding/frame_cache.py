@@ -26,11 +26,10 @@ from safetensors.torch import save_file
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
-from video_r1.data.sources.addresses import local_file
+from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
-from video_r1.data.sources.frame_folders import frame_stamps
-from video_r1.data.sources.remote import open_remote_cache
-from video_r1.data.sources.tar_index import split_member
+from video_r1.data.sources.media_types import frame_stamps
+from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.fingerprint import digest
 from video_r1.settings.frames import FrameBudget
 

@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 from video_r1.data.decoding.clips import decode_clip
 from video_r1.data.decoding.pictures import decode_frames, read_picture
 from video_r1.data.manifests.records import Sample
-from video_r1.data.sources.frame_folders import frame_names
-from video_r1.data.sources.tar_index import Part
+from video_r1.data.sources.archives import Part
+from video_r1.data.sources.media_types import frame_names
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 

@@ -10,10 +10,9 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from video_r1.data.decoding.clips import Clip, clip_window
-from video_r1.data.decoding.containers import MAX_PIXELS
-from video_r1.data.sources.frame_folders import FOLDER_FPS
-from video_r1.data.sources.tar_index import Part, open_file
+from video_r1.data.decoding.clips import MAX_PIXELS, Clip, clip_window
+from video_r1.data.sources.archives import Part, open_file
+from video_r1.data.sources.media_types import FOLDER_FPS
 from video_r1.errors import MediaError
 
 # Formats of pictures. Pillow reads more, some of them by starting other programs (EPS).

@@ -10,12 +10,12 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
-from video_r1.data.sources.addresses import is_address
-from video_r1.data.sources.endings import IMAGE_ENDINGS, VIDEO_ENDINGS
-from video_r1.data.sources.places import data_type_of
-from video_r1.data.sources.tar_index import members_of
+from video_r1.data.sources.archives import members_of
+from video_r1.data.sources.media_paths import data_type_of
+from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
+from video_r1.data.sources.remote import is_address
 
-MEDIA_ENDINGS = (*IMAGE_ENDINGS, *VIDEO_ENDINGS)
+MEDIA_ENDINGS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
 _NEIGHBOURS = 100  # names on either side that are compared with one that is missing
 _SHOWN = 3
 
@@ -44,7 +44,7 @@ class ClipIndex:
                 self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt
             if ending.lower() in MEDIA_ENDINGS:
                 self._add(path, posixpath.basename(path).lower())
-                if ending.lower() in IMAGE_ENDINGS and (folder := posixpath.dirname(path)):
+                if ending.lower() in IMAGE_EXTENSIONS and (folder := posixpath.dirname(path)):
                     folders[folder] = None
         for folder in folders:
             self._folders.setdefault(posixpath.basename(folder).lower(), []).append(folder)

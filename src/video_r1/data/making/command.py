@@ -26,7 +26,7 @@ from video_r1.data.making.refusals import REMEDIES, Refused
 from video_r1.data.making.tabular import read_table
 from video_r1.data.manifests.records import FIELDS, Sample, check_manifest
 from video_r1.data.manifests.tables import Unreadable
-from video_r1.data.sources.places import MediaPlaces, media_root_of
+from video_r1.data.sources.media_paths import MediaPaths, media_root_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.files import claimed, replace_rows
 from video_r1.settings.commands import MakeSettings
@@ -69,7 +69,7 @@ def run_make(settings: MakeSettings) -> int:
     if out.exists() and (not refused_path.exists() or str(out.resolve()) == os.path.realpath(settings.table)):
         raise RequestError(f"{out} exists and was not made of this table; choose another --out")
     root = media_root_of(settings.table, settings.media_root)
-    places = MediaPlaces(root, settings.allow_urls, settings.allowed_roots)
+    places = MediaPaths(root, settings.allow_urls, settings.allowed_roots)
     found = read_drafts(settings)
     print(understood(found))
     making = Making(

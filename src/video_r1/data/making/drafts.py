@@ -19,7 +19,7 @@ from video_r1.data.making.refusals import Refused
 from video_r1.data.making.subtitles import SUBTITLE_ENDINGS, subtitle_lines
 from video_r1.data.manifests.records import DATA_TYPES, FIELDS
 from video_r1.data.manifests.tables import InTable
-from video_r1.data.sources.places import MediaPlaces, data_type_of, path_below
+from video_r1.data.sources.media_paths import MediaPaths, data_type_of, path_below
 
 SubtitleForm = Literal["off", "text", "timed"]
 _TYPE_NAMES = {
@@ -45,7 +45,7 @@ class Making:
     """What all rows of a table have in common: the files, how numbers are read, the settings."""
 
     clips: ClipIndex
-    places: MediaPlaces
+    places: MediaPaths
     problem_type: str | None = None  # of every question; None: as the row says, or by its options and answer
     subtitles: SubtitleForm = "off"
 
@@ -171,7 +171,7 @@ def _media(draft: Draft, making: Making) -> dict[str, Any]:
     return {"data_type": data_type if data_type in DATA_TYPES else data_type_of(found), "path": found}
 
 
-def _check_place(path: str, places: MediaPlaces) -> None:
+def _check_place(path: str, places: MediaPaths) -> None:
     try:
         places.find(path)
     except ValueError as error:

@@ -36,10 +36,10 @@ from video_r1.data.manifests.tables import (
     table_rows,
     tables_of,
 )
-from video_r1.data.sources.addresses import check_schemes, fetch, is_address, on_this_machine
-from video_r1.data.sources.endings import MANIFEST_ENDINGS
-from video_r1.data.sources.places import MediaPlaces, is_pattern, media_root_of, path_below
-from video_r1.data.sources.tar_index import split_member
+from video_r1.data.sources.archives import split_member
+from video_r1.data.sources.media_paths import MediaPaths, is_pattern, media_root_of, path_below
+from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS
+from video_r1.data.sources.remote import check_schemes, fetch, is_address, on_this_machine
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.fingerprint import digest
 from video_r1.processes import process_index
@@ -236,7 +236,7 @@ def check_manifest(
             f"the media root {media_root} is not a folder; set media_root to the folder that "
             "the paths of the manifest start at"
         )
-    places = MediaPlaces(media_root, allow_urls, allowed_roots)
+    places = MediaPaths(media_root, allow_urls, allowed_roots)
     samples: list[Sample] = []
     rows: list[int] = []
     problems: list[Problem] = []
@@ -263,7 +263,7 @@ def check_manifest(
     return CheckedManifest(samples, rows, problems)
 
 
-def check_row(row: Any, places: MediaPlaces, min_options: int) -> tuple[Sample | None, list[str]]:
+def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | None, list[str]]:
     """The sample of a row, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
@@ -579,7 +579,7 @@ def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
         yield from _file_rows(path)
     elif path.is_dir():
         yield from named_rows(str(path), split)
-    elif path.suffix in MANIFEST_ENDINGS or path.is_absolute():
+    elif path.suffix in MANIFEST_EXTENSIONS or path.is_absolute():
         lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
         raise ManifestError(f"{path}: no such manifest file{lab}")
     elif "/" in source and not is_hub_id(source):

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
 
 from video_r1.availability import ask_the_hub
 from video_r1.console import Progress
-from video_r1.data.sources.addresses import Found, at_address, is_address
-from video_r1.data.sources.places import data_type_of, is_pattern
-from video_r1.data.sources.table_cells import SCHEME, cell_path
+from video_r1.data.sources.archives import TABLE, cell_path
+from video_r1.data.sources.media_paths import data_type_of, is_pattern
+from video_r1.data.sources.remote import Found, at_address, is_address
 from video_r1.errors import ManifestError, MediaError, VideoR1Error
 from video_r1.processes import process_index
 
@@ -166,7 +166,7 @@ def held_files(features: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
             inner = one.get("bytes") if isinstance(one, Mapping) else one
             if getattr(inner, "dtype", "") not in _BYTES:
                 continue
-            kind = data_type_of(f"{SCHEME}{name}")
+            kind = data_type_of(f"{TABLE}{name}")
         found[name] = kind, one is feature
     return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from video_r1.data.manifests.records import Sample, check_manifest, load_manifest
-from video_r1.data.sources.addresses import local_file
+from video_r1.data.sources.remote import local_file
 from video_r1.errors import RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.spec import Benchmark, annotation_files, manifest_rows, reference_rows

@@ -9,7 +9,9 @@ from pathlib import Path, PureWindowsPath
 from typing import Literal
 
 from video_r1.availability import is_hub_id
-from video_r1.data.sources.addresses import (
+from video_r1.data.sources.archives import TABLE, split_member
+from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, MANIFEST_EXTENSIONS
+from video_r1.data.sources.remote import (
     below,
     check_schemes,
     folder_of,
@@ -17,8 +19,6 @@ from video_r1.data.sources.addresses import (
     on_this_machine,
     relative_to,
 )
-from video_r1.data.sources.endings import IMAGE_ENDINGS, MANIFEST_ENDINGS
-from video_r1.data.sources.tar_index import TABLE, split_member
 from video_r1.errors import ManifestError
 
 
@@ -29,7 +29,7 @@ def data_type_of(path: str) -> Literal["image", "video"]:
     if path.startswith(TABLE):
         return "image" if re.search("image|img|picture|photo", path.partition("::")[0].lower()) else "video"
     name = path.partition("::")[0].partition("?")[0] if is_address(path) else path
-    return "image" if os.path.splitext(name)[1].lower() in IMAGE_ENDINGS else "video"
+    return "image" if os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS else "video"
 
 
 def is_pattern(source: str) -> bool:
@@ -51,7 +51,7 @@ def media_root_of(source: object, media_root: str | Path | None) -> str:
             media_root = above(source)
             while is_pattern(source) and glob.has_magic(media_root):
                 media_root = above(media_root)
-        elif is_hub_id(source) and not (os.path.exists(source) or source.endswith(MANIFEST_ENDINGS)):
+        elif is_hub_id(source) and not (os.path.exists(source) or source.endswith(MANIFEST_EXTENSIONS)):
             return f"hf://datasets/{source}"
         else:
             media_root = source if os.path.isdir(source) else ""
@@ -73,7 +73,7 @@ def _inside(root: str) -> str:
     return root.rstrip(os.sep) + os.sep
 
 
-class MediaPlaces:
+class MediaPaths:
     """Turns the paths of rows into files below the media root or an allowed one. Folders are resolved once.
 
     Raises ManifestError for an allowed root that is no folder.

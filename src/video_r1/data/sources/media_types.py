@@ -1,4 +1,4 @@
-"""Folders of frames: a clip as numbered pictures. Torch-free; the pictures are read in pictures.py.
+"""Extensions of media files and manifests, and folders of frames: clips as numbered pictures. Torch-free.
 
 clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of them a second
 """
@@ -6,7 +6,15 @@ clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of
 import os
 import re
 
-from video_r1.data.sources.endings import IMAGE_ENDINGS
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
+    ".avif", ".heic", ".heif",
+)  # fmt: skip
+VIDEO_EXTENSIONS = (
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".flv",
+    ".wmv", ".3gp", ".ogv", ".vob", ".asf", ".mxf",
+)  # fmt: skip
+MANIFEST_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 
 FOLDER_FPS = 2.0
 """Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the
@@ -38,7 +46,7 @@ def in_order(names: list[str]) -> list[str]:
     if not names:
         raise ValueError("is a folder without frames")
     for name in names:
-        if os.path.splitext(name)[1].lower() not in IMAGE_ENDINGS or "/" in name:
+        if os.path.splitext(name)[1].lower() not in IMAGE_EXTENSIONS or "/" in name:
             raise ValueError(f"is a folder with {name!r} in it, which is no image; keep frames alone")
     return sorted(names, key=_numbers)
 

@@ -1,22 +1,27 @@
-"""Members of tar archives (WebDataset's shards) where they lie: which there are, at which byte each begins.
+"""Files inside other files: members of tar archives (WebDataset's shards), cells of Parquet tables.
 
-    tar://0001.mp4::shards/000.tar ─► {"0001.mp4": (offset, size), …} ─► Part ─► read like a file of its own
+    tar://0001.mp4::shards/000.tar ─► {"0001.mp4": (offset, size), …} ─► Part ─► read like any file
+    parquet://video/17::data/train-0.parquet ─► column `video`, row 17 from 0 ─► its bytes
 
-The notation is fsspec's. Nothing is unpacked, and the names inside of an archive are never used as paths.
+The notation of archives is fsspec's. Nothing is unpacked, and names inside an archive are never used as
+paths. A cell holds bytes, as `datasets` writes images and videos, or a struct with `bytes` in it, or a list
+of these: 17.2 is the third item in row 17. Parquet is read by groups of rows: a reader gets a group's cells.
 """
 
 import io
 import os
 import posixpath
+import re
 import tarfile
+from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-from video_r1.data.sources.frame_folders import in_order
-from video_r1.data.sources.table_cells import SCHEME as TABLE
+from video_r1.data.sources.media_types import in_order
 
 Members = dict[str, tuple[int, int]]
 """(first byte, bytes) of each file in an archive, by its name; (-1, 0) of what is no plain file."""
 TAR = "tar://"
+TABLE = "parquet://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _NO_FILE = (-1, 0)
 MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
@@ -131,3 +136,53 @@ def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
                     raise ValueError(f"is a folder with {one!r} in it, a link or a folder; keep frames alone")
             return [Part(archive, *frames[one], one) for one in in_order(list(frames))]
     return Part(archive, *member_of(found, member), member)
+
+
+def cell_path(column: str, row: int, table: str, item: int | None = None) -> str:
+    return f"{TABLE}{column}/{row}{'' if item is None else f'.{item}'}::{table}"
+
+
+def cell_of(begin: str) -> tuple[str, int, int | None]:
+    """(column, row, item of its list) of `parquet://column/row.item`. Raises ValueError in words."""
+    found = re.fullmatch(rf"(?:{TABLE})?(.+)/([0-9]+)(?:\.([0-9]+))?", begin, re.DOTALL)
+    if not found:
+        raise ValueError(f"{begin!r} names no cell: parquet://COLUMN/ROW::TABLE, rows from 0")
+    return found[1], int(found[2]), int(found[3]) if found[3] else None
+
+
+def cells_beside(
+    file: BinaryIO, column: str, row: int
+) -> Iterator[tuple[tuple[int, int | None], bytes | None]]:
+    """((row, item), bytes) of all that are read together with that row's cell. Raises ValueError in words."""
+    import pyarrow as pa  # a dependency of `datasets`, and slow to import
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        if column not in table.schema_arrow.names:
+            raise ValueError(
+                f"the table has no column {column!r}, only {', '.join(table.schema_arrow.names)}"
+            )
+        first = 0
+        for group in range(table.num_row_groups):
+            rows = table.metadata.row_group(group).num_rows
+            if row < first + rows:
+                cells = table.iter_batches(16, [group], [column], use_threads=False)
+                values = (cell for batch in cells for cell in batch.column(0))
+                for number, cell in enumerate(values, start=first):
+                    if isinstance(cell, pa.ListScalar):
+                        files = enumerate(cell.values or ())
+                        yield from (((number, item), _content(one)) for item, one in files)
+                    else:
+                        yield (number, None), _content(cell)
+                return
+            first += rows
+    except pa.ArrowInvalid as error:  # a ValueError of its own
+        raise ValueError(f"the table is no Parquet file, or damaged ({error})") from error
+    raise ValueError(f"the table has {first:,} rows, and none of the number {row:,} (from 0)")
+
+
+def _content(cell: Any) -> bytes | None:
+    value = cell["bytes"] if "bytes" in getattr(cell, "keys", tuple)() else cell
+    found = value.as_py()
+    return found if isinstance(found, bytes) else None
