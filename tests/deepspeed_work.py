@@ -114,7 +114,7 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
     check_sharding(trainer, trainer.deepspeed.zero_optimization_stage())
     if trainer.deepspeed.zero_optimization_stage() == 3:
         check_hooks(trainer)
-    kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
+    kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
     torch.save(dict(trainer.model.named_buffers()), folder / name / f"buffers-{os.environ['RANK']}.pt")
     save(trainer, watch, folder / name, kinds)
 
@@ -122,7 +122,7 @@ def rl(folder: Path, name: str, zero: str | None, changes: dict[str, Any]) -> No
 def sample_at_its_own_pace(trainer: Any) -> None:
     """The second process samples more tokens, for which the first one does not gather weights any more."""
     rank = int(os.environ["RANK"])
-    prompts = [group.prompt for batch in trainer.step_batches for group in batch.groups]
+    prompts = [group.prompt for batch in trainer.step.batches for group in batch.groups]
     with trainer.whole_weights():
         trainer.engine.update_weights(trainer.accelerator.unwrap_model(trainer.model))
         (one, *_), *_ = trainer.engine.generate(prompts, SamplingSettings(max_tokens=2 + 4 * rank, seed=3))

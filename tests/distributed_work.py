@@ -85,7 +85,7 @@ def rl(folder: Path, processes: int, name: str, bf16: bool = False) -> None:
         **common(processes, bf16=bf16),
     )  # fmt: skip
     trainer.train()
-    kinds = [group.sample.data_type for batch in trainer.step_batches for group in batch.groups]
+    kinds = [group.sample.data_type for batch in trainer.step.batches for group in batch.groups]
     save(trainer, watch, folder / name, kinds)
 
 
@@ -133,7 +133,7 @@ def mixed(folder: Path, processes: int, name: str) -> None:
     trainer.train()
     os.environ.pop("FSDP_CPU_RAM_EFFICIENT_LOADING", None)  # transformers would leave weights out here
     plain = load_model(folder / "model", "float32")
-    (batch,) = trainer.step_batches
+    (batch,) = trainer.step.batches
     completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
     with torch.no_grad():
         exact = group_logprobs(plain, [group.prompt for group in batch.trained], completions).logprobs

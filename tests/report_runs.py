@@ -387,4 +387,6 @@ def group_of(
         total_reward=torch.tensor(rewards),
         advantages=torch.tensor([0.7, -0.7]),
         shuffled_rewards={"accuracy": torch.tensor([0.0])} if video else {},
+        p=0.5,
+        p_shuffled=0.0 if video else None,
     )

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from video_r1.training.advantages import group_advantages, without_variance
+from video_r1.training.advantages import deviation, group_advantages, updated_moments, without_variance
 
 REWARDS = torch.tensor([[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
 # First group: mean 1/2, squares 4 × 1/4, ÷ (4 − 1): std = √(1/3).
@@ -35,6 +35,7 @@ def test_equal_rewards_give_exactly_zero(scale) -> None:
     rewards = torch.tensor([[1.3] * 7, [0.1 + 1.2] * 7], dtype=torch.float32)
     assert torch.equal(group_advantages(rewards, scale), torch.zeros(2, 7))
     assert without_variance(rewards).tolist() == [True, True]
+    assert without_variance(REWARDS).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
@@ -42,12 +43,40 @@ def test_a_group_of_one_has_no_advantage(scale) -> None:
     assert torch.equal(group_advantages(torch.tensor([[2.0]]), scale), torch.zeros(1, 1))
 
 
-def test_groups_without_variance() -> None:
-    assert without_variance(REWARDS).tolist() == [False, True]
-
-
 def test_wrong_requests() -> None:
     with pytest.raises(ValueError, match="shape"):
         group_advantages(torch.zeros(4))
     with pytest.raises(ValueError, match="'rank'"):
         group_advantages(REWARDS, "rank")  # type: ignore[arg-type]
+
+
+def test_moments_of_a_task() -> None:
+    """Rewards 1 0 1 1: E[R] = E[R²] = 3/4. Then 2 0, of means 1 and 2: 0.99 of the old, 0.01 of the new."""
+    first = updated_moments({}, torch.tensor([[1.0, 0.0], [5.0, 5.0], [1.0, 1.0]]), ["a", "b", "a"])
+    assert first == {"a": (0.75, 0.75), "b": (5.0, 25.0)}
+    then = updated_moments(first, torch.tensor([[2.0, 0.0]]), ["a"])
+    assert then["a"] == pytest.approx((0.7525, 0.7625))
+    assert then["b"] == first["b"]
+    assert updated_moments(first, torch.tensor([[5.0, 5.0]]), ["b"])["b"] == pytest.approx((5.0, 25.0))
+    assert deviation(then["a"]) == pytest.approx((0.7625 - 0.7525**2) ** 0.5)
+    assert deviation(then["b"]) == 0.001  # equal rewards have none
+
+
+def test_moments_do_not_depend_on_the_order_of_questions() -> None:
+    rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
+    rewards *= torch.tensor([1e6, 1e6, 1.0, 1e-3, 1e-3, 1.0])[:, None]  # sums that rounding would tell apart
+    order = [3, 1, 5, 0, 4, 2]
+    names = ["a", "b", "a", "a", "b", "a"]
+    turned = updated_moments({}, rewards[order], [names[i] for i in order])
+    assert turned == updated_moments({}, rewards, names)
+
+
+def test_advantages_by_the_task() -> None:
+    """±1/2 ÷ 0.5 for the first question; ÷ 0.05 the second would be at 10, so its own √(1/3) is taken."""
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2, dtype=torch.float64)
+    deviations = torch.tensor([0.5, 0.05])
+    advantages = group_advantages(rewards, "task", task_deviations=deviations)
+    assert advantages[0].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001, 0.5 / 0.5001])
+    torch.testing.assert_close(advantages[1:], group_advantages(rewards[:1]))
+    with pytest.raises(ValueError, match="task with its deviations"):
+        group_advantages(rewards, "task")

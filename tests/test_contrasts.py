@@ -202,7 +202,7 @@ def test_a_frozen_tower_sees_a_clip_twice(
         trainer.train()
         lines.append(read_lines(folder / "metrics.jsonl"))
         seen.append(sum(patches))
-    clip = trainer.step_batches[0].groups[0].prompt.features["pixel_values_videos"]
+    clip = trainer.step.batches[0].groups[0].prompt.features["pixel_values_videos"]
     steps = 2 // iterations  # that sample
     assert seen[1] == len(samples) * len(clip) * steps * 2
     # and for the contrast, the reference and each update
@@ -334,7 +334,7 @@ def test_blind_questions_to_vllm_in_training(
     )  # fmt: skip
     trainer = TGRPOTrainer(model, many_tokens, args, str(manifest), processing_class=processor, engine=engine)
     trainer.train()
-    videos = [each for each in trainer.step_batches[0].groups if each.sample.data_type == "video"]
+    videos = [each for each in trainer.step.batches[0].groups if each.sample.data_type == "video"]
     blind = [prompt for prompt, _ in engine.asked if prompt.order == "blind"]
     assert len(engine.asked) == 3 + len(blind) and len(blind) == (len(videos) if rule == "margin" else 0)
     for prompt, ask in engine.asked:

@@ -20,7 +20,7 @@ from video_r1.training.tgrpo import TGRPOTrainer
 
 
 def step_groups(trainer: TGRPOTrainer) -> list[Any]:
-    return [group for batch in trainer.step_batches for group in batch.groups]
+    return [group for batch in trainer.step.batches for group in batch.groups]
 
 
 @pytest.mark.parametrize(("rounds", "calls"), [(0, 1), (1, 2), (20, 0)])

@@ -53,14 +53,14 @@ def test_tgrpo_learns_and_its_checkpoint_is_plain(
     trainer = make_trainer(checkpoints[family], str(manifest), tmp_path, max_steps=2, beta=0.04)
     before = weights(trainer)
     trainer.train()
-    groups = [group for batch in trainer.step_batches for group in batch.groups]
+    groups = [group for batch in trainer.step.batches for group in batch.groups]
     assert any(group.shuffled for group in groups)
     lines = read_lines(tmp_path / "metrics.jsonl")
     assert all(line["updates/skipped"] == 0 for line in lines if "loss" in line)
     after = AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint-2").state_dict()
     changed = [name for name, weight in before.items() if not torch.equal(weight, after[name])]
     assert any("q_proj" in name for name in changed)
-    policy = trainer.logprobs(cast(Any, trainer.model), trainer.step_batches[0]).logprobs
+    policy = trainer.logprobs(cast(Any, trainer.model), trainer.step.batches[0]).logprobs
     assert bool(policy.isfinite().all())
 
 
@@ -93,7 +93,7 @@ def test_frozen_tower_and_adapters(
     trainer.train()
     # three questions in both orders to sample or to compare, and once for both updates
     assert trainer.state.global_step == 2 and len(encoded) <= 3 * 3
-    assert trainer.vision_is_frozen and all(batch.vision for batch in trainer.step_batches)
+    assert trainer.vision_is_frozen and all(batch.vision for batch in trainer.step.batches)
 
 
 @pytest.mark.parametrize("family", ["smolvlm", "glm46v"])

@@ -192,7 +192,7 @@ def test_the_reference_has_the_adapters_that_training_starts_from(
     trainer.train()
     assert trainer.reference is not None
     policy: Any = policy_of(trainer).train()
-    (batch,) = trainer.step_batches
+    (batch,) = trainer.step.batches
     completions = [[rollout.token_ids for rollout in group.ordered] for group in batch.trained]
     with torch.no_grad(), start.disable_adapter():
         base = group_logprobs(start, [group.prompt for group in batch.trained], completions).logprobs

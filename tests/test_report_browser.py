@@ -204,7 +204,7 @@ def test_rollouts_turn_pages_and_filter(browser: FilePage, rl_page: Path) -> Non
 
 
 def test_frames_of_both_orders_stand_beside_the_completions(browser: FilePage, tmp_path: Path) -> None:
-    record_group(tmp_path, 10, group_of(), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 10, group_of())
     browser.open(build_report(tmp_path))
     check_healthy(browser)
     level = (
@@ -235,7 +235,7 @@ def test_the_contrast_is_named(browser: FilePage, tmp_path: Path) -> None:
     for step, contrast, shown in ((1, "reversed", [2, 1, 0]), (2, "blind", [])):
         order = torch.tensor(shown, dtype=torch.long)
         prompt = replace(group.shuffled_prompt, permutation=order, contrast=contrast)
-        record_group(tmp_path, step, replace(group, shuffled_prompt=prompt), p=0.5, p_shuffled=0.0)
+        record_group(tmp_path, step, replace(group, shuffled_prompt=prompt))
     browser.open(build_report(tmp_path))
     pick(browser, "pick-step", "1")
     assert texts(browser, ".shuffled h4")[0].startswith("Frames reversed")
@@ -254,7 +254,7 @@ def test_frames_of_several_clips(browser: FilePage, tmp_path: Path) -> None:
     order = torch.cat([contrast.permutation, count + torch.arange(2).flip(0)])
     both = [clip, replace(clip, frames=clip.frames[:2].repeat(1, 1, 1, 2), timestamps=clip.timestamps[:2])]
     prompts = [replace(group.prompt, media=tuple(both)), replace(contrast, permutation=order)]
-    record_group(tmp_path, 10, replace(group, prompt=prompts[0], shuffled_prompt=prompts[1]), 0.5, 0.0)
+    record_group(tmp_path, 10, replace(group, prompt=prompts[0], shuffled_prompt=prompts[1]))
     browser.open(build_report(tmp_path), width=1280)
     assert texts(browser, ".which") == ["Clip 1 of 2", "Clip 2 of 2"] * 2
     numbers = [*range(1, count + 1), 1, 2]
@@ -271,7 +271,7 @@ def test_frames_of_several_clips(browser: FilePage, tmp_path: Path) -> None:
     check_healthy(browser)
     images = group_of(video=False)
     prompt = replace(images.prompt, media=images.prompt.media * 3)
-    record_group(tmp_path / "images", 10, replace(images, prompt=prompt), 0.5, None)
+    record_group(tmp_path / "images", 10, replace(images, prompt=prompt))
     browser.open(build_report(tmp_path / "images"), width=1280)
     assert texts(browser, ".which") == []
     assert texts(browser, ".tile .time") == [f"image {number} of 3" for number in (1, 2, 3)]
@@ -281,9 +281,7 @@ def test_a_frame_can_be_shown_large(browser: FilePage, tmp_path: Path) -> None:
     group = group_of()
     wide = group.prompt.media[0].frames.repeat(1, 1, 8, 15)  # 224 x 420 pixels, a clip at the training budget
     media = replace(group.prompt.media[0], frames=wide)
-    record_group(
-        tmp_path, 10, replace(group, prompt=replace(group.prompt, media=(media,))), p=0.5, p_shuffled=0.0
-    )
+    record_group(tmp_path, 10, replace(group, prompt=replace(group.prompt, media=(media,))))
     browser.open(build_report(tmp_path), width=1280)
     width = "document.querySelector('{}').getBoundingClientRect().width"
     assert browser.run(width.format(".ordered .tile canvas")) > 125
@@ -439,7 +437,7 @@ def test_folders_with_little_in_them(browser: FilePage, tmp_path: Path, kind: st
     elif kind == "evaluation":
         write_evaluation(tmp_path, 0.7, 0.3)
     elif kind == "rollouts alone":
-        record_group(tmp_path, 10, group_of(video=False), p=0.5, p_shuffled=None)
+        record_group(tmp_path, 10, group_of(video=False))
     else:
         (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
     browser.open(build_report(tmp_path))

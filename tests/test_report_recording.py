@@ -55,7 +55,7 @@ def test_strip_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> No
 
 
 def test_recorded_group(tmp_path: Path) -> None:
-    record_group(tmp_path, 10, group_of(), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 10, group_of())
     (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "step": 10,
@@ -108,9 +108,9 @@ def test_a_contrast_has_its_name(tmp_path: Path) -> None:
     group = group_of()
     assert group.shuffled_prompt is not None
     blind = replace(group.shuffled_prompt, permutation=torch.tensor([], dtype=torch.long), contrast="blind")
-    record_group(tmp_path, 1, replace(group, shuffled_prompt=blind), p=0.5, p_shuffled=0.0)
-    record_group(tmp_path, 2, group, p=0.5, p_shuffled=0.0)
-    record_group(tmp_path, 3, group, p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 1, replace(group, shuffled_prompt=blind))
+    record_group(tmp_path, 2, group)
+    record_group(tmp_path, 3, group)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     assert [(line["contrast"], line["permutation"]) for line in lines[:2]] == [
         ("blind", []),
@@ -124,7 +124,7 @@ def test_a_contrast_has_its_name(tmp_path: Path) -> None:
 
 
 def test_recorded_image_has_no_second_order(tmp_path: Path) -> None:
-    record_group(tmp_path, 1, group_of(video=False), p=0.5, p_shuffled=None)
+    record_group(tmp_path, 1, group_of(video=False))
     line = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert line["contrast"] is None
     assert (line["permutation"], line["shuffled"], line["p_shuffled"], line["frames"]["count"]) == (
@@ -137,7 +137,7 @@ def test_recorded_image_has_no_second_order(tmp_path: Path) -> None:
 
 def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:
     (tmp_path / "rollouts.jsonl").write_text('{"step": 1, "pro')
-    record_group(tmp_path, 2, group_of(rewards=[math.nan, 1.0]), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path, 2, group_of(rewards=[math.nan, 1.0]))
     append_line(tmp_path / "rollouts.jsonl", {"text": "half a pair \ud83d"})
     broken, line, last = (tmp_path / "rollouts.jsonl").read_bytes().splitlines()
     assert json.loads(line)["ordered"][0]["rewards"] == {"accuracy": None}
@@ -147,13 +147,13 @@ def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:
 
 def test_recording_says_which_reward_is_short(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'accuracy' has 1 values for 2 completions"):
-        record_group(tmp_path, 2, group_of(rewards=[1.0]), p=0.5, p_shuffled=0.0)
+        record_group(tmp_path, 2, group_of(rewards=[1.0]))
 
 
 @pytest.mark.parametrize("problem_id", ["../../up", "a/b", "nul\0", "x" * 400, "<img src=x>", "..", ""])
 def test_problem_ids_stay_inside_the_folder(tmp_path: Path, problem_id: str) -> None:
-    record_group(tmp_path / "run", 1, group_of(problem_id), p=0.5, p_shuffled=0.0)
-    record_group(tmp_path / "run", 1, group_of("a_b"), p=0.5, p_shuffled=0.0)
+    record_group(tmp_path / "run", 1, group_of(problem_id))
+    record_group(tmp_path / "run", 1, group_of("a_b"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
     assert len(list((tmp_path / "run" / "frames").glob("1-*.jpg"))) == 2  # nor do two ids share a file
     assert len(read_groups(read_run(tmp_path / "run", tmp_path), 10**7)[0]) == 2
@@ -170,8 +170,8 @@ def test_words_have_what_they_lose_with_the_contrast(tmp_path: Path) -> None:
     assert sum(drop for _, drop in words) == pytest.approx(sum(drops))
     group = group_of()
     group.token_drops = [torch.full((len(rollout.token_ids),), 0.5) for rollout in group.ordered]
-    record_group(tmp_path, 1, group, p=0.5, p_shuffled=0.0, tokenizer=tokenizer)
-    record_group(tmp_path, 2, replace(group, token_drops=None), p=0.5, p_shuffled=0.0, tokenizer=tokenizer)
+    record_group(tmp_path, 1, group, tokenizer=tokenizer)
+    record_group(tmp_path, 2, replace(group, token_drops=None), tokenizer=tokenizer)
     told, plain = (json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines())
     losses = [sum(drop for _, drop in item["word_drops"]) for item in told["ordered"]]
     assert losses == pytest.approx([0.5 * item["tokens"] for item in told["ordered"]])

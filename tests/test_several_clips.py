@@ -288,7 +288,7 @@ def test_the_strip_of_a_group(tmp_path: Path) -> None:
         TWO, question.ordered, rollouts, question.shuffled, rollouts, rewards, torch.ones(1),
         torch.zeros(1), rewards,
     )  # fmt: skip
-    record_group(tmp_path, 3, group, 1.0, 1.0)
+    record_group(tmp_path, 3, group)
     line = json.loads((tmp_path / "rollouts.jsonl").read_text())
     assert line["frames"] | {"timestamps": []} == {
         "strip": "frames/3-7.jpg", "count": 12, "width": 84, "height": 56, "clips": [8, 4], "timestamps": [],

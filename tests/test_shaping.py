@@ -1,6 +1,5 @@
 """Format, temporal and length rewards, and reward functions that users bring."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,9 +12,7 @@ from video_r1.rewards.shaping import (
     format_reward,
     has_self_reflection,
     length_reward,
-    temporal_reward,
 )
-from video_r1.training.advantages import group_advantages
 
 
 @pytest.mark.parametrize(
@@ -44,55 +41,6 @@ def test_format(completion: str, reward: float) -> None:
 def flags(text: str) -> torch.Tensor:
     """ "1101" → [True, True, False, True]"""
     return torch.tensor([mark == "1" for mark in text], dtype=torch.bool)
-
-
-@pytest.mark.parametrize(
-    ("rule", "mu", "ordered", "shuffled", "amount"),
-    [
-        # p = 6/8, p̃ = 1/4: 0.3 × 0.5
-        ("margin", 1.0, "11111100", "1000", 0.15),
-        ("threshold", 1.0, "11111100", "1000", 0.3),
-        ("off", 1.0, "11111100", "1000", 0.0),
-        # p = p̃ = 1/2: no margin, but the threshold is reached
-        ("margin", 1.0, "11110000", "1100", 0.0),
-        ("threshold", 1.0, "11110000", "1100", 0.3),
-        # p = 1/4 < p̃ = 1/2; 0.4 × 1/2 is below p
-        ("margin", 1.0, "11000000", "1100", 0.0),
-        ("threshold", 1.0, "11000000", "1100", 0.0),
-        ("threshold", 0.4, "11000000", "1100", 0.3),
-        # p = 3/5 and 0.8 × 3/4 are the same number, not so in binary
-        ("threshold", 0.8, "11100", "1110", 0.3),
-        # all right against all wrong
-        ("margin", 1.0, "11", "0", 0.3),
-        # an image has no shuffled responses
-        ("margin", 1.0, "1110", "", 0.0),
-        ("threshold", 1.0, "1110", "", 0.0),
-    ],
-)
-def test_temporal_reward(rule, mu: float, ordered: str, shuffled: str, amount: float) -> None:
-    correct, correct_shuffled = flags(ordered), flags(shuffled)
-    reward = temporal_reward(correct, correct_shuffled, rule, alpha=0.3, mu=mu)
-    torch.testing.assert_close(reward.bonus, torch.where(correct, amount, 0.0))
-    assert reward.bonus.dtype == torch.float32
-    assert reward.p == ordered.count("1") / len(ordered)
-    if shuffled:
-        assert reward.p_shuffled == shuffled.count("1") / len(shuffled)
-    else:
-        assert math.isnan(reward.p_shuffled)
-
-
-def test_unknown_temporal_rule() -> None:
-    with pytest.raises(ValueError, match="'margins'"):
-        temporal_reward(flags("1"), flags("1"), "margins")  # type: ignore[arg-type]
-
-
-def test_a_bonus_for_every_correct_response_cancels_in_scaled_advantages() -> None:
-    accuracy = torch.tensor([[1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    bonus = temporal_reward(accuracy[0].bool(), flags("0000")).bonus.double()
-    assert bonus.max() == pytest.approx(0.3 * 3 / 8)
-    plain, shaped = group_advantages(accuracy, eps=0.0), group_advantages(accuracy + bonus, eps=0.0)
-    torch.testing.assert_close(plain, shaped)
-    assert not torch.allclose(group_advantages(accuracy, "none"), group_advantages(accuracy + bonus, "none"))
 
 
 def test_length_reward_bounds_belong_to_the_interval() -> None:

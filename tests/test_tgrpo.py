@@ -163,7 +163,7 @@ def test_second_update_on_the_same_rollouts(checkpoint: Path, manifest: Path, tm
     class Watch(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             states.append(copy.deepcopy(policy_of(trainer)).double())
-            groups.append([group for batch in trainer.step_batches for group in batch.groups])
+            groups.append([group for batch in trainer.step.batches for group in batch.groups])
 
         def on_log(self, *args: Any, logs: dict[str, float], **kwargs: Any) -> None:
             lines.extend([logs] if "loss" in logs else [])
@@ -350,11 +350,11 @@ def test_settings_of_the_objective_reach_it(
     options = asked[0]
     assert options["loss_type"] == "cispo" and options["importance_sampling_level"] == "sequence"
     assert options["clip"] == Clip(0.2, 4.0, 6.0, (1.0, 1.5))
-    batch = trainer.step_batches[0]
+    batch = trainer.step.batches[0]
     assert options["counted"].tolist() == [
         rollout.finish_reason == "stop" for group in batch.trained for rollout in group.ordered
     ]
-    tokens = sum(len(r.token_ids) for b in trainer.step_batches for g in b.groups for r in g.ordered
+    tokens = sum(len(r.token_ids) for b in trainer.step.batches for g in b.groups for r in g.ordered
                  if r.finish_reason == "stop")  # fmt: skip
     assert options["normaliser"] == max(1, tokens)
     kept = options["token_weights"]

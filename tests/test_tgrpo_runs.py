@@ -69,7 +69,7 @@ def test_checkpoint_is_plain(finished: TGRPOTrainer) -> None:
     assert (folder / "chat_template.jinja").exists() and (folder / "processor_config.json").exists()
     loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
     trained = policy_of(finished).eval()
-    prompt = finished.step_batches[0].groups[0].prompt
+    prompt = finished.step.batches[0].groups[0].prompt
     features = {name: value[None] if value.ndim == 1 and name == "mm_token_type_ids" else value
                 for name, value in prompt.features.items()}  # fmt: skip
     with torch.no_grad():

@@ -108,7 +108,7 @@ def test_code_for_trl_runs_with_another_import(checkpoint: Path, tmp_path: Path)
     assert (tmp_path / "run" / "checkpoint-2" / "model.safetensors").exists()
 
     trainer: Any = names["trainer"]
-    (group, *_) = trainer.step_batches[0].groups
+    (group, *_) = trainer.step.batches[0].groups
     text = AutoProcessor.from_pretrained(checkpoint).tokenizer.decode(group.prompt.input_ids)
     roles = [message["role"] for message in group.prompt.messages]
     assert roles == ["system", "user"]

@@ -1,6 +1,5 @@
 """One question's completions become a RolloutGroup: every reward term, and their weighted sum."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,14 +14,8 @@ from video_r1.errors import ConfigError
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
-from video_r1.rewards.shaping import (
-    format_reward,
-    gate_reward,
-    key_drops,
-    length_reward,
-    likelihood_reward,
-    temporal_reward,
-)
+from video_r1.rewards.shaping import format_reward, length_reward
+from video_r1.rewards.temporal import rule_of
 from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
 
@@ -55,7 +48,7 @@ def reward_terms(
     """
     asked_for = {
         "length": settings.length_reward > 0,
-        "temporal": settings.pays_temporal,
+        "temporal": rule_of(settings).reward is not None,
         "judge": settings.judge_endpoint is not None and settings.judge_as == "reward",
     }
     if settings.reward_funcs is not None:
@@ -195,19 +188,11 @@ def score_group(
     accuracy, accuracy_shuffled = judged.split([len(ordered), len(shuffled)])  # [G], [H]
     correct = correct_mask(sample, accuracy, settings.correct_threshold)
     correct_shuffled = correct_mask(sample, accuracy_shuffled, settings.correct_threshold)
-    temporal = temporal_reward(
-        correct,
-        correct_shuffled,
-        settings.temporal_rule,
-        settings.temporal_alpha,
-        settings.temporal_threshold_mu,
-    )
     lengths = torch.tensor([len(rollout.token_ids) for rollout in ordered])
     every = {
         "accuracy": accuracy,
         "format": format_scores(sample, ordered),
         "length": length_reward(correct, lengths, settings.length_reward, *settings.length_range),
-        "temporal": temporal.bonus,
     }
     group = RolloutGroup(
         sample=sample,
@@ -221,17 +206,12 @@ def score_group(
         shuffled_rewards={"accuracy": accuracy_shuffled, "format": format_scores(sample, shuffled)}
         if shuffled
         else {},
-        p=temporal.p,
-        p_shuffled=None if math.isnan(temporal.p_shuffled) else temporal.p_shuffled,
+        p=int(correct.sum()) / len(correct),
+        p_shuffled=int(correct_shuffled.sum()) / len(correct_shuffled) if shuffled else None,
         token_drops=drops,
     )
-    if drops is not None and group.drops is not None and settings.pays_temporal:
-        rule, alpha = settings.temporal_rule, settings.temporal_alpha
-        every["temporal"] = (
-            gate_reward(accuracy, key_drops(drops), alpha)
-            if rule == "likelihood_gate"
-            else likelihood_reward(correct, group.drops, rule, alpha)
-        )
+    if (temporal_reward := rule_of(settings).reward) is not None:
+        every["temporal"] = temporal_reward(group, accuracy, correct, settings)
     group.rewards = {name: every[name] for name in terms.built_in if name in every}
     return group
 

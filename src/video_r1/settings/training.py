@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.decoding import SCHEMES, addresses
@@ -18,10 +18,11 @@ Schedule = Literal[
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
+SampledRule = Literal["margin", "threshold", "weight"]
+"""Temporal rules that sample completions with the contrast clip (rewards/temporal.py defines all rules)."""
 TemporalRule = Literal[
-    "margin", "threshold", "weight", "likelihood", "likelihood_step", "likelihood_apart", "likelihood_gate",
-    "tokens", "off",
-]  # fmt: skip
+    SampledRule, "likelihood", "likelihood_step", "likelihood_apart", "likelihood_gate", "tokens", "off"
+]
 
 SELF_REFLECTION_PHRASES = (
     "wait", "hold on", "let me check", "let me re-check", "let me think again", "let me look again",
@@ -224,7 +225,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         yield from super().problems()
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
-        if self.samples_contrast and self.shuffled_generations < 1:
+        if self.temporal_rule in get_args(SampledRule) and self.shuffled_generations < 1:
             yield (
                 "num_shuffled_generations",
                 f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
@@ -302,24 +303,9 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             )
 
     @property
-    def pays_temporal(self) -> bool:
-        """Whether the temporal rule adds to the reward."""
-        return self.temporal_rule not in ("weight", "tokens", "off")
-
-    @property
-    def samples_contrast(self) -> bool:
-        """Whether the temporal rule needs completions with the contrast clip."""
-        return self.temporal_rule in ("margin", "threshold", "weight")
-
-    @property
-    def needs_drops(self) -> bool:
-        """Whether it needs the log-probs of the ordered completions behind the contrast clip."""
-        return self.temporal_rule.startswith("likelihood") or self.temporal_rule == "tokens"
-
-    @property
     def shuffled_generations(self) -> int:
         """Completions sampled with the contrast clip per video question: 0 where the rule needs none."""
-        if not self.samples_contrast:
+        if self.temporal_rule not in get_args(SampledRule):
             return 0
         if self.num_shuffled_generations is not None:
             return self.num_shuffled_generations

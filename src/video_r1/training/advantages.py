@@ -1,9 +1,9 @@
-"""Advantages: how much better each response is than its group. Q questions, G responses each.
+"""Advantages: how much better each completion is than its group. Pure functions; Q questions, G completions.
 
-    A = w · (R − mean) ÷ (std + eps)
+    A = (R − mean) ÷ (std + eps)
 
-The mean is the group's; std is that of `scale_rewards`, and w that of the temporal rule `weight` or, for each
-token, `tokens` (else 1).
+The mean is the group's; `scale_rewards` says what the standard deviation is taken over. A temporal rule may
+change the result (rewards/temporal.py).
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from video_r1.rewards.shaping import KEY_TOKENS
 from video_r1.settings.training import AdvantageScale
 
-SCALED_BOUND = 5.0  # beyond which an advantage scaled by its task is scaled by its group instead
+SCALED_BOUND = 5.0  # a larger |A| by the task's deviation is replaced by A with the group's own deviation
 SMALLEST_DEVIATION = 1e-3  # of a task's rewards
 Moments = tuple[float, float]
 """E[R] and E[R²] of a task."""
@@ -29,14 +28,13 @@ def group_advantages(
     eps: float = 1e-4,
     task_deviations: Tensor | None = None,
 ) -> Tensor:
-    """A = (R − mean) ÷ (std + eps), the mean taken in each group.
+    """Return A = (R − mean) ÷ (std + eps), [Q, G] of the dtype of rewards [Q, G]; the mean is each group's.
 
-    rewards: [Q, G] float. Returns [Q, G] of the same dtype; 0 throughout a group of equal rewards.
-    scale: what the standard deviation is taken over. `group`: the group's own G rewards (GRPO,
-    arXiv 2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO, arXiv 2503.20783); `task`:
-    task_deviations [Q], the running ones of each question's problem type (EMA-GRPO, the code of OneThinker,
-    arXiv 2512.03043), but the group's own where an |A| would be above 5.
-    It is the sample standard deviation (÷ (n − 1)), as in TRL and in Video-R1's code.
+    A group of equal rewards has 0 throughout. scale: what the standard deviation is taken over. `group`: the
+    group's own G rewards (GRPO, arXiv 2402.03300); `batch`: all Q·G rewards; `none`: no division (Dr. GRPO,
+    arXiv 2503.20783); `task`: task_deviations [Q], running deviations of each question's problem type
+    (EMA-GRPO, the code of OneThinker, arXiv 2512.03043), but the group's own if an |A| exceeds 5.
+    It is the sample standard deviation (÷ (n − 1)), as in TRL and in Video-R1's code. Raises ValueError.
     """
     if rewards.ndim != 2:
         raise ValueError(f"rewards have shape {tuple(rewards.shape)}; [questions, responses] is needed")
@@ -60,23 +58,19 @@ def group_advantages(
     return centred / (std + eps)
 
 
-def added_apart(advantages: Tensor, bonus: Tensor) -> Tensor:
-    """A + (b − mean(b)): a bonus beside advantages that are divided already.
-
-    advantages, bonus: [Q, G]. The division can neither cancel the bonus nor blow up small differences of it
-    in a group that is right throughout: it counts in its own unit.
-    """
-    return advantages + bonus - bonus.mean(dim=1, keepdim=True)
+def without_variance(rewards: Tensor) -> Tensor:
+    """[Q, G] → [Q] bool: True for groups that teach nothing because all their rewards are equal."""
+    return rewards.amax(dim=1) == rewards.amin(dim=1)
 
 
 def updated_moments(
     moments: Mapping[str, Moments], rewards: Tensor, tasks: Sequence[str], decay: float = 0.99
 ) -> dict[str, Moments]:
-    """E[R] and E[R²] of every task after a step: E ← decay·E + (1 − decay)·mean over the step's responses.
+    """Update E[R] and E[R²] of every task: E ← decay·E + (1 − decay)·mean over the step's completions.
 
-    rewards: [Q, G] of all processes; tasks: the problem type of each question. A task that is new starts with
-    the step's means, one that the step has not asked stays as it is (the code of OneThinker, arXiv
-    2512.03043). The sums are exact, so that the order of the questions has no part in them.
+    rewards: [Q, G] of all ranks; tasks: the problem type of each question. A new task starts with the step's
+    means; a task without questions in this step is unchanged (the code of OneThinker, arXiv 2512.03043). The
+    sums are exact, so the result does not depend on the order of the questions.
     """
     updated = dict(moments)
     for task in sorted(set(tasks)):
@@ -94,34 +88,3 @@ def deviation(moments: Moments) -> float:
     """√(E[R²] − E[R]²), at least 0.001."""
     mean, mean_square = moments
     return max(SMALLEST_DEVIATION, math.sqrt(max(0.0, mean_square - mean * mean)))
-
-
-def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
-    """w = (1 + κ·max(0, p − p̃)) ÷ its mean over the videos: questions that need the frame order count more.
-
-    margins: p − p̃ of each question of the step, in all processes; None for an image, which weighs 1. Returns
-    [Q] float32, of mean 1. It multiplies advantages after their normalisation, which cannot cancel it.
-    """
-    raw = [None if margin is None else 1.0 + kappa * max(0.0, margin) for margin in margins]
-    videos = [weight for weight in raw if weight is not None]
-    mean = math.fsum(videos) / len(videos) if videos else 1.0
-    return torch.tensor([1.0 if weight is None else weight / mean for weight in raw], dtype=torch.float32)
-
-
-def token_weights(drops: Tensor, kappa: float) -> Tensor:
-    """w_t = (1 + κ·key_t) ÷ its mean over the response: tokens that need the frame order count more.
-
-    drops: [L] float, d_t = log π(o_t | V) − log π(o_t | Ṽ) of one response (logprob_contrast.py). key_t is 1
-    where |d_t| is among the largest fifth (⌈L/5⌉ tokens and those that equal the least of them), else 0.
-    Returns [L] of mean 1: a response counts the same whatever its length. Video-KTR (arXiv 2601.19686) trains
-    the largest fifth alone, κ → ∞, joined with those of masked frames and of entropy.
-    """
-    change = drops.abs()
-    least = change.sort(descending=True).values[: -(-len(drops) // KEY_TOKENS)][-1:]
-    raw = 1.0 + kappa * (change >= least).to(drops.dtype)
-    return raw / raw.mean()
-
-
-def without_variance(rewards: Tensor) -> Tensor:
-    """Which groups teach nothing because all their rewards are equal: [Q, G] → [Q] bool."""
-    return rewards.amax(dim=1) == rewards.amin(dim=1)

@@ -1,9 +1,11 @@
-"""A step's rollouts: sampled by the present policy, or one step ahead while a server is at hand for it.
+"""A step's rollouts and micro-batches.
 
-    step t:   collect the rollouts of t ─► hand over θ_t ─► start sampling t+1 ─► update to θ_t+1
+The policy samples a step's rollouts before its update, or with `async_rollouts` one step ahead on a server:
 
-Ahead, the rollouts of step t+1 come from θ_t, one update old. The first step of an epoch or of a continued
-run has nothing to collect and is sampled by the present weights.
+    step t:   collect the rollouts of t ─► sync θ_t ─► start sampling t+1 ─► update to θ_t+1
+
+The rollouts of step t+1 then come from θ_t, one update old. The first step of an epoch or of a resumed run
+has nothing to collect: the current weights sample it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs, VisualFeatures
-from video_r1.processes import gather
+from video_r1.processes import gather, process_count
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings, sample_rollouts
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
@@ -41,9 +43,9 @@ class Sampled(NamedTuple):
 
 
 class StepRollouts:
-    """Has an engine sample a step's questions: G completions each in frame order, H with frames shuffled.
+    """Samples a step's questions: G completions each in frame order, H with frames shuffled.
 
-    settings: TGRPOSettings and VLLMSettings. policy: a context in which every process has the whole model.
+    settings: TGRPOSettings and VLLMSettings. policy: a context in which every rank has the whole model.
     """
 
     def __init__(
@@ -60,26 +62,26 @@ class StepRollouts:
             max_tokens=settings.max_completion_length,
         )
         self.shuffled_n: int = settings.shuffled_generations
-        self.is_another_program: bool = settings.use_vllm
+        self.uses_vllm: bool = settings.use_vllm
         self.meter = meter
         self.policy = policy
         self.thread = ThreadPoolExecutor(1, "rollouts-ahead") if settings.async_rollouts else None
         self.under_way: Future[Sampled] | None = None
 
     def of_step(self, questions: Sequence[Question]) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-        """The step's ordered completions [Q][G] and shuffled ones [Q][H or 0]: those that were sampled ahead,
-        or else of the present policy. Raises what sampling and reading have raised.
+        """Return the step's ordered completions [Q][G] and shuffled ones [Q][H or 0]: those sampled ahead, or
+        else those of the current policy. Raises the errors of sampling and reading.
         """
         with self.meter.seconds("rollout"):
             ahead, self.under_way = self.under_way, None
             sampled = self.sample(questions) if ahead is None else ahead.result()
         self.meter.speeds([*sampled.ordered, *sampled.shuffled], sampled.seconds)
-        if self.is_another_program:
+        if self.uses_vllm:
             self.meter.add("sampler/staleness", ahead is not None)
         return sampled.ordered, sampled.shuffled
 
     def sample(self, questions: Sequence[Question]) -> Sampled:
-        """Completions of the present policy."""
+        """Sample with the current policy."""
         with self.policy() as model:
             self.engine.update_weights(model)
             sampled = self._sample(questions)
@@ -87,9 +89,9 @@ class StepRollouts:
         return sampled
 
     def begin_next(self, pending: Sequence[Future[Ready[Question]]]) -> None:
-        """Has the present policy sample the next step's questions, which are being read, while it is updated.
+        """Start sampling the next step's questions with the current policy, if rollouts are sampled ahead.
 
-        Nothing where rollouts are not sampled ahead. Nobody else may use the engine until `wait` returns.
+        Nothing else may use the engine until `wait` returns.
         """
         if self.thread is not None and pending:
             with self.policy() as model:
@@ -99,7 +101,7 @@ class StepRollouts:
             )
 
     def wait(self) -> None:
-        """Returns when nothing is being sampled; its errors are raised by `of_step`."""
+        """Wait until nothing is being sampled; `of_step` raises the errors."""
         if self.under_way is not None:
             self.under_way.exception()
 
@@ -111,18 +113,18 @@ class StepRollouts:
 
 @dataclass(slots=True)
 class PolicyBatch:
-    """A micro-batch of groups, and what later updates on the same rollouts share.
+    """A micro-batch of groups, and the values that all updates on the same rollouts share.
 
-    Only `trained` ones meet the model: Q questions with N completion tokens in all. Groups of equal rewards
-    are among them where they count (`flat_groups_count`).
+    The model sees only `trained`: Q questions with N completion tokens in all. They include groups of equal
+    rewards if these count (`flat_groups_count`).
     """
 
     groups: list[RolloutGroup]
     trained: list[RolloutGroup]
     old_logprobs: Tensor | None = None  # [N], of the policy that sampled
     ref_logprobs: Tensor | None = None  # [N]
-    sampler_weights: Tensor | None = None  # [N], where an engine with a model of its own has sampled
-    vision: list[VisualFeatures | None] | None = None  # one a question, where the vision tower is frozen
+    sampler_weights: Tensor | None = None  # [N], if vLLM sampled
+    vision: list[VisualFeatures | None] | None = None  # one per question, if the vision tower is frozen
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -139,12 +141,12 @@ class PolicyBatch:
 
     @property
     def finished(self) -> Tensor:
-        """[completions] bool, those that were not cut at the longest length."""
+        """[completions] bool: False for those that were cut at the longest length."""
         rollouts = [rollout for group in self.trained for rollout in group.ordered]
         return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
 
     def weights_of(self, kept: Tensor | None) -> Tensor | None:
-        """`token_weights`, and 0 where a token is not kept ([N] bool; None: all are)."""
+        """Return `token_weights`, with 0 for tokens that are not kept ([N] bool; None: all are)."""
         if kept is None:
             return self.token_weights
         weights = self.token_weights
@@ -152,8 +154,8 @@ class PolicyBatch:
 
     @property
     def token_weights(self) -> Tensor | None:
-        """[N], by which the policy term of each token is multiplied: the temporal rule's weight, which is 1
-        where a group has none, times the sampler's. None: all 1.
+        """[N], factors of each token's policy term: the temporal rule's weight, 1 for a group without one,
+        times the sampler's. None: all 1.
         """
         weights = [group.token_weights for group in self.trained]
         if all(each is None for each in weights):
@@ -173,58 +175,62 @@ class PolicyBatch:
         return [group.sample.problem_id for group in self.trained]
 
 
-def policy_batches(
+@dataclass(slots=True)
+class Step:
+    """Micro-batches of one optimizer step, which all updates on their rollouts share.
+
+    normaliser: of the loss (`loss_normaliser`); entropy_tokens: tokens that entropies are averaged over. Both
+    are sums over all ranks divided by the number of ranks, since gradients are averaged over ranks.
+    """
+
+    batches: list[PolicyBatch]
+    normaliser: float
+    entropy_tokens: float
+    is_recorded: bool = False  # in rollouts.jsonl
+
+
+def step_of(
     groups: Sequence[RolloutGroup],
     sizes: Sequence[int],
-    all_taught: bool,
-    vision: Sequence[VisualFeatures | None] | None = None,
-) -> list[PolicyBatch]:
-    """Scored groups in their micro-batches of these sizes. vision: features of their prompts that are there.
+    vision: Sequence[VisualFeatures | None] | None,
+    settings: TGRPOSettings,
+) -> Step:
+    """Split scored groups into micro-batches of these sizes. vision: features of their prompts, if known.
 
-    all_taught: groups of equal rewards meet the model too (`flat_groups_count`). At least one group of each
-    micro-batch does, so that every process has a loss.
+    Every rank calls it with its own groups. At least one group of each micro-batch is trained on, so that
+    every rank has a loss.
     """
-    remaining, batches = iter(range(len(groups))), []
+    remaining, batches, all_count = iter(range(len(groups))), [], flat_groups_count(settings)
     for size in sizes:
         part = [next(remaining) for _ in range(size)]
-        taught = [n for n in part if all_taught or bool(groups[n].advantages.any())] or part[:1]
-        batch = PolicyBatch([groups[n] for n in part], [groups[n] for n in taught])
-        batch.vision = None if vision is None else [vision[n] for n in taught]
+        trained = [n for n in part if all_count or bool(groups[n].advantages.any())] or part[:1]
+        batch = PolicyBatch([groups[n] for n in part], [groups[n] for n in trained])
+        batch.vision = None if vision is None else [vision[n] for n in trained]
         batches.append(batch)
-    return batches
+
+    rollouts = [rollout for group in groups for rollout in group.ordered]
+    masked = settings.mask_truncated_completions
+    counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
+    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
+    responses, tokens = (sum(column) for column in zip(*counts, strict=True))
+    normaliser = loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
+    entropy_tokens = max(1.0, tokens * settings.top_entropy_quantile)
+    return Step(batches, normaliser / process_count(), entropy_tokens / process_count())
 
 
 def flat_groups_count(settings: TGRPOSettings) -> bool:
-    """Whether groups of equal rewards, whose advantages of 0 add nothing to the policy term, count all the
-    same: for a KL or entropy term, as tokens that a micro-batch's mean is over (bnpo), or as tokens that the
-    entropies of others are ranked among.
+    """Whether groups of equal rewards matter although their advantages of 0 add nothing to the policy term:
+    for a KL or entropy term, as tokens that a micro-batch is averaged over (bnpo), or as tokens among which
+    the entropies of others are ranked.
     """
     own_terms = settings.beta != 0 or settings.entropy_coef != 0
     averaged = objective_of(settings.loss_type).average == "micro_batch"
     return own_terms or averaged or settings.top_entropy_quantile < 1
 
 
-class StepScale(NamedTuple):
-    """What sums over a step are divided by: its losses (see `loss_normaliser`), and its tokens' entropies."""
-
-    loss: float
-    entropy: float
-
-
-def step_scale(batches: Sequence[PolicyBatch], settings: TGRPOSettings) -> StepScale:
-    """Of a step's micro-batches in all processes."""
-    rollouts = [rollout for batch in batches for group in batch.groups for rollout in group.ordered]
-    masked = settings.mask_truncated_completions
-    counted = [rollout for rollout in rollouts if not (masked and rollout.finish_reason == "length")]
-    counts = gather((len(rollouts), sum(len(rollout.token_ids) for rollout in counted)))
-    responses, tokens = (sum(column) for column in zip(*counts, strict=True))
-    normaliser = loss_normaliser(settings.loss_type, responses, tokens, settings.max_completion_length)
-    return StepScale(normaliser, max(1.0, tokens * settings.top_entropy_quantile))
-
-
 def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettings) -> Tensor | None:
-    """[N] bool, the share `top_entropy_quantile` of highest entropy among the tokens that count of all
-    processes' micro-batch; None: all. Every process calls it.
+    """[N] bool: the share `top_entropy_quantile` of highest entropy among the tokens that count in this
+    micro-batch of all ranks; None: all. Every rank calls it.
     """
     if settings.top_entropy_quantile == 1.0:
         return None
@@ -239,8 +245,8 @@ def kept_tokens(batch: PolicyBatch, policy: GroupLogprobs, settings: TGRPOSettin
 def sampler_weights(
     trainer_logprobs: Tensor, groups: Sequence[RolloutGroup], settings: VLLMSettings, meter: Meter
 ) -> Tensor | None:
-    """Importance weights [N] of the groups' ordered completion tokens (`importance_weights`). None where the
-    settings want no correction.
+    """Return importance weights [N] of the groups' ordered completion tokens (`importance_weights`); None if
+    the settings want no correction.
 
     trainer_logprobs: [N] of the model before the update, detached. Adds to the series
     `sampler/logprob_difference` (mean), `sampler/logprob_difference_max` and `sampler/share_capped`.

@@ -23,6 +23,7 @@ from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
     get_reporting_integration_callbacks,
 )
+from transformers.trainer_callback import ExportableState
 
 from video_r1.console import Progress
 from video_r1.data.prompts import Prompt
@@ -32,11 +33,10 @@ from video_r1.files import append_line, json_lines, replace_text, whole_lines
 from video_r1.models.group_forward import group_logprobs
 from video_r1.processes import Interrupted, gather, process_index, told_of_signals
 from video_r1.recipe import Recipe, plain, save_resolved
-from video_r1.rewards.group import RewardTerms
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.base import Settings
-from video_r1.settings.training import TGRPOSettings
+from video_r1.training.advantages import Moments, deviation, updated_moments
 from video_r1.training.checkpoints import last_whole_checkpoint
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
 
@@ -59,23 +59,6 @@ class Preflight(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if state.global_step == 0:
             check_rewards(self.groups())
-
-
-def warn_of_cancelled_bonus(terms: RewardTerms, settings: TGRPOSettings) -> None:
-    """Says so, in the first process, when the settings make the temporal reward cancel: where a group has
-    rewards of two values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
-    """
-    shared = settings.temporal_rule in ("margin", "threshold") and "temporal" in terms.names
-    adds = shared and settings.temporal_alpha * terms.weights.get("temporal", 1.0) != 0
-    telling = {name for name in terms.names if terms.weights.get(name, 1.0) != 0}
-    two_values = telling <= {"accuracy", "format", "temporal"}
-    if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
-        logger.warning(
-            "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
-            "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
-            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, "
-            "tokens or likelihood, which reach the gradient, or to off to save the shuffled completions"
-        )
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
@@ -113,6 +96,29 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
             "preflight: all %d completions earn the same reward; groups without variance teach nothing",
             len(completions),
         )
+
+
+class TaskMoments(TrainerCallback, ExportableState):
+    """Running E[R] and E[R²] of each problem type, for `scale_rewards` task.
+
+    They are the same on every rank and are saved in a checkpoint's trainer_state.json.
+    """
+
+    def __init__(self) -> None:
+        self.moments: dict[str, Moments] = {}
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"moments": self.moments}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
+        callbacks: Any = state.stateful_callbacks  # of a new run or of the checkpoint
+        saved = callbacks[type(self).__name__]["attributes"]["moments"]
+        self.moments = {task: (mean, mean_square) for task, (mean, mean_square) in saved.items()}
+
+    def deviations(self, rewards: Tensor, tasks: Sequence[str]) -> Tensor:
+        """Add this step's rewards [Q, G]; return the deviation [Q] of each question's task."""
+        self.moments = updated_moments(self.moments, rewards, tasks)
+        return torch.tensor([deviation(self.moments[task]) for task in tasks])
 
 
 class SamplerCheck(TrainerCallback):

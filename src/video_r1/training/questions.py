@@ -234,8 +234,9 @@ def tensor_bytes(value: Any) -> int:
 
 
 class Asked(NamedTuple):
-    """Scored groups, and the features of their ordered prompts where these are there (see PolicyBatch)."""
+    """Scored groups of some slots; visual features of their ordered prompts, if they are known."""
 
+    slots: list[Slot]
     groups: list[RolloutGroup]
     vision: list[VisualFeatures | None] | None
 
@@ -261,33 +262,48 @@ class SkippedGroup(NamedTuple):
         return {"step": step, **self.facts, **told}
 
 
-def fill_places(
-    slots: Sequence[Slot], asked: Asked, ask: Callable[[list[Slot]], Asked], rounds: int
-) -> tuple[Asked, list[SkippedGroup]]:
-    """The groups of these places after at most so many rounds, and all that had no variance.
-
-    ask: reads, samples and scores the questions of some slots ([] too: processes that sample together call it
-    together). Every process calls this with its own places.
+class Selection(NamedTuple):
+    """The groups that a step learns from, with their visual features; groups without variance that it met;
+    everything that was asked, round by round.
     """
-    groups, vision = list(asked.groups), asked.vision and list(asked.vision)
-    in_vain = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
-    for number in range(1, rounds + 1):
+
+    groups: list[RolloutGroup]
+    vision: list[VisualFeatures | None] | None
+    skipped: list[SkippedGroup]
+    rounds: list[Asked]
+
+
+def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) -> Selection:
+    """Replace groups without variance by those of further questions (DAPO, arXiv 2503.14476).
+
+        a step's questions ─► groups ─► those of equal rewards ─► further questions in their slots ─► groups …
+
+    until every slot has a group with variance, for at most `limit` rounds; a slot without one keeps its first
+    question. The slot and the round alone decide which question comes next (`QuestionSource.draw`), so a run
+    can be resumed exactly. ask: reads, samples and scores the questions of some slots ([] too: ranks that
+    sample together call it together). Every rank calls this with its own slots.
+    """
+    groups, vision = list(first.groups), first.vision and list(first.vision)
+    flat_groups = [[group_facts(group)] if teaches_nothing(group) else [] for group in groups]  # by round
+    rounds = [first]
+    for number in range(1, limit + 1):
         flat = [place for place, group in enumerate(groups) if teaches_nothing(group)]
         if not any(gather(len(flat))):
             break
-        further = ask([slots[place]._replace(round=number) for place in flat])
+        further = ask([first.slots[place]._replace(round=number) for place in flat])
+        rounds.append(further)
         for n, place in enumerate(flat):
             if teaches_nothing(further.groups[n]):
-                in_vain[place].append(group_facts(further.groups[n]))
+                flat_groups[place].append(group_facts(further.groups[n]))
                 continue
             groups[place] = further.groups[n]
             if vision is not None and further.vision is not None:
                 vision[place] = further.vision[n]
     skipped = []
-    for slot, group, tried in zip(slots, groups, in_vain, strict=True):
+    for slot, group, tried in zip(first.slots, groups, flat_groups, strict=True):
         by = None if teaches_nothing(group) else group.sample.problem_id
         skipped += [SkippedGroup(slot._replace(round=n), facts, by) for n, facts in enumerate(tried)]
-    return Asked(groups, vision), skipped
+    return Selection(groups, vision, skipped, rounds)
 
 
 def teaches_nothing(group: RolloutGroup) -> bool:

@@ -74,17 +74,9 @@ def same_size(clips: Sequence[Tensor]) -> Tensor:
     return tiles
 
 
-def record_group(
-    run_dir: Path,
-    step: int,
-    group: RolloutGroup,
-    p: float,
-    p_shuffled: float | None,
-    tokenizer: Any = None,
-) -> None:
+def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
     """Appends one group to `run_dir`/rollouts.jsonl and saves its frames in `run_dir`/frames.
 
-    p, p_shuffled: shares of correct completions in order and with the contrast clip (None: not sampled).
     tokenizer: for the words of completions whose drops are known. Raises OSError when the folder cannot be
     written.
     """
@@ -112,8 +104,8 @@ def record_group(
         "permutation": None if permutation is None else [int(i) for i in permutation],
         "ordered": ordered,
         "shuffled": _completions(group.shuffled, group.shuffled_rewards),
-        "p": p,
-        "p_shuffled": p_shuffled,
+        "p": group.p,
+        "p_shuffled": group.p_shuffled,
     }
     append_line(run_dir / "rollouts.jsonl", line)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,15 @@ from video_r1.training.sharded import (
 )
 
 logger = logging.getLogger(__name__)
+Kind = TypeVar("Kind", bound=TrainerCallback)
+
+
+class CheckpointPart(Protocol):
+    """A part of the training state with files of its own in a checkpoint."""
+
+    def save(self, checkpoint: Path) -> None: ...
+
+    def load(self, checkpoint: Path) -> None: ...
 
 
 class QuestionTrainer(Trainer, ABC):
@@ -134,6 +143,7 @@ class QuestionTrainer(Trainer, ABC):
         self.source: QuestionSource[Any, Any] | None = None
         self.upcoming: deque[list[Any]] = deque()  # the next steps' micro-batches, which are being read
         self.steps_read_ahead = 1
+        self.checkpoint_parts: list[CheckpointPart] = []
         self.checkpoints_go_to = self.folder
         self.described_by: Recipe | Settings = args if recipe is None else recipe
         run_folder = RunFolder(self.folder, self.described_by)
@@ -172,6 +182,10 @@ class QuestionTrainer(Trainer, ABC):
     @abstractmethod
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
         """Figures of held-out questions."""
+
+    def callback_of(self, kind: type[Kind]) -> Kind | None:
+        """Return the registered callback of this type. (The Trainer replaces callbacks when it resumes.)"""
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Inside, this process has all weights of a model that is sharded, and runs it at its own pace."""
@@ -309,6 +323,9 @@ class QuestionTrainer(Trainer, ABC):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         record_four_bits(self.model, folder)
         if self.args.should_save:
+            if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+                for part in self.checkpoint_parts:
+                    part.save(folder)
             record_training(folder, self.settings, self.builder, self.model)
             follow_umask(folder)
 
@@ -329,6 +346,8 @@ class QuestionTrainer(Trainer, ABC):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.restore_weights(resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for part in self.checkpoint_parts:
+            part.load(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not self.restore_weights(self.state.best_model_checkpoint):

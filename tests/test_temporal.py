@@ -1,4 +1,4 @@
-"""What the temporal term does to the advantages: its series, its warning, and its rules, by hand."""
+"""Temporal rules: what each adds to rewards, advantages and token weights, by hand and in the gradient."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import statistics
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -22,19 +22,24 @@ from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
 from video_r1.rewards.group import RewardTerms, reward_terms, score_group, weighted_sum
-from video_r1.rewards.shaping import gate_reward, key_drops, likelihood_reward
-from video_r1.settings.training import TGRPOSettings
-from video_r1.training.advantages import (
-    deviation,
-    group_advantages,
+from video_r1.rewards.temporal import (
+    RULES,
+    key_drops,
+    key_token_weights,
     question_weights,
-    token_weights,
-    updated_moments,
+    warn_of_cancelled_bonus,
 )
+from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
+from video_r1.training.advantages import group_advantages
 from video_r1.training.batches import PolicyBatch
-from video_r1.training.callbacks import warn_of_cancelled_bonus
-from video_r1.training.credit import TaskMoments, give_advantages
+from video_r1.training.callbacks import TaskMoments
 from video_r1.training.metrics import Meter, describe_credit
+from video_r1.training.tgrpo import credit
+
+
+def test_every_rule_of_the_settings_is_defined() -> None:
+    assert set(RULES) == set(get_args(TemporalRule))
+    assert {name for name, rule in RULES.items() if rule.contrast == "sampled"} == set(get_args(SampledRule))
 
 
 def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> RolloutGroup:
@@ -50,7 +55,7 @@ def group(correct: str, bonus: float = 0.0, p_shuffled: float | None = 0.0) -> R
 
 
 def series(groups: list[RolloutGroup], **settings: Any) -> dict[str, float]:
-    give_advantages(groups, TGRPOSettings(**settings))
+    credit(groups, TGRPOSettings(**settings))
     meter = Meter()
     for each in groups:
         describe_credit(meter, each)
@@ -87,6 +92,49 @@ def test_groups_without_variance_have_no_credit() -> None:
     assert "temporal/credit" not in series([group("1111", bonus=0.3)])
 
 
+def reward_of(rule: str, accuracy: list[float], drops: list[float] | None = None, **settings: Any) -> Tensor:
+    """r_t of the rule; drops: one d_t for each response, which is then its Δ as well."""
+    scored = group("0" * len(accuracy), p_shuffled=None)
+    scored.token_drops = None if drops is None else [torch.tensor([drop]) for drop in drops]
+    given, reward = torch.tensor(accuracy), RULES[rule].reward
+    assert reward is not None
+    return reward(scored, given, given > 0.5, TGRPOSettings(temporal_rule=cast(Any, rule), **settings))
+
+
+@pytest.mark.parametrize(
+    ("rule", "mu", "ordered", "shuffled", "amount"),
+    [
+        # p = 6/8, p̃ = 1/4: 0.3 × 0.5
+        ("margin", 1.0, "11111100", "1000", 0.15),
+        ("threshold", 1.0, "11111100", "1000", 0.3),
+        # p = p̃ = 1/2: no margin, but the threshold is reached
+        ("margin", 1.0, "11110000", "1100", 0.0),
+        ("threshold", 1.0, "11110000", "1100", 0.3),
+        # p = 1/4 < p̃ = 1/2; 0.4 × 1/2 is below p
+        ("margin", 1.0, "11000000", "1100", 0.0),
+        ("threshold", 1.0, "11000000", "1100", 0.0),
+        ("threshold", 0.4, "11000000", "1100", 0.3),
+        # p = 3/5 and 0.8 × 3/4 are the same number, not so in binary
+        ("threshold", 0.8, "11100", "1110", 0.3),
+        # an image has no shuffled responses
+        ("margin", 1.0, "1110", "", 0.0),
+        ("threshold", 1.0, "1110", "", 0.0),
+    ],
+)
+def test_rewards_by_shares(rule: Any, mu: float, ordered: str, shuffled: str, amount: float) -> None:
+    def rollouts(marks: str) -> list[Rollout]:
+        texts = [f"<answer>{'A' if mark == '1' else 'B'}</answer>" for mark in marks]
+        return [Rollout(torch.tensor([1]), torch.zeros(1), text, "stop") for text in texts]
+
+    settings = TGRPOSettings(temporal_rule=rule, temporal_threshold_mu=mu, length_reward=0)
+    question = Question(group("1").sample, cast(Any, None), cast(Any, None), 0)
+    terms = RewardTerms(("accuracy", "temporal"))
+    found = score_group(question, rollouts(ordered), rollouts(shuffled), terms, settings)
+    torch.testing.assert_close(found.rewards["temporal"], amount * found.rewards["accuracy"])
+    assert found.p == ordered.count("1") / len(ordered)
+    assert found.p_shuffled == (shuffled.count("1") / len(shuffled) if shuffled else None)
+
+
 def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
     return [0.0 for _ in completions]
 
@@ -103,11 +151,8 @@ def mine(prompts: Any, completions: list[str], **columns: Any) -> list[float]:
         (None, {"length_reward": 0.0, "temporal_rule": "off"}, False),
         (None, {"length_reward": 0.0, "temporal_alpha": 0.0}, False),
         (None, {"length_reward": 0.0, "scale_rewards": "none"}, False),
-        (None, {"length_reward": 0.0, "scale_rewards": "batch"}, False),
-        (None, {"length_reward": 0.0, "scale_rewards": "task"}, False),
         (None, {"length_reward": 0.0, "temporal_rule": "weight"}, False),
         (None, {"length_reward": 0.0, "temporal_rule": "likelihood"}, False),
-        (None, {"length_reward": 0.0, "temporal_rule": "tokens"}, False),
     ],
 )
 def test_credit_that_cancels_is_warned_of(
@@ -115,7 +160,8 @@ def test_credit_that_cancels_is_warned_of(
 ) -> None:
     chosen = TGRPOSettings(**settings)
     with caplog.at_level(logging.WARNING):
-        warn_of_cancelled_bonus(reward_terms(rewards, chosen), chosen)
+        terms = reward_terms(rewards, chosen)
+        warn_of_cancelled_bonus(terms.names, terms.weights, chosen)
     said = [record.message for record in caplog.records]
     assert any("scale_rewards" in line and "temporal/credit" in line for line in said) == warned
 
@@ -148,54 +194,21 @@ def test_credit_of_weights_survives_normalisation() -> None:
     assert "temporal/credit_groups" not in meter.counts
 
 
-def test_weight_adds_no_reward() -> None:
-    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule="weight")).names
-    with pytest.raises(ConfigError, match="temporal_rule is weight, which adds no reward"):
-        reward_terms(["temporal"], TGRPOSettings(temporal_rule="weight"))
-
-
-# ---- task
-
-
-def test_moments_of_a_task() -> None:
-    """Rewards 1 0 1 1: E[R] = E[R²] = 3/4. Then 2 0, of means 1 and 2: 0.99 of the old, 0.01 of the new."""
-    first = updated_moments({}, torch.tensor([[1.0, 0.0], [5.0, 5.0], [1.0, 1.0]]), ["a", "b", "a"])
-    assert first == {"a": (0.75, 0.75), "b": (5.0, 25.0)}
-    then = updated_moments(first, torch.tensor([[2.0, 0.0]]), ["a"])
-    assert then["a"] == pytest.approx((0.7525, 0.7625))
-    assert then["b"] == first["b"]
-    assert updated_moments(first, torch.tensor([[5.0, 5.0]]), ["b"])["b"] == pytest.approx((5.0, 25.0))
-    assert deviation(then["a"]) == pytest.approx((0.7625 - 0.7525**2) ** 0.5)
-    assert deviation(then["b"]) == 0.001  # equal rewards have none
-
-
-def test_moments_do_not_depend_on_the_order_of_questions() -> None:
-    rewards = torch.rand(6, 8, generator=torch.Generator().manual_seed(0))
-    rewards *= torch.tensor([1e6, 1e6, 1.0, 1e-3, 1e-3, 1.0])[:, None]  # sums that rounding would tell apart
-    order = [3, 1, 5, 0, 4, 2]
-    names = ["a", "b", "a", "a", "b", "a"]
-    turned = updated_moments({}, rewards[order], [names[i] for i in order])
-    assert turned == updated_moments({}, rewards, names)
-
-
-def test_advantages_by_the_task() -> None:
-    """±1/2 ÷ 0.5 for the first question; ÷ 0.05 the second would be at 10, so its own √(1/3) is taken."""
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 1.0]] * 2, dtype=torch.float64)
-    deviations = torch.tensor([0.5, 0.05])
-    advantages = group_advantages(rewards, "task", task_deviations=deviations)
-    assert advantages[0].tolist() == pytest.approx([0.5 / 0.5001, -0.5 / 0.5001, -0.5 / 0.5001, 0.5 / 0.5001])
-    torch.testing.assert_close(advantages[1:], group_advantages(rewards[:1]))
-    with pytest.raises(ValueError, match="task with its deviations"):
-        group_advantages(rewards, "task")
+@pytest.mark.parametrize("rule", ["weight", "tokens"])
+def test_weights_add_no_reward(rule: Any) -> None:
+    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule=rule)).names
+    with pytest.raises(ConfigError, match=f"temporal_rule is {rule}, which adds no reward"):
+        reward_terms(["temporal"], TGRPOSettings(temporal_rule=rule))
+    assert TGRPOSettings(temporal_rule=rule).shuffled_generations == (4 if rule == "weight" else 0)
 
 
 def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
     """The bonus enters the moments with weight 0.01 from the second step on: it no longer cancels."""
     tasks = TaskMoments()
     settings = TGRPOSettings(scale_rewards="task")
-    give_advantages([group("1100")], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
+    credit([group("1100")], settings, tasks)  # E[R] = E[R²] = 1/2, deviation 1/2
     paid = group("1100", bonus=0.15)  # E[R] = 0.50075, E[R²] = 0.5016125
-    give_advantages([paid], settings, tasks)
+    credit([paid], settings, tasks)
     std = (0.5016125 - 0.50075**2) ** 0.5
     assert paid.advantages[0].item() == pytest.approx(0.575 / (std + 1e-4), rel=1e-5)
     assert paid.base_advantages is not None
@@ -205,28 +218,19 @@ def test_credit_reaches_the_gradient_with_the_deviation_of_a_task() -> None:
 # ---- likelihood
 
 
-def test_likelihood_reward() -> None:
+def test_rewards_by_likelihood() -> None:
     """exp(−ln 2) = 1/2 of the probability is lost: 0.3 × 1/2. Nothing for a gain or a wrong answer."""
-    correct = torch.tensor([True, True, False, True])
-    drops = torch.tensor([math.log(2), -0.5, 2.0, 0.3])
-    graded = likelihood_reward(correct, drops, "likelihood", alpha=0.3)
-    torch.testing.assert_close(graded, torch.tensor([0.15, 0.0, 0.0, 0.3 * 0.2591818]))  # 1 − exp(−0.3)
+    accuracy, drops = [1.0, 1.0, 0.0, 1.0], [math.log(2), -0.5, 2.0, 0.3]
+    graded = torch.tensor([0.15, 0.0, 0.0, 0.3 * 0.2591818])  # 1 − exp(−0.3)
+    torch.testing.assert_close(reward_of("likelihood", accuracy, drops), graded)
     # the mean is 0.623, with the wrong response's in it
-    step = likelihood_reward(correct, drops, "likelihood_step", alpha=0.3)
+    step = reward_of("likelihood_step", accuracy, drops)
     torch.testing.assert_close(step, torch.tensor([0.3, 0.0, 0.0, 0.0]))
-    with pytest.raises(ValueError, match="4 responses but 2 drops"):
-        likelihood_reward(correct, drops[:2], "likelihood")
-    with pytest.raises(ValueError, match="'margin'"):
-        likelihood_reward(correct, drops, "margin")
-
-
-def test_gate_reward() -> None:
-    """With α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1, and 0.259 of 0.6."""
-    drops = torch.tensor([math.log(2), -0.5, 2.0, 0.3])
-    gate = gate_reward(torch.tensor([1.0, 1.0, 0.0, 0.6]), drops, alpha=1.0)
+    # with α = 1 a response keeps of its accuracy what is lost: 0.5 of 1, 0 of 1, and 0.259 of 0.6
+    gate = reward_of("likelihood_gate", [1.0, 1.0, 0.0, 0.6], drops, temporal_alpha=1.0)
     torch.testing.assert_close(gate, torch.tensor([-0.5, -1.0, 0.0, -0.6 * 0.7408182]))
-    with pytest.raises(ValueError, match="4 responses but 2 drops"):
-        gate_reward(torch.ones(4), drops[:2], alpha=1.0)
+    for rule in ("likelihood", "likelihood_step", "likelihood_gate"):
+        assert not reward_of(rule, accuracy).any()  # an image
 
 
 def test_a_gate_keeps_the_ranking_of_graded_answers() -> None:
@@ -268,9 +272,10 @@ def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_do
     alike, unlike = group("1100"), group("1100")
     for each, second in ((alike, 0.0), (unlike, math.log(9))):
         drops = torch.tensor([second, 0.0, 1.0, 1.0])
-        each.rewards["temporal"] = gate_reward(each.rewards["accuracy"], drops, alpha=0.9)
+        paid = reward_of("likelihood_gate", [1.0, 1.0, 0.0, 0.0], drops.tolist(), temporal_alpha=0.9)
+        each.rewards["temporal"] = paid
         each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
-    give_advantages([alike, unlike], settings)
+    credit([alike, unlike], settings)
     assert alike.base_advantages is not None
     torch.testing.assert_close(alike.advantages, alike.base_advantages, rtol=0, atol=2e-3)  # eps
     std = ((0.65**2 + 0.15**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-4
@@ -282,9 +287,9 @@ def test_a_gate_alone_ranks_a_group_that_is_right_throughout() -> None:
     makes advantages of full size of that, where plain GRPO has 0."""
     settings = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.9, length_reward=0)
     right, drops = group("1111"), torch.tensor([0.01, 0.02, 0.02, 0.03])
-    right.rewards["temporal"] = gate_reward(right.rewards["accuracy"], drops, alpha=0.9)
+    right.rewards["temporal"] = reward_of("likelihood_gate", [1.0] * 4, drops.tolist(), temporal_alpha=0.9)
     right.total_reward = right.rewards["accuracy"] + right.rewards["temporal"]
-    give_advantages([right], settings)
+    credit([right], settings)
     earned = [1 - 0.9 * math.exp(-drop) for drop in (0.01, 0.02, 0.02, 0.03)]
     scale = statistics.stdev(earned) + 1e-4
     expected = [(each - statistics.fmean(earned)) / scale for each in earned]
@@ -301,7 +306,7 @@ def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
     for each, bonus in ((alike, [0.3, 0.1, 0.0, 0.0]), (mixed, [0.2, 0.0, 0.0, 0.0])):
         each.rewards["temporal"] = torch.tensor(bonus)
         each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
-    give_advantages([alike, mixed], settings)
+    credit([alike, mixed], settings)
     assert alike.advantages.tolist() == pytest.approx([0.2, 0.0, -0.1, -0.1], abs=1e-6)
     plain = 0.5 / ((4 * 0.25 / 3) ** 0.5 + 1e-4)
     added = [plain + 0.15, plain - 0.05, -plain - 0.05, -plain - 0.05]
@@ -310,11 +315,10 @@ def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
     assert mixed.base_advantages.tolist() == pytest.approx([plain, plain, -plain, -plain], abs=1e-6)
 
 
-@pytest.mark.parametrize("contrast", ["shuffled", "frozen", "dropped"])
-def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: Path, contrast: str) -> None:
+def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """Δ by transformers' own forward, one response at a time in float64; no samples from the contrast."""
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_rule="likelihood", temporal_contrast=contrast,
+        checkpoint, str(manifest), tmp_path, temporal_rule="likelihood", temporal_contrast="dropped",
         temperature=0.7, per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     batches, _ = first_step(trainer)
@@ -342,19 +346,19 @@ def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: 
 
 def test_token_weights() -> None:
     """⌈7/5⌉ = 2 of seven, whatever their sign: with κ = 1 they have 2, the others 1, over the mean 9/7."""
-    weights = token_weights(torch.tensor([0.0, 0.1, -3.0, 0.2, 0.0, 1.0, -0.9]), kappa=1.0)
+    weights = key_token_weights(torch.tensor([0.0, 0.1, -3.0, 0.2, 0.0, 1.0, -0.9]), kappa=1.0)
     torch.testing.assert_close(weights, torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0, 2.0, 1.0]) * 7 / 9)
     # one of five; κ = 3: 4 over the mean 8/5
-    weights = token_weights(torch.tensor([0.1, 0.3, 0.2, 0.0, -0.2]), kappa=3.0)
+    weights = key_token_weights(torch.tensor([0.1, 0.3, 0.2, 0.0, -0.2]), kappa=3.0)
     torch.testing.assert_close(weights, torch.tensor([0.625, 2.5, 0.625, 0.625, 0.625]))
     # equal drops are equally key, be they none at all
     torch.testing.assert_close(
-        token_weights(torch.tensor([0.5, -0.5, 0.0]), 1.0), torch.tensor([1.2, 1.2, 0.6])
+        key_token_weights(torch.tensor([0.5, -0.5, 0.0]), 1.0), torch.tensor([1.2, 1.2, 0.6])
     )
-    assert token_weights(torch.zeros(6), 1.0).tolist() == [1.0] * 6
-    assert token_weights(torch.tensor([2.0]), 1.0).tolist() == [1.0]
-    assert token_weights(torch.tensor([]), 1.0).tolist() == []
-    assert token_weights(torch.tensor([0.1, 0.2]), 0.0).tolist() == [1.0, 1.0]
+    assert key_token_weights(torch.zeros(6), 1.0).tolist() == [1.0] * 6
+    assert key_token_weights(torch.tensor([2.0]), 1.0).tolist() == [1.0]
+    assert key_token_weights(torch.tensor([]), 1.0).tolist() == []
+    assert key_token_weights(torch.tensor([0.1, 0.2]), 0.0).tolist() == [1.0, 1.0]
 
 
 def test_credit_of_weighted_tokens() -> None:
@@ -390,11 +394,8 @@ def test_token_weights_of_a_batch() -> None:
     assert batch.token_weights is batch.sampler_weights
 
 
-@pytest.mark.parametrize("sampler", [False, True])
-def test_weighted_tokens_in_the_gradient(
-    checkpoint: Path, manifest: Path, tmp_path: Path, sampler: bool
-) -> None:
-    """Of two micro-batches, by transformers' own forward; also behind a sampler that is another model."""
+def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """Of two micro-batches, by transformers' own forward, behind a sampler that is another model."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="reversed", beta=0.0,
         temporal_weight_kappa=4.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
@@ -403,10 +404,9 @@ def test_weighted_tokens_in_the_gradient(
     groups = [each for batch in batches for each in batch["batch"].groups]
     assert {each.sample.data_type for each in groups} == {"video", "image"}
     shift = 0.2 * (torch.arange(10) % 3)
-    if sampler:
-        trainer.settings.use_vllm = True  # what comes after sampling
-        for each in groups:
-            each.ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in each.ordered]
+    trainer.settings.use_vllm = True  # after sampling
+    for each in groups:
+        each.ordered = [replace(r, logprobs=r.logprobs - shift[: len(r.logprobs)]) for r in each.ordered]
     model = copy.deepcopy(policy_of(trainer)).double()
     expected = torch.zeros((), dtype=torch.float64)
     for each in groups:
@@ -420,8 +420,7 @@ def test_weighted_tokens_in_the_gradient(
                 weights[(scored - behind).abs().topk(-(-len(scored) // 5)).indices] = 5.0
                 weights = weights / weights.mean()
                 torch.testing.assert_close(cast(Any, each.token_weights)[place], weights)
-            if sampler:
-                weights = weights * shift[: len(scored)].exp()
+            weights = weights * shift[: len(scored)].exp()
             expected = expected - (weights * advantage * scored).mean()
     (expected / sum(len(each.ordered) for each in groups)).backward()
     losses = [
@@ -429,11 +428,6 @@ def test_weighted_tokens_in_the_gradient(
     ]
     torch.stack(losses).sum().backward()
     assert_same_gradients(policy_of(trainer), model)
-
-
-def test_tokens_add_no_reward() -> None:
-    assert "temporal" not in reward_terms(None, TGRPOSettings(temporal_rule="tokens")).names
-    assert TGRPOSettings(temporal_rule="tokens").shuffled_generations == 0
 
 
 # ---- without frames

@@ -1,0 +1,189 @@
+"""Temporal rules: what each pays for using the order of the frames, one object for each rule.
+
+    p, p̃   shares of correct completions with the frames in order (V) and with the contrast clip (Ṽ)
+    d_it   log π(o_it | V) − log π(o_it | Ṽ), the drop of token t of completion i, in nats
+    Δ_i    mean of d_it over the tokens t of completion i
+
+A rule compares V with Ṽ in one of two ways. `sampled`: the policy also answers the contrast clip, which gives
+p̃. `scored`: the ordered completions are scored behind the contrast clip, which gives d_it. It then changes
+the rewards, the advantages or the weights of tokens. G is the number of a question's ordered completions,
+Q the number of a step's questions.
+
+A new rule: an entry in RULES, its name in settings/training.py, and a test.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from video_r1.data.rollouts import RolloutGroup
+from video_r1.processes import process_index
+from video_r1.settings.training import TGRPOSettings
+
+logger = logging.getLogger(__name__)
+
+KEY_SHARE = 5  # one token in five of a completion is a key token
+
+Reward = Callable[[RolloutGroup, Tensor, Tensor, TGRPOSettings], Tensor]
+"""(group, accuracy [G], correct [G] bool, settings) -> r_t [G] float32."""
+Credit = Callable[[Tensor, Tensor, Sequence[float | None], float], Tensor]
+"""(advantages [Q, G] without the temporal term, bonus [Q, G], p − p̃ by question, κ) -> advantages [Q, G]."""
+
+
+@dataclass(frozen=True)
+class TemporalRule:
+    """A temporal rule. Where it has no `credit`, advantages are made of the rewards with the bonus."""
+
+    contrast: Literal["sampled", "scored"] | None = None
+    reward: Reward | None = None
+    credit: Credit | None = None
+    token_weights: Callable[[Tensor, float], Tensor] | None = None  # (d_t [L], κ) -> [L]
+    pays_all_alike: bool = False  # the correct completions of a question: see `warn_of_cancelled_bonus`
+
+
+def rule_of(settings: TGRPOSettings) -> TemporalRule:
+    return RULES[settings.temporal_rule]
+
+
+# ---- Rewards
+
+
+def margin(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """r_t = α·(p − p̃) if p > p̃, else 0, for each correct completion."""
+    return settings.temporal_alpha * max(0.0, group.margin or 0.0) * correct.float()
+
+
+def threshold(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """r_t = α if p ≥ μ·p̃, else 0, for each correct completion (arXiv 2503.21776 v4; μ = 1)."""
+    if group.p_shuffled is None:
+        return torch.zeros(len(correct))
+    # 0.8 × 3/4 is a rounding error above 3/5: compare shares with more tolerance than that.
+    reached = group.p >= settings.temporal_threshold_mu * group.p_shuffled - 1e-9
+    return (settings.temporal_alpha if reached else 0.0) * correct.float()
+
+
+def likelihood(group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings) -> Tensor:
+    """r_t = α·(1 − exp(−Δ_i)) if Δ_i > 0, else 0, for a correct completion: the share of its tokens'
+    probability that the contrast clip takes away. Unlike a bonus that all correct completions share, it does
+    not cancel in the advantages.
+    """
+    drops = group.drops
+    if drops is None:
+        return torch.zeros(len(correct))
+    return settings.temporal_alpha * correct.float() * -torch.expm1(-drops.clamp(min=0.0)).float()
+
+
+def likelihood_step(
+    group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
+) -> Tensor:
+    """r_t = α if Δ_i > mean_j Δ_j, else 0, for a correct completion (TaRO, arXiv 2606.09248)."""
+    drops = group.drops
+    if drops is None:
+        return torch.zeros(len(correct))
+    return settings.temporal_alpha * correct.float() * (drops > drops.mean()).float()
+
+
+def likelihood_gate(
+    group: RolloutGroup, accuracy: Tensor, correct: Tensor, settings: TGRPOSettings
+) -> Tensor:
+    """r_t = −α·a_i·exp(−Δ_i), where Δ_i is the mean over the key tokens (`key_drops`) and a_i the accuracy.
+
+    In all a_i·(1 − α·exp(−Δ_i)) is earned: with equal drops a better answer earns more, graded ones included.
+    """
+    if group.token_drops is None:
+        return torch.zeros(len(correct))
+    kept = torch.exp(-key_drops(group.token_drops).clamp(min=0.0))
+    return -settings.temporal_alpha * (accuracy * kept).float()
+
+
+def key_drops(token_drops: Sequence[Tensor]) -> Tensor:
+    """[G] float32: the mean of the largest fifth (⌈L/5⌉) of each completion's drops d_t [L], in nats.
+
+    Most tokens of a completion say nothing about the frames; a mean over all of them dilutes those that do.
+    """
+    largest = (drops.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)] for drops in token_drops)
+    return torch.stack([drops.sum() / max(1, len(drops)) for drops in largest])
+
+
+# ---- Advantages and token weights
+
+
+def weighted_questions(
+    advantages: Tensor, bonus: Tensor, margins: Sequence[float | None], kappa: float
+) -> Tensor:
+    """w·A with w of `question_weights`. It multiplies after the normalisation, which cannot cancel it."""
+    return advantages * question_weights(margins, kappa)[:, None]
+
+
+def question_weights(margins: Sequence[float | None], kappa: float) -> Tensor:
+    """w = (1 + κ·max(0, p − p̃)) ÷ its mean over the videos: questions that need the frame order count more.
+
+    margins: p − p̃ of each question of the step, over all ranks; None for an image, whose weight is 1.
+    Returns [Q] float32.
+    """
+    raw = [None if margin is None else 1.0 + kappa * max(0.0, margin) for margin in margins]
+    videos = [weight for weight in raw if weight is not None]
+    mean = math.fsum(videos) / len(videos) if videos else 1.0
+    return torch.tensor([1.0 if weight is None else weight / mean for weight in raw], dtype=torch.float32)
+
+
+def bonus_apart(advantages: Tensor, bonus: Tensor, margins: Sequence[float | None], kappa: float) -> Tensor:
+    """A + (b − mean(b)): the bonus in its own unit. The division by the group's deviation can neither cancel
+    it nor enlarge small differences in a group in which all completions are correct.
+    """
+    return advantages + bonus - bonus.mean(dim=1, keepdim=True)
+
+
+def key_token_weights(drops: Tensor, kappa: float) -> Tensor:
+    """w_t = (1 + κ·key_t) ÷ its mean over the completion: tokens that need the frame order count more.
+
+    drops: [L] float, d_t of one completion. key_t is 1 where |d_t| is among the largest fifth (⌈L/5⌉ tokens
+    and those that equal the smallest of them), else 0. Returns [L] of mean 1: a completion counts the same
+    whatever its length. Video-KTR (arXiv 2601.19686) trains the largest fifth alone, κ → ∞, joined with
+    those of masked frames and of entropy.
+    """
+    change = drops.abs()
+    smallest = change.sort(descending=True).values[: -(-len(drops) // KEY_SHARE)][-1:]
+    raw = 1.0 + kappa * (change >= smallest).to(drops.dtype)
+    return raw / raw.mean()
+
+
+RULES: dict[str, TemporalRule] = {
+    "off": TemporalRule(),
+    "margin": TemporalRule("sampled", reward=margin, pays_all_alike=True),
+    "threshold": TemporalRule("sampled", reward=threshold, pays_all_alike=True),
+    "weight": TemporalRule("sampled", credit=weighted_questions),
+    "likelihood": TemporalRule("scored", reward=likelihood),
+    "likelihood_step": TemporalRule("scored", reward=likelihood_step),
+    "likelihood_apart": TemporalRule("scored", reward=likelihood, credit=bonus_apart),
+    "likelihood_gate": TemporalRule("scored", reward=likelihood_gate),
+    "tokens": TemporalRule("scored", token_weights=key_token_weights),
+}
+
+
+def warn_of_cancelled_bonus(
+    names: Sequence[str], weights: Mapping[str, float], settings: TGRPOSettings
+) -> None:
+    """Warn on rank 0 when the settings make the temporal reward cancel: if the rewards of a group have two
+    values, advantages divided by its deviation are the same for any bonus (docs/t-grpo.md).
+
+    names: the reward terms; weights: theirs, 1 where a name is missing.
+    """
+    shared = rule_of(settings).pays_all_alike and "temporal" in names
+    adds = shared and settings.temporal_alpha * weights.get("temporal", 1.0) != 0
+    telling = {name for name in names if weights.get(name, 1.0) != 0}
+    two_values = telling <= {"accuracy", "format", "temporal"}
+    if adds and two_values and settings.scale_rewards == "group" and process_index() == 0:
+        logger.warning(
+            "the temporal reward will change next to nothing: answers are right or wrong, right ones get the "
+            "same bonus, and scale_rewards group divides it out (docs/t-grpo.md; see the series "
+            "temporal/credit). Set scale_rewards to task, batch or none, or temporal_rule to weight, "
+            "tokens or likelihood, which reach the gradient, or to off to save the shuffled completions"
+        )
