@@ -71,7 +71,7 @@ def test_an_interrupted_run_continues_to_the_same_files(
     _, errors = process.communicate(timeout=60)
     if signal_ == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on with the questions that are left: video-r1 annotate" in errors
+        assert "the same command continues with the remaining questions: video-r1 annotate" in errors
         assert "the answers so far are in " in errors and "Traceback" not in errors
     else:
         assert process.returncode == -signal.SIGKILL

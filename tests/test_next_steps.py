@@ -1,4 +1,4 @@
-"""What commands end with: the next command, with paths that are there, which can be pasted."""
+"""The last lines of commands: the next command, with paths that exist, ready to paste."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ from video_r1.settings.vllm import ServeSettings
 
 def after(words: str) -> list[str]:
     name, rest = find_command(shlex.split(words))
-    return next_steps(read_request(name, rest))
+    return [line.removeprefix("next: ") for line in next_steps(read_request(name, rest))]
 
 
-def commands(lines: list[str]) -> list[str]:
-    return [
-        line.strip().removeprefix("next: ") for line in lines if "video-r1 " in line or " video_r1 " in line
-    ]
+LAUNCHED = f"accelerate launch --config_file {RECIPES}/accelerate"
 
 
 @pytest.mark.parametrize(
@@ -34,20 +31,8 @@ def commands(lines: list[str]) -> list[str]:
     [
         ("lab make my/lab", ["video-r1 sft lab-sft --train_manifest my/lab/sft.json"]),
         (
-            "sft lab-sft",
-            ["video-r1 rl lab-tgrpo --model_name_or_path runs/lab-sft --train_manifest MANIFEST"],
-        ),
-        (
             "sft lab-sft --train_manifest lab/sft.json --output_dir 'my runs/a'",
             ["video-r1 rl lab-tgrpo --model_name_or_path 'my runs/a' --train_manifest lab/rl.json"],
-        ),
-        (
-            "sft video-r1-7b-sft-lora",
-            [
-                "video-r1 merge runs/video-r1-7b-sft-lora runs/video-r1-7b-sft-lora-merged",
-                "video-r1 rl video-r1-7b-tgrpo-lora --model_name_or_path runs/video-r1-7b-sft-lora-merged "
-                "--train_manifest MANIFEST",
-            ],
         ),
         (
             "sft qwen3-vl-4b-sft-lora --train_manifest cot.json --media_root /data --output_dir o",
@@ -60,8 +45,8 @@ def commands(lines: list[str]) -> list[str]:
         (
             "sft video-r1-7b-sft --output_dir runs/x",
             [
-                f"accelerate launch --config_file {RECIPES}/accelerate/fsdp2.yaml --num_processes 8 "
-                "-m video_r1 rl video-r1-7b-tgrpo --model_name_or_path runs/x --train_manifest MANIFEST"
+                f"{LAUNCHED}/fsdp2.yaml --num_processes 8 -m video_r1 rl video-r1-7b-tgrpo "
+                "--model_name_or_path runs/x --train_manifest MANIFEST"
             ],
         ),
         (
@@ -71,23 +56,14 @@ def commands(lines: list[str]) -> list[str]:
                 "video-r1 report runs/lab-tgrpo",
             ],
         ),
-        (
-            "rl qwen3-vl-4b-tgrpo-lora --output_dir o",
-            [
-                "video-r1 merge o o-merged",
-                "video-r1 eval o-merged --bench mvbench,tempcompass --order ordered,shuffled",
-                "video-r1 report o",
-            ],
-        ),
         ("eval run lab/test.json", ["video-r1 report run"]),
         ("eval Qwen/Qwen2.5-VL-3B-Instruct lab/test.json", []),
-        ("plan lab-tgrpo", ["video-r1 rl lab-tgrpo"]),
         (
-            "plan video-r1-7b-sft-lora --gpus 4 --sharding zero3",
+            "plan video-r1-7b-sft-lora --gpus 4 --sharding zero3 --gradient_accumulation_steps 4",
             [
-                f"accelerate launch --config_file {RECIPES}/accelerate/zero3.yaml --num_processes 4 "
-                f"--deepspeed_config_file {RECIPES}/deepspeed/zero3.json "
-                "-m video_r1 sft video-r1-7b-sft-lora --gradient_accumulation_steps 4"
+                f"{LAUNCHED}/zero3.yaml --num_processes 4 --deepspeed_config_file "
+                f"{RECIPES}/deepspeed/zero3.json -m video_r1 sft video-r1-7b-sft-lora "
+                "--gradient_accumulation_steps 4"
             ],
         ),
         (
@@ -97,10 +73,6 @@ def commands(lines: list[str]) -> list[str]:
                 "video-r1 rl video-r1-7b-tgrpo-lora --load_in_4bit --use_vllm false --length_range 1 2 "
                 "--run_name=--x --warmup_steps 9 --keep 'blind < 0.5'"
             ],
-        ),
-        (
-            "plan video-r1-7b-sft-lora --max_response_length 99 --num_generations 4",
-            ["video-r1 sft video-r1-7b-sft-lora --max_response_length 99"],
         ),
         ("data check lab/test.json", []),
     ],
@@ -112,70 +84,28 @@ def test_the_next_command_has_real_paths(
     for path in ("lab/sft.json", "lab/rl.json", "lab/test.json", "run/metrics.jsonl"):
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_text("[]")
-    found = commands(after(words))
+    found = after(words)
     assert found == expected
     for line in found:  # each can be pasted
         pasted = shlex.split(line)
-        name, rest = find_command(
-            pasted[max(pasted.index(w) for w in pasted if w in ("video-r1", "video_r1")) + 1 :]
-        )
-        read_request(name, rest)
+        start = max(pasted.index(word) for word in pasted if word in ("video-r1", "video_r1")) + 1
+        read_request(*find_command(pasted[start:]))
 
 
-def test_after_an_annotation_and_a_merge(tmp_path: Path) -> None:
+def test_after_an_annotation(tmp_path: Path) -> None:
     manifest = tmp_path / "train.json"
     manifest.write_text("[]")
-    lines = after(f"annotate {manifest} --teacher http://x/v1 --out {tmp_path}/cot.json")
-    words = f"video-r1 sft qwen3-vl-4b-sft-lora --train_manifest {tmp_path}/cot.json --media_root {tmp_path}"
-    assert commands(lines)[0] == words
-    lines = after("merge runs/lora runs/merged")
-    assert "video-r1 rl RECIPE --model_name_or_path runs/merged" in lines[0]
-    assert "video-r1 eval runs/merged" in lines[1]
+    line, _ = after(f"annotate {manifest} --teacher http://x/v1 --out {tmp_path}/cot.json")
+    words = f"--train_manifest {tmp_path}/cot.json --media_root {tmp_path}"
+    assert line == f"video-r1 sft qwen3-vl-4b-sft-lora {words}"
 
 
-def test_a_run_of_several_processes_goes_on_with_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_gpus_than_the_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, note = after("plan video-r1-7b-tgrpo-lora --gpus 4")
+    assert "the recipe counts on 1 GPUs, not 4: scale gradient_accumulation_steps by 1/4" in note
     monkeypatch.setenv("WORLD_SIZE", "2")
-    (line,) = commands(after("sft video-r1-7b-sft-4x96"))
+    (line,) = after("sft video-r1-7b-sft-4x96")
     assert "--num_processes 2 -m video_r1 rl video-r1-7b-tgrpo-4x96" in line
-
-
-@pytest.mark.parametrize(
-    ("words", "option", "said"),
-    [
-        ("video-r1-7b-tgrpo-lora", "", ""),
-        ("video-r1-7b-tgrpo-lora --gpus 4", "--gradient_accumulation_steps 2", ""),
-        (
-            "video-r1-7b-tgrpo-lora --gpus 3",
-            "--gradient_accumulation_steps 2",
-            "a step has 6 questions with 3 processes, 8 on the machine that the recipe is for",
-        ),
-        (
-            "video-r1-7b-tgrpo-lora --gpus 16",
-            "--gradient_accumulation_steps 1",
-            "a step has 16 questions with 16 processes, 8 on the machine that the recipe is for",
-        ),
-        (
-            "lab-tgrpo --gpus 4 --gradient_accumulation_steps 5",
-            "--gradient_accumulation_steps 5",
-            "",
-        ),
-        (
-            "video-r1-7b-tgrpo --gpus 4",
-            "",
-            "a step has 4 questions with 4 processes, 8 on the machine that the recipe is for; "
-            "--gradient_accumulation_steps 2 keeps them, if it fits",
-        ),
-        ("mine.yaml --gpus 2", "--gradient_accumulation_steps 1", ""),
-    ],
-)
-def test_a_step_keeps_its_questions_on_other_gpus(
-    words: str, option: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("mine.yaml").write_text("made_for: {command: sft, gpus: 1}\n")  # SFT's two passes by default
-    line, *more = after(f"plan {words}")
-    found = " ".join(line.partition(" --gradient_accumulation_steps ")[1:]).split()
-    assert (" ".join(found), more) == (option, [said] * bool(said))
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -203,9 +133,9 @@ def test_a_server_says_what_to_do_with_it(on_gpu: bool) -> None:
             signal.SIGINT,
             130,
             "eval run lab/test.json",
-            "the same command goes on with the questions that are left: ",
+            "the same command continues with the remaining questions: ",
         ),
-        (signal.SIGTERM, 143, "rl lab-tgrpo", "the same command goes on from there: video-r1 rl lab-tgrpo\n"),
+        (signal.SIGTERM, 143, "rl lab-tgrpo", "the same command resumes: video-r1 rl lab-tgrpo\n"),
         (signal.SIGTERM, 143, "report run", "video-r1: interrupted\n"),
     ],
 )
@@ -227,7 +157,7 @@ def test_an_interrupted_command_says_how_to_go_on(
 
 def test_what_is_saved_comes_first() -> None:
     assert again("rl", ["rl", "a b.yaml"], "x is the last checkpoint") == (
-        "interrupted; x is the last checkpoint; the same command goes on from there: video-r1 rl 'a b.yaml'"
+        "interrupted; x is the last checkpoint; the same command resumes: video-r1 rl 'a b.yaml'"
     )
     assert again("lab make", ["lab", "make"], "") == "interrupted"
     assert str(Interrupted()) == ""

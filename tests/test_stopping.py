@@ -86,7 +86,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     assert 3 <= step < 8
     assert f"video-r1: {number.name}: this step is finished" in said
     words = f"video-r1 rl {recipe} --output_dir {run}"
-    last = f"interrupted; {checkpoint} is the last checkpoint; the same command goes on from there: {words}\n"
+    last = f"interrupted; {checkpoint} is the last checkpoint; the same command resumes: {words}\n"
     assert said.endswith(f"video-r1: {last}") and "Traceback" not in said
     assert not is_finished(run) and not (run / "unfinished").exists()
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, step + 1))
@@ -108,7 +108,7 @@ def test_a_second_ctrl_c_ends_it_at_once(recipe: Path, whole: Path) -> None:
     said = run.with_suffix(".log").read_text()
     assert process.exitcode == 130, said[-3000:]
     assert time.monotonic() - asked < 10
-    assert "interrupted; there is no checkpoint yet; the same command goes on from there" in said
+    assert "interrupted; there is no checkpoint yet; the same command resumes" in said
     assert not [*run.glob("checkpoint-*")]
     finish(recipe, run)
     same_run(run, whole)
@@ -129,7 +129,7 @@ def test_all_processes_stop_where_one_of_them_is_told(tmp_path: Path) -> None:
     (checkpoint,) = stopped.glob("checkpoint-*")
     said = run.logs[0].read_text()
     assert (
-        f"{checkpoint} is the last checkpoint; the same command, by the same launcher on every machine"
+        f"{checkpoint} is the last checkpoint; the same command, with the same launcher on every machine,"
         in said
     )
     Run(recipe, stopped, {}).finish()

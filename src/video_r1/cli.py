@@ -24,7 +24,6 @@ from video_r1.command_help import HELP_STYLES, command_help, overview
 from video_r1.commands import COMMANDS, EARLIER_NAMES, TRAINS
 from video_r1.console import show, tidy_output
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.next_steps import again, next_steps
 from video_r1.processes import Interrupted, ended_by_signals, number_of
 from video_r1.recipe import Recipe, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
@@ -92,6 +91,8 @@ def run(words: list[str]) -> int:
         from video_r1.lab.smoke import run_smoke
 
         return run_smoke(recipe, carry_out)
+    from video_r1.next_steps import again, next_steps  # not for help: it imports fsspec
+
     try:
         code = carry_out(recipe)
     except KeyboardInterrupt as stop:

@@ -86,7 +86,11 @@ def draft_of(path: Path) -> Iterator[Path]:
 
     No reader sees half of the file: the draft is on the disk before it is renamed. The draft has a random
     name and is always a new file, so a link in a downloaded folder is replaced and never written through.
+    A device or a pipe (/dev/full) is written directly.
     """
+    if not path.is_symlink() and (path.is_char_device() or path.is_fifo()):
+        yield path
+        return
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     try:
         os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))

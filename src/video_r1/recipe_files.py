@@ -27,6 +27,7 @@ RECIPES = PACKAGE / "recipes"
 ACCELERATE = {"none": "ddp", "fsdp2": "fsdp2", "zero2": "zero2", "zero3": "zero3"}
 PACKAGED_MODEL = "lab-base"
 """Name of the small pretrained base that comes with the package."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the first is ten times as fast
 MERGED = "-merged"
 """Suffix that the recipes add to a LoRA run's folder for its merged checkpoint."""
 
@@ -113,9 +114,9 @@ def read_recipe(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
 def read_one_recipe(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read one recipe file without its base. Raises RequestError."""
     try:
-        text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        loader = LOADER(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        values = {} if node is None else loader.construct_document(node)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise RequestError(f"{path}: cannot be read as a recipe: {reason}") from error
