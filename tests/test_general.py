@@ -197,7 +197,7 @@ def test_lora(family: str) -> None:
         scored = group_logprobs(model, prompts[:1], [[rollout.token_ids for rollout in sampled]]).logprobs
     found = torch.cat([rollout.logprobs for rollout in sampled])
     torch.testing.assert_close(found, scored, atol=1e-4, rtol=0)
-    with pytest.raises(ConfigError, match="lora_vision_tower: which layers to adapt in the tower of"):
+    with pytest.raises(ConfigError, match="lora_vision_tower: the layers to adapt in the tower of"):
         add_lora(build(family), vision_tower=True)
 
 

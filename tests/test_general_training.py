@@ -158,7 +158,7 @@ def test_a_processor_without_videos_is_given_images(checkpoints: dict[str, Path]
 def test_what_the_general_path_refuses(checkpoints: dict[str, Path], tmp_path: Path, manifest: Path) -> None:
     source = checkpoints["smolvlm"]
     processor = load_processor(source)
-    with pytest.raises(ConfigError, match=r"weights in 4 bits are for Qwen2\.5-VL.* not for smolvlm: leave"):
+    with pytest.raises(ConfigError, match=r"4-bit weights are for Qwen2\.5-VL.* not for smolvlm; remove"):
         load_model(source, load_in_4bit=True)
     with pytest.raises(ConfigError, match=r"vLLM samples for Qwen2.* not known for smolvlm; leave use_vllm"):
         make_trainer(source, str(manifest), tmp_path, use_vllm=True)

@@ -142,7 +142,7 @@ def test_a_fast_path_that_agrees_is_taken(caplog: pytest.LogCaptureFixture) -> N
     assert not caplog.text
     only = Checked("doubling", fast, failing)  # no engine for the plain one
     assert only(x).equal(2 * x)
-    assert "doubling is taken unchecked: the plain path fails here (no kernel for this device)" in caplog.text
+    assert "doubling is used unchecked: the plain path fails here (no kernel for this device)" in caplog.text
 
 
 def test_gradients_are_compared_when_they_are_first_needed(caplog: pytest.LogCaptureFixture) -> None:

@@ -31,18 +31,18 @@ IMPLEMENTATION = "video_r1_groups"
 BLOCK = 128  # side of a FlexAttention block in tokens
 BUCKET = 64  # completions are padded inside attention to the longest one of their length bucket
 
-# The kernel behind scaled_dot_product_attention on the CPU. Called by name because the log-sum-exp that it
-# returns lets two partial results be joined, which the public function does not offer.
+# The kernel behind scaled_dot_product_attention on the CPU. It is called by name because it returns the
+# log-sum-exp, which is needed to join two partial results and which the public function does not return.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, slots=True)
 class GroupSpan:
-    """Where a group lies in its row, as token indices, ends exclusive.
+    """Position of a group in its row, as token indices; ends are exclusive.
 
     The first completion directly follows the prompt, so both together are one plain causal sequence
-    [start, first_end); the others, [first_end, end), see the prompt [start, prompt_end) and themselves.
+    [start, first_end). The others, [first_end, end), see the prompt [start, prompt_end) and themselves.
     """
 
     start: int
@@ -53,16 +53,15 @@ class GroupSpan:
 
 @dataclass(frozen=True, slots=True)
 class ForkLayout:
-    """The same row for layers with a state: prompts first, then completions that start from their states.
+    """Layout for layers with a state: prompts, then completions, which start from the prompts' states.
 
-    `prompts`, `completions`: [n, L] row indices, similar lengths together; short ones repeat their last.
-    `in_prompts`: [n, L] bool for each of `prompts`, False where a token is such a repeat. `states`: [groups],
-    for each group the place of its prompt's state among those of `prompts`, one bucket after the other.
-    `forks`: [n] for each of `completions`, the groups that they belong to. `back`: [N], for each token its
-    place in the flattened prompts and completions.
+    `prompts`, `completions`: buckets [n, L] of row indices, similar lengths together; short ones repeat
+    their last token. `in_prompts`: [n, L] bool a bucket of `prompts`, False for repeated tokens. `states`:
+    [groups], index of each group's prompt state among those of all `prompts` buckets. `forks`: [n] a bucket
+    of `completions`, their groups. `back`: [N], index of each token in the flattened prompts and completions.
 
-    A convolution over K tokens runs over the row in which every segment has its K - 1 predecessors before it:
-    `inputs`: [M] indices of that row's tokens, N for none; `outputs`: [N], where each token is in it.
+    A convolution over K tokens runs over a row in which the K - 1 preceding tokens are before every segment:
+    `inputs`: [M] token indices of that row, N for none; `outputs`: [N], index of each token in that row.
     """
 
     prompts: tuple[Tensor, ...]
@@ -77,13 +76,13 @@ class ForkLayout:
 
 @dataclass(frozen=True, slots=True)
 class RowLayout:
-    """Which token of a row of N tokens sees which; made once a row and used by every layer.
+    """Visibility of the N tokens of a row; built once a row and used by every layer.
 
-    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions but
-    each group's first. `buckets`: [n, L] row indices of those completions, similar lengths together; short
-    ones repeat their last token. `bucket_masks`: [n * L] bool, False where a token is such a repeat.
-    `from_buckets`: [C], for each of `others` its index in the flattened, concatenated buckets. `block_mask`:
-    the same rule for FlexAttention; None on the CPU. `forks`: for models with a state, else None.
+    `groups`: the spans of the groups in order. `others`: [C] row indices of the tokens of all completions
+    except each group's first. `buckets`: [n, L] row indices of those completions, similar lengths together;
+    short ones repeat their last token. `bucket_masks`: [n * L] bool, False for repeated tokens.
+    `from_buckets`: [C], index of each of `others` in the flattened, concatenated buckets. `block_mask`: the
+    same rule for FlexAttention; None on the CPU. `forks`: for models with a state, else None.
     """
 
     groups: tuple[GroupSpan, ...]
@@ -101,13 +100,13 @@ def row_layout(
     device: torch.device,
     kernel: int | None = None,
 ) -> RowLayout:
-    """The layout of a row of groups.
+    """Build the layout of a row of groups.
 
-    prompt_lengths: P of each group. completion_lengths: the tokens of its completions that are in the row.
+    prompt_lengths: P of each group. completion_lengths: tokens of its completions that are in the row.
     kernel: K of the convolution in layers with a state; None for a model without such layers.
     """
     groups: list[GroupSpan] = []
-    segments: list[tuple[int, int]] = []  # completions that are not the first of their group
+    segments: list[tuple[int, int]] = []  # completions except the first of each group
     position = 0
     for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
         start, prompt_end = position, position + prompt
@@ -117,7 +116,7 @@ def row_layout(
         groups.append(GroupSpan(start, prompt_end, first_end, ends[-1]))
         position = ends[-1]
     buckets, masks, row_indices = _buckets(segments)
-    # `row_indices` has row tokens in the buckets' order; what sorts it leads from the row to the buckets.
+    # `row_indices` has the row's tokens in the order of the buckets; sorting it maps the row to the buckets.
     others, order = torch.sort(row_indices)
     valid = torch.cat(masks).nonzero()[:, 0] if masks else torch.empty(0, dtype=torch.long)
     on_gpu = device.type != "cpu"
@@ -138,7 +137,7 @@ def fork_layout(
     kernel: int,
     device: torch.device,
 ) -> ForkLayout:
-    """Arguments as `row_layout` has them."""
+    """Build the layout for layers with a state; arguments as for `row_layout`."""
     prompts: list[tuple[int, int]] = []
     completions: list[tuple[int, int]] = []
     inputs: list[Tensor] = []
@@ -155,7 +154,7 @@ def fork_layout(
         completions += [(a, b) for a, b in itertools.pairwise(ends) if b > a]
         position = ends[-1]
     lengths = torch.tensor([len(part) for part in inputs])
-    after = lengths.cumsum(0).repeat_interleave(lengths - kernel + 1)  # where the segment of each token ends
+    after = lengths.cumsum(0).repeat_interleave(lengths - kernel + 1)  # end of each token's segment
     left = torch.cat([torch.arange(len(part) - kernel + 1, 0, -1) for part in inputs])
     prompt_buckets, prompt_masks, prompt_rows = _buckets(prompts)
     buckets, masks, rows = _buckets(completions)
@@ -178,7 +177,10 @@ def fork_layout(
 
 
 def _buckets(segments: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Segments [start, end) of similar length together: indices [n, L], masks [n * L], unmasked indices."""
+    """Group segments [start, end) of similar length.
+
+    Returns indices [n, L] and masks [n * L] of each bucket, and all unmasked indices.
+    """
     by_size = sorted(segments, key=lambda segment: segment[1] - segment[0])
     buckets, masks = [], []
     for _, members in itertools.groupby(by_size, key=lambda segment: (segment[1] - segment[0] - 1) // BUCKET):
@@ -194,12 +196,12 @@ def _buckets(segments: Sequence[tuple[int, int]]) -> tuple[list[Tensor], list[Te
 def block_mask(
     prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]], device: torch.device
 ) -> BlockMask:
-    """FlexAttention's block mask of the row, built from the spans: the [N, N] mask is never written out.
+    """Build FlexAttention's block mask of the row from its spans, without the [N, N] mask.
 
-    A block of 128 × 128 is skipped when no pair in it is visible, and computed without a mask when all are.
+    A block of 128 × 128 is skipped if no pair in it is visible, and computed without a mask if all are.
     """
-    spans: list[tuple[int, int, int, int]] = []  # start, end, and the prompt's start and end
-    prompt_numbers: list[int] = []  # the span that is the prompt of each span
+    spans: list[tuple[int, int, int, int]] = []  # start, end, start and end of the prompt
+    prompt_numbers: list[int] = []  # index of each span's prompt
     position = 0
     for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
         start, prompt_end = position, position + prompt
@@ -254,10 +256,10 @@ def groups_attention_forward(
     group_layout: RowLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: query [B, H, S, D], key and value [B, Hkv, S, D] -> [B, S, H, D].
+    """Attend by transformers' interface: query [B, H, S, D], key, value [B, Hkv, S, D] -> [B, S, H, D].
 
-    With `group_layout` B is 1 and S the row's tokens; on the CPU the row's pieces go through the flash kernel
-    one by one, elsewhere FlexAttention takes the layout's block mask.
+    With `group_layout` B is 1 and S is the row's tokens: on the CPU the flash kernel runs on the row's pieces
+    one by one, elsewhere FlexAttention uses the layout's block mask.
     """
     if group_layout is None:
         return sdpa_attention_forward(
@@ -265,7 +267,7 @@ def groups_attention_forward(
         )
     if dropout:
         raise ValueError(f"attention dropout is {dropout}; a row of groups needs config.attention_dropout 0")
-    if torch.is_autocast_enabled(query.device.type):  # it does not reach the kernels below
+    if torch.is_autocast_enabled(query.device.type):  # autocast does not reach the kernels below
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if group_layout.block_mask is not None:
         return flex_attention_forward(module, query, key, value, group_layout.block_mask, scaling=scaling)
@@ -276,7 +278,7 @@ def groups_attention_forward(
 
 
 class _SharedPrefixAttention(torch.autograd.Function):
-    """Attention of the row without a mask: softmax over prompt and own tokens, computed apart and joined.
+    """Attention of the row without a mask: prompt and own tokens are attended to separately, then joined.
 
     For a query with partial results o1, o2 and log-sum-exps l1, l2, and l = log(exp l1 + exp l2):
     o = exp(l1 - l) o1 + exp(l2 - l) o2. The flash backward of each part, given the joined o and l, returns
@@ -318,7 +320,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
         )
 
         def share(grad_out: Tensor, rows: Any, columns: Any, causal: bool) -> list[Tensor]:
-            """Gradients [n * L, H, D] of q, k and v by that of the rows' output [n, H, L, D]."""
+            """Return gradients [n * L, H, D] of q, k and v from the rows' output gradient [n, H, L, D]."""
             heads = (_take(query, rows), _take(keys, columns), _take(values, columns), _take(out, rows))
             lse_rows = _take(lse, rows).contiguous()
             parts = _flash_backward(grad_out, *heads, lse_rows, 0.0, causal, scale=ctx.scale)
@@ -330,7 +332,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
             grad_k[columns] += parts[1]
             grad_v[columns] += parts[2]
         for bucket, mask in zip(layout.buckets, layout.bucket_masks, strict=True):
-            # A repeated token gets no gradient: its copies in the bucket are not part of the row.
+            # Repeated tokens get no gradient: they are not part of the row.
             kept = bucket.flatten()[mask]
             parts = share(_take(grad, bucket) * mask.view(len(bucket), 1, -1, 1), bucket, bucket, True)
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
@@ -342,7 +344,7 @@ class _SharedPrefixAttention(torch.autograd.Function):
 
 
 def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
-    """Grouped-query keys and values [N, Hkv, D], each repeated for its query heads: [N, H, D]."""
+    """Repeat grouped-query keys and values [N, Hkv, D] for their query heads: [N, H, D]."""
     repeats = heads // key.shape[1]
     if repeats == 1:
         return key, value
@@ -350,14 +352,17 @@ def _all_heads(key: Tensor, value: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    """[N, H, …] and indices [n, L], or a slice of L (n = 1) -> [n, H, L, …]."""
+    """Select rows of x [N, H, …] by indices [n, L], or by a slice of L (n = 1) -> [n, H, L, …]."""
     if isinstance(rows, slice):
         return x[None, rows].transpose(1, 2)
     return x.index_select(0, rows.flatten()).unflatten(0, rows.shape).transpose(1, 2)
 
 
 def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
-    """Queries, the keys that they see and whether causally: prompts with their first completion, the rest."""
+    """Yield query rows, the key rows that they see and whether the attention is causal.
+
+    A group's prompt and first completion are one piece; its other completions see the prompt in a second one.
+    """
     for span in layout.groups:
         first = slice(span.start, span.first_end)
         yield first, first, True
@@ -368,7 +373,7 @@ def _pieces(layout: RowLayout) -> Iterator[tuple[slice, slice, bool]]:
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, rows: Any, columns: Any, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The rows' output [n * L, H, D] and log-sum-exp [n * L, H]. rows, columns: as `_take` has them."""
+    """Return the rows' output [n * L, H, D] and log-sum-exp [n * L, H]; rows, columns: as for `_take`."""
     heads = (_take(query, rows), _take(key, columns), _take(value, columns))
     out, lse = _flash(*heads, 0.0, causal, scale=scale)
     return out.transpose(1, 2).flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)

@@ -21,19 +21,20 @@ FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """name: what people call it.
+    """Facts about a model family.
 
-    timestamp_tokens: tokens of text before each temporal patch of a video, about; 0 where a video's patches
-        stand in one block.
-    text, tower: where text model and vision tower are in transformers' model for conditional generation.
-    text_linear: the linear layers of the text model that LoRA adapts, by the last part of their names.
-    tower_linear: those of the tower, a regular expression for their names within it.
+    name: display name.
+    timestamp_tokens: approximate tokens of text before each temporal patch of a video; 0 if the patches of a
+        video are one block.
+    text, tower: paths of text model and vision tower in transformers' model for conditional generation.
+    text_linear: last part of the names of the text model's linear layers, which LoRA adapts.
+    tower_linear: regular expression for the names of the tower's linear layers.
     windows: whether layers of the tower attend within windows of a frame.
     resampled_positions: whether the tower resamples learnt positions to each frame's grid.
-    transposed_experts: whether the experts' tensors of the published checkpoints are the transposes of
-        transformers' own; vLLM takes the published ones.
-    state_functions: for models whose layers have a recurrent state, transformers' module with the functions
-        that they call (models/gated_delta.py).
+    transposed_experts: whether the experts' tensors of published checkpoints are the transposes of
+        transformers' own; vLLM reads the published layout.
+    state_functions: transformers' module with the functions of layers with a recurrent state
+        (models/gated_delta.py); None for other models.
     """
 
     name: str
@@ -49,12 +50,12 @@ class Family:
 
     @property
     def text_layers(self) -> str:
-        """A regular expression for the names of the text model's linear layers, adapters' wrappers aside."""
+        """Regular expression for the names of the text model's linear layers, without adapters' wrappers."""
         return rf".*\b{self.text.rpartition('.')[2]}\..*\.({'|'.join(self.text_linear)})"
 
     @property
     def tower_layers(self) -> str:
-        """The same for the vision tower."""
+        """Regular expression for the names of the vision tower's linear layers."""
         return rf".*\b{self.tower.rpartition('.')[2]}\.({self.tower_linear})"
 
 
@@ -100,12 +101,12 @@ FAMILIES = {
 
 
 def find_family(model: Any) -> Family | None:
-    """The family of a transformers model or of its config; None for one that takes the general path."""
+    """Return the family of a transformers model or config; None if it takes the general path."""
     return FAMILIES.get(str(getattr(getattr(model, "config", model), "model_type", None)))
 
 
 def family_of(model: Any) -> Family:
-    """As `find_family`. Raises ConfigError where there is none."""
+    """Return the family of a transformers model or config. Raises ConfigError on the general path."""
     found = find_family(model)
     if found is None:
         raise ConfigError(f"{type(model).__name__} cannot take a group in one row; use {family_names()}")
@@ -117,32 +118,32 @@ def family_names() -> str:
 
 
 def check_kind(model: Any) -> None:
-    """Raises ConfigError for what is neither of a known family nor fit for the general path."""
+    """Raise ConfigError if the model is neither of a known family nor fit for the general path."""
     if find_family(model) is not None:
         return
     sees = hasattr(model, "get_image_features")
     if not sees or model.config.is_encoder_decoder or model.get_output_embeddings() is None:
         raise ConfigError(
-            f"{type(model).__name__} is no vision-language model with a decoder alone (one of "
-            f"AutoModelForImageTextToText, with get_image_features), such as {family_names()}"
+            f"{type(model).__name__} is no decoder-only vision-language model (AutoModelForImageTextToText "
+            f"with get_image_features), such as {family_names()}"
         )
 
 
 def text_of(model: Any) -> Any:
-    """The text model, without head, of a transformers model for conditional generation."""
+    """Return the text model, without head, of a transformers model for conditional generation."""
     family = find_family(model)
     return model.get_decoder() if family is None else model.get_submodule(family.text)
 
 
 def vision_parameters(model: Any) -> list[nn.Parameter]:
-    """All weights but those of text model and head: of towers, mergers, projections."""
+    """Return the weights of towers, mergers and projections: all except those of text model and head."""
     parts = (text_of(model), model.get_output_embeddings())
     text = {id(weight) for part in parts for weight in part.parameters()}
     return [weight for weight in model.parameters() if id(weight) not in text]
 
 
 def text_linear_layers(model: Any) -> list[str]:
-    """The names of the text model's linear layers but routers, for LoRA on the general path."""
+    """Return the names of the text model's linear layers except routers, for LoRA on the general path."""
     text = text_of(model)
     (prefix,) = (name for name, module in model.named_modules() if module is text)
     return [
@@ -153,5 +154,5 @@ def text_linear_layers(model: Any) -> list[str]:
 
 
 def tower_of(model: Any) -> Any:
-    """Its vision tower, merger included."""
+    """Return the model's vision tower, including the merger."""
     return model.get_submodule(family_of(model).tower)

@@ -1,12 +1,12 @@
-"""Gated DeltaNet layers (arXiv 2412.06464) in a row of groups: the prompt runs once, its state is forked.
+"""Gated DeltaNet layers (arXiv 2412.06464) in a row of groups: the prompt runs once and its state is forked.
 
                                                                            ┌─► completion 1
     prompt ─► state [H, Dk, Dv] and the last K - 1 inputs of a convolution ┼─► …
                                                                            └─► completion G
 
-Models run with unmodified transformers classes: their layers look a convolution and a rule up in their module
-by name. `fork_states` puts functions in their places that follow a row's layout. A call without one goes to
-what was there: the kernels that transformers has picked (`causal_conv1d`, `fla`), or torch's own functions.
+Models run with unmodified transformers classes: their layers look up a convolution and a rule in their module
+by name. `fork_states` replaces both by functions that follow a row's layout. Calls without a layout go to the
+original function: the kernel that transformers has picked (`causal_conv1d`, `fla`), or torch's own.
 Gradients of all completions flow back through the forked state into the prompt.
 """
 
@@ -28,14 +28,14 @@ CONVOLUTION, RULE = "causal_conv1d_fn", "torch_chunk_gated_delta_rule"
 
 @cache
 def fork_states(module: str) -> None:
-    """Replaces the two functions of transformers' module of that name; once in a process."""
+    """Replace the two functions in transformers' module of this name, once a process."""
     found = import_module(module)
     setattr(found, CONVOLUTION, forked_convolution(getattr(found, CONVOLUTION)))
     setattr(found, RULE, forked_rule(getattr(found, RULE)))
 
 
 def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A causal convolution that is given a row [1, C, N]: completions see their prompts' last tokens."""
+    """Wrap a causal convolution of a row [1, C, N]: completions see the last tokens of their prompts."""
 
     @wraps(convolve)
     def forked(states: Tensor, *args: Any, group_layout: RowLayout | None = None, **kwargs: Any) -> Tensor:
@@ -49,10 +49,10 @@ def forked_convolution(convolve: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 
 def forked_rule(rule: Callable[..., tuple[Tensor, Tensor | None]]) -> Callable[..., Any]:
-    """A chunked rule that is given a row: query, key [1, N, H, Dk], value [1, N, H, Dv], g, beta [1, N, H].
+    """Wrap a chunked rule of a row: query, key [1, N, H, Dk], value [1, N, H, Dv], g, beta [1, N, H].
 
-    Prompts of similar length run as a batch, and so do completions, from their prompts' states.
-    A token that pads a prompt changes no state: it decays nothing (g 0) and writes nothing (beta 0).
+    Prompts of similar length run as a batch, and so do completions, which start from their prompts' states.
+    Padding of a prompt does not change the state: it decays nothing (g 0) and writes nothing (beta 0).
     """
 
     @wraps(rule)

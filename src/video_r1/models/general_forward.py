@@ -3,11 +3,11 @@
     towers, once a question (`mm_encoder_outputs`; else once a row) ─► rows [prompt, completion] of a
     question, similar lengths together ─► logits that predict completion tokens (`logits_to_keep`)
 
-Positions, masks and where features stand are the model's own doing. Each completion costs its prompt once
-more, which families of families.py have once a question.
+The model itself computes positions and masks and places the features. The prompt is computed again for each
+completion; families of families.py compute it once a question.
 
-A model looks for a visual behind every placeholder that it is given, so a completion must have none: these
-tokens have no probability, neither here nor where completions are sampled (rollout/general.py).
+A model expects a visual for every placeholder, so completions must not contain any: these tokens have no
+probability, neither here nor in sampling (rollout/general.py).
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from video_r1.models.head import TokenScores, token_logprobs
 
 logger = logging.getLogger(__name__)
 
-MICRO_BATCH_TOKENS = 16384  # of the rows of one forward, padding included
+MICRO_BATCH_TOKENS = 16384  # of the rows of one forward, including padding
 PLACEHOLDERS = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index")
 NO_CHANCE = -1e9  # a logit; unlike −∞ it leaves entropies finite
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedVisuals:
-    """What a model's towers make of one prompt, as its forward takes it back.
+    """Output of a model's towers for one prompt, in the form that its forward takes.
 
-    outputs: by "image" and "video", of its visuals: a tensor [visuals, tokens, d], or a tensor for each.
+    outputs: for "image" and "video" a tensor [visuals, tokens, d], or a list of tensors.
     """
 
     outputs: dict[str, Tensor | list[Tensor]]
 
     def of_rows(self, rows: int) -> dict[str, BaseModelOutputWithPooling]:
-        """`mm_encoder_outputs` of that many rows with this prompt."""
+        """Return `mm_encoder_outputs` for this many rows with this prompt."""
         return {
             kind: BaseModelOutputWithPooling(pooler_output=_repeated(output, rows))  # pyright: ignore[reportArgumentType]
             for kind, output in self.outputs.items()
@@ -59,9 +59,9 @@ def _repeated(visuals: Tensor | list[Tensor], rows: int) -> Tensor | list[Tensor
 
 
 def encode_prompts(model: Any, prompts: Sequence[Prompt]) -> list[EncodedVisuals | None]:
-    """The towers' output for each prompt; None where the model's forward has to be given the pixels.
+    """Return the towers' output for each prompt; None if the model's forward needs the pixels.
 
-    model: of transformers. Gradients follow grad mode and what is frozen.
+    model: a transformers model. Gradients follow grad mode and frozen weights.
     """
     warn_that_it_is_slower(type(model).__name__)
     return [_encoded(model, prompt) for prompt in prompts]
@@ -79,7 +79,7 @@ def _encoded(model: Any, prompt: Prompt) -> EncodedVisuals | None:
             continue
         output = encoder(**given, return_dict=True)
         made = output.keys() - {"last_hidden_state", "hidden_states", "attentions"}
-        if made != {"pooler_output"}:  # a Q-Former's, or features for several layers
+        if made != {"pooler_output"}:  # of a Q-Former, or for several layers
             return None
         features = output.pooler_output
         outputs[kind] = features if isinstance(features, Tensor) else list(features)
@@ -89,9 +89,9 @@ def _encoded(model: Any, prompt: Prompt) -> EncodedVisuals | None:
 def prompt_inputs(
     model: Any, prompt: Prompt, visuals: EncodedVisuals | None, rows: int, longer: int = 0
 ) -> dict[str, Any]:
-    """What forward and `generate` take besides ids and mask for `rows` rows that begin with this prompt.
+    """Return the inputs besides ids and mask of forward and `generate` for `rows` rows with this prompt.
 
-    visuals: of `encode_prompts`. longer: tokens by which the rows are longer than the prompt.
+    visuals: from `encode_prompts`. longer: tokens by which the rows are longer than the prompt.
     """
     inputs: dict[str, Any] = {}
     for name, value in prompt.features.items():
@@ -106,7 +106,7 @@ def prompt_inputs(
 
 
 def _placed(model: Any, value: Tensor) -> Tensor:
-    """On the model's device; pixels in its number format."""
+    """Move a tensor to the model's device, and pixels to its number format."""
     return value.to(model.device, model.dtype if value.is_floating_point() else None)
 
 
@@ -120,9 +120,9 @@ def general_logprobs(
     with_likeliest: bool,
     entropy_gradient: bool = False,
 ) -> TokenScores:
-    """Scores [N] of all completion tokens in their order; arguments as `group_logprobs` has them.
+    """Return scores [N] of all completion tokens in order; arguments as for `group_logprobs`.
 
-    model: the transformers model within its wrappers. visuals: of `encode_prompts`.
+    model: the transformers model without wrappers. visuals: from `encode_prompts`.
     """
     head = without_placeholders(model)
     parts: list[TokenScores] = []
@@ -146,7 +146,7 @@ def general_logprobs(
 def _predicting_logits(
     model: Any, prompt: Prompt, completions: Sequence[Tensor], visuals: EncodedVisuals | None
 ) -> Tensor:
-    """[rows, L, V]: of the prompt's last token and of all of the longest completion's but its last."""
+    """Return the logits [rows, L, V] that predict completion tokens, L of the longest completion."""
     length = len(prompt.input_ids)
     rows = [torch.cat([prompt.input_ids, tokens[:-1].to(prompt.input_ids)]) for tokens in completions]
     ids = pad_sequence(rows, batch_first=True, padding_value=int(prompt.input_ids[-1])).to(model.device)
@@ -166,7 +166,7 @@ def _predicting_logits(
 
 
 def micro_batches(prompt: int, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The completions, by number, of each forward: the longest ones first; empty ones in none.
+    """Yield the indices of the completions of each forward, longest first, without empty ones.
 
     prompt, lengths: tokens of the prompt and of each completion.
     """
@@ -178,7 +178,7 @@ def micro_batches(prompt: int, lengths: Sequence[int]) -> Iterator[list[int]]:
 
 
 def placeholder_ids(config: Any) -> list[int]:
-    """The tokens behind which a model looks for a visual or a sound."""
+    """Return the ids of the placeholders of visuals and sounds."""
     ids = {getattr(config, name, None) for name in PLACEHOLDERS}
     return sorted(number for number in ids if isinstance(number, int))
 
@@ -189,7 +189,7 @@ def without_placeholders(model: Any) -> WithoutPlaceholders:
 
 
 class WithoutPlaceholders(torch.nn.Module):
-    """Logits [..., V], in which placeholders have no chance."""
+    """Layer that gives placeholders no chance in logits [..., V]."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         super().__init__()
@@ -200,10 +200,9 @@ class WithoutPlaceholders(torch.nn.Module):
         return logits.float().index_fill(-1, ids, NO_CHANCE)
 
 
-@cache
+@cache  # once a process
 def warn_that_it_is_slower(name: str) -> None:
-    """Once in a process."""
     logger.warning(
-        "%s takes the general path: right, but slower, as every completion is read with its prompt "
+        "%s takes the general path: correct, but slower, as the prompt is computed again for each completion "
         "(docs/models.md)", name,
     )  # fmt: skip

@@ -1,10 +1,10 @@
-"""The group in one row: log-probabilities of G completions at the cost of one prompt plus G completions.
+"""Log-probs of G completions at the cost of one prompt and G completions: the group in one row.
 
-    vision tower, once a question ─► [prompt, completion 1, …, completion G] of every question, end to end ─►
+    vision tower, once a question ─► row [prompt, completion 1, …, completion G] of every question ─►
     head on the positions that predict completion tokens, in chunks
 
-What a token sees and which position it has are those of its completion standing alone behind its prompt, so
-values and gradients equal those of the expanded batch, where pixels and prompt are repeated G times.
+A token sees the same tokens and has the same position as in a sequence of its prompt and completion alone. So
+values and gradients equal those of the expanded batch, in which pixels and prompt are repeated G times.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from video_r1.models.vision import encode_visuals
 
 Result = TypeVar("Result")
 KINDS = (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw"))
-"""The features that hold the pixels of images and of videos, and their grids."""
+"""Names of the features with the pixels of images and of videos, and with their grids."""
 
 
 @dataclass(slots=True)
 class GroupLogprobs:
-    """Packed results of a batch of groups; torch.split(logprobs, lengths.tolist()) gives them by completion.
+    """Packed log-probs of a batch of groups; torch.split(logprobs, lengths.tolist()) gives each completion's.
 
     `logprobs`: [N] float32, nats, all completion tokens of all groups in order. `lengths`: [completions]
-    int64, tokens of each completion. Where asked for: `entropy` [N] float32, nats; `likeliest` [N] bool,
-    whether the token is the arg max.
+    int64, tokens of each completion. On request: `entropy` [N] float32, nats; `likeliest` [N] bool, whether
+    the token is the arg max.
     """
 
     logprobs: Tensor
@@ -48,24 +48,24 @@ class GroupLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class VisionFeatures:
-    """What the vision tower makes of one prompt.
+    """The vision tower's output for one prompt.
 
-    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: for models that have
-    them (Qwen3-VL), features [V, d] that are added after the first decoder layers; else empty.
+    `embeddings`: [V, d] in the order of the prompt's visual placeholders. `deepstack`: features [V, d] that
+    are added after the first decoder layers, for models that have them (Qwen3-VL); else empty.
     """
 
     embeddings: Tensor
     deepstack: tuple[Tensor, ...] = ()
 
     def permuted(self, patches: Tensor, grids: Tensor) -> VisionFeatures:
-        """Those of a prompt that shows the temporal patches of this one's clips in another order.
+        """Return the features of a prompt that shows this prompt's temporal patches in another order.
 
-        patches: [T'] int64, by number, which counts on from clip to clip; grids: [clips, 3] int64 of this
-        prompt's clips. The towers attend within one temporal patch (their `cu_seqlens`), and nothing in them
-        depends on its place in the clip.
+        patches: [T'] int64, numbers of temporal patches, counted over all clips; grids: [clips, 3] int64 of
+        this prompt's clips. The towers attend within one temporal patch (their `cu_seqlens`), and nothing in
+        them depends on its position in the clip.
         """
         sizes = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])
-        lengths = (sizes * len(self.embeddings) // sizes.sum()).tolist()  # a merged patch is some of these
+        lengths = (sizes * len(self.embeddings) // sizes.sum()).tolist()  # patches are merged
 
         def turned(features: Tensor) -> Tensor:
             parts = features.split(lengths)
@@ -75,7 +75,7 @@ class VisionFeatures:
 
 
 VisualFeatures = VisionFeatures | EncodedVisuals
-"""Of a known family, or of the general path."""
+"""Features of a known family, or of the general path."""
 
 
 def group_logprobs(
@@ -88,14 +88,15 @@ def group_logprobs(
     with_likeliest: bool = False,
     entropy_gradient: bool = False,
 ) -> GroupLogprobs:
-    """Log-probabilities of every completion's tokens behind its prompt.
+    """Return the log-probs of every completion's tokens after its prompt.
 
-    model: for conditional generation, also inside PEFT, DDP or FSDP. A known family (families.py) has its
-    text attention is set to "video_r1_groups", which outside of this function is transformers' SDPA; others
-    take the general path (general_forward.py). With autocast, call within its context. `completions[q][g]`:
-    token ids [L_qg] int64 of any lengths. vision_features: from `encode_vision`, one a prompt, to share a
-    frozen tower's output; else it runs here. entropy_gradient: the entropy has one too. Raises PromptError
-    when a prompt's placeholders and its pixels do not match, ConfigError for no vision-language model.
+    model: for conditional generation, also inside PEFT, DDP or FSDP. The text attention of a known family
+    (families.py) is set to "video_r1_groups", which is transformers' SDPA outside of this function; other
+    models take the general path (general_forward.py). With autocast, call within its context.
+    `completions[q][g]`: token ids [L_qg] int64 of any lengths. vision_features: one a prompt from
+    `encode_vision`, to share a frozen tower's output; by default the tower runs here. entropy_gradient: keep
+    the entropy's gradient. Raises PromptError if a prompt's placeholders and pixels do not match, and
+    ConfigError if the model is no vision-language model.
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts and {len(completions)} groups of completions")
@@ -123,10 +124,10 @@ def group_logprobs(
 
 
 def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
-    """The vision tower's output for each prompt, as VisualFeatures; None for a prompt without visuals.
+    """Return each prompt's output of the vision tower, as VisualFeatures; None for a prompt without visuals.
 
-    It is called once, for images and videos together (on the general path for each prompt). Gradients follow
-    grad mode and whether it is frozen.
+    The tower is called once for images and videos together (on the general path once a prompt). Gradients
+    follow grad mode and whether the tower is frozen.
     """
     inner = vision_language_model(model)
     encode: Callable[..., Any] = encode_prompts if find_family(inner) is None else visual_features
@@ -134,17 +135,19 @@ def encode_vision(model: nn.Module, prompts: Sequence[Prompt]) -> list[Any]:
 
 
 def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeatures | None]:
-    """As `encode_vision`, for the transformers model within the wrappers, of a known family, here and now.
+    """Do the work of `encode_vision` for an unwrapped transformers model of a known family.
 
-    Each visual attends to itself alone, so that all may stand in one row. One call, and not one for each kind
-    that a batch happens to have, is what all processes of a sharded model make alike.
+    All visuals are one row, as each attends only to itself. All ranks of a sharded model have to make the
+    same calls, so there is one call, not one for each kind of visual in the batch.
     """
     names = [[kind for kind in KINDS if kind[0] in prompt.features] for prompt in prompts]
     if not any(names):
         return [None] * len(prompts)
-    having = [(prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds]
-    pixels = torch.cat([features[name] for features, (name, _) in having])
-    grids = torch.cat([features[name] for features, (_, name) in having]).cpu()
+    present = [
+        (prompt.features, kind) for prompt, kinds in zip(prompts, names, strict=True) for kind in kinds
+    ]
+    pixels = torch.cat([features[name] for features, (name, _) in present])
+    grids = torch.cat([features[name] for features, (_, name) in present]).cpu()
     output = encode_visuals(model, pixels, grids)
     layers = getattr(output, "deepstack_features", None) or []
     visuals = zip(output.pooler_output, *layers, strict=True)
@@ -156,12 +159,12 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
         count = sum(len(prompt.features[grid]) for _, grid in kinds)
         found = list(itertools.islice(visuals, count))
         parts = [torch.cat(part) for part in zip(*found, strict=True)]
-        if len(kinds) > 1:  # its images come first, wherever they stand in the prompt
+        if len(kinds) > 1:  # features of images come first, wherever the images are in the prompt
             visual = prompt.input_ids[_is_visual(model.config, prompt.input_ids)]
             is_video = visual == model.config.video_token_id
             images = sum(len(image) for image, *_ in found[: len(prompt.features[kinds[0][1]])])
             if (len(visual), int(is_video.sum())) != (len(parts[0]), len(parts[0]) - images):
-                raise PromptError("the placeholders of images and videos are not as many as their features")
+                raise PromptError("placeholders of images or videos and their features differ in number")
             order = torch.argsort(torch.argsort(is_video.int(), stable=True)).to(parts[0].device)
             parts = [part[order] for part in parts]
         encoded.append(VisionFeatures(parts[0], tuple(parts[1:])))
@@ -169,12 +172,12 @@ def visual_features(model: Any, prompts: Sequence[Prompt]) -> list[VisionFeature
 
 
 def _is_visual(config: Any, ids: Tensor) -> Tensor:
-    """Which tokens are placeholders of images or videos."""
+    """Return a mask of the placeholders of images and videos."""
     return (ids == config.image_token_id) | (ids == config.video_token_id)
 
 
 def vision_language_model(model: nn.Module) -> Any:
-    """The transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises ConfigError (see `check_kind`)."""
+    """Return the transformers model inside DDP, FSDP, DeepSpeed and PEFT. Raises as `check_kind`."""
     inner = _inside(model)
     if hasattr(inner, "get_base_model"):
         inner = inner.get_base_model()
@@ -183,17 +186,17 @@ def vision_language_model(model: nn.Module) -> Any:
 
 
 def _inside(model: Any) -> Any:
-    """The model inside DDP, FSDP and DeepSpeed."""
+    """Return the model inside DDP, FSDP and DeepSpeed."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module
     return model
 
 
 def prompt_positions(model: Any, prompt: Prompt) -> tuple[Tensor, int]:
-    """Rotary positions [3, P] (time, height, width) of a prompt, and the position of the token after it.
+    """Return a prompt's rotary positions [3, P] (time, height, width) and the position of the next token.
 
-    Both are what `forward` and `generate` use for a sequence alone: text after the prompt counts on from its
-    last token. (A video's time positions may reach beyond that.)
+    `forward` and `generate` use the same for a single sequence: text after the prompt continues from the
+    position of its last token. (Time positions of a video may be larger.)
     """
     ids = prompt.input_ids[None].cpu()
     names = ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")
@@ -213,7 +216,7 @@ def _predicting_states(
     completions: Sequence[Sequence[Tensor]],
     vision_features: Sequence[VisualFeatures | None] | None,
 ) -> Tensor:
-    """The last hidden states [N, d] at the positions that predict completion tokens."""
+    """Return the last hidden states [N, d] at the positions that predict completion tokens."""
     text = text_of(model)
     if "sliding_attention" in (getattr(text.config, "layer_types", None) or ()):
         raise ConfigError("the text layers use sliding-window attention; one row needs full attention")
@@ -250,12 +253,12 @@ def embedded(
     ids: Tensor,
     in_prompt: Tensor,
 ) -> dict[str, Any]:
-    """What the text model takes in place of the token ids [B, S]: embeddings [B, S, d] with the prompts'
-    visual features in their places, and what is added after its first layers.
+    """Return the text model's inputs for the token ids [B, S].
 
+    These are embeddings [B, S, d], with visual features at the prompts' placeholders, and DeepStack features.
     in_prompt: [B, S] bool, the prompts' tokens, in the order of the prompts. A placeholder id that the policy
-    sampled keeps its plain embedding, as in generation. Raises PromptError when placeholders and features of
-    a prompt differ in number.
+    sampled keeps its plain embedding, as in generation. Raises PromptError if placeholders and features of a
+    prompt differ in number.
     """
     embeddings = model.get_input_embeddings()(ids)
     present = [part for part in features if part is not None]
@@ -276,7 +279,7 @@ def embedded(
 
 
 def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Sequence[Tensor]]) -> Tensor:
-    """Rotary positions [3, N] of the row: every completion continues where its prompt ends."""
+    """Return the rotary positions [3, N] of the row: every completion continues where its prompt ends."""
     parts = []
     for prompt, group in zip(prompts, inputs, strict=True):
         positions, after = prompt_positions(model, prompt)
@@ -286,7 +289,10 @@ def _row_positions(model: Any, prompts: Sequence[Prompt], inputs: Sequence[Seque
 
 
 def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Sequence[Tensor]]) -> Tensor:
-    """[N] row indices of the tokens that predict completion tokens; the prompt's last predicts each first."""
+    """Return row indices [N] of the tokens that predict completion tokens.
+
+    The prompt's last token predicts the first token of each completion.
+    """
     parts = []
     position = 0
     for prompt, group in zip(prompts, completions, strict=True):
@@ -301,9 +307,9 @@ def _predicting_positions(prompts: Sequence[Prompt], completions: Sequence[Seque
 
 
 def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
-    """Run `function` as the forward pass of `model`, so that DDP's and FSDP's hooks work around it.
+    """Run `function` as the forward pass of `model`, so that the hooks of DDP and FSDP run around it.
 
-    Tensors with a gradient have to be the result, or in a tuple of it.
+    Tensors with a gradient have to be the result, or elements of a tuple.
     """
     inner = _inside(model)
     replaced = inner.__dict__.get("forward")
@@ -320,6 +326,6 @@ def through_wrapper(model: nn.Module, function: Callable[[], Result]) -> Result:
 
     inner.forward = forward
     try:
-        return model(None)  # on a GPU, DDP moves the first argument there and fails where there is none
+        return model(None)  # on a GPU, DDP moves the first argument there and fails without one
     finally:
         restore()

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens from hidden states, without the logits of all tokens at once."""
+"""Log-probs of given tokens from hidden states, without the logits of all tokens at once."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; a cache's worth on the CPU
-LEAST_ROWS = 64  # of a chunk: each adds a whole gradient to the head's weights, dear for a large vocabulary
+CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**26}  # elements of one chunk of logits; fits a CPU's cache
+LEAST_ROWS = 64  # of a chunk; each chunk adds a gradient of the head's size, costly for a large vocabulary
 
 
 class TokenScores(NamedTuple):
-    """Of N given tokens: `logprobs` [N] float32 in nats; where asked for, `entropy` [N] float32 in nats of
-    each one's distribution, and `likeliest` [N] bool, whether it is the arg max.
+    """Scores of N given tokens: `logprobs` [N] float32, nats.
+
+    On request: `entropy` [N] float32, nats, of each token's distribution; `likeliest` [N] bool, whether the
+    token is the arg max.
     """
 
     logprobs: Tensor
@@ -35,10 +37,11 @@ def token_logprobs(
     with_likeliest: bool = False,
     entropy_gradient: bool = False,
 ) -> TokenScores:
-    """log softmax(head(hidden) / temperature) at `targets`, with hidden [N, d] and targets [N] int64.
+    """Return log softmax(head(hidden) / temperature) at `targets`, for hidden [N, d] and targets [N] int64.
 
     The logits exist one chunk at a time; the backward pass computes them again. chunk_logits: elements of one
-    chunk (default: by the device), which has LEAST_ROWS tokens or more. entropy_gradient: for a bonus on it.
+    chunk (default: by the device); a chunk has at least LEAST_ROWS tokens. entropy_gradient: keep the
+    entropy's gradient, for an entropy bonus.
     """
     if chunk_logits is None:
         chunk_logits = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
@@ -65,7 +68,7 @@ def _chunk(
     with_likeliest: bool,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    if isinstance(head, FSDPModule):  # its hooks are for one call a step, not for one a chunk
+    if isinstance(head, FSDPModule):  # its hooks expect one call a step, not one a chunk
         head.unshard()
         linear = cast(nn.Linear, head)
         logits = nn.functional.linear(hidden, linear.weight, linear.bias).float()

@@ -1,4 +1,4 @@
-"""Checkpoints through transformers' own Auto classes, and which of their weights train."""
+"""Checkpoints through transformers' Auto classes; frozen weights; adding and merging LoRA adapters."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from video_r1.models.lora import (
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training_record import RECORD, read_record
 
-PIXELS_OF_ANY_MODEL = 28  # frame sides for a model that resizes as it wants
+PIXELS_OF_ANY_MODEL = 28  # multiple of frame sides for models whose processor resizes to any size
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
-"""Weights of the experts that a router chooses from, as LoRA's targets; adapted only where they are named."""
+"""LoRA targets for the weights of routed experts; adapted only on request."""
 
 
 def load_model(
@@ -57,12 +57,12 @@ def load_model(
     load_in_4bit: bool = False,
     quantization_config: Any = None,
 ) -> PreTrainedModel:
-    """A video-language model from a checkpoint folder or a hub id, in evaluation mode.
+    """Load a video-language model from a checkpoint folder or a hub id, in evaluation mode.
 
     dtype: "auto" (that of the file), a name such as "bfloat16", or a torch dtype. attn_implementation: None
     leaves the choice to transformers. load_in_4bit: see `four_bits`; quantization_config: another way to
-    quantise. Raises ConfigError when the folder is missing or incomplete, when it holds no video-language
-    model, and when weights are missing or not in safetensors files.
+    quantise. Raises ConfigError if the folder is missing or incomplete, if it holds no video-language model,
+    and if weights are missing or not in safetensors files.
     """
     source = checked_source(path)
     named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -73,8 +73,8 @@ def load_model(
     try:
         if quantization is not None and find_family(config) is None:
             raise ConfigError(
-                f"{path}: weights in 4 bits are for {family_names()}, not for {config.model_type}: leave "
-                "load_in_4bit out"
+                f"{path}: 4-bit weights are for {family_names()}, not for {config.model_type}; remove "
+                "load_in_4bit"
             )
         _check_weight_files(source)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -104,7 +104,7 @@ def load_model(
 
 
 def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A checkpoint's config. Raises ConfigError where it cannot be read or is no video-language model's."""
+    """Load a checkpoint's config. Raises ConfigError if it is unreadable or no video-language model."""
     source = checked_source(path)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -117,22 +117,23 @@ def load_config(path: str | Path, trust_remote_code: bool = False) -> PreTrained
 
 
 def keep_angles_exact(model: Any) -> None:
-    """Rotary frequencies in float32, as in a model that is not loaded in ZeRO-3's shares: while these are
-    loaded, DeepSpeed makes every new tensor in the weights' number format.
+    """Restore rotary frequencies to float32 after loading under ZeRO-3.
+
+    While DeepSpeed loads sharded weights, it makes every new tensor in their number format.
     """
     for module in model.modules():
         rounded = [name for name in module._non_persistent_buffers_set if "inv_freq" in name]
         for name in rounded:
             module._buffers[name] = module._buffers[name].float()
         if rounded:
-            model._init_weights(module)  # transformers computes them once more
+            model._init_weights(module)  # transformers computes them again
 
 
 def keep_published_layout(model: Any) -> None:
-    """Lets a model save its experts' tensors as published checkpoints have them, which is what vLLM reads.
+    """Let a model save its experts' tensors in the layout of published checkpoints, which vLLM reads.
 
-    transformers (5.19) transposes them while it loads a file whose shapes ask for it. Before it saves, it
-    looks at its own tensors' shapes, and leaves them as they are.
+    transformers (5.19) transposes them when it loads a file with such shapes. When saving, it checks its own
+    tensors' shapes and does not transpose them back.
     """
     for conversion in model._weight_conversions:
         for operation in getattr(conversion, "operations", ()):
@@ -157,8 +158,8 @@ def load_processor(path: str | Path, trust_remote_code: bool = False) -> Process
 
 
 def size_multiple(processor: ProcessorMixin) -> int:
-    """Pixels by which both sides of a frame are divisible: what the processor wants (`frame_multiple`), or
-    PIXELS_OF_ANY_MODEL where it resizes by itself.
+    """Return the pixels that divide both sides of a frame: the processor's `frame_multiple`, or
+    PIXELS_OF_ANY_MODEL if it resizes frames itself.
     """
     return frame_multiple(processor) or PIXELS_OF_ANY_MODEL
 
@@ -172,17 +173,17 @@ def freeze_vision(model: nn.Module) -> int:
 
 
 def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> Path:
-    """Adds a LoRA run's adapters to the weights that they were trained on, and writes a plain checkpoint.
+    """Add a LoRA run's adapters to the weights that they were trained on and write a plain checkpoint.
 
-    Adapters that were trained on 4-bit weights are added to what these stand for, which needs bitsandbytes.
-    adapter: a run folder or a checkpoint of it. dtype: "auto" for that of the weights. Returns `out`. Raises
-    ConfigError when the folder has no adapters, or when the model that they belong to is not where it was.
+    4-bit weights are dequantised first, which needs bitsandbytes. adapter: a run folder or one of its
+    checkpoints. dtype: "auto" for that of the weights. Returns `out`. Raises ConfigError if the folder has no
+    adapters, or if their base model is no longer where it was.
     """
     source = Path(adapter)
     if not (source / "adapter_config.json").is_file():
         found = "it has no adapter_config.json" if source.is_dir() else "there is no such folder"
         raise ConfigError(f"{source}: {found}; name the run folder of a use_peft training")
-    import peft  # an extra of this package, and in use where adapters are
+    import peft  # an extra of this package; installed where adapters are
 
     name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
     quantised = recorded_four_bits(source)
@@ -198,8 +199,8 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
         (model.unload() if plain else model.merge_and_unload(safe_merge=True)).save_pretrained(out)
         load_processor(source).save_pretrained(out)
         if (source / RECORD).is_file():
-            carried = read_record(source / RECORD)
-            replace_json(Path(out, RECORD), carried if dtype == "auto" else carried | {"dtype": dtype})
+            record = read_record(source / RECORD)
+            replace_json(Path(out, RECORD), record if dtype == "auto" else record | {"dtype": dtype})
         follow_umask(Path(out))
     return Path(out)
 
@@ -213,12 +214,11 @@ def add_lora(
     vision_tower: bool = False,
     config: Any = None,
 ) -> Any:
-    """The model with LoRA adapters: all other weights are frozen.
+    """Return the model with LoRA adapters; all other weights are frozen.
 
-    targets: names of the modules to adapt; None for every linear layer of the text model, with vision_tower
-    of the tower too; in models with experts also EXPERTS, the tensors that hold those of a layer. config: a
-    peft one in place of these. Raises ConfigError when peft is not installed, for vision_tower where the
-    model's family has no file, and for adapters that are more than LoRA.
+    targets: names of the modules to adapt, and EXPERTS; None for every linear layer of the text model, and of
+    the tower with vision_tower. config: a peft config instead of these. Raises ConfigError if peft is not
+    installed, for vision_tower on the general path, and for adapters other than plain LoRA.
     """
     try:
         import peft
@@ -228,7 +228,7 @@ def add_lora(
         family = find_family(model)
         if family is None and vision_tower and not targets:
             raise ConfigError(
-                f"lora_vision_tower: which layers to adapt in the tower of {type(model).__name__} is not "
+                f"lora_vision_tower: the layers to adapt in the tower of {type(model).__name__} are not "
                 "known; name them, and those of the text model, in lora_target_modules"
             )
         if family is None:
@@ -237,9 +237,7 @@ def add_lora(
             layers = f"{family.text_layers}|{family.tower_layers}" if vision_tower else family.text_layers
         experts = [name for name in targets or () if name in EXPERTS]
         if experts and dropout:
-            raise ConfigError(
-                f"lora_dropout is {dropout}; adapters of {experts[0]} work without dropout only"
-            )
+            raise ConfigError(f"lora_dropout is {dropout}; adapters of {experts[0]} need lora_dropout 0")
         modules = [name for name in targets if name not in EXPERTS] if targets else layers
         config = peft.LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=modules or None,
@@ -248,14 +246,14 @@ def add_lora(
     adapted = peft.get_peft_model(model, config)
     if beyond := beyond_lora(adapted):
         raise ConfigError(
-            f"{beyond}: completions are sampled with LoRA of linear layers and of experts alone (W + s·B·A), "
-            "so that another policy would be sampled than is trained; leave it out"
+            f"{beyond}: rollouts support only LoRA of linear layers and experts (W + s·B·A), so the sampled "
+            "policy would differ from the trained one; remove it"
         )
     return adapted
 
 
 def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:
-    """The model with what does not train frozen, and with adapters where the settings want some."""
+    """Return the model with frozen weights and adapters as the settings say."""
     if settings.freeze_vision_tower:
         freeze_vision(model)
     if not settings.use_peft:
@@ -265,8 +263,10 @@ def with_trained_parts(model: PreTrainedModel, settings: ModelSettings) -> Any:
 
 
 def checked_source(path: str | Path, with_weights: bool = True) -> str:
-    """A checkpoint folder or a hub id as from_pretrained takes it. with_weights: the folder has to be a whole
-    model. Raises ConfigError, without asking the hub, for a folder that is missing or incomplete.
+    """Return a checkpoint folder or hub id in the form that from_pretrained takes.
+
+    with_weights: the folder must hold a whole model. Raises ConfigError, without asking the hub, if the
+    folder is missing or incomplete.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():

@@ -26,16 +26,16 @@ from video_r1.files import replace_json
 
 logger = logging.getLogger(__name__)
 
-ROUNDED_AT_ONCE = 1 << 24  # weights, with 14 bytes of working memory each
+ROUNDED_AT_ONCE = 1 << 24  # weights; each needs 14 bytes of working memory
 RECORD = "base_quantization.json"
 IN_FULL = ("model.visual", "lm_head")
-"""Modules whose linear layers keep their number format. The embeddings do too: they are no linear layers."""
+"""Modules whose linear layers keep their number format, like the embeddings."""
 
 
 def beyond_lora(model: Any) -> str | None:
-    """What a PEFT model's adapters have besides W + s·B·A of linear layers and experts, or None.
+    """Return what a PEFT model's adapters have besides W + s·B·A of linear layers and experts, or None.
 
-    Neither `merged_weight` nor a model that vLLM holds would have it.
+    `merged_weight` and the model in vLLM would ignore it.
     """
     for config in model.peft_config.values():
         if config.peft_type != "LORA":
@@ -49,10 +49,9 @@ def beyond_lora(model: Any) -> str | None:
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
-    """The weight of a PEFT layer with its active adapters added, in the base weight's number format (see
-    `rounded_sum`).
+    """Return a PEFT layer's weight plus active adapters, in the base weight's format (`rounded_sum`).
 
-    The layer is left as it is. Weights in 4 bits are given in full, sharded ones (FSDP2) whole. A layer may
+    The layer does not change. Weights in 4 bits are dequantised, sharded ones (FSDP2) gathered. A layer may
     also adapt a tensor of all experts: see `adapted_name`.
     """
     base = layer.get_base_layer()
@@ -64,16 +63,16 @@ def merged_weight(layer: Any) -> Tensor:
 
 
 def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
-    """weight + changes, in the weight's number format; bfloat16 is rounded so that small changes are kept.
+    """Return weight + changes in the weight's number format; small changes survive in bfloat16.
 
-    A bfloat16 number has 8 significant bits, so that the nearest one to W + Δ is W again where |Δ| is below
-    about |W| ÷ 512: nearly everywhere in the first hundred steps of a LoRA run. So it is rounded up with the
-    probability that its cut-off bits stand for (stochastic rounding, arXiv 1502.02551, section 3), by random
-    numbers that are the same at each call: the sum is right on average over the weights of a row.
+    A bfloat16 number has 8 significant bits, so the number nearest to W + Δ is W again if |Δ| is below about
+    |W| ÷ 512: nearly everywhere in the first hundred steps of a LoRA run. So the sum is rounded up with the
+    probability that its cut-off bits stand for (stochastic rounding, arXiv 1502.02551, section 3), with the
+    same random numbers at each call: it is right on average over the weights of a row.
     """
     total = torch.empty_like(weight)
     fixed = torch.Generator(weight.device).manual_seed(0)
-    cut_off = 1 << 16  # bits of a float32 that bfloat16 does not have
+    cut_off = 1 << 16  # range of the float32 bits that bfloat16 lacks
     rows = max(1, ROUNDED_AT_ONCE // max(1, weight[0].numel()))
     for result, own, *added in zip(*(each.split(rows) for each in (total, weight, *changes)), strict=True):
         exact = own.to(torch.float32, copy=True)
@@ -90,42 +89,40 @@ def rounded_sum(weight: Tensor, *changes: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_adapters(model: nn.Module) -> None:
-    """Adds a PEFT model's adapters to its weights for good; the adapters stay beside them until `unload`.
+    """Add a PEFT model's adapters to its weights; the adapter modules remain until `unload`.
 
-    Raises ConfigError when a sum is not finite.
+    Raises ConfigError if a sum is not finite.
     """
-    layers: dict[str, Any] = {
-        n: each for n, each in model.named_modules() if hasattr(each, "get_delta_weight")
-    }
-    for name, layer in layers.items():
-        weight = merged_weight(layer)
-        if not torch.isfinite(weight).all():
-            raise ConfigError(f"{name}: its adapters are broken, numbers in them are not finite")
-        layer.get_base_layer().get_parameter(adapted_name(layer)).copy_(weight)
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, "get_delta_weight"):
+            weight = merged_weight(layer)
+            if not torch.isfinite(weight).all():
+                raise ConfigError(f"{name}: its adapters are broken: they contain non-finite numbers")
+            base: Any = layer.get_base_layer()
+            base.get_parameter(adapted_name(layer)).copy_(weight)
 
 
 def adapted_name(layer: Any) -> str:
-    """Which parameter of its module a PEFT layer adapts: the weight, or the one of `target_parameters`."""
+    """Return the parameter that a PEFT layer adapts: the weight, or the one of `target_parameters`."""
     return getattr(layer, "parameter_name", "weight")
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor (FSDP2) gathered from all processes; others as they are. Detached."""
+    """Return the tensor detached, and gathered from all ranks if it is sharded (FSDP2)."""
     gathered: Any = getattr(tensor, "full_tensor", None)
     return (tensor if gathered is None else gathered()).detach()
 
 
 @contextmanager
 def merged_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it, the model's LoRA layers are plain linear layers with the adapters added to copies of their
-    weights, so that decoding launches as many kernels as without adapters.
+    """Replace the model's LoRA layers by plain linear layers with merged copies of their weights.
 
-    For forwards under `torch.no_grad` with weights that do not change. Layers whose base is in 4 bits stay as
-    they are, and so do all where a GPU has no memory for the copies.
+    Decoding then launches as many kernels as without adapters. For forwards under `torch.no_grad` with
+    weights that do not change. Layers with a 4-bit base are not replaced; on a GPU without memory none are.
     """
     layers = adapted_linears(model)
     if layers and not has_memory_for([layer.base_layer.weight for layer in layers.values()]):
-        logger.info("sampling with adapters beside their weights: there is no memory for merged copies")
+        logger.info("sampling with separate adapters: there is no memory for merged copies of the weights")
         layers = {}
     for name, layer in layers.items():
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -140,7 +137,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def adapted_linears(model: nn.Module) -> dict[str, Any]:
-    """The LoRA layers over plain linear layers, by name."""
+    """Return the LoRA layers over plain linear layers, by name."""
     return {
         name: layer
         for name, layer in model.named_modules()
@@ -149,7 +146,7 @@ def adapted_linears(model: nn.Module) -> dict[str, Any]:
 
 
 def has_memory_for(weights: list[Tensor]) -> bool:
-    """Whether a GPU has twice the memory of copies of these weights; elsewhere True."""
+    """Return whether a GPU has twice the memory of copies of these weights; True on other devices."""
     device = weights[0].device
     if device.type != "cuda":
         return True
@@ -177,10 +174,10 @@ def four_bits() -> Any:
 
 
 def keep_codes_as_they_are(model: nn.Module) -> None:
-    """Stops bitsandbytes from rearranging a layer's codes when it is first used without gradients on a CPU.
+    """Keep bitsandbytes from rearranging a layer's codes at its first use without gradients on a CPU.
 
-    Where the CPU has AVX512-BF16, that is for inference only: layers so changed have no backward pass, round
-    their scales, and refuse shapes that are no multiples of the block.
+    With AVX512-BF16 it does so, for inference only: such layers have no backward pass, round their scales and
+    reject shapes that are not multiples of the block.
     """
     for layer in model.modules():
         if is_four_bit(layer):
@@ -192,17 +189,19 @@ def is_four_bit(layer: nn.Module) -> bool:
 
 
 def dense_weight(layer: nn.Module) -> Tensor:
-    """A layer's weight [out, in] in full: W̃ for one in 4 bits, detached."""
+    """Return a layer's weight [out, in], detached; W̃ for a layer in 4 bits."""
     weight: Any = layer.weight
     if not is_four_bit(layer):
         return weight.detach()
-    from bitsandbytes.functional import dequantize_4bit  # an extra of this package, and in use here
+    from bitsandbytes.functional import (
+        dequantize_4bit,
+    )  # an extra of this package; installed, as it is in use
 
     return dequantize_4bit(weight.data, weight.quant_state)
 
 
 def record_four_bits(model: Any, folder: Path) -> None:
-    """Writes beside a model's adapters how its base was quantised; nothing for a model that was not."""
+    """Write to a folder of adapters how their base was quantised, if it was."""
     config = model.config
     if getattr(config, "quantization_config", None) is not None:
         record = {"dtype": str(config.dtype).removeprefix("torch."), **config.quantization_config.to_dict()}
@@ -210,9 +209,9 @@ def record_four_bits(model: Any, folder: Path) -> None:
 
 
 def recorded_four_bits(folder: Path) -> tuple[str, Any] | None:
-    """What `record_four_bits` wrote into the folder, if anything: the number format before, and how.
+    """Return the record of `record_four_bits`: the original number format and the config; or None.
 
-    Raises ConfigError when bitsandbytes is not installed.
+    Raises ConfigError if bitsandbytes is not installed.
     """
     if not (folder / RECORD).is_file():
         return None

@@ -1,9 +1,9 @@
 """Linear layers on a CPU through oneDNN, without gradients.
 
-torch multiplies float32 matrices on a CPU through MKL, which rearranges a weight at every call. Decoding,
-where a few rows meet all weights again and again, spends most of its time on that. Within `onednn_linears`
-the layers of a model call oneDNN instead, with weights that are arranged once.
-`python -m benchmarks.rollout` measures what it gives.
+torch multiplies float32 matrices on a CPU through MKL, which rearranges the weight at every call. Decoding
+multiplies a few rows by all weights at every token and spends most of its time on that. Within
+`onednn_linears` a model's layers call oneDNN instead, with weights that are arranged once.
+`python -m benchmarks.rollout` measures the gain.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from torch.nn import functional
 from video_r1.models.families import text_of, tower_of
 from video_r1.models.vision import PatchProjection
 
-LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN takes 10 µs longer than the product of few
-MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies: a larger model's are used as they lie
+LEAST_PRODUCTS = 2**20  # multiplications; a call of oneDNN costs 10 µs more, too much for smaller products
+MOST_ARRANGED_BYTES = 2**30  # arranged weights are copies; a larger model's weights are not copied
 
 
 @contextmanager
 def onednn_linears(model: Any, rows: int) -> Iterator[None]:
-    """Within it, float32 linear layers of a Qwen-VL model on a CPU, and its patch embedding, use oneDNN.
+    """Let float32 linear layers and the patch embedding of a Qwen-VL model on a CPU use oneDNN.
 
-    rows: completions decoded at once; layers too small for it stay as they are. For forwards under
-    `torch.no_grad`, with weights that do not change. Results differ from torch's in the last bits. Does
-    nothing on other devices, under autocast and where torch has no oneDNN; a layer with a forward of its own
-    (adapters, quantised, hooked) or with sharded weights stays as it is.
+    rows: completions decoded at once; small layers are not changed. For forwards under `torch.no_grad`, with
+    weights that do not change. Results differ from torch's in the last bits. Does nothing on other devices,
+    under autocast and if torch has no oneDNN; layers that have another forward (adapters, quantised, hooked)
+    or sharded weights are not changed.
     """
     decoding: list[Any] = []
     once: list[Any] = []
@@ -59,7 +59,7 @@ def onednn_linears(model: Any, rows: int) -> Iterator[None]:
 
 
 def _plain(module: Any) -> bool:
-    """A linear layer, or the vision tower's one convolution, which is applied to each patch as a whole."""
+    """Return whether it is a float32 linear layer on the CPU, or the tower's patch convolution."""
     if type(module) not in (nn.Linear, nn.Conv3d, PatchProjection) or "forward" in vars(module):
         return False
     weight = module.weight
@@ -67,13 +67,15 @@ def _plain(module: Any) -> bool:
 
 
 def _linear(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    """weight: [N, K]; inputs: [..., K]; result [..., N]."""
+    """Multiply inputs [..., K] by the weight [N, K]: [..., N]."""
     if inputs.numel() * len(weight) < LEAST_PRODUCTS:
         return functional.linear(inputs, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(inputs, arranged, bias, "none", [], None)
 
 
 def _patches(weight: Tensor, arranged: Tensor, bias: Tensor | None, inputs: Tensor) -> Tensor:
-    """A convolution whose kernel covers a whole patch. weight: [N, K]; inputs: [patches, C, T, H, W] with
-    C*T*H*W = K; result [patches, N, 1, 1, 1]."""
+    """Convolve patches [patches, C, T, H, W] by kernels that cover a whole patch -> [patches, N, 1, 1, 1].
+
+    weight: [N, K] with K = C*T*H*W.
+    """
     return _linear(weight, arranged, bias, inputs.flatten(1))[..., None, None, None]

@@ -1,10 +1,9 @@
-"""The vision tower in few calls: one attention call a layer, patches embedded by a matrix product, and no
-question to the device.
+"""The vision tower in few calls: one attention call a layer, patches embedded by a matrix product, no syncs.
 
 transformers calls attention once for every window of every frame (1,824 times for a clip of 16 frames in
 Qwen2.5-VL), embeds patches by Conv3d, and reads lengths back from the device in each layer. Here the grids
-stay on the CPU, and what follows from them is computed there and handed over. Values and gradients are those
-of transformers' own way.
+stay on the CPU; indices and lengths are computed there and copied to the device. Values and gradients equal
+those of transformers.
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ from video_r1.models.checked import Checked
 from video_r1.models.families import Family, family_of, tower_of
 
 IMPLEMENTATION = "video_r1_vision_flash"
-"""With "flash" in its name an implementation is given all segments at once; transformers calls any other one
-segment by segment."""
+"""Name of the attention. transformers passes all segments at once only to names that contain "flash"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """The parts of a row of S patches that attend to themselves alone: frames, or windows of them.
+    """Parts of a row of S patches that attend only to themselves: frames, or windows of frames.
 
-    `starts`: [count + 1] int32 on the device; `longest`: patches. `buckets`: (segments, patches of each) for
-    every length there is, in the order of the row. `order`, `back`: [S] int64 on the device, the row with
-    equal lengths side by side and the way back; None where they stand so already.
+    `starts`: [count + 1] int32 on the device. `longest`: patches of the longest segment. `buckets`:
+    (segments, patches of each) for every length, in the order of the row. `order`, `back`: [S] int64 on the
+    device, the permutation that puts equal lengths side by side and its inverse; None if they are so already.
     """
 
     starts: Tensor
@@ -50,9 +48,9 @@ class Segments:
 
     @classmethod
     def of(cls, starts: Tensor, device: torch.device) -> Segments:
-        """starts: [count + 1] int32 on the CPU."""
+        """Build segments from their starts [count + 1], int32 on the CPU."""
         lengths, order, back = starts.diff(), None, None
-        if len(lengths.unique_consecutive()) > len(lengths.unique()):  # equal ones stand apart
+        if len(lengths.unique_consecutive()) > len(lengths.unique()):  # equal lengths are not adjacent
             order = torch.argsort(lengths.repeat_interleave(lengths), stable=True)
             back = torch.argsort(order).to(device)
             order, lengths = order.to(device), lengths.sort().values
@@ -62,13 +60,13 @@ class Segments:
 
 
 class PatchProjection(nn.Conv3d):
-    """A Conv3d whose kernel is its whole input, as the matrix product that it is.
+    """A Conv3d whose kernel covers its whole input, computed as a matrix product.
 
-    In bf16 Conv3d is many times slower on GPUs, and some have no engine for it.
+    In bf16 Conv3d is many times slower on GPUs, and some GPUs have no kernel for it.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """[patches, channels, time, height, width] -> [patches, d, 1, 1, 1]."""
+        """Embed patches [patches, channels, time, height, width] -> [patches, d, 1, 1, 1]."""
         return patch_projection(input, self.weight, self.bias)
 
 
@@ -80,10 +78,10 @@ patch_projection = Checked("the patch embedding as a matrix product", _as_produc
 
 
 def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
-    """What the inner model's `get_image_features` returns for images and videos alike, in few calls.
+    """Return the inner model's `get_image_features` of images and videos, computed in few calls.
 
-    model: of transformers, for conditional generation. pixels: [patches, values of a patch] on
-    any device. grids: [visuals, 3] int64 on the CPU: time, height and width in patches.
+    model: transformers' model for conditional generation. pixels: [patches, values of a patch] on any device.
+    grids: [visuals, 3] int64 on the CPU: time, height and width in patches.
     """
     visual = tower_of(model)
     projection = visual.patch_embed.proj
@@ -91,11 +89,9 @@ def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
         projection.__class__ = PatchProjection
     device = projection.weight.device
     arguments: dict[str, Any] = {}
-    if visual.config._attn_implementation == "sdpa":  # nobody has asked for another one
+    if visual.config._attn_implementation == "sdpa":  # the default
         for block in visual.blocks:
-            if (
-                block.attn.config is visual.config
-            ):  # which others read: a model that is made of it, for example
+            if block.attn.config is visual.config:  # copied: others may build a model from this config
                 block.attn.config = copy.copy(visual.config)
                 block.attn.config._attn_implementation = IMPLEMENTATION
         arguments = tower_arguments(family_of(model), visual, grids, device)
@@ -103,7 +99,7 @@ def encode_visuals(model: Any, pixels: Tensor, grids: Tensor) -> Any:
 
 
 def tower_arguments(family: Family, visual: Any, grids: Tensor, device: torch.device) -> dict[str, Any]:
-    """What a family's tower computes from the grids, by the names under which it takes them."""
+    """Return the arguments that a family's tower would otherwise compute from the grids."""
     merge = visual.spatial_merge_size
     frames = Segments.of(get_vision_cu_seqlens(grids), device)
     arguments: dict[str, Any] = {
@@ -141,13 +137,13 @@ def vision_attention(
     segments: Sequence[Segments] = (),
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query, key, value [1, H, S, D] -> [1, S, H, D].
+    """Attend by transformers' interface: query, key, value [1, H, S, D] -> [1, S, H, D].
 
-    segments: those of `tower_arguments`. Windows subdivide frames, so their number tells the two apart.
+    segments: from `tower_arguments`. Windows subdivide frames, so the number of segments tells which it is.
     """
     count = len(cu_seq_lens_q) - 1
     parts = next((part for part in segments if len(part.starts) - 1 == count), None)
-    if parts is None:  # the tower was called by somebody else
+    if parts is None:  # called without `tower_arguments`
         parts = Segments.of(cu_seq_lens_q.cpu(), query.device)
     packed = query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16)
     attend = packed_attention if packed else attention_by_length
@@ -155,7 +151,7 @@ def vision_attention(
 
 
 def attention_by_length(query: Tensor, key: Tensor, value: Tensor, parts: Segments, scale: float) -> Tensor:
-    """[1, H, S, D] -> [1, S, H, D]: segments of equal length as one batch, by transformers' own kernel."""
+    """Attend within segments, those of equal length as one batch: [1, H, S, D] -> [1, S, H, D]."""
     states = [x[0] if parts.order is None else x[0].index_select(1, parts.order) for x in (query, key, value)]
     sizes = [count * length for count, length in parts.buckets]
     found = []
