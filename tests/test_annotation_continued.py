@@ -202,7 +202,7 @@ def test_a_later_line_replaces_an_earlier_one(tmp_path: Path) -> None:
 def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path, text: str) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text(text)
-    with pytest.raises(RequestError, match=r"line [12] is none of an annotation's journal"):
+    with pytest.raises(RequestError, match=r"line [12] does not belong to an annotation's journal"):
         Journal(path, SETTINGS)
     assert path.read_text() == text
 

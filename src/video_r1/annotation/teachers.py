@@ -1,13 +1,13 @@
 """Teachers: engines and endpoints that write K rationales for each of many questions.
 
-A teacher's `answers(requests)` yields lists of `TeacherAnswer` as they are finished, in any order, one for
-each request. It reads ahead by a bounded number of requests and holds no more frames than those need.
+`answers(batches, done)` yields lists of `TeacherAnswer` as they are finished, in any order, one for each
+question that is not in `done`. A teacher reads a bounded number of questions ahead of its caller, and holds
+the frames of no more than those.
 """
 
-from collections.abc import Generator, Iterable
+from collections.abc import Container, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import Any, NamedTuple, Protocol
 
 from video_r1.chat_client import (
@@ -23,9 +23,10 @@ from video_r1.chat_client import (
 )
 from video_r1.data.decoding.frame_cache import open_frame_cache, read_cached
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import Prompt, TextPrompts
-from video_r1.data.reading import Batch, Reader, Unusable
+from video_r1.data.prompts import TextPrompts
+from video_r1.data.reading import Batch, Reader
 from video_r1.errors import MediaError, PromptError, VideoR1Error
+from video_r1.evaluation.question_loop import read_batches
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
@@ -33,39 +34,35 @@ from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
 
-class TeacherRequest(NamedTuple):
-    """place: in the manifest, from 0. done: it is answered, but shares a batch with one that is not."""
-
-    place: int
-    sample: Sample
-    done: bool = False
-
-
 class Failed(NamedTuple):
-    """Why a question has no rationales. kind: media, prompt or endpoint."""
+    """Reason for which a question has no rationales. kind: media, prompt or endpoint."""
 
     kind: str
     reason: str
 
 
 class TeacherAnswer(NamedTuple):
-    """outcome: the K completions of a question, or why there are none."""
+    """A question with the K completions that the teacher wrote, or with the reason for which it has none."""
 
     sample: Sample
     outcome: list[Completion] | Failed
 
 
+Batches = Sequence[Sequence[Sample]]
+Done = Container[str | int]  # problem_ids
+
+
 class Teacher(Protocol):
     @property
-    def batch_size(self) -> int: ...  # questions that are asked again together
+    def batch_size(self) -> int: ...  # questions that are asked together
 
-    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]: ...
+    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]: ...
 
     def close(self) -> None: ...
 
 
 def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
-    """A seed in [0, 2^31) for one question, the same in every run and on every machine."""
+    """Return a seed in [0, 2^31) for one question, the same in every run and on every machine."""
     return derived_seed(seed, problem_id, draw, bits=31)
 
 
@@ -73,8 +70,8 @@ def sample_seed(seed: int, problem_id: str | int, draw: int = 0) -> int:
 class EngineTeacher:
     """A checkpoint behind one of the rollout engines, `batch_size` questions at a time.
 
-    Batches are runs of the manifest's own order, and one that is done again is done whole: it then gives what
-    it would have given before, bit for bit (unless none of its open questions can be read even now).
+    A batch is asked again as a whole, and then gives the same answers bit for bit, unless media of it can no
+    longer be read.
     """
 
     engine: RolloutEngine
@@ -86,25 +83,22 @@ class EngineTeacher:
     def batch_size(self) -> int:
         return self.settings.batch_size
 
-    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]:
-        batches = [list(batch) for _, batch in groupby(questions, lambda one: one.place // self.batch_size)]
-        read = self.reader.batches(
-            [Batch([question.sample for question in batch]) for batch in batches], self.builder.build
-        )
-        for batch, loaded in zip(batches, read, strict=True):
-            asked = [i for i, prompt in enumerate(loaded) if isinstance(prompt, Prompt)]
-            outcomes: list[Any] = [Failed(x.kind, str(x)) if isinstance(x, Unusable) else x for x in loaded]
-            if any(not batch[i].done for i in asked):
-                seeds = tuple(sample_seed(self.settings.seed, batch[i].sample.problem_id) for i in asked)
-                prompts: Any = [loaded[i] for i in asked]
-                sampling = SamplingSettings.of(self.settings, self.settings.samples)
+    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]:
+        sampling = SamplingSettings.of(self.settings, self.settings.samples)
+        for read in read_batches(self.reader, [Batch(batch) for batch in batches], self.builder.build):
+            found: dict[str | int, Any] = {
+                sample.problem_id: Failed(error.kind, str(error)) for sample, error in read.failed
+            }
+            if any(sample.problem_id not in done for sample, _ in read.usable):
+                seeds = tuple(sample_seed(self.settings.seed, sample.problem_id) for sample, _ in read.usable)
+                prompts = [prompt for _, prompt in read.usable]
                 groups = self.engine.generate(prompts, replace(sampling, seed=seeds))
-                for i, group in zip(asked, groups, strict=True):
-                    outcomes[i] = [Completion(rollout.text, rollout.finish_reason) for rollout in group]
+                for (sample, _), group in zip(read.usable, groups, strict=True):
+                    found[sample.problem_id] = [Completion(one.text, one.finish_reason) for one in group]
             yield [
-                TeacherAnswer(question.sample, outcome)
-                for question, outcome in zip(batch, outcomes, strict=True)
-                if not question.done
+                TeacherAnswer(sample, found[sample.problem_id])
+                for sample in read.samples
+                if sample.problem_id not in done
             ]
 
     def close(self) -> None:
@@ -112,17 +106,15 @@ class EngineTeacher:
         self.engine.close()
 
 
-FAILED_IN_A_ROW = 50  # questions without an answer, after which it is not the questions' fault
+FAILED_IN_A_ROW = 50  # unanswered questions, after which the endpoint is at fault
 
 
 class EndpointTeacher:
-    """Asks `model` at the endpoint for `samples` rationales of each question, as ChatClient does.
-
-    frames_as: see `chat_request`.
+    """A model at an OpenAI-compatible endpoint. frames_as: see `chat_request`. One object serves one run.
 
     A question whose request fails eight times, or is refused as wrong, is given up and listed. VideoR1Error
     is raised when the endpoint does not answer at all for `wait` seconds, refuses the key or the model, or
-    fails at 50 questions in a row. One object serves one run.
+    fails at 50 questions in a row.
     """
 
     batch_size = 1
@@ -137,9 +129,9 @@ class EndpointTeacher:
         self._frame_cache = open_frame_cache(settings.frame_cache, settings.frame_cache_gb)
         self._client = ChatClient(endpoint, settings.concurrency, held=2 * settings.workers)
 
-    def answers(self, questions: Iterable[TeacherRequest]) -> Generator[list[TeacherAnswer]]:
-        in_a_row = 0
-        with closing(self._client.each(questions, self._answer)) as finished:
+    def answers(self, batches: Batches, done: Done) -> Generator[list[TeacherAnswer]]:
+        in_a_row, samples = 0, [sample for batch in batches for sample in batch]
+        with closing(self._client.each(samples, self._answer)) as finished:
             for answered in finished:
                 outcomes = [one.outcome for one in answered]
                 failures = [one for one in outcomes if isinstance(one, Failed) and one.kind == "endpoint"]
@@ -153,11 +145,11 @@ class EndpointTeacher:
                     )
 
     def close(self) -> None:
-        """Ends the run: what is being decoded is waited for, requests under way are left to themselves."""
+        """End the run: wait for media being decoded, abandon requests under way."""
         self._client.close()
 
-    async def _answer(self, question: TeacherRequest) -> TeacherAnswer:
-        return TeacherAnswer(question.sample, await self._outcome(question.sample))
+    async def _answer(self, sample: Sample) -> TeacherAnswer:
+        return TeacherAnswer(sample, await self._outcome(sample))
 
     async def _outcome(self, sample: Sample) -> list[Completion] | Failed:
         settings = self.settings

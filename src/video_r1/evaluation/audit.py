@@ -136,7 +136,7 @@ def _write(
     out: Path,
 ) -> dict[str, Any]:
     """For the first process: the audited manifest, the summary and the picture."""
-    (answers,) = asking.merged().values()
+    (answers,) = asking.merge().values()
     rates = pass_rates_of(answers, samples, settings.correct_threshold)
     audited = [(sample, rates[sample.problem_id]) for sample in samples if sample.problem_id in rates]
     if not audited:

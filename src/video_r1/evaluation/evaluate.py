@@ -173,7 +173,7 @@ class _Evaluation(QuestionLoop):
 
     def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
         """For the first process, when all are done: merges their files and writes the summary."""
-        merged = self.merged()
+        merged = self.merge()
         frames = {
             str(count): self.figures({way: merged[count, way] for way in self.ways}) for count in self.counts
         }

@@ -1,27 +1,26 @@
-"""Questions asked of an engine in one order of their frames after another: restartable, shared by processes.
+"""The question loop: many questions asked of an engine, with resume, and shared over ranks.
 
-    samples ─► batches ─► media, prompts ─► engine ─► record ─► <answers>-<frames>.jsonl
-                          (data/reading.py) (one call a batch   direct-<frames>.jsonl
-                                             and round)
+    samples ─► open batches ─► own share ─► Reader ─────────► prompts ─► engine ─► record
+                                            (decodes ahead)              (one call a batch and round)
 
-A round is one frame count and one way of answering; the unit of work is a batch of consecutive questions in
-one round. The contrast clip of a question and
-its sampling seeds follow from the seed and the question alone, so that a question which is asked again, in
-whatever batch, is asked as it was before.
+`run_share` and `read_batches` are the loop of every command that asks questions: `eval`, `data audit`,
+`annotate`, and the validation of `rl`. `QuestionLoop` adds the files of an evaluation and an audit. A round
+is one frame count and one way of answering. The contrast clip and the sampling seeds of a question follow
+from the seed and the question alone, so a question gets the same prompt and seed whenever it is asked again.
 
-Several processes share the batches and write to files of their own, part-<process>.<answers>-<frames>.jsonl,
-which the first one merges in the manifest's order: how many there were, and which of them were killed, leaves
-no trace. What is asked for and what is kept of the answers is said by evaluation (runner.py) and audit.py.
+Each rank writes to its own files, part-<rank>.<answers>-<frames>.jsonl, and rank 0 merges them in the
+manifest's order. The number of ranks, and which of them were killed, leaves no trace in the files.
 """
 
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 from video_r1.console import Progress
 from video_r1.data.contrasts import blind_prompt, contrast_prompt
@@ -29,7 +28,7 @@ from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.decoding.media import Shown, clips_of
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, TextPrompts
-from video_r1.data.reading import Batch, Reader, Unusable, derived_generator, quarantined
+from video_r1.data.reading import Batch, Clips, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError
 from video_r1.files import json_lines, part_of, parts_of, replacing, whole_lines, without_links
@@ -40,15 +39,85 @@ from video_r1.seeds import derived_seed
 from video_r1.settings.decoding import Answer, DecodingSettings
 from video_r1.settings.frames import FrameBudget, Order
 
-# What decides the pixels of a prompt besides the frame count, which has files of its own.
 _BUDGET_FIELDS = ("fps", "min_frames", "frame_pixels", "image_pixels", "size_multiple")
-_BATCHES_AHEAD = 3  # whose media are read while the engine is busy
+"""Fields that decide a prompt's pixels. The frame count is not among them: each has its own file."""
+_BATCHES_AHEAD = 3  # batches whose media are decoded while the engine is busy
+DIRECT_TOKENS = 128  # longest direct answer
 
-DIRECT_TOKENS = 128  # at most, of an answer without reasoning
+Key = tuple[str | int, str]  # problem_id, order
+Round = tuple[int, Answer]  # frame count, way of answering
+Answers = dict[Key, dict[str, Any]]  # records
+Work = TypeVar("Work")
+Built = TypeVar("Built")
 
-Key = tuple[str | int, str]  # problem_id and order
-Round = tuple[int, Answer]  # frame count and way of answering
-Answers = dict[Key, dict[str, Any]]  # the record of each
+
+def run_share(
+    work: Sequence[Work],
+    size: Callable[[Work], int],
+    answer: Callable[[Sequence[Work]], Generator[tuple[int, dict[str, str]]]],
+    doing: str,
+    answered: int = 0,
+) -> None:
+    """Answer this rank's share of the work, with a progress bar.
+
+    size: number of questions in a piece of work. answer: records answers as it goes, and yields the number of
+    newly answered questions with figures for the bar. doing: title of the bar; answered: questions of earlier
+    runs.
+    """
+    own = own_share(work)
+    title = doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
+    total = answered + sum(map(size, own))
+    with (
+        closing(answer(own)) as finished,
+        Progress(total, title, "questions", quiet=process_index() > 0, done=answered) as bar,
+    ):
+        for count, figures in finished:
+            bar.update(count, **figures)
+
+
+class BatchRead(NamedTuple, Generic[Built]):
+    """A batch with one frame count. usable: samples with their prompts; failed: samples that have none."""
+
+    frames: int
+    samples: Sequence[Sample]
+    usable: list[tuple[Sample, Built]]
+    failed: list[tuple[Sample, Unusable]]
+
+
+def read_batches(
+    reader: Reader, batches: Sequence[Batch], build: Callable[[Sample, Clips], Built], ahead: int = 1
+) -> Iterator[BatchRead[Built]]:
+    """Yield each batch with each of its frame counts; media are decoded `ahead` batches before their turn."""
+    units = [(b.samples, count) for b in batches for count in b.counts or (reader.budget.max_frames,)]
+    for (samples, count), built in zip(units, reader.batches(batches, build, ahead), strict=True):
+        pairs = list(zip(samples, built, strict=True))
+        usable = [(sample, one) for sample, one in pairs if not isinstance(one, MediaError | PromptError)]
+        failed = [(sample, one) for sample, one in pairs if isinstance(one, MediaError | PromptError)]
+        yield BatchRead(count, samples, usable, failed)
+
+
+def build_prompt(sample: Sample, media: Shown, builder: TextPrompts, order: Order, seed: int) -> Prompt:
+    """Build a sample's prompt in one frame order; the contrast clip follows from the seed and the question.
+
+    Raises MediaError for media that have no such order, and PromptError.
+    """
+    if order == "ordered":
+        return builder.build(sample, media)
+    if order == "blind":
+        return blind_prompt(sample, media, builder)
+    prompt = contrast_prompt(sample, media, builder, order, derived_generator(seed, sample.problem_id))
+    if prompt is None:
+        clips = clips_of(media)
+        most = max(len(clip.frames) for clip in clips)
+        what = "is an image" if clips[0].kind == "image" else f"has {most} frame{'s' * (most != 1)}"
+        raise MediaError(sample.path, f"{what}, which cannot be {order}; ask in order, or blind")
+    return prompt
+
+
+def sampling_seed(seed: int, frames: int, sample: Sample, order: Order, way: Answer = "reasoned") -> int:
+    """Return the seed of one prompt's answers. It does not depend on the other questions of the batch."""
+    ways = [way] if way == "direct" else []
+    return derived_seed(seed, frames, sample.problem_id, order, *ways, bits=62)
 
 
 def asked_with(
@@ -58,7 +127,14 @@ def asked_with(
     settings: DecodingSettings,
     sampling: SamplingSettings,
 ) -> dict[str, Any]:
-    """What answers depend on, JSON values by name: those to other settings are never mixed."""
+    """Return the settings that answers depend on, as JSON values by name (see fingerprint.py)."""
+
+    def question_text(sample: Sample) -> str:
+        try:
+            return prompt_builder.question(sample)
+        except PromptError as error:  # raised again, and listed, when its prompt is built
+            return str(error)
+
     return {
         "seed": settings.seed,
         "sampling": asdict(sampling),
@@ -70,20 +146,19 @@ def asked_with(
                 for s in samples
             ]
         ),
-        "prompts": digest([_question_text(prompt_builder, sample) for sample in samples]),
+        "prompts": digest([question_text(sample) for sample in samples]),
         "model": settings.model,
     }
 
 
 @dataclass(frozen=True)
 class QuestionLoop(ABC):
-    """Asks every sample in each of `orders` with each of `counts` frames at most.
+    """Every sample, asked in each of `orders` with at most each of `counts` frames, answered into `folder`.
 
-    sampling: of each answer, without a seed; seed: of the contrast clips and all answers. batch_size:
-    questions that the engine is given at once, each in every order. Files in `folder`:
-    `<answers>-<frames>.jsonl`, a line for each question and order; `quarantine.jsonl`, the questions that
-    could not be asked; `<settings_file>`, what the answers depend on. ways: of answering; direct answers are
-    in `direct-<frames>.jsonl`.
+    sampling: settings of every answer, without a seed; seed: that of the contrast clips and of all answers.
+    batch_size: questions of one engine call, each in every order. ways: of answering. Files:
+    `<answers>-<frames>.jsonl` (direct answers: `direct-<frames>.jsonl`), a line for each question and order;
+    `quarantine.jsonl`, questions that could not be asked; `<settings_file>`, what the answers depend on.
     """
 
     samples: Sequence[Sample]
@@ -107,19 +182,19 @@ class QuestionLoop(ABC):
     def record(
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
-        """What is kept of the answers to one prompt: `problem_id`, `order` and whatever is `needed`."""
+        """Return the record of the answers to one prompt, with all `needed` fields."""
 
     def orders_of(self, sample: Sample) -> list[Order]:
-        """An image has no order but its own."""
+        """Return the orders in which the sample is asked: images only in their own."""
         return [order for order in self.orders if order == "ordered" or sample.data_type == "video"]
 
     def run(self, made_with: Mapping[str, Any], budget: FrameBudget, settings: DecodingSettings) -> None:
-        """Asks what is not answered yet; returns when every process has asked its share.
+        """Ask what is not answered yet; return when every rank has asked its share.
 
         made_with: see `asked_with`. budget: frame sizes and rate; its `max_frames` is replaced by each of
         `counts`. Questions in quarantine are tried again. Raises RequestError when the folder holds answers
-        to other settings, when a file of answers is damaged, for no samples or two of one name, and for
-        direct answers to samples that are chats of their own; VideoR1Error when another process is lost.
+        made with other settings, when a file of answers is damaged, for no samples, for two samples with one
+        problem_id, and for direct answers to samples with `messages`; VideoR1Error when a rank is lost.
         """
         if not self.samples:
             raise RequestError(f"there is nothing to ask for {self.what}: the manifest has no samples")
@@ -127,18 +202,32 @@ class QuestionLoop(ABC):
             raise RequestError("problem_id occurs twice among the samples; each needs its own")
         if "direct" in self.ways and any(sample.messages for sample in self.samples):
             raise RequestError(
-                "answer: direct asks in words of its own, but the manifest has rows with `messages`, "
-                "which are asked as they stand; leave direct out"
+                "answer: direct replaces the prompt's wording, but the manifest has rows with `messages`, "
+                "which are asked word for word; remove direct from --answer"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        done = decided_by_first(lambda: self.begin(made_with))
+
+        def begin() -> dict[Round, set[Key]]:
+            continue_or_refuse(self.folder / self.settings_file, made_with, self.what)
+            for path in (self.quarantine, *parts_of(self.quarantine)):
+                path.unlink(missing_ok=True)
+            return {each: set(self.answered(each)) for each in self.rounds}
+
+        done = decided_by_first(begin)
+        batches = self.open_batches(done)
         with Reader(budget, open_frame_cache(settings.frame_cache, settings.frame_cache_gb)) as reader:
-            self.ask_all(reader, {each: set(keys) for each, keys in done.items()})
+            run_share(
+                batches,
+                _asked,
+                lambda own: self.ask(reader, own, done),
+                self.doing,
+                len(self.samples) * len(self.counts) - sum(map(_asked, batches)),
+            )
         wait_for_everyone()
 
     @cached_property
     def places(self) -> dict[str | int, int]:
-        """Of each question, in the manifest."""
+        """Index of each question in the manifest."""
         return {sample.problem_id: place for place, sample in enumerate(self.samples)}
 
     @property
@@ -147,7 +236,7 @@ class QuestionLoop(ABC):
 
     @cached_property
     def builders(self) -> dict[Answer, TextPrompts]:
-        """Of the prompts of each way."""
+        """Prompt builder of each way of answering."""
         builder = self.prompt_builder
         return {"reasoned": builder, "direct": builder.with_template(builder.template.direct())}
 
@@ -159,120 +248,64 @@ class QuestionLoop(ABC):
     def quarantine(self) -> Path:
         return self.folder / "quarantine.jsonl"
 
-    def begin(self, made_with: Mapping[str, Any]) -> dict[Round, list[Key]]:
-        """For the first process: what is answered already, by round. See `run`."""
-        continue_or_refuse(self.folder / self.settings_file, made_with, self.what)
-        for path in (self.quarantine, *parts_of(self.quarantine)):
-            path.unlink(missing_ok=True)
-        return {each: list(self.answered(each)) for each in self.rounds}
-
-    def merged(self) -> dict[Round, Answers]:
-        """For the first process, when all are done: merges their files. The answers by round."""
-        found = {each: self.answered(each) for each in self.rounds}
-        for each, answered in found.items():
-            merge_parts(self.answers_path(each), answered.values(), self.place)
-        if parts := parts_of(self.quarantine):
-            lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
-            append_records(self.quarantine, sorted(lines, key=self.place_in_quarantine))
-            for part in parts:
-                part.unlink()
-        return found
-
-    def place(self, record: Mapping[str, Any]) -> tuple[int, int]:
-        """Where a record stands in its file: one of a question that is not asked now stands at the end."""
-        places = [*self.orders, *(name for name in get_args(Order) if name not in self.orders)]
-        return self.places.get(record["problem_id"], len(self.places)), places.index(record["order"])
-
-    def place_in_quarantine(self, record: Mapping[str, Any]) -> tuple[int, int, int]:
-        place = self.places[record["problem_id"]]
-        return place // self.batch_size, list(self.counts).index(record["frames"]), place
-
     def answered(self, current: Round) -> Answers:
-        records = read_with_parts(self.answers_path(current), self.needed)
+        """Return the round's records, also those that are not merged yet."""
+        path = self.answers_path(current)
+        records = [one for file in (path, *parts_of(path)) for one in read_records(file, self.needed)]
         return {(record["problem_id"], record["order"]): record for record in records}
 
     def keys(self, samples: Sequence[Sample]) -> list[Key]:
-        """What has to be answered about the samples in one round."""
+        """Return the keys of all answers about the samples in one round."""
         return [(sample.problem_id, order) for sample in samples for order in self.orders_of(sample)]
 
-    def skipped(self, answered: Mapping[Key, Any]) -> int:
-        """How many of the questions could not be asked."""
+    def skipped(self, answered: Iterable[Key]) -> int:
+        """Return the number of questions that could not be asked."""
         asked = {sample.problem_id for sample in self.samples if self.orders_of(sample)}
         return len(asked - {problem_id for problem_id, _ in answered})
 
-    def prompts(self, sample: Sample, media: Shown) -> dict[Answer, list[Prompt]]:
-        """The sample's prompts of each way, one in each order. Raises MediaError and PromptError."""
-        orders = self.orders_of(sample)
-        return {
-            way: [self.prompt(sample, media, order, self.builders[way]) for order in orders]
-            for way in self.ways
-        }
-
-    def prompt(self, sample: Sample, media: Shown, order: Order, builder: TextPrompts) -> Prompt:
-        if order == "ordered":
-            return builder.build(sample, media)
-        if order == "blind":
-            return blind_prompt(sample, media, builder)
-        generator = derived_generator(self.seed, sample.problem_id)
-        prompt = contrast_prompt(sample, media, builder, order, generator)
-        if prompt is None:
-            most = max(len(clip.frames) for clip in clips_of(media))
-            raise MediaError(sample.path, f"has {most} frame{'s' * (most != 1)}, which cannot be {order}")
-        return prompt
-
-    def ask_all(self, reader: Reader, done: Mapping[Round, Set[Key]]) -> None:
-        """Asks this process's share of what is not done, and appends it to its files."""
-        samples, size = self.samples, self.batch_size
-        open_batches = []
-        for chosen in (samples[start : start + size] for start in range(0, len(samples), size)):
+    def open_batches(self, done: Mapping[Round, Set[Key]]) -> list[Batch]:
+        """Return the batches with an open question, each with the frame counts in which it has one."""
+        batches, size = [], self.batch_size
+        for chosen in (self.samples[at : at + size] for at in range(0, len(self.samples), size)):
             keys = set(self.keys(chosen))
             counts = dict.fromkeys(count for count, way in self.rounds if not keys <= done[count, way])
             if counts:
-                open_batches.append(Batch(chosen, tuple(counts)))
-        own = own_share(open_batches)
-        answered = len(samples) * len(self.counts) - _questions(open_batches)
-        title = self.doing + (f" (process 1 of {process_count()})" if process_count() > 1 else "")
-        quiet = process_index() > 0
-        with Progress(answered + _questions(own), title, "questions", quiet=quiet) as bar:
-            bar.update(answered)
-            units = ((batch.samples, count) for batch in own for count in batch.counts)
-            read = reader.batches(own, self.prompts, _BATCHES_AHEAD)
-            for (chosen, count), questions in zip(units, read, strict=True):
-                self.ask(list(zip(chosen, questions, strict=True)), count, done)
-                bar.update(len(chosen))
+                batches.append(Batch(chosen, tuple(counts)))
+        return batches
 
     def ask(
-        self,
-        questions: Sequence[tuple[Sample, dict[Answer, list[Prompt]] | Unusable]],
-        count: int,
-        done: Mapping[Round, Set[Key]],
-    ) -> None:
-        """Asks a batch with one frame count, one way after the other.
+        self, reader: Reader, batches: Sequence[Batch], done: Mapping[Round, Set[Key]]
+    ) -> Generator[tuple[int, dict[str, str]]]:
+        """Ask the batches and append what is not done to this rank's files.
 
-        A round of it is done again as a whole or not at all: padding then is what it was. A batch whose only
-        open questions still cannot be read has nothing to add.
+        A round of a batch is asked again as a whole or not at all, so that padding is the same. A batch whose
+        only open questions cannot be read is not asked.
         """
-        usable = [(sample, made) for sample, made in questions if not isinstance(made, Unusable)]
-        for way in self.ways:
-            asked = [(sample, prompt) for sample, made in usable for prompt in made[way]]
-            self.ask_round((count, way), asked, done[count, way])
-        failed = [
-            {**quarantined(sample, made), "frames": count}
-            for sample, made in questions
-            if isinstance(made, Unusable)
-        ]
-        append_records(own_file(self.quarantine), failed)
+
+        def build(sample: Sample, media: Shown) -> dict[Answer, list[Prompt]]:
+            orders = self.orders_of(sample)
+            return {
+                way: [build_prompt(sample, media, builder, order, self.seed) for order in orders]
+                for way, builder in ((way, self.builders[way]) for way in self.ways)
+            }
+
+        for read in read_batches(reader, batches, build, _BATCHES_AHEAD):
+            for way in self.ways:
+                current = (read.frames, way)
+                asked = [(sample, prompt) for sample, prompts in read.usable for prompt in prompts[way]]
+                if any((sample.problem_id, prompt.order) not in done[current] for sample, prompt in asked):
+                    self.ask_round(current, asked, done[current])
+            failed = [{**quarantined(sample, error), "frames": read.frames} for sample, error in read.failed]
+            append_records(own_file(self.quarantine), failed)
+            yield len(read.samples), {}
 
     def ask_round(self, current: Round, asked: Sequence[tuple[Sample, Prompt]], done: Set[Key]) -> None:
         count, way = current
-        if all((sample.problem_id, prompt.order) in done for sample, prompt in asked):
-            return
         seeds = tuple(sampling_seed(self.seed, count, sample, prompt.order, way) for sample, prompt in asked)
         longest = self.sampling.max_tokens
         longest = min(longest, DIRECT_TOKENS) if way == "direct" else longest
-        outputs = self.engine.generate(
-            [prompt for _, prompt in asked], replace(self.sampling, seed=seeds, max_tokens=longest)
-        )
+        sampling = replace(self.sampling, seed=seeds, max_tokens=longest)
+        outputs = self.engine.generate([prompt for _, prompt in asked], sampling)
         records = [
             self.record(sample, prompt, rollouts, count)
             for (sample, prompt), rollouts in zip(asked, outputs, strict=True)
@@ -280,34 +313,49 @@ class QuestionLoop(ABC):
         ]
         append_records(own_file(self.answers_path(current)), records)
 
+    def merge(self) -> dict[Round, Answers]:
+        """On rank 0: merge the files of all ranks in the manifest's order; return the answers by round."""
+        names = [*self.orders, *(name for name in get_args(Order) if name not in self.orders)]
+
+        def place(record: Mapping[str, Any]) -> tuple[int, int]:  # questions not asked now come last
+            return self.places.get(record["problem_id"], len(self.places)), names.index(record["order"])
+
+        def quarantine_place(record: Mapping[str, Any]) -> tuple[int, int, int]:
+            at = self.places[record["problem_id"]]
+            return at // self.batch_size, list(self.counts).index(record["frames"]), at
+
+        found = {each: self.answered(each) for each in self.rounds}
+        for each, answered in found.items():
+            path, records = self.answers_path(each), list(answered.values())
+            ordered, parts = sorted(records, key=place), parts_of(path)
+            if parts or ordered != records:
+                with replacing(path) as file:
+                    file.write(json_lines(ordered).decode())
+            for part in parts:
+                part.unlink()
+        if parts := parts_of(self.quarantine):
+            lines = [json.loads(line) for part in parts for line in part.read_bytes().splitlines()]
+            append_records(self.quarantine, sorted(lines, key=quarantine_place))
+            for part in parts:
+                part.unlink()
+        return found
+
+
+def _asked(batch: Batch) -> int:
+    return len(batch.samples) * len(batch.counts)
+
 
 def own_file(path: Path) -> Path:
-    """Where this process writes its share of `path`."""
+    """Return the file to which this rank writes its share of `path`."""
     return path if process_count() == 1 else part_of(path, process_index())
 
 
-def _questions(batches: Sequence[Batch]) -> int:
-    """How often a question is asked, over all frame counts."""
-    return sum(len(batch.samples) * len(batch.counts) for batch in batches)
+def read_records(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file, [] if it does not exist; each has the fields `needed`.
 
-
-def sampling_seed(seed: int, frames: int, sample: Sample, order: Order, way: Answer = "reasoned") -> int:
-    """The seed of one prompt's answers: of the settings' seed and what is asked, whatever is asked beside."""
-    ways = [way] if way == "direct" else []
-    return derived_seed(seed, frames, sample.problem_id, order, *ways, bits=62)
-
-
-def _question_text(prompt_builder: TextPrompts, sample: Sample) -> str:
-    try:
-        return prompt_builder.question(sample)
-    except PromptError as error:  # met again, and listed, when its prompt is made
-        return str(error)
-
-
-def read_predictions(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
-    """The records of a predictions file, if there is one; each has the fields `needed`. A last line that was
-    cut off as it was written is removed, so that its question is asked again. Raises RequestError for any
-    other line that is no record."""
+    A last line that was cut off while it was written is removed, so that its question is asked again. Raises
+    RequestError for any other line that is no record.
+    """
     if not path.is_file():
         return []
     records = []
@@ -319,28 +367,8 @@ def read_predictions(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
     return records
 
 
-def read_with_parts(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
-    """The records of a predictions file and of those parts of it that are not merged yet; see
-    `read_predictions`."""
-    return [record for file in (path, *parts_of(path)) for record in read_predictions(file, needed)]
-
-
-def merge_parts(
-    path: Path, records: Iterable[Mapping[str, Any]], place: Callable[[Mapping[str, Any]], Any]
-) -> None:
-    """Makes `path` hold the records, which are its own and those of its parts, in the order of `place`, in
-    one step; then the parts go. A file that is in this order already is left as it is."""
-    records, parts = list(records), parts_of(path)
-    ordered = sorted(records, key=place)
-    if parts or ordered != records:
-        with replacing(path) as file:
-            file.write(json_lines(ordered).decode())
-        for part in parts:
-            part.unlink()
-
-
 def append_records(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Appends one line for each record and waits until the disk has them; writes nothing for no records."""
+    """Append a line for each record and flush them to the disk; write nothing if there are none."""
     if lines := json_lines(records):
         with open(path, "ab", opener=without_links) as file:
             file.write(lines)

@@ -12,15 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from video_r1.data.answers import read_answer
-from video_r1.data.contrasts import blind_prompt, contrast_prompt
 from video_r1.data.decoding.frame_cache import cache_key, open_frame_cache, read_cached
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt
-from video_r1.data.reading import Clips, derived_generator
+from video_r1.data.reading import Clips
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import MediaError
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
-from video_r1.evaluation.question_loop import sampling_seed
+from video_r1.evaluation.question_loop import build_prompt, sampling_seed
 from video_r1.rewards.correctness import correctness, is_correct
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
@@ -85,20 +83,7 @@ class ModelSession:
     def prompts(self, sample: Sample, orders: Sequence[Order]) -> list[Prompt]:
         """Raises MediaError, also for a clip that is too short for a contrast, and PromptError."""
         media = self.media(sample)
-        return [self._prompt(sample, media, order) for order in orders]
-
-    def _prompt(self, sample: Sample, media: Clips, order: Order) -> Prompt:
-        if order == "ordered":
-            return self.builder.build(sample, media)
-        if order == "blind":
-            return blind_prompt(sample, media, self.builder)
-        generator = derived_generator(self.settings.seed, sample.problem_id)
-        prompt = contrast_prompt(sample, media, self.builder, order, generator)
-        if prompt is None:
-            most = max(len(clip.frames) for clip in media)
-            what = "an image" if media[0].kind == "image" else f"{most} frames"
-            raise MediaError(sample.path, f"is {what}, which cannot be {order}; ask in order, or blind")
-        return prompt
+        return [build_prompt(sample, media, self.builder, order, self.settings.seed) for order in orders]
 
     def load(self) -> None:
         """Opens the engine, unless it is open."""

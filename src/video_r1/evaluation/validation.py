@@ -1,6 +1,4 @@
-"""Validation while training: accuracy on held-out questions with ordered and with shuffled frames; and
-what a continued run has to know of earlier validations.
-"""
+"""Validation while training: accuracy on held-out questions with ordered and with shuffled frames."""
 
 from __future__ import annotations
 
@@ -12,24 +10,24 @@ from typing import Any, TypeVar
 
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import PromptBuilder
-from video_r1.data.reading import Batch, Clips, Question, Reader, Unusable, build_question, derived_generator
+from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
+from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
 from video_r1.rewards.group import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 
 Built = TypeVar("Built")
-Answered = tuple[float, float, float | None]
-"""Accuracy and format with ordered frames, accuracy with shuffled frames (None: an image)."""
 
 
 def temporal_accuracy(
     engine: RolloutEngine, samples: Sequence[Sample], reader: Reader, builder: PromptBuilder, settings: Any
 ) -> dict[str, float]:
-    """Means over all processes: `accuracy`, `format`, and where there are videos `accuracy_video`,
-    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled); with another contrast of the
-    settings, its name in place of `shuffled`. `questions` counts those that were answered, `skipped` those
-    without usable media. A question is shuffled, and its answers are drawn, alike every time. settings: a
-    TGRPOConfig.
+    """Return means over all ranks: `accuracy`, `format`, and over the videos `accuracy_video`,
+    `accuracy_shuffled` and `temporal_gap` (accuracy_video − accuracy_shuffled).
+
+    settings: a TGRPOConfig. With another `temporal_contrast`, its name replaces `shuffled`. `questions` is
+    the number of answered questions, `skipped` that of questions without usable media. Every validation of a
+    run uses the same shuffled frames and the same seeds.
     """
 
     def build(sample: Sample, media: Clips) -> Question:
@@ -37,17 +35,17 @@ def temporal_accuracy(
         contrast, unit = settings.temporal_contrast, settings.contrast_unit
         return build_question(sample, media, builder, generator, contrast, unit)
 
-    answered = [
+    scored = [
         entry
         for questions in held_out(samples, reader, build, settings.eval_batch_size)
-        for entry in answer(engine, questions, settings)
+        for entry in _scores(engine, questions, settings)
     ]
-    everyone = [entry for part in gather(answered) for entry in part]
-    figures = {"questions": float(len(everyone)), "skipped": float(len(samples) - len(everyone))}
-    if everyone:
-        figures["accuracy"] = fmean(accuracy for accuracy, _, _ in everyone)
-        figures["format"] = fmean(formatted for _, formatted, _ in everyone)
-    both = [(accuracy, shuffled) for accuracy, _, shuffled in everyone if shuffled is not None]
+    scored = [entry for part in gather(scored) for entry in part]
+    figures = {"questions": float(len(scored)), "skipped": float(len(samples) - len(scored))}
+    if scored:
+        figures["accuracy"] = fmean(accuracy for accuracy, _, _ in scored)
+        figures["format"] = fmean(formatted for _, formatted, _ in scored)
+    both = [(accuracy, shuffled) for accuracy, _, shuffled in scored if shuffled is not None]
     if both:
         video, contrast = map(fmean, zip(*both, strict=True))
         figures |= {"accuracy_video": video, f"accuracy_{settings.temporal_contrast}": contrast}
@@ -55,9 +53,12 @@ def temporal_accuracy(
     return figures
 
 
-def answer(engine: RolloutEngine, questions: Sequence[Question], settings: Any) -> Iterator[Answered]:
-    """Answers to a batch of questions in both orders, scored: a greedy one, or the mean of
-    `num_generations_eval` that are sampled at the temperature of training.
+def _scores(
+    engine: RolloutEngine, questions: Sequence[Question], settings: Any
+) -> Iterator[tuple[float, float, float | None]]:
+    """Yield accuracy and format with ordered frames, and accuracy with shuffled frames (None for an image).
+
+    Scores one greedy answer, or the mean of `num_generations_eval` answers sampled as in training.
     """
     asked = [(q, p) for q in questions for p in (q.ordered, q.shuffled) if p is not None]
     sampling = SamplingSettings(n=1, temperature=0.0, max_tokens=settings.max_completion_length)
@@ -77,12 +78,13 @@ def answer(engine: RolloutEngine, questions: Sequence[Question], settings: Any) 
 def held_out(
     samples: Sequence[Sample], reader: Reader, build: Callable[[Sample, Clips], Built], batch_size: int
 ) -> Iterator[list[Built]]:
-    """This process's share of held-out questions that can be used, in batches that are read ahead.
+    """Yield what `build` makes of this rank's share of usable held-out samples, in batches read ahead.
 
-    Every process gets as many batches, some perhaps empty: processes that share an engine call it together.
+    Every rank gets the same number of batches, some perhaps empty, because ranks that share an engine or a
+    model call it together.
     """
     mine = samples[process_index() :: process_count()]
     rounds = math.ceil(math.ceil(len(samples) / process_count()) / batch_size)
     batches = [Batch(mine[i * batch_size : (i + 1) * batch_size]) for i in range(rounds)]
-    for read in reader.batches(batches, build):
-        yield [built for built in read if not isinstance(built, Unusable)]
+    for read in read_batches(reader, batches, build):
+        yield [built for _, built in read.usable]
