@@ -1,4 +1,8 @@
-"""An OpenAI-compatible endpoint as the engine that samples for an evaluation or a question."""
+"""Rollouts from an OpenAI-compatible endpoint, for an evaluation or a question.
+
+Such an endpoint has its own processor: it gets the question's text and the frames, and returns text without
+token ids or log-probs, so nothing can be trained on its rollouts.
+"""
 
 from __future__ import annotations
 
@@ -26,15 +30,18 @@ from video_r1.data.prompts import Prompt
 from video_r1.data.rollouts import Rollout
 from video_r1.data.templates import SWITCH
 from video_r1.errors import VideoR1Error
-from video_r1.rollout.engine import SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings, prompt_seed, prompt_seeds, wanted_counts
 
 SEEDS = 2**31  # endpoints differ in how large a seed they take
 UNNAMED_TOKEN = -1
 JPEG_QUALITY = 90
 
 
-class EndpointEngine:
-    """Asks `model` at the endpoint, up to `concurrency` requests at once. frames_as: see `chat_request`."""
+class EndpointEngine(RolloutEngine):
+    """Samples from `model` at the endpoint, by up to `concurrency` requests at once.
+
+    frames_as: see `chat_request`.
+    """
 
     def __init__(
         self, endpoint: Endpoint, model: str, frames_as: FramesAs = "images", concurrency: int = 16
@@ -44,10 +51,7 @@ class EndpointEngine:
         self._client = ChatClient(endpoint, concurrency)
 
     def update_weights(self, model: Any) -> None:
-        raise VideoR1Error(f"{self.endpoint.url} serves weights of its own; it cannot sample for training")
-
-    def rest(self) -> None:
-        """The endpoint's memory is its own."""
+        raise VideoR1Error(f"{self.endpoint.url} serves its own weights; it cannot sample for training")
 
     def close(self) -> None:
         self._client.close()
@@ -59,24 +63,24 @@ class EndpointEngine:
         counts: Sequence[int] | None = None,
         on_text: Callable[[int, int, str], object] | None = None,
     ) -> list[list[Rollout]]:
-        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result `[prompts][n]`.
+        """Sample as `RolloutEngine.generate` says.
 
-        A completion has as many tokens as the endpoint says, none of them named, and no log-probs (nan).
-        on_text: is given each piece of text as it is written, with the numbers of its prompt and completion;
-        then a failure is not tried again. Raises VideoR1Error when a request is refused or has failed eight
-        times, or the endpoint stays away.
+        A completion has as many tokens as the endpoint counts, with unknown ids (-1) and log-probs (nan).
+        on_text: is called with the indices of prompt and completion and each piece of text as it arrives;
+        then failures are not retried. Raises VideoR1Error when a request is refused or fails eight times, or
+        the endpoint stays away.
         """
         counts = wanted_counts(prompts, sampling, counts)
         seeds = prompt_seeds(sampling.seed, len(prompts))
 
-        async def answer(place: int) -> tuple[int, list[Rollout]]:
+        async def answer(index: int) -> tuple[int, list[Rollout]]:
             def request(n: int, drawn: int) -> dict[str, Any]:
-                seed = prompt_seed(seeds[place], drawn) % SEEDS
-                return chat_request(self.model, prompts[place], self.frames_as, sampling, n, seed)
+                seed = prompt_seed(seeds[index], drawn) % SEEDS
+                return chat_request(self.model, prompts[index], self.frames_as, sampling, n, seed)
 
             try:
-                hear = on_text and partial(on_text, place)
-                return place, await self._client.draw(counts[place], request, rollouts_of, hear)
+                on_piece = on_text and partial(on_text, index)
+                return index, await self._client.draw(counts[index], request, rollouts_of, on_piece)
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.endpoint.url} refused a request: {refusal}") from refusal
             except ServerFailure as failure:
@@ -87,15 +91,15 @@ class EndpointEngine:
                     "an evaluation continues"
                 ) from failure
 
-        answered = [pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs]
-        return [rollouts for _, rollouts in sorted(answered, key=lambda pair: pair[0])]
+        found = dict(pair for pairs in self._client.each(range(len(prompts)), answer) for pair in pairs)
+        return [found[index] for index in range(len(prompts))]
 
 
 def rollouts_of(reply: Any) -> list[Rollout]:
-    """The completions in an answer, each with their mean number of tokens. Raises ServerFailure."""
+    """Return the completions in an answer, each with their mean number of tokens. Raises ServerFailure."""
     completions = completions_of(reply)
-    said = reply.get("usage") or {}
-    tokens = round((said.get("completion_tokens") or 0) / len(completions))
+    usage = reply.get("usage") or {}
+    tokens = round((usage.get("completion_tokens") or 0) / len(completions))
     return [
         Rollout(
             torch.full((tokens,), UNNAMED_TOKEN),
@@ -113,23 +117,24 @@ def rollouts_of(reply: Any) -> list[Rollout]:
 def chat_request(
     model: str, prompt: Prompt, frames_as: FramesAs, sampling: SamplingSettings, n: int, seed: int
 ) -> dict[str, Any]:
-    """The body of a request for `n` completions; of `sampling`, temperature, top_p and max_tokens count.
+    """Build a request for `n` completions; of `sampling`, temperature, top_p and max_tokens count.
 
-    frames_as: "images" gives a clip as one image a frame with its time before it, which every endpoint with
-    vision understands; "video" as one video of those frames, vLLM's form. It has one place for a video's
-    times in a request, so that several clips go as images. That a completion is not to think is told where
-    frames go as vLLM's videos: other endpoints may refuse its field.
+    frames_as: "images" sends a clip as one image a frame, each after its time, which every endpoint with
+    vision understands; "video" sends one video, vLLM's form, which has the times of one clip a request:
+    several clips are sent as images. Only "video" switches thinking off: other endpoints may refuse that.
     """
     shown = [media for media in prompt.media if len(media.frames)]
     is_video = frames_as == "video" and len(shown) == 1 and shown[0].kind == "video"
-    waiting = iter([visual_parts(media, is_video, place, len(shown)) for place, media in enumerate(shown, 1)])
+    visuals = iter(
+        [visual_parts(media, is_video, number, len(shown)) for number, media in enumerate(shown, 1)]
+    )
     messages = []
     for turn in prompt.messages:
         parts: list[dict[str, Any]] = []
         for part in turn["content"]:
-            parts += [part] if part["type"] == "text" else next(waiting)
+            parts += [part] if part["type"] == "text" else next(visuals)
         texts = [part["text"] for part in parts if part["type"] == "text"]
-        is_text = turn["role"] != "user" and len(texts) == len(parts)  # which all endpoints take as one
+        is_text = turn["role"] != "user" and len(texts) == len(parts)  # all endpoints take plain text
         messages.append({"role": turn["role"], "content": "".join(texts) if is_text else parts})
     return {
         "model": model,
@@ -144,16 +149,16 @@ def chat_request(
     }
 
 
-def visual_parts(media: Media, as_video: bool, place: int, count: int) -> list[dict[str, Any]]:
-    """What a message shows of one clip or image, which is number `place` of the `count` in its prompt."""
+def visual_parts(media: Media, as_video: bool, number: int, count: int) -> list[dict[str, Any]]:
+    """Return the message parts of a clip or image, which is `number` of `count` in its prompt."""
     frames = [jpeg(frame) for frame in media.frames]
     if media.kind == "image":
         return [_image(frames[0])]
     if as_video:
         url = f"data:video/jpeg;base64,{','.join(frames)}"
         return [{"type": "video_url", "video_url": {"url": url}}]
-    number = f"Video {place} of {count}: " if count > 1 else ""
-    said = f"{number}{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
+    prefix = f"Video {number} of {count}: " if count > 1 else ""
+    said = f"{prefix}{len(frames)} frames of a video of {media.duration:.1f} seconds, in order:"
     parts: list[dict[str, Any]] = [{"type": "text", "text": said}]
     for time_, frame in zip(media.timestamps.tolist(), frames, strict=True):
         parts += [{"type": "text", "text": f"{time_:.1f} s"}, _image(frame)]
@@ -161,7 +166,7 @@ def visual_parts(media: Media, as_video: bool, place: int, count: int) -> list[d
 
 
 def video_fields(media: Media) -> dict[str, Any]:
-    """vLLM's fields for frames that are sampled already: their times, on a clock of milliseconds."""
+    """Return vLLM's fields for frames that are already sampled: their times, in milliseconds."""
     times = [round(1000 * seconds) for seconds in media.timestamps.tolist()]
     video = {
         "num_frames": -1,  # all that are sent
@@ -174,7 +179,7 @@ def video_fields(media: Media) -> dict[str, Any]:
 
 
 def jpeg(frame: Tensor) -> str:
-    """A frame [3, H, W] uint8 as JPEG, in base64."""
+    """Encode a frame [3, H, W] uint8 as JPEG, in base64."""
     file = BytesIO()
     Image.fromarray(frame.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=JPEG_QUALITY)
     return base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""The protocol between the trainer and whatever samples for it."""
+"""The protocol of rollout engines, the distribution that they sample from, and their seeds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     max_tokens: int = 768
-    seed: int | tuple[int, ...] | None = None  # of the call, or one of each prompt
+    seed: int | tuple[int, ...] | None = None  # for the call, or one for each prompt
 
     @classmethod
     def of(cls, settings: DecodingSettings, n: int = 1) -> SamplingSettings:
-        """How a command samples, without its seed."""
+        """Return a command's sampling settings, without a seed."""
         return cls(n, settings.temperature, settings.top_p, max_tokens=settings.max_new_tokens)
 
 
@@ -35,14 +35,18 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
-        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q."""
+        """Sample `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+
+        The seed of prompt q (see `prompt_seeds`) fixes its completions, whichever other prompts are in the
+        call. At temperature 0 every completion is the greedy one. Raises ValueError when prompts and counts
+        differ in number.
+        """
         ...
 
     def update_weights(self, model: Any) -> None: ...
 
     def rest(self) -> None:
-        """Gives back what sampling needs; new weights have to come before it goes on."""
-        ...
+        """Free the memory that sampling needs; `update_weights` has to be called before the next rollouts."""
 
     def close(self) -> None: ...
 
@@ -50,7 +54,6 @@ class RolloutEngine(Protocol):
 def wanted_counts(
     prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None
 ) -> list[int]:
-    """Completions wanted of each prompt. Raises ValueError when prompts and counts differ in number."""
     wanted = [sampling.n] * len(prompts) if counts is None else list(counts)
     if len(wanted) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts but {len(wanted)} counts")
@@ -60,8 +63,10 @@ def wanted_counts(
 def sample_rollouts(
     engine: RolloutEngine, questions: Sequence[Question], sampling: SamplingSettings, shuffled_n: int
 ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-    """`sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones ([] where it
-    has no shuffled prompt): two lists in the questions' order, sampled together and in the same way.
+    """Sample `sampling.n` completions a question with ordered frames, `shuffled_n` with shuffled ones.
+
+    Returns two lists in the questions' order; [] for a question without a shuffled prompt. One call samples
+    both, in the same way.
     """
     shuffled = [question.shuffled for question in questions if question.shuffled is not None]
     prompts = [*(question.ordered for question in questions), *shuffled]
@@ -72,39 +77,36 @@ def sample_rollouts(
     return rollouts[: len(questions)], [[] if q.shuffled is None else next(remaining) for q in questions]
 
 
-# ---- The sampling distribution, and a draw from it
+# ---- The sampling distribution
 
 
 def sampling_logprobs(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """Log-probabilities [..., V] float32 of the distribution that is sampled.
+    """Return the log-probs [..., V] float32 of the distribution that is sampled.
 
     Temperature first, then the `top_k` most likely tokens (0: all), then the smallest set of tokens whose
-    probabilities add up to at least `top_p`; what is left is normalised again. Tokens outside have -inf.
+    probabilities sum to at least `top_p`; the rest is normalised again. Tokens outside have -inf.
     `temperature` 0 (greedy) gives the model's own distribution.
     """
-    scaled = logits.float()
+    logits = logits.float()
     if temperature > 0 and temperature != 1.0:
-        scaled = scaled / temperature
-    if temperature > 0 and (0 < top_k < scaled.shape[-1] or top_p < 1.0):
-        scaled = _truncated(scaled, top_p, top_k)
-    return scaled.log_softmax(-1)
-
-
-def _truncated(logits: Tensor, top_p: float, top_k: int) -> Tensor:
-    ordered, indices = logits.sort(-1, descending=True)
-    if 0 < top_k < logits.shape[-1]:
-        ordered[..., top_k:] = -torch.inf
-    if top_p < 1.0:
-        probabilities = ordered.softmax(-1)
-        before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
-        outside = before >= top_p
-        outside[..., 0] = False
-        ordered = ordered.masked_fill(outside, -torch.inf)
-    return torch.empty_like(logits).scatter_(-1, indices, ordered)
+        logits = logits / temperature
+    truncates_k = 0 < top_k < logits.shape[-1]
+    if temperature > 0 and (truncates_k or top_p < 1.0):
+        ordered, indices = logits.sort(-1, descending=True)
+        if truncates_k:
+            ordered[..., top_k:] = -torch.inf
+        if top_p < 1.0:
+            probabilities = ordered.softmax(-1)
+            before = probabilities.cumsum(-1) - probabilities  # the mass of all more likely tokens
+            outside = before >= top_p
+            outside[..., 0] = False
+            ordered = ordered.masked_fill(outside, -torch.inf)
+        logits = torch.empty_like(logits).scatter_(-1, indices, ordered)
+    return logits.log_softmax(-1)
 
 
 def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids [B] int64 drawn from `logprobs` [B, V] by inverting the cumulative distribution.
+    """Draw token ids [B] int64 from `logprobs` [B, V] by inverting the cumulative distribution.
 
     uniform: [B] float32 in [0, 1), one number a token. A token depends on its own number and its own
     distribution only, so a sequence is the same whichever other sequences share its batch.
@@ -117,7 +119,7 @@ def draw_tokens(logprobs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[Tensor]:
-    """[counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every possible token."""
+    """Return [counts[q], max_tokens] float32 in [0, 1) for each prompt q: a number for every token."""
     if sampling.temperature == 0:
         return [torch.zeros(count, 0) for count in counts]
     seeds = prompt_seeds(sampling.seed, len(counts))
@@ -128,7 +130,7 @@ def uniform_numbers(counts: Sequence[int], sampling: SamplingSettings) -> list[T
 
 
 def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
-    """A seed for each prompt of a call: those given, or made from the call's own seed and the prompt's place.
+    """Return a seed for each prompt: the given ones, or hashes of the call's seed and the prompt's index.
 
     A call's seed of None is drawn from torch's CPU generator. Raises ValueError when the lengths differ.
     """
@@ -141,5 +143,5 @@ def prompt_seeds(seed: int | Sequence[int] | None, prompts: int) -> list[int]:
 
 
 def prompt_seed(seed: int, prompt: int) -> int:
-    """A seed in [0, 2**62) for one prompt of a call; an engine may add the completion's number to it."""
+    """Return a seed in [0, 2**62) for a prompt of a call; an engine may add the completion's number to it."""
     return hashed_seed(f"{seed}/{prompt}", bits=62)

@@ -1,4 +1,4 @@
-"""Which engine samples, by the settings. vLLM and the model are loaded by the engine that needs them."""
+"""Opens the engine that the settings name. The engine itself loads the model or vLLM."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from video_r1.settings.vllm import VLLMSettings
 
 
 def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBudget]:
-    """The model's processor (None at an endpoint), its prompts and its frame budget. Raises ConfigError."""
+    """Return the model's processor (None for an endpoint), its prompts and its frame budget.
+
+    Raises ConfigError.
+    """
     if is_endpoint(settings.engine):
-        return (
-            None,
-            TextPrompts(settings.prompt_template, settings.subtitles),
-            settings.frame_budget(PIXELS_OF_ANY_MODEL),
-        )
+        prompts = TextPrompts(settings.prompt_template, settings.subtitles)
+        return None, prompts, settings.frame_budget(PIXELS_OF_ANY_MODEL)
     assert settings.model is not None  # settings without it are refused
     processor = load_processor(settings.model, settings.trust_remote_code)
     builder = PromptBuilder(
@@ -50,20 +50,19 @@ def open_prompts(settings: DecodingSettings) -> tuple[Any, TextPrompts, FrameBud
 
 
 def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
-    """The engine that generates for a command: `engine` is transformers, vllm, addresses of vLLM servers that
-    serve the same checkpoint (http://a:8000,http://b:8000), or those of OpenAI-compatible endpoints, which
-    have a path (http://host:8000/v1) and have `model` by that name.
+    """Open the engine of a command; the caller closes it.
 
-    The caller closes it. Raises ConfigError for an unusable checkpoint, or a server that does not answer or
-    serves another one.
+    `settings.engine` is transformers, vllm, addresses of vLLM servers of the checkpoint
+    (http://a:8000,http://b:8000), or addresses with a path (http://host:8000/v1) of OpenAI-compatible
+    endpoints that serve `model` by that name. Raises ConfigError for an unusable checkpoint, or a server that
+    does not answer or serves another model.
     """
     assert settings.model is not None  # settings without it are refused
     if is_endpoint(settings.engine):
         key = os.environ.get(settings.key_variable)
         endpoint = Endpoint(endpoint_urls(settings.engine), key, settings.timeout)
         model, frames_as = open_endpoint(endpoint, settings.model or None, "auto")
-        # A checkpoint of ours, which vLLM serves
-        if settings.model and recorded_rule(settings.model):
+        if settings.model and recorded_rule(settings.model):  # our own checkpoint, served by vLLM
             for one in endpoint.each():
                 warn_of_positions(settings.model, positions_of(one), one.url)
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
@@ -71,24 +70,24 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
     if settings.engine != "transformers":
         check_vllm_takes(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
-        ends = generation_config(settings.model)
-        urls, timeout = addresses(settings.engine), settings.timeout
-        return ServerEngine(urls, processor, ends, model=settings.model, timeout=timeout)
+        urls, generation = addresses(settings.engine), generation_config(settings.model)
+        return ServerEngine(urls, processor, generation, model=settings.model, timeout=settings.timeout)
     if settings.engine == "vllm":
         if settings.trust_remote_code:
             raise ConfigError("engine: vllm runs no code that comes with a checkpoint; use transformers")
-        longest = settings.max_prompt_length + settings.max_new_tokens
-        alone = VLLMSettings(vllm_gpu_memory_utilization=0.9)
-        dtype = settings.dtype
         counts = getattr(settings, "frame_counts", [settings.max_frames])
-        frames = replace(settings.frame_budget(size_multiple(processor)), max_frames=max(counts))
         return VLLMEngine(
-            settings.model, processor, dtype=dtype, max_model_len=longest, settings=alone, frames=frames
+            settings.model,
+            processor,
+            dtype=settings.dtype,
+            max_model_len=settings.max_prompt_length + settings.max_new_tokens,
+            settings=VLLMSettings(vllm_gpu_memory_utilization=0.9),
+            frames=replace(settings.frame_budget(size_multiple(processor)), max_frames=max(counts)),
         )
     device = settings.device or own_device()
     remote, dtype = settings.trust_remote_code, settings.dtype
     if dtype == "auto" and computes_in_bf16(device):
-        # Float32 files: half the memory and several times the speed; `dtype float32` keeps it
+        # For float32 files: half the memory and several times the speed. `dtype float32` keeps float32.
         written = load_config(settings.model, remote).dtype
         dtype = "bfloat16" if written in (None, torch.float32) else "auto"
     model: Any = load_model(settings.model, dtype, settings.attn_implementation, remote)
@@ -96,13 +95,13 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
 
 
 def in_process_engine(model: Any, processor: Any) -> RolloutEngine:
-    """What samples in this process with a model, which may be within PEFT or DistributedDataParallel."""
+    """Return the engine for a model in this process, which may be within PEFT or DistributedDataParallel."""
     known = find_family(vision_language_model(model)) is not None
     return (TransformersEngine if known else GeneralEngine)(model, processor)
 
 
 def check_vllm_takes(model: Any) -> None:
-    """Raises ConfigError for a model, or its config, whose prompts nobody has compared with vLLM's."""
+    """Raise ConfigError for a model (or its config) whose prompts have not been compared with vLLM's."""
     if find_family(model) is None:
         raise ConfigError(
             f"vLLM samples for {family_names()} alone: whether it has the trainer's prompts is not known for "
@@ -111,7 +110,7 @@ def check_vllm_takes(model: Any) -> None:
 
 
 def positions_of(endpoint: Endpoint) -> str | None:
-    """Whose rule of positions the endpoint has; None where it does not say, as plain `vllm serve`."""
+    """Return the rule of positions at an endpoint; None if it does not say, as plain `vllm serve`."""
     try:
         return describe(endpoint.url.removesuffix("/v1"), endpoint.key, endpoint.timeout)["positions"]
     except (ServerRefusal, ServerFailure):
@@ -119,7 +118,7 @@ def positions_of(endpoint: Endpoint) -> str | None:
 
 
 def own_device() -> str:
-    """The device of this process: the CPU, the GPU, or with several processes on a machine one GPU each.
+    """Return this process's device: the CPU, the GPU, or one GPU for each process of this machine.
 
     Raises ConfigError when there are more processes than GPUs.
     """
@@ -139,7 +138,7 @@ def computes_in_bf16(device: str) -> bool:
 
 
 def is_endpoint(engine: str) -> bool:
-    """Whether it is the addresses of OpenAI-compatible endpoints rather than those of servers of ours."""
+    """Return whether `engine` names OpenAI-compatible endpoints rather than `video-r1 serve` servers."""
     return engine.startswith(SCHEMES) and has_path(addresses(engine)[0])
 
 
@@ -153,18 +152,19 @@ def training_engine(
     dtype: str = "auto",
     folder: str | None = None,
 ) -> RolloutEngine:
-    """The engine that samples for the trainer of `model`.
+    """Open the engine that samples for the trainer of `model`.
 
-    longest: most tokens of prompt and completion together; dtype: that of vLLM's weights in this process;
-    folder: where a server finds weights. Raises ConfigError when vLLM or the server is not there.
+    longest: most tokens of prompt and completion together; dtype: of vLLM's weights in this process;
+    folder: where a server finds weights. Raises ConfigError when vLLM or the server is missing.
     """
     if not settings.use_vllm:
         return in_process_engine(model, processor)
     check_vllm_takes(vision_language_model(model))
     if settings.vllm_mode == "server":
         assert settings.vllm_server_base_url is not None  # settings without it are refused
-        wait = settings.vllm_server_timeout
+        url, wait = settings.vllm_server_base_url, settings.vllm_server_timeout
         timeout = max(600.0, longest / 10)  # ten tokens a second
-        url, ends = settings.vllm_server_base_url, model.generation_config
-        return ServerEngine(url, processor, ends, folder=folder, wait=wait, timeout=timeout)
+        return ServerEngine(
+            url, processor, model.generation_config, folder=folder, wait=wait, timeout=timeout
+        )
     return VLLMEngine(model, processor, dtype=dtype, max_model_len=longest, settings=settings, frames=frames)

@@ -2,15 +2,15 @@
 
     prompt ─► towers once ─► n rows with the prompt ─► `generate`, each token drawn here ─► Rollouts
 
-Every completion has a prompt pass of its own. Tokens are drawn as in `rollout/transformers.py`, by numbers of
-the question's own: completions are the same whichever other questions are sampled with them, and when a run
-is continued.
+Every completion has its own prompt pass. Tokens are drawn as in `rollout/transformers.py`, so completions do
+not depend on the other questions of the call, nor on whether a run was resumed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from video_r1.models.general_forward import (
 from video_r1.models.group_forward import vision_language_model
 from video_r1.models.lora import merged_adapters
 from video_r1.rollout.engine import (
+    RolloutEngine,
     SamplingSettings,
     draw_tokens,
     sampling_logprobs,
@@ -37,12 +38,11 @@ from video_r1.rollout.engine import (
 from video_r1.rollout.transformers import MAX_SEQUENCES, OnToken, as_rollouts, eval_mode, stop_token_ids
 
 
-class GeneralEngine:
-    """Samples with any vision-language model of transformers that goes on with a text.
+class GeneralEngine(RolloutEngine):
+    """Samples with any decoder-only vision-language model of transformers.
 
     model: for conditional generation, also within PEFT or DistributedDataParallel. It is in eval mode while
         sampling. Under mixed precision call `generate` within the trainer's autocast.
-    processor: of the model.
     max_sequences: completions decoded at once.
     """
 
@@ -53,16 +53,10 @@ class GeneralEngine:
         self.update_weights(model)
 
     def update_weights(self, model: Any) -> None:
-        """The weights are the trained model's own; another model object is taken over as it is."""
+        """Use `model`. It is the trained model itself, so its weights need no copy."""
         self.model = vision_language_model(model)
         self._stop_ids = stop_token_ids(self.model.generation_config, self.processor)
         self._chosen_from = without_placeholders(self.model)
-
-    def rest(self) -> None:
-        """Nothing is held between two calls."""
-
-    def close(self) -> None:
-        """Nothing is held but the model, which belongs to the caller."""
 
     @torch.no_grad()
     def generate(
@@ -72,7 +66,7 @@ class GeneralEngine:
         counts: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """As `TransformersEngine.generate`: `sampling.n` completions of each prompt, or `counts[q]`."""
+        """Sample as `TransformersEngine.generate` does."""
         counts = wanted_counts(prompts, sampling, counts)
         numbers = uniform_numbers(counts, sampling)
         results: list[list[Rollout]] = [[] for _ in prompts]
@@ -83,13 +77,13 @@ class GeneralEngine:
                 (visuals,) = encode_prompts(self.model, [prompt])
                 for start in range(0, counts[index], self.max_sequences):
                     rows = uniform[start : start + self.max_sequences]
-                    said = on_token and _heard(on_token, index, start)
-                    results[index] += self._completions(prompt, visuals, rows, sampling, said)
+                    heard = on_token and partial(_on_row_token, on_token, index, start)
+                    results[index] += self._completions(prompt, visuals, rows, sampling, heard)
         return results
 
     @contextmanager
     def _plain_settings(self, sampling: SamplingSettings) -> Iterator[None]:
-        """In place of those of the checkpoint, which may change probabilities (a penalty, say)."""
+        """Replace the checkpoint's generation settings, which may change probabilities (a penalty, say)."""
         own = self.model.generation_config
         self.model.generation_config = GenerationConfig(
             max_new_tokens=sampling.max_tokens, do_sample=False, use_cache=True,
@@ -108,7 +102,7 @@ class GeneralEngine:
         sampling: SamplingSettings,
         on_token: Callable[[int, int], None] | None,
     ) -> list[Rollout]:
-        """uniform: [rows, max_tokens]."""
+        """Sample one completion for each row of `uniform` [rows, max_tokens]."""
         ids = prompt.input_ids.to(self.model.device).expand(len(uniform), -1)
         draw = _Draw(self._chosen_from, uniform.to(ids.device), sampling, self._stop_ids, on_token)
         self.model.generate(
@@ -123,12 +117,12 @@ class GeneralEngine:
         )
 
 
-def _heard(on_token: OnToken, prompt: int, start: int) -> Callable[[int, int], None]:
-    return lambda row, token: on_token(prompt, start + row, token)
+def _on_row_token(on_token: OnToken, prompt: int, start: int, row: int, token: int) -> None:
+    on_token(prompt, start + row, token)
 
 
 class _Draw(LogitsProcessor):
-    """Draws a row's next token and leaves no other to `generate`. Keeps tokens and their log-probs [rows]."""
+    """Draws each row's next token and masks all others for `generate`. Keeps tokens and log-probs [rows]."""
 
     def __init__(
         self,
@@ -138,12 +132,8 @@ class _Draw(LogitsProcessor):
         stop_ids: Sequence[int],
         on_token: Callable[[int, int], None] | None,
     ) -> None:
-        self.chosen_from, self.uniform, self.sampling, self.on_token = (
-            chosen_from,
-            uniform,
-            sampling,
-            on_token,
-        )
+        self.chosen_from, self.uniform = chosen_from, uniform
+        self.sampling, self.on_token = sampling, on_token
         self.ends = torch.tensor(stop_ids, device=uniform.device)
         self.tokens: list[Tensor] = []
         self.logprobs: list[Tensor] = []
@@ -151,7 +141,7 @@ class _Draw(LogitsProcessor):
         self.lengths = torch.zeros(len(uniform), dtype=torch.long, device=uniform.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """scores: [rows, V] logits."""
+        """Draw from `scores`, logits [rows, V]."""
         how, step = self.sampling, len(self.tokens)
         distribution = sampling_logprobs(self.chosen_from(scores), how.temperature, how.top_p, how.top_k)
         if how.temperature == 0:

@@ -1,14 +1,17 @@
 """Decoding many completions of a prompt over one copy of the prompt's keys and values.
 
-Attention of a new token runs over [prompt ; its own completion] with one softmax. The queries of all
-completions of a prompt meet the prompt's keys in one matrix product, so the prompt is stored and read once,
-not once per completion (the idea of Hydragen, arXiv 2402.05099). The models are unmodified: the function is
-registered with transformers' AttentionInterface and is in force within `shared_prefix_attention` only.
+A new token attends to [prompt ; its own completion] with one softmax. The queries of all completions of a
+prompt are multiplied with the prompt's keys in one matrix product, so the prompt is stored and read once, not
+once per completion (Hydragen, arXiv 2402.05099). The models are unmodified: the attention function is
+registered with transformers' AttentionInterface and used within `shared_prefix_attention` only.
 
 Letters: R prompts (rows), P prompt tokens, B completions, K key-value heads, g query heads per key-value
-head, D head size, w slots a row. A decoding step has the same shapes whichever token it is at: a completion's
-keys have room for `capacity` tokens, of which the empty ones are hidden. A layer with a recurrent state has
-no keys: every completion gets a copy of its prompt's state, which each token changes in place.
+head, D head size, w slots a row. A decoding step has the same shapes for every token: a completion's keys
+have room for `capacity` tokens, and the empty ones are masked. A layer with a recurrent state has no keys:
+every completion gets a copy of its prompt's state, which each token changes in place.
+
+On a GPU the step is a CUDA graph (`DecodingStep`). A step of a 7B model is some 3,000 launches of small
+kernels, which take the CPU longer than the GPU needs for the work; replayed, they are one launch.
 """
 
 from __future__ import annotations
@@ -29,8 +32,10 @@ FIRST_CAPACITY = 64  # tokens of a completion; doubled when full
 
 
 class ForkedState:
-    """What a layer with a state looks for in its cache, by transformers' names: the last inputs of its
-    convolution [B, C, K] and its recurrent state [B, H, Dk, Dv]. Both are written in place.
+    """The cache of a layer with a state, by transformers' names.
+
+    conv_states: last inputs of its convolution [B, C, K]; recurrent_states: [B, H, Dk, Dv]. Both are written
+    in place.
     """
 
     record_past = False
@@ -40,15 +45,15 @@ class ForkedState:
         self.remembered: tuple[Tensor, Tensor] | None = None
 
     def select(self, rows: Tensor) -> ForkedState:
-        """The states of `rows`, copied."""
+        """Return a copy of the states of `rows`."""
         return ForkedState(*(x.index_select(0, rows) for (x,) in (self.conv_states, self.recurrent_states)))
 
 
 class SharedPrefixCache:
     """Keys and values of R prompts and of the completions that continue them, for all layers.
 
-    layers: two tensors for each: keys and values [R, K, P, D], prompts shorter than P padded at the end; for
-        those numbered in `stateful` what ForkedState takes, of the prompts.
+    layers: keys and values [R, K, P, D] of each, prompts shorter than P padded at the end; for the layers in
+        `stateful` the two tensors of ForkedState.
     lengths: [R] int64, prompt tokens.
     rows: [B] int64, the prompt of each completion.
     """
@@ -73,7 +78,7 @@ class SharedPrefixCache:
         }
         self.values = _each(torch.zeros_like, self.keys)
         self.length = 0  # t, the same for every completion in the batch
-        self.place = torch.full((1,), -1, device=rows.device)  # of the newest token, where the device sees it
+        self.place = torch.full((1,), -1, device=rows.device)  # index of the newest token, on the device
         self.used = 0  # tokens of the room that are attended to
         self.own_bias: Tensor | None = None  # [capacity], -inf where the room is empty
         padding = torch.arange(prompt, device=lengths.device) >= lengths[:, None]
@@ -82,26 +87,26 @@ class SharedPrefixCache:
         self._place(rows)
 
     def _place(self, rows: Tensor) -> None:
-        """Gives every completion a slot in the [R, w] layout in which queries meet the prompts."""
+        """Give every completion a slot in the [R, w] layout that multiplies queries with prompt keys."""
         self.rows = rows
-        rank = (rows[:, None] == rows).tril(-1).sum(1)  # completions of the same prompt that stand before
+        rank = (rows[:, None] == rows).tril(-1).sum(1)  # earlier completions of the same prompt
         self.width = int(rank.max()) + 1
         slot_of = rows * self.width + rank  # [B]
         sequence_in = torch.zeros(len(self.bias) * self.width, dtype=torch.long, device=rows.device)
         sequence_in[slot_of] = torch.arange(len(rows), device=rows.device)  # empty slots: any
-        # Without empty slots both are the identity: completions of a prompt stand side by side.
+        # Without empty slots both are the identity: completions are sorted by prompt.
         full = len(rows) == len(sequence_in) and torch.equal(slot_of, sequence_in)
         self.slot_of, self.sequence_in = (None, None) if full else (slot_of, sequence_in)
 
     def keep(self, kept: Tensor) -> None:
-        """Leaves only the completions `kept` ([B'] int64 indices), and the prompts that they still need."""
+        """Drop all completions but `kept` ([B'] int64 indices), and prompts that no completion needs."""
         self.keys, self.values = (
             _each(lambda room: room.index_select(0, kept), states) for states in (self.keys, self.values)
         )
         self.layers = {number: layer.select(kept) for number, layer in self.layers.items()}
         rows = self.rows[kept]
         needed = rows.unique()
-        if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many of them are done
+        if 2 * len(needed) <= len(self.bias):  # copying the prompts pays off only when many are done
             self.prefix_keys, self.prefix_values = (
                 _each(lambda prefix: prefix.index_select(0, needed), states)
                 for states in (self.prefix_keys, self.prefix_values)
@@ -111,7 +116,7 @@ class SharedPrefixCache:
         self._place(rows)
 
     def make_room(self) -> None:
-        """For one more token of every completion, before each decoding step."""
+        """Make room for one more token of every completion, before each decoding step."""
         self.length += 1
         self.place += 1
         if self.length > self.keys[self.first].shape[2]:
@@ -121,8 +126,9 @@ class SharedPrefixCache:
             )
 
     def hide_empty(self) -> None:
-        """Notes which of the room is empty, for all layers of a decoding step. On a CPU, where nothing is
-        recorded, the used part is given out alone.
+        """Compute the mask of the empty room, for all layers of a decoding step.
+
+        A CPU, which records no graph, gets a view of the used part instead.
         """
         self.own_bias, self.used = None, self.keys[self.first].shape[2]
         if self.place.device.type == "cpu":
@@ -132,8 +138,9 @@ class SharedPrefixCache:
         self.own_bias = torch.zeros_like(empty, dtype=self.bias.dtype).masked_fill_(empty, -torch.inf)
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any) -> tuple[Tensor, Tensor]:
-        """Puts one token's keys and values [B, K, 1, D] in place; returns the room, [B, K, capacity, D],
-        whose shape and address stay while it lasts.
+        """Write one token's keys and values [B, K, 1, D]; return the room, [B, K, capacity, D].
+
+        Its shape and address stay the same until `make_room` doubles it.
         """
         if layer == self.first:
             self.hide_empty()
@@ -142,21 +149,20 @@ class SharedPrefixCache:
         return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def has_previous_state(self, layer: int, *args: Any, **kwargs: Any) -> bool:
-        """For a layer with a state: whether its prompt has been read."""
-        return True
+        return True  # the prompt has been read
 
     def update_recurrent_state(self, state: Tensor, layer: int) -> None:
         self.layers[layer].recurrent_states[0].copy_(state)
 
     def remember(self, wanted: bool) -> None:
-        """Before a token. wanted: its step may run more than once, each time from the present states."""
+        """Save the states before a token whose step may run more than once (`wanted`)."""
         for layer in self.layers.values():
             layer.remembered = (
                 (layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) if wanted else None
             )
 
     def rewind(self) -> None:
-        """Back to the states that are remembered, if any."""
+        """Restore the saved states, if any."""
         for layer in self.layers.values():
             if layer.remembered is not None:
                 layer.conv_states[0].copy_(layer.remembered[0])
@@ -181,9 +187,10 @@ def attend(
     shared_prefix: SharedPrefixCache,
     **unused: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one new token a completion. query: [B, K*g, 1, D]; keys, values: [B, K, capacity, D], the
-    room of its own tokens. Returns [B, 1, K*g, D]. The signature is that of transformers' attention
-    functions.
+    """Attend for one new token of each completion, with the signature of transformers' attention functions.
+
+    query: [B, K*g, 1, D]; keys, values: [B, K, capacity, D], the room of its own tokens. Returns
+    [B, 1, K*g, D].
     """
     cache = shared_prefix
     prefix_keys, prefix_values = cache.prefix_keys[module.layer_idx], cache.prefix_values[module.layer_idx]
@@ -220,7 +227,7 @@ AttentionInterface.register(ATTENTION_NAME, attend)
 
 @contextmanager
 def shared_prefix_attention(text_config: Any) -> Iterator[None]:
-    """Within it, a text model of this config attends by `attend`; its caller passes `shared_prefix=cache`.
+    """Make text models of this config use `attend`; the caller passes `shared_prefix=cache` to the model.
 
     No mask function is registered under the name, so transformers builds no mask.
     """
@@ -236,10 +243,10 @@ def shared_prefix_attention(text_config: Any) -> Iterator[None]:
 
 
 class DecodingStep:
-    """`step(tokens [B], position [B], cache)` as the device runs it best. It gives logits [B, V] and puts the
-    tokens into the cache, the same ones when it is called again with the same arguments.
+    """Runs `step(tokens [B], position [B], cache)`, on a GPU as a CUDA graph recorded once for its shapes.
 
-    The logits of a call may be overwritten by the next one.
+    `step` returns logits [B, V] and writes the tokens into the cache; it can be repeated with the same
+    arguments. The next call may overwrite the logits of a call.
     """
 
     def __init__(
@@ -250,20 +257,20 @@ class DecodingStep:
         self.buffers: dict[int, Tensor] = {}
 
     def __call__(self, tokens: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, V] after `tokens` [B] at `position` [B], for which the cache has room."""
+        """Return logits [B, V] after `tokens` [B] at `position` [B]; `make_room` comes first."""
         recorded = tokens.device.type in RECORDED_ON
         self.cache.remember(recorded and replayed_step.agrees is not False and self.outdated)
         return (replayed_step if recorded else plain_step)(tokens, position, self)
 
     @property
     def outdated(self) -> bool:
-        """Whether there is no recording of these shapes."""
+        """Whether no graph has been recorded for these shapes."""
         return self.graph is None or self.buffers is not self.cache.keys
 
     def record(self, tokens: Tensor, position: Tensor) -> None:
-        """Records the step for these shapes and the cache's present buffers."""
-        self.graph = None  # before the next one is made: its memory can serve again
-        plain_step(tokens, position, self)  # sets up what kernels keep
+        """Record the step for these shapes and the cache's present buffers."""
+        self.graph = None  # frees its memory for the next one
+        plain_step(tokens, position, self)  # warms the kernels up
         self.tokens, self.position = tokens.clone(), position.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

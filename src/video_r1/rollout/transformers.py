@@ -1,4 +1,4 @@
-"""Rollouts in the training process, with the model that is trained.
+"""Rollouts in the training process, by the trained model itself.
 
 ```
 prompts ─► prefill: pixels and prompt once ─► keys and values [R, P] ─► decode B = R*n ─► Rollouts
@@ -31,6 +31,7 @@ from video_r1.models.group_forward import (
 from video_r1.models.lora import merged_adapters
 from video_r1.models.onednn import onednn_linears
 from video_r1.rollout.engine import (
+    RolloutEngine,
     SamplingSettings,
     draw_tokens,
     sampling_logprobs,
@@ -41,33 +42,32 @@ from video_r1.rollout.shared_prefix import DecodingStep, SharedPrefixCache, shar
 
 T = TypeVar("T")
 OnToken = Callable[[int, int, int], None]
-# Finished completions leave in batches: copying the others' states has its cost, and on a GPU (True) the step
-# is recorded anew.
+"""Called with the indices of prompt and completion, and a token id."""
+# Finished completions leave the batch several at a time: copying the others' states is costly, and on a GPU
+# (True) the step is recorded again.
 KEEP_RATIO = {False: 0.875, True: 0.5}
-TOKENS_BETWEEN_QUESTIONS = 8  # decoded on a GPU before it is asked which completions have ended
+TOKENS_BETWEEN_SYNCS = 8  # decoded on a GPU before the CPU reads which completions have ended
 MAX_SEQUENCES = 256
 MAX_PREFILL_TOKENS = 16384
 
 
 class _Prefilled(NamedTuple):
-    """R prompts after their prefill. layers: keys and values [R, K, P, D] of each, or its convolution's last
-    inputs and its state; logits: [R, V] of the first completion token; lengths: [R] int64; next_position: [R]
-    int64, where the completion starts."""
+    """R prompts after their prefill."""
 
-    layers: Sequence[tuple[Tensor, Tensor]]
-    logits: Tensor
-    lengths: Tensor
-    next_position: Tensor
+    layers: Sequence[tuple[Tensor, Tensor]]  # keys and values [R, K, P, D], or convolution inputs and state
+    logits: Tensor  # [R, V] of the first completion token
+    lengths: Tensor  # [R] int64
+    next_position: Tensor  # [R] int64, of the first completion token
 
 
-class TransformersEngine:
+class TransformersEngine(RolloutEngine):
     """Samples with a transformers model of a known family, sharing each prompt's prefill.
 
     model: for conditional generation, also within PEFT or DistributedDataParallel. It is in eval mode while
         sampling. Under mixed precision call `generate` within the trainer's autocast.
     tokenizer: tokenizer or processor.
     max_sequences: completions decoded at once; further prompts wait for the next wave.
-    max_prefill_tokens: prompt tokens, padding included, of one prefill forward.
+    max_prefill_tokens: prompt tokens in one prefill forward, padding included.
 
     Raises ConfigError for models with sliding-window layers.
     """
@@ -85,7 +85,7 @@ class TransformersEngine:
         self.update_weights(model)
 
     def update_weights(self, model: Any) -> None:
-        """The weights are the trained model's own; another model object is taken over as it is."""
+        """Use `model`. It is the trained model itself, so its weights need no copy."""
         self.model = vision_language_model(model)
         self._text = text_of(self.model)
         self._text_config = self._text.config
@@ -95,12 +95,6 @@ class TransformersEngine:
         self._stateful = {number for number, kind in enumerate(kinds) if kind == "linear_attention"}
         self._stop_ids = stop_token_ids(self.model.generation_config, self.tokenizer)
 
-    def rest(self) -> None:
-        """Nothing is held between two calls."""
-
-    def close(self) -> None:
-        """Nothing is held but the model, which belongs to the caller."""
-
     @torch.no_grad()
     def generate(
         self,
@@ -109,11 +103,10 @@ class TransformersEngine:
         counts: Sequence[int] | None = None,
         on_token: OnToken | None = None,
     ) -> list[list[Rollout]]:
-        """Samples `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result `[prompts][n]`.
+        """Sample as `RolloutEngine.generate` says. `on_token(q, g, token_id)` gets each token at once.
 
-        At temperature 0 every completion is the greedy one and its log-probs are the model's own. Completion
-        g depends on its prompt's seed (see `prompt_seeds`) and g, not on the other prompts or how they are
-        batched. `on_token(q, g, token_id)` sees each token at once.
+        Log-probs at temperature 0 are the model's own. Completion g depends on its prompt's seed and g, not
+        on the other prompts or how they are batched.
         """
         counts = wanted_counts(prompts, sampling, counts)
         uniform = uniform_numbers(counts, sampling)
@@ -123,7 +116,6 @@ class TransformersEngine:
         )
         results: list[list[Rollout]] = [[] for _ in prompts]
         with eval_mode(self.model), merged_adapters(self.model):
-            # Each wave decodes up to `max_sequences` completions at once.
             for wave in _cut(order, lambda wave: sum(counts[index] for index in wave), self.max_sequences):
                 numbers = [(index, completion) for index in wave for completion in range(counts[index])]
                 drawn = torch.cat([uniform[index] for index in wave])
@@ -135,7 +127,7 @@ class TransformersEngine:
         return results
 
     def _prefill(self, prompts: Sequence[Prompt]) -> _Prefilled:
-        """One forward for each chunk of prompts of similar length."""
+        """Run one forward for each chunk of prompts of similar length."""
 
         def tokens(chunk: Sequence[Prompt]) -> int:
             lengths = [len(prompt.input_ids) for prompt in chunk]
@@ -147,21 +139,20 @@ class TransformersEngine:
         if len(parts) == 1:
             return parts[0]
         layers, *others = zip(*parts, strict=True)
-        stacked = []
-        for chunks in zip(*layers, strict=True):
-            first, second = zip(*chunks, strict=True)
-            stacked.append((_stack(first), _stack(second)))
-        return _Prefilled(stacked, *map(torch.cat, others))
+        pairs = [zip(*chunks, strict=True) for chunks in zip(*layers, strict=True)]
+        return _Prefilled(
+            [(_stack(first), _stack(second)) for first, second in pairs], *map(torch.cat, others)
+        )
 
     def _prefill_chunk(self, prompts: Sequence[Prompt]) -> _Prefilled:
-        """Padding stands at the end: causal attention hides it from every real token without a mask."""
+        """Run one forward. Padding is at the end: causal attention hides it without a mask."""
         device = self._text.device
         rows = torch.arange(len(prompts), device=device)
         lengths = torch.tensor([len(prompt.input_ids) for prompt in prompts], device=device)
         input_ids = pad_sequence([prompt.input_ids for prompt in prompts], batch_first=True).to(device)
         in_prompt = torch.arange(input_ids.shape[1], device=device) < lengths[:, None]
-        places, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
-        positions = pad_sequence([place.T for place in places]).permute(2, 1, 0)  # [3, R, P]
+        parts, following = zip(*(prompt_positions(self.model, prompt) for prompt in prompts), strict=True)
+        positions = pad_sequence([part.T for part in parts]).permute(2, 1, 0)  # [3, R, P]
         features = visual_features(self.model, prompts)
         cache: Any = DynamicCache(config=self._text_config)
         hidden = self._text(
@@ -178,7 +169,7 @@ class TransformersEngine:
         )
 
     def _kept(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """What a layer of the prefill's cache holds, as `_Prefilled` has it."""
+        """Return the tensors of a layer of the prefill's cache, for `_Prefilled.layers`."""
         if hasattr(layer, "recurrent_states"):
             return layer.conv_states[0], layer.recurrent_states[0]
         dtype = layer.keys.dtype
@@ -194,9 +185,9 @@ class TransformersEngine:
         sampling: SamplingSettings,
         on_token: OnToken | None,
     ) -> list[Rollout]:
-        """The S completions of one wave, those of a prompt in a row.
+        """Decode the S completions of one wave, sorted by prompt.
 
-        numbers: [S] prompt and completion, prompts in the prefill's order; uniform: [S, max_tokens].
+        numbers: [S] indices of prompt and completion, in the prefill's order; uniform: [S, max_tokens].
         """
         device = prefilled.logits.device
         uniform = uniform.to(device)
@@ -213,7 +204,7 @@ class TransformersEngine:
         active = torch.arange(len(rows), device=device)  # [B] completions in the batch
         next_logits = DecodingStep(self._next_logits, cache)
         on_gpu = device.type != "cpu"
-        asked_every = TOKENS_BETWEEN_QUESTIONS if on_gpu else 1
+        synced_every = TOKENS_BETWEEN_SYNCS if on_gpu else 1
         with shared_prefix_attention(self._text_config):
             for step in range(sampling.max_tokens):
                 distribution = sampling_logprobs(logits, sampling.temperature, sampling.top_p, sampling.top_k)
@@ -232,7 +223,7 @@ class TransformersEngine:
                 stopped[active] = ending | ~running
                 if step + 1 == sampling.max_tokens:
                     break
-                if step % asked_every == 0:  # the one question to the device
+                if step % synced_every == 0:  # the only synchronisation with the device
                     kept = (~stopped[active]).nonzero().squeeze(1)
                     if len(kept) == 0:
                         break
@@ -247,7 +238,7 @@ class TransformersEngine:
         )
 
     def _next_logits(self, tokens: Tensor, position: Tensor, cache: SharedPrefixCache) -> Tensor:
-        """[B, V] after `tokens` [B] at `position` [B], which the cache takes in."""
+        """Return logits [B, V] after `tokens` [B] at `position` [B], whose keys and values join the cache."""
         output = self._text(
             inputs_embeds=self.model.get_input_embeddings()(tokens[:, None]),
             position_ids=position[None, :, None].expand(3, -1, 1),
@@ -261,7 +252,7 @@ class TransformersEngine:
 def as_rollouts(
     tokenizer: Any, token_ids: Tensor, logprobs: Tensor, lengths: list[int], stopped: list[bool]
 ) -> list[Rollout]:
-    """token_ids, logprobs: [completions, L] on the CPU; lengths: tokens of each; stopped: by an end token."""
+    """Build rollouts. token_ids, logprobs: [completions, L] on the CPU; stopped: ended by an end token."""
     ids = [row[:length].clone() for row, length in zip(token_ids, lengths, strict=True)]
     texts = tokenizer.batch_decode([row.tolist() for row in ids], skip_special_tokens=True)
     return [
@@ -271,7 +262,7 @@ def as_rollouts(
 
 
 def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> Iterator[list[T]]:
-    """The items in their order, cut where a part would cost more than `limit`."""
+    """Yield parts of the items, in order, each of which costs at most `limit` where it has several."""
     part: list[T] = []
     for item in items:
         if part and cost([*part, item]) > limit:
@@ -283,17 +274,16 @@ def _cut(items: Sequence[T], cost: Callable[[Sequence[T]], int], limit: int) -> 
 
 
 def stop_token_ids(generation: GenerationConfig, tokenizer: Any) -> list[int]:
-    """The tokens that end a completion: the generation config's, and the end of turn of a tokenizer or
-    processor.
-    """
+    """Return the tokens that end a completion: the generation config's, and the tokenizer's end of turn."""
     configured = generation.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in (*configured, end_token_id(tokenizer)) if token is not None})
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors [R_i, K, P_i, D] as one [sum R_i, K, max P_i, D], padded with zeros at the end of P. States,
-    which differ in R_i alone, need no padding.
+    """Join tensors [R_i, K, P_i, D] into [sum R_i, K, max P_i, D], zero-padded at the end of P.
+
+    States, which differ in R_i alone, get no padding.
     """
     longest = max(tensor.shape[2] for tensor in tensors)
     if all(tensor.shape[2] == longest for tensor in tensors):
@@ -303,7 +293,7 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Puts every module into eval mode and each back into the mode that it had."""
+    """Put every module into eval mode, and back into its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
