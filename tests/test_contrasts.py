@@ -30,7 +30,7 @@ from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.rollout.vllm.requests import asks_of, engine_input, server_request, visuals_of
+from video_r1.rollout.vllm.requests import engine_input, prompt_requests, server_request, visuals_of
 from video_r1.settings.frames import Contrast, Order
 from video_r1.training.logprob_contrast import logprob_drops
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
@@ -314,7 +314,8 @@ class Asking(TransformersEngine):
 
     def generate(self, prompts: Any, sampling: Any, counts: Any = None, on_token: Any = None) -> Any:
         self.asked = [
-            (prompts[ask.place], ask) for ask in asks_of(prompts, sampling, counts, limit=1000, stop_ids=[1])
+            (prompts[ask.index], ask)
+            for ask in prompt_requests(prompts, sampling, counts, limit=1000, stop_ids=[1])
         ]
         return super().generate(prompts, sampling, counts, on_token)
 

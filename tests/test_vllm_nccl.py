@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from video_r1.chat_client import ServerFailure
-from video_r1.rollout.vllm.weight_sync import Copies, NCCLHandOver, SyncClient
+from video_r1.rollout.vllm.weight_sync import Copies, NCCLSync, SyncClient
 
 pytestmark = pytest.mark.vllm
 MODULE = "vllm.distributed.weight_transfer.nccl_engine"
@@ -40,7 +40,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Tensor]]:
     return found
 
 
-def test_one_connection_for_all_hand_overs_until_one_fails(sent: list[dict[str, Tensor]]) -> None:
+def test_one_connection_for_all_syncs_until_one_fails(sent: list[dict[str, Tensor]]) -> None:
     calls: list[tuple[str, Any]] = []
     broken: list[str] = []
 
@@ -49,11 +49,11 @@ def test_one_connection_for_all_hand_overs_until_one_fails(sent: list[dict[str, 
         if path in broken:
             raise ServerFailure("away")
 
-    hand_over, served = over_nccl(), "first weights"
+    sync, served = over_nccl(), "first weights"
     weights = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.ones(4, dtype=torch.bfloat16)}
     for version in ("first", "second"):
-        hand_over.keep(weights, version)
-        hand_over.send(call, served)
+        sync.keep(weights, version)
+        sync.send(call, served)
         served = version
         assert {name: (t.tolist(), t.dtype) for name, t in sent[-1].items()} == {
             name: (t.tolist(), t.dtype) for name, t in weights.items()
@@ -69,28 +69,28 @@ def test_one_connection_for_all_hand_overs_until_one_fails(sent: list[dict[str, 
     calls.clear()
     broken.append("/update_weights")
     with pytest.raises(ServerFailure, match="away"):
-        hand_over.send(call, served)
+        sync.send(call, served)
     assert Group.destroyed == 1
     broken.clear()
-    hand_over.send(call, served)
+    sync.send(call, served)
     assert [path for path, _ in calls][-4:] == ["/init_weight_transfer_engine", *update]
-    hand_over.close()
+    sync.close()
     assert Group.destroyed == 2
 
 
-def over_nccl(limit: float = 60.0) -> NCCLHandOver:
+def over_nccl(limit: float = 60.0) -> NCCLSync:
     Group.destroyed = 0
-    hand_over = NCCLHandOver("http://127.0.0.1:8000", workers=2, device="cpu", limit=limit)
-    hand_over.keep({"a": torch.ones(2)}, "ours")
-    return hand_over
+    sync = NCCLSync("http://127.0.0.1:8000", workers=2, device="cpu", limit=limit)
+    sync.keep({"a": torch.ones(2)}, "ours")
+    return sync
 
 
 def test_a_server_that_has_come_back_is_connected_again(sent: list[dict[str, Tensor]]) -> None:
     """It has its first weights; the group of its former processes would be waited for without end."""
     paths: list[str] = []
-    hand_over = over_nccl()
+    sync = over_nccl()
     for served, connections in (("first weights", 1), ("ours", 1), ("first weights", 2)):
-        hand_over.send(lambda path, body=None: paths.append(path), served)
+        sync.send(lambda path, body=None: paths.append(path), served)
         assert paths.count("/init_weight_transfer_engine") == connections
         assert Group.destroyed == connections - 1
 
@@ -118,21 +118,21 @@ def test_a_server_that_dies_while_it_is_sent_to(waits: Callable[..., None]) -> N
             sending.set()
             raise ServerFailure("it died")
 
-    hand_over = over_nccl()
+    sync = over_nccl()
     with pytest.raises(ServerFailure, match="it died"):
-        hand_over.send(call, "first weights")
-    assert sending.is_set() and Group.destroyed == 1 and hand_over.engine is None
+        sync.send(call, "first weights")
+    assert sending.is_set() and Group.destroyed == 1 and sync.engine is None
 
 
 def test_a_transfer_that_does_not_end_is_given_up(waits: Callable[..., None]) -> None:
     """Nor does it ask anything of the server, if it ends after all."""
     paths: list[str] = []
-    hand_over = over_nccl(limit=0.5)
+    sync = over_nccl(limit=0.5)
     with pytest.raises(ServerFailure, match=r"not taken the weights after 0\.5 s"):
-        hand_over.send(lambda path, body=None: paths.append(path), "first weights")
+        sync.send(lambda path, body=None: paths.append(path), "first weights")
     assert paths[-1] == "/update_weights" and Group.destroyed == 1
     client = SyncClient(lambda path, body=None: paths.append(path))
-    client.under_way.set_exception(TimeoutError())
+    client.transfer.set_exception(TimeoutError())
     with pytest.raises(ServerFailure, match="given up"):
         client.finish_weight_update()
     assert paths[-1] == "/update_weights"

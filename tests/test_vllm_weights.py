@@ -23,7 +23,7 @@ from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm import engine as vllm_engine
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.mrope import prompt_positions
-from video_r1.rollout.vllm.requests import asks_of
+from video_r1.rollout.vllm.requests import prompt_requests
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 
 
@@ -108,15 +108,15 @@ def test_completions_that_are_missing_are_not_made_up() -> None:
     """Two where four were asked for are an error; only the greedy one stands for all."""
     prompt = clip_prompts(tiny_processor("qwen2_5_vl"))[0]
     rollouts = [Rollout(torch.tensor([token]), torch.zeros(1), "", "stop") for token in range(4)]
-    (ask,) = asks_of([prompt], SamplingSettings(n=4, max_tokens=8), None, 1024, [])
-    assert ask.answered(rollouts) == rollouts
+    (ask,) = prompt_requests([prompt], SamplingSettings(n=4, max_tokens=8), None, 1024, [])
+    assert ask.filled(rollouts) == rollouts
     for given in (rollouts[:2], rollouts[:1], []):
         with pytest.raises(VideoR1Error, match=f"gave {len(given)} completions of 4"):
-            ask.answered(given)
-    (greedy,) = asks_of([prompt], SamplingSettings(n=4, temperature=0, max_tokens=8), None, 1024, [])
-    assert greedy.answered(rollouts[:1]) == rollouts[:1] * 4
+            ask.filled(given)
+    (greedy,) = prompt_requests([prompt], SamplingSettings(n=4, temperature=0, max_tokens=8), None, 1024, [])
+    assert greedy.filled(rollouts[:1]) == rollouts[:1] * 4
     with pytest.raises(VideoR1Error, match="gave 4 completions of 1"):
-        greedy.answered(rollouts)
+        greedy.filled(rollouts)
 
 
 def test_without_vllm_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +163,7 @@ def test_memory_goes_back_once_and_weights_come_before_the_next_rollouts() -> No
     engine.rest()
     engine.rest()
     assert calls == ["sleep {'level': 2}"]
-    with pytest.raises(VideoR1Error, match="hand the model's over first"):
+    with pytest.raises(VideoR1Error, match="call update_weights first"):
         engine.generate([], SamplingSettings())
     engine.update_weights(model)
     assert calls[1:4] == ["wake_up ['weights']", "collective_rpc take_weights", "wake_up ['kv_cache']"]

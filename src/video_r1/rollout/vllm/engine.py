@@ -1,9 +1,9 @@
-"""Rollouts with vLLM in the training process.
+"""Rollouts by vLLM in the training process.
 
     Prompt: its tokens, its processed pixels ─► vLLM: one prefill a prompt, n completions ─► Rollouts
     trained model ─► checkpoint_weights ─► vLLM's own copy of the model, its caches emptied
 
-vLLM decides on running in this process while it is imported, so it is imported when an engine is built.
+vLLM decides while it is imported to run in this process, so it is imported when an engine is built.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.models.group_forward import vision_language_model
 from video_r1.processes import gather_lists, process_count, process_index
-from video_r1.rollout.engine import SamplingSettings
+from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm.mrope import use_transformers_positions
-from video_r1.rollout.vllm.requests import asks_of, engine_input, rollout_of
+from video_r1.rollout.vllm.requests import engine_input, prompt_requests, rollout_of
 from video_r1.rollout.vllm.serve import CPU_VARIABLES, EXTENSION, OPTIONS, cpu_options
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.vllm import VLLMSettings
 
-# vLLM reads these when it is imported; what the user has set stays.
+# vLLM reads these when it is imported; values that the user has set stay.
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights pass from model to model within this process
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -45,19 +45,17 @@ ENVIRONMENT = {
 }
 
 
-class VLLMEngine:
-    """Samples with vLLM, which holds its own copy of the weights (`update_weights` hands new ones over).
+class VLLMEngine(RolloutEngine):
+    """Samples with vLLM, which has its own copy of the weights (`update_weights` replaces it).
 
     model: checkpoint folder or hub id, whose weights are loaded; or a transformers model (also within PEFT,
-        DDP or FSDP2), whose weights `update_weights` has to hand over first: here they may be shared out.
-    processor: the one that the prompts are built with.
+        DDP or FSDP2), whose weights come with the first `update_weights`: here they may be sharded.
+    processor: builds the prompts.
     dtype: "auto" is that of the model or the checkpoint.
-    max_model_len: most tokens of prompt and completion together, where the model allows as many.
+    max_model_len: most tokens of prompt and completion together, if the model allows as many.
     max_sequences: completions decoded at once.
-    settings: its share of the GPU's memory; whether `rest` gives that back (GPU only); and how many
-        neighbouring processes of a training run share one vLLM: all of them have to make the same calls
-        (their prompts may differ).
-
+    settings: share of the GPU's memory; whether `rest` frees it (GPU only); number of neighbouring ranks that
+        share one vLLM: all of them have to make the same calls (their prompts may differ).
     frames: the largest visuals to reserve memory for (default: the largest that the model takes).
 
     Raises ConfigError when vLLM is not installed or refuses the model.
@@ -86,6 +84,8 @@ class VLLMEngine:
         source = self._describe(model) if in_memory else str(model)
         if in_memory and dtype == "auto":
             dtype = str(vision_language_model(model).dtype).removeprefix("torch.")
+        config = AutoConfig.from_pretrained(source)
+        longest = config.get_text_config().max_position_embeddings
         arguments: dict[str, Any] = {
             "model": source,
             "load_format": "dummy" if in_memory else "auto",
@@ -93,7 +93,7 @@ class VLLMEngine:
             "max_num_seqs": max_sequences,
             "limit_mm_per_prompt": {"image": 1, "video": 1} if frames is None else largest_visuals(frames),
             "mm_processor_kwargs": {"do_sample_frames": False, "do_resize": False},
-            "max_model_len": _longest(source, max_model_len),
+            "max_model_len": min(longest, max_model_len or longest),
             "tensor_parallel_size": settings.vllm_tensor_parallel_size,
             # One worker in each process that the launcher has started.
             **({"distributed_executor_backend": "external_launcher"} if process_count() > 1 else {}),
@@ -104,33 +104,31 @@ class VLLMEngine:
             arguments["gpu_memory_utilization"] = settings.vllm_gpu_memory_utilization
             arguments["enable_sleep_mode"] = self._sleep
         else:
-            arguments |= cpu_options(AutoConfig.from_pretrained(source), dtype)
+            arguments |= cpu_options(config, dtype)
         self.llm = _start(arguments)
         self.max_model_len: int = self.llm.model_config.max_model_len
         self._dtype: torch.dtype = self.llm.model_config.dtype
         self.stop_ids = stop_token_ids(generation_config(source), self.tokenizer)
 
     def _describe(self, model: Any) -> str:
-        """A folder with all of the model's checkpoint but its weights."""
+        """Write the model's checkpoint without its weights; return the folder."""
         self._folder = tempfile.TemporaryDirectory(prefix="video-r1-vllm-")
         inner = vision_language_model(model)
         config = copy.deepcopy(inner.config)
         config.architectures = [type(inner).__name__]  # a model made in code has none
         if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config  # vLLM is given weights in 4 bits in full
+            del config.quantization_config  # vLLM gets 4-bit weights in full precision
         config.save_pretrained(self._folder.name)
         inner.generation_config.save_pretrained(self._folder.name)
         self.processor.save_pretrained(self._folder.name)
         return self._folder.name
 
     def update_weights(self, model: Any) -> None:
-        """Hands the model's weights to vLLM without touching the disk, adapters merged on the way, and
-        empties what vLLM has cached of the old ones: prefixes, visual features, processed frames.
-        """
+        """Copy the weights to vLLM in memory, adapters merged, and empty the caches of old ones."""
         if self._asleep:
             self.llm.wake_up(["weights"])
         self.llm.collective_rpc("take_weights", kwargs={"weights_iterator": checkpoint_weights(model)})
-        if self._asleep:  # only now: the weights' copies on their way need room as well
+        if self._asleep:  # only now: the copies of the weights need memory as well
             self.llm.wake_up(["kv_cache"])
             self._asleep = False
         self._has_weights = True
@@ -138,7 +136,7 @@ class VLLMEngine:
         self.stop_ids = stop_token_ids(vision_language_model(model).generation_config, self.tokenizer)
 
     def reset_caches(self) -> None:
-        """All of them, at engine and worker: what one side alone has emptied breaks the next request."""
+        """Empty all caches of engine and worker: one emptied on one side alone breaks the next request."""
         self.llm.llm_engine.reset_encoder_cache()
         self.llm.reset_mm_cache()
         self.llm.collective_rpc("reset_mm_cache")
@@ -148,27 +146,25 @@ class VLLMEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
-        """`sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+        """Sample as `RolloutEngine.generate` says. A prompt is prefilled once.
 
-        A prompt is prefilled once. At temperature 0 every completion is the greedy one. The seed of prompt q
-        (see `prompt_seeds`) fixes its completions.
-        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error where
-        no weights have been handed over since the engine was built or has rested.
+        Raises RequestError for a prompt that leaves no room for `sampling.max_tokens`, and VideoR1Error if
+        `update_weights` has not been called since the engine was built or has rested.
         """
-        asks = asks_of(prompts, sampling, counts, self.max_model_len, self.stop_ids)
+        asked = prompt_requests(prompts, sampling, counts, self.max_model_len, self.stop_ids)
         if not self._has_weights:
-            raise VideoR1Error("vLLM has no weights; hand the model's over first (update_weights)")
-        requests = [(engine_input(prompts[ask.place], self._dtype), ask.parameters) for ask in asks]
+            raise VideoR1Error("vLLM has no weights; call update_weights first")
+        requests = [(engine_input(prompts[each.index], self._dtype), each.parameters) for each in asked]
         own = slice(None)
         if self._neighbours is not None:
             requests, own = gather_lists(requests, self._neighbours)
         results: list[list[Rollout]] = [[] for _ in prompts]
-        for ask, output in zip(asks, self._outputs(requests)[own], strict=True):
-            results[ask.place] = ask.answered([self._rollout(completion) for completion in output.outputs])
+        for each, output in zip(asked, self._outputs(requests)[own], strict=True):
+            results[each.index] = each.filled([self._rollout(completion) for completion in output.outputs])
         return results
 
     def _outputs(self, requests: Sequence[tuple[Any, dict[str, Any]]]) -> list[Any]:
-        """vLLM's RequestOutput of each. Past `LLM.generate`, which would tokenise and process once more."""
+        """Return vLLM's RequestOutputs, without `LLM.generate`, which would tokenise and process again."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
@@ -177,7 +173,7 @@ class VLLMEngine:
             for number, (given, fields) in enumerate(requests):
                 parameters = SamplingParams(**fields, output_kind=RequestOutputKind.FINAL_ONLY)
                 added.append(engine.add_request(str(number), given, parameters))
-        except Exception:  # whatever vLLM refuses, the next call must not find the others
+        except Exception:  # whatever vLLM refuses: the other requests must not stay for the next call
             engine.abort_request(added, internal=True)
             raise
         return self.llm.wait_for_completion(use_tqdm=False) if requests else []
@@ -188,15 +184,13 @@ class VLLMEngine:
         return rollout_of(ids, logprobs, completion.finish_reason, self.tokenizer)
 
     def rest(self) -> None:
-        """Gives the memory of weights and caches back to the trainer, where the settings say so. The weights
-        are not kept: the next ones come before the next rollouts anyway.
-        """
+        """Free the memory of weights and caches, if the settings say so. The weights are not kept."""
         if self._sleep and not self._asleep:
             self.llm.sleep(level=2)
             self._asleep, self._has_weights = True, False
 
     def close(self) -> None:
-        """Gives vLLM's memory back."""
+        """Free vLLM's memory."""
         if self._folder is not None:
             self._folder.cleanup()
         self.llm.llm_engine.engine_core.shutdown()
@@ -205,10 +199,10 @@ class VLLMEngine:
 
 
 def neighbours(size: int) -> Any:
-    """The torch group of the `size` processes that this one shares a vLLM with; None for itself alone.
+    """Return the torch group of the `size` ranks that share a vLLM with this one; None for a size of 1.
 
-    All of its ranks must put the same requests to vLLM in the same order: so each gathers the others',
-    generates for all, and keeps the completions of its own. Every process of the run has to call this. Raises
+    All of them must send the same requests to vLLM in the same order: each gathers the others' requests,
+    generates for all, and keeps its own completions. Every rank of the run has to call this. Raises
     ConfigError when `size` does not divide their number.
     """
     processes = process_count()
@@ -223,9 +217,9 @@ def neighbours(size: int) -> Any:
 
 
 def largest_visuals(frames: FrameBudget) -> dict[str, dict[str, int]]:
-    """One image and one video of the budget, as squares, in the form of vLLM's `limit_mm_per_prompt`.
+    """Return one square image and one square video of the budget, for vLLM's `limit_mm_per_prompt`.
 
-    vLLM runs the model on them to see how much memory is left for its caches.
+    vLLM runs the model on them to measure how much memory is left for its caches.
     """
 
     def side(pixels: int) -> int:  # rounding to whole squares may make a frame a little larger
@@ -238,12 +232,6 @@ def largest_visuals(frames: FrameBudget) -> dict[str, dict[str, int]]:
     }
 
 
-def _longest(source: str, wanted: int | None) -> int:
-    """The wanted number of tokens, or what the model has positions for where that is less."""
-    allowed = AutoConfig.from_pretrained(source).get_text_config().max_position_embeddings
-    return allowed if wanted is None else min(allowed, wanted)
-
-
 def generation_config(source: str | Path) -> GenerationConfig:
     try:
         return GenerationConfig.from_pretrained(source)
@@ -252,7 +240,7 @@ def generation_config(source: str | Path) -> GenerationConfig:
 
 
 def _start(arguments: dict[str, Any]) -> Any:
-    """vLLM's LLM. What its worker sets for the whole process, which trains as well, is set back."""
+    """Return vLLM's LLM, and restore what its worker sets for the whole process, which trains as well."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads, precision = torch.set_num_threads, torch.backends.cuda.matmul.fp32_precision
@@ -268,7 +256,7 @@ def _start(arguments: dict[str, Any]) -> Any:
     except ValueError as error:
         raise ConfigError(f"vLLM refuses {arguments['model']}: {error}") from error
     finally:
-        torch.set_num_threads = threads  # its worker for CPUs puts a function there that does nothing
+        torch.set_num_threads = threads  # its CPU worker replaces it with a function that does nothing
         torch.backends.cuda.matmul.fp32_precision = precision  # TF32 or not is the run's setting
         random.setstate(drawn[0])
         numpy.random.set_state(drawn[1])

@@ -1,15 +1,15 @@
-"""Rotary positions in vLLM as transformers counts them.
+"""Rotary positions (mRoPE) in vLLM as transformers counts them.
 
 After a video, transformers lets the text start max(rows, columns) past the video's start. vLLM lets it start
 past the video's last time position, as Qwen's first release did. For a clip of more time steps than rows the
-two differ, and a policy that is trained under the one rule is another policy under the other (Qwen2-VL and
-Qwen2.5-VL; later models have text between frames, where both agree).
+two differ, and a policy trained with one rule is another policy with the other (Qwen2-VL and Qwen2.5-VL;
+later models have text between frames, where both agree).
 
 Each rule has its library's name, also in a checkpoint's training record. The libraries have not settled it:
 transformers 5.2 had vLLM's rule, 5.3 to 5.19 have the other; vLLM 0.32 still has its own.
 
-`use_transformers_positions` makes vLLM follow the trainer, in this process. `plugin` does in each process of
-a server that is started with VIDEO_R1_POSITIONS=transformers (entry point group `vllm.general_plugins`).
+`use_transformers_positions` makes vLLM in this process follow the trainer. In the processes of a server that
+is started with VIDEO_R1_POSITIONS=transformers, `serve.plugin` calls it (entry point `vllm.general_plugins`).
 """
 
 from __future__ import annotations
@@ -30,20 +30,19 @@ POSITIONS_VARIABLE = "VIDEO_R1_POSITIONS"
 
 
 def rule_of_training(config: Any) -> str | None:
-    """The rule that a model is trained with here, by its config; None where all rules agree."""
+    """Return the rule that a model is trained with here, by its config; None where all rules agree."""
     family = find_family(config)
     return None if family is None or family.timestamp_tokens else "transformers"
 
 
 def recorded_rule(checkpoint: str | Path | None) -> str | None:
-    """The rule that a checkpoint folder was trained with, where it says so. Raises ConfigError."""
+    """Return the rule that a checkpoint folder was trained with, if recorded. Raises ConfigError."""
     record = Path(checkpoint or "") / RECORD
     return read_record(record).get("positions") if checkpoint and record.is_file() else None
 
 
 def warn_of_positions(checkpoint: str | Path | None, rule: str | None, who: str) -> None:
-    """Says so when a checkpoint was trained with another rule than the one that `who` answers with (None: one
-    that is not known)."""
+    """Warn when a checkpoint was trained with another rule than that of the engine `who` (None: unknown)."""
     trained = recorded_rule(checkpoint)
     if trained not in (None, rule):
         logger.warning(
@@ -54,7 +53,7 @@ def warn_of_positions(checkpoint: str | Path | None, rule: str | None, who: str)
 
 
 def use_transformers_positions() -> None:
-    """Replaces the rule of vLLM's Qwen2-VL and Qwen2.5-VL classes. Doing so again changes nothing."""
+    """Replace the rule of vLLM's Qwen2-VL and Qwen2.5-VL classes. A second call changes nothing."""
     from vllm.model_executor.models import qwen2_5_vl, qwen2_vl  # pyright: ignore[reportMissingImports]
 
     kinds: Any = (qwen2_vl.Qwen2VLForConditionalGeneration, qwen2_5_vl.Qwen2_5_VLForConditionalGeneration)
@@ -63,7 +62,7 @@ def use_transformers_positions() -> None:
 
 
 def prompt_positions(model: Any, input_tokens: list[int], mm_features: Any) -> tuple[Tensor, int]:
-    """Positions [3, P] int64 (time, row, column) of a prompt, and what a later token's index is shifted by.
+    """Return a prompt's positions [3, P] int64 (time, row, column), and the shift of later tokens' indices.
 
     Time steps are rounded down after a product in float32, as in transformers.
     """

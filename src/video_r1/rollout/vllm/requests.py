@@ -1,7 +1,7 @@
-"""Prompts and sampling settings in vLLM's words: for the engine in this process, and for a server.
+"""Prompts and sampling settings in vLLM's format, for the engine in this process and for a server.
 
-Both get what the trainer has: a prompt's own token ids, and its processed pixels as items with a place each.
-vLLM samples, resizes and tokenises nothing, whatever the family.
+Both get exactly what the trainer has: a prompt's token ids, and its processed pixels with their positions.
+vLLM selects no frames, resizes and tokenises nothing, for any family.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ PIXELS = ("pixel_values", "pixel_values_videos")  # vLLM's names are those of Pr
 def sampling_parameters(
     sampling: SamplingSettings, count: int, seed: int, stop_ids: list[int]
 ) -> dict[str, Any]:
-    """The fields of vLLM's SamplingParams for `count` completions of one prompt.
+    """Return the fields of vLLM's SamplingParams for `count` completions of one prompt.
 
-    At temperature 0 it is one completion, since vLLM refuses to give the greedy one twice.
+    At temperature 0 `n` is 1, since vLLM refuses to give the greedy completion twice.
     """
     return {
         "n": count if sampling.temperature > 0 else 1,
@@ -34,48 +34,45 @@ def sampling_parameters(
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "max_tokens": sampling.max_tokens,
-        "seed": prompt_seed(seed, 0),  # far from those of other prompts: vLLM counts on from it
+        "seed": prompt_seed(seed, 0),  # far from those of other prompts: vLLM adds the completion's number
         "logprobs": 0,  # of the sampled token alone
         "stop_token_ids": stop_ids,
-        "ignore_eos": True,  # `stop_token_ids` says it all
+        "ignore_eos": True,  # `stop_token_ids` has all end tokens
         "detokenize": False,
     }
 
 
-class Ask(NamedTuple):
-    """place: of the prompt in its call; count: completions wanted; parameters: as `sampling_parameters`."""
+class PromptRequest(NamedTuple):
+    """A request for `count` completions of prompt `index`; parameters: see `sampling_parameters`."""
 
-    place: int
+    index: int
     count: int
     parameters: dict[str, Any]
 
-    def answered(self, rollouts: list[Rollout]) -> list[Rollout]:
-        """`count` rollouts: the greedy one is sampled once and stands for all.
-
-        Raises VideoR1Error when vLLM gave another number than it was asked for.
-        """
+    def filled(self, rollouts: list[Rollout]) -> list[Rollout]:
+        """Return `count` rollouts, by repeating the greedy one. Raises VideoR1Error for a wrong number."""
         sampled = self.parameters["n"]
         if len(rollouts) != sampled:
-            raise VideoR1Error(f"prompt {self.place}: vLLM gave {len(rollouts)} completions of {sampled}")
+            raise VideoR1Error(f"prompt {self.index}: vLLM gave {len(rollouts)} completions of {sampled}")
         return rollouts if sampled == self.count else rollouts * self.count
 
 
-def asks_of(
+def prompt_requests(
     prompts: Sequence[Prompt],
     sampling: SamplingSettings,
     counts: Sequence[int] | None,
     limit: int,
     stop_ids: list[int],
-) -> list[Ask]:
-    """The prompts of a call that completions are wanted of: `sampling.n` of each, or `counts[q]` of prompt q.
+) -> list[PromptRequest]:
+    """Return a request for each prompt of which completions are wanted: `sampling.n`, or `counts[q]`.
 
     Raises ValueError when prompts and counts differ in number, and RequestError for a prompt that leaves no
     room for `sampling.max_tokens` within `limit` tokens.
     """
     counts = wanted_counts(prompts, sampling, counts)
-    asks = []
+    requests = []
     seeds = prompt_seeds(sampling.seed, len(prompts))
-    for place, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True)):
+    for index, (prompt, count, seed) in enumerate(zip(prompts, counts, seeds, strict=True)):
         if not count:
             continue
         if len(prompt.input_ids) + sampling.max_tokens > limit:
@@ -84,12 +81,13 @@ def asks_of(
                 f"do not fit vLLM's limit of {limit} tokens; raise its max_model_len or lower the completion "
                 "length"
             )
-        asks.append(Ask(place, count, sampling_parameters(sampling, count, seed, stop_ids)))
-    return asks
+        parameters = sampling_parameters(sampling, count, seed, stop_ids)
+        requests.append(PromptRequest(index, count, parameters))
+    return requests
 
 
 def rollout_of(ids: list[int], logprobs: list[float], finish_reason: str, tokenizer: Any) -> Rollout:
-    """A completion as vLLM gives it, its end token among its tokens."""
+    """Build a Rollout from vLLM's completion, whose ids include the end token."""
     return Rollout(
         torch.tensor(ids, dtype=torch.long),
         torch.tensor(logprobs, dtype=torch.float32),
@@ -99,28 +97,22 @@ def rollout_of(ids: list[int], logprobs: list[float], finish_reason: str, tokeni
 
 
 class Visual(NamedTuple):
-    """A block of placeholders and what fills it.
+    """A block of placeholders and its visual."""
 
-    kind: image or video; first, length: its place among the prompt's tokens; tensors: by vLLM's names, pixels
-    [patches, dim], all else without a batch dimension; digest: of the tensors, for vLLM's caches.
-    """
-
-    kind: str
-    first: int
-    length: int
-    tensors: dict[str, Tensor]
-    digest: str
+    kind: str  # image or video
+    first: int  # index of the first placeholder among the prompt's tokens
+    length: int  # placeholders
+    tensors: dict[str, Tensor]  # by vLLM's names: pixels [patches, dim], all else without a batch dimension
+    digest: str  # of the tensors, for vLLM's caches
 
 
 def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
-    """What a prompt shows, in the order of its tokens; [] for a blind question.
+    """Return a prompt's visuals in the order of its tokens; [] for a blind question.
 
-    A video with text between its time steps (from Qwen3-VL on: a time in words, a block of placeholders) goes
-    as one image a time step. The tower treats the two alike, so do the positions, and a request to a server
-    has no words for placeholders in several blocks. vLLM keeps the features of each, so that frames in
-    another order cost the tower nothing where pairs stay together.
-
-    dtype: in which vLLM computes; it would round the pixels to it.
+    A video with text between its time steps (since Qwen3-VL: a time in words, a block of placeholders) goes
+    as one image a time step. Tower and positions treat the two alike, and a server's request format has no
+    video in several blocks. vLLM caches the features of each image, so that frames in another order cost the
+    tower nothing where pairs stay together. dtype: of vLLM's model, which would round the pixels to it.
     """
     blocks = visual_blocks(prompt)
     if not blocks:
@@ -132,8 +124,8 @@ def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
     if len(blocks) == len(grids) and int(grids[:, 0].max()) > 1:  # Qwen2-VL and Qwen2.5-VL
         tensors = [
             {"pixel_values_videos": patches, name: grid}
-            | ({} if seconds is None else {"second_per_grid_ts": seconds[place]})
-            for place, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
+            | ({} if seconds is None else {"second_per_grid_ts": seconds[number]})
+            for number, (patches, grid) in enumerate(zip(pixels, grids, strict=True))
         ]
     else:
         kind = "image"
@@ -146,7 +138,7 @@ def visuals_of(prompt: Prompt, dtype: torch.dtype) -> list[Visual]:
 
 
 def visual_blocks(prompt: Prompt) -> list[tuple[int, int]]:
-    """Where each run of visual placeholders begins, and its length."""
+    """Return the index and length of each run of visual placeholders."""
     if prompt.frames == 0:  # a blind question
         return []
     visual = prompt.features["mm_token_type_ids"].view(-1) != 0
@@ -164,7 +156,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 def _item(visual: Visual) -> Any:
-    """As vLLM's MultiModalKwargsItem."""
+    """Convert to vLLM's MultiModalKwargsItem."""
     from vllm.multimodal import inputs  # pyright: ignore[reportMissingImports]
 
     whole = inputs.MultiModalFlatField(slices=[slice(None)])
@@ -178,7 +170,7 @@ def _item(visual: Visual) -> Any:
 
 
 def engine_input(prompt: Prompt, dtype: torch.dtype) -> Any:
-    """The prompt as an engine takes it that has nothing left to tokenise or process (vLLM's EngineInput)."""
+    """Return the prompt as vLLM's EngineInput, which it neither tokenises nor processes."""
     ids = prompt.input_ids.tolist()
     visuals = visuals_of(prompt, dtype)
     if not visuals:
@@ -196,7 +188,7 @@ def engine_input(prompt: Prompt, dtype: torch.dtype) -> Any:
 
 
 def server_request(prompt: Prompt, parameters: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The same as the body of a request to `/inference/v1/generate`."""
+    """Return the prompt as the body of a request to `/inference/v1/generate`."""
     body = {"token_ids": prompt.input_ids.tolist(), "sampling_params": parameters}
     visuals = visuals_of(prompt, dtype)
     if not visuals:

