@@ -12,8 +12,8 @@ import pytest
 from benchmark_fixtures import lab_clips, reference_row, write_benchmarks
 from PIL import Image
 
+from video_r1.data.answers import answer_of, options_of
 from video_r1.data.decoding.media import decode_media
-from video_r1.data.making.options import answer_of, options_of
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
 from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions

@@ -19,7 +19,7 @@ from video_r1.data.decoding.decoders import read_media, read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache, cache_key, read_cached
 from video_r1.data.decoding.media import decode_media
 from video_r1.data.making.clip_index import ClipIndex
-from video_r1.data.making.refusals import Refused
+from video_r1.data.making.layouts import Rejected
 from video_r1.data.manifests.records import Sample, check_manifest
 from video_r1.data.prompts import TextPrompts
 from video_r1.data.reading import derived_generator
@@ -235,9 +235,9 @@ def test_make_finds_folders(tmp_path: Path) -> None:
     assert index.find("a/0001/") == "a/0001" and index.find("a/0001.mp4") == "a/0001"
     assert index.find("0002") == "0002.mp4"  # a file goes before a folder
     assert index.find("b/0002") == "b/0002"
-    with pytest.raises(Refused, match="may be a/0001, b/0001"):
+    with pytest.raises(Rejected, match="may be a/0001, b/0001"):
         index.find("0001")
-    with pytest.raises(Refused, match="no file"):
+    with pytest.raises(Rejected, match="no file"):
         index.find("b/0002", "image")
 
 

@@ -11,9 +11,8 @@ import pytest
 from made_tables import make, write_shelf, written
 
 from video_r1.cli import main
-from video_r1.data.making.layouts import LAYOUTS, layout_of
-from video_r1.data.making.refusals import REMEDIES
-from video_r1.data.making.subtitles import subtitle_lines
+from video_r1.data.making.drafts import subtitle_lines
+from video_r1.data.making.layouts import LAYOUTS, REMEDIES, layout_of
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 
@@ -242,7 +241,7 @@ GOOD = {"question": "q", "answer": "yes", "video": "cup"}
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"question": " "}, "no question", "there is no question"),
     ({"answer": None}, "no answer", "there is no answer"),
-    ({"video": None}, "no clip named", "no file's name"),
+    ({"video": None}, "no clip named", "no file name"),
     ({"video": "cupp"}, "no such clip", "near it: cup.mp4"),
     ({"video": "same"}, "several clips", "a/same.mp4, b/same.mp4"),
     ({"video": "https://host/x.mp4"}, "clip elsewhere", "allow_urls"),

@@ -12,10 +12,10 @@ import pytest
 from made_tables import make, write_shelf, written
 
 from video_r1.cli import main
+from video_r1.data.answers import options_of, parse_options, split_options
 from video_r1.data.making.clip_index import ClipIndex
-from video_r1.data.making.columns import guess_columns
-from video_r1.data.making.options import listed, options_of, read_choice, reading_of, split_options
-from video_r1.data.making.refusals import Refused
+from video_r1.data.making.drafts import numbers_of, read_choice
+from video_r1.data.making.layouts import Rejected, guess_columns
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError
 
@@ -144,7 +144,7 @@ def test_jsonl_out_and_ids_that_repeat(
     table, out = written(tmp_path, "t.json", made), tmp_path / "o.jsonl"
     assert main(["data", "make", str(table), "--media_root", str(shelf), "--out", str(out)]) == 0
     assert [json.loads(line)["problem_id"] for line in out.read_text().splitlines()] == [7, "7-2", "x", 4]
-    assert "got a number behind them: 1" in capsys.readouterr().out
+    assert "repeated ids that got a number appended: 1" in capsys.readouterr().out
 
 
 # --- options and answers -------------------------------------------------------------------------
@@ -199,9 +199,9 @@ def test_numbers_are_read_where_the_data_leave_no_doubt(
     choices = [(answer, options) for answer in answers]
     if reading is None:
         with pytest.raises(RequestError, match=r"numbers, which may be read as .* say which: --answers text"):
-            reading_of(choices)
+            numbers_of(choices)
     else:
-        assert reading_of(choices) == reading
+        assert numbers_of(choices) == reading
 
 
 def test_an_ambiguous_table_is_asked_about_and_nothing_is_written(shelf: Path, tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_an_ambiguous_table_is_asked_about_and_nothing_is_written(shelf: Path, t
     ],
 )  # fmt: skip
 def test_options_in_one_cell(cell: Any, options: Any) -> None:
-    assert listed(cell) == options
+    assert parse_options(cell) == options
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_options_in_the_question(question: str, expected: tuple[str, list[str]])
 def test_finding_clips(name: str, path: str, shelf: Path) -> None:
     index = ClipIndex(str(shelf))
     if " " in path or "*" in path:
-        with pytest.raises(Refused, match=path):
+        with pytest.raises(Rejected, match=path):
             index.find(name)
     else:
         assert index.find(name) == path

@@ -21,7 +21,7 @@ from PIL import Image
 from video_r1.data.decoding.decoders import read_media
 from video_r1.data.decoding.frame_cache import cache_key
 from video_r1.data.making.clip_index import ClipIndex
-from video_r1.data.making.refusals import Refused
+from video_r1.data.making.layouts import Rejected
 from video_r1.data.manifests.records import check_manifest
 from video_r1.data.sources import archives, remote
 from video_r1.data.sources.archives import Part, members_of, split_member
@@ -252,7 +252,7 @@ def test_make_finds_members(tmp_path: Path, files: Path) -> None:
     index = ClipIndex(str(tmp_path))
     assert index.find("0001") == index.find("clips/0001.mp4") == "tar://0001.mp4::shards/000.tar"
     assert index.find("tar://0001.mp4::shards/000.tar") == "tar://0001.mp4::shards/000.tar"
-    with pytest.raises(Refused, match=re.escape("near it: tar://0001.mp4::shards/000.tar")):
+    with pytest.raises(Rejected, match=re.escape("near it: tar://0001.mp4::shards/000.tar")):
         index.find("00011.mp4")
 
 

@@ -64,7 +64,7 @@ _TRAINING = ("model_name_or_path", "train_manifest", "output_dir")
 COMMANDS: dict[str, Command] = {
     "data make": Command(
         "make a checked manifest of a folder of clips and a table of questions",
-        "data.making.command:run_make", "sections", (MakeSettings,), ("table",), ("table", "out"),
+        "data.making.make:run_make", "sections", (MakeSettings,), ("table",), ("table", "out"),
         ("data make questions.csv --media_root clips --out train.json",
          "data make mc.csv --media_root NExTVideo --out nextqa.json --layout nextqa",
          "data make my.parquet --out my.json --columns problem=Q,options=a+b+c --answers from_1")),

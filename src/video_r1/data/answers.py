@@ -1,9 +1,12 @@
-"""Reading answers out of model outputs: strictly (training) and tolerantly (evaluation)."""
+"""Options and answers: read from datasets, and from model outputs strictly (training) or tolerantly
+(evaluation)."""
 
+import ast
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from video_r1.data.grounding import GROUNDING_FORMS, read_located
 
@@ -19,10 +22,12 @@ _NUMBER = re.compile(
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 # "Answer: B", "the final answer is (B)", "**Answer**: 12"
 _CUE = re.compile(r"(?i)answer\W{0,4}(?:\s+is\b|\s*[:=])\W*?(?=[\w(.+-])")
+_LETTERED = re.compile(r"\s*\(?([A-Z])[.):]\s*")  # "A. text", "(A) text"
+_IN_ONE_LINE = re.compile(r"(?:^|(?<=\s))\(?([A-Z])[.):]\s+")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTERS_WITHOUT_OPTIONS = LETTERS[:10]
-# Where a choice is stated, the letter in group 1. Firmly: "the answer is (B)", "best option: B", "\boxed{B}",
-# "B is the right one". Loosely: "option B", "I choose B", "so B".
+# Statements of a choice, with the letter in group 1. Firm (_STATED): "the answer is (B)", "best option: B",
+# "\boxed{B}", "B is the right one". Loose (_NAMED): "option B", "I choose B", "so B".
 _LETTER = (
     r"[\s*_:\"'(\[{$\\]*(?:(?:the\s+)?(?:option|choice|letter|text)\b[\s{]*)?([A-Za-z])(?![A-Za-z0-9'’])"
 )
@@ -38,7 +43,7 @@ _NAMED = re.compile(
     rf"(?i)\b(?:option|choice|choose|pick|select|go with|going with|so|thus|hence|therefore),?{_LETTER}"
 )
 _LEADING = re.compile(r"[\s*_`(\[{\"']*([A-Z])[*_`\])}\"']*\s*(?:[.:)\],]|\n|\b(?:because|since|as|due)\b)")
-# What follows the letter A and hardly ever the word "a".
+# Words that follow the letter A and hardly ever the word "a".
 _AFTER_A_LETTER = (
     " is was are were and or nor but because since as for from with in on at by of to due based if when where"
     " which that than it this the there here we has had does would could should seems appears looks fits"
@@ -63,7 +68,7 @@ _DENIED = re.compile(
 
 
 class _Chain(NamedTuple):
-    """Options that are named in one breath, "A" or "(A) or (B)", from `start` to `end` of the text."""
+    """Options that are named together, "A" or "(A) or (B)", between `start` and `end` of the text."""
 
     letters: frozenset[str]
     start: int
@@ -71,18 +76,93 @@ class _Chain(NamedTuple):
 
 
 def lettered(options: Iterable[str]) -> list[str]:
-    """The options behind their letters: `A. red`."""
+    """Put a letter before each option: `A. red`."""
     return [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
 
 
+def option_prefix(option: str) -> str:
+    """Return the letter, punctuation and spaces before an option's text; "" without a letter."""
+    match = _LETTERED.match(option)
+    return match.group() if match else ""
+
+
+def options_of(options: Any, problem_type: str = "multiple choice") -> list[str]:
+    """Return options as `"A. text"`, from a list of texts, lettered or not, or a mapping of letters to
+    texts."""
+    if problem_type != "multiple choice":
+        return []
+    if isinstance(options, Mapping):
+        return [f"{letter}. {text}" for letter, text in sorted(options.items())]
+    texts = [str(option) for option in options]
+    letters = [match and match.group(1) for match in map(_LETTERED.match, texts)]
+    if letters == list(LETTERS[: len(texts)]):
+        texts = [text[len(option_prefix(text)) :] for text in texts]
+    return lettered(texts)
+
+
+def answer_of(answer: Any, options: Sequence[str], read_as: Literal["letter", "text"] = "letter") -> str:
+    """Return the option's letter for an answer given as a letter, as `"B. text"` or as the option's text.
+
+    read_as: how to read an answer that is one option's letter and another one's text ("A" of "A. E", "B. A").
+    """
+    text = str(answer).strip()
+    if not options:
+        return text
+    letters = [option[0] for option in options]
+    texts = [option[len(option_prefix(option)) :].strip() for option in options]
+    bare = text.strip("().: ")
+    if bare in letters and not (read_as == "text" and text in texts):
+        return bare
+    if text in texts:
+        return letters[texts.index(text)]
+    prefix = option_prefix(text)
+    return prefix.strip("(.): ") if prefix and text[len(prefix) :].strip() in texts else text
+
+
+def parse_options(cell: Any) -> Any:
+    """Split options that stand in one cell: a list in JSON or Python, or texts separated by line breaks, "|",
+    ";" or their letters. A value that is no text is returned as it is."""
+    if not isinstance(cell, str):
+        return cell
+    text = cell.strip()
+    if text.startswith(("[", "{")):
+        for parse in (json.loads, ast.literal_eval):
+            try:
+                return parse(text)
+            except (ValueError, SyntaxError, RecursionError):
+                continue
+    for separator in ("\n", "|", ";"):
+        if separator in text:
+            return [part.strip() for part in text.split(separator) if part.strip()]
+    letters = list(_IN_ONE_LINE.finditer(text))
+    if len(letters) > 1 and "".join(match.group(1) for match in letters) == LETTERS[: len(letters)]:
+        ends = [match.start() for match in letters[1:]] + [len(text)]
+        return [text[match.start() : end].strip() for match, end in zip(letters, ends, strict=True)]
+    return [text]
+
+
+def split_options(question: str) -> tuple[str, list[str]]:
+    """Split a question that contains its options, each on a line that begins with its letter, into question
+    and options. The lines after them (an instruction) are dropped. Fewer than two options count as none."""
+    lines = question.split("\n")
+    letters = [match[1] if (match := _LETTERED.match(line)) else "" for line in lines]
+    for begin in (place for place, letter in enumerate(letters) if letter == "A"):
+        end = begin + 1
+        while letters[end : end + 1] == [LETTERS[end - begin]]:
+            end += 1
+        if end - begin > 1:
+            return "\n".join(lines[:begin]).strip(), [line.strip() for line in lines[begin:end]]
+    return question, []
+
+
 def extract_answer(text: str) -> str:
-    """The text inside the first `<answer>…</answer>`, stripped; "" when there is no such pair of tags."""
+    """Return the stripped text inside the first `<answer>…</answer>`; "" without such a pair of tags."""
     match = _ANSWER.search(text)
     return match.group(1).strip() if match else ""
 
 
 def parse_number(text: str) -> float | None:
-    """The finite decimal number that `text` spells, with or without thousands commas; None for all else."""
+    """Return the finite decimal number that `text` spells, thousands commas allowed; None for other texts."""
     plain = text.strip().replace(",", "")
     if not _PLAIN_NUMBER.fullmatch(plain):
         return None
@@ -91,13 +171,16 @@ def parse_number(text: str) -> float | None:
 
 
 def read_answer(output: str, problem_type: str, options: Sequence[str] = ()) -> str:
-    """The answer that a reader would take from `output`, for evaluation; "" when there is none.
+    """Return the answer that a human reader would take from `output`, for evaluation; "" if there is none.
 
-    Looks inside the first answer tags (an unclosed one counts), or without tags at everything but the
-    reasoning (which a cut-off output never leaves). Multiple choice gives the option's letter ("(B)", "B.",
-    "Answer: B", "B is correct" and the option's text are understood; two options in one breath are no answer,
-    nor is one that is denied), numerical and regression the number's digits, grounding types their exact JSON
-    (`grounding.read_located` says what is understood), the other types the text itself.
+    The answer is searched inside the first answer tags (an unclosed tag counts); without tags, in everything
+    but the reasoning (a truncated output is all reasoning). The result depends on the problem type:
+
+    - multiple choice: the option's letter. "(B)", "B.", "Answer: B", "B is correct" and the option's text are
+      understood; two options named together are no answer, nor is a denied option;
+    - numerical, regression: the number's digits;
+    - grounding types: their exact JSON (`grounding.read_located` lists the accepted forms);
+    - other types: the text itself.
     """
     tagged = _ANSWER.search(output) or _OPEN_ANSWER.search(output)
     if tagged:
@@ -124,7 +207,7 @@ def _after_cue(text: str) -> str:
 
 
 def _read_number(text: str, first: bool) -> str:
-    """Inside tags the first number is the answer; free text states it after a cue, or else last."""
+    """Return the first number of a tagged answer; in free text the number after a cue, or else the last."""
     if parse_number(text) is not None:
         return text
     stated = _after_cue(text)
@@ -135,13 +218,13 @@ def _read_number(text: str, first: bool) -> str:
 
 
 def _split_option(option: str) -> tuple[str, str]:
-    """`"B. the man sits"` → `("B", "the man sits")`; an option without a letter has the letter ""."""
+    """Split `"B. the man sits"` into `("B", "the man sits")`; the letter is "" if the option has none."""
     match = re.match(r"\s*\(?([A-Za-z])\s*[.):]\s*(.*)", option, re.DOTALL)
     return (match.group(1).upper(), match.group(2)) if match else ("", option)
 
 
 def _plain(text: str) -> str:
-    """Lower case, words only: what is compared when an option is answered by its text."""
+    """Reduce a text to its words in lower case, to compare an answer with an option's text."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -167,7 +250,7 @@ def _read_choice(text: str, options: Sequence[str]) -> str:
     loosely = {match.start(1) for match in _NAMED.finditer(text)}
     chains = _chains(text, letters, named, stated | loosely)
     chains = [chain for chain in chains if not _is_denied(text, chain)]
-    # The first way of stating it that names one option; where a firm statement names two, there is no answer.
+    # The first kind of statement that names one option counts; a firm statement of two is no answer.
     everywhere = {chain.start for chain in chains}
     for places, last in ((leading, False), (stated, True), (loosely, False), (everywhere, False)):
         here = [chain for chain in chains if any(chain.start <= place < chain.end for place in places)]
@@ -178,8 +261,8 @@ def _read_choice(text: str, options: Sequence[str]) -> str:
 
 
 def _chains(text: str, letters: str, named: Mapping[str, str], stated: Collection[int]) -> list[_Chain]:
-    """The places in the text that name options, by letter or by text, joined where only "or", "and", commas
-    and the like stand between. stated: where small letters count too."""
+    """Find the options that a text names by letter or by text; options joined by "or", "and", commas and the
+    like make one chain. stated: positions at which lower-case letters count too."""
     spoken = _texts_in(text, named)
     found = [(letter, start, end, True) for letter, start, end in spoken]
     for match in _STANDING.finditer(text):
@@ -201,7 +284,7 @@ def _chains(text: str, letters: str, named: Mapping[str, str], stated: Collectio
 
 
 def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]:
-    """Where the text has an option's words: (letter, start, end). A longer option hides those it contains."""
+    """Find options by their words: (letter, start, end). A longer option hides those that it contains."""
     found: dict[str, list[tuple[str, int, int]]] = {}
     for letter, words in named.items():
         if words and words.upper() not in named:
@@ -223,7 +306,7 @@ def _texts_in(text: str, named: Mapping[str, str]) -> list[tuple[str, int, int]]
 
 
 def _is_word(text: str, place: int) -> bool:
-    """Whether the letter there is the word "a" or "I" ("the answer is a dog", "I think")."""
+    """Tell whether the letter at `place` is the word "a" or "I" ("the answer is a dog", "I think")."""
     after = text[place + 1 : place + 40]
     if text[place] in "Aa" and (word := re.match(r"\s+([a-z]+)", after)):
         before = text[max(0, place - 20) : place]
@@ -234,6 +317,6 @@ def _is_word(text: str, place: int) -> bool:
 
 
 def _is_denied(text: str, chain: _Chain) -> bool:
-    """Whether the text says that the options are not the answer: "not B", "B is wrong"."""
+    """Tell whether the text denies that the options are the answer: "not B", "B is wrong"."""
     clause = _CLAUSE_END.split(text[max(0, chain.start - 200) : chain.start])[-1]
     return bool(_DENIAL.search(clause) or _DENIED.match(text, chain.end))

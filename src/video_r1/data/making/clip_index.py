@@ -1,5 +1,4 @@
-"""Finding the file that a table means: by its path, its name, or its name without ending, below one
-folder."""
+"""Find the file that a table names by its path, its name, or its name without extension, below one folder."""
 
 import bisect
 import difflib
@@ -8,41 +7,41 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import PurePosixPath, PureWindowsPath
 
-from video_r1.data.making.refusals import Refused
-from video_r1.data.making.subtitles import SUBTITLE_ENDINGS
+from video_r1.data.making.layouts import Rejected
 from video_r1.data.sources.archives import members_of
 from video_r1.data.sources.media_paths import data_type_of
 from video_r1.data.sources.media_types import IMAGE_EXTENSIONS, VIDEO_EXTENSIONS
 from video_r1.data.sources.remote import is_address
 
-MEDIA_ENDINGS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
-_NEIGHBOURS = 100  # names on either side that are compared with one that is missing
+SUBTITLE_EXTENSIONS = (".srt", ".vtt")
+_MEDIA_EXTENSIONS = (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS)
+_NEIGHBOURS = 100  # names before and after a missing name that are compared with it
 _SHOWN = 3
 
 
 class ClipIndex:
-    """The images, videos, folders of frames and subtitles below a folder, and images and videos in its tar
-    archives, listed once. An address cannot be listed: its files are taken as they are named.
+    """The images, videos, folders of frames and subtitles below a folder, listed once, with the images and
+    videos in its tar archives. A URL cannot be listed: names below it are used as they are.
 
-    follow_links: enter folders that links lead to, each once. Links to files always count.
+    follow_links: enter linked folders, each once. Links to files always count.
     """
 
     def __init__(self, root: str, follow_links: bool = False) -> None:
         self.root = root
         self.paths: set[str] = set()
         self._by_name: dict[str, list[str]] = {}
-        self._folders: dict[str, list[str]] = {}  # with images in them, by their names
-        self._subtitles: dict[str, str] = {}  # by the path of a clip without its ending
+        self._folders: dict[str, list[str]] = {}  # folders of images, by name
+        self._subtitles: dict[str, str] = {}  # by the clip's path without extension
         folders: dict[str, None] = {}
         for path in () if is_address(root) else _files_below(root, follow_links):
             stem, ending = posixpath.splitext(path)
             if ending.lower() == ".tar":
                 for member in _members(os.path.join(root, path)):
                     self._add(f"tar://{member}::{path}", posixpath.basename(member).lower())
-            if ending.lower() in SUBTITLE_ENDINGS:
+            if ending.lower() in SUBTITLE_EXTENSIONS:
                 self._subtitles[stem] = path
                 self._subtitles.setdefault(posixpath.splitext(stem)[0], path)  # 7.en.srt
-            if ending.lower() in MEDIA_ENDINGS:
+            if ending.lower() in _MEDIA_EXTENSIONS:
                 self._add(path, posixpath.basename(path).lower())
                 if ending.lower() in IMAGE_EXTENSIONS and (folder := posixpath.dirname(path)):
                     folders[folder] = None
@@ -56,16 +55,15 @@ class ClipIndex:
             self._by_name.setdefault(key, []).append(path)
 
     def subtitles_of(self, path: str) -> str | None:
-        """The subtitles of a clip below the root: its name with .srt or .vtt, also with a language
-        between."""
+        """Return the subtitles beside a clip: its name with .srt or .vtt, also with a language between."""
         return self._subtitles.get(posixpath.splitext(path)[0])
 
     def find(self, name: str, data_type: str | None = None) -> str:
-        """The path below the root of the file or folder that is meant; an absolute path or an address as it
-        stands.
+        """Return the path below the root of the file or folder that `name` means; a URL, or an absolute path
+        outside the root, is returned as it is.
 
-        name: a path that may lack its ending, its folders or have others above them. data_type: of which kind
-        the file is, where it is known. Raises Refused when there is none or more than one.
+        name: a path that may lack its extension or its folders, or have other folders above them. data_type:
+        the kind of file, if known. Raises Rejected for no match, or for several.
         """
         if is_address(name) or is_address(self.root):
             return name
@@ -87,16 +85,16 @@ class ClipIndex:
             return found[0]
         if found:
             shown = ", ".join(found[:_SHOWN]) + (", …" if len(found) > _SHOWN else "")
-            raise Refused("several clips", f"{name!r} may be {shown}")
+            raise Rejected("several clips", f"{name!r} may be {shown}")
         near = self._nearest(posixpath.basename(path).lower())
         hint = f"; near it: {', '.join(near)}" if near else ""
-        raise Refused("no such clip", f"no file {name!r} below {self.root}{hint}")
+        raise Rejected("no such clip", f"no file {name!r} below {self.root}{hint}")
 
     def _named(self, path: str, by_name: dict[str, list[str]]) -> list[str]:
-        """Files of that name, and of those the ones whose folders agree with most of the path's."""
+        """Return the files of that name; if several share it, those whose folders match the path best."""
         name = posixpath.basename(path).lower()
         stem, ending = posixpath.splitext(name)
-        found = by_name.get(name) or (by_name.get(stem, []) if ending in MEDIA_ENDINGS else [])
+        found = by_name.get(name) or (by_name.get(stem, []) if ending in _MEDIA_EXTENSIONS else [])
         folders = PurePosixPath(path).parts[:-1]
         shared = [_shared_end(folders, PurePosixPath(one).parts[:-1]) for one in found]
         return [one for one, share in zip(found, shared, strict=True) if share == max(shared)]
@@ -110,7 +108,7 @@ class ClipIndex:
 
 
 def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    """How many of the last folders are the same."""
+    """Count the folders that agree, from the last one up."""
     count = 0
     for first, second in zip(reversed(one), reversed(other), strict=False):
         if first != second:
@@ -120,15 +118,15 @@ def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
 
 
 def _members(archive: str) -> list[str]:
-    """The images and videos in a tar archive; none in what is no archive."""
-    if not os.path.isfile(archive):  # a pipe would never answer
+    """Return the images and videos in a tar archive; none if the file is no archive."""
+    if not os.path.isfile(archive):  # opening a pipe would block
         return []
     try:
         with open(archive, "rb") as file:
             found = members_of(file)
     except (OSError, ValueError):
         return []
-    return [name for name in found if posixpath.splitext(name)[1].lower() in MEDIA_ENDINGS]
+    return [name for name in found if posixpath.splitext(name)[1].lower() in _MEDIA_EXTENSIONS]
 
 
 def _files_below(root: str, follow_links: bool) -> Iterator[str]:

@@ -1,32 +1,79 @@
-"""How the rows of published data sets say a question: for each layout one function from a row to drafts.
+"""How a row of a table states a question: published layouts, columns guessed by name, reasons to reject it.
 
-A draft has what the row says, by the names of a manifest's fields, as it stands there; `drafts.py` makes a
-row of a manifest of it. To add a layout: a function, and a line in LAYOUTS.
+A draft holds what the row says under the names of a manifest's fields; drafts.py turns it into a manifest
+row. To add a layout: write a function from a row to its drafts, and add an entry to LAYOUTS.
 """
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from video_r1.data.making.options import Reading
-from video_r1.data.making.refusals import Refused
-from video_r1.data.making.tabular import KEY
 from video_r1.data.manifests.tables import InTable
+from video_r1.errors import RequestError
+from video_r1.settings.shared import ProblemType
 
 Row = Mapping[str, Any]
 Draft = dict[str, Any]
-"""`answer` in place of `solution`; options may be in the question; the path may lack folders and ending."""
+"""`answer` instead of `solution`; the question may contain its options; the path may lack folders and
+extension."""
+Numbers = Literal["text", "from_0", "from_1"]
+"""How a whole number given as an answer is read: as an option's text, or as an option's position."""
 
-MAP_FILE = "map_vid_vidorID.json"  # of NExT-QA: the folder of each video
+KEY = "key"
+"""Field for the name under which a JSON object holds a row."""
+NOTHING = "none"
+"""Written instead of a column's name for a field that has no column."""
+_JOINED = "+"
 _TAGS = re.compile(r"<(?:image|video)>\s*")
 _THINK = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPTION = re.compile(r"(?:a|ans|answer|option|opt|choice|candidate)?([0-9])|(?:option|opt|choice)?([a-j])")
+
+REMEDIES = {
+    "unreadable row": "correct the row in the file; in CSV, quote cells that contain the delimiter",
+    "no question": "name the column of the questions (--columns problem=COLUMN), or fill in the cell",
+    "no answer": "name the column of the answers (--columns answer=COLUMN), or fill in the cell",
+    "no clip named": "name the column of the files (--columns path=COLUMN), or fill in the cell",
+    "no such clip": "put the file below --media_root, or correct its name in the table",
+    "several clips": "several files have this name; write its folder too, e.g. clips/move_1.mp4",
+    "clip elsewhere": "name its folder with --allowed_roots, or move it; URLs need --allow_urls",
+    "options": "give two to 26 different options: a list, or a column for each (--columns options=a0+a1+a2)",
+    "answer is no option": "give the answer as an option's letter, text or position (--answers from_0 or "
+    "from_1)",
+    "problem type": f"set --problem_type, or write one of {', '.join(get_args(ProblemType))}",
+    "no place or time": "write JSON as docs/data-format.md shows it for the problem type",
+    "times": "write start and end in seconds or as h:mm:ss",
+    "several media": "a question shows images or videos, not both: remove one kind",
+    "several questions": "write one row for each question",
+    "media inside the table": "name the column that holds one file per cell (--columns path=COLUMN) of a "
+    "Parquet file or a hub dataset, whose cells are read in place; or write the files to disk (datasets: "
+    "cast_column(NAME, Video(decode=False)), then row[NAME]['bytes']) and name them in a column: "
+    "--columns path=COLUMN",
+    "subtitles": "convert them to .srt or .vtt in UTF-8",
+    "media": "fetch the file again or re-encode it (ffmpeg -i OLD NEW.mp4), or remove the row",
+    "no manifest row": "correct the table; docs/data-format.md describes each field",
+}
+"""Remedy for each reason to reject a row."""
+
+
+class Rejected(Exception):
+    """A row that makes no question. reason: a key of REMEDIES; found: what the row contains."""
+
+    def __init__(self, reason: str, found: str) -> None:
+        assert reason in REMEDIES, reason
+        super().__init__(f"{reason}: {found}")
+        self.reason, self.found = reason, found
+
+    def line(self, row: int, problem_id: Any = None) -> dict[str, Any]:
+        """Return the line for OUT.refused.jsonl. row: its number in the table."""
+        name = {} if problem_id is None else {"problem_id": problem_id}
+        remedy = REMEDIES[self.reason]
+        return {"row": row, **name, "reason": self.reason, "found": self.found, "remedy": remedy}
 
 
 class Turn(NamedTuple):
-    """One message: its text without tags of media, the files that its parts name, and the text with a tag
-    where each file stands."""
+    """One message: its text without media tags, the files in its parts, and the text with a tag per file."""
 
     role: str
     text: str
@@ -35,27 +82,26 @@ class Turn(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A published layout. fits: whether a row is of it. numbers: how whole numbers as answers are read, where
-    that is known. map_file: beside the table, a JSON
-    object with the path of each video."""
+    """A published layout. fits: tells whether a row has it. numbers: how whole numbers as answers are read,
+    where that is known. map_file: a JSON object beside the table with the path of each video."""
 
     drafts: Callable[[Row], Iterator[Draft]]
     fits: Callable[[Row], bool]
     source: str
-    numbers: Reading | None = None
+    numbers: Numbers | None = None
     map_file: str = ""
 
 
 def video_r1(row: Row) -> Iterator[Draft]:
-    """Video-R1-260k.json, and Video-R1-COT-165k.json, which has `process` as well."""
+    """Read Video-R1-260k.json, and Video-R1-COT-165k.json, which also has `process`."""
     process, answer = split_response(row.get("solution"))
-    said = {name: value for name, value in row.items() if name != "solution"}
-    yield {**said, "answer": answer, "process": row.get("process") or process}
+    rest = {name: value for name, value in row.items() if name != "solution"}
+    yield {**rest, "answer": answer, "process": row.get("process") or process}
 
 
 def onethinker(row: Row) -> Iterator[Draft]:
-    """onethinker_rl_train.json: as Video-R1's, the file in `images` or `videos`, the answer in `solution`
-    or `answer`, and a tag in the question where it goes. Its segmentation is refused."""
+    """Read onethinker_rl_train.json: Video-R1's fields, with the file in `images` or `videos`, the answer in
+    `solution` or `answer`, and a tag in the question for the file. Segmentation questions are rejected."""
     media = media_of(row, ("videos", "images")) or files_of(row.get("path"))
     given = row.get("solution")
     process, answer = split_response(row.get("answer") if given is None else given)
@@ -69,8 +115,8 @@ def onethinker(row: Row) -> Iterator[Draft]:
 
 
 def llava_video(row: Row) -> Iterator[Draft]:
-    """Several questions and answers about one clip, or about images. Options stand in the question, a line
-    each, and an instruction behind them. The multiple-choice answers are "B." or "B. text"."""
+    """Read several questions and answers about one clip or about images. The question contains the options,
+    one a line, followed by an instruction. Multiple-choice answers are "B." or "B. text"."""
     turns, media = messages(row["conversations"]), media_of(row, ("video",)) or media_of(row, ("image",))
     pairs = list(zip(turns[::2], turns[1::2], strict=False))
     for number, (question, answer) in enumerate(pairs, start=1):
@@ -85,8 +131,8 @@ def llava_video(row: Row) -> Iterator[Draft]:
 
 
 def nextqa(row: Row) -> Iterator[Draft]:
-    """mc.csv: `answer` is the place of the right one of a0 to a4, from 0. NExT-GQA has its text there, and
-    the open-ended file has no a0."""
+    """Read mc.csv, whose `answer` is the position of the right option among a0 to a4, from 0. NExT-GQA gives
+    the option's text instead, and the open-ended file has no a0."""
     options = [row[name] for name in ("a0", "a1", "a2", "a3", "a4") if row.get(name) is not None]
     yield {
         "problem_id": f"{row.get('video')}_{row.get('qid')}",
@@ -100,8 +146,8 @@ def nextqa(row: Row) -> Iterator[Draft]:
 
 
 def perception_test(row: Row) -> Iterator[Draft]:
-    """all_train.json: a video's `mc_question` has its questions, each with `answer_id` from 0. On the hub a
-    row is one question."""
+    """Read all_train.json: a video's `mc_question` lists its questions, each with `answer_id` from 0. On the
+    hub a row is one question."""
     clip = row.get("video_name") or row.get("video_id") or row.get(KEY)
     for question in row.get("mc_question", [row]):
         number = question.get("id", question.get("question_id"))
@@ -117,24 +163,23 @@ def perception_test(row: Row) -> Iterator[Draft]:
 
 
 def swift(row: Row) -> Iterator[Draft]:
-    """`messages` with the tags <video> and <image>, and lists of their files; for GRPO `solution` beside
-    them."""
+    """Read `messages` with the tags <video> and <image>, and lists of files; GRPO rows add `solution`."""
     return conversation(row, row["messages"])
 
 
 def trl(row: Row) -> Iterator[Draft]:
-    """`prompt` is a list of messages, whose content may have parts; the answer is `solution`, `answer` or
+    """Read `prompt`, a list of messages whose content may have parts; the answer is `solution`, `answer` or
     `ground_truth`, or the `completion`."""
     return conversation(row, [*row["prompt"], *(row.get("completion") or [])])
 
 
 def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
-    """The draft of one conversation, whose system message this project's own instruction takes the place
-    of."""
+    """Yield the draft of one conversation. Its system message is dropped: this project has its own
+    instruction."""
     turns = [turn for turn in messages(said) if turn.role != "system"]
     asked = [turn for turn in turns if turn.role == "user"]
     if len(asked) > 1:
-        raise Refused("several questions", f"a conversation with {len(asked)} questions")
+        raise Rejected("several questions", f"a conversation with {len(asked)} questions")
     replies = [turn.text for turn in turns if turn.role == "assistant"]
     given = next(
         (row[name] for name in ("solution", "answer", "ground_truth") if row.get(name) is not None), None
@@ -144,10 +189,10 @@ def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
         process = split_response(replies[-1])[0]
     media = media_of(row, ("videos", "video", "images", "image"))
     media = media or [path for turn in asked for path in turn.media]
-    said = [turn.tagged if len(media) > 1 else turn.text for turn in asked]
+    texts = [turn.tagged if len(media) > 1 else turn.text for turn in asked]
     yield {
         "problem_id": row.get("problem_id", row.get("id")),
-        "problem": said[0] if said else None,
+        "problem": texts[0] if texts else None,
         "answer": answer,
         "process": process,
         "path": media,
@@ -169,7 +214,7 @@ LAYOUTS = {
         "https://huggingface.co/datasets/lmms-lab/LLaVA-Video-178K"),
     "nextqa": Layout(
         nextqa, lambda row: {"video", "question", "answer", "qid", "type"} <= row.keys(),
-        "https://github.com/doc-doc/NExT-QA", "from_0", MAP_FILE),
+        "https://github.com/doc-doc/NExT-QA", "from_0", "map_vid_vidorID.json"),
     "perception-test": Layout(
         perception_test,
         lambda row: "mc_question" in row or {"video_name", "answer_id", "options"} <= row.keys(),
@@ -181,16 +226,17 @@ LAYOUTS = {
         trl, lambda row: isinstance(row.get("prompt"), list),
         "https://huggingface.co/docs/trl/dataset_formats"),
 }  # fmt: skip
-"""By name, in the order in which they are tried. What fits none is a table, whose columns are guessed."""
+"""Layouts by name, in the order in which they are tried. A row that fits none is a table row, whose columns
+are guessed."""
 
 
 def layout_of(row: Row) -> str:
-    """The name of the layout that a row is of; "table" for any other."""
+    """Return the name of a row's layout; "table" where none fits."""
     return next((name for name, layout in LAYOUTS.items() if layout.fits(row)), "table")
 
 
 def messages(said: Iterable[Any]) -> list[Turn]:
-    """Messages as {"role", "content"} or {"from", "value"}; contents are texts or lists of parts."""
+    """Read messages of {"role", "content"} or {"from", "value"}; contents are texts or lists of parts."""
     turns = []
     for message in said:
         role = {"human": "user", "gpt": "assistant"}.get(str(message.get("from")), message.get("role"))
@@ -207,23 +253,24 @@ def messages(said: Iterable[Any]) -> list[Turn]:
 
 
 def tags_in(text: str) -> list[str]:
-    """The tags of media in a text, in their order."""
+    """Return the media tags of a text, in order."""
     return [tag.strip() for tag in _TAGS.findall(text)]
 
 
 def without_tags(text: str) -> str:
+    """Remove the media tags from a text."""
     return _TAGS.sub("", text).strip()
 
 
 def media_of(row: Row, columns: Sequence[str]) -> list[Any]:
-    """The files that the columns name; one, where all are the same."""
+    """Return the files that the columns name; a single one if all are the same."""
     found = [path for name in columns for path in files_of(row.get(name))]
     return found[:1] if len(set(found)) == 1 else found
 
 
 def files_of(value: Any) -> list[Any]:
-    """The paths in a column of media: one or several texts or {"path": …}; or `InTable` for each that lies
-    in a cell of the table. Raises Refused for others that are in the table itself."""
+    """Return the paths in a media column: one or several texts or {"path": …}, or an `InTable` for each file
+    in a cell of the table. Raises Rejected for other files inside the table."""
     if value is None:
         return []
     if isinstance(value, InTable) and value.places is not None:
@@ -232,16 +279,113 @@ def files_of(value: Any) -> list[Any]:
     for one in value if isinstance(value, (list, tuple)) else [value]:
         path = one.get("path") or one.get("url") if isinstance(one, Mapping) else one
         if not isinstance(path, str):
-            raise Refused("media inside the table", f"a file of the table's own ({type(one).__name__})")
+            raise Rejected("media inside the table", f"a file inside the table ({type(one).__name__})")
         found.append(path)
     return found
 
 
 def split_response(text: Any) -> tuple[str | None, Any]:
-    """The rationale and the answer of a response with the tags of this format; others are an answer."""
+    """Split a response with think and answer tags into rationale and answer; without tags it is an answer."""
     if not isinstance(text, str):
         return None, text
     think, answer = _THINK.match(text), _ANSWER.search(text)
     rest = text[think.end() :] if think else text
     process = f"<think>{think.group(1).strip()}</think>" if think and think.group(1).strip() else None
     return process, (answer.group(1) if answer else rest).strip()
+
+
+# --- tables without a published layout -----------------------------------------------------------
+
+# Column names for each field, in lower case without punctuation; the first one that a table has counts.
+COLUMN_NAMES: dict[str, tuple[str, ...]] = {
+    "problem": ("problem", "question", "questiontext", "query", "prompt", "instruction", "q"),
+    "answer": (
+        "answer", "solution", "correctanswer", "correctoption", "correctchoice", "correct", "answerid",
+        "answeridx", "answerindex", "correctidx", "correctindex", "groundtruth", "gt", "label",
+        "target", "ans", "truth", "answertext", "gold",
+    ),
+    "options": ("options", "choices", "candidates", "answerchoices", "mcoptions", "answeroptions"),
+    "path": (
+        "path", "videopath", "video", "videofile", "videoname", "videofilename", "clip", "clippath",
+        "filepath", "file", "filename", "media", "mediapath", "videoid", "vid", "clipid", "clipname",
+        "image", "imagepath", "imagefile", "imagename", "imageid", "img",
+    ),
+    "problem_id": ("problemid", "questionid", "qid", "quid", "uid", "id", "key"),
+    "problem_type": ("problemtype",),
+    "data_type": ("datatype", "modality", "mediatype"),
+    "process": ("process", "rationale", "reasoning", "cot", "chainofthought", "explanation"),
+    "data_source": ("datasource", "source", "dataset"),
+    "start": ("start", "starttime", "startsec", "startseconds", "starts", "begin"),
+    "end": ("end", "endtime", "endsec", "endseconds", "ends"),
+    "subtitles": ("subtitles", "subtitle", "subtitlepath", "subs", "srt", "vtt", "transcript"),
+}  # fmt: skip
+
+
+class Columns(NamedTuple):
+    """The column of each field; options may have a column each."""
+
+    names: Mapping[str, str | tuple[str, ...]]
+    given: frozenset[str]  # fields whose column was named by the user
+    unused: tuple[str, ...]
+
+    def values(self, row: Row) -> dict[str, Any]:
+        """Return the fields of a row whose columns are not empty. Several columns give a list, without the
+        empty cells at its end."""
+        found = {}
+        for field, name in self.names.items():
+            if isinstance(name, str):
+                value = row.get(name)
+            else:
+                value = [row.get(one) for one in name]
+                while value and value[-1] in (None, ""):
+                    value.pop()
+            if value not in (None, "", []):
+                found[field] = value
+        return found
+
+
+def guess_columns(names: Iterable[str], given: Mapping[str, str]) -> Columns:
+    """Find the column of each field. given: maps a field to its column, to columns joined by "+", or to
+    "none".
+
+    Raises RequestError for unknown fields and columns.
+    """
+    names = [str(name) for name in names]
+    for field, column in given.items():
+        if field not in COLUMN_NAMES:
+            raise RequestError(f"columns: no field {field!r}; known are {', '.join(COLUMN_NAMES)}")
+        missing = [one for one in column.split(_JOINED) if one not in names and column != NOTHING]
+        if missing and column not in names:
+            raise RequestError(f"columns: the table has no column {missing[0]!r}, only {', '.join(names)}")
+    found: dict[str, str | tuple[str, ...]] = {}
+    taken = {one for column in given.values() for one in (column, *column.split(_JOINED))}
+    plain = {re.sub(r"[\W_]", "", name.lower()): name for name in reversed(names) if name not in taken}
+    for field, known in COLUMN_NAMES.items():
+        column = given.get(field)
+        if column is None:
+            guess = next((plain[name] for name in known if name in plain), None)
+            if guess is None and field == "options":
+                guess = option_columns(plain)
+            if guess:
+                found[field] = guess
+        elif column != NOTHING:
+            joined = column not in names and _JOINED in column
+            found[field] = tuple(column.split(_JOINED)) if joined else column
+    used = {one for column in found.values() for one in ((column,) if isinstance(column, str) else column)}
+    return Columns(found, frozenset(given), tuple(name for name in names if name not in used))
+
+
+def option_columns(plain: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns of single options in order, at least two: a0, a1, … or option_1, option_2, … or A,
+    B, …. plain: maps a name in lower case without punctuation to its column."""
+    series: dict[str, dict[int, str]] = {}
+    for name, column in plain.items():
+        if match := _OPTION.fullmatch(name):
+            digit, letter = match.groups()
+            place = int(digit) if digit else ord(letter) - ord("a")
+            series.setdefault(name[:-1] + ("#" if digit else "@"), {})[place] = column
+    for found in series.values():
+        first = min(found)
+        if first <= 1 and len(found) >= 2 and sorted(found) == list(range(first, first + len(found))):
+            return tuple(found[place] for place in sorted(found))
+    return ()

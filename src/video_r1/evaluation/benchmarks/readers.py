@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from video_r1.data.answers import LETTERS, parse_number
-from video_r1.data.making.options import answer_of, listed, options_of, split_options
+from video_r1.data.answers import LETTERS, answer_of, options_of, parse_number, parse_options, split_options
 from video_r1.errors import ManifestError
 from video_r1.evaluation.benchmarks.spec import Place, Row, Tables, json_or_parquet
 
@@ -106,7 +105,7 @@ def read_mvp(path: Path) -> Iterator[Row]:
     """`video_id` is `<pair>_0` or `_1`; `candidates` is a list as Python writes it."""
     for row in json_or_parquet(path):
         pair, clip = str(row["video_id"]).rpartition("_")[0], str(row["video_path"]).lstrip("/")
-        yield {**row, "candidates": listed(row["candidates"]), "pair": pair, "clip": clip}
+        yield {**row, "candidates": parse_options(row["candidates"]), "pair": pair, "clip": clip}
 
 
 def read_timeblind(path: Path) -> Iterator[Row]:

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
-from video_r1.data.answers import parse_number
-from video_r1.data.making.options import answer_of, options_of
+from video_r1.data.answers import answer_of, options_of, parse_number
 from video_r1.data.manifests.records import read_rows
 from video_r1.data.manifests.tables import Unreadable
 from video_r1.errors import ManifestError

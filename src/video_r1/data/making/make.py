@@ -1,0 +1,335 @@
+"""`video-r1 data make`: a checked manifest from a folder of clips and a table of questions.
+
+    TABLE ─► rows ─► layout or guessed columns ─► drafts ─► rows of a manifest ─► checked, media opened ─► OUT
+                                                    └──────────────┴───────────────────────┴►
+                                                    OUT.refused.jsonl
+
+Every rejected row gets a line in OUT.refused.jsonl with the reason and the remedy.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from video_r1.console import table
+from video_r1.data.check import check_media, format_counts
+from video_r1.data.making.clip_index import ClipIndex
+from video_r1.data.making.drafts import Making, manifest_row, numbers_of, question_and_options
+from video_r1.data.making.layouts import (
+    KEY,
+    LAYOUTS,
+    REMEDIES,
+    Columns,
+    Draft,
+    Numbers,
+    Rejected,
+    guess_columns,
+    layout_of,
+)
+from video_r1.data.manifests.records import FIELDS, Sample, check_manifest, read_rows
+from video_r1.data.manifests.tables import Unreadable
+from video_r1.data.sources.media_paths import MediaPaths, media_root_of
+from video_r1.errors import ManifestError, RequestError
+from video_r1.files import claimed, replace_rows
+from video_r1.settings.commands import MakeSettings
+from video_r1.settings.frames import FrameBudget
+
+_COLUMN_ROWS = 100  # rows in which columns are looked for: JSON rows need not all have the same fields
+_DELIMITERS = ",;\t|"
+_LONGEST_CELL = 1 << 27
+
+
+class DraftRow(NamedTuple):
+    """A question on its way into the manifest: its row in the table, and its draft or manifest row."""
+
+    number: int
+    fields: dict[str, Any]
+
+
+class Table(NamedTuple):
+    """A table as it was read: its questions, the rows without any, and how it was understood."""
+
+    drafts: list[DraftRow]
+    rejected: list[dict[str, Any]]
+    rows: int
+    layout: str
+    columns: Columns | None  # None: a published layout
+
+
+def run_make(settings: MakeSettings) -> int:
+    """Write the manifest OUT and OUT.refused.jsonl, and print how the table was understood.
+
+    Returns the exit code: 1 if no question was accepted, or if any row was rejected and `strict` is set.
+
+    Raises:
+        RequestError: OUT is a file that this command did not write, unknown columns, or numbers as answers
+            that may be read in two ways.
+        ManifestError: no such table or media root.
+    """
+    assert settings.table is not None and settings.out is not None
+    out = Path(settings.out)
+    rejected_path = out.with_name(f"{out.stem}.refused.jsonl")
+    own = rejected_path.exists() and str(out.resolve()) != os.path.realpath(settings.table)
+    if out.exists() and not own:
+        raise RequestError(f"{out} exists and was not made from this table; choose another --out")
+    root = media_root_of(settings.table, settings.media_root)
+    places = MediaPaths(root, settings.allow_urls, settings.allowed_roots)
+    found = read_drafts(settings)
+    print(_understood(found))
+    clips = ClipIndex(root, follow_links=bool(settings.allowed_roots))
+    making = Making(clips, places, settings.problem_type, settings.subtitles)
+    numbers = settings.answers if settings.answers != "auto" else _numbers(found)
+    if numbers != "text":
+        print(f"numbers as answers: positions {numbers.replace('_', ' ')} (change with --answers)")
+    rows, rejected, repeated = _made_rows(found.drafts, making, numbers)
+    if repeated:
+        print(f"repeated ids that got a number appended: {repeated:,}")
+    samples, unusable = _checked(rows, settings, root)
+    rejected = sorted([*found.rejected, *rejected, *unusable], key=lambda line: line["row"])
+    bad = {line["problem_id"] for line in unusable}
+    kept = [row.fields for row in rows if row.fields["problem_id"] not in bad]
+    with claimed(out.parent):
+        replace_rows(rejected_path, rejected)
+        if kept:
+            replace_rows(out, kept)
+    _print_summary(samples, len(kept), rejected, found.rows, out, rejected_path, root)
+    return 1 if not kept or (rejected and settings.strict) else 0
+
+
+def read_drafts(settings: MakeSettings) -> Table:
+    """Read the table's rows into drafts. Raises ManifestError and RequestError."""
+    assert settings.table is not None
+    numbered = list(read_table(settings.table, settings.split))
+    whole = [row for _, row in numbered if isinstance(row, dict)]
+    if not whole:
+        reason = next((row.reason for _, row in numbered if isinstance(row, Unreadable)), "it has no rows")
+        raise ManifestError(f"{settings.table}: {reason}")
+    layout = settings.layout if settings.layout != "auto" else layout_of(whole[0])
+    if settings.columns and layout != "table":
+        if settings.layout != "auto":
+            raise RequestError(f"columns: the layout {layout} sets its own; give --columns or --layout")
+        layout = "table"
+    columns = None
+    if layout == "table":
+        names = dict.fromkeys(name for row in whole[:_COLUMN_ROWS] for name in row)
+        columns = guess_columns(names, settings.columns)
+    drafts: list[DraftRow] = []
+    rejected: list[dict[str, Any]] = []
+    clips = _clip_map(layout, settings.table)
+    for number, row in numbered:
+        try:
+            for draft in _drafts_of(row, layout, columns):
+                path = clips.get(str(draft.get("path")))
+                drafts.append(DraftRow(number, draft if path is None else {**draft, "path": path}))
+        except Rejected as error:
+            rejected.append(error.line(number))
+    return Table(drafts, rejected, len(numbered), layout, columns)
+
+
+def _drafts_of(row: Any, layout: str, columns: Columns | None) -> Iterator[Draft]:
+    """Yield the drafts of one row of a table. Raises Rejected."""
+    if isinstance(row, Unreadable):
+        raise Rejected("unreadable row", row.reason)
+    if not isinstance(row, dict):
+        raise Rejected("unreadable row", f"it is {row!r:.60}, not an object with fields")
+    if columns is not None:
+        rest = {name: row[name] for name in columns.unused if name in row and name not in FIELDS}
+        yield rest | columns.values(row)
+        return
+    if not LAYOUTS[layout].fits(row):
+        raise Rejected("unreadable row", f"it does not have the layout {layout}: fields {', '.join(row)}")
+    try:
+        yield from LAYOUTS[layout].drafts(row)
+    except (AttributeError, KeyError, TypeError) as error:  # only the row's first fields fit the layout
+        raise Rejected("unreadable row", f"it does not have the layout {layout} ({error})") from error
+
+
+def _clip_map(layout: str, table: str) -> dict[str, str]:
+    """Read the path of each clip from the layout's file beside the table; {} without such a file."""
+    name = LAYOUTS[layout].map_file if layout in LAYOUTS else ""
+    path = Path(table).with_name(name) if name else None
+    if path is None or not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ManifestError(f"{path}: not a JSON object of clips ({error}); fix or move it") from error
+
+
+def _numbers(found: Table) -> Numbers:
+    if found.layout in LAYOUTS and (known := LAYOUTS[found.layout].numbers) is not None:
+        return known
+    choices = []
+    for draft in found.drafts:
+        try:
+            options = question_and_options(draft.fields)[1]
+        except Rejected:  # reported when its row is made
+            continue
+        if options and draft.fields.get("answer") is not None:
+            choices.append((draft.fields["answer"], options))
+    return numbers_of(choices)
+
+
+def _made_rows(
+    drafts: Iterable[DraftRow], making: Making, numbers: Numbers
+) -> tuple[list[DraftRow], list[dict[str, Any]], int]:
+    """Return the rows of a manifest, lines about the rejected ones, and how many repeated ids got a number
+    appended. A question without an id gets its row's number."""
+    rows: list[DraftRow] = []
+    rejected: list[dict[str, Any]] = []
+    taken: set[str] = set()
+    repeated = 0
+    for number, draft in drafts:
+        name = draft.get("problem_id")
+        name = number if name in (None, "") else name
+        name = int(name) if isinstance(name, float) and name.is_integer() else name
+        name = name if isinstance(name, (int, str)) and not isinstance(name, bool) else str(name)
+        try:
+            row = manifest_row(draft, making, numbers)
+        except Rejected as error:
+            rejected.append(error.line(number, name))
+            continue
+        own, count = name, 1
+        while str(own) in taken:
+            count += 1
+            own = f"{name}-{count}"
+        taken.add(str(own))
+        repeated += own != name
+        rows.append(DraftRow(number, {"problem_id": own, **row}))
+    return rows, rejected, repeated
+
+
+def _checked(
+    rows: Sequence[DraftRow], settings: MakeSettings, root: str
+) -> tuple[list[Sample], list[dict[str, Any]]]:
+    """Check the rows as training would; return the usable samples, and lines about the other rows."""
+    samples, numbers, problems = check_manifest(
+        [row.fields for row in rows], root, settings.allow_urls, allowed_roots=settings.allowed_roots
+    )
+    found = [("no manifest row", problem) for problem in problems if problem.row]
+    if settings.media and samples:
+        budget = replace(FrameBudget(), **settings.remote_files())
+        result = check_media(samples, budget, settings.workers, numbers)
+        found += [("media", problem) for problem in result.problems]
+        samples = result.usable
+    return samples, [
+        Rejected(reason, problem.text).line(rows[problem.row - 1].number, problem.problem_id)
+        for reason, problem in found
+    ]
+
+
+def _understood(found: Table) -> str:
+    """Describe how the table was read, and how to change that."""
+    columns = found.columns
+    if columns is None:
+        return f"layout: {found.layout} ({LAYOUTS[found.layout].source}; change with --layout)\n"
+    rows = [
+        (field, name if isinstance(name, str) else "+".join(name), how)
+        for field, name in columns.names.items()
+        for how in ("given" if field in columns.given else "guessed",)
+    ]
+    lines = [table(("field", "column", ""), rows)]
+    if columns.unused:
+        lines.append(f"kept as they are: {', '.join(columns.unused)}")
+    lines.append("to change that: --columns problem=COLUMN,answer=COLUMN,… (none: no such column)")
+    return "\n".join(lines) + "\n"
+
+
+def _print_summary(
+    samples: Sequence[Sample],
+    kept: int,
+    rejected: Sequence[dict[str, Any]],
+    rows: int,
+    out: Path,
+    rejected_path: Path,
+    root: str,
+) -> None:
+    """Print what was accepted and what was rejected, with the remedies and the next command."""
+    counts = Counter(line["reason"] for line in rejected).most_common()
+    if counts:
+        print(table(("refused", "questions"), [(name, f"{n:,}") for name, n in counts]), end="\n\n")
+        print(*(f"{reason}: {REMEDIES[reason]}" for reason, _ in counts), sep="\n")
+        print(f"\ndetails for each row: {rejected_path}\n")
+    if not kept:
+        print(f"none of the {rows:,} rows could be used; {out} is not written")
+        return
+    spoken = sum(sample.subtitles is not None for sample in samples)
+    print(format_counts(samples), end="\n\n")
+    subtitles = f", {spoken:,} of them with subtitles (shown with --subtitles)" if spoken else ""
+    print(f"{out}: {kept:,} questions from {rows:,} rows{subtitles}")
+    print(f"to train on it: --train_manifest {out} --media_root {root}")
+
+
+# --- tables that are not manifests: CSV, TSV, JSON objects ---------------------------------------
+
+
+def read_table(table: str, split: str) -> Iterator[tuple[int, Any]]:
+    """Yield (row number from 1, its fields by name or `Unreadable`). A CSV's header does not count; JSON
+    lines count lines. table: a file, a URL or a dataset id, as for a manifest; a column that holds the files
+    themselves is `InTable`.
+
+    Raises ManifestError if the table cannot be opened.
+    """
+    path = Path(table)
+    if path.suffix.lower() in (".csv", ".tsv", ".tab") and path.is_file():
+        return _csv_rows(path)
+    if path.suffix.lower() == ".json" and path.is_file() and (rows := _json_object_rows(path)) is not None:
+        return enumerate(rows, start=1)
+    return read_rows(table, split)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield a CSV's rows without their empty cells. The delimiter is the most frequent in the header."""
+    csv.field_size_limit(_LONGEST_CELL)
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            header = stream.readline()
+            delimiter = "\t" if path.suffix.lower() != ".csv" else max(_DELIMITERS, key=header.count)
+            stream.seek(0)
+            cells = csv.reader(stream, delimiter=delimiter)
+            names = [name.strip() for name in next(cells, [])]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ManifestError(f"{path}: two columns are called {twice[0]!r}; rename one of them")
+            for row in cells:
+                if not any(row):
+                    continue
+                number += 1
+                if len(row) > len(names):
+                    reason = f"it has {len(row)} cells, and the header {len(names)}"
+                    yield number, Unreadable(reason)
+                else:
+                    pairs = zip(names, row, strict=False)  # cells at the end may be missing
+                    yield number, {name: cell for name, cell in pairs if cell.strip()}
+    except UnicodeDecodeError as error:
+        yield number + 1, Unreadable(f"the file is not UTF-8 text from here on ({error.reason})")
+    except csv.Error as error:
+        yield number + 1, Unreadable(f"the file cannot be read from here on ({error})")
+    except OSError as error:
+        raise ManifestError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _json_object_rows(path: Path) -> list[Any] | None:
+    """Return the rows of a JSON object that maps names to rows or contains one list of rows; None for other
+    files."""
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            if not stream.read(1000).lstrip().startswith("{"):
+                return None
+            stream.seek(0)
+            whole = json.load(stream)
+    except (ValueError, OSError, RecursionError):  # JSON lines, or damage that `read_rows` reports
+        return None
+    is_row = any(name in whole for name in ("messages", "conversations", "prompt"))  # its list: the messages
+    lists = [value for value in whole.values() if isinstance(value, list)]
+    if len(lists) == 1 and all(isinstance(row, dict) for row in lists[0]) and not is_row:
+        return lists[0]
+    if whole and all(isinstance(value, dict) for value in whole.values()):
+        return [{KEY: name, **row} for name, row in whole.items()]
+    return None
