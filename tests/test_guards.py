@@ -200,7 +200,7 @@ def test_lost_tracker_does_not_end_the_run(
     assert len(calls) >= 2
     assert len(read_lines(tmp_path / "run" / "metrics.jsonl")) == 2
     said = [record.message for record in caplog.records if "no route to host" in record.message]
-    assert said == ["TensorBoardCallback: Disconnected: no route to host; training goes on without it"]
+    assert said == ["TensorBoardCallback: Disconnected: no route to host; training continues without it"]
 
 
 def test_tracker_that_cannot_start_is_named(

@@ -103,7 +103,7 @@ def test_two_machines_equal_one_process_and_survive_a_loss(
         assert "video-r1: process 0 has lost another process of this run" in said, said[-4000:]
         assert (run / "checkpoint-2" / "trainer_state.json").is_file() and not (run / "config.json").exists()
         finish(nodes, start_both(nodes, launcher, recipe, run))
-        assert "continuing from checkpoint-" in nodes.logs[0].read_text(errors="replace")
+        assert "resuming from checkpoint-" in nodes.logs[0].read_text(errors="replace")
     same_run(recipe.parent / "one", run)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from video_r1.errors import ConfigError
 from video_r1.training.objective import (
-    Clip,
+    ClipRange,
     k3_kl,
     loss_normaliser,
     policy_loss,
@@ -35,8 +35,8 @@ def worked(loss_type, **settings):
         ("grpo", {}, ((-1.2 - 1.0) / 2 + 0.8) / 2),  # −0.15
         ("dapo", {}, (-1.2 - 1.0 + 0.8) / 3),  # −0.4667
         ("dr_grpo", {}, (-1.2 - 1.0 + 0.8) / (2 * 4)),  # −0.175
-        ("grpo", {"clip": Clip(high=0.28)}, ((-1.28 - 1.0) / 2 + 0.8) / 2),
-        ("grpo", {"clip": Clip(0.6, 0.6)}, ((-1.5 - 1.0) / 2 + 0.5) / 2),  # nothing is clipped
+        ("grpo", {"clip": ClipRange(high=0.28)}, ((-1.28 - 1.0) / 2 + 0.8) / 2),
+        ("grpo", {"clip": ClipRange(0.6, 0.6)}, ((-1.5 - 1.0) / 2 + 0.5) / 2),  # nothing is clipped
     ],
 )
 def test_worked_figures(loss_type, settings, loss: float) -> None:
@@ -132,7 +132,7 @@ def test_values_and_gradients_equal_a_plain_reference(loss_type, seed: int) -> N
     normaliser = loss_normaliser(loss_type, len(lengths), int(lengths.sum()), max_completion_length=9)
     result = policy_loss(
         logprobs, old, advantages, lengths, normaliser=normaliser, loss_type=loss_type,
-        clip=Clip(0.2, 0.28), beta=0.04, ref_logprobs=ref, token_weights=weights,
+        clip=ClipRange(0.2, 0.28), beta=0.04, ref_logprobs=ref, token_weights=weights,
     )  # fmt: skip
     result.loss.backward()
     value, gradient = reference_loss(
@@ -206,13 +206,13 @@ def test_normalisers() -> None:
         # tokens in their micro-batch: the sum ÷ 3, by two of two responses
         ("bnpo", {}, (-1.2 - 1.0 + 0.8) / 3),
         # min(ρ, 1.2) A log π with log π = −1 + ln 1.5, −2 | −0.5 − ln 2
-        ("cispo", {"clip": Clip(high=1.2)}, -(1.2 * (-1 + math.log(1.5)) - 2 - 0.5 * (-0.5 - LN2)) / 3),
+        ("cispo", {"clip": ClipRange(high=1.2)}, -(1.2 * (-1 + math.log(1.5)) - 2 - 0.5 * (-0.5 - LN2)) / 3),
         # 4 sigmoid(ρ − 1) for A = 1; 4/1.05 sigmoid(1.05 (ρ − 1)) for A = −1
         ("sapo", {}, (-(4 / (1 + math.exp(-0.5)) + 2) / 2 + 4 / 1.05 / (1 + math.exp(0.525))) / 2),
         # ρ of the first response: √1.5, clipped at 1.2
         ("grpo", {"importance_sampling_level": "sequence"}, (-1.2 + 0.8) / 2),
         # a negative advantage keeps ρ = 0.5 above 0.3, and min(−0.3, −0.8) is −0.8 all the same
-        ("grpo", {"clip": Clip(0.2, 0.2, 0.3)}, ((-0.3 - 0.3) / 2 + 0.8) / 2),
+        ("grpo", {"clip": ClipRange(0.2, 0.2, 0.3)}, ((-0.3 - 0.3) / 2 + 0.8) / 2),
         ("grpo", {"counted": torch.tensor([True, False])}, ((-1.2 - 1.0) / 2) / 2),
     ],
 )

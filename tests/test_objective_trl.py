@@ -11,7 +11,7 @@ from test_objective import random_case
 
 from video_r1.training.objective import (
     OBJECTIVES,
-    Clip,
+    ClipRange,
     entropy_sum,
     high_entropy,
     loss_normaliser,
@@ -101,7 +101,7 @@ def test_values_and_gradients_are_those_of_trl(loss_type: str, chosen: dict[str,
     ours = policy_loss(
         logprobs, old, advantages, lengths,
         normaliser=loss_normaliser(loss_type, len(lengths), int(lengths[finished].sum()), LONGEST),
-        loss_type=loss_type, clip=Clip(chosen["epsilon"], chosen["epsilon_high"], chosen["delta"]),
+        loss_type=loss_type, clip=ClipRange(chosen["epsilon"], chosen["epsilon_high"], chosen["delta"]),
         importance_sampling_level=chosen["level"], beta=0.04, ref_logprobs=ref, token_weights=weights,
         counted=finished,
     )  # fmt: skip

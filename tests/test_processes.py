@@ -150,5 +150,5 @@ def test_another_kind_of_run_is_refused(tmp_path: Path, file: str, kind: str, sa
 def test_deepspeed_goes_on_with_as_many_processes_only(tmp_path: Path) -> None:
     replace_json(tmp_path / "video_r1.json", {"processes": 8, "questions_per_step": 16})
     (tmp_path / "latest").write_text("global_step2")
-    with pytest.raises(ConfigError, match="shares the optimizer's state out among 8 processes"):
+    with pytest.raises(ConfigError, match="shards the optimizer's state over 8 processes"):
         check_processes(tmp_path, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8})

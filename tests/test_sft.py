@@ -166,7 +166,7 @@ def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> No
         )
     # A run finds its checkpoint itself; one that is named would not be heard.
     settings |= {"output_dir": str(tmp_path / "other"), "resume_from_checkpoint": str(folder)}
-    with pytest.raises(ConfigError, match="goes on from the last whole checkpoint"):
+    with pytest.raises(ConfigError, match="resumes by itself from the last complete checkpoint"):
         run_sft(load_recipe("sft", None, {name: str(value) for name, value in settings.items()}))
 
 

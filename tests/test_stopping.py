@@ -84,7 +84,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     (checkpoint,) = run.glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
     assert 3 <= step < 8
-    assert f"video-r1: {number.name}: this step is finished" in said
+    assert f"video-r1: {number.name}: finishing this step" in said
     words = f"video-r1 rl {recipe} --output_dir {run}"
     last = f"interrupted; {checkpoint} is the last checkpoint; the same command resumes: {words}\n"
     assert said.endswith(f"video-r1: {last}") and "Traceback" not in said

@@ -21,7 +21,7 @@ from video_r1.data.rollouts import RolloutGroup
 from video_r1.errors import ConfigError, RewardError
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.training.objective import Clip, policy_loss
+from video_r1.training.objective import ClipRange, policy_loss
 from video_r1.training.tgrpo import TGRPOConfig
 
 
@@ -349,7 +349,7 @@ def test_settings_of_the_objective_reach_it(
     trainer.train()
     options = asked[0]
     assert options["loss_type"] == "cispo" and options["importance_sampling_level"] == "sequence"
-    assert options["clip"] == Clip(0.2, 4.0, 6.0, (1.0, 1.5))
+    assert options["clip"] == ClipRange(0.2, 4.0, 6.0, (1.0, 1.5))
     batch = trainer.step.batches[0]
     assert options["counted"].tolist() == [
         rollout.finish_reason == "stop" for group in batch.trained for rollout in group.ordered

@@ -163,7 +163,7 @@ def test_lost_wandb_does_not_end_the_run(recipe: Path, tmp_path: Path, wandb_fol
     process.join(240)
     said = output.read_text()
     assert process.exitcode == 0 and "killed 1" in said, said[-3000:]
-    assert said.count("training goes on without it") == 1
+    assert said.count("training continues without it") == 1
     steps = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert steps == [1, 2]
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()

@@ -51,7 +51,7 @@ CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
 
 
 class Preflight(TrainerCallback):
-    """`check_rewards` of the run's first questions before its first step. groups: samples and scores them."""
+    """Calls `check_rewards` before the first step. groups: samples and scores the run's first questions."""
 
     def __init__(self, groups: Callable[[], list[RolloutGroup]]) -> None:
         self.groups = groups
@@ -62,8 +62,8 @@ class Preflight(TrainerCallback):
 
 
 def check_rewards(groups: list[RolloutGroup]) -> None:
-    """Raises VideoR1Error when no completion of any group, in any process, earns a reward. A reward that is
-    the same everywhere but not 0 is only warned of.
+    """Raise VideoR1Error when no completion of any group, on any rank, earns a reward. Warn when all
+    completions earn the same reward above 0.
     """
     mine = [
         (float(total), rollout.finish_reason == "length", len(rollout.token_ids), rollout.text)
@@ -77,8 +77,8 @@ def check_rewards(groups: list[RolloutGroup]) -> None:
     example = completions[0][3][:160]
     if all(total == 0 for total, _, _, _ in completions):
         remedy = (
-            "Run SFT first so that the model learns the format, or name the prompt that it was trained with "
-            "in prompt_template"
+            "Run SFT first so that the model learns the format, or set prompt_template to the prompt that it "
+            "was trained with"
         )
         if truncated > 0.9:
             longest = max(length for _, _, length, _ in completions)
@@ -122,17 +122,17 @@ class TaskMoments(TrainerCallback, ExportableState):
 
 
 class SamplerCheck(TrainerCallback):
-    """Says so when sampler and trainer are further apart than rounding explains: on a few tokens before the
-    first step, and once when a logged mean shows it later (weights that did not arrive).
+    """Warns when log-probs of engine and trainer differ by more than rounding: on a few tokens before the
+    first step, and once if a logged mean shows it later (weights that did not arrive).
 
-    difference: what `sampler_difference` gives for some of the run's questions. while_training: off where the
-    weights that sample are old ones on purpose.
+    difference: returns `sampler_difference` of some of the run's questions. while_training: False if the
+    engine samples with older weights on purpose.
     """
 
     def __init__(self, difference: Callable[[], tuple[float, int]], while_training: bool = True) -> None:
         self.difference = difference
         self.while_training = while_training
-        self.said = False
+        self.has_warned = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         parts = gather(self.difference())
@@ -143,20 +143,20 @@ class SamplerCheck(TrainerCallback):
             self.compare((logs or {}).get("sampler/logprob_difference", 0.0))
 
     def compare(self, difference: float) -> None:
-        if difference > SUSPICIOUS and not self.said:
+        if difference > SUSPICIOUS and not self.has_warned:
             logger.warning(
                 "vLLM's log-probs differ from the trainer's by %.3f on average (rounding: up to about 0.01); "
                 "check that both have the same weights, number format and processor files",
                 difference,
             )
-            self.said = True
+            self.has_warned = True
 
 
 @torch.no_grad()
 def sampler_difference(
     engine: RolloutEngine, model: nn.Module, prompts: Sequence[Prompt], temperature: float
 ) -> tuple[float, int]:
-    """After a hand-over: |log π_trainer − log π_sampler|, summed over some tokens; how many they are."""
+    """Sync the weights; return |log π_trainer − log π_sampler| summed over some tokens, and their number."""
     with eval_mode(model):
         engine.update_weights(model)
         groups = engine.generate(
@@ -169,11 +169,11 @@ def sampler_difference(
 
 
 class UpdateGuard(TrainerCallback):
-    """Leaves out an update whose loss or gradient is not finite, and writes down its questions.
+    """Skips updates whose loss or gradient is not finite, and records their questions.
 
-    The questions go to `skipped_updates.jsonl` in the run folder: those of the micro-batches with such a loss
-    (of any process), or all of the step's where only the gradient shows it. After `limit` such updates in a
-    row training stops with VideoR1Error. All processes decide alike.
+    `skipped_updates.jsonl` in the run folder lists the questions of the micro-batches with such a loss (on
+    any rank), or all of the step's if only the gradient is not finite. After `limit` such updates in a row
+    training stops with VideoR1Error. All ranks decide alike.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -191,7 +191,7 @@ class UpdateGuard(TrainerCallback):
             self.culprits += problem_ids
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
-        """Takes up the counts of the run that is continued."""
+        """Restore the counts of a resumed run."""
         lines = keep_until(self.record, state.global_step) if state.is_world_process_zero else []
         steps = gather([line["step"] for line in lines])[0]
         self.skipped, self.in_a_row = len(steps), 0
@@ -202,7 +202,7 @@ class UpdateGuard(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         deepspeed = isinstance(optimizer, DeepSpeedOptimizerWrapper)  # its backward pass ends with its step
-        # float16's loss scaling makes infinite gradients as a matter of course and skips these updates itself
+        # float16's loss scaling produces infinite gradients regularly and skips these updates itself
         finite = args.fp16 or (not optimizer.step_was_skipped if deepspeed else gradients_are_finite(model))
         parts = gather((self.culprits, finite, self.step_ids))
         culprits = [question for part, _, _ in parts for question in part]
@@ -213,7 +213,7 @@ class UpdateGuard(TrainerCallback):
             return
         self.skipped += 1
         self.in_a_row += 1
-        # An optimizer leaves parameters without gradient alone: weights, moments and weight decay.
+        # An optimizer does not touch parameters without gradient: weights, moments and weight decay.
         model.zero_grad(set_to_none=True)
         what, step = "loss" if culprits else "gradient", state.global_step + 1
         logger.warning("step %d: the %s is not finite; the update is skipped", step, what)
@@ -223,9 +223,9 @@ class UpdateGuard(TrainerCallback):
                 append_line(self.record, line)
         if deepspeed and not optimizer.step_was_skipped:
             raise VideoR1Error(
-                f"the {what} of step {step} was not finite, and DeepSpeed has taken the step all the same: "
-                "the weights are spoiled. Start again from the last checkpoint, with ZeRO-2 or ZeRO-3 of "
-                "DeepSpeed 0.19.8 or later, which leave out such steps"
+                f"the {what} of step {step} was not finite, and DeepSpeed took the step anyway: the weights "
+                "are spoiled. Start again from the last checkpoint, with ZeRO-2 or ZeRO-3 of "
+                "DeepSpeed 0.19.8 or later, which skip such steps"
             )
         if self.in_a_row >= self.limit:
             raise VideoR1Error(
@@ -236,7 +236,7 @@ class UpdateGuard(TrainerCallback):
 
 
 def gradients_are_finite(model: nn.Module) -> bool:
-    """Whether the norm of all gradients is a finite number; True where there are none."""
+    """Whether the norm of all gradients is a finite number; True if there are none."""
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     if not gradients:
         return True
@@ -247,7 +247,7 @@ def gradients_are_finite(model: nn.Module) -> bool:
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raises ConfigError when a tracker of `report_to` is unknown or not installed."""
+    """Raise ConfigError when a tracker of `report_to` is unknown or not installed."""
     try:
         get_reporting_integration_callbacks(names)
     except ValueError as error:
@@ -258,9 +258,9 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def let_trackers_fail(callbacks: Sequence[TrainerCallback], names: Sequence[str]) -> None:
-    """Makes trackers whose server or disk fails during the run warn once instead of ending it.
+    """Make trackers whose server or disk fails during the run warn once instead of ending it.
 
-    A tracker that cannot even start ends it, with VideoR1Error: its settings are wrong, most likely.
+    A tracker that cannot start ends the run with VideoR1Error: its settings are most likely wrong.
     """
     kinds = tuple(get_reporting_integration_callbacks(names))
     for tracker in callbacks:
@@ -273,19 +273,20 @@ def _may_fail(method: Callable[..., Any], event: str, name: str) -> Callable[...
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return method(*args, **kwargs)
-        except Exception as error:  # a tracker's client raises whatever its network and its disk do to it
+        except Exception as error:  # a tracker's client raises any error of its network and disk
             reason = f"{name}: {type(error).__name__}: {error}"
             if event == "on_train_begin":
                 raise VideoR1Error(f"report_to: {reason}; set up the tracker or set it to none") from error
-            warn_once(f"{reason}; training goes on without it")
+            warn_once(f"{reason}; training continues without it")
             return None
 
     return call
 
 
 class StepProgress(TrainerCallback):
-    """A bar with time left on a terminal, plain lines elsewhere; with some of the logged series, by the names
-    that they have there, as far as they are logged.
+    """Progress with time left and some of the logged series: a bar on a terminal, plain lines elsewhere.
+
+    series: displayed name to series.
     """
 
     def __init__(self, description: str, series: Mapping[str, str]) -> None:
@@ -315,7 +316,7 @@ class StepProgress(TrainerCallback):
 
 
 def take_peak_memory() -> float:
-    """GiB: the most allocated on a GPU since the last call; without one, the most the process has had."""
+    """Return the GPU's peak allocation since the last call, or else the process's peak memory, in GiB."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -325,8 +326,8 @@ def take_peak_memory() -> float:
 
 
 class StepSeconds(TrainerCallback):
-    """Measures `seconds/update`, the passes forward and back and the optimizer without sampling; and
-    `memory/peak_gib`, the peak of a whole step in the process that needs most.
+    """Measures `seconds/update` (forward, backward and optimizer, without sampling) and `memory/peak_gib`,
+    the peak of a whole step on the rank that needs most.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -345,8 +346,8 @@ class StepSeconds(TrainerCallback):
 class RunFolder(TrainerCallback):
     """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder.
 
-    A run that is resumed continues the file: lines after the step it resumes from are taken out first. When
-    the disk refuses a line, the run goes on and says so once.
+    A resumed run first removes the lines after the step that it resumes from. If the disk refuses a line,
+    the run continues and warns once.
     """
 
     def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
@@ -357,9 +358,9 @@ class RunFolder(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **rest: Any) -> None:
         if not state.is_world_process_zero:
             return
-        warn_once.cache_clear()  # every run of a process says it anew
+        warn_once.cache_clear()  # each run of a process warns again
         save_resolved(self.settings, self.folder)
-        # A run that begins anew validates before its first step again (eval_on_start).
+        # A new run validates before its first step again (eval_on_start).
         last = state.global_step or -1
         metrics = keep_until(self.folder / "metrics.jsonl", last)
         keep_until(self.folder / "rollouts.jsonl", last)
@@ -378,7 +379,7 @@ class RunFolder(TrainerCallback):
 
 
 def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
-    """Rewrites a JSON-lines file with only its whole lines of steps up to `step`; returns these lines."""
+    """Remove broken lines and those of steps after `step` from a JSON-lines file; return the others."""
     if not path.exists():
         return []
     with path.open("r+b") as file:
@@ -387,16 +388,15 @@ def keep_until(path: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-# Seconds in which a launcher passes on the Ctrl-C that the terminal has sent to all processes.
-SAME_PRESS = 1.0
+SAME_PRESS = 1.0  # seconds; a launcher passes on the Ctrl-C that the terminal has sent to all processes
 
 
 class StopWhenAsked(TrainerCallback):
-    """On Ctrl-C or SIGTERM, ends training with a checkpoint after the present step: in all processes after
-    the same one, whichever of them the signal has reached. A second Ctrl-C ends it at once. (A checkpoint
-    amid a step could not be continued exactly.)
+    """On Ctrl-C or SIGTERM, ends training with a checkpoint after the current step, on all ranks after the
+    same step even if only one rank got the signal. A second Ctrl-C ends it at once. (A checkpoint within a
+    step could not be resumed exactly.)
 
-    every: a checkpoint is possible after so many steps (num_iterations: updates on the same rollouts).
+    every: a checkpoint is possible after this many steps (num_iterations: updates on the same rollouts).
     """
 
     def __init__(self, folder: Path, every: int = 1) -> None:
@@ -409,8 +409,8 @@ class StopWhenAsked(TrainerCallback):
 
     @contextmanager
     def listening(self, ended: Callable[[], Any]) -> Iterator[None]:
-        """For the time of the training. Raises Interrupted where it was stopped; `ended` lets trackers
-        and the progress bar know, unless it has to be at once.
+        """Handle signals during training. Raises Interrupted if it was stopped; `ended` tells trackers and
+        the progress bar, unless training stops at once.
         """
         self.number, self.stopping, self.saved = None, False, False
         with told_of_signals(self.ask):
@@ -420,18 +420,18 @@ class StopWhenAsked(TrainerCallback):
                 if self.saved:
                     ended()
                 raise
-            if self.stopping:  # without a checkpoint, as save_strategy best may want it
+            if self.stopping:  # without a checkpoint, with save_strategy best for example
                 raise self.interrupted()
 
     def ask(self, number: int) -> None:
-        """What a signal does."""
+        """Handle a signal."""
         now = time.monotonic()
         if self.number is None:
             self.number, self.asked_at = number, now
-            took = f" (the one before took {self.step_seconds:.0f} s)" if self.step_seconds else ""
+            took = f" (the last one took {self.step_seconds:.0f} s)" if self.step_seconds else ""
             say(
-                f"{signal.Signals(number).name}: this step is finished{took} and a checkpoint written; "
-                "Ctrl-C once more ends the run at once"
+                f"{signal.Signals(number).name}: finishing this step{took}, then saving a checkpoint; "
+                "press Ctrl-C again to stop at once"
             )
         elif number == signal.SIGINT and now - self.asked_at >= SAME_PRESS * ("LOCAL_RANK" in os.environ):
             raise self.interrupted()
@@ -458,16 +458,16 @@ class StopWhenAsked(TrainerCallback):
 
 
 def say(text: str) -> None:
-    """Writes a line to standard error from a signal's handler, which may have interrupted a print."""
+    """Write a line to standard error from a signal handler, which may have interrupted a print."""
     if process_index() == 0:
         os.write(2, f"\nvideo-r1: {text}\n".encode())
 
 
 def describe_run(args: Any, folder: Path, recipe: Recipe | None) -> None:
-    """Gives the run the name of its folder, where it has no other, and its recipe's settings to the trackers.
+    """Name the run by its folder, unless it has a name, and give the recipe's settings to the trackers.
 
-    They show what `args.to_dict` returns: TrainingArguments, which know nothing of model, adapters and data.
-    (Its own entries stay as they are: it hides tokens.)
+    Trackers show `args.to_dict()`, the TrainingArguments without model, adapters and data. (Their own entries
+    win: to_dict hides tokens.)
     """
     if args.run_name is None:
         args.run_name = folder.name

@@ -28,13 +28,13 @@ TRAINING_FILES = (
     *("optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "pytorch_model_fsdp"),
     *("latest", "zero_to_"),  # DeepSpeed's, beside a folder
 )
-"""How the files begin that only a run that is continued needs."""
+"""First letters of files that only a resumed run needs."""
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Puts the complete folder `source` in the place of `target`; what was there before is removed after.
+    """Replace `target` by the complete folder `source`; the earlier `target` is removed afterwards.
 
-    `source` lies alone in a folder of the same file system, which is removed. `target` never holds a mixture.
+    `source` is alone in a folder of the same file system, which is removed. `target` never holds a mixture.
     """
     flush_folder(source)
     earlier = source.with_name(f"{source.name}.earlier")
@@ -46,9 +46,9 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def publish_files(source: Path, target: Path) -> None:
-    """Moves the files of a model's folder into `target`, one rename each, config.json last.
+    """Move the files of a model's folder into `target`, one rename each, config.json last.
 
-    `source` lies alone in a folder, which is removed.
+    `source` is alone in a folder, which is removed.
     """
     flush_folder(source)
     files = [path for path in sorted(source.iterdir()) if path.is_file()]
@@ -59,7 +59,7 @@ def publish_files(source: Path, target: Path) -> None:
 
 
 def publish_copy(checkpoint: Path, target: Path) -> None:
-    """Makes `target` a model folder with a checkpoint's model and processor, without its training state."""
+    """Copy a checkpoint's model and processor, without its training state, into `target`."""
     copy = target / UNFINISHED / "model"
     shutil.rmtree(copy, ignore_errors=True)
     copy.mkdir(parents=True)
@@ -71,13 +71,13 @@ def publish_copy(checkpoint: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turns a failure to write `what` below `folder` into a VideoR1Error that says how to go on.
+    """Turn a failure to write `what` below `folder` into a VideoR1Error that says how to resume.
 
-    What is unfinished is removed, which also makes room for the files of other programs.
+    Unfinished files are removed, which also makes room for other programs.
     """
     try:
         yield
-    # safetensors and torch.save report a full disk by errors of their own
+    # safetensors and torch.save have their own errors for a full disk
     except (OSError, SafetensorError, RuntimeError) as error:
         if is_lost_process(error):
             raise
@@ -90,13 +90,13 @@ def writing(what: str, folder: Path) -> Iterator[None]:
         whole = last_whole_checkpoint(folder)
         rest = f"{whole.name} is whole" if whole is not None else "there is no earlier checkpoint"
         raise VideoR1Error(
-            f"{folder}: {what} cannot be written: {reason} ({free}). {rest}: make room or mend the disk, "
-            "then start the same command again; it goes on from there"
+            f"{folder}: {what} cannot be written: {reason} ({free}). {rest}: make room or repair the disk, "
+            "then start the same command again to resume from there"
         ) from error
 
 
 def check_writable(folder: Path) -> None:
-    """Raises VideoR1Error when files cannot be made in the folder (which is made, where it is missing)."""
+    """Raise VideoR1Error if no files can be created in the folder; create the folder if it is missing."""
     probe = folder / ".writable"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -109,9 +109,9 @@ def check_writable(folder: Path) -> None:
 
 
 def last_whole_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; None when there is none.
+    """Return the newest complete checkpoint of a run; None when there is none.
 
-    trainer_state.json is the last file of a checkpoint, so one that can be read marks the others as whole.
+    trainer_state.json is written last: if it can be read, the checkpoint is complete.
     """
     steps = {}
     for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
@@ -127,8 +127,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 class BestCheckpoint(TrainerCallback):
-    """Takes up a continued run's validation: its best checkpoint, wherever the run folder lies now, and no
-    second validation before the first step.
+    """Restores the best checkpoint of a resumed run, also if its folder has moved, and skips a second
+    validation before the first step.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,13 +144,13 @@ class BestCheckpoint(TrainerCallback):
 
 
 def best_checkpoint(folder: Path, step: int | None) -> Path | None:
-    """The checkpoint of the best validation's step; None where there was no validation, or no checkpoint."""
+    """Return the checkpoint of the best validation's step; None without a validation or checkpoint."""
     best = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     return best if step and best.is_dir() else None
 
 
 def stopped_early(state: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint (its trainer_state.json) is the last one of a run that early stopping ended."""
+    """Whether early stopping ended the run at this checkpoint. state: its trainer_state.json."""
     saved = state["stateful_callbacks"].get(EarlyStoppingCallback.__name__)
     return saved is not None and (
         saved["attributes"]["early_stopping_patience_counter"] >= saved["args"]["early_stopping_patience"]

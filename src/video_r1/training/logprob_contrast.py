@@ -1,11 +1,11 @@
-"""What a contrast clip takes from a response that is there already: its log-probabilities behind both clips.
+"""Log-prob drops: how much log-prob the tokens of a completion lose when the contrast clip replaces its clip.
 
     d_it = log π(o_it | V) − log π(o_it | Ṽ),   Δ_i = mean over tokens t of d_it,   V in order, Ṽ its contrast
 
-Each takes one forward of the group in one row, without gradient; nothing is sampled from the contrast clip
-(TaRO, arXiv 2606.09248; Video-KTR, arXiv 2601.19686). log π(o_it | V) has been sampled with, which saves its
-forward in float32 (`samples_as_it_scores`). Decoding in bf16, or in another program, rounds a token's by some
-0.01: a difference of two ways to compute would be there for a clip that does not move, too.
+Each term takes one forward of the group in one row, without gradient; nothing is sampled from the contrast
+clip (TaRO, arXiv 2606.09248; Video-KTR, arXiv 2601.19686). In float32 the sampling log-probs serve as
+log π(o_it | V), which saves its forward (`samples_as_it_scores`). Decoding in bf16, or in vLLM, rounds a
+log-prob by about 0.01: even a clip without motion would then show a drop.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from video_r1.rollout.transformers import eval_mode
 
 
 class Comparison(NamedTuple):
-    """drops: as `logprob_drops` gives them; vision: features of the ordered prompts. None: not asked for."""
+    """Result of `logprob_drops`, and visual features of the ordered prompts. None: not requested."""
 
     drops: list[list[Tensor] | None] | None = None
     vision: list[VisualFeatures | None] | None = None
 
 
 def samples_as_it_scores(model: nn.Module) -> bool:
-    """Whether the log-probs that this model samples with are those of its forward, within 1e-5: it computes
-    in float32, on a CPU (on GPUs float32 may be TF32).
+    """Whether the model's sampling log-probs equal those of its forward within 1e-5: it computes in float32
+    on a CPU (on GPUs float32 may be TF32).
     """
     weights = list(model.parameters())
     autocast = torch.is_autocast_enabled("cpu")
@@ -50,7 +50,7 @@ def compare(
     shared_vision: bool,
     as_sampled: bool,
 ) -> Comparison:
-    """The drops, and with shared_vision the features that they are taken with (see `logprob_drops`)."""
+    """Compute drops (see `logprob_drops`), with shared_vision from visual features that are returned too."""
     vision = None
     if shared_vision:
         prompts = [question.ordered for question in questions]
@@ -70,12 +70,12 @@ def logprob_drops(
     vision: Sequence[VisualFeatures | None] | None = None,
     as_sampled: bool = True,
 ) -> list[list[Tensor] | None]:
-    """d [L] float32 in nats of each of a question's G ordered completions; None where it has no contrast.
+    """Compute d [L] float32 in nats of each of a question's G ordered completions; None without a contrast.
 
-    model: whole, within the trainer's autocast. temperature: that was sampled with. batch_size: questions of
-    one forward. vision: features of all ordered prompts; those of contrasts that permute temporal patches
-    are permutations of these, and are not encoded. as_sampled: the completions' own log-probs are those
-    behind the ordered prompts (`samples_as_it_scores`); else these are computed here.
+    model: whole, within the trainer's autocast. temperature: of sampling. batch_size: questions per forward.
+    vision: features of all ordered prompts; features of contrasts that permute temporal patches are permuted
+    from them instead of encoded. as_sampled: use the completions' sampling log-probs behind the ordered
+    prompts (`samples_as_it_scores`) instead of computing them.
     """
     drops: list[list[Tensor] | None] = [None] * len(questions)
     places = [place for place, question in enumerate(questions) if question.shuffled is not None]
@@ -103,7 +103,7 @@ def _scored(
     prompts: Sequence[Prompt],
     features: Sequence[VisualFeatures | None] | None,
 ) -> list[list[Tensor]]:
-    """log π [L] float32 of each prompt's completions behind it."""
+    """Compute log π [L] float32 of each completion behind its prompt."""
     completions = [[rollout.token_ids for rollout in group] for group in rollouts]
     found = group_logprobs(model, prompts, completions, temperature=temperature, vision_features=features)
     logprobs = iter(found.logprobs.float().cpu().split(found.lengths.tolist()))
@@ -111,7 +111,7 @@ def _scored(
 
 
 def _permuted(question: Question, vision: VisualFeatures | None) -> VisionFeatures:
-    """The features of the question's contrast clip from those of the clip in order."""
+    """Permute the features of a question's ordered clip into those of its contrast clip."""
     assert isinstance(vision, VisionFeatures) and question.shuffled is not None
     patches = question.shuffled.patches
     assert patches is not None, "the contrast does not permute temporal patches"

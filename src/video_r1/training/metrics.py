@@ -1,4 +1,4 @@
-"""The series that a run writes: gathered between two logging steps, for trackers and metrics.jsonl."""
+"""Metrics of a run, gathered between two logging steps for trackers and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -22,21 +22,18 @@ from video_r1.training.objective import PolicyLoss
 
 logger = logging.getLogger(__name__)
 
-
-SKIPPED_GROUPS = "left_out.jsonl"  # groups of a run folder that its steps learnt nothing from
-
-
-VISIBLE_CHANGE = 0.01  # of an advantage, whose deviation in its group is 1
+SKIPPED_GROUPS = "left_out.jsonl"  # in a run folder: groups that its steps learnt nothing from
+VISIBLE_CHANGE = 0.01  # of an advantage; advantages of a group have deviation 1
 
 
 class Meter:
-    """Gathers series over some steps and all processes: quotients of two sums or norms, sums, peaks."""
+    """Series over some steps and all ranks: quotients of two sums or norms, sums, peaks."""
 
     def __init__(self) -> None:
         self.sums: dict[str, float] = defaultdict(float)
-        self.counts: dict[str, float] = defaultdict(float)  # only quotients have one
+        self.counts: dict[str, float] = defaultdict(float)  # of quotients only
         self.peaks: dict[str, float] = {}
-        self.roots: set[str] = set()  # quotients whose root is logged
+        self.roots: set[str] = set()  # names of quotients whose root is logged
         self.steps = 0  # optimizer steps, counted by StepSeconds
 
     def add(self, name: str, value: float, count: float = 1.0) -> None:
@@ -45,7 +42,7 @@ class Meter:
         self.counts[name] += float(count)
 
     def norms(self, name: str, vector: Tensor, reference: Tensor) -> None:
-        """Add to a quotient of two norms, ‖vector‖ ÷ ‖reference‖, over all that is added."""
+        """Add to a quotient of two norms, ‖vector‖ ÷ ‖reference‖, each over all vectors added."""
         self.add(name, float(vector.square().sum()), float(reference.square().sum()))
         self.roots.add(name)
 
@@ -59,20 +56,20 @@ class Meter:
 
     @contextmanager
     def seconds(self, phase: str) -> Iterator[None]:
-        """Adds the seconds spent inside to `seconds/<phase>`."""
+        """Add the seconds spent inside to `seconds/<phase>`."""
         start = time.perf_counter()
         yield
         self.total(f"seconds/{phase}", time.perf_counter() - start)
 
     def speeds(self, groups: Sequence[Sequence[Rollout]], seconds: float) -> None:
-        """Adds rollouts and tokens a second, summed over processes."""
+        """Add rollouts and tokens per second, summed over ranks."""
         share = seconds / process_count()
         rollouts = [rollout for group in groups for rollout in group]
         self.add("speed/rollouts_per_second", len(rollouts), share)
         self.add("speed/tokens_per_second", sum(len(rollout.token_ids) for rollout in rollouts), share)
 
     def drain(self) -> dict[str, float]:
-        """The series since the last call, over all processes; seconds are per optimizer step. Starts anew."""
+        """Return the series since the last call, over all ranks, and reset; seconds are per step."""
         steps = max(1, self.steps)
         parts = gather((self.sums, self.counts, self.peaks, self.roots))
         self.__init__()
@@ -99,13 +96,13 @@ class Meter:
 
 
 def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Sequence[str]) -> None:
-    """Adds what one step's groups say to the meter: rewards, their deviations inside a group, temporal
-    gap, completions, flat groups.
+    """Add one step's groups to the meter: rewards, their deviations inside a group, temporal gap,
+    completions, groups without variance.
     """
     for group in groups:
         sample = group.sample
         for term, values in {**group.rewards, "total": group.total_reward}.items():
-            # A user's function may leave a completion without a reward (nan).
+            # A user's function may return no reward for a completion (nan).
             total, given = float(values.nansum()), int(values.isfinite().sum())
             for name in (term, f"{term}/{sample.problem_type}", f"{term}/{sample.data_type}"):
                 meter.add(f"reward/{name}", total, given)
@@ -128,8 +125,8 @@ def describe_groups(meter: Meter, groups: Sequence[RolloutGroup], phrases: Seque
 
 
 def describe_credit(meter: Meter, group: RolloutGroup) -> None:
-    """Adds what the temporal term has done to a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
-    and whether it has changed one of a group that it pays. Where it weighs tokens, A is that of each token.
+    """Add the effect of the temporal term on a video's advantages A: ‖A − A without it‖ ÷ ‖A without it‖,
+    and whether it changed an advantage of a group that it pays. With token weights, A is each token's.
     """
     if group.base_advantages is None:
         return
@@ -147,7 +144,7 @@ def describe_credit(meter: Meter, group: RolloutGroup) -> None:
 
 
 def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> None:
-    """Adds one micro-batch's means over completion tokens to the meter: clipping, KL and entropy."""
+    """Add one micro-batch's means over completion tokens to the meter: clipping, KL and entropy."""
     tokens = len(policy.logprobs)
     assert policy.entropy is not None
     meter.add("policy/clip_ratio", float(result.clip_ratio) * tokens, tokens)
@@ -157,11 +154,11 @@ def describe_update(meter: Meter, policy: GroupLogprobs, result: PolicyLoss) -> 
 
 @contextmanager
 def tolerated(record: str) -> Iterator[None]:
-    """Where the disk refuses what is written inside, a warning says so, and the run goes on without it."""
+    """Warn once, instead of raising, if the disk refuses what is written inside."""
     try:
         yield
     except OSError as error:
-        warn_once(f"{record} cannot be written ({error.strerror or error}); training goes on without it")
+        warn_once(f"{record} cannot be written ({error.strerror or error}); training continues without it")
 
 
 @functools.cache

@@ -1,13 +1,13 @@
 """The policy objective on packed completion tokens: pure tensors, no model.
 
-N completion tokens of R responses lie one response after another; `lengths` [R] says where each ends.
+N completion tokens of R responses are packed one response after another; `lengths` [R] has their lengths.
 
     L = Σ_r v_r Σ_t m_t [ −w f(ρ, A) + β·k3 ] ÷ normaliser  −  entropy_coef · Σ m_t H ÷ tokens
 
 ρ = π/π_old of the token (or of its response), A the response's advantage, w the token's weight and m whether
-it counts (both 1 where none is given); the surrogate f, v and the normaliser are those of the loss type. The
-normaliser is that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts
-add up to the loss of the whole. So are the tokens that the entropies H are averaged over.
+it counts (both 1 by default); the loss type defines the surrogate f, v and the normaliser. The normaliser is
+that of the whole optimizer step (all micro-batches, all ranks), so that the losses of the parts add up to the
+loss of the whole. The entropies H are averaged over the tokens of the whole step, too.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from video_r1.settings.vllm import ImportanceMode
 
 ImportanceLevel = Literal["token", "sequence"]
 Average = Literal["responses", "tokens", "micro_batch", "budget"]
-"""What the loss is a mean over: responses (each the mean of its tokens), tokens of the step, tokens of each
-micro-batch, or the room for tokens (responses × max_completion_length)."""
+"""Unit that the loss is averaged over: responses (each the mean of its tokens), tokens of the step, tokens of
+each micro-batch, or the token budget (responses × max_completion_length)."""
 
 
-class Clip(NamedTuple):
-    """Bounds of the ratio ρ. low, high: 1 − low and 1 + high (`cispo`: high itself); delta: the most that an
-    unclipped ρ counts (two-sided clipping), or None; soft: temperatures of `sapo` for A > 0 and for the rest.
+class ClipRange(NamedTuple):
+    """Bounds of the ratio ρ. low, high: 1 − low and 1 + high (`cispo`: high itself); delta: upper bound of
+    the unclipped ρ (two-sided clipping), or None; soft: temperatures of `sapo` for A > 0 and for the rest.
     """
 
     low: float = 0.2
@@ -40,15 +40,15 @@ class Clip(NamedTuple):
     soft: tuple[float, float] = (1.0, 1.05)
 
 
-PPO_CLIP = Clip()
+PPO_CLIP = ClipRange()
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyLoss:
-    """loss: scalar with gradient; the rest are detached scalars, means over this call's N tokens.
+    """Loss (scalar with gradient) and detached scalars, means over this call's N tokens.
 
     kl: k3 estimate against the reference (0 without one); clip_low / clip_high: share of tokens whose ratio
-    is beyond the bound at which it stops to count, below (negative advantage) / above (positive advantage).
+    is clipped, below the bound (negative advantage) / above it (positive advantage).
     """
 
     loss: Tensor
@@ -69,22 +69,22 @@ def policy_loss(
     *,
     normaliser: float | Tensor,
     loss_type: str = "grpo",
-    clip: Clip = PPO_CLIP,
+    clip: ClipRange = PPO_CLIP,
     importance_sampling_level: ImportanceLevel = "token",
     beta: float = 0.0,
     ref_logprobs: Tensor | None = None,
     token_weights: Tensor | None = None,
     counted: Tensor | None = None,
 ) -> PolicyLoss:
-    """The loss of some of a step's responses, with a KL term.
+    """Compute the loss of some of a step's responses, with a KL term.
 
-    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that was sampled, or
-    None on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
-    with the sum N. normaliser: what `loss_normaliser` gives for the whole optimizer step (÷ ranks where
-    gradients are averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean log-ratio
+    logprobs: [N] float, of the policy, with gradient; old_logprobs: [N] of the policy that sampled, or None
+    on the first update after sampling, when it is the policy itself; advantages: [R]; lengths: [R] int
+    with the sum N. normaliser: `loss_normaliser` of the whole optimizer step (÷ ranks if gradients are
+    averaged over ranks). importance_sampling_level `sequence`: ρ is exp of the mean log-ratio
     of a response's tokens, for all of them (GSPO, arXiv 2507.18071). beta: weight of the KL; needs
-    ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token. counted: [R] bool,
-    responses that add anything. Raises ValueError when the lengths don't add up to N, ConfigError for an
+    ref_logprobs [N]. token_weights: [N], multiplies the policy term of each token. counted: [R] bool, False
+    excludes a response. Raises ValueError when the lengths don't add up to N, ConfigError for an
     unknown loss type.
     """
     if len(advantages) != len(lengths):
@@ -118,22 +118,22 @@ def policy_loss(
         return PolicyLoss(loss, _mean(kl), _mean(below), _mean(above))
 
 
-def clipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
-    """min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) (PPO, arXiv 1707.06347); the first ρ at most delta, where there
-    is one (INTELLECT-2, arXiv 2505.07291).
+def clipped(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
+    """min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A) (PPO, arXiv 1707.06347); `delta` bounds the first ρ
+    (INTELLECT-2, arXiv 2505.07291).
     """
     own = ratio if clip.delta is None else ratio.clamp(max=clip.delta)
     return torch.minimum(own * advantages, ratio.clamp(1.0 - clip.low, 1.0 + clip.high) * advantages)
 
 
-def cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
-    """min(ρ, ε_high) A log π, the first factor without gradient: no token is left out (MiniMax-M1, arXiv
-    2506.13585).
+def cispo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
+    """min(ρ, ε_high) A log π, the first factor without gradient: every token keeps a gradient (MiniMax-M1,
+    arXiv 2506.13585).
     """
     return ratio.clamp(max=clip.high).detach() * advantages * logprobs
 
 
-def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Tensor:
+def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: ClipRange) -> Tensor:
     """4/τ · sigmoid(τ (ρ − 1)) A, τ by the sign of A: a gate that closes softly (SAPO, arXiv 2511.20347)."""
     positive, rest = map(ratio.new_tensor, clip.soft)
     tau = torch.where(advantages > 0, positive, rest)
@@ -141,16 +141,16 @@ def sapo(ratio: Tensor, logprobs: Tensor, advantages: Tensor, clip: Clip) -> Ten
 
 
 class Objective(NamedTuple):
-    """A loss type. surrogate(ρ, log π, A, clip) -> [N], all [N], what a token adds to the policy's objective;
-    average: what the loss is a mean over; bounds(clip): of ρ, beyond which a token counts as clipped.
+    """A loss type. surrogate(ρ, log π, A, clip) -> [N], all [N]: each token's term of the objective; average:
+    the unit that the loss is averaged over; bounds(clip): of ρ, beyond which a token counts as clipped.
     """
 
-    surrogate: Callable[[Tensor, Tensor, Tensor, Clip], Tensor]
+    surrogate: Callable[[Tensor, Tensor, Tensor, ClipRange], Tensor]
     average: Average = "responses"
-    bounds: Callable[[Clip], tuple[float, float]] = lambda clip: (-torch.inf, torch.inf)
+    bounds: Callable[[ClipRange], tuple[float, float]] = lambda clip: (-torch.inf, torch.inf)
 
 
-def _ppo_bounds(clip: Clip) -> tuple[float, float]:
+def _ppo_bounds(clip: ClipRange) -> tuple[float, float]:
     return 1.0 - clip.low, 1.0 + clip.high
 
 
@@ -165,8 +165,8 @@ OBJECTIVES = {
 
 
 def objective_of(loss_type: str) -> Objective:
-    """One of OBJECTIVES by its name, or what `module:name` names: an Objective, or a surrogate, which is then
-    averaged over responses. Raises ConfigError where there is none.
+    """Return one of OBJECTIVES by its name, or import `module:name`: an Objective, or a surrogate, which is
+    then averaged over responses. Raises ConfigError if there is none.
     """
     if loss_type in OBJECTIVES:
         return OBJECTIVES[loss_type]
@@ -183,7 +183,7 @@ def objective_of(loss_type: str) -> Objective:
 def importance_weights(
     log_ratio: Tensor, lengths: Tensor, mode: ImportanceMode, bounds: tuple[float, float]
 ) -> Tensor:
-    """[N] weights π_trainer ÷ π_sampler, for tokens that another engine sampled.
+    """Return weights [N] π_trainer ÷ π_sampler, for tokens that another engine sampled.
 
     log_ratio: [N], log π_trainer − log π_sampler, detached. `token_…`: each token's own; `sequence_…`: the
     product over its response. `…_truncate`: clipped to the bounds; `…_mask`: 0 beyond them. All as in TRL.
@@ -198,8 +198,8 @@ def importance_weights(
 
 
 def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
-    """[N] bool: tokens whose entropy [N] is among the top `share` of those of `everywhere` [M] (arXiv
-    2506.01939); none where M is 0.
+    """Return [N] bool: tokens whose entropy [N] is among the top `share` of `everywhere` [M] (arXiv
+    2506.01939); all False if M is 0.
     """
     if not len(everywhere):
         return torch.zeros_like(entropy, dtype=torch.bool)
@@ -209,9 +209,10 @@ def high_entropy(entropy: Tensor, everywhere: Tensor, share: float) -> Tensor:
 def entropy_sum(
     entropy: Tensor, lengths: Tensor, counted: Tensor | None = None, kept: Tensor | None = None
 ) -> Tensor:
-    """The entropies [N] of these responses' tokens, summed: without those of responses that do not count
-    ([R] bool) and of tokens that are not kept ([N] bool). `entropy_coef` times the mean over the step's
-    tokens is taken from the loss, whatever the loss type (as in TRL, whose mean is that of a micro-batch).
+    """Sum the entropies [N] of tokens that are kept ([N] bool) in responses that count ([R] bool).
+
+    The loss subtracts `entropy_coef` times the mean over the step's tokens, whatever the loss type (as in
+    TRL, whose mean is that of a micro-batch).
     """
     if counted is not None:
         entropy = entropy * _by_token(counted.to(lengths.device), lengths, len(entropy))
@@ -219,7 +220,7 @@ def entropy_sum(
 
 
 def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Estimate of KL(π ‖ π_ref) by token: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
+    """Estimate KL(π ‖ π_ref) by token: exp(d) − d − 1, d = log π_ref − log π (arXiv 2402.03300, eq. 4).
 
     d is clamped to [−10, 10], as in the code of arXiv 2503.21776: e^90 is infinite in float32. Beyond the
     bounds the term has no gradient. [N], [N] → [N], never negative.
@@ -229,16 +230,16 @@ def k3_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def loss_normaliser(loss_type: str, responses: int, tokens: int, max_completion_length: int) -> float:
-    """What the sums of `loss_type` are divided by, at least 1.
+    """Return the divisor of the sums of `loss_type`, at least 1.
 
-    responses, tokens: of everything that one optimizer step sees, over all micro-batches and ranks.
+    responses, tokens: totals of one optimizer step over all micro-batches and ranks.
     """
     sums = {"tokens": tokens, "budget": responses * max_completion_length}
     return float(max(1, sums.get(objective_of(loss_type).average, responses)))
 
 
 def _summed(token_loss: Tensor, lengths: Tensor, counted: Tensor, average: Average) -> Tensor:
-    """The sum that is divided by the normaliser of `average`, over the responses that count."""
+    """Sum the token losses [N] of the responses that count, before the division by the normaliser."""
     if average == "responses":
         shares = counted / lengths.clamp(min=1).to(token_loss.dtype)
         return (token_loss * _by_token(shares, lengths, len(token_loss))).sum()

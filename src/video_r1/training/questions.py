@@ -1,8 +1,8 @@
-"""Which question is trained on when, and its media made ready in the background.
+"""Order of the training questions; their media are read in the background.
 
-Nothing here carries a random state from step to step: the order of an epoch, the question that replaces an
-unusable one and the shuffled frame order are each drawn from a generator seeded by what they are for. A run
-that is resumed therefore sees exactly what an uninterrupted one sees.
+No random state passes from step to step: the order of an epoch, the replacement of an unusable question and
+the shuffled frame order are each drawn from a generator that is seeded by their purpose and place. A resumed
+run therefore sees exactly what an uninterrupted one sees.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ Content = TypeVar("Content")
 
 
 MAX_DRAWS = 100
-"""Unusable questions in a row after which training stops: the media are then missing as a whole."""
+"""Unusable questions in a row after which training stops: then all media are missing."""
 
 
 class Slot(NamedTuple):
     """A place in the stream of questions. `iteration` counts the updates on the same rollouts, from 0;
-    `round` counts the questions that have had the place before.
+    `round` counts the earlier questions of this slot (`select_groups`).
     """
 
     epoch: int
@@ -57,7 +57,7 @@ class Slot(NamedTuple):
 
 @dataclass(eq=False)
 class EpochSlots(Dataset):
-    """The slots of the present epoch. The data loader sets the epoch; keys are (index, iteration)."""
+    """Slots of the current epoch. The data loader sets the epoch; keys are (index, iteration)."""
 
     questions: int
     epoch: int = 0
@@ -74,11 +74,11 @@ class EpochSlots(Dataset):
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of an epoch, in order: `batch_size` questions each, `step_batches` of them (over all
-    processes) an optimizer step.
+    ranks) per optimizer step.
 
-    Each step is whole: the last one is filled up from the start of the epoch. Which questions a step has
-    therefore does not depend on how many processes share it. With `iterations` above 1 the micro-batches of a
-    step come that many times in a row.
+    Each step is whole: the last one is filled up from the start of the epoch. The questions of a step
+    therefore do not depend on the number of ranks. With `iterations` above 1 the micro-batches of a step are
+    repeated that many times.
     """
 
     def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:
@@ -102,7 +102,7 @@ class StepBatches(Sampler[list[tuple[int, int]]]):
 
 @dataclass(frozen=True, slots=True)
 class Ready(Generic[Content]):
-    """A question whose media could be read. `skipped`: questions that had to be passed over to find it."""
+    """A question whose media could be read. `skipped`: number of unusable questions drawn before it."""
 
     sample: Sample
     content: Content
@@ -112,12 +112,11 @@ class Ready(Generic[Content]):
 
 @dataclass(eq=False)
 class QuestionSource(Generic[Loaded, Content]):
-    """Draws the question of a slot and makes it ready, in the reader's threads.
+    """Draws the question of each slot and reads it in the reader's threads.
 
-    `load(sample)` reads the media (its results are kept in memory up to `cache_bytes`); `build(sample,
-    loaded, generator)` makes what training needs. A question for which either raises MediaError or
-    PromptError is never given other media: it is written to `quarantine` (JSON lines) once, and another
-    question takes the slot.
+    `load(sample)` reads the media (results are cached in memory up to `cache_bytes`); `build(sample, loaded,
+    generator)` makes the training input. If either raises MediaError or PromptError, the question is written
+    to `quarantine` (JSON lines) once and another question replaces it; it never gets other media.
     """
 
     samples: Sequence[Sample]
@@ -128,7 +127,7 @@ class QuestionSource(Generic[Loaded, Content]):
     quarantine: Path
     cache_bytes: int = 0
     choices: Callable[[Sequence[Sample], int], Sequence[int]] = lambda samples, epoch: range(len(samples))
-    """The samples to choose from in an epoch, by number, ascending."""
+    """Function of the samples and the epoch: indices of the samples to choose from, ascending."""
 
     def __post_init__(self) -> None:
         self.cache = MemoryCache[Loaded](self.cache_bytes)
@@ -136,11 +135,11 @@ class QuestionSource(Generic[Loaded, Content]):
         self.lock = threading.Lock()
 
     def submit(self, slot: Slot) -> Future[Ready[Content]]:
-        """Start making the slot's question ready; `result()` raises what `ready` raises."""
+        """Start reading the slot's question; `result()` raises the errors of `ready`."""
         return self.reader.submit(self.ready, slot)
 
     def ready(self, slot: Slot) -> Ready[Content]:
-        """The slot's question, or the next usable one drawn in its place.
+        """Return the slot's question, or the next usable one drawn for it.
 
         Raises VideoR1Error when MAX_DRAWS questions in a row cannot be used.
         """
@@ -164,8 +163,8 @@ class QuestionSource(Generic[Loaded, Content]):
         )
 
     def draw(self, slot: Slot, attempt: int = 0) -> int:
-        """Index of the sample for a slot; attempts above 0 give the questions that take its place, and so do
-        rounds above 0 and a question that is none of the epoch's choices.
+        """Draw the index of a slot's sample. Attempts and rounds above 0 draw replacements, and so does a
+        question that is not among the epoch's choices.
         """
         choices = self.choices(self.samples, slot.epoch)
         if attempt == slot.round == 0:
@@ -176,7 +175,7 @@ class QuestionSource(Generic[Loaded, Content]):
         return choices[int(torch.randint(len(choices), (1,), generator=generator))]
 
     def generator(self, purpose: str, slot: Slot, attempt: int) -> torch.Generator:
-        """For one purpose at one place."""
+        """Return the generator for one purpose in one slot."""
         further = () if slot.round == 0 else ("round", slot.round)
         return derived_generator(self.seed, purpose, slot.epoch, slot.index, attempt, *further)
 
@@ -191,12 +190,12 @@ class QuestionSource(Generic[Loaded, Content]):
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, questions: int) -> Tensor:
-    """[questions] int64: the order of an epoch."""
+    """Draw the order of an epoch: [questions] int64."""
     return torch.randperm(questions, generator=derived_generator(seed, "epoch", epoch))
 
 
 class MemoryCache(Generic[Loaded]):
-    """Up to `limit` bytes of tensors; the least recently used goes first. Thread-safe."""
+    """Thread-safe LRU cache of up to `limit` bytes of tensors."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -221,7 +220,7 @@ class MemoryCache(Generic[Loaded]):
 
 
 def tensor_bytes(value: Any) -> int:
-    """Bytes of all tensors in a tensor, Media, Prompt, or a dict or tuple of these."""
+    """Count the bytes of all tensors in a tensor, Media, Prompt, or a dict or tuple of these."""
     if isinstance(value, Tensor):
         return value.nbytes
     if is_dataclass(value):
@@ -242,8 +241,8 @@ class Asked(NamedTuple):
 
 
 class SkippedGroup(NamedTuple):
-    """A group without variance: its place and round, what is written down of it (`group_facts`), and the
-    question that has the place in the end (None: no further one had variance, and the first one keeps it).
+    """A group without variance: its slot and round, its record (`group_facts`), and the question that got the
+    slot (None: no further question had variance, and the first one keeps the slot).
     """
 
     slot: Slot
@@ -257,7 +256,7 @@ class SkippedGroup(NamedTuple):
         return "no variance" if self.replaced_by is None else "replaced"
 
     def line(self, step: int) -> dict[str, Any]:
-        """Its line of left_out.jsonl."""
+        """Return its line of left_out.jsonl."""
         told = {"reason": self.reason, "round": self.slot.round, "replaced_by": self.replaced_by}
         return {"step": step, **self.facts, **told}
 
@@ -307,18 +306,23 @@ def select_groups(first: Asked, ask: Callable[[list[Slot]], Asked], limit: int) 
 
 
 def teaches_nothing(group: RolloutGroup) -> bool:
-    """Whether all its completions earn the same."""
+    """Whether all completions of the group earn the same reward."""
     return bool(without_variance(group.total_reward[None]))
 
 
 Accuracy = tuple[float | None, int, float]
-"""Of a question: before the epoch in which it was last asked (None: never), that epoch, and now."""
+"""Running accuracy of a question before the epoch in which it was last asked (None: never), that epoch, and
+the running accuracy now."""
 
 
 class Difficulty(TrainerCallback, ExportableState):
-    """Keeps the questions whose accuracy is unknown or in [low, high] (`difficulty_range`).
+    """Record of how often each question is answered right; selects those in [low, high] (`difficulty_range`).
 
-    The record is the same in every process and lies in a checkpoint's trainer_state.json.
+        a ← (a + p) ÷ 2,   p the share of correct ordered completions when it is asked; a = p at first
+
+    Only earlier epochs decide what an epoch asks: media are read some steps ahead, and a resumed run has to
+    read the same ones. So the record has two values per question: now, and before its last epoch. It is the
+    same on every rank and is saved in a checkpoint's trainer_state.json.
     """
 
     def __init__(self, low: float, high: float) -> None:
@@ -336,7 +340,7 @@ class Difficulty(TrainerCallback, ExportableState):
         self.kept = {}
 
     def add(self, groups: Sequence[RolloutGroup], epochs: Sequence[int]) -> None:
-        """Takes in some groups, asked in these epochs. Every process calls it with its own."""
+        """Add groups that were asked in these epochs. Every rank calls it with its own groups."""
         own = [(str(g.sample.problem_id), epoch, g.p) for g, epoch in zip(groups, epochs, strict=True)]
         everyone, _ = gather_lists(own)
         for name, epoch in sorted({(name, epoch) for name, epoch, _ in everyone}):
@@ -344,7 +348,10 @@ class Difficulty(TrainerCallback, ExportableState):
             self.record[name] = updated(self.record.get(name), epoch, math.fsum(shares) / len(shares))
 
     def choices(self, samples: Sequence[Sample], epoch: int) -> Sequence[int]:
-        """The questions to ask in an epoch, by number, ascending. Raises VideoR1Error where none is left."""
+        """Return the indices of an epoch's questions, ascending: accuracy unknown or in range.
+
+        Raises VideoR1Error if none is left.
+        """
         if epoch not in self.kept:
             known = [accuracy_before(self.record.get(str(sample.problem_id)), epoch) for sample in samples]
             kept = [n for n, a in enumerate(known) if a is None or self.low <= a <= self.high]
@@ -360,7 +367,7 @@ class Difficulty(TrainerCallback, ExportableState):
 
 
 def updated(accuracy: Accuracy | None, epoch: int, share: float) -> Accuracy:
-    """A question's entry after it was answered right in this share of its completions."""
+    """Update a question's entry with the share of its completions that were right."""
     if accuracy is None:
         return None, epoch, share
     before, last, now = accuracy
@@ -368,7 +375,7 @@ def updated(accuracy: Accuracy | None, epoch: int, share: float) -> Accuracy:
 
 
 def accuracy_before(accuracy: Accuracy | None, epoch: int) -> float | None:
-    """What was known of a question when the epoch began."""
+    """Return a question's accuracy at the start of the epoch; None if it was unknown."""
     if accuracy is None:
         return None
     before, last, now = accuracy

@@ -1,4 +1,4 @@
-"""What a run writes down for people to look at: sampled groups with their frames."""
+"""Records of sampled groups with their frames, for the report and the studio."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from torch import Tensor
 
 from video_r1.data.decoding.media import Media, resize
 from video_r1.data.rollouts import Rollout, RolloutGroup
-from video_r1.files import append_line
+from video_r1.files import append_line, draft_of
 
 JPEG_SIDE_LIMIT = 65_500  # the format stores a side in 16 bits
 RECORDED = ("problem_id", "problem", "problem_type", "data_type", "options", "answer", "data_source")
-PROBLEM = 300  # characters of a question that a step learnt nothing from
-FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a picture that is kept: one of a clip, or an image
+PROBLEM = 300  # characters kept of the question of a skipped group
+FRAME_SIDE, IMAGE_SIDE = 224, 672  # longest side of a saved frame of a clip, and of an image
 
 
 def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[str, Any]:
-    """Writes frames side by side, first to last, as one JPEG; makes the folder where it is missing.
+    """Write frames side by side, first to last, as one JPEG; create the folder if it is missing.
 
     frames: [T, 3, H, W] uint8. A tile's longer side is at most `max_side` pixels (default: 224, or 672 of a
     single image); small frames are not scaled up. Returns the `frames` object of rollouts.jsonl without its
@@ -47,13 +47,14 @@ def save_strip(frames: Tensor, path: Path, max_side: int | None = None) -> dict[
         strip[:, i * tile[0] : (i + 1) * tile[0]] = np.asarray(image)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Without chroma subsampling a tile's colours do not bleed into its neighbour.
-    Image.fromarray(strip).save(path, "JPEG", quality=82, subsampling=0, optimize=True)
+    with draft_of(path) as draft:
+        Image.fromarray(strip).save(draft, "JPEG", quality=82, subsampling=0, optimize=True)
     return {"strip": f"{path.parent.name}/{path.name}", "count": count, "width": tile[0], "height": tile[1]}
 
 
 def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
-    """`save_strip` of the frames of all clips or images, one after the other, as tiles of one size; `clips`,
-    where there are several, is how many frames each has. Raises as `save_strip`.
+    """`save_strip` of the frames of all clips or images, one after the other, as tiles of one size. Several
+    clips add `clips`, the number of frames of each. Raises as `save_strip`.
     """
     if len(shown) == 1:
         return save_strip(shown[0].frames, path)
@@ -63,7 +64,7 @@ def save_shown(shown: Sequence[Media], path: Path) -> dict[str, Any]:
 
 
 def same_size(clips: Sequence[Tensor]) -> Tensor:
-    """[T_i, 3, H_i, W_i] uint8 -> [ΣT, 3, H, W] of the largest H and W: each as large as fits, on black."""
+    """Scale clips [T_i, 3, H_i, W_i] uint8 to fit the largest H and W, on black: [ΣT, 3, H, W]."""
     height, width = (max(clip.shape[side] for clip in clips) for side in (2, 3))
     tiles = torch.zeros(sum(map(len, clips)), 3, height, width, dtype=torch.uint8)
     for clip, place in zip(clips, tiles.split([*map(len, clips)]), strict=True):
@@ -75,9 +76,9 @@ def same_size(clips: Sequence[Tensor]) -> Tensor:
 
 
 def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any = None) -> None:
-    """Appends one group to `run_dir`/rollouts.jsonl and saves its frames in `run_dir`/frames.
+    """Append one group to `run_dir`/rollouts.jsonl and save its frames in `run_dir`/frames.
 
-    tokenizer: for the words of completions whose drops are known. Raises OSError when the folder cannot be
+    tokenizer: splits completions with known drops into words. Raises OSError when the folder cannot be
     written.
     """
     sample, shown = group.sample, group.prompt.media
@@ -111,8 +112,8 @@ def record_group(run_dir: Path, step: int, group: RolloutGroup, tokenizer: Any =
 
 
 def group_facts(group: RolloutGroup) -> dict[str, Any]:
-    """What is written down of a group that a step learns nothing from: its question, the shares of right
-    completions, and the reward that all completions in order have.
+    """Record of a group that a step learns nothing from: its question, the shares of right completions, and
+    the reward of all its ordered completions.
     """
     sample = group.sample
     return {
@@ -128,16 +129,16 @@ def group_facts(group: RolloutGroup) -> dict[str, Any]:
 
 
 def _short(path: str) -> str:
-    """A file and its folder, behind the member that it is of an archive or table. The whole path would tell a
-    reader of the report how its writer's disk is arranged.
+    """Shorten a path to the file and its folder, with the member of an archive or table. The whole path would
+    show readers of a report how the disk of its author is arranged.
     """
     inside, joined, file = path.rpartition("::")
     return inside + joined + "/".join(PurePath(file).parts[-2:])
 
 
 def word_drops(tokenizer: Any, token_ids: Sequence[int], drops: Sequence[float]) -> list[list[Any]]:
-    """The words of a completion, blanks before them included, each with the nats that its tokens lose with
-    the contrast clip; together they are its text. token_ids, drops: [L].
+    """Split a completion into words, with their leading blanks, and sum the drops of each word's tokens, in
+    nats. The words joined are its text. token_ids, drops: [L].
     """
     words: list[tuple[list[int], float]] = []
     for token, drop in zip(token_ids, drops, strict=True):
@@ -166,13 +167,13 @@ def _completions(rollouts: Sequence[Rollout], rewards: dict[str, Tensor]) -> lis
 
 
 def _number(value: Tensor | float) -> float | None:
-    """A float with six decimals, None where it is not finite (JSON has no NaN)."""
+    """Round to six decimals; None if not finite (JSON has no NaN)."""
     number = float(value)
     return round(number, 6) if math.isfinite(number) else None
 
 
 def _file_name(problem_id: str | int) -> str:
-    """A problem id as part of a file name: letters, digits, `._-` only, unique also where it was changed."""
+    """Turn a problem id into a unique part of a file name: letters, digits and `_-` only."""
     text = str(problem_id)
     name = re.sub(r"[^A-Za-z0-9_-]+", "_", text)[:60]
     if name != text:

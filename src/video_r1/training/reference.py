@@ -1,4 +1,4 @@
-"""The policy that training starts from, which the KL term holds the trained one to."""
+"""The reference model of the KL term: the policy that training starts from."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SAVED_REFERENCE = Path("reference", "model.safetensors")  # in a checkpoint
 
 
 class Reference:
-    """A frozen copy of the policy or, where adapters are trained, of these alone: they may have learnt
-    something before, so the model without them is another policy.
+    """A frozen copy of the policy, or of its adapters only if adapters are trained. (The adapters may have
+    been trained before, so the model without them is another policy.)
 
-    It is taken when the trainer is built, by every process. A run that is continued builds its trainer from
-    the same weights before it reads its checkpoint, so its reference is that of the run's first step. One
-    that follows the policy (`ReferenceSync`) lies in the checkpoint.
+    Every rank copies it when the trainer is built. A resumed run builds its trainer from the same weights
+    before it reads its checkpoint, so its reference is that of the run's first step. A reference that follows
+    the policy (`ReferenceSync`) is saved in the checkpoint.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> None:
@@ -41,7 +41,7 @@ class Reference:
 
     @contextmanager
     def in_place_of(self, policy: nn.Module, accelerator: Accelerator) -> Iterator[nn.Module]:
-        """Inside, the model that computes the reference's values, without gradient. policy: as it trains."""
+        """Yield the reference model, without gradients. policy: the model as prepared for training."""
         with torch.no_grad():
             if self.model is not None:
                 yield self.model
@@ -52,7 +52,7 @@ class Reference:
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves a reference towards the policy every few steps, weight by weight (TR-DPO, arXiv 2404.09656):
+    """Moves a reference towards the policy every few steps (TR-DPO, arXiv 2404.09656), weight by weight:
 
         π_ref ← α π + (1 − α) π_ref
 
@@ -81,7 +81,7 @@ class ReferenceSync(TrainerCallback):
             mix(self.model, policy, self.alpha)
 
     def save(self, checkpoint: Path) -> None:
-        """Into a folder of its own, where nobody takes it for the model's weights."""
+        """Save the reference into a subfolder, where nobody mistakes it for the model's weights."""
         path = checkpoint / SAVED_REFERENCE
         path.parent.mkdir(exist_ok=True)
         save_model(self.model, str(path))
@@ -92,35 +92,35 @@ class ReferenceSync(TrainerCallback):
 
 @torch.no_grad()
 def mix(reference: nn.Module, policy: nn.Module, alpha: float) -> None:
-    """Every weight of the reference becomes α times that of the policy and (1 − α) times its own."""
+    """Set every weight of the reference to α times the policy's plus (1 − α) times its own."""
     for own, other in zip(reference.parameters(), policy.parameters(), strict=True):
         own.copy_(torch.lerp(own.float(), other.to(own.device).float(), alpha))
 
 
 def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Module]:
-    """Copies, by name, of the modules whose own weights train; the same in every process."""
+    """Copy the modules whose own weights train, by name; the same on every rank."""
     copies: dict[str, nn.Module] = {}
     for name, module in policy.named_modules():
         trains = any(weight.requires_grad for weight in module.parameters(recurse=False))
         if trains and not any(name.startswith(f"{outer}.") for outer in copies):
             frozen = copy.deepcopy(module, whole_parameters(module)).to(device).requires_grad_(False)
             for weight in frozen.parameters() if process_count() > 1 else ():
-                torch.distributed.broadcast(weight.data, 0)  # FSDP may have loaded weights in process 0 alone
+                torch.distributed.broadcast(weight.data, 0)  # FSDP may have loaded weights on rank 0 only
             copies[name] = frozen.eval()
     return copies
 
 
 @contextmanager
 def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[None]:
-    """Inside, the policy's adapters are these, and without dropout.
+    """Replace the policy's adapters inside, and switch dropout off.
 
-    The modules are exchanged, not their values: those that train may be sharded, and the backward pass of
-    what the policy has computed still needs them.
+    Modules are exchanged, not their values: the trained ones may be sharded, and the backward pass of the
+    policy's forward still needs them.
     """
     trained = {name: policy.get_submodule(name) for name in adapters}
     was_training = policy.training
     for name, module in trained.items():
-        # DeepSpeed has rounded those that train to its number format
+        # DeepSpeed has rounded the trained ones to its dtype
         policy.set_submodule(name, adapters[name].to(next(module.parameters()).dtype))
     policy.eval()
     try:
@@ -132,19 +132,19 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
 
 
 def frozen_copy(model: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> PreTrainedModel:
-    """A whole copy of the model that does not train, each weight `as_computed`, or exact where the copy
-    `follows` the policy by steps that bf16 would lose. Every process has to call it.
+    """Copy the whole model, frozen; each weight `as_computed`, or exact if the copy `follows` the policy by
+    steps that bf16 would lose. Every rank has to call it.
 
-    Where FSDP2 gives all processes the weights of the first one, those of the others have no storage.
+    If FSDP2 loads weights on rank 0 only, those of the other ranks have no storage.
     """
     copies = whole_parameters(model) | ({} if follows else as_computed(model, accelerator))
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
 
 
 def as_computed(model: PreTrainedModel, accelerator: Accelerator) -> dict[int, Any]:
-    """Copies of weights, by the weight's id, in the bf16 or fp16 that mixed precision rounds them to whenever
-    it computes: the same values in half the memory. FSDP2 rounds all weights, autocast those of linear
-    layers; DeepSpeed has its own way. Without storage where the first process's weights are to come.
+    """Copy weights, by the weight's id, in the bf16 or fp16 that mixed precision rounds them to in each
+    forward: the same values in half the memory. FSDP2 rounds all weights, autocast those of linear layers;
+    DeepSpeed converts by itself. Copies that wait for the weights of rank 0 have no storage.
     """
     if zero_stage(accelerator) is not None:
         return {}
@@ -153,7 +153,7 @@ def as_computed(model: PreTrainedModel, accelerator: Accelerator) -> dict[int, A
     waits = (
         fsdp and plugin is not None and plugin.cpu_ram_efficient_loading and not accelerator.is_main_process
     )
-    embedding = model.get_input_embeddings().weight  # autocast leaves it alone; a head may share it
+    embedding = model.get_input_embeddings().weight  # autocast does not round it; a head may share it
     copies: dict[int, Any] = {}
     for module in model.modules():
         for weight in module.parameters(recurse=False):
@@ -166,18 +166,18 @@ def as_computed(model: PreTrainedModel, accelerator: Accelerator) -> dict[int, A
 
 
 def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """The `frozen_copy` that KL is taken to, sharded where the policy is sharded."""
+    """Prepare a `frozen_copy` for its forward, sharded if the policy is sharded."""
     if zero_stage(accelerator) is None:
         if accelerator.is_fsdp2:
             return fsdp2_prepare_model(accelerator, reference)
         return accelerator.prepare_model(reference, evaluation_mode=True)
-    import deepspeed  # pyright: ignore[reportMissingImports]  # an extra, installed where it is in use
+    import deepspeed  # pyright: ignore[reportMissingImports]  # an extra
 
-    # DeepSpeed: an engine of its own in the policy's number format
+    # DeepSpeed: a second engine in the policy's dtype
     plugin: Any = accelerator.state.deepspeed_plugin
     policy: dict[str, Any] = plugin.deepspeed_config
     config: dict[str, Any] = {name: policy[name] for name in ("bf16", "fp16") if name in policy}
-    # ZeRO-2 has whole weights in every process, hence stage 0.
+    # ZeRO-2 has whole weights on every rank, hence stage 0.
     config |= {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}}
     if zero_stage(accelerator) == 3:
         hidden: int = reference.config.get_text_config().hidden_size  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
@@ -196,10 +196,10 @@ def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Modu
 
 
 def whole_parameters(model: nn.Module) -> dict[int, Any]:
-    """A whole copy in main memory of each parameter that ZeRO-3 has sharded already, by the parameter's id.
+    """Copy each parameter that ZeRO-3 has sharded into main memory, by the parameter's id.
 
-    This is the memo with which `copy.deepcopy` copies such a model, whose own tensors are empty. Every
-    process has to call it. transformers loads a model in shards as soon as its settings name ZeRO-3.
+    `copy.deepcopy` needs this memo to copy such a model, whose tensors are empty. Every rank has to call it.
+    transformers loads a model in shards as soon as its settings name ZeRO-3.
     """
     sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     copies: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""A run in its folder: started, or continued from its last whole checkpoint; its model saved at the end."""
+"""Run folders: a run starts, or resumes from the last complete checkpoint, and saves its model at the end."""
 
 from __future__ import annotations
 
@@ -56,26 +56,26 @@ MAY_CHANGE = frozenset(
     )
     + ("vllm_server_base_url", "vllm_server_timeout", "vllm_gpu_memory_utilization", "vllm_enable_sleep_mode")
 )
-"""Settings that may differ when a run is continued: they leave the steps that are done as they are."""
+"""Settings that may differ when a run is resumed: they do not affect the finished steps."""
 
 
 @dataclass
 class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingArguments):
-    """Every field of `TrainingArguments`, and the settings of frames, prompts, media and loading."""
+    """Fields of `TrainingArguments`, and the settings of frames, prompts, media and loading."""
 
     def __post_init__(self) -> None:
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if self.torch_compile:
             raise ConfigError(
-                "torch_compile: a group's forward goes past what it compiles; attention is compiled and "
-                "decoding recorded without it. Leave it out"
+                "torch_compile is not supported: attention is compiled and decoding uses CUDA graphs without "
+                "it. Remove it"
             )
         here, devices = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
         several = int(os.environ.get("WORLD_SIZE", 1)) > 1
         deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         if several and not devices and not deepspeed:
-            self.use_cpu = True  # without a GPU, accelerate joins processes on CPUs only when it is told to
+            self.use_cpu = True  # without a GPU, accelerate joins ranks on CPUs only with use_cpu
         elif here > devices > 0 and not self.use_cpu:
             raise ConfigError(
                 f"{here} processes were started on this machine, which has {devices} GPU(s): start one for "
@@ -91,21 +91,19 @@ class RunArguments(PromptSettings, ManifestSettings, LoadingSettings, TrainingAr
 
     @property
     def n_gpu(self) -> int:
-        """At most one GPU a process: for more, the Trainer would wrap the model in `nn.DataParallel` and
-        multiply the batch.
-        """
+        """At most one GPU per rank: with more, the Trainer would use `nn.DataParallel`."""
         return min(1, super().n_gpu)
 
 
 def adopt(args: Any, model: Any) -> None:
-    """Gives settings that were not set the values that the model's checkpoint carries.
+    """Set settings that were not given to the values recorded in the model's checkpoint.
 
-    Raises ConfigError where a model that is loaded already has not the number format that is asked for.
+    Raises ConfigError if a model that is loaded already has another dtype than the settings.
     """
     if not isinstance(model, str | Path) and args.dtype not in ("auto", str(model.dtype).split(".")[-1]):
         raise ConfigError(
             f"dtype is {args.dtype}, but the model that is passed is loaded and has {model.dtype}: pass its "
-            "path, or leave dtype out"
+            "path, or remove dtype"
         )
     source = model if isinstance(model, str | Path) else model.config.name_or_path
     given = {name: getattr(args, name) for name in args.given}
@@ -114,7 +112,7 @@ def adopt(args: Any, model: Any) -> None:
 
 
 def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any) -> None:
-    """Writes down in a checkpoint how it was trained."""
+    """Record in a checkpoint how it was trained."""
     computed = (
         "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
     )
@@ -126,9 +124,9 @@ def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any)
 
 
 def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
-    """The last whole checkpoint in the folder, if any, and whether nothing is left to do with these settings
-    (plain values by name). Raises ConfigError when it is of a run with other settings, or cannot be continued
-    by as many processes as there are.
+    """Return the folder's last complete checkpoint, if any, and whether the run is finished with these
+    settings (plain values by name). Raises ConfigError when it belongs to a run with other settings, or this
+    number of ranks cannot resume it.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
@@ -145,15 +143,15 @@ def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None,
 
 
 def questions_per_step(settings: Mapping[str, Any]) -> int:
-    """Questions of an optimizer step, over all processes."""
+    """Count the questions of an optimizer step, over all ranks."""
     own = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     return int(own) * process_count()
 
 
 def check_processes(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError where a run cannot be continued exactly with as many processes as there are now.
+    """Raise ConfigError if the current number of ranks cannot resume a run exactly.
 
-    Which questions a step has follows from how many they are, so these have to stay as they were.
+    The number of questions per step decides which questions a step has, so it must not change.
     """
     record = read_record(checkpoint / RECORD)
     now = questions_per_step(settings)
@@ -163,33 +161,33 @@ def check_processes(checkpoint: Path, settings: Mapping[str, Any]) -> None:
         remedy = (
             f"make per_device_train_batch_size × gradient_accumulation_steps {each}"
             if each * process_count() == before
-            else f"take a number of processes that divides {before}"
+            else f"use a number of processes that divides {before}"
         )
         raise ConfigError(
             f"{checkpoint} belongs to a run with {before} questions a step ({record['processes']} "
-            f"processes); with {process_count()} and these settings they would be {now}, and some questions "
+            f"processes); {process_count()} processes and these settings make it {now}, and some questions "
             f"would come twice or never: {remedy}"
         )
     if process_count() != record.get("processes") and (checkpoint / "latest").is_file():
         raise ConfigError(
-            f"{checkpoint} was written by DeepSpeed, which shares the optimizer's state out among "
-            f"{record['processes']} processes and cannot give it to {process_count()}: continue with "
+            f"{checkpoint} was written by DeepSpeed, which shards the optimizer's state over "
+            f"{record['processes']} processes and cannot load it in {process_count()}: resume with "
             f"{record['processes']}, or start another run from its weights (model_name_or_path {checkpoint})"
         )
 
 
 def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any]) -> Path:
-    """Trains what a resolved recipe says. Returns the run folder, which is a checkpoint as well.
+    """Train from a resolved recipe. Return the run folder, which is a checkpoint as well.
 
-    config: the dataclass of the trainer's settings. A folder with a whole checkpoint is continued from it; a
-    finished run is left as it is, and its model is not loaded. Raises ConfigError when the checkpoint belongs
+    config: the dataclass of the trainer's settings. A run with a complete checkpoint resumes from it; a
+    finished run is not touched, and its model is not loaded. Raises ConfigError when the checkpoint belongs
     to a run with other settings, RequestError when another command writes the folder, VideoR1Error when it
     cannot be written, ManifestError, and what the trainer raises.
     """
     if recipe.values().get("resume_from_checkpoint"):
         raise ConfigError(
-            "resume_from_checkpoint: a run goes on from the last whole checkpoint in output_dir by itself; "
-            "to start another one from a checkpoint's weights, name it in model_name_or_path"
+            "resume_from_checkpoint: a run resumes by itself from the last complete checkpoint in "
+            "output_dir; to start another run from a checkpoint's weights, set model_name_or_path to it"
         )
     args = config(**recipe.arguments_for(config))
     folder = Path(args.output_dir)
@@ -222,7 +220,7 @@ def run_recipe(recipe: Recipe, trainer: Callable[..., Trainer], config: type[Any
 
 
 def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[Any, Any]]:
-    """Settings that differ from those in the folder's config.yaml: name to (there, here)."""
+    """Compare with the folder's config.yaml: map each setting that differs to (there, here)."""
     try:
         there = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")) or {}
     except FileNotFoundError:
@@ -235,9 +233,9 @@ def changed_settings(here: Mapping[str, Any], folder: Path) -> dict[str, tuple[A
 
 
 def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor that a recipe names, frozen and with adapters as it says. Raises ConfigError."""
+    """Load a recipe's model and processor; freeze parts and add adapters as it says. Raises ConfigError."""
     settings = recipe.section(ModelSettings)
-    assert settings.model_name_or_path is not None  # a recipe without it is refused
+    assert settings.model_name_or_path is not None  # recipes without it are refused
     model = load_model(
         settings.model_name_or_path,
         settings.dtype,
@@ -247,8 +245,8 @@ def model_of(recipe: Recipe) -> tuple[PreTrainedModel, ProcessorMixin]:
     )
     if settings.attn_implementation is not None and find_family(model) is not None:
         logger.warning(
-            "attn_implementation %s: the vision tower uses it; a row of groups in the text model is attended "
-            "to by this project's own function (docs/design.md)", settings.attn_implementation,
+            "attn_implementation %s: only the vision tower uses it; the text model attends to rows of groups "
+            "with this project's function (docs/design.md)", settings.attn_implementation,
         )  # fmt: skip
     set_seed(int(recipe.values()["seed"]))  # new adapters are drawn at random
     model = with_trained_parts(model, settings)
@@ -261,10 +259,9 @@ Questions = (
 
 
 def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:
-    """Samples of a manifest's path, a data set, a list of rows or of samples; by name where there are several
-    sets; None of None. Rows are checked as those of a manifest in `media_root` are (default: the current
-    folder); a table of TRL's form is read as data/manifests/trl_rows.py says, its pictures into the run
-    folder.
+    """Read samples from a manifest's path, a dataset, or a list of rows or samples; by name for several
+    sets; None for None. Rows are checked like those of a manifest in `media_root` (default: the current
+    folder). Tables of TRL's form are converted, with their pictures written into the run folder.
 
     Raises ManifestError with every problem.
     """
@@ -285,12 +282,14 @@ def given_model(
     peft_config: Any,
     loading: LoadingSettings,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Model and processor of a trainer's arguments; a path or hub id is loaded. Raises ConfigError."""
+    """Return model and processor of a trainer's arguments; load a path or hub id. Raises ConfigError."""
     trusted = loading.trust_remote_code
     if processor is None:
         source = model if isinstance(model, (str, Path)) else model.config.name_or_path
         if not source:
-            raise ConfigError("the model comes from no checkpoint: pass its processor as processing_class")
+            raise ConfigError(
+                "the model was not loaded from a checkpoint: pass its processor as processing_class"
+            )
         processor = load_processor(source, trusted)
     if isinstance(model, (str, Path)):
         model = load_model(model, loading.dtype, loading.attn_implementation, trusted)

@@ -36,7 +36,7 @@ Example = tuple[Prompt, Tensor]
 @settings_docs
 @dataclass
 class SFTConfig(SFTSettings, RunArguments):
-    """All settings of an SFT run, every field of `TrainingArguments` among them. Raises ConfigError."""
+    """All settings of an SFT run, including every field of `TrainingArguments`. Raises ConfigError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class SFTBatch:
 
 
 class SFTTrainer(QuestionTrainer):
-    """Teaches a video-language model the rationales and answers of a manifest (its rows need `process`).
+    """Trains a video-language model on the rationales and answers of a manifest (its rows need `process`).
 
     The arguments are those of `TGRPOTrainer`, without rewards. The loss is the mean over the response tokens
     of the whole optimizer step. Raises ConfigError and ManifestError when it is built.
@@ -70,7 +70,7 @@ class SFTTrainer(QuestionTrainer):
         return self.example(sample, self.reader.media(sample))
 
     def example(self, sample: Sample, media: Shown) -> Example:
-        """A sample's prompt and response. Raises PromptError."""
+        """Build a sample's prompt and response. Raises PromptError."""
         prompt, response = self.builder.build_with_response(sample, media, response_text(sample))
         if len(response) > self.settings.max_response_length:
             raise PromptError(
@@ -83,18 +83,18 @@ class SFTTrainer(QuestionTrainer):
         return loaded
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """The micro-batches of one optimizer step, and their response tokens ÷ the number of processes."""
+        """Return the micro-batches of one optimizer step, and their response tokens ÷ the number of ranks."""
         pending, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         ready = [self.ready(batch["pending"]) for batch in pending]
         batches = [SFTBatch([e.content for e in part], [e.sample.problem_id for e in part]) for part in ready]
         tokens = sum(len(response) for batch in batches for _, response in batch.examples)
-        # Gradients are averaged over processes, hence the division.
+        # Gradients are averaged over ranks, hence the division.
         return [{"batch": batch} for batch in batches], sum(gather(tokens)) / process_count()
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """−Σ log p(response token) of the micro-batch, with its share of the step's response tokens."""
+        """Return −Σ log p(response token) of the micro-batch ÷ the step's response tokens."""
         batch = cast(SFTBatch, inputs["batch"])
         assert num_items_in_batch is not None
         result = self.logprobs(model, batch)
@@ -105,12 +105,12 @@ class SFTTrainer(QuestionTrainer):
         return (loss, {}) if return_outputs else loss
 
     def logprobs(self, model: nn.Module, batch: SFTBatch) -> GroupLogprobs:
-        """Of each response token its log-probability, and whether it is the likeliest."""
+        """Compute each response token's log-prob, and whether it is the likeliest token."""
         with self.accelerator.autocast():
             return group_logprobs(model, batch.prompts, batch.completions, with_likeliest=True)
 
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """`loss` (nats a response token), `token_accuracy`; `questions` that were used, others `skipped`."""
+        """Measure `loss` (nats per response token) and `token_accuracy`; count `questions` and `skipped`."""
         model = cast(nn.Module, self.model).eval()
         sums = torch.zeros(4, dtype=torch.float64)  # loss, right tokens, tokens, questions
         with torch.no_grad(), self.whole_weights():
@@ -132,5 +132,5 @@ class SFTTrainer(QuestionTrainer):
 
 
 def run_sft(recipe: Recipe) -> Path:
-    """SFT from a resolved recipe: see `run_recipe`."""
+    """Run SFT from a resolved recipe: see `run_recipe`."""
     return run_recipe(recipe, SFTTrainer, SFTConfig)

@@ -1,7 +1,7 @@
-"""All weights of a sharded model at once, for work that processes do at their own pace.
+"""Sharded models (FSDP2, DeepSpeed): whole weights for rollouts, and checks of settings and checkpoints.
 
-FSDP2 and DeepSpeed's ZeRO-3 gather a layer's weights when it runs, which all processes have to do together.
-While they sample, each runs the model a number of times of its own: they would wait for one another for ever.
+FSDP2 and ZeRO-3 gather a layer's weights when it runs, which all ranks have to do together. While sampling,
+each rank runs the model a different number of times: the ranks would wait for each other forever.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from video_r1.models.group_forward import through_wrapper, vision_language_model
 
 @contextmanager
 def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Inside, every process has all weights of the model and may run any part of it, without gradient.
+    """Give every rank all weights inside; it may run any part of the model, without gradient.
 
-    model: as the accelerator has prepared it. Every process has to enter. Free where it is not sharded.
+    model: as prepared by the accelerator. Every rank has to enter. No cost for a model that is not sharded.
     """
     if isinstance(model, FSDPModule):
         plugin = accelerator.state.fsdp_plugin
@@ -40,15 +40,15 @@ def whole_weights(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
 
         engine: Any = model
         with deepspeed.zero.GatheredParameters(list(engine.parameters())):
-            # The hooks of ZeRO-3 would give each layer's weights back after it has run.
+            # The hooks of ZeRO-3 would free each layer's weights after its forward.
             hooks = engine.optimizer.parameter_offload
             hooks._remove_module_hooks()
-            hooks.forward_hooks, hooks.backward_hooks = [], []  # it keeps those that are removed
+            hooks.forward_hooks, hooks.backward_hooks = [], []  # DeepSpeed keeps removed hooks
             try:
                 yield
             finally:
                 hooks.setup_zero_stage3_hooks()
-                parameter_offload.FWD_MODULE_STACK.pop()  # the model, which stands there already
+                parameter_offload.FWD_MODULE_STACK.pop()  # the model is there already
     else:
         yield
 
@@ -58,7 +58,7 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     blocks = {block for blocks in lists for block in blocks}
-    through_wrapper(model, lambda: None)  # FSDP sets itself up in the first call, which has to be the root's
+    through_wrapper(model, lambda: None)  # FSDP initialises in its first call, which has to be the root's
     for module in sharded:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -67,16 +67,16 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-            if reshards and module in blocks:  # the parts around them are kept after their forward
+            if reshards and module in blocks:  # parts around the blocks stay gathered after their forward
                 module.set_reshard_after_forward(True, recurse=False)
 
 
 def keep_figures_exact(accelerator: Accelerator) -> None:
-    """Has FSDP2 return what a model computes in float32 as float32, and add gradients up in float32, also
-    under bf16 mixed precision.
+    """Make FSDP2 return float32 outputs as float32 and sum gradients in float32, also under bf16 mixed
+    precision.
 
-    accelerate asks it to round both to bf16: log-probabilities near -5 would move in steps of 0.03, and the
-    gradients of many processes and passes would lose what is small. Call it before a model is prepared.
+    accelerate rounds both to bf16: log-probs near -5 would move in steps of 0.03, and sums of gradients over
+    many ranks and passes would lose small values. Call it before a model is prepared.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
@@ -85,9 +85,8 @@ def keep_figures_exact(accelerator: Accelerator) -> None:
 
 
 def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raises ConfigError for FSDP that cannot train here (`check_fsdp`), and for a model of the general path
-    whose weights would be shared out: processes gather a layer's together, and on this path each runs the
-    layers as often as its own questions need it.
+    """Raise ConfigError for FSDP settings that cannot train (`check_fsdp`), and for a sharded model of the
+    general path, on which each rank runs the layers as often as its own questions need.
     """
     check_fsdp(accelerator)
     kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero_stage(accelerator) == 3 else None
@@ -95,13 +94,13 @@ def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
     if kind is not None and find_family(inner) is None:
         raise ConfigError(
             f"{type(inner).__name__} takes the general path, which does not work with weights that {kind} "
-            "shares out among processes; use DDP or ZeRO-2"
+            "shards; use DDP or ZeRO-2"
         )
 
 
 def check_fsdp(accelerator: Accelerator) -> None:
-    """Raises ConfigError for FSDP's version 1, whose weights cannot be gathered for a whole rollout, and for
-    checkpoints of shares, in which there is no model, and from which a run cannot be continued.
+    """Raise ConfigError for FSDP version 1, whose weights cannot be gathered for a whole rollout, and for
+    sharded checkpoints, which contain no model and cannot be resumed.
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None:
@@ -125,16 +124,16 @@ IN_CHECKPOINTS = frozenset(
         "deepspeed.utils.tensor_fragment.fragment_address",
     )
 )
-"""The classes that DeepSpeed's own training state has, beside those that torch calls safe."""
+"""Classes in DeepSpeed's training state beside those that torch calls safe."""
 
 
 OPTIMIZER_FILES = {"FSDP": ("optimizer.bin", "optimizer_0"), "DeepSpeed": ("latest",), "": ("optimizer.pt",)}
-"""The file or folder of a checkpoint that has the optimizer's state, by what has written it."""
+"""File or folder of a checkpoint with the optimizer's state, by the kind of run that wrote it."""
 
 
 def check_kind(checkpoint: Path, kind: str) -> None:
-    """Raises ConfigError where a checkpoint has the optimizer's state of another kind of run: nothing of it
-    would be read, and training would go on with an empty one. kind: "FSDP", "DeepSpeed" or "".
+    """Raise ConfigError if a checkpoint has the optimizer's state of another kind of run: it would not be
+    read, and training would continue with an empty one. kind: "FSDP", "DeepSpeed" or "".
     """
     found = [
         name for name, files in OPTIMIZER_FILES.items() if any((checkpoint / file).exists() for file in files)
@@ -149,30 +148,30 @@ def check_kind(checkpoint: Path, kind: str) -> None:
 
 
 def zero_stage(accelerator: Accelerator) -> int | None:
-    """DeepSpeed's ZeRO stage; None without DeepSpeed."""
+    """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Weights of the model, those too of which this process has a share only."""
+    """Count the model's weights, whole also if they are sharded."""
     return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
 
 
 def loss_that_skips(loss: Tensor) -> Tensor:
-    """The loss; where it is not finite, one whose gradients are nan in every weight.
+    """Return the loss; if it is not finite, one whose gradients are nan in every weight.
 
-    DeepSpeed leaves out an update whose gradient norm is not finite, in all processes. A loss that overflowed
-    in one term may leave finite gradients.
+    DeepSpeed skips an update whose gradient norm is not finite, on all ranks. A loss that overflowed in one
+    term may leave finite gradients.
     """
     return loss if bool(loss.detach().isfinite()) else loss * float("nan")
 
 
 def check_training_state(checkpoint: Path) -> None:
-    """Raises VideoR1Error where unpickling a checkpoint of DeepSpeed would run code that is not its own.
+    """Raise VideoR1Error if unpickling a checkpoint of DeepSpeed would run foreign code.
 
-    DeepSpeed reads its files as pickles that may call anything. This reads the names of what they call, no
-    tensors. A checkpoint without such files is none of DeepSpeed's and left to it to refuse.
+    DeepSpeed reads its files as pickles that may call anything. This reads only the names that they call, no
+    tensors. DeepSpeed itself refuses a checkpoint without such files.
     """
     latest = checkpoint / "latest"
     if not latest.is_file():

@@ -77,7 +77,7 @@ from video_r1.training.callbacks import (
 )
 from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
-from video_r1.training.objective import Clip, entropy_sum, policy_loss
+from video_r1.training.objective import ClipRange, entropy_sum, policy_loss
 from video_r1.training.questions import Asked, Difficulty, Ready, Selection, Slot, select_groups
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference, ReferenceSync
@@ -160,7 +160,7 @@ class TGRPOTrainer(QuestionTrainer):
             "loss": "loss",
         }  # fmt: skip
         soft = args.sapo_temperature_pos, args.sapo_temperature_neg
-        self.clip = Clip(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
+        self.clip = ClipRange(args.epsilon, args.epsilon_high or args.epsilon, args.delta, soft)
         self.step = Step([], 1.0, 1.0, is_recorded=True)  # nothing sampled yet
         callbacks = list(callbacks or [])
         if args.scale_rewards == "task":
@@ -361,7 +361,7 @@ class TGRPOTrainer(QuestionTrainer):
         return build_question(sample, loaded, self.builder, generator, contrast, args.contrast_unit)
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """As in QuestionTrainer. Later updates on the same rollouts (`iteration` above 0) read nothing."""
+        """Start reading a batch; later updates on the same rollouts (`iteration` above 0) read nothing."""
         iteration = slots[0].iteration
         if iteration > 0 and self.step.batches:
             return {"pending": [], "iteration": iteration}
@@ -381,7 +381,7 @@ class TGRPOTrainer(QuestionTrainer):
         return self.ask(self.ready([self.source.submit(slot) for slot in slots]))
 
     def get_train_dataloader(self) -> DataLoader:
-        """As in QuestionTrainer, restricted to the questions inside `difficulty_range`."""
+        """Return QuestionTrainer's loader, restricted to the questions inside `difficulty_range`."""
         loader = super().get_train_dataloader()
         if self.source is not None and self.callback_of(Difficulty):
             # looked up at each call: the Trainer replaces callbacks when it reads a checkpoint
@@ -412,7 +412,7 @@ class TGRPOTrainer(QuestionTrainer):
     # ---- Checks before the first step, validation, records
 
     def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """As in QuestionTrainer, after a test question to the judge."""
+        """Train as QuestionTrainer does, after a test question to the judge."""
         if self.judge is not None:
             self.judge.open()
         return super().train_on(resume_from_checkpoint, *args, **kwargs)
@@ -475,7 +475,7 @@ class TGRPOTrainer(QuestionTrainer):
         return figures
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in QuestionTrainer; also record some of this step's groups, once for all updates on them."""
+        """Log, and record some of this step's groups once for all updates on them."""
         step = self.step
         if "loss" in logs and self.is_world_process_zero() and not step.is_recorded:
             step.is_recorded = True

@@ -1,4 +1,4 @@
-"""What SFT and T-GRPO have in common: `transformers.Trainer` over questions whose media are read ahead."""
+"""Base of both trainers: `transformers.Trainer` over questions whose media are prefetched."""
 
 from __future__ import annotations
 
@@ -97,16 +97,16 @@ class CheckpointPart(Protocol):
 
 
 class QuestionTrainer(Trainer, ABC):
-    """A trainer whose data set is a manifest, and whose run folder has metrics and quarantined media.
+    """A trainer whose dataset is a manifest, and whose run folder has metrics and quarantined media.
 
-    A subclass says what is read of a sample (`load`, kept in memory), what a step needs of it (`build`), and
-    how it is validated; it turns pending questions into a step's inputs in `get_batch_samples`.
+    A subclass reads a sample (`load`, cached in memory), builds the training input (`build`), validates, and
+    turns pending questions into a step's inputs in `get_batch_samples`.
     """
 
     progress_title = "training"
     progress_series: Mapping[str, str]
-    """What progress shows: the name there, and the series."""
-    default_settings: Callable[[], Any]  # where none are given
+    """Displayed name to series, for the progress bar."""
+    default_settings: Callable[[], Any]
 
     def __init__(
         self,
@@ -124,7 +124,7 @@ class QuestionTrainer(Trainer, ABC):
         check_trackers(args.report_to)
         check_optimizer(args.optim.value)
         describe_run(args, Path(args.output_dir), recipe)
-        if recipe is None:  # else the recipe has seen to it
+        if recipe is None:  # the recipe has done it
             adopt(args, model)
         set_seed(args.seed)  # new adapters are drawn at random
         trained, processing_class = given_model(model, processing_class, peft_config, args)
@@ -141,7 +141,7 @@ class QuestionTrainer(Trainer, ABC):
         self.meter = Meter()
         self.guard = UpdateGuard(self.folder, args.max_skipped_updates)
         self.source: QuestionSource[Any, Any] | None = None
-        self.upcoming: deque[list[Any]] = deque()  # the next steps' micro-batches, which are being read
+        self.upcoming: deque[list[Any]] = deque()  # micro-batches of the next steps, being read
         self.steps_read_ahead = 1
         self.checkpoint_parts: list[CheckpointPart] = []
         self.checkpoints_go_to = self.folder
@@ -158,41 +158,41 @@ class QuestionTrainer(Trainer, ABC):
         )
         check_sharding_of(trained, self.accelerator)
         keep_figures_exact(self.accelerator)
-        # The loss is normalised over the optimizer step, so the Trainer must not divide it once more.
+        # The loss is normalised over the optimizer step, so the Trainer must not divide it again.
         self.model_accepts_loss_kwargs = True
         if args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
-            args.restore_callback_states_from_checkpoint = True  # how often it has waited already
+            args.restore_callback_states_from_checkpoint = True  # its patience counter
         self.add_callback(BestCheckpoint(self.folder))
         let_trackers_fail(self.callback_handler.callbacks, args.report_to)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(StepProgress(self.progress_title, self.progress_series))
         self.stop = StopWhenAsked(self.folder, getattr(args, "num_iterations", 1))
-        self.add_callback(self.stop)  # behind all others, since its on_save ends the run
+        self.add_callback(self.stop)  # last, since its on_save ends the run
 
     @abstractmethod
     def load(self, sample: Sample) -> Any:
-        """What is read of a sample and kept in memory. Raises MediaError or PromptError."""
+        """Read a sample's media, to be cached in memory. Raises MediaError or PromptError."""
 
     @abstractmethod
     def build(self, sample: Sample, loaded: Any, generator: torch.Generator) -> Any:
-        """What a step needs of a sample. Raises PromptError."""
+        """Build a sample's training input. Raises PromptError."""
 
     @abstractmethod
     def validate(self, samples: Sequence[Sample]) -> dict[str, float]:
-        """Figures of held-out questions."""
+        """Measure on held-out questions: figures by name."""
 
     def callback_of(self, kind: type[Kind]) -> Kind | None:
         """Return the registered callback of this type. (The Trainer replaces callbacks when it resumes.)"""
         return next((one for one in self.callback_handler.callbacks if isinstance(one, kind)), None)
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """Inside, this process has all weights of a model that is sharded, and runs it at its own pace."""
+        """Give this rank all weights of a sharded model inside (see `sharded.whole_weights`)."""
         return whole_weights(cast(nn.Module, self.model_wrapped), self.accelerator)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Yields batches of questions that are being read in the background."""
+        """Return a loader of questions that are being read in the background."""
         args, samples = self.settings, cast(list[Sample], self.train_dataset)
         if not samples:
             raise ConfigError("training needs a train_dataset with at least one question")
@@ -213,8 +213,8 @@ class QuestionTrainer(Trainer, ABC):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Any]:
-        """As in Trainer, without a normaliser; all micro-batches of the next steps begin to be read."""
-        following = self.args.gradient_accumulation_steps  # or fewer, where the epoch ends
+        """Return the step's micro-batches, without a normaliser; prefetch those of the next steps."""
+        following = self.args.gradient_accumulation_steps  # or fewer at the end of an epoch
         while len(self.upcoming) <= self.steps_read_ahead:
             batches, _ = super().get_batch_samples(epoch_iterator, following, device)
             if not batches:
@@ -223,24 +223,24 @@ class QuestionTrainer(Trainer, ABC):
         return self.upcoming.popleft() if self.upcoming else [], None
 
     def begin_reading(self, slots: list[Slot]) -> dict[str, Any]:
-        """A batch of questions that are being read: `pending` futures."""
+        """Start reading a batch of questions: `pending` futures."""
         assert self.source is not None
         return {"pending": [self.source.submit(slot) for slot in slots]}
 
     def ready(self, pending: Sequence[Future[Ready[Any]]]) -> list[Ready[Any]]:
-        """Waits for questions. Raises VideoR1Error when media are missing as a whole."""
+        """Wait for questions. Raises VideoR1Error when media are missing as a whole."""
         with self.meter.seconds("decode"):
             ready = [question.result() for question in pending]
         self.meter.total("media/skipped", sum(entry.skipped for entry in ready))
         return ready
 
     def watched(self, loss: Tensor, problem_ids: Sequence[str | int]) -> Tensor:
-        """A micro-batch's loss (scalar), noted by the guard; without an update where it is not finite."""
+        """Show a micro-batch's loss (scalar) to the guard, which skips an update that is not finite."""
         self.guard.watch(loss.detach(), problem_ids)
         return loss_that_skips(loss) if self.is_deepspeed_enabled else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """6 operations for each weight and token of prompts and completions (rollouts not counted)."""
+        """Count 6 operations for each weight and token of prompts and completions (without rollouts)."""
         batch = inputs["batch"]
         tokens = sum(len(prompt.input_ids) for prompt in batch.prompts)
         tokens += sum(len(completion) for group in batch.completions for completion in group)
@@ -249,8 +249,8 @@ class QuestionTrainer(Trainer, ABC):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The figures of `validate`, with a prefix, on held-out questions (default: those given to the
-        trainer). Several sets, by name, give `eval_<name>_…`.
+        """Return the figures of `validate`, with a prefix, on held-out questions (default: those given to the
+        trainer). Several sets, by name, make `eval_<name>_…`.
         """
         questions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(questions, dict):
@@ -267,14 +267,14 @@ class QuestionTrainer(Trainer, ABC):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the series gathered since the last logging step."""
+        """Add the series gathered since the last logging step."""
         if "loss" in logs:
             logs = {**logs, **self.meter.drain()}
             logs["updates/skipped"] = self.guard.skipped
         super().log(logs, start_time)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """As in Trainer, and the best model so far becomes a checkpoint, also between those of save_steps."""
+        """Extend the Trainer's: save the best model so far as a checkpoint, also between save_steps."""
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.load_best_model_at_end:
             self.control.should_save = True
@@ -284,7 +284,7 @@ class QuestionTrainer(Trainer, ABC):
         return str(self.checkpoints_go_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """The Trainer's checkpoint, written elsewhere and put in place when it is whole (see checkpoints.py).
+        """Write the Trainer's checkpoint elsewhere and rename it when it is complete (see checkpoints.py).
 
         Raises VideoR1Error when it cannot be written.
         """
@@ -314,10 +314,10 @@ class QuestionTrainer(Trainer, ABC):
             super()._push_from_checkpoint(str(final))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: an unfinished checkpoint has no business on the hub."""
+        """Do nothing: `_save_checkpoint` pushes the checkpoint once it is complete."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in Trainer, without training_args.bin: a pickle, which says what config.yaml says."""
+        """Save as the Trainer does, without training_args.bin, a pickle of what config.yaml says."""
         super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.folder)
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
@@ -330,7 +330,7 @@ class QuestionTrainer(Trainer, ABC):
             follow_umask(folder)
 
     def publish_model(self) -> None:
-        """Saves model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
+        """Save model and processor into the run folder. Raises VideoR1Error when that cannot be written."""
         unfinished = self.folder / UNFINISHED / "model"
         with naming_lost_processes(self.folder), writing("the model", self.folder):
             self.save_model(str(unfinished), _internal_call=True)
@@ -340,7 +340,7 @@ class QuestionTrainer(Trainer, ABC):
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
     def whole_steps(self) -> int:
-        """Optimizer steps of the whole run, from max_steps or from the epochs and the questions."""
+        """Count the optimizer steps of the whole run, from max_steps or the epochs and questions."""
         return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -354,10 +354,10 @@ class QuestionTrainer(Trainer, ABC):
             super()._load_best_model()
 
     def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
-        """Reads a whole model's weights back with from_pretrained; False where the Trainer has to do it.
+        """Read a whole model's weights with from_pretrained; return False if the Trainer has to do it.
 
-        The files use the names of published checkpoints, which are not those of the modules. The Trainer
-        compares them as they are and leaves out, without an error, all weights whose names differ.
+        The files use the names of published checkpoints, which differ from those of the modules. The Trainer
+        compares names as they are and skips, without an error, all weights whose names differ.
         """
         model = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -367,13 +367,12 @@ class QuestionTrainer(Trainer, ABC):
         return True
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in `transformers.Trainer`; with `save_strategy` the run folder is a checkpoint afterwards.
+        """Train as `transformers.Trainer` does; with `save_strategy` the run folder becomes a checkpoint.
 
-        Without `resume_from_checkpoint` a run in the folder is continued from its last whole checkpoint, as
-        on the command line; one whose steps are all done gives its model, without another step. Raises
-        ConfigError when it is a run with other settings, RequestError when another command writes the
-        folder, and VideoR1Error when media are missing as a whole, the loss stays not finite, the folder
-        cannot be written or another process is lost.
+        Without `resume_from_checkpoint` a run in the folder resumes from its last complete checkpoint, as on
+        the command line; a finished run loads its model, without another step. Raises ConfigError when the
+        run has other settings, RequestError when another command writes the folder, and VideoR1Error when
+        all media are missing, the loss stays not finite, the folder cannot be written or a rank is lost.
         """
         with naming_lost_processes(self.folder), claimed_by_first(self.folder):
             if not resume_from_checkpoint:
@@ -383,18 +382,18 @@ class QuestionTrainer(Trainer, ABC):
                     state = read_state(checkpoint)
                     done = finished or stopped_early(state) or state["global_step"] >= self.whole_steps()
                     if done:
-                        return self.take_up(checkpoint)
-                    logger.warning("%s: continuing from %s", self.folder, checkpoint.name)
+                        return self.load_finished(checkpoint)
+                    logger.warning("%s: resuming from %s", self.folder, checkpoint.name)
                     resume_from_checkpoint = str(checkpoint)
             output = self.train_on(resume_from_checkpoint, *args, **kwargs)
             if self.args.save_strategy != SaveStrategy.NO:
                 self.publish_model()
             return output
 
-    def take_up(self, checkpoint: Path) -> TrainOutput:
-        """The state and the model of a run whose steps are done, from its last checkpoint or its best one.
+    def load_finished(self, checkpoint: Path) -> TrainOutput:
+        """Load state and model of a finished run from its last checkpoint or its best one.
 
-        The model is put into the run folder where it is missing: the run was killed while it was saved.
+        If the run was killed while it saved the model, copy the model into the run folder.
         """
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end:
@@ -406,7 +405,7 @@ class QuestionTrainer(Trainer, ABC):
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def train_on(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's own `train`. A checkpoint that would run code is refused."""
+        """Call the Trainer's own `train`. A checkpoint that would run code is refused."""
         if self.is_world_process_zero():
             shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)  # by a run that was killed
         if resume_from_checkpoint:
@@ -421,6 +420,6 @@ class QuestionTrainer(Trainer, ABC):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         except OSError as error:
             raise VideoR1Error(
-                f"training stopped: {error}. When its cause is mended, start the same command again: it goes "
-                f"on from the last checkpoint in {self.folder}"
+                f"training stopped: {error}. When the cause is fixed, start the same command again to resume "
+                f"from the last checkpoint in {self.folder}"
             ) from error
