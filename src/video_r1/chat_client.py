@@ -1,16 +1,15 @@
 """Requests to OpenAI-compatible endpoints and vLLM servers, by the `openai` package.
 
-    items ─► encode, send ─────────► wait for the answer ─► completions
-             at most `held` at once  up to `concurrency` at once
+    items ─► build, send ───────────► wait for the answer ─► completions
+             at most `held` at once   up to `concurrency` at once
 
-`openai` sends a request, authorises it, reads its errors and decodes streamed answers. This module adds what
-that package cannot do:
+`openai` sends a request, authorises it, reads errors and decodes streamed answers. What it cannot do is here:
 
-- Several addresses of one model share the requests; one that fails is skipped for a while (`Failover`). A
-  retry goes to another address at once, and a pause that an address asks for (Retry-After) holds for all
-  requests. So retries are made here, and `openai` is told to make none.
-- A request is a task on one event loop, not a thread. Its body is freed when it is sent and built again for a
-  retry. So thousands of requests can wait while the frames of only a few are in memory.
+- Several addresses of one model share the requests, and one that fails is skipped for a while (`Failover`).
+  A retry goes to another address at once; a pause that an address asks for (Retry-After) holds for all
+  requests. So retries are made here, and `openai` makes none.
+- A request is a task on one event loop, not a thread. Its body is freed when it is sent, and built again for
+  a retry: thousands of requests wait while the frames of a few are in memory.
 - A timeout covers the whole answer, so that a slow trickle of bytes cannot outlast it.
 
 `openai` is imported by the first request: importing it takes a second.
@@ -40,7 +39,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -61,6 +60,8 @@ REFUSED_QUESTION = (400, 413, 415, 422)
 
 T = TypeVar("T")
 R = TypeVar("R")
+Build = Callable[[], dict[str, Any]]
+OnEvent = Callable[[Any], object]
 FramesAs = Literal["images", "video"]
 OnText = Callable[[int, str], object]
 """Called with the index of a completion and a piece of its text."""
@@ -84,15 +85,12 @@ class Endpoint:
         return " and ".join(self.urls)
 
     def each(self) -> list[Endpoint]:
-        """Return an Endpoint for every address."""
         return [replace(self, urls=(url,)) for url in self.urls]
 
 
 class Completion(NamedTuple):
-    """finish_reason: "stop", "length" (cut off), "content_filter" or another word of the endpoint's."""
-
     text: str
-    finish_reason: str
+    finish_reason: str  # "stop", "length" (cut off), "content_filter" or another word of the endpoint's
 
 
 class ServerFailure(Exception):
@@ -115,12 +113,12 @@ class ServerRefusal(Exception):
 
 
 def get(url: str, key: str | None, timeout: float) -> Any:
-    """Return the JSON value at `url`; None for an empty body. key: sent as bearer token; timeout: seconds."""
+    """Return the JSON value at `url`, as `request` does."""
     return wait_for(request("GET", url, key, timeout))
 
 
 def post(url: str, key: str | None, body: Any, timeout: float) -> Any:
-    """Post `body` as JSON (None: an empty body) and return the JSON answer; None for an empty one."""
+    """Post `body` as JSON (None: an empty body) and return the answer, as `request` does."""
     return wait_for(request("POST", url, key, timeout, b"" if body is None else json.dumps(body).encode()))
 
 
@@ -131,89 +129,58 @@ async def request(
     timeout: float,
     body: bytes | AsyncIterator[bytes] = b"",
     size: int | None = None,
+    on_event: OnEvent | None = None,
 ) -> Any:
-    """Send one request from the event loop and return its JSON answer; `timeout` covers all of it.
+    """Send one request from the event loop and return its JSON answer; None for an empty one.
 
-    body: JSON; the bytes of an iterator (`size` in all) are freed once they are sent. Raises ServerFailure
-    and ServerRefusal.
-    """
-    try:
-        async with asyncio.timeout(timeout), _opened(method, url, key, body, size) as (reply, _):
-            content = await reply.aread()
-            return json.loads(content) if content else None
-    except TimeoutError as error:
-        raise ServerFailure(f"no answer within {timeout:g} s at {urlsplit(url).path}") from error
-
-
-async def request_streamed(
-    url: str, key: str | None, timeout: float, body: bytes, take: Callable[[Any], object]
-) -> None:
-    """Post `body` and call `take` with each JSON value of the answer as it arrives.
-
-    A server that does not stream gives one value. timeout: seconds without any data. An exception of `take`
-    ends the request. Raises ServerRefusal, and ServerFailure when the connection breaks or an event is an
-    error or no JSON.
-    """
-    loop, path = asyncio.get_running_loop(), urlsplit(url).path
-    try:
-        async with (
-            asyncio.timeout(timeout) as limit,
-            _opened("POST", url, key, body, stream=True) as (reply, events),
-        ):
-            if "event-stream" not in reply.headers.get("Content-Type", ""):
-                take(json.loads(await reply.aread()))
-                return
-            async for event in events():
-                limit.reschedule(loop.time() + timeout)
-                take(event)
-    except TimeoutError as error:
-        raise ServerFailure(f"not a word within {timeout:g} s at {path}") from error
-
-
-@asynccontextmanager
-async def _opened(
-    method: Literal["GET", "POST"],
-    url: str,
-    key: str | None,
-    body: bytes | AsyncIterator[bytes],
-    size: int | None = None,
-    stream: bool = False,
-) -> AsyncIterator[tuple[Any, Callable[[], AsyncIterator[Any]]]]:
-    """Yield a successful response, not read yet if `stream`, and a function that decodes its events.
-
-    Each request has its own connection: it is never found closed, and a pool with thousands of connections
-    does not search them all whenever a request begins or ends. Raises ServerFailure and ServerRefusal.
+    timeout: seconds for all of it, or between two events of a streamed answer. body: JSON; the bytes of an
+    iterator, `size` in all, are freed once they are sent. on_event: is called with each JSON value of a
+    streamed answer as it arrives, or with the only one of a server that does not stream; its exceptions end
+    the request. Raises ServerFailure and ServerRefusal.
     """
     import httpx2
     import openai
 
     headers: dict[str, Any] = {
-        # Nothing that openai would read from its own environment variables is sent.
         "Authorization": f"Bearer {key}" if key else openai.omit,
-        "OpenAI-Organization": openai.omit,
+        "OpenAI-Organization": openai.omit,  # no environment variables of openai's own are sent
         "OpenAI-Project": openai.omit,
         **({} if size is None else {"Content-Length": str(size)}),
     }
+    given: Any = {"cast_to": httpx2.Response, "options": {"headers": headers}}
+    if on_event is not None:
+        given |= {"stream": True, "stream_cls": openai.AsyncStream[object]}
+    # Each request has its own connection, which is never found closed; a pool would search thousands of them
+    # whenever a request begins or ends.
     limits = httpx2.Limits(max_connections=1, max_keepalive_connections=0)
+    now = asyncio.get_running_loop().time
     try:
         async with (
+            asyncio.timeout(timeout) as limit,
             httpx2.AsyncClient(verify=_certificates(), timeout=None, limits=limits) as http,
-            openai.AsyncOpenAI(
-                api_key="unused", base_url="http://unused", max_retries=0, timeout=None, http_client=http
-            ) as client,
         ):
-            given: Any = {"cast_to": httpx2.Response, "options": {"headers": headers}, "stream": stream}
-            if stream:
-                given["stream_cls"] = openai.AsyncStream[object]
+            client = openai.AsyncOpenAI(
+                api_key="-", base_url="http://-", max_retries=0, timeout=None, http_client=http
+            )
             reply = await (
                 client.get(url, **given) if method == "GET" else client.post(url, content=body, **given)
             )
-            yield reply, partial(openai.AsyncStream, cast_to=object, response=reply, client=client)
+            if on_event is None or "event-stream" not in reply.headers.get("Content-Type", ""):
+                content = await reply.aread()
+                answer = json.loads(content) if content else None
+                return answer if on_event is None else on_event(answer)
+            async for event in openai.AsyncStream(cast_to=object, response=reply, client=client):
+                limit.reschedule(now() + timeout)
+                on_event(event)
+    except TimeoutError as error:
+        said = "no answer" if on_event is None else "not a word"
+        raise ServerFailure(f"{said} within {timeout:g} s at {urlsplit(url).path}") from error
     except openai.APIStatusError as error:
         raise _status_error(error) from error
     # No connection, a broken one, half an answer, an event that is an error, or no JSON.
     except (openai.OpenAIError, httpx2.HTTPError, httpx2.InvalidURL, ValueError) as error:
-        raise ServerFailure(_reason(error)) from error
+        first = error.__cause__ if isinstance(error, openai.APIConnectionError) and error.__cause__ else error
+        raise ServerFailure(f"{type(first).__name__}: {_system_error(first) or first}") from error
 
 
 def _status_error(error: Any) -> ServerFailure | ServerRefusal:
@@ -230,22 +197,16 @@ def _status_error(error: Any) -> ServerFailure | ServerRefusal:
     return ServerRefusal(message, error.status_code)
 
 
-def _reason(error: BaseException) -> str:
-    """Describe a failure by what the system said, where libraries only say that no attempt succeeded."""
-    cause: BaseException | None = error
-    last = error
-    while cause is not None and getattr(cause, "errno", None) is None:
-        last, cause = cause, cause.__cause__ or cause.__context__
-    first = error.__cause__ if str(error) == "Connection error." and error.__cause__ else error
-    return f"{type(first).__name__}: {cause or (str(first) or last)}"
+def _system_error(error: BaseException | None) -> BaseException | None:
+    """Return the system's error behind one of httpx, which only says that all attempts failed."""
+    while error is not None and getattr(error, "errno", None) is None:
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
     return ssl.create_default_context()  # the system's; reading them takes a while
-
-
-# ---- The event loop
 
 
 def wait_for(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -313,11 +274,7 @@ class Failover:
 
     @contextmanager
     def asking(self) -> Iterator[Address]:
-        """Yield the address for one request.
-
-        A ServerFailure raised inside counts against the address; any other outcome, a refusal too, counts as
-        an answer.
-        """
+        """Yield the address for one request. A ServerFailure inside counts against it, a refusal does not."""
         with self._lock:
             address = self._choice()
             address.in_flight += 1
@@ -336,9 +293,7 @@ class Failover:
 
     def is_back(self, url: str) -> None:
         """Stop skipping the address at `url`, which has answered."""
-        for address in self._all:
-            if address.url == url:
-                self._answered(address)
+        self._answered(next(address for address in self._all if address.url == url))
 
     def _choice(self) -> Address:
         if ready := self._ready():
@@ -347,11 +302,7 @@ class Failover:
 
     def _ready(self) -> list[Address]:
         now = self._clock()
-        return [
-            address
-            for address in self._all
-            if address.skipped_until <= now and not (address.failures and address.in_flight)
-        ]
+        return [a for a in self._all if a.skipped_until <= now and not (a.failures and a.in_flight)]
 
     def _answered(self, address: Address) -> None:
         with self._lock:
@@ -447,18 +398,17 @@ class ChatClient:
         while (missing := count - len(drawn)) > 0:
             body = partial(build, missing, len(drawn))
             if on_text is None:
-                more = await self._retried(body, read)
-            else:
-                try:
-                    more = await self._streamed(body, read, partial(_shifted, on_text, len(drawn)))
-                except ServerRefusal as refusal:
-                    if refusal.status not in (400, 422):
-                        raise
-                    return await self.draw(count, build, read)
-            drawn += more[:missing]
+                drawn += (await self._retried(body, read))[:missing]
+                continue
+            try:
+                drawn += (await self._streamed(body, read, partial(_shifted, on_text, len(drawn))))[:missing]
+            except ServerRefusal as refusal:
+                if refusal.status not in (400, 422):
+                    raise
+                return await self.draw(count, build, read)
         return drawn
 
-    async def _retried(self, build: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]]) -> list[T]:
+    async def _retried(self, build: Build, read: Callable[[Any], list[T]]) -> list[T]:
         attempt, began = 0, time.monotonic()
         while True:
             try:
@@ -471,12 +421,11 @@ class ChatClient:
                     if not await self._was_away():
                         raise
                     attempt = 1
-                if self._failover.any_ready():
-                    continue
-                pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
-                await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not the same for all who wait
+                if not self._failover.any_ready():
+                    pause = min(FIRST_PAUSE * 2 ** max(0, attempt - 1), LONGEST_PAUSE)
+                    await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # not the same for all who wait
 
-    async def _once(self, build: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]]) -> list[T]:
+    async def _once(self, build: Build, read: Callable[[Any], list[T]]) -> list[T]:
         """Send one request and read its answer. While it waits, it holds a socket but no body."""
         with ExitStack() as holding:
             await self._held.acquire()
@@ -489,26 +438,22 @@ class ChatClient:
                 yield body.pop()
                 holding.close()  # reached once the body has been sent
 
-            endpoint, size = self.endpoint, len(body[0])
-            with self._failover.asking() as address:
-                url = f"{address.url}/chat/completions"
-                return read(await request("POST", url, endpoint.key, endpoint.timeout, sent_once(), size))
+            return read(await self._post(sent_once(), len(body[0])))
 
-    async def _streamed(
-        self, build: Callable[[], dict[str, Any]], read: Callable[[Any], list[T]], on_text: OnText
-    ) -> list[T]:
+    async def _streamed(self, build: Build, read: Callable[[Any], list[T]], on_text: OnText) -> list[T]:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        body, chat, endpoint = (
-            await self._built(lambda: build() | streaming),
-            StreamedChat(on_text),
-            self.endpoint,
-        )
-        with self._failover.asking() as address:
-            url = f"{address.url}/chat/completions"
-            await request_streamed(url, endpoint.key, endpoint.timeout, body, chat.take)
-            return read(chat.reply())
+        body, chat = await self._built(lambda: build() | streaming), StreamedChat(on_text)
+        await self._post(body, None, chat.take)
+        return read(chat.reply())
 
-    async def _built(self, build: Callable[[], dict[str, Any]]) -> bytes:
+    async def _post(
+        self, body: Any, size: int | None, on_event: Callable[[Any], object] | None = None
+    ) -> Any:
+        with self._failover.asking() as address:
+            url, endpoint = f"{address.url}/chat/completions", self.endpoint
+            return await request("POST", url, endpoint.key, endpoint.timeout, body, size, on_event)
+
+    async def _built(self, build: Build) -> bytes:
         def encoded() -> bytes:
             return json.dumps({name: value for name, value in build().items() if value is not None}).encode()
 
@@ -592,7 +537,8 @@ class StreamedChat:
 
     def __init__(self, on_text: OnText) -> None:
         self._on_text = on_text
-        self._choices: dict[int, dict[str, Any]] = {}
+        self._messages: dict[int, dict[str, str]] = {}
+        self._finished: dict[int, str] = {}
         self._whole: Any = None  # answer of an endpoint that does not stream
         self._usage: Any = None
         self._pieces = 0
@@ -601,11 +547,10 @@ class StreamedChat:
         """Add an event. Raises ServerFailure for one that is no piece of a chat completion."""
         try:
             self._usage = event.get("usage") or self._usage
-            choices = [(choice.get("index", 0), choice) for choice in event["choices"]]
-            if any("message" in choice for _, choice in choices):
+            if any("message" in choice for choice in event["choices"]):
                 self._whole = event
                 return
-            pieces = [(index, piece) for index, choice in choices for piece in self._join(index, choice)]
+            pieces = [piece for choice in event["choices"] for piece in self._texts(choice)]
         except (KeyError, TypeError, AttributeError) as error:
             said = json.dumps(event)[:200]
             raise ServerFailure(f"its answer is no piece of a chat completion: {said}") from error
@@ -613,34 +558,32 @@ class StreamedChat:
             self._pieces += 1
             self._on_text(index, piece)
 
-    def _join(self, index: int, choice: dict[str, Any]) -> list[str]:
-        """Add a piece to its choice; return its texts."""
-        blank = {"content": "", "reasoning": "", "refusal": "", "finish_reason": None}
-        so_far = self._choices.setdefault(index, blank)
-        delta = choice.get("delta") or {}
+    def _texts(self, choice: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """Add a piece to its message; yield its texts."""
+        index, delta = choice.get("index", 0), choice.get("delta") or {}
+        message = self._messages.setdefault(index, {"reasoning": "", "content": "", "refusal": ""})
         reasoning = delta.get("reasoning_content") or delta.get("reasoning") or ""
         content = delta.get("content") or ""
-        texts = []
         if reasoning:
-            texts.append(reasoning if so_far["reasoning"] else f"<think>{reasoning.lstrip()}")
+            yield index, reasoning if message["reasoning"] else f"<think>{reasoning.lstrip()}"
+        message["reasoning"] += reasoning
         if content:
-            ends = so_far["reasoning"] and not so_far["content"]
-            texts.append(f"</think>\n{content.lstrip()}" if ends else content)
-        so_far["reasoning"] += reasoning
-        so_far["content"] += content
-        so_far["refusal"] += delta.get("refusal") or ""
-        so_far["finish_reason"] = choice.get("finish_reason") or so_far["finish_reason"]
-        return texts
+            ends = message["reasoning"] and not message["content"]
+            yield index, f"</think>\n{content.lstrip()}" if ends else content
+        message["content"] += content
+        message["refusal"] += delta.get("refusal") or ""
+        if choice.get("finish_reason"):
+            self._finished[index] = choice["finish_reason"]
 
     def reply(self) -> Any:
         """Return the answer as `completions_of` reads it. Raises ServerFailure for an incomplete one."""
         if self._whole is not None:
             return self._whole
-        if not self._choices or any(choice["finish_reason"] is None for choice in self._choices.values()):
+        if not self._messages or self._messages.keys() != self._finished.keys():
             raise ServerFailure(f"its answer broke off after {self._pieces} pieces")
         choices = [
-            {"index": index, "message": message, "finish_reason": message["finish_reason"]}
-            for index, message in self._choices.items()
+            {"index": index, "message": message, "finish_reason": self._finished[index]}
+            for index, message in self._messages.items()
         ]
         return {"choices": choices, "usage": self._usage or {"completion_tokens": self._pieces}}
 
@@ -651,8 +594,7 @@ class StreamedChat:
 async def models_when_reached(endpoint: Endpoint) -> tuple[Any, bool]:
     """Return the list of models, or the ServerRefusal to give one, and whether the endpoint was away first.
 
-    Of several addresses the first that answers counts. Raises ServerFailure when none answers within
-    `endpoint.wait` seconds.
+    Raises ServerFailure when no address answers within `endpoint.wait` seconds.
     """
     deadline, away = time.monotonic() + endpoint.wait, False
     while True:
@@ -686,13 +628,12 @@ def open_endpoint(
     frames_as: "auto" is "video" if all addresses take one, else "images". Raises ConfigError as
     `served_model` and `form_of_frames` do, and when two addresses serve different models.
     """
-    found = {one.url: (one, *served_model(one, wanted)) for one in endpoint.each()}
-    names = {url: name for url, (_, name, _) in found.items()}
-    if len(set(names.values())) > 1:
-        served = ", ".join(f"{url} serves {name}" for url, name in names.items())
+    found = [(one, *served_model(one, wanted)) for one in endpoint.each()]
+    if len({name for _, name, _ in found}) > 1:
+        served = ", ".join(f"{one.url} serves {name}" for one, name, _ in found)
         raise ConfigError(f"requests are shared by servers of one model, but {served}")
-    forms = {form_of_frames(one, name, is_vllm, frames_as) for one, name, is_vllm in found.values()}
-    return next(iter(names.values())), "video" if forms == {"video"} else "images"
+    forms = {form_of_frames(one, name, is_vllm, frames_as) for one, name, is_vllm in found}
+    return found[0][1], "video" if forms == {"video"} else "images"
 
 
 def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tuple[str, bool]:
@@ -717,20 +658,20 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
             f"(--{prefix}key_variable)"
         ) from listed
     try:
-        entries = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
+        owners = {str(entry["id"]): entry.get("owned_by") for entry in listed["data"]}
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{endpoint.url}/models is no list of models: {json.dumps(listed)[:200]}"
         ) from error
-    shown = ", ".join(sorted(entries)[:10])
-    if wanted is None and len(entries) != 1:
+    shown = ", ".join(sorted(owners)[:10])
+    if wanted is None and len(owners) != 1:
         raise ConfigError(
-            f"{endpoint.url} serves {len(entries)} models; name one with --{prefix}model: {shown}"
+            f"{endpoint.url} serves {len(owners)} models; name one with --{prefix}model: {shown}"
         )
-    model = next(iter(entries)) if wanted is None else wanted
-    if entries and model not in entries:
+    model = next(iter(owners)) if wanted is None else wanted
+    if owners and model not in owners:
         raise ConfigError(f"{endpoint.url} serves {shown}, not {model}")
-    return model, entries.get(model) == "vllm"
+    return model, owners.get(model) == "vllm"
 
 
 def form_of_frames(
@@ -742,8 +683,8 @@ def form_of_frames(
     """
     if wanted == "images" or (wanted == "auto" and not is_vllm):
         return "images"
-    body = {"model": model, "messages": [{"role": "user", "content": "Say yes."}], "max_tokens": 1}
-    body["media_io_kwargs"] = {"video": {"num_frames": -1}}
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": "Say yes."}]}
+    body |= {"max_tokens": 1, "media_io_kwargs": {"video": {"num_frames": -1}}}
     try:
         post(f"{endpoint.url}/chat/completions", endpoint.key, body, endpoint.timeout)
         return "video"

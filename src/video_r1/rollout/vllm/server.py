@@ -34,7 +34,7 @@ from video_r1.chat_client import (
     ServerRefusal,
     get,
     post,
-    request_streamed,
+    request,
     wait_for,
 )
 from video_r1.data.prompts import Prompt
@@ -276,7 +276,8 @@ class ServerEngine(RolloutEngine):
         try:
             with self._failover.asking() as address:
                 url = f"{address.url}/inference/v1/generate"
-                wait_for(request_streamed(url, self._key, self.timeout, encoded, streamed.take))
+                answer = request("POST", url, self._key, self.timeout, encoded, on_event=streamed.take)
+                wait_for(answer)
                 self._check(choices := streamed.choices(), count)
         except (ServerFailure, ServerRefusal) as failure:
             raise VideoR1Error(f"{self.url} failed: {failure}") from failure
