@@ -15,12 +15,12 @@ from video_r1.rewards.correctness import (
     box_iou,
     common_iou,
     correctness,
+    format_reward,
     is_correct,
     overlaps,
     span_iou,
     track_iou,
 )
-from video_r1.rewards.shaping import format_reward
 
 TEMPORAL, SPATIAL, BOTH, TRACKING = GROUNDING_FORMS
 BOX = (100.0, 200.0, 300.0, 400.0)

@@ -1,4 +1,4 @@
-"""Reward functions that a user brings along, with the signature that TRL's trainers use."""
+"""Reward functions of the user, with the signature of TRL's trainers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,10 @@ RewardFunction = Callable[..., Sequence[float | None]]
 
 
 def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
-    """Every field of the samples as a column, the rows' own ones too; None where a row has it not. Those of a
-    table of TRL's (data/manifests/trl_rows.py) are given as they stand there; otherwise no own one hides a
-    field. The `path` of several clips is their list.
+    """Return every field of the samples as a column, also the rows' extra fields; None where a row lacks it.
+
+    A row of a TRL table has its own columns; in other rows no extra field replaces a field of Sample. The
+    `path` of several clips is a list.
     """
 
     def column(sample: Sample, name: str) -> Any:
@@ -33,9 +34,7 @@ def reward_columns(samples: Sequence[Sample]) -> dict[str, list[Any]]:
 
 
 def as_said(sample: Sample, text: str, role: str) -> Any:
-    """A prompt or a completion as a reward function has it: a text, or messages where the row's `prompt` is a
-    list of them.
-    """
+    """Return a prompt or completion for a reward function: a text, or messages if the row's `prompt` is."""
     prompt = sample.extra.get(PROMPT)
     if not sample.messages or not isinstance(prompt, list):
         return text
@@ -45,7 +44,7 @@ def as_said(sample: Sample, text: str, role: str) -> Any:
 def call_reward_function(
     function: RewardFunction, name: str, samples: Sequence[Sample], **columns: list[Any]
 ) -> Tensor:
-    """Rewards of N completions by a user's function, checked.
+    """Return the rewards of N completions by a user's function, checked.
 
     function: called once as `function(prompts=…, completions=…, completion_ids=…, **columns)`, every argument
     a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply.
@@ -97,11 +96,11 @@ def _number(reward: Any, name: str, sample: Sample) -> float:
 
 
 def _culprit(function: RewardFunction, arguments: Mapping[str, list[Any]], samples: Sequence[Sample]) -> str:
-    """Which sample makes the function raise, found by giving it one at a time."""
+    """Find the sample that makes the function raise, by passing one at a time."""
     for row, sample in enumerate(samples):
         try:
             function(**{column: values[row : row + 1] for column, values in arguments.items()})
-        except Exception:  # the user's function again: this is the sample looked for
+        except Exception:  # the user's function again
             return f"problem_id {sample.problem_id!r}, completion {arguments['completions'][row][:200]!r}"
     return f"with problem_id {_ids(samples)} together, not with any of them alone"
 

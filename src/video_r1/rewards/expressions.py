@@ -1,8 +1,8 @@
-"""Whether two answers are the same mathematics: by the library math-verify, in a process that can be killed.
+"""Compares mathematical answers by the library math-verify, in a process that can be killed.
 
-An answer such as 9^{9^9} keeps sympy busy for longer than anyone waits, in C code that no signal handler and
-no thread interrupts. So a process of its own compares, under an alarm by which the kernel ends it; what it
-cannot compare in time is not the same. It serves all threads, one comparison at a time.
+An answer such as 9^{9^9} keeps sympy busy for hours, in C code that no signal handler and no thread
+interrupts. So a separate process compares, and the kernel ends it by an alarm; answers that it cannot compare
+in time count as different. It serves all threads, one comparison at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logging.disable()
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
 print(flush=True)
-os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # nobody reads what is said of single answers
+os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # hides messages about single answers
 for line in sys.stdin:
     signal.alarm({SECONDS})  # without a handler: the kernel ends the process
     truth, answer = (parse(text, parsing_timeout=None) for text in json.loads(line))
@@ -37,10 +37,10 @@ for line in sys.stdin:
 
 @lru_cache(100_000)
 def same_expression(answer: str, truth: str) -> bool:
-    """Whether both texts are the same value, expression, set, interval or equation, in LaTeX or plain.
+    """Return whether both texts are the same value, expression, set, interval or equation, LaTeX or plain.
 
     "\\frac{1}{2}", "$0.5$", "1/2" and "50%" are one value; "x = 3" answers "3". Floats agree at six decimals.
-    What cannot be read, or not be compared within `SECONDS`, is not the same. Raises VideoR1Error where the
+    Texts that cannot be parsed or compared within `SECONDS` are different. Raises VideoR1Error if the
     process does not start, as without the package (`pip install 'video-r1[math]'`).
     """
     answer, truth = answer.strip(), truth.strip()
@@ -50,12 +50,12 @@ def same_expression(answer: str, truth: str) -> bool:
 
 
 def _delimited(text: str) -> str:
-    """As LaTeX, which is how the library reads a text that stands between delimiters."""
+    """Return the text as LaTeX: the library needs delimiters."""
     return text if any(sign in text for sign in _DELIMITERS) else f"${text}$"
 
 
 class _Comparer:
-    """The process; started when it is first asked, and again after it was ended."""
+    """The comparing process; started by the first question, and again after it was killed."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -70,7 +70,7 @@ class _Comparer:
                 self.process.stdin.write(json.dumps([truth, answer]) + "\n")
                 self.process.stdin.flush()
                 said = self.process.stdout.readline()
-            except BaseException as error:  # Ctrl-C amid a reply, which the next question must not get
+            except BaseException as error:  # Ctrl-C during a reply, which the next question must not get
                 self._end()
                 if isinstance(error, BrokenPipeError):
                     return False

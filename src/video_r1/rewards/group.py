@@ -1,4 +1,4 @@
-"""One question's completions become a RolloutGroup: every reward term, and their weighted sum."""
+"""Scores a question's completions as a RolloutGroup: every reward term, and their weighted sum."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,10 +11,9 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
-from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.correctness import correctness, format_reward, is_correct
 from video_r1.rewards.custom import RewardFunction, as_said, call_reward_function
 from video_r1.rewards.judge import JudgeScores, SampleAnswers
-from video_r1.rewards.shaping import format_reward, length_reward
 from video_r1.rewards.temporal import rule_of
 from video_r1.settings.base import raise_problems
 from video_r1.settings.training import TGRPOSettings
@@ -24,7 +23,7 @@ BUILT_IN_TERMS = ("accuracy", "format", "length", "temporal", "judge")
 
 @dataclass(frozen=True, slots=True)
 class RewardTerms:
-    """What a completion earns: built-in terms by name, the user's functions by name, and their weights."""
+    """Reward terms of a run: built-in ones by name, the user's functions by name, and their weights."""
 
     built_in: tuple[str, ...]
     custom: Mapping[str, RewardFunction] = field(default_factory=dict)
@@ -38,13 +37,13 @@ class RewardTerms:
 def reward_terms(
     reward_funcs: str | Callable | Sequence[str | Callable] | None, settings: TGRPOSettings
 ) -> RewardTerms:
-    """The terms of a run. None: those that the settings name, or accuracy and format, with the length,
-    temporal and judge rewards that the settings ask for.
+    """Return the terms of a run.
 
-    A list names built-in terms and holds functions with TRL's signature; the temporal reward joins any list
-    where `temporal_rule` adds a reward. Raises ConfigError for an empty list, an unknown name, names both
-    here and in the settings, a judge without an address, a length reward out of reach, or a weight of a term
-    that is not there (1, which a term has without being named, may stand for a built-in one).
+    reward_funcs: names of built-in terms and functions with TRL's signature. None: those that the settings
+    name, or accuracy and format, with the length, temporal and judge rewards that the settings ask for. The
+    temporal reward joins any list if `temporal_rule` adds a reward. Raises ConfigError for an empty list, an
+    unknown name, names both here and in the settings, a judge without an address, a length reward out of
+    reach, or a weight of a missing term (a weight of 1, the default, is allowed for built-in ones).
     """
     asked_for = {
         "length": settings.length_reward > 0,
@@ -53,9 +52,7 @@ def reward_terms(
     }
     if settings.reward_funcs is not None:
         if reward_funcs is not None:
-            raise ConfigError(
-                "reward_funcs is given to the trainer and in its settings; leave one of them out"
-            )
+            raise ConfigError("reward_funcs is given to the trainer and in its settings; remove one of them")
         reward_funcs = settings.reward_funcs
     if reward_funcs is None:
         built_in = ("accuracy", "format", *(name for name in asked_for if asked_for[name]))
@@ -66,8 +63,7 @@ def reward_terms(
         given = list(reward_funcs)
         if not given:
             raise ConfigError(
-                "reward_funcs is empty, so nothing can be earned: name rewards, pass functions, or leave it "
-                "out for accuracy and format"
+                "reward_funcs is empty: name rewards, pass functions, or remove it for accuracy and format"
             )
         names = [entry for entry in given if isinstance(entry, str)]
         unknown = [name for name in names if name not in BUILT_IN_TERMS]
@@ -88,7 +84,7 @@ def reward_terms(
                 if asked_for["judge"]
                 else "reward_funcs: 'judge' is named while judge_endpoint is not set; give its address"
                 if settings.judge_endpoint is None
-                else "reward_funcs: 'judge' is named while judge_as is accuracy; leave one of the two out"
+                else "reward_funcs: 'judge' is named while judge_as is accuracy; remove one of them"
             )
         custom = {}
         for function in (entry for entry in given if callable(entry)):
@@ -113,6 +109,19 @@ def reward_terms(
     return terms
 
 
+def length_reward(
+    correct: Tensor, lengths: Tensor, omega: float = 0.2, shortest: int = 320, longest: int = 512
+) -> Tensor:
+    """Return ω for each correct response of [shortest, longest] tokens, else 0 (arXiv 2503.21776).
+
+    correct: [G] bool; lengths: [G] int, tokens of each completion. Returns [G] float32.
+    """
+    if len(correct) != len(lengths):
+        raise ValueError(f"{len(correct)} responses but {len(lengths)} lengths")
+    inside = (lengths >= shortest) & (lengths <= longest)
+    return omega * (correct.to(torch.bool) & inside).to(torch.float32)
+
+
 def score_groups(
     questions: Sequence[Question],
     ordered: Sequence[list[Rollout]],
@@ -123,13 +132,12 @@ def score_groups(
     drops: Sequence[list[Tensor] | None] | None = None,
     judge: JudgeScores | None = None,
 ) -> list[RolloutGroup]:
-    """Every reward term of every completion, and their weighted sum. Advantages are still 0.
+    """Score every reward term of every completion, and their weighted sum. Advantages are still 0.
 
-    drops: of each question, for the temporal rules that need them (see `logprob_drops`). `question_text`
-    gives a sample's text to the user's functions. judge: for the term of that name, or with `judge_as`
-    accuracy for that of free-form answers, in order and of the contrast clip. Raises RewardError when one of
-    the functions fails, and what the judge raises. (Processes that score together call the judge together,
-    with no groups too.)
+    drops: of each question, for the temporal rules that need them. question_text: returns a sample's text for
+    the user's functions. judge: for the term of that name, or with `judge_as` accuracy for the accuracy of
+    free-form answers, ordered and shuffled. Raises RewardError when one of the functions fails, and what the
+    judge raises. Ranks that score together all call the judge, even without groups.
     """
     if not questions:
         if judge is not None:
@@ -177,10 +185,10 @@ def score_group(
     drops: list[Tensor] | None = None,
     judged: Tensor | None = None,
 ) -> RolloutGroup:
-    """The built-in terms of one question's completions, by the question's own type. G ordered, H shuffled.
+    """Score the built-in terms of one question's completions, by the question's type. G ordered, H shuffled.
 
-    judged: [G + H] in place of their correctness; without it, or nan throughout, all have their own.
-    p and p̃ are this question's shares of correct completions: r_t is the same for every correct ordered one.
+    judged: [G + H] scores that replace correctness, unless None or nan. p and p̃ are this question's shares of
+    correct completions.
     """
     sample = question.sample
     if judged is None or judged.isnan().any():
@@ -217,26 +225,26 @@ def score_group(
 
 
 def answer_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """Correctness of each completion's tagged answer, [G] float32 in [0, 1]."""
+    """Return the correctness of each completion's tagged answer, [G] float32 in [0, 1]."""
     scores = [correctness(sample.problem_type, extract_answer(r.text), sample.answer) for r in rollouts]
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def format_scores(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """[G] float32: 1 where the whole completion has the demanded format."""
+    """Return [G] float32: 1 for each completion that has the demanded format."""
     scores = [format_reward(rollout.text, sample.problem_type) for rollout in rollouts]
     return torch.tensor(scores, dtype=torch.float32)
 
 
 def correct_mask(sample: Sample, scores: Tensor, threshold: float) -> Tensor:
-    """Which scores [G] count as a correct response, [G] bool."""
+    """Return which scores [G] count as a correct response, [G] bool."""
     return torch.tensor(
         [is_correct(sample.problem_type, s, threshold) for s in scores.tolist()], dtype=torch.bool
     )
 
 
 def weighted_sum(rewards: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
-    """[G] float32. A term that a function or the judge left out (nan) adds nothing."""
+    """Return the weighted sum of the terms, [G] float32; a missing value (nan) adds nothing."""
     return sum(
         (weights.get(name, 1.0) * values.nan_to_num(nan=0.0) for name, values in rewards.items()),
         torch.zeros(()),

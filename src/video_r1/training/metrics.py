@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -16,7 +17,6 @@ from torch import Tensor
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
-from video_r1.rewards.shaping import has_self_reflection
 from video_r1.training.advantages import without_variance
 from video_r1.training.objective import PolicyLoss
 
@@ -164,3 +164,8 @@ def tolerated(record: str) -> Iterator[None]:
 @functools.cache
 def warn_once(message: str) -> None:
     logger.warning(message)
+
+
+def has_self_reflection(text: str, phrases: Sequence[str]) -> bool:
+    """Return whether any of the phrases occurs in the text as whole words, in any case."""
+    return any(re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) for phrase in phrases)
