@@ -15,7 +15,6 @@ from video_r1 import console as progress_module
 from video_r1.console import Progress
 from video_r1.data.check import check_media, format_counts, run_check
 from video_r1.data.manifests.records import Sample, load_manifest
-from video_r1.errors import ManifestError
 
 
 def row(problem_id: int, path: str, problem_type: str = "free-form", source: str = "lab/a", **more) -> dict:
@@ -101,17 +100,6 @@ def test_the_command_without_media(media, capsys):
     assert "opened" not in out
 
 
-def test_the_command_on_good_media(media, capsys):
-    assert run_check(manifest(media, ROWS[:4], "good.json"), workers=1) == 0
-    out = capsys.readouterr().out
-    assert "usable questions: 4; rows with problems: 0; questions with unusable media: 0" in out
-
-
-def test_a_manifest_that_does_not_exist_is_an_error(tmp_path):
-    with pytest.raises(ManifestError, match="no such manifest"):
-        run_check(tmp_path / "none.json")
-
-
 def test_the_tables_of_counts(media):
     samples = [
         Sample(
@@ -172,25 +160,6 @@ def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
     assert len(lines) == 10 + 1
     assert lines[0] == "reading: 10/100 files, 1.00 files/s, 1:30 left"
     assert lines[-1] == "reading: 100/100 files, 1.00 files/s, 1:40 taken"
-
-
-def test_slow_work_shows_seconds_a_unit_and_its_figures(clock):
-    stream = io.StringIO()
-    with Progress(3, "training", "steps", stream=stream) as bar:
-        clock[0] += 4000
-        bar.update(loss=0.25, seen=3)
-    assert stream.getvalue().splitlines()[0] == (
-        "training: 1/3 steps, 4000.0 s each, 2:13:20 left, loss 0.25, seen 3"
-    )
-
-
-def test_work_that_breaks_off_says_how_far_it_came(clock):
-    stream = io.StringIO()
-    with pytest.raises(KeyError), Progress(5, "asking", "questions", stream=stream) as bar:
-        bar.update(2)
-        clock[0] += 4
-        raise KeyError
-    assert stream.getvalue() == "asking: 2/5 questions, 0.50 questions/s, 0:04 taken\n"
 
 
 def test_a_terminal_gets_a_bar():

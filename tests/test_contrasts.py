@@ -13,15 +13,14 @@ import pytest
 import torch
 from group_batches import build, tokens_of
 from PIL import Image
-from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample
+from test_prompts import PROCESSORS, make_clip, make_sample
 from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of
 from tiny_models import has_timestamps
 from tiny_questions import read_lines, row, training_arguments
 
-from video_r1.data.contrasts import blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import load_manifest
-from video_r1.data.prompts import PromptBuilder, TextPrompts
+from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.reading import build_question
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
@@ -31,7 +30,7 @@ from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.requests import engine_input, prompt_requests, server_request, visuals_of
-from video_r1.settings.frames import Contrast, Order
+from video_r1.settings.frames import Contrast
 from video_r1.training.logprob_contrast import logprob_drops
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
@@ -41,10 +40,6 @@ CONTRASTS = get_args(Contrast)
 def frames(contrast: Contrast, count: int, seed: int = 0) -> list[int] | None:
     shown = contrast_frames(contrast, count, torch.Generator().manual_seed(seed))
     return None if shown is None else shown.tolist()
-
-
-def test_orders_are_in_order_and_the_contrasts() -> None:
-    assert get_args(Order) == ("ordered", *CONTRASTS)
 
 
 def test_contrast_frames() -> None:
@@ -68,7 +63,7 @@ def test_contrast_of_a_short_clip(contrast: Contrast) -> None:
     assert frames("single", 8) == [4, 4] and frames("single", 9) == [4, 4]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_contrast_prompt(family: str, contrast: Contrast) -> None:
     """Frames, their times and the sampling rate that reach the model; the question is the same."""
@@ -128,8 +123,8 @@ def test_patches_of_a_prompt(permutation: list[int] | None, patches: list[int] |
     assert (None if prompt.patches is None else prompt.patches.tolist()) == patches
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("contrast", ["shuffled", "reversed"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("contrast", ["shuffled"])
 def test_vision_features_of_permuted_patches(family: str, contrast: Contrast) -> None:
     """A tower sees one temporal patch at a time: features permuted are those of the permuted clip. Frames of
     several windows."""
@@ -151,7 +146,7 @@ def test_vision_features_of_permuted_patches(family: str, contrast: Contrast) ->
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_drops_of_permuted_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are those of encoding the contrast clip, which the tower then need not see."""
     builder, model = PromptBuilder(PROCESSORS[family]), build(family)
@@ -178,7 +173,8 @@ def test_drops_of_permuted_features(family: str, monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(permuted[place], encoded[place], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("accumulation", "iterations"), [(1, 1), (2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("accumulation", "iterations"), [(2, 2)])
 def test_a_frozen_tower_sees_a_clip_twice(
     checkpoint: Path, manifest: Path, tmp_path: Path, accumulation: int, iterations: int
 ) -> None:
@@ -226,7 +222,8 @@ class Elsewhere:
         return [[replace(one, logprobs=one.logprobs.bfloat16().float()) for one in each] for each in groups]
 
 
-@pytest.mark.parametrize("case", ["float32", "bf16", "bf16, frozen tower", "another engine"])
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["float32", "bf16, frozen tower", "another engine"])
 def test_a_clip_that_does_not_move_loses_nothing(
     checkpoint: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -284,7 +281,8 @@ def test_a_blind_question_to_an_endpoint_is_text(frames_as: Any) -> None:
     assert "media_io_kwargs" not in body
 
 
-@pytest.mark.parametrize("contrast", ["reversed", "frozen", "dropped", "blind"])
+@pytest.mark.slow
+@pytest.mark.parametrize("contrast", ["dropped", "blind"])
 def test_contrast_is_sampled_in_training(
     checkpoint: Path, manifest: Path, tmp_path: Path, contrast: Contrast
 ) -> None:
@@ -320,6 +318,7 @@ class Asking(TransformersEngine):
         return super().generate(prompts, sampling, counts, on_token)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["margin", "likelihood"])
 def test_blind_questions_to_vllm_in_training(
     checkpoint: Path, manifest: Path, tmp_path: Path, rule: Any
@@ -351,15 +350,6 @@ def test_blind_questions_to_vllm_in_training(
     (line,) = (line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line)
     assert line["sampler/logprob_difference_max"] < 1e-4
     assert math.isfinite(line["temporal/gap" if rule == "margin" else "temporal/drop"])
-
-
-def test_contrast_in_validation(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(checkpoint, str(manifest), tmp_path, temporal_contrast="reversed")
-    figures = trainer.validate(load_manifest(manifest)[:4])
-    assert {"accuracy_video", "accuracy_reversed", "temporal_gap"} <= figures.keys()
-    assert "accuracy_shuffled" not in figures
-    gap = figures["accuracy_video"] - figures["accuracy_reversed"]
-    assert figures["temporal_gap"] == pytest.approx(gap)
 
 
 def record(question: int, order: str, score: float) -> dict[str, Any]:

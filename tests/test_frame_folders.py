@@ -14,14 +14,13 @@ from media_files import SMALL, picture, sample
 from PIL import Image
 
 from video_r1.data.check import check_media, run_check
-from video_r1.data.contrasts import contrast_prompt
 from video_r1.data.decoding.decoders import read_media, read_media_at
 from video_r1.data.decoding.frame_cache import FrameCache, cache_key, read_cached
 from video_r1.data.decoding.media import decode_media
 from video_r1.data.making.clip_index import ClipIndex
 from video_r1.data.making.layouts import Rejected
 from video_r1.data.manifests.records import Sample, check_manifest
-from video_r1.data.prompts import TextPrompts
+from video_r1.data.prompts import TextPrompts, contrast_prompt
 from video_r1.data.reading import derived_generator
 from video_r1.data.sources.media_types import FOLDER_FPS, frame_names
 from video_r1.errors import MediaError

@@ -1,22 +1,17 @@
 """Answers that say where and when: their forms, what is read of others, and overlaps worked out by hand."""
 
-import json
-import math
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from video_r1.data.answers import read_answer
 from video_r1.data.grounding import GROUNDING_FORMS, Located, parse_located, read_located, truth_problems
-from video_r1.data.manifests.records import Sample, check_manifest
-from video_r1.data.prompts import TextPrompts
+from video_r1.data.manifests.records import check_manifest
 from video_r1.rewards.correctness import (
     box_iou,
     common_iou,
     correctness,
     format_reward,
-    is_correct,
     overlaps,
     span_iou,
     track_iou,
@@ -136,23 +131,12 @@ def test_rewards(kind, answer, truth, score):
     assert correctness(kind, answer, truth) == pytest.approx(score)
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
-def test_numbers_are_finite(number):
-    answer = f'{{"time": [2, {number}]}}'
-    assert parse_located(answer, TEMPORAL) is None
-    assert format_reward(f"<think>x</think><answer>{answer}</answer>", TEMPORAL) == 0
-
-
 def test_parts_of_a_score():
     answer = '{"time": [4, 8], "boxes": {"3": [100, 200, 200, 400]}}'
     truth = '{"time": [2, 6], "boxes": {"3": [100, 200, 300, 400]}}'
     assert overlaps(BOTH, answer, truth) == pytest.approx({"tIoU": 1 / 3, "IoU": 1 / 2})
     assert overlaps(BOTH, "", truth) == {"tIoU": 0, "IoU": 0}
     assert overlaps("OCR", "a", "a") == overlaps(BOTH, answer, "") == {}
-
-
-def test_an_overlap_above_the_threshold_counts_as_correct():
-    assert is_correct(TEMPORAL, 0.6) and not is_correct(TEMPORAL, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -260,14 +244,6 @@ def test_the_format_reward_wants_an_answer_of_the_form(kind, form):
     assert format_reward(f"<answer>{form}</answer>", kind) == 0
 
 
-@pytest.mark.parametrize(("kind", "form"), GROUNDING_FORMS.items())
-def test_prompts_say_the_form_and_the_units(kind, form):
-    text = TextPrompts().question(Sample(1, "When?", "video", kind, f"<answer>{form}</answer>", "x.mp4"))
-    assert all(f'"{name}"' in text for name in json.loads(form))
-    assert ("seconds" in text) == ("time" in form) or kind == TRACKING
-    assert ("thousandths of width and height" in text) == ("boxes" in form)
-
-
 @pytest.mark.parametrize(
     ("kind", "answer", "problem"),
     [
@@ -299,9 +275,3 @@ def test_only_boxes_are_asked_of_images():
     found = [list(truth_problems(form, kind, "image", None)) for kind, form in GROUNDING_FORMS.items()]
     assert [bool(problems) for problems in found] == [True, False, True, True]
     assert found[0] == ["temporal grounding is for videos, and this is an image"]
-
-
-def test_no_truth_scores_less_than_one_against_itself():
-    for kind, form in GROUNDING_FORMS.items():
-        assert correctness(kind, form, form) == 1.0
-        assert math.isclose(correctness(kind, form, ""), 0)

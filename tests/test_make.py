@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -177,34 +176,6 @@ def test_published_layouts(
     assert (
         main(["data", "check", str(tmp_path / "out.json"), "--media_root", str(shelf), "--workers", "1"]) == 0
     )
-
-
-def test_answers_that_say_where_and_when(shelf: Path, tmp_path: Path) -> None:
-    table = [
-        {"question": "When?", "answer": [1.5, 3], "video": "ball", "problem_type": "temporal grounding"},
-        {"question": "When?", "answer": "0:01 to 0:03", "video": "ball", "problem_type": "moment retrieval"},
-        {
-            "question": "Where?",
-            "answer": {"bbox": [1, 2, 3, 4]},
-            "video": "ball",
-            "problem_type": "spatial_grounding",
-        },
-        {"question": "When?", "answer": "soon", "video": "ball", "problem_type": "temporal grounding"},
-        {
-            "question": "Where?",
-            "answer": "[1, 2, 3000, 4]",
-            "video": "ball",
-            "problem_type": "spatial grounding",
-        },
-    ]
-    rows, refused = make(shelf, written(tmp_path, "t.json", table))
-    assert [row["solution"] for row in rows] == [
-        '<answer>{"time": [1.5, 3.0]}</answer>', '<answer>{"time": [1.0, 3.0]}</answer>',
-        '<answer>{"boxes": [1.0, 2.0, 3.0, 4.0]}</answer>',
-    ]  # fmt: skip
-    assert [line["reason"] for line in refused] == ["no place or time", "no manifest row"]
-    assert 'of the form {"time": [2.5, 6.0]}' in refused[0]["found"]
-    assert "1000·x/width" in refused[1]["found"]
 
 
 def test_every_layout_is_a_setting_and_knows_its_own_rows_alone() -> None:
@@ -383,24 +354,3 @@ def test_subtitles_beside_the_clip_or_from_a_column(shelf: Path, tmp_path: Path)
 
 
 # --- from a table to training --------------------------------------------------------------------
-
-
-def test_a_table_is_made_checked_and_trained_on(shelf: Path, tmp_path: Path) -> None:
-    from tiny_models import tiny_checkpoint
-
-    table = written(
-        tmp_path, "t.csv",
-        "question,video,a,b,answer,rationale\n"
-        "which way,ball,left,right,right,It rolls.\nwhat,cup,red,green,A,I look.\n",
-    )  # fmt: skip
-    make(shelf, table, "--subtitles", "text")
-    manifest = ["--media_root", str(shelf)]
-    assert main(["data", "check", str(tmp_path / "out.json"), *manifest, "--workers", "1"]) == 0
-    model = str(tiny_checkpoint("qwen2_5_vl", tmp_path / "model"))
-    words = ["--model_name_or_path", model, "--train_manifest", str(tmp_path / "out.json"), *manifest]
-    words += shlex.split("--use_cpu --max_steps 2 --frame_pixels 3136 --image_pixels 3136 --save_strategy no")
-    assert main(["sft", *words, "--subtitles", "--output_dir", str(tmp_path / "sft")]) == 0
-    assert len((tmp_path / "sft" / "metrics.jsonl").read_text().splitlines()) == 2
-    assert not (tmp_path / "sft" / "quarantine.jsonl").exists()
-    carried = json.loads((tmp_path / "sft" / "video_r1.json").read_text())
-    assert carried["prompt_template"].startswith("{subtitles}\n{question}\n")

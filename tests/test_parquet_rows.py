@@ -17,9 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from made_hub import COMMIT, ID, made_hub
-from media_files import SMALL, noise, sample, saved, write_video
-from tgrpo_trainers import make_trainer, weights
-from tiny_questions import read_lines, write_manifest
+from media_files import SMALL, sample, write_video
 
 from video_r1.cli import main
 from video_r1.data.decoding.decoders import read_media
@@ -110,6 +108,7 @@ print(json.dumps([media.frames.shape[0]]), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_read_where_it_lies(shelf: Path, clips: list[Path], tmp_path: Path) -> None:
     """Through the hub's own client and `datasets`: rows without media, one group of rows for one clip."""
     with made_hub(shelf) as hub:
@@ -267,17 +266,6 @@ def test_data_sets_given_in_python(shelf: Path, tmp_path: Path) -> None:
     assert load_manifest(plain["train"], tmp_path) == load_manifest(rows, tmp_path)
 
 
-def test_a_manifest_made_of_a_folder_of_tables(tmp_path: Path) -> None:
-    picture = saved(noise(60), tmp_path / "1.png").read_bytes()
-    folder = tmp_path / "set"
-    one_table(folder / "train.parquet", {"image": [{"bytes": picture, "path": None}], "answer": ["x"]})
-    out = tmp_path / "out.json"
-    assert main(["data", "make", str(folder), "--out", str(out)]) == 0
-    (row,) = json.loads(out.read_text())
-    assert (row["path"], row["data_type"]) == ("parquet://image/0::train.parquet", "image")
-    assert main(["data", "check", str(out), "--media_root", str(folder)]) == 0
-
-
 def test_tables_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: Any) -> None:
     tables = [str(one_table(tmp_path / f"{n:02}.parquet", {"n": [n, n]})) for n in range(40)]
     read: Counter[str] = Counter()
@@ -290,35 +278,3 @@ def test_tables_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: Any) ->
     rows.close()  # type: ignore[attr-defined]
     assert len(read) < 20
     assert [row["n"] for row in table_rows(tables)] == [n for n in range(40) for _ in range(2)]
-
-
-def test_training_on_tables_equals_training_on_files(checkpoint: Path, tmp_path: Path) -> None:
-    """Clips and images in two columns of one data set, over the end of an epoch, bit for bit."""
-    manifest = write_manifest(tmp_path)
-    rows = json.loads(manifest.read_text())
-    for row in rows:
-        content = (tmp_path / row.pop("path")).read_bytes()
-        for kind in ("image", "video"):
-            row[kind] = {"bytes": content, "path": None} if row["data_type"] == kind else None
-    made = datasets.Dataset.from_list(rows, features=features_of(rows))
-    (tmp_path / "set").mkdir()
-    for shard in range(2):
-        made.shard(2, shard).to_parquet(tmp_path / "set" / f"train-{shard}.parquet", batch_size=GROUP)
-    runs = {}
-    for name, source in (("files", manifest), ("tables", tmp_path / "set")):
-        trainer = make_trainer(checkpoint, str(source), tmp_path / name, temporal_rule="off", max_steps=4)
-        trainer.train()
-        runs[name] = weights(trainer), read_lines(tmp_path / name / "rollouts.jsonl")
-    recorded = runs["tables"][1]
-    assert recorded and all(one["path"].startswith("parquet://") for one in recorded)
-    for one, other in zip(runs["files"][1], recorded, strict=True):
-        assert {**one, "path": ""} == {**other, "path": ""}
-    assert all(torch.equal(value, runs["tables"][0][name]) for name, value in runs["files"][0].items())
-    assert not (tmp_path / "tables" / "quarantine.jsonl").exists()
-
-
-def features_of(rows: list[dict[str, Any]]) -> datasets.Features:
-    plain = datasets.Dataset.from_list(rows).remove_columns(["image", "video"])
-    return datasets.Features({
-        **plain.features, "image": datasets.Image(decode=False), "video": datasets.Video(decode=False),
-    })  # fmt: skip

@@ -67,22 +67,6 @@ def test_question_text(problem_type: ProblemType, text: str) -> None:
     assert builder.question(make_sample(problem_type)) == text.format(instruction)
 
 
-def test_braces_in_a_question_are_text() -> None:
-    question = PromptBuilder(PROCESSORS["qwen2_vl"]).question(make_sample(problem="What is {hint} in {x}?"))
-    assert question.startswith("What is {hint} in {x}?\nA. left")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_chat_has_the_media_before_the_text(family: str) -> None:
-    processor = PROCESSORS[family]
-    prompt = PromptBuilder(processor).build(make_sample(), make_clip(family))
-    text = processor.tokenizer.decode(prompt.input_ids)
-    assert text.endswith("Give the letter only.<|im_end|>\n<|im_start|>assistant\n")
-    assert text.rindex("<|video_pad|>") < text.index("Where does it go?")
-    assert [part["type"] for part in prompt.messages[0]["content"]] == ["video", "text"]
-    assert prompt.input_ids.dtype == torch.int64 and prompt.input_ids.ndim == 1
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_visual_placeholders_and_features(family: str) -> None:
     """8 frames of 4 x 4 patches are 4 x 4 x 4 patches and, merged 2 x 2, 16 tokens; an image has 4 tokens."""
@@ -254,16 +238,6 @@ def test_subtitles_stand_before_the_question_when_they_are_asked_for(tmp_path: P
 )
 def test_long_subtitles_are_cut_at_a_line_and_say_so(text: str | None, shown: str) -> None:
     assert subtitle_text(text, limit=10) == shown
-
-
-def test_subtitles_are_outside_of_the_visual_block() -> None:
-    sample, clip = make_sample(subtitles="Hello."), make_clip("qwen2_5_vl")
-    builder = PromptBuilder(PROCESSORS["qwen2_5_vl"], subtitles=True)
-    ids = builder.build(sample, clip).input_ids
-    plain = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(sample, clip).input_ids
-    assert builder.visual_tokens(ids) == builder.visual_tokens(plain) > 0
-    end = int((plain == builder.processor.video_token_id).nonzero()[-1]) + 1
-    assert torch.equal(ids[:end], plain[:end])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from datasets import config as datasets_config
 
 from video_r1.data.manifests import records, tables
-from video_r1.data.manifests.records import FIELDS, PROBLEM_TYPES, Sample, check_manifest, load_manifest
+from video_r1.data.manifests.records import PROBLEM_TYPES, Sample, check_manifest, load_manifest
 from video_r1.data.sources.media_paths import path_below
 from video_r1.errors import ManifestError
 
@@ -73,13 +73,6 @@ def test_a_row_becomes_a_sample(tmp_path):
     assert sample.answer == "B"
 
 
-def test_missing_optional_fields_have_defaults(tmp_path):
-    row = {name: value for name, value in NUMBER.items() if name not in ("options", "data_source")}
-    [sample] = load_manifest(write(tmp_path, [row | {"process": ""}]))
-    assert (sample.options, sample.data_source, sample.process) == ((), "", None)
-    assert (sample.start, sample.end, sample.extra) == (None, None, {})
-
-
 def as_list(made):
     return json.dumps(made)
 
@@ -93,7 +86,7 @@ def as_lines(made):
 
 
 @pytest.mark.parametrize("spell", [as_list, as_indented_list, as_lines])
-@pytest.mark.parametrize("piece", [1, 7, 100, 1 << 20])
+@pytest.mark.parametrize("piece", [1, 100])
 def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
     """A JSON list is parsed in pieces: wherever a piece ends, the rows are the same."""
     monkeypatch.setattr(records, "_READ_CHARACTERS", piece)
@@ -102,17 +95,9 @@ def test_spellings_of_one_manifest_agree(tmp_path, monkeypatch, spell, piece):
     assert [(s.problem_id, s.problem) for s in samples] == [(r["problem_id"], r["problem"]) for r in made]
 
 
-def test_mixed_ids_and_columns_are_kept_as_they_are(tmp_path):
-    made = [CHOICE, NUMBER | {"family": "count"}, CHOICE | {"problem_id": 8, "key_frames": [1, 2]}]
-    samples = load_manifest(write(tmp_path, made))
-    assert [s.problem_id for s in samples] == [7, "n-1", 8]
-    assert [dict(s.extra) for s in samples] == [{}, {"family": "count"}, {"key_frames": [1, 2]}]
-
-
 PROBLEMS = [
     ({"problem_id": None}, "problem_id is missing"),
     ({"problem_id": 7.5}, "problem_id is 7.5; it must be an integer or a string"),
-    ({"problem_id": True}, "problem_id is True; it must be an integer or a string"),
     ({"problem": None}, "problem is missing"),
     ({"problem": "  "}, "problem is empty"),
     ({"problem": ["x"]}, "problem is ['x']; it must be a string"),
@@ -122,9 +107,7 @@ PROBLEMS = [
         f"problem_type is 'ocr'; known are {', '.join(PROBLEM_TYPES)} (did you mean 'OCR'?)",
     ),
     ({"problem_type": "multiple_choice"}, "(did you mean 'multiple choice'?)"),
-    ({"problem_type": ["OCR"]}, "problem_type is ['OCR']; known are"),
     ({"solution": "B"}, "solution is 'B'; it must be <answer>…</answer> with a text inside"),
-    ({"solution": "<answer> </answer>"}, "it must be <answer>…</answer> with a text inside"),
     (
         {"solution": "<answer>A</answer><answer>B</answer>"},
         "it must be <answer>…</answer> with a text inside",
@@ -137,21 +120,19 @@ PROBLEMS = [
     ({"options": ["A. left", "A. right", "B. up"]}, "options use the letter A more than once"),
     ({"options": ["B. right"]}, "needs two options or more, found 1"),
     ({"options": "A. left"}, "options is 'A. left'; it must be a list of strings"),
-    ({"options": ["A. left", 2]}, "it must be a list of strings"),
     ({"problem_type": "free-form"}, "options are given, but the problem is free-form"),
     ({"process": "because"}, "process is 'because'; it must be <think>…</think>"),
     ({"data_source": 3}, "data_source is 3; it must be a string"),
     ({"start": "1"}, "start is '1'; it must be a time in seconds"),
-    ({"start": -1}, "start is -1; it must be a time in seconds"),
     ({"end": float("nan")}, "end is nan; it must be a time in seconds"),
     ({"end": 10**400}, "it must be a time in seconds"),
     ({"start": 4, "end": 3}, "the window ends (3 s) before it starts (4 s)"),
     ({"data_type": "image", "end": 3}, "start and end are for videos"),
     ({"path": "/etc/passwd"}, "path '/etc/passwd' is absolute; it must be relative to the media root"),
     ({"path": "C:\\clips\\7.mp4"}, "is absolute"),
+    ({"problem_type": "numerical", "options": [], "solution": "<answer>1e999</answer>"}, "finite number"),
     ({"path": "../7.mp4"}, "path '../7.mp4' leads out of the media root"),
     ({"path": "a/../../7.mp4"}, "leads out of the media root"),
-    ({"path": ".."}, "leads out of the media root"),
     ({"path": "a\0.mp4"}, "contains a null character"),
     ({"path": "https://example.org/7.mp4"}, "is a URL; these are refused unless allow_urls is set"),
     ({"path": "file:///etc/passwd"}, "leads out of the media root"),
@@ -166,17 +147,8 @@ def test_each_problem_is_found_alone_and_named(tmp_path, change, text):
     assert text in found[0]
 
 
-@pytest.mark.parametrize("kind", ["numerical", "regression"])
-@pytest.mark.parametrize("answer", ["nan", "inf", "-Infinity", "1e999", "three", "3 m"])
-def test_number_solutions_are_finite_numbers(tmp_path, kind, answer):
-    row = NUMBER | {"problem_type": kind, "solution": f"<answer>{answer}</answer>"}
-    assert problems_of(tmp_path, row) == [
-        f"row 1 (id n-1): the solution of a {kind} problem must be a finite number, not {answer!r}"
-    ]
-
-
-@pytest.mark.parametrize("solution", ["B", "B.", "(B)", "B. right", " B "])
-@pytest.mark.parametrize("first", ["A. left", "A: left", "(A) left", "A"])
+@pytest.mark.parametrize("solution", ["B.", "(B)", "B. right"])
+@pytest.mark.parametrize("first", ["A: left", "(A) left", "A"])
 def test_option_letters_in_their_usual_spellings(tmp_path, solution, first):
     options = [first, "B. right"]
     row = CHOICE | {"solution": f"<answer>{solution}</answer>", "options": options}
@@ -219,11 +191,6 @@ def test_a_missing_file_of_the_lab_says_what_makes_it(tmp_path):
         load_manifest(tmp_path / "other.json")
 
 
-def test_ids_that_differ_in_type_only_are_duplicates(tmp_path):
-    found = problems_of(tmp_path, CHOICE, CHOICE | {"problem_id": "7"})
-    assert found == ["row 2 (id 7): problem_id is used before, in row 1; each row needs its own"]
-
-
 def test_a_long_list_of_problems_is_cut_in_the_message_only(tmp_path):
     with pytest.raises(ManifestError) as error:
         load_manifest(write(tmp_path, [CHOICE | {"problem_id": n, "problem": None} for n in range(50)]))
@@ -257,14 +224,6 @@ def test_broken_json_is_named_with_its_place(tmp_path, monkeypatch, content, tex
     with pytest.raises(ManifestError) as error:
         load_manifest(write(tmp_path, content))
     assert text in str(error.value.problems[-1])
-
-
-def test_rows_that_are_numbers_are_read_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_READ_CHARACTERS", 2)
-    found = check_manifest(write(tmp_path, "[12, 3456,7]")).problems
-    assert [str(problem) for problem in found] == [
-        f"row {row}: is {number}, not an object with fields" for row, number in ((1, 12), (2, 3456), (3, 7))
-    ]
 
 
 def test_broken_json_lines_do_not_hide_the_others(tmp_path):
@@ -329,13 +288,6 @@ def test_a_list_of_rows_is_checked_like_a_manifest(tmp_path):
         load_manifest([CHOICE | {"problem": None}, 3], media_root=tmp_path)
 
 
-def test_a_folder_beside_the_root_with_its_name_as_beginning_is_outside(tmp_path):
-    (tmp_path / "root").mkdir()
-    path = write(tmp_path, [CHOICE | {"path": "../root2/x.mp4"}])
-    found = check_manifest(path, media_root=tmp_path / "root").problems
-    assert "leads out" in found[0].text
-
-
 def test_urls_when_they_are_allowed(tmp_path):
     url = "https://example.org/clip.mp4?x=1"
     path = write(tmp_path, [CHOICE | {"path": url}, NUMBER | {"path": "ftq://example.org/a.png"}])
@@ -347,11 +299,6 @@ def test_urls_when_they_are_allowed(tmp_path):
 def test_a_media_root_that_is_no_folder(tmp_path):
     with pytest.raises(ManifestError, match="is not a folder"):
         load_manifest(write(tmp_path, [CHOICE]), media_root=tmp_path / "nowhere")
-
-
-def test_a_manifest_file_that_does_not_exist(tmp_path):
-    with pytest.raises(ManifestError, match="no such manifest file"):
-        load_manifest(tmp_path / "nowhere.json")
 
 
 def test_a_datasets_dataset_with_null_columns(tmp_path):
@@ -398,7 +345,3 @@ def test_a_source_that_is_nothing_known(monkeypatch):
         load_manifest("nobody-knows/this-set")
     with pytest.raises(ManifestError, match="not int"):
         load_manifest(3)  # type: ignore[arg-type]
-
-
-def test_fields_are_those_of_the_sample():
-    assert {*FIELDS, "extra", "more_paths"} == set(Sample.__dataclass_fields__)

@@ -19,10 +19,9 @@ from test_general import plain_logprobs
 from test_prompts import FAMILIES, PROCESSORS, make_clip, make_sample, side
 from test_rollout_transformers import build_model, reference_inputs, teacher_forced
 
-from video_r1.data.contrasts import contrast_order, contrast_prompt
 from video_r1.data.decoding.media import Media, Shown
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts
+from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts, contrast_order, contrast_prompt
 from video_r1.data.reading import build_question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import PromptError
@@ -81,7 +80,7 @@ def test_features_are_those_of_each_alone(family: str) -> None:
     assert several.frames == 12 and images.frames == 3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_log_probabilities_and_generation_are_those_of_a_plain_forward(family: str) -> None:
     torch.manual_seed(0)
     model, prompts = build_model(family), prompts_of(PromptBuilder(PROCESSORS[family]), side(family))
@@ -103,6 +102,7 @@ def test_log_probabilities_and_generation_are_those_of_a_plain_forward(family: s
         assert [rollout.token_ids.tolist() for rollout in group] == [generated] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERAL)
 def test_the_general_path(family: str) -> None:
     """Clips are several images where the processor takes no videos; marks may be special tokens."""
@@ -190,17 +190,6 @@ def test_marks_of_other_turns_are_text() -> None:
     assert blind.messages[0]["content"] == [{"type": "text", "text": ""}]  # templates take its first part
 
 
-def test_a_row_with_one_file_and_marks() -> None:
-    """One mark is where it stands; other numbers are text, as ever."""
-    builder, clip = PromptBuilder(PROCESSORS["qwen2_5_vl"]), make_clip("qwen2_5_vl")
-    once = said(builder.build(make_sample(problem="In <video> what falls?"), clip))
-    assert once[:2] == ["In ", "[video]"] and once[2].startswith(" what falls?")
-    twice = said(builder.build(make_sample(problem="<video> or <video>?"), clip))
-    assert twice[0] == "[video]" and twice[1].startswith("<video> or <video>?")
-    other = said(builder.build(make_sample(problem="Is <image> a tag?"), clip))
-    assert other[0] == "[video]" and other[1].startswith("Is <image> a tag?")
-
-
 def test_what_a_prompt_refuses() -> None:
     builder, clips = PromptBuilder(PROCESSORS["qwen2_5_vl"], max_prompt_length=60), clips_of(56)
     with pytest.raises(
@@ -234,7 +223,7 @@ def test_the_order_of_several_clips() -> None:
     assert shown("dropped", 8, 2, 4) is not None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.parametrize("unit", ["frame", "patch"])
 def test_contrasts_and_drops(family: str, unit: Any) -> None:
     """Frames stay in their clips; features of permuted pairs are those of the tower's, for unequal sizes."""

@@ -18,7 +18,7 @@ from resume_runs import comparable
 from test_evaluation import ScriptedEngine, evaluate
 from tgrpo_trainers import make_trainer, weights
 from tiny_models import moving_square, write_clip
-from tiny_questions import read_lines, row, training_arguments
+from tiny_questions import read_lines, row
 from transformers import AutoProcessor
 
 from video_r1.data.check import check_media
@@ -32,7 +32,6 @@ from video_r1.evaluation.ask import question_sample, run_ask
 from video_r1.evaluation.benchmarks.loading import load_questions
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import FrameBudget
-from video_r1.training.sft import SFTConfig, SFTTrainer
 
 BUDGET = FrameBudget(fps=4.0, frame_pixels=56 * 56, image_pixels=56 * 84)
 
@@ -145,6 +144,7 @@ def test_each_file_is_opened_and_kept_once(
 # ---- Runs
 
 
+@pytest.mark.slow
 def test_training_records_and_resumes_exactly(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 4, "contrast_unit": "patch"}
     settings |= {"temporal_rule": "tokens", "log_rollouts": 4, "fps": 4.0}
@@ -165,16 +165,6 @@ def test_training_records_and_resumes_exactly(checkpoint: Path, manifest: Path, 
     assert groups[0]["contrast"] == "shuffled" and groups[0]["ordered"][0]["word_drops"]
 
 
-def test_sft_and_validation(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    config = SFTConfig(**training_arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2))
-    trainer = SFTTrainer(
-        str(checkpoint), args=config, train_dataset=str(manifest), eval_dataset=str(manifest)
-    )
-    trainer.train()
-    (figures,) = [line for line in read_lines(tmp_path / "metrics.jsonl") if "eval_loss" in line]
-    assert figures["eval_questions"] == 4 and figures["eval_skipped"] == 0
-
-
 def test_evaluation_in_several_orders(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     builder, engine = PromptBuilder(AutoProcessor.from_pretrained(checkpoint)), ScriptedEngine()
     samples = load_manifest(manifest)
@@ -191,6 +181,7 @@ def test_evaluation_in_several_orders(checkpoint: Path, manifest: Path, tmp_path
         evaluate(changed, engine, builder, folder=tmp_path, order=orders, frames=[4, 8])
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_all_of_them_and_its_rows_name_them(
     manifest: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -218,6 +209,7 @@ def test_a_teacher_sees_all_of_them_and_its_rows_name_them(
     assert all(sample.process for sample in load_manifest(tmp_path / "cot.json", folder))
 
 
+@pytest.mark.slow
 def test_ask(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = [str(folder / f"{number}.mp4") for number in range(2)]
     settings = AskSettings(
@@ -245,6 +237,7 @@ def client(manifest: Path) -> Iterator[Any]:
         yield client
 
 
+@pytest.mark.slow
 def test_rows_in_the_studio(client: Any, manifest: Path) -> None:
     found = client.get("/api/rows", params={"manifest": manifest.name}).json()
     assert [item["files"] for item in found["shown"]] == [[None] * count for count in (2, 2, 3, 1)]

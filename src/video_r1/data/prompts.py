@@ -1,8 +1,26 @@
-"""Prompts: a Sample's model inputs in one frame order, its text by a template (templates.py)."""
+"""Prompts: a Sample's model inputs, with its frames in order or with a contrast clip.
+
+A contrast clip is a question's own clip without its frame order, or without its frames. Each contrast is a
+pure function of the number of frames T: which frames are shown, and in which order. A model that answers
+correctly with a contrast clip does not need what the contrast removes; the temporal gap is the accuracy that
+needs the order.
+
+| contrast | frames of a clip 0 1 2 3 4 5 6 7 | removes | source |
+|---|---|---|---|
+| shuffled | 3 1 0 2 7 5 4 6, any order but the clip's own | order | T-GRPO, arXiv 2503.21776 |
+| reversed | 7 6 5 4 3 2 1 0 | the arrow of time | ArrowRL, arXiv 2506.03340 |
+| frozen | 5 5 5 5 5 5 5 5, any one frame | change | – |
+| single | 4 4, the middle frame, as one temporal patch | all frames but one | – |
+| dropped | 1 2 5 6, half of the frames in order | moments | TaRO, arXiv 2606.09248 |
+| blind | none: the prompt has no visuals | everything | – |
+
+Shuffled and reversed may act on pairs of frames, the temporal patches of the Qwen vision towers: reversed is
+then 6 7 4 5 2 3 0 1. A tower sees one pair at a time, so permuting pairs permutes the features.
+"""
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -10,34 +28,34 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from video_r1.data.decoding.media import Media, Shown, clips_of, reordered
+from video_r1.data.decoding.media import Media, Shown, clips_of, reordered, shuffled_order
 from video_r1.data.manifests.records import Sample
 from video_r1.data.templates import Template, end_token_id, load_template, prompt_text, special_tokens
 from video_r1.errors import PromptError
-from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, Order
+from video_r1.settings.frames import TEMPORAL_PATCH, Contrast, ContrastUnit, Order
 
-TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with a value for each token
-# Held while a tokenizer is used: fast ones keep settings (padding, cutting) that a call may have to change.
-# A call in another thread that meets this is refused ("Already borrowed"), or gets the other's settings.
+TOKEN_FEATURES = ("mm_token_type_ids", "token_type_ids")  # features with one value per token
+# Fast tokenizers keep settings (padding, truncation) that a call may change: a call in another thread at that
+# moment fails ("Already borrowed") or gets the other call's settings.
 _TOKENIZING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question's model inputs in one frame order, or with one contrast (data/contrasts.py).
+    """One question's model inputs in one frame order, or with one contrast.
 
     input_ids: [P] int64, the chat with its visual placeholders expanded.
-    features: what the model's forward takes besides ids and mask, for this prompt alone, by its processor's
-        names. Of Qwen models: `pixel_values` [patches, dim] float32 and `image_grid_thw` [n, 3] for n images,
+    features: inputs of the model's forward besides ids and mask, for this prompt alone, by its processor's
+        names. Qwen models: `pixel_values` [patches, dim] float32 and `image_grid_thw` [n, 3] for n images,
         `pixel_values_videos` and `video_grid_thw` for videos, `second_per_grid_ts` [n] float32 (Qwen2.5-VL),
         `mm_token_type_ids` [P].
-    media: each clip or image, its frames in the order in which the model sees them; none in a blind prompt.
-    permutation: [T] int64, tile i shows frame permutation[i] of all clips' frames one after the other; None
-        for the clips' own order.
+    media: each clip or image, its frames in the order that the model sees; none in a blind prompt.
+    permutation: [T] int64, position i shows frame permutation[i] of the concatenated clips; None for the
+        clips' own order.
     messages: the chat, for engines that tokenise themselves.
-    contrast: what the permutation is, where there is one.
+    contrast: the kind of permutation.
     thinks: whether the completion begins with its reasoning (templates.py).
     """
 
@@ -55,13 +73,13 @@ class Prompt:
 
     @property
     def frames(self) -> int:
-        """How many it shows; 0 of a blind prompt."""
+        """Number of frames; 0 for a blind prompt."""
         return sum(len(media.frames) for media in self.media)
 
     @property
     def patches(self) -> Tensor | None:
-        """[T/2] int64: temporal patch i shows patch patches[i] of the clips'. None where frames are in order,
-        or make other pairs than in a clip.
+        """[T/2] int64: temporal patch i shows patch patches[i] of the clips. None for frames in order, or if
+        they form other pairs than in the clips.
         """
         if self.permutation is None or len(self.permutation) == 0 or len(self.permutation) % TEMPORAL_PATCH:
             return None
@@ -72,17 +90,17 @@ class Prompt:
 
 
 def response_text(sample: Sample) -> str:
-    """What SFT teaches: the rationale, then the tagged answer. Raises PromptError without a `process`."""
+    """Return SFT's target: the rationale, then the tagged answer. Raises PromptError without a `process`."""
     if not sample.process:
         raise PromptError(f"question {sample.problem_id!r} has no `process`; SFT needs a rationale")
     return f"{sample.process.strip()}\n{sample.solution.strip()}"
 
 
 def video_metadata(media: Media) -> dict[str, Any]:
-    """What a Hugging Face video processor has to know of frames that are sampled already.
+    """Return the metadata that a Hugging Face video processor needs for frames that are already sampled.
 
-    The clock runs in seconds (`fps` 1), so that a frame's index is its timestamp and the processors' own
-    formulas give the real sampling rate (T / duration) and the real timestamps.
+    The clock runs in seconds (`fps` 1), so a frame's index is its timestamp, and the processors' own formulas
+    give the real sampling rate (T / duration) and timestamps.
     """
     return {
         "total_num_frames": media.duration,
@@ -95,7 +113,7 @@ def video_metadata(media: Media) -> dict[str, Any]:
 
 
 class TextPrompts:
-    """Prompts of a model whose processor is elsewhere: the question's text and its frames, no tokens."""
+    """Prompts for a model whose processor is not here (an endpoint): text and frames, no token ids."""
 
     tokenizer: Any = None
 
@@ -108,14 +126,14 @@ class TextPrompts:
         return other
 
     def question(self, sample: Sample) -> str:
-        """The user's text by the template, or the texts of the sample's messages where it has some."""
+        """Return the user's text: the rendered template, or the texts of the sample's own messages."""
         if sample.messages:
             return "\n".join(message["content"] for message in sample.messages)
         return self.template.render(sample)
 
     def _chat(self, sample: Sample, visuals: Sequence[list[dict[str, str]]]) -> list[dict[str, Any]]:
-        """The chat: one message by the template, or the sample's own. The visuals of each file stand at its
-        mark in the user's text, without marks before the first question.
+        """Build the chat: one message from the template, or the sample's own messages. Each file's visuals
+        replace its mark in the user's text; without marks they precede the first question.
         """
         said = turns_of(sample, self.question(sample))
         pieces = between_marks(sample, said)
@@ -132,9 +150,8 @@ class TextPrompts:
     def build(
         self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
-        """The prompt of a question. media: of each of its files. `permutation` [T]: which frames it shows, by
-        number, in place of all in order (`Prompt.permutation`); all else stays as it is. Without any frame it
-        has no visuals. contrast: what that is called.
+        """Build a question's prompt. media: one for each file. permutation: [T] int64, the frames to show
+        (`Prompt.permutation`); without any frame the prompt has no visuals. contrast: its name.
         """
         shown = clips_of(media)
         if len(shown) != len(sample.paths):
@@ -147,19 +164,21 @@ class TextPrompts:
         return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks)
 
     def _visuals(self, media: Media) -> list[dict[str, str]]:
-        """How a message names what it shows."""
+        """Return the message parts that stand for a clip or image."""
         return [{"type": media.kind}]
 
 
 def turns_of(sample: Sample, text: str) -> Sequence[Mapping[str, str]]:
-    """The messages of a sample, or its text as the only one."""
+    """Return the sample's messages, or its text as the only message."""
     return sample.messages or ({"role": "user", "content": text},)
 
 
 def between_marks(sample: Sample, said: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
-    """Each turn's text in pieces, between which the sample's files go; None where no marks say so. Only marks
-    in the user's turns count: templates of newer models show nothing in others. Another number of them is
-    plain text of a question about one file; of one about several it raises PromptError.
+    """Split each turn's text at the marks where the sample's files go; None without marks.
+
+    Only marks in user turns count: templates of newer models drop visuals in other turns. If the number of
+    marks differs from the number of files, the marks are plain text for one file, and raise PromptError for
+    several.
     """
     pieces = [
         turn["content"].split(sample.mark) if turn["role"] == "user" else [turn["content"]] for turn in said
@@ -178,15 +197,14 @@ def _parts(text: str) -> list[dict[str, str]]:
 
 
 class PromptBuilder(TextPrompts):
-    """Turns samples and their frames into model inputs, with the model's own processor and chat template.
-    Thread-safe: prompts are made one at a time.
+    """Model inputs of samples, made by the model's own processor and chat template. Thread-safe: prompts are
+    built one at a time.
 
-    processor: with a chat template. Frames whose sides may be any multiple of its patches (`frame_multiple`)
-        it takes as they are; otherwise it resizes them to a size of its own. One that takes no videos is
-        given a clip as several images.
+    processor: needs a chat template. Frames are not resized if their sides may be any multiple of its patches
+        (`frame_multiple`); other processors resize them. A processor without videos gets a clip as images.
     template: path of a template file; None for the built-in template.
-    max_prompt_length: tokens, visual ones included. A longer prompt is an error, it is never cut.
-    subtitles: whether the template gets a line for them.
+    max_prompt_length: tokens, visual ones included. A longer prompt is an error; it is never truncated.
+    subtitles: add a line for subtitles to the template.
     """
 
     def __init__(
@@ -209,10 +227,10 @@ class PromptBuilder(TextPrompts):
             self._settings["do_resize"] = False
         self._video_settings = {"do_sample_frames": False}
         if hasattr(getattr(processor, "video_processor", None), "cap_pixels_per_frame"):
-            self._video_settings["cap_pixels_per_frame"] = False  # concerns resizing only; unset, it warns
+            self._video_settings["cap_pixels_per_frame"] = False  # for resizing only; warns if unset
 
     def question(self, sample: Sample) -> str:
-        """Raises PromptError when the record's text holds one of the tokenizer's special tokens."""
+        """Return the user's text. Raises PromptError if it contains a special token of the tokenizer."""
         text = super().question(sample)
         pieces = between_marks(sample, turns_of(sample, text)) or [[text]]
         self._refuse_special_tokens("\n".join(chain.from_iterable(pieces)), sample)
@@ -221,13 +239,14 @@ class PromptBuilder(TextPrompts):
     def build(
         self, sample: Sample, media: Shown, permutation: Tensor | None = None, contrast: Contrast = "shuffled"
     ) -> Prompt:
-        """Raises PromptError: over the limit, frames that do not fit, no duration, special tokens."""
+        """Build a question's prompt. Raises PromptError: too long, frames that do not fit, no duration,
+        special tokens."""
         plain = super().build(sample, media, permutation, contrast)
         text = prompt_text(self.processor, plain.messages, plain.thinks)
         for shown in plain.media:
             self._check_frames(sample, shown)
         start = self.tokenizer.bos_token
-        # A template that writes the token of the start has it once: the tokenizer would add another one
+        # If the template writes the BOS token, the tokenizer must not add a second one.
         common = {"add_special_tokens": False} if start and text.startswith(start) else {}
         with _TOKENIZING:
             if plain.frames == 0:
@@ -263,7 +282,7 @@ class PromptBuilder(TextPrompts):
         return replace(plain, input_ids=input_ids, features=features)
 
     def build_with_response(self, sample: Sample, media: Shown, response: str) -> tuple[Prompt, Tensor]:
-        """The ordered prompt and the response's token ids [L] int64, the end-of-turn token included.
+        """Build the ordered prompt, and the response's token ids [L] int64 with the end-of-turn token.
 
         Raises PromptError as `build` does, and for an empty response or special tokens in it.
         """
@@ -275,12 +294,11 @@ class PromptBuilder(TextPrompts):
         return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
 
     def _visuals(self, media: Media) -> list[dict[str, str]]:
-        """Frames as images where the processor takes no videos."""
         kinds = [media.kind] if self.takes_videos else ["image"] * len(media.frames)
         return [{"type": kind} for kind in kinds]
 
     def visual_tokens(self, input_ids: Tensor) -> int:
-        """How many of `input_ids` are image or video placeholders."""
+        """Count the image and video placeholders in `input_ids`."""
         found = [getattr(self.processor, f"{kind}_token_id", None) for kind in ("image", "video")]
         kinds = [number for number in found if number is not None]
         return int(torch.isin(input_ids, torch.tensor(kinds)).sum())
@@ -308,8 +326,8 @@ class PromptBuilder(TextPrompts):
 
 
 def frame_multiple(processor: Any) -> int | None:
-    """Pixels by which both sides of a frame must be divisible: patch size × spatial merge size. None for
-    processors that resize every frame to a size of their own, or cut images into parts.
+    """Return the number that must divide both sides of a frame in pixels: patch size × spatial merge size.
+    None for processors that resize every frame to their own size, or cut images into parts.
     """
     parts = [getattr(processor, f"{kind}_processor", None) for kind in ("image", "video")]
     multiples = []
@@ -319,3 +337,76 @@ def frame_multiple(processor: Any) -> int | None:
             return None
         multiples.append(patch * merge)
     return math.lcm(*multiples)
+
+
+# --- contrasts ------------------------------------------------------------------------------------
+
+
+def _dropped(frames: int, generator: Generator) -> Tensor:
+    """Draw half of the frames, in their order; an even number, since pairs make temporal patches."""
+    kept = frames // 2 // TEMPORAL_PATCH * TEMPORAL_PATCH
+    return torch.randperm(frames, generator=generator)[:kept].sort().values
+
+
+_CONTRASTS: dict[Contrast, Callable[[int, Generator], Tensor]] = {
+    "shuffled": shuffled_order,
+    "reversed": lambda frames, generator: torch.arange(frames).flip(0),
+    "frozen": lambda frames, generator: torch.randint(frames, (1,), generator=generator).repeat(frames),
+    # The middle frame, as often as one temporal patch needs it: an image, at an image's price.
+    "single": lambda frames, generator: torch.full((TEMPORAL_PATCH,), frames // 2),
+    "dropped": _dropped,
+    "blind": lambda frames, generator: torch.empty(0, dtype=torch.long),
+}
+
+
+def contrast_frames(
+    contrast: Contrast, frames: int, generator: Generator, unit: ContrastUnit = "frame"
+) -> Tensor | None:
+    """Return [T'] int64: the frame numbers that the contrast shows of a clip of `frames` frames.
+
+    None for a clip that is too short. generator: source of the random choices. unit: what shuffled and
+    reversed permute.
+    """
+    by_patch = unit == "patch" and contrast in ("shuffled", "reversed")
+    if frames < (2 * TEMPORAL_PATCH if by_patch or contrast == "dropped" else 2):
+        return None
+    if not by_patch:
+        return _CONTRASTS[contrast](frames, generator)
+    patches = torch.arange(frames).split(TEMPORAL_PATCH)
+    return torch.cat([patches[i] for i in _CONTRASTS[contrast](len(patches), generator)])
+
+
+def contrast_order(
+    contrast: Contrast, clips: Sequence[int], generator: Generator, unit: ContrastUnit = "frame"
+) -> Tensor | None:
+    """Return `contrast_frames` of each of several clips, numbered through all of them.
+
+    clips: frames per clip. A clip that is too short for the contrast keeps its order; None if all are.
+    """
+    found = [contrast_frames(contrast, frames, generator, unit) for frames in clips]
+    if all(order is None for order in found):
+        return None
+    orders = [torch.arange(n) if order is None else order for order, n in zip(found, clips, strict=True)]
+    firsts = [sum(clips[:place]) for place in range(len(clips))]
+    return torch.cat([first + order for first, order in zip(firsts, orders, strict=True)])
+
+
+def contrast_prompt(
+    sample: Sample,
+    media: Shown,
+    builder: TextPrompts,
+    contrast: Contrast,
+    generator: Generator,
+    unit: ContrastUnit = "frame",
+) -> Prompt | None:
+    """Build the question's prompt with its contrast clips; None if all clips are too short, as images are.
+
+    Raises PromptError.
+    """
+    shown = contrast_order(contrast, [len(clip.frames) for clip in clips_of(media)], generator, unit)
+    return None if shown is None else builder.build(sample, media, shown, contrast)
+
+
+def blind_prompt(sample: Sample, media: Shown, builder: TextPrompts) -> Prompt:
+    """Build the question's prompt without any visuals. Raises PromptError."""
+    return builder.build(sample, media, torch.empty(0, dtype=torch.long), "blind")

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple, Self, TypeVar
 
 import torch
 
-from video_r1.data.contrasts import contrast_prompt
 from video_r1.data.decoding.frame_cache import FrameCache, read_cached, read_cached_at
 from video_r1.data.decoding.media import Media, Shown
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import Prompt, PromptBuilder
+from video_r1.data.prompts import Prompt, PromptBuilder, contrast_prompt
 from video_r1.errors import MediaError, PromptError
 from video_r1.seeds import derived_seed
 from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget

@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar, get_args
 
 from video_r1.console import Progress
-from video_r1.data.contrasts import blind_prompt, contrast_prompt
 from video_r1.data.decoding.frame_cache import open_frame_cache
 from video_r1.data.decoding.media import Shown, clips_of
 from video_r1.data.manifests.records import Sample
-from video_r1.data.prompts import Prompt, TextPrompts
+from video_r1.data.prompts import Prompt, TextPrompts, blind_prompt, contrast_prompt
 from video_r1.data.reading import Batch, Clips, Reader, Unusable, derived_generator, quarantined
 from video_r1.data.rollouts import Rollout
 from video_r1.errors import MediaError, PromptError, RequestError

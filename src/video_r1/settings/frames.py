@@ -7,7 +7,7 @@ from typing import Literal
 from video_r1.errors import ConfigError
 
 Contrast = Literal["shuffled", "reversed", "frozen", "single", "dropped", "blind"]
-"""What a clip in its own frame order is compared with (data/contrasts.py)."""
+"""What a clip in its own frame order is compared with (data/prompts.py)."""
 ContrastUnit = Literal["frame", "patch"]
 """What a contrast permutes: single frames, or the pairs that make temporal patches."""
 Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind"]
