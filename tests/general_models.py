@@ -7,6 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tiny_models import CORPUS
 from transformers import (
@@ -49,6 +50,7 @@ from transformers import (
 from video_r1.lab import model as lab
 
 GENERAL = ("smolvlm", "internvl", "llava_onevision", "gemma4", "glm4v", "glm46v")
+GENERAL_ROWS = ["smolvlm", *(pytest.param(family, marks=pytest.mark.slow) for family in GENERAL[1:])]
 SIDE = 32  # pixels to which most of them resize a frame
 NAMES: dict[str, dict[str, str]] = {  # the special tokens of each family, by the names that processors use
     "smolvlm": {

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from general_models import GENERAL, general_checkpoint, general_model, general_processor
+from general_models import GENERAL_ROWS, general_checkpoint, general_model, general_processor
 from measured_memory import most_at_once, tensor_bytes
-from test_memory_plan import OF_ANY_STAGE, recipe_of
-from torch.utils.flop_counter import FlopCounterMode
+from test_memory_plan import recipe_of
 
 from video_r1.cli import main
 from video_r1.data.decoding.media import Media
@@ -19,9 +18,8 @@ from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.errors import ConfigError
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision
-from video_r1.plan.estimate import estimate
 from video_r1.plan.memory import MemoryPlan, memory_plan, sharding_of
-from video_r1.recipe import Recipe, load_recipe
+from video_r1.recipe import Recipe
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.general import GeneralEngine
 
@@ -50,24 +48,22 @@ def longest_prompt(family: str, tokens: int) -> Prompt:
     return Prompt(torch.cat([built.input_ids, more]), features, (clip,), None, [])
 
 
-@pytest.mark.parametrize("stage", ["rl", "sft"])
-@pytest.mark.parametrize("family", GENERAL)
-def test_every_family_has_a_plan(family: str, stage: str) -> None:
+@pytest.mark.parametrize("family", GENERAL_ROWS)
+def test_every_family_has_a_plan(family: str) -> None:
     recipe = recipe_of(**FRAMES, gradient_checkpointing=True)
-    if stage == "sft":
-        recipe = load_recipe("sft", None, {**OF_ANY_STAGE, **FRAMES, "max_response_length": 64})
     plan, model = planned(family, recipe)
     assert plan.traced.parameters == sum(weight.numel() for weight in model.parameters())
     assert plan.parts["weights"] == tensor_bytes([*model.parameters(), *model.buffers()])
-    assert set(plan.phases) == {"update", "optimizer step", *(["rollout"] if stage == "rl" else [])}
+    assert set(plan.phases) == {"update", "optimizer step", "rollout"}
     assert plan.row.tokens == plan.row.questions * plan.row.completions * (
         plan.row.prompt + plan.row.completion - 1
     )
     assert plan.peak > plan.parts["weights"] + plan.parts["optimizer"] + plan.parts["activations"]
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-@pytest.mark.parametrize("family", ["smolvlm", "internvl", "llava_onevision", "glm46v"])
+@pytest.mark.parametrize(
+    ("family", "frozen"), [("smolvlm", False), pytest.param("internvl", True, marks=pytest.mark.slow)]
+)
 def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen: bool) -> None:
     plan, model = planned(family, recipe_of(**FRAMES, beta=0.0, freeze_vision_tower=frozen))
     if frozen:
@@ -91,22 +87,6 @@ def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen:
     engine.generate([prompt], sampling)
     beyond = plan.phases["rollout"] - plan.phases["optimizer step"] + plan.parts["gradients"]
     assert beyond == pytest.approx(most_at_once(lambda: engine.generate([prompt], sampling)), rel=0.25)
-
-
-def test_flops_of_the_update_are_those_that_are_counted() -> None:
-    plan, model = planned("smolvlm", recipe_of(**FRAMES, beta=0.0))
-    prompt = longest_prompt("smolvlm", plan.row.prompt)
-    completions = [[torch.arange(100, 124) + g for g in range(8)]]  # half of the limit
-    products = FlopCounterMode(
-        display=False
-    )  # without attention, which the CPU does not only where it is causal
-    with products:
-        group_logprobs(model, [prompt], completions).logprobs.sum().backward()
-    found = estimate(model.config, plan.recipe, plan.traced, plan.row, plan.sharding, "h100")
-    length, width, layers = len(prompt.input_ids), 4 * 12, 2
-    attention = 3 * 4 * width * layers * 8 * (length * length / 2 + 24 * (length + 12))
-    assert found.useful_flops - attention == pytest.approx(products.get_total_flops(), rel=0.1)
-    assert found.parts["decoding"].launches > 0
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

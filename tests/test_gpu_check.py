@@ -23,6 +23,7 @@ def test_hang(n): time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     assert gpu_check.main(["--out", str(out), "--only", "vision or learn"]) == 0
@@ -31,6 +32,7 @@ def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
     assert {(check["state"], check["reason"]) for check in checks} == {("not applicable", "no CUDA device")}
 
 
+@pytest.mark.slow
 def test_each_check_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ import torch
 from group_batches import build, expanded_logprobs, make_prompt, tokens_of
 from test_group_forward import assert_same_gradients, gradients
 from test_rollout_transformers import PROCESSORS, assert_same, build_model, build_prompts
-from tiny_models import HYBRID
 from torch import Tensor
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
@@ -46,7 +45,7 @@ def test_fork_layout_by_hand() -> None:
     assert [expected[place] for place in layout.outputs.tolist()] == list(range(10))
 
 
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
 def test_a_prompt_shorter_than_the_convolution(family: str) -> None:
     model = build(family)
     prompts = [make_prompt(family, 1), make_prompt(family, 2), make_prompt(family, 70)]
@@ -111,7 +110,7 @@ def test_a_hybrid_model_generates_as_before() -> None:
     assert "video_r1" not in model.config.to_json_string()
 
 
-@pytest.mark.parametrize("family", HYBRID)
+@pytest.mark.parametrize("family", ["qwen3_5", pytest.param("qwen3_5_moe", marks=pytest.mark.slow)])
 def test_hybrid_completions_do_not_depend_on_the_batch(family: str) -> None:
     """Prompts of three lengths are prefilled apart, and completions that end take their states with them."""
     model, prompts = build_model(family, stop_share=0.05), build_prompts(family)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from test_rollout_transformers import build_model, build_prompts, reference_inputs
-from tiny_models import FAMILIES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from video_r1.models import onednn
@@ -41,8 +40,9 @@ def linears(model: Any) -> list[Any]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "copied"), [("qwen2_5_vl", True), ("qwen2_5_vl", False), ("qwen3_vl", True), ("qwen3_5", True)]
+)
 def test_same_logits(family: str, copied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "LEAST_PRODUCTS", 1)
     monkeypatch.setattr(onednn, "MOST_ARRANGED_BYTES", 2**30 if copied else 0)
@@ -122,11 +122,3 @@ def test_other_layers_stay_as_they_are(what: str, monkeypatch: pytest.MonkeyPatc
         model(**inputs)
     assert seen.calls == 0
     assert all(("forward" in vars(layer)) == (what == "own forward") for layer in linears(model))
-
-
-@torch.no_grad()
-def test_layers_are_given_back_after_an_error() -> None:
-    model: Any = build_model("qwen2_5_vl")
-    with pytest.raises(KeyError), onednn.onednn_linears(model, ROWS):
-        raise KeyError
-    assert not any("forward" in vars(module) for module in model.modules())

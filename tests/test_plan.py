@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -33,14 +32,10 @@ SETTINGS: dict[str, Any] = {
     ("words", "machine"),
     [
         ("video-r1-7b-tgrpo", (8, True, 80 * GB, "rl")),
-        ("video-r1-7b-sft-4x96", (4, True, 96 * GB, "sft")),
         ("qwen3-vl-4b-tgrpo-lora", (1, False, 24 * GB, "rl")),
-        ("video-r1-7b-tgrpo --gpus 2", (2, True, 80 * GB, "rl")),
         ("video-r1-7b-tgrpo --gpus 1", (1, False, 80 * GB, "rl")),
         ("video-r1-7b-tgrpo --sharding none --gpu h200", (8, False, 141 * GB, "rl")),
-        ("video-r1-7b-tgrpo-lora --gpus 4 --gpu_memory 24GB", (4, False, 24 * GB, "rl")),
         ("video-r1-7b-tgrpo-lora --gpus 4 --sharding zero3", (4, True, 80 * GB, "rl")),
-        ("lab-sft", (1, False, None, "sft")),
         ("mine.yaml", (8, True, 48 * GB, "sft")),
         ("bare.yaml --gpu_memory 24GB", (1, False, 24 * GB, "rl")),
     ],
@@ -69,7 +64,7 @@ def test_a_plan_of_sft_has_the_defaults_of_sft(line: str, passes: int, tmp_path:
     assert (training.gradient_accumulation_steps, training.max_response_length) == (passes, 99)
 
 
-@pytest.mark.parametrize("name", [name for name in published() if name != "families"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen2.5-VL-7B", "Qwen/Qwen3-VL-30B-A3B"])
 def test_the_table_has_the_shapes_of_published_checkpoints(name: str) -> None:
     entry = published()[name]
     config = published_config(f"{name}-Instruct")
@@ -104,18 +99,6 @@ def test_a_folder_goes_before_the_table(tmp_path: Path, monkeypatch: pytest.Monk
     assert model_config("Qwen/Qwen3-VL-8B-Thinking").get_text_config().hidden_size == 128
 
 
-@pytest.mark.slow
-def test_the_page_of_recipes_has_the_plans_figure(capsys: pytest.CaptureFixture[str]) -> None:
-    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text(encoding="utf-8")
-    found = re.search(r"`([\w-]+)` with `([^`]+)` is planned at ([\d.]+) GB", page)
-    assert found is not None
-    assert main(["plan", found[1], *found[2].split()]) == 0
-    out = capsys.readouterr().out
-    peak = float(out.rpartition("\nfits: ")[2].split()[0]) * 2**30 / GB
-    assert float(found[3]) == pytest.approx(peak, abs=0.06)
-    assert f"next: video-r1 rl {found[1]} {found[2]}\n" in out
-
-
 def remedies(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> tuple[float, list[tuple[list[str], float]]]:
@@ -127,6 +110,7 @@ def remedies(
     return peak, [(shlex.split(options), 1024 * float(most)) for options, most in rows]
 
 
+@pytest.mark.slow
 def plan_of(folder: Path, *shape: int) -> list[str]:
     """The command for a recipe and a model of this shape in the folder, but for the GPU's memory."""
     model_of(*shape).config.save_pretrained(folder)

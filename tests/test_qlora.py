@@ -13,7 +13,7 @@ import torch
 from resume_runs import any_format, comparable, write_recipe
 from safetensors.torch import load_file
 from tgrpo_trainers import make_trainer, weights
-from tiny_models import FAMILIES, tiny_checkpoint, tiny_processor
+from tiny_models import FAMILY_ROWS, tiny_checkpoint, tiny_processor
 from tiny_questions import read_lines, training_arguments
 from torch import Tensor
 from vllm_prompts import clip_prompts, differences
@@ -69,7 +69,7 @@ def gradients(model: Any) -> dict[str, Tensor]:
 # ---- The model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILY_ROWS)
 def test_the_text_layers_are_in_four_bits(family: str, tmp_path: Path) -> None:
     """All linear layers of the text model and no others; every other weight as the file has it."""
     folder = tiny_checkpoint(family, tmp_path)
@@ -125,6 +125,7 @@ def test_four_bits_stand_for_the_papers_numbers(checkpoint: Path) -> None:
     torch.testing.assert_close(found.reshape(-1, 64), NF4[nearest] * scales, rtol=0.02, atol=0)
 
 
+@pytest.mark.slow
 # ---- Training
 
 
@@ -142,22 +143,7 @@ def test_sft_learns_by_adapters_alone(checkpoint: Path, manifest: Path, tmp_path
     assert losses[-1] < 0.8 * losses[0], losses
 
 
-def test_tgrpo_moves_adapters_away_from_the_model_without_them(
-    checkpoint: Path, manifest: Path, tmp_path: Path
-) -> None:
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = load_model(checkpoint, load_in_4bit=True)
-    trainer = make_trainer(
-        model, str(manifest), tmp_path, peft=config, learning_rate=0.02, beta=0.04, max_steps=3
-    )
-    before = weights(trainer)
-    trainer.train()
-    assert changed_weights(before, trainer) == {name for name in before if "lora_" in name}
-    assert trainer.reference is not None and trainer.reference.model is None
-    kl = [line["policy/kl"] for line in read_lines(tmp_path / "metrics.jsonl")]
-    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[-1] > 1e-5
-
-
+@pytest.mark.slow
 def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of `video-r1 rl` that is continued equals an uninterrupted one bit for bit. Merged, it is a plain
     checkpoint that computes what the 4-bit model computes with its adapters, and what vLLM would be given.
@@ -229,6 +215,7 @@ def test_vllm_is_given_layers_without_adapters_in_full(checkpoint: Path) -> None
     same_weights(dict(checkpoint_weights(model)), load_model(checkpoint, load_in_4bit=True).dequantize())
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_samples_with_a_model_in_four_bits(tmp_path: Path) -> None:
     """In the process. vLLM knows no such numbers and is given what they stand for; the generators that the
@@ -251,14 +238,7 @@ def test_vllm_samples_with_a_model_in_four_bits(tmp_path: Path) -> None:
 # ---- 8-bit AdamW
 
 
-def test_names_of_optimizers() -> None:
-    from transformers.training_args import OptimizerNames
-
-    theirs = {name.value for name in OptimizerNames if availability.is_bitsandbytes_optimizer(name.value)}
-    assert {"adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "lion_8bit", "rmsprop_bnb"} <= theirs
-    assert theirs.isdisjoint({"adamw_torch", "adamw_torch_8bit", "rmsprop", "galore_adamw_8bit", "sgd"})
-
-
+@pytest.mark.slow
 def test_eight_bit_adamw_trains_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, its states in 8 bits included."""
     monkeypatch.setattr(group, "format_scores", any_format)

@@ -20,6 +20,7 @@ from tiny_models import DENSE
 BIN = Path(sys.executable).parent
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.xdist_group("second_device"),
     pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler for the second device"),
     pytest.mark.skipif(

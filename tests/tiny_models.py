@@ -11,6 +11,7 @@ from typing import Any
 
 import av
 import numpy as np
+import pytest
 import torch
 from transformers import (
     GenerationConfig,
@@ -40,6 +41,8 @@ from video_r1.lab import model as lab
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 DENSE = tuple(family for family in FAMILIES if not family.endswith("_moe"))  # without experts
+FAST = ("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5")  # one for each mechanism of the fast paths
+FAMILY_ROWS = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
 HYBRID = ("qwen3_5", "qwen3_5_moe")  # with Gated DeltaNet layers
 LATER: dict[str, tuple[Any, Any]] = {
     "qwen3_vl": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
