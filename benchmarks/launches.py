@@ -29,7 +29,7 @@ from benchmarks.rollout import TOKENIZER
 from video_r1.data.prompts import Prompt
 from video_r1.models.group_forward import encode_vision, group_logprobs
 from video_r1.models.loading import add_lora
-from video_r1.plan.estimate import AFTER, BEFORE, estimate
+from video_r1.plan.estimate import Launches, estimate
 from video_r1.plan.memory import Sharding, memory_plan
 from video_r1.recipe import load_recipe
 from video_r1.rollout.engine import SamplingSettings
@@ -109,6 +109,7 @@ def update(model: Any, prompt: Prompt) -> Callable[[], None]:
     return lambda: group_logprobs(model, [prompt], [completions]).logprobs.sum().backward()
 
 
+BEFORE = Launches(token=60, block=319, layer=285, replayed=False)  # of transformers alone
 CASES = {
     "7b on 8 H100": ("video-r1-7b-tgrpo", "7b", Sharding("FSDP2", 8, True, True, True)),
     "7b LoRA on 1 H100": ("video-r1-7b-tgrpo-lora", "7b", Sharding()),
@@ -117,14 +118,15 @@ CASES = {
 
 
 def estimated() -> dict[str, dict[str, Any]]:
-    """Seconds and MFU of a step by the model of plan/estimate.py, no measurement: with the launches of
-    before, sampled by transformers, and with those of now and the recipe's own sampler.
+    """Estimate seconds and MFU of a step (plan/estimate.py): with the launches of transformers alone and its
+    sampler, and with today's launches and the recipe's own sampler.
     """
     found: dict[str, dict[str, Any]] = {}
     for name, (recipe, size, sharding) in CASES.items():
         with torch.device("meta"):
             config = build_model(SIZES[size], torch.device("meta"), torch.float32).config
-        for when, launches, changes in (("before", BEFORE, {"use_vllm": False}), ("after", AFTER, {})):
+        before = replace(BEFORE, token=102) if recipe.endswith("lora") else BEFORE
+        for when, launches, changes in (("before", before, {"use_vllm": False}), ("after", Launches(), {})):
             plan = memory_plan(config, load_recipe("rl", recipe, changes), sharding=sharding)
             step = estimate(config, plan.recipe, plan.traced, plan.row, sharding, "h100", launches)
             parts = {part: round(value.seconds, 2) for part, value in step.parts.items()}

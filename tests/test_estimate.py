@@ -13,10 +13,12 @@ from benchmarks._sizes import PATCH, SIZES, build_model, question, text
 from benchmarks._timing import flops
 from video_r1.cli import main
 from video_r1.models.group_forward import group_logprobs
-from video_r1.plan.estimate import AFTER, BEFORE, estimate
+from video_r1.plan.estimate import Launches, estimate
 from video_r1.plan.memory import MemoryPlan, memory_plan
 from video_r1.recipe import Recipe, load_recipe
 
+BEFORE = Launches(token=60, block=319, layer=285, replayed=False)
+NOW = Launches()
 SIZE = SIZES["small"]
 COMPLETION, GROUP = 64, 8
 
@@ -56,7 +58,7 @@ def test_flops_of_the_update_are_those_that_are_counted(config: Any) -> None:
 def test_what_makes_a_step_longer(config: Any) -> None:
     plan = planned(config, recipe_of())
 
-    def seconds(recipe: Recipe = plan.recipe, gpu: str = "h100", launches: Any = AFTER) -> dict[str, float]:
+    def seconds(recipe: Recipe = plan.recipe, gpu: str = "h100", launches: Any = NOW) -> dict[str, float]:
         found = estimate(config, recipe, plan.traced, plan.row, plan.sharding, gpu, launches)
         return {name: part.seconds for name, part in found.parts.items()}
 
@@ -90,8 +92,8 @@ def test_plan_prints_it(config: Any, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "of 74.51 GiB" in out  # its memory is known
-    for part in ("prefill", "decoding", "reference", "update", "optimizer", "together"):
+    for part in ("prefill", "decoding", "reference", "update", "optimizer", "total"):
         assert f"\n  {part} " in out
-    assert "a model, not a measurement" in out and "MFU" in out and "assumed: 50% of 989 TFLOP/s" in out
+    assert "estimated, not measured" in out and "MFU" in out and "assumed: 50% of 989 TFLOP/s" in out
     assert main([*words, "--vllm_gpu_memory_utilization", "0.001"]) == 1
-    assert "its share is too small: vllm_gpu_memory_utilization" in capsys.readouterr().out
+    assert "vLLM's share is too small: set vllm_gpu_memory_utilization" in capsys.readouterr().out

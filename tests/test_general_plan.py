@@ -94,7 +94,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["plan", "lab-tgrpo", "--model_config", str(folder), "--gpu", "h100"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "the general path: each completion is sampled and learnt from with a prompt of its own" in said
+    assert "the general path: the prompt is computed again for each completion" in said
     assert main([*command, "--gpu_memory", "1MB"]) == 1
     assert "load_in_4bit" not in capsys.readouterr().out
     (folder / "processor_config.json").unlink()
@@ -110,7 +110,7 @@ def test_what_the_general_path_refuses() -> None:
     ):
         with pytest.raises(ConfigError, match=f"smolvlm takes the general path, .* not work with {named}"):
             planned("smolvlm", recipe_of(**FRAMES, **setting))
-    with pytest.raises(ConfigError, match=r"not work with weights shared out \(4 GPUs, FSDP2\)"):
+    with pytest.raises(ConfigError, match=r"not work with sharded weights \(4 GPUs, FSDP2\)"):
         planned("smolvlm", recipe_of(**FRAMES), sharding=sharding_of({}, 4, "fsdp2"))
     config: Any = general_model("smolvlm", general_processor("smolvlm")).config
     with pytest.raises(ConfigError, match="a plan of smolvlm asks its processor"):

@@ -85,13 +85,13 @@ def test_a_plan_that_does_not_fit_says_so(capsys: pytest.CaptureFixture[str], tm
     server = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_base_url", "http://127.0.0.1:1"]
     assert main([*words, "80GB", *server]) == 0
     text = capsys.readouterr().out
-    assert "\n  hand-over  " in text
+    assert "\n  weight sync  " in text
     assert main([*words, "1MB", "--max_completion_length", "32"]) == 1
     text = capsys.readouterr().out
     assert "\ndoes not fit: " in text
     assert text.endswith(
-        "it does not fit 1 GPU of 0.001 GB; it does with (most at once, GiB):\n  nothing that was tried\n"
-        "no recipe that comes with the package is for rl on it\n"
+        "it does not fit 1 GPU of 0.001 GB; it fits with (peak, GiB):\n  none of the changes tried\n"
+        "no packaged recipes for rl that fit it\n"
     )
 
 
@@ -232,9 +232,9 @@ def test_a_server_is_handed_whole_weights() -> None:
     server = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": "http://127.0.0.1:1"}
     recipe = recipe_of(**server)
     plan = memory_plan(model.config, recipe, text_tokens=TEXT, device_type="cpu", sharding=sharding)
-    assert set(plan.phases) == {"update", "optimizer step", "hand-over"}
+    assert set(plan.phases) == {"update", "optimizer step", "weight sync"}
     always = sum(plan.parts[part] for part in ("weights", "optimizer", "reference"))
-    assert plan.phases["hand-over"] - always >= tensor_bytes(model.parameters())
+    assert plan.phases["weight sync"] - always >= tensor_bytes(model.parameters())
 
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

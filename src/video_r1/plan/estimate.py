@@ -1,11 +1,11 @@
-"""How long a T-GRPO step takes on GPUs: a model of it, not a measurement. `video-r1 plan RECIPE --gpu h100`.
+"""Estimated seconds of a T-GRPO step on GPUs, not a measurement: `video-r1 plan RECIPE --gpu h100`.
 
     seconds of a part = max(FLOPs ÷ rate, bytes ÷ bandwidth, launches × time of a launch)
 
 FLOPs are 2 a weight and token forward (Kaplan et al. 2020, arXiv 2001.08361), twice that backward, plus
-attention. Bytes are those that decoding reads: all weights, keys and values at every token. Launches are what
-`python -m benchmarks.launches` counts. What the model leaves out: waiting for the longest completion of other
-processes, decoding of clips (which runs beside), validation and checkpoints.
+attention. Bytes are what decoding reads: all weights, keys and values at every token. Launches are counted by
+`python -m benchmarks.launches`. Not included: waiting for the longest completion of other ranks, decoding of
+clips (which runs in parallel), validation and checkpoints.
 """
 
 from __future__ import annotations
@@ -22,33 +22,26 @@ from video_r1.settings.commands import GPUS
 from video_r1.settings.shared import ModelSettings
 from video_r1.settings.training import TGRPOSettings
 
-MATRIX_SHARE = 0.5  # of the peak rate, that large matrix products reach in practice
+MATRIX_SHARE = 0.5  # share of the peak rate that large matrix products reach in practice
 BANDWIDTH_SHARE = 0.8
-LENGTH_SHARE = 0.5  # of max_completion_length, that completions have on average
+LENGTH_SHARE = 0.5  # average length of completions, as a share of max_completion_length
 LAUNCH_SECONDS = 5e-6
-REPLAY_SECONDS = 50e-6  # of a recorded step or one of vLLM's
+REPLAY_SECONDS = 50e-6  # of a decoding step in a CUDA graph or in vLLM
 
 
 @dataclass(frozen=True, slots=True)
 class Launches:
-    """Kernels launched for a token in a text layer, and for a vision block and a text layer in an update
-    (forward, recomputation, backward). Counted by `benchmarks/launches.py`.
-    """
+    """Kernel launches, counted by `benchmarks/launches.py`."""
 
-    token: float
-    block: float
-    layer: float
-    replayed: bool
-
-
-BEFORE = Launches(token=60, block=319, layer=285, replayed=False)
-AFTER = Launches(token=52, block=150, layer=285, replayed=True)
-LORA_TOKEN_BEFORE = 102.0
+    token: float = 52  # a decoded token in a text layer
+    block: float = 150  # a vision block in an update: forward, recomputation, backward
+    layer: float = 285  # a text layer in an update
+    replayed: bool = True  # decoding is a CUDA graph
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one GPU does of a step: FLOPs, bytes and launches, and the seconds that follow."""
+    """Work of one GPU in a part of a step, and the estimated seconds."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -58,8 +51,9 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Parts of a step by name, on one of its GPUs; questions of a step, over all; the update's MFU: FLOPs of
-    forward and backward, without recomputation, ÷ (seconds of the step × peak rate).
+    """Estimate of a step: its parts on one GPU by name, and its questions over all GPUs.
+
+    MFU = FLOPs of the update's forward and backward, without recomputation ÷ (seconds of a step × peak rate).
     """
 
     gpu: str
@@ -83,9 +77,9 @@ def estimate(
     row: Row,
     sharding: Sharding,
     gpu: str,
-    launches: Launches = AFTER,
+    launches: Launches = Launches(),
 ) -> Estimate:
-    """A step of a recipe for `rl` on this kind of GPU (a name in GPUS)."""
+    """Estimate a step of a recipe for `rl` on this kind of GPU (a name in GPUS)."""
     training, values = recipe.section(TGRPOSettings), recipe.values()
     lora = recipe.section(ModelSettings).use_peft
     card, text = GPUS[gpu], config.get_text_config()
@@ -100,7 +94,9 @@ def estimate(
     patches = row.patches or row.visual * config.vision_config.spatial_merge_size**2
     tower = 2 * patches * traced.vision_linear
 
-    def forward(tokens: float, seen: float, predicting: float) -> float:  # tokens that see `seen` others
+    def forward(
+        tokens: float, seen: float, predicting: float
+    ) -> float:  # tokens that attend to `seen` others
         attention = 4 * seen * text.num_attention_heads * size * layers
         return tokens * (2 * body + attention) + 2 * predicting * head
 
@@ -110,7 +106,7 @@ def estimate(
         return Part(flops, moved, count, max(arithmetic, memory, count * LAUNCH_SECONDS) + fixed)
 
     answers = training.num_generations * length
-    # The general path has a prompt for each completion, in micro-batches, and samples one question at a time.
+    # The general path repeats the prompt for each completion and samples one question at a time.
     copies = training.num_generations if row.repeated else 1
     batches, turns = 1, 1
     prefilled = groups * orders
@@ -119,22 +115,20 @@ def estimate(
         turns, prefilled = groups * orders, sequences
     row_flops = copies * forward(row.prompt, row.prompt / 2, 0)
     row_flops += forward(answers, row.prompt + length / 2, answers) + tower
-    useful = row_flops * (2 if lora else 3)  # adapters: no gradients of the frozen weights
+    useful = row_flops * (2 if lora else 3)  # LoRA: no gradients of frozen weights
     again = row_flops * bool(values.get("gradient_checkpointing"))
     passes = batches * layers * launches.layer + blocks * launches.block
 
     judged = bool(training.beta)
-
     cached = 4 * layers * text.num_key_value_heads * size  # bytes of a token's keys and values in bf16
     replayed = not row.repeated and (launches.replayed or bool(values.get("use_vllm")))
-    per_token = LORA_TOKEN_BEFORE if lora and launches is BEFORE else launches.token
     read = 2 * turns * (body + head) + cached * (prefilled * row.prompt + sequences * length / 2)
     parts = {
         "prefill": part(prefilled * forward(row.prompt, row.prompt / 2, 1) + groups * orders * tower),
         "decoding": part(
             length * forward(sequences, row.prompt + length / 2, sequences),
             length * read,
-            0.0 if replayed else turns * length * layers * per_token,
+            0.0 if replayed else turns * length * layers * launches.token,
             length * REPLAY_SECONDS * replayed,
         ),
         "reference": part(groups * judged * row_flops, count=groups * judged * passes / 4),
@@ -150,17 +144,16 @@ def estimate(
 
 
 def described(found: Estimate) -> list[str]:
-    """The estimate as lines of text, with what it assumes."""
+    """Return the estimate and its assumptions as lines of text."""
     card = GPUS[found.gpu]
-    lines = [
-        f"a step of {found.questions} questions on {found.gpu}, estimated (a model, not a measurement)",
+    return [
+        f"a step of {found.questions} questions on {found.gpu}, estimated, not measured",
         *(
             f"  {name:<12}{part.seconds:8.2f} s{part.flops / 1e12:9,.0f} TFLOP{part.launches:9,.0f} launches"
             for name, part in found.parts.items()
         ),
-        f"  {'together':<12}{found.seconds:8.2f} s   MFU {found.mfu:.0%} (update's FLOPs ÷ step × peak)",
+        f"  {'total':<12}{found.seconds:8.2f} s   MFU {found.mfu:.0%} (update's FLOPs ÷ step × peak)",
         f"  assumed: {MATRIX_SHARE:.0%} of {card.tflops:,.0f} TFLOP/s in bf16, {BANDWIDTH_SHARE:.0%} of "
         f"{card.terabytes:g} TB/s, {LAUNCH_SECONDS * 1e6:g} µs a launch, completions of",
-        f"  {LENGTH_SHARE:.0%} of max_completion_length, prompts at their longest, clips decoded beside it",
+        f"  {LENGTH_SHARE:.0%} of max_completion_length, longest prompts, clips decoded in parallel",
     ]
-    return lines

@@ -34,76 +34,78 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The tokens of one forward pass: `questions` prompts and their `completions` (SFT: one each)."""
+    """Tokens of one forward pass: `questions` prompts and their `completions` (SFT: one each)."""
 
     questions: int
-    grid: tuple[int, int, int]  # patches of one question's clip in time, down and across
+    grid: tuple[int, int, int]  # patches of one question's clip: time, height, width
     visual: int  # tokens
-    prompt: int  # tokens, visual ones included
+    prompt: int  # tokens, including visual ones
     completions: int
     completion: int  # tokens
-    patches: int = 0  # of one question's frames, on the general path, which does not know their grid
-    repeated: bool = False  # whether every completion has a prompt of its own, as on that path
+    patches: int = 0  # of one question's frames, on the general path, whose grids are not known
+    repeated: bool = False  # the prompt is repeated for every completion, on the general path
 
     @property
     def tokens(self) -> int:
-        """The last token of a completion predicts nothing and is left out."""
+        """Tokens of the row, without the last token of each completion, which predicts nothing."""
         prompts = self.completions if self.repeated else 1
         return self.questions * (prompts * self.prompt + self.completions * (self.completion - 1))
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How the model is built and run. `autocast`: dtype of mixed precision, or None."""
+    """Settings with which the model is built and run. `autocast`: dtype of mixed precision, or None."""
 
     settings: ModelSettings
     training: TGRPOSettings | SFTSettings
-    dtype: torch.dtype  # while it computes; FSDP gathers weights in autocast's
-    stored: int  # bytes of a weight at rest for each byte of it in `dtype`
+    dtype: torch.dtype  # compute dtype of weights; under FSDP that of autocast
+    stored: int  # bytes of a stored weight for each byte in `dtype`
     autocast: torch.dtype | None
     device_type: str
-    summed: int  # bytes of a gradient that is added up for each byte of a weight in `dtype`
-    gradients_kept: float  # share of a gradient's bytes that stays here once it is whole
+    summed: int  # bytes of a summed gradient for each byte of a weight in `dtype`
+    gradients_kept: float  # share of a complete gradient that stays on this GPU
 
     @property
     def reference(self) -> bool:
-        """Whether there is a KL term against the policy that training started from."""
+        """Whether there is a KL term against a reference model."""
         return isinstance(self.training, TGRPOSettings) and self.training.beta != 0
 
     @property
     def copied(self) -> bool:
-        """Whether the reference is a model of its own, and not this one with its first adapters."""
+        """Whether the reference is a second model, not the policy with its first adapters."""
         return self.reference and not self.settings.use_peft
 
 
 @dataclass(slots=True)
 class Traced:
-    """All in bytes but what is said to be numbers of weights: `parameters` and `trainable` as well."""
+    """Counts of a traced model, in bytes unless a comment says numbers of weights."""
 
-    parameters: int = 0
-    trainable: int = 0
+    parameters: int = 0  # number of weights
+    trainable: int = 0  # number of weights
     weights: int = 0
     gradients: int = 0
     states_8bit: int = 0  # of an 8-bit AdamW
     largest_layer: int = 0  # weights of one decoder layer
-    outside_layers: int = 0  # weights of no layer, vision block or untied embedding: FSDP keeps these whole
-    text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and of the head
+    outside_layers: int = (
+        0  # weights outside layers, vision blocks and untied embedding: FSDP does not shard these
+    )
+    text_linear: tuple[int, ...] = ()  # numbers of weights of the text model's linear layers and the head
     vision_linear: int = 0  # number of weights of the vision tower's linear layers
-    adapted: int = 0  # weights of linear layers with adapters, copies of which are merged to sample
-    linear: int = 0  # number of weights of all linear layers, without a head that is the embedding too
-    activations: int = 0  # what the backward pass needs, when it begins
-    logits: int = 0  # most that the head needs at once
+    adapted: int = 0  # weights of linear layers with adapters, which rollouts copy and merge
+    linear: int = 0  # number of weights of all linear layers, without a tied head
+    activations: int = 0  # kept when the backward pass starts
+    logits: int = 0  # peak of the head
     update_peak: int = 0  # beyond weights, optimizer and reference
-    prefill_peak: int = 0  # of one chunk of prompts, their keys and values included
+    prefill_peak: int = 0  # of one chunk of prompts, including keys and values
     prompt_cache: int = 0  # keys and values of that chunk
     prompt_states: int = 0  # recurrent states of that chunk
-    prefill_copies: int = 0  # weights in autocast's number format, which last as long as sampling does
+    prefill_copies: int = 0  # weights in autocast's dtype, which exist while sampling
 
 
 class LiveBytes(TorchDispatchMode):
-    """Adds up the storages that operators make, until they die. `peak` is the most that lived at once.
+    """Counter of the bytes of live storages that operators create, and of their peak.
 
-    Of `gradients`, bytes that are among the live ones, only the share `gradients_kept` counts.
+    `gradients`: those of the live bytes that are gradients; only their share `gradients_kept` counts.
     """
 
     def __init__(self, gradients_kept: float) -> None:
@@ -120,7 +122,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def ignore(self, module: nn.Module) -> None:
-        """The module's weights and buffers are there already."""
+        """Leave the module's weights and buffers out of the count."""
         for tensor in [*module.parameters(), *module.buffers()]:
             self.known.add(tensor.untyped_storage()._cdata)
 
@@ -146,7 +148,7 @@ class LiveBytes(TorchDispatchMode):
 
 @dataclass(slots=True)
 class Tracing:
-    """A policy and its reference (the policy itself where there is no other), and what has been counted."""
+    """A policy, its reference (`judge`; the policy itself if there is no copy) and the counts."""
 
     traced: Traced
     live: LiveBytes
@@ -157,7 +159,7 @@ class Tracing:
     mode: FakeTensorMode
 
     def prefill(self, run: Callable[[], tuple[int, int]]) -> None:
-        """run: a forward of prompts; gives the bytes of their keys and values and of their states."""
+        """Count a forward of prompts. run: returns the bytes of their keys and values and of their states."""
         traced, live = self.traced, self.live
         with live, torch.no_grad(), self.autocast:
             self.model.eval()
@@ -167,10 +169,10 @@ class Tracing:
         live.peak = live.live
 
     def updates(self, run: Callable[[], None]) -> None:
-        """run: forward and backward of a micro-batch."""
+        """Count updates. run: forward and backward of a micro-batch."""
         self.model.train()
         _count_gradients(self.live, self.model)
-        # from the second micro-batch of an optimizer step on, gradients are there when a pass begins
+        # from the second micro-batch of an optimizer step on, gradients exist when a pass starts
         for _ in range(min(2, self.policy.training.gradient_accumulation_steps)):
             with self.live:
                 run()
@@ -179,7 +181,7 @@ class Tracing:
 
 @contextmanager
 def without_storage(config: PreTrainedConfig, policy: Policy) -> Iterator[Tracing]:
-    """Inside, the model of a plan, whose weights are counted."""
+    """Build the model of a plan without storage and count its weights."""
     traced, live = Traced(), LiveBytes(policy.gradients_kept)
     autocast = torch.autocast("cpu", dtype=policy.autocast) if policy.autocast is not None else nullcontext()
     with torch.device("meta"):
@@ -188,7 +190,7 @@ def without_storage(config: PreTrainedConfig, policy: Policy) -> Iterator[Tracin
     family = find_family(config)
     states = states_without_storage(None if family is None else family.state_functions)
     with states, FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        for module in {model, judge}:  # weights that say they are on the CPU
+        for module in {model, judge}:  # fake weights on the CPU
             module.to_empty(device="cpu")
             vision_language_model(module).tie_weights()
             live.ignore(module)
@@ -197,7 +199,7 @@ def without_storage(config: PreTrainedConfig, policy: Policy) -> Iterator[Tracin
 
 
 def cached_bytes(cache: Any) -> tuple[int, int]:
-    """Of a cache's keys and values, in the format that computes, and of its recurrent states."""
+    """Return the bytes of a cache's keys and values in the compute dtype, and of its recurrent states."""
     stateful = [layer for layer in cache.layers if hasattr(layer, "recurrent_states")]
     states_kept = [state for layer in stateful for state in (layer.conv_states[0], layer.recurrent_states[0])]
     attention = [layer for layer in cache.layers if layer not in stateful]
@@ -212,7 +214,6 @@ def _storage(tensors: list[Tensor]) -> int:
 
 
 def _build(config: PreTrainedConfig, policy: Policy) -> Any:
-    """The policy as `setup.model_of` makes it."""
     settings = policy.settings
     model = with_trained_parts(_untrained(config, policy), settings)
     if settings.load_in_4bit:
@@ -256,7 +257,7 @@ def _count_weights(traced: Traced, model: nn.Module) -> None:
 
 
 def _products(model: nn.Module) -> dict[int, int]:
-    """Numbers of weights of all linear layers, by the identity of the parameter."""
+    """Map the id of each linear layer's parameter to its number of weights."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv3d)]
     return {id(weight): weight.numel() for layer in layers for weight in layer.parameters(recurse=False)}
 
@@ -286,14 +287,14 @@ CHUNK = 64  # tokens of the gated delta rule between two states
 def attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unused: Any
 ) -> tuple[Tensor, None]:
-    """The memory of an attention kernel that writes no score matrix: [B, H, S, D] -> [B, S, H, D]."""
+    """Allocate what an attention kernel without score matrix allocates: [B, H, S, D] -> [B, S, H, D]."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     return _AttentionMemory.apply(query, key, value), None  # pyright: ignore[reportReturnType]
 
 
 class _AttentionMemory(torch.autograd.Function):
-    """Keeps query, key, value, the result and its log-sum-exp; backward makes one gradient for each."""
+    """Memory of attention: query, key, value, result and log-sum-exp; backward makes three gradients."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -308,8 +309,7 @@ class _AttentionMemory(torch.autograd.Function):
 
 
 def experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-    """The memory of grouped products, where one expert stands for those that the router would choose: states
-    [S, d], chosen and weights [S, k] -> [S, d]."""
+    """Allocate what grouped products allocate: states [S, d], chosen and weights [S, k] -> [S, d]."""
     rows = states.repeat_interleave(chosen.shape[1], 0)
     gate, up = nn.functional.linear(rows, module.gate_up_proj[0]).chunk(2, dim=-1)
     out = nn.functional.linear(module.act_fn(gate) * up, module.down_proj[0])
@@ -318,9 +318,7 @@ def experts(module: Any, states: Tensor, chosen: Tensor, weights: Tensor) -> Ten
 
 @contextmanager
 def states_without_storage(module: str | None) -> Iterator[None]:
-    """Inside, the layers with a state of transformers' module of that name (None: there are none) call
-    `gated_delta_rule`.
-    """
+    """Let layers with a state in transformers' module (None: no such layers) call `gated_delta_rule`."""
     if module is None:
         yield
         return
@@ -336,14 +334,18 @@ def states_without_storage(module: str | None) -> Iterator[None]:
 def gated_delta_rule(
     query: Tensor, key: Tensor, value: Tensor, *, g: Tensor, beta: Tensor, **unused: Any
 ) -> tuple[Tensor, Tensor]:
-    """The memory of the chunked rule of flash-linear-attention: query, key [B, T, H, Dk], value
-    [B, T, H, Dv], g, beta [B, T, H] -> [B, T, H, Dv] and the last states [B, H, Dk, Dv] in float32."""
+    """Allocate what the chunked rule of flash-linear-attention allocates.
+
+    query, key [B, T, H, Dk], value [B, T, H, Dv], g, beta [B, T, H] -> [B, T, H, Dv] and the last states
+    [B, H, Dk, Dv] in float32.
+    """
     return _RuleMemory.apply(query, key, value, g, beta)  # pyright: ignore[reportReturnType]
 
 
 class _RuleMemory(torch.autograd.Function):
-    """Keeps normalised queries and keys, values, gates and the product of the keys within each chunk; the
-    states between chunks are made in forward and again in backward, and are kept in neither.
+    """Memory of the rule: it keeps normalised queries and keys, values, gates and products within chunks.
+
+    The states between chunks are computed in forward and again in backward, and not kept.
     """
 
     @staticmethod
@@ -364,7 +366,7 @@ class _RuleMemory(torch.autograd.Function):
 
 
 def _between_chunks(key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
-    """The states that chunks begin with, and what each token reads of keys and values and writes to them."""
+    """Allocate the states at the start of chunks, and what each token reads and writes."""
     batch, length, heads, size = key.shape
     states = key.new_empty(batch, -(-length // CHUNK), heads, size, value.shape[-1])
     return states, torch.empty_like(key), torch.empty_like(value), torch.empty_like(value)
@@ -381,7 +383,7 @@ SMALLEST = 4096  # weights of a tensor whose states are in 8 bits; smaller ones 
 
 
 class FourBitLinear(nn.Module):
-    """A linear layer's codes and scales without their values; two weights are one element of `weight`."""
+    """Stand-in for bitsandbytes' 4-bit linear layer: codes (two weights a byte) and scales."""
 
     def __init__(self, layer: nn.Linear, compute: torch.dtype) -> None:
         super().__init__()
@@ -400,7 +402,7 @@ class FourBitLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """Makes the whole weight and its scales for a moment, in both directions; keeps codes, not the input."""
+    """Memory of the product: forward and backward allocate the dequantised weight; the input is not kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, out_features: int) -> Tensor:
@@ -420,14 +422,14 @@ def _whole(like: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def in_four_bits(model: nn.Module, compute: torch.dtype) -> None:
-    """Puts stand-ins in place of the layers that `load_in_4bit` quantises, below their adapters too."""
+    """Replace the layers that `load_in_4bit` quantises by stand-ins, also below adapters."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear) and not any(part in name for part in (*IN_FULL, "lora_")):
             model.set_submodule(name, FourBitLinear(layer, compute))
 
 
 def eight_bit_states(model: nn.Module) -> int:
-    """Bytes of 8-bit AdamW's two moments; in float32 for small tensors and, by the Trainer, embeddings."""
+    """Return the bytes of 8-bit AdamW's two moments; small tensors and embeddings have float32 ones."""
     embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     total = 0
     for weight in (weight for weight in model.parameters() if weight.requires_grad):

@@ -35,26 +35,26 @@ FLOAT32 = ("fp32", "float32", "float")  # as DeepSpeed reads it
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """Which parts each process has a share of only."""
+    """Sharding of a run: `weights`, `gradients` and `optimizer` say which parts are split over the ranks."""
 
     name: str = "one GPU"
     processes: int = 1
     weights: bool = False
     gradients: bool = False
     optimizer: bool = False
-    whole_in_step: bool = False  # weights that are shared out are gathered once for forward and backward
-    master: bool = False  # the optimizer keeps float32 weights of its own beside bf16 ones (DeepSpeed)
-    float32_gradients: bool = False  # those of bf16 weights are added up so (DeepSpeed)
+    whole_in_step: bool = False  # sharded weights are gathered once for forward and backward
+    master: bool = False  # the optimizer keeps a float32 copy of bf16 weights (DeepSpeed)
+    float32_gradients: bool = False  # gradients of bf16 weights are summed in float32 (DeepSpeed)
     offload: bool = False  # the optimizer is in main memory
 
     @property
     def buckets(self) -> bool:
-        """Whether DistributedDataParallel keeps a second copy of the gradients to send them in."""
+        """Whether DistributedDataParallel keeps a second copy of the gradients."""
         return self.processes > 1 and not (self.weights or self.gradients or self.optimizer)
 
     @property
     def fsdp(self) -> bool:
-        """Whether weights are shared out by FSDP, which gathers them in the number format that computes."""
+        """Whether weights are sharded by FSDP, which gathers them in the compute dtype."""
         return self.weights and not self.master
 
     def share(self, shared: bool) -> float:
@@ -62,8 +62,8 @@ class Sharding:
 
 
 def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | None = None) -> Sharding:
-    """The sharding of this kind; without one, what TrainingArguments ask for. Raises ConfigError."""
-    if kind in ("zero2", "zero3"):  # by the files that come with the recipes
+    """Return the sharding of this kind, by default that of TrainingArguments. Raises ConfigError."""
+    if kind in ("zero2", "zero3"):  # as in the packaged DeepSpeed configs
         return _deepspeed(gpus, int(kind[-1]), offload=False, exact=True)
     if kind is None and training.get("deepspeed"):
         given = training["deepspeed"]
@@ -88,14 +88,14 @@ def sharding_of(training: Mapping[str, Any], gpus: int = 1, kind: GPUSharding | 
 
 
 def read_mapping(path: str | Path) -> dict[str, Any]:
-    """A YAML or JSON file that holds a mapping. Raises ConfigError."""
+    """Read a YAML or JSON file that holds a mapping. Raises ConfigError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         values = json.loads(text) if str(path).endswith(".json") else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: is no mapping of settings")
+        raise ConfigError(f"{path}: not a mapping of settings")
     return values
 
 
@@ -114,8 +114,9 @@ LIVE_COPIES = 2  # of a layer's largest activations
 
 @dataclass(frozen=True, slots=True)
 class VLLMShare:
-    """Bytes on one GPU: of `weights`, of the `profile` run, of keys and values of one question (`question`:
-    its prompts once and all their completions), and the `share` that the settings give.
+    """Bytes on one GPU that vLLM has in colocate mode (`share`) and needs.
+
+    It needs `weights`, its `profile` run, and keys and values of prompts and completions of each `question`.
     """
 
     share: int
@@ -125,19 +126,19 @@ class VLLMShare:
 
     @property
     def questions(self) -> int:
-        """Whose keys and values there is room for at once. Less than 1: it does not fit."""
+        """Number of questions whose keys and values fit at once; vLLM does not fit if it is 0."""
         return max(0, self.share - self.weights - self.profile) // self.question
 
     @property
     def least(self) -> int:
-        """Bytes with which one question at a time can be sampled."""
+        """Bytes to sample one question at a time."""
         return self.weights + self.profile + self.question
 
 
 def vllm_share(
     config: Any, parameters: int, row: Row, training: TGRPOSettings, settings: VLLMSettings, gpu_memory: int
 ) -> VLLMShare:
-    """parameters: of the model. row: its longest prompt, and the completions of a question."""
+    """Return vLLM's needs. parameters: number of the model's weights. row: longest prompt and completions."""
     text, vision, parts = config.get_text_config(), config.vision_config, settings.vllm_tensor_parallel_size
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     of_a_token = 2 * BYTES * text.num_hidden_layers * math.ceil(text.num_key_value_heads / parts) * size
@@ -154,7 +155,7 @@ def vllm_share(
 
 
 ADAM_STATES = 2
-FSDP_LAYERS = 3  # one at work, the next one as it arrives and in its place
+FSDP_LAYERS = 3  # the current layer, and the next one while it is received and copied
 SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, probabilities, their sums
 
 
@@ -162,10 +163,10 @@ SAMPLING_COPIES = 4  # [completions, vocabulary] float32: logits, log-probs, pro
 class MemoryPlan:
     """Bytes on one GPU.
 
-    `parts`: weights, gradients, optimizer, reference, gathered (weights of other processes), activations
-    (kept for the backward pass), logits, KV cache, vLLM; not all of them are there at once. `phases`: the
-    most that is there while sampling (rollout), in forward and backward (update), in the optimizer step and
-    while a server is handed the weights (hand-over), one of which at a time is on its way there.
+    `parts`: weights, gradients, optimizer, reference, gathered (weights of other ranks), activations (kept
+    for the backward pass), logits, KV cache, vLLM; they do not all exist at once. `phases`: peaks while
+    sampling (rollout), in forward and backward (update), in the optimizer step and while weights are sent to
+    a server (weight sync).
     """
 
     recipe: Recipe
@@ -176,7 +177,7 @@ class MemoryPlan:
     phases: dict[str, int]
     gpu_memory: int | None = None
     vllm: VLLMShare | None = None
-    processor: Any = None  # of a model on the general path
+    processor: Any = None  # on the general path
 
     @property
     def peak(self) -> int:
@@ -184,7 +185,7 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool | None:
-        """None when the GPU is not known."""
+        """Whether the peak fits the GPU; None if the GPU is not known."""
         if self.gpu_memory is None:
             return None
         return self.peak <= self.gpu_memory and (self.vllm is None or self.vllm.questions > 0)
@@ -200,12 +201,12 @@ def memory_plan(
     device_type: str = "cuda",
     processor: Any = None,
 ) -> MemoryPlan:
-    """The plan of an `rl` or `sft` recipe (`load_recipe("rl", …)`) for a model of this config.
+    """Plan an `rl` or `sft` recipe (`load_recipe("rl", …)`) for a model of this config.
 
     Lengths are the longest that the recipe allows: frames at their budget, completions at their limit.
-    gpu_memory: bytes. sharding: default what the recipe's TrainingArguments say, for one process. processor:
-    needed for a model on the general path. Raises ConfigError when the frames of a clip alone exceed
-    max_prompt_length, and for what a run on the general path refuses.
+    gpu_memory: bytes. sharding: by default that of the recipe's TrainingArguments on one GPU. processor:
+    needed on the general path. Raises ConfigError if the frames of a clip alone exceed max_prompt_length, and
+    for settings that the general path does not support.
     """
     sharding = sharding or sharding_of(recipe.training)
     training = recipe.section(TGRPOSettings if recipe.command == "rl" else SFTSettings)
@@ -224,7 +225,7 @@ def memory_plan(
         questions = training.per_device_train_batch_size * training.gradient_accumulation_steps
         prompts = questions * (2 if training.shuffled_generations else 1)
         sequences = questions * (training.num_generations + training.shuffled_generations)
-        if not known:  # one question after the other, with a prompt for each of its completions
+        if not known:  # one question at a time, the prompt repeated for each completion
             prompts = sequences = max(training.num_generations, training.shuffled_generations)
             prefill = replace(row, questions=min(prompts, MAX_SEQUENCES))
         elif not values.get("use_vllm"):
@@ -251,7 +252,7 @@ def memory_plan(
         "weights": weights,
         "gradients": int(traced.gradients * policy.summed * sharding.share(sharding.gradients)),
         "optimizer": 0 if sharding.offload else int(optimizer * sharding.share(sharding.optimizer)),
-        # of adapters, a whole copy in every process
+        # every rank has a whole copy of reference adapters
         "reference": policy.reference * _reference_bytes(policy, traced, weights, sharding),
         "gathered": max(update, left, whole),
         "activations": traced.activations,
@@ -259,7 +260,7 @@ def memory_plan(
         "KV cache": cache,
         "vLLM": vllm,
     }
-    # of a step after the first one, when the optimizer has its states
+    # from the second step on, when the optimizer has its states
     always = parts["weights"] + parts["reference"] + parts["optimizer"]
     always += traced.gradients if sharding.buckets else 0
     awake = 0 if values.get("vllm_enable_sleep_mode") else vllm
@@ -273,7 +274,7 @@ def memory_plan(
         if prefill is not None and unused > 2 * traced.adapted:  # as `has_memory_for` asks
             phases["rollout"] += traced.adapted
     if on_server:
-        phases["hand-over"] = always + whole
+        phases["weight sync"] = always + whole
     return MemoryPlan(recipe, sharding, row, traced, parts, phases, gpu_memory, beside, processor)
 
 
@@ -290,13 +291,13 @@ def _policy(
     if training.bf16 if training.bf16 is not None else device_type == "cuda":
         if sharding.master:  # DeepSpeed turns the weights themselves into bf16
             dtype = torch.bfloat16
-        elif sharding.fsdp and not settings.use_peft:  # accelerate makes weights that train float32
+        elif sharding.fsdp and not settings.use_peft:  # accelerate makes trained weights float32
             dtype, autocast = torch.float32, torch.bfloat16
         elif dtype == torch.float32:
             autocast = torch.bfloat16
     kept = sharding.share(sharding.gradients)
     if sharding.fsdp and training.gradient_accumulation_steps > 1:
-        kept = 1.0  # it sums the gradients of several passes whole, and shares them out after the last one
+        kept = 1.0  # FSDP sums unsharded gradients of several passes and shards them after the last one
     computing = autocast if sharding.fsdp and autocast else dtype
     stored = dtype.itemsize // computing.itemsize
     exact = sharding.float32_gradients or (sharding.fsdp and autocast is not None)
@@ -305,7 +306,7 @@ def _policy(
 
 
 def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding) -> int:
-    """Bytes of the optimizer's states. AdamW has those of 32 bits in the number format of what it trains."""
+    """Return the bytes of the optimizer's states; AdamW's have the dtype of the trained weights."""
     if "8bit" in name:
         return traced.states_8bit // (2 if "lion" in name else 1)  # Lion has one moment
     if name.startswith(("sgd", "adafactor")):
@@ -318,11 +319,10 @@ def _optimizer_bytes(name: str, traced: Traced, stored: int, sharding: Sharding)
 def _sampling(
     config: Any, policy: Policy, traced: Traced, row: Row, prefill: Row, prompts: int, sequences: int
 ) -> tuple[int, int]:
-    """Bytes of the keys and values of the prompts and of the completions that are decoded at once, and the
-    most that sampling needs beyond weights: in the prefill, when the caches of its parts are joined, or with
-    the completions' keys and values beside those of the prompts.
+    """Return the bytes of the KV cache of prompts and completions, and the peak of sampling beyond weights.
 
-    The room for completions is doubled whenever it is used up.
+    The peak is in the prefill, when caches of its parts are joined, or while decoding. The cache's capacity
+    for completions doubles whenever it is full.
     """
     waves = math.ceil(sequences / MAX_SEQUENCES)
     of_a_token = traced.prompt_cache / (prefill.questions * prefill.prompt) / waves
@@ -345,9 +345,7 @@ def _sampling(
 
 
 def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sharding) -> int:
-    """Of a frozen copy, in the number format that computes (`as_computed` of training/reference.py),
-    or of the adapters that training started from.
-    """
+    """Return the bytes of a frozen copy in the compute dtype, or of reference adapters."""
     if not policy.copied:
         return traced.gradients * policy.stored
     follows = isinstance(policy.training, TGRPOSettings) and policy.training.sync_ref_model
@@ -357,11 +355,10 @@ def _reference_bytes(policy: Policy, traced: Traced, weights: int, sharding: Sha
 
 
 def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, int, int]:
-    """Weights of other processes that are here too: in an update, in the optimizer step, in a rollout.
+    """Return the bytes of gathered weights of other ranks in an update, in the optimizer step, in a rollout.
 
-    While processes sample, all weights of the policy. In an update, of FSDP2: layers at work and on their way
-    with their gradients, and what belongs to no layer (head, norms); of the reference, which has no backward
-    pass that would give it back, the latter stays.
+    A rollout gathers all weights of the policy. An update under FSDP2 gathers layers with their gradients,
+    and weights of no layer (head, norms). Of the reference, the latter stay gathered.
     """
     if not sharding.weights:
         return 0, 0, 0
@@ -369,7 +366,7 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
     if sharding.fsdp:
         left = traced.outside_layers if policy.copied else 0
         layers = FSDP_LAYERS * traced.largest_layer + traced.outside_layers
-        if policy.autocast:  # gradients in float32 on their way: those of one layer, and of what is in none
+        if policy.autocast:  # float32 gradients of one layer and of weights in no layer while they are sent
             layers += 2 * (traced.largest_layer + traced.outside_layers)
         if not policy.settings.use_peft:
             layers += int(traced.outside_layers * (1 - policy.gradients_kept))
@@ -378,11 +375,11 @@ def _gathered(traced: Traced, sharding: Sharding, policy: Policy) -> tuple[int, 
 
 
 def check_general(config: Any, recipe: Recipe, sharding: Sharding) -> None:
-    """Raises ConfigError for what a run refuses: see docs/models.md."""
+    """Raise ConfigError for settings that the general path does not support: see docs/models.md."""
     refused = {
         "use_vllm": bool(recipe.values().get("use_vllm")),
         "load_in_4bit": recipe.section(ModelSettings).load_in_4bit,
-        f"weights shared out ({sharding.name})": sharding.weights,
+        f"sharded weights ({sharding.name})": sharding.weights,
     }
     found = [name for name, asked in refused.items() if asked]
     if found:

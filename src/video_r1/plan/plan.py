@@ -22,9 +22,9 @@ from video_r1.settings.training import SFTSettings, TGRPOSettings
 
 
 def run_plan(recipe: Recipe) -> int:
-    """Prints the plan, and where it does not fit the changes and the recipes that do.
+    """Print the plan and, if it does not fit, changes and recipes that do.
 
-    Returns 1 when it does not fit the GPU, else 0. Raises ConfigError without a shape.
+    Returns 1 if the recipe does not fit the GPU, else 0. Raises ConfigError if the model's shape is unknown.
     """
     settings, model = recipe.section(PlanSettings), recipe.section(ModelSettings).model_name_or_path
     source = settings.model_config or (model_folder(checkpoint_behind(model)) if model else None)
@@ -42,7 +42,7 @@ def run_plan(recipe: Recipe) -> int:
     table = " (the built-in table)" if published else ""
     print(f"shape of {source}{table}; on {sharding.name}")
     if not known:
-        print("the general path: each completion is sampled and learnt from with a prompt of its own")
+        print("the general path: the prompt is computed again for each completion")
     print(described(plan))
     if settings.gpu is not None and recipe.command == "rl":
         found = estimate(config, recipe, plan.traced, plan.row, sharding, settings.gpu)
@@ -54,7 +54,7 @@ def run_plan(recipe: Recipe) -> int:
 
 
 def gpu_memory(recipe: Recipe) -> int | None:
-    """Bytes of one GPU: of the options, else of the recipe's machine, else of this one; None: no GPU."""
+    """Return the bytes of one GPU: from the options, the recipe's machine or this one; None without GPU."""
     settings, made_for = recipe.section(PlanSettings), recipe.made_for
     if settings.gpu_memory is not None:
         return parse_bytes(settings.gpu_memory)
@@ -68,7 +68,7 @@ def gpu_memory(recipe: Recipe) -> int | None:
 
 
 def planned_sharding(recipe: Recipe) -> Sharding:
-    """How many GPUs and how they share: by the options, else the settings, else the recipe's machine."""
+    """Return the GPUs and their sharding: from the options, else the settings, else the recipe's machine."""
     settings, made_for = recipe.section(PlanSettings), recipe.made_for
     gpus = settings.gpus or made_for.gpus or 1
     kind = settings.sharding
@@ -78,7 +78,7 @@ def planned_sharding(recipe: Recipe) -> Sharding:
 
 
 def of_stage(recipe: Recipe) -> Recipe:
-    """The recipe as one of the command that it is for, with that one's defaults."""
+    """Return the recipe as one of the command that it is for (`rl` or `sft`), with its defaults."""
     own = recipe.made_for.command or ("rl" if recipe.source is None else "sft")
     recipe = replace(recipe, command=recipe.section(PlanSettings).stage or own)
     if recipe.command == "sft":
@@ -89,25 +89,26 @@ def of_stage(recipe: Recipe) -> Recipe:
 
 
 def print_remedies(config: object, plan: MemoryPlan, checkpoint: str, text_tokens: int) -> None:
-    """Prints each change as soon as it is found: it takes as long as the plan itself."""
+    """Print each fitting change as soon as it is found; finding one takes as long as the plan itself."""
     command, one = plan.recipe.command, plan.sharding.processes == 1
     machine = f"{plan.sharding.processes} GPU{'' if one else 's'} of {(plan.gpu_memory or 0) / 1e9:.3g} GB"
-    print(f"\nit does not fit {machine}; it does with (most at once, GiB):", flush=True)
+    print(f"\nit does not fit {machine}; it fits with (peak, GiB):", flush=True)
     none = True
     for words, changed in fitting_changes(config, plan, text_tokens):
         none = False
         print(f"  {words:<60}{changed.peak / 2**30:9.2f}", flush=True)
     if none:
-        print("  nothing that was tried")
+        print("  none of the changes tried")
     entries = fitting_recipes(plan, checkpoint)
-    what = "recipes" if entries else "no recipe that comes with the package is"
-    print(f"{what} for {command} on it" + ":" * bool(entries))
+    print(
+        f"{'packaged' if entries else 'no packaged'} recipes for {command} that fit it" + ":" * bool(entries)
+    )
     for entry in entries:
         print(f"  video-r1 {command} {entry.name:<24} {entry.checkpoint}: {entry.about}")
 
 
 def described(plan: MemoryPlan) -> str:
-    """The plan as text."""
+    """Return the plan as text."""
     unit, name_of_unit = (2**30, "GiB") if plan.peak >= 2**30 else (2**20, "MiB")
     row, stage, model = plan.row, plan.recipe.command, plan.recipe.section(ModelSettings).model_name_or_path
     answers = "completions" if stage == "rl" else "response"
@@ -119,7 +120,7 @@ def described(plan: MemoryPlan) -> str:
         "",
         f"on each GPU, {name_of_unit}",
         *(f"  {name:<15}{size / unit:9.2f}" for name, size in plan.parts.items()),
-        f"most at once, {name_of_unit}",
+        f"peak, {name_of_unit}",
         *(f"  {name:<15}{size / unit:9.2f}" for name, size in plan.phases.items()),
     ]
     if plan.gpu_memory is not None and plan.vllm is not None:
@@ -130,7 +131,7 @@ def described(plan: MemoryPlan) -> str:
         )
         if not beside.questions:
             least = math.ceil(100 * beside.least / plan.gpu_memory) / 100
-            lines.append(f"its share is too small: vllm_gpu_memory_utilization {least:.2f} would do")
+            lines.append(f"vLLM's share is too small: set vllm_gpu_memory_utilization to {least:.2f}")
     if plan.gpu_memory is not None:
         verdict = "fits" if plan.fits else "does not fit"
         lines += ["", f"{verdict}: {plan.peak / unit:,.2f} of {plan.gpu_memory / unit:,.2f} {name_of_unit}"]
@@ -144,7 +145,7 @@ FOUR_BITS = 0.6  # bytes a weight, with its scales
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Settings, on so many GPUs. least: bytes of a GPU that it needs at any rate."""
+    """Changed settings and number of GPUs. least: lower bound of the bytes that they need on a GPU."""
 
     settings: dict[str, Any]
     least: float
@@ -163,8 +164,10 @@ def text(value: Any) -> str:
 
 
 def fitting_changes(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator[tuple[str, MemoryPlan]]:
-    """Options for `plan` and for the recipe's command with which it fits, and the plan with them. Single
-    changes; where none is enough, some together.
+    """Yield options for `plan` and the recipe's command with which it fits, and the plan with them.
+
+    Changes are tried one by one, and several together if no single change is enough. Changes whose lower
+    bound does not fit are not planned.
     """
     found = False
     for change in [*single_changes(plan), None]:
@@ -189,7 +192,7 @@ def fitting_changes(config: Any, plan: MemoryPlan, text_tokens: int) -> Iterator
 
 
 def single_changes(plan: MemoryPlan) -> Iterator[Change]:
-    """In the order of docs/recipes.md: first those that leave what is learnt as it is."""
+    """Yield changes in the order of docs/recipes.md: first those that do not change the training result."""
     values, parts = plan.recipe.values(), plan.parts
     always = parts["weights"] + parts["gradients"] + parts["optimizer"] + parts["reference"]
     if not values["gradient_checkpointing"]:
@@ -218,7 +221,7 @@ def single_changes(plan: MemoryPlan) -> Iterator[Change]:
 
 
 def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Half as many frames; half as long completions or responses."""
+    """Yield settings with half the frames, and with half the length of completions or responses."""
     frames = recipe.section(PromptSettings)
     yield {"max_frames": max(frames.min_frames, frames.max_frames // 2)}
     if recipe.command == "sft":
@@ -231,9 +234,7 @@ def smaller(recipe: Recipe) -> Iterator[dict[str, Any]]:
 
 
 def together(plan: MemoryPlan) -> Change:
-    """What leaves least: adapters of 4-bit weights (of plain ones on the general path), activations computed
-    again, short rows.
-    """
+    """Return the smallest plan: QLoRA (LoRA on the general path), gradient checkpointing and short rows."""
     settings = {**LORA, "load_in_4bit": not plan.row.repeated, "gradient_checkpointing": True}
     for part in smaller(plan.recipe):
         settings |= part
@@ -243,7 +244,7 @@ def together(plan: MemoryPlan) -> Change:
 
 
 def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
-    """The recipe with other settings. Raises ConfigError."""
+    """Return the recipe with other settings. Raises ConfigError."""
     sections = []
     for section in recipe.sections:
         own = {name: value for name, value in settings.items() if name in own_field_types(type(section))}
@@ -254,8 +255,9 @@ def changed(recipe: Recipe, settings: dict[str, Any]) -> Recipe:
 
 
 def fitting_recipes(plan: MemoryPlan, checkpoint: str) -> list[Entry]:
-    """Packaged recipes of the same command for as many GPUs of as much memory at most; tests plan each on its
-    machine. Those for the same model first, then the largest machine.
+    """Return packaged recipes of the same command for this machine or a smaller one.
+
+    Recipes for the same model come first, then those for the largest machine. Tests plan each on its machine.
     """
     found = []
     for entry in catalogue():

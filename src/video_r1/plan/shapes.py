@@ -1,4 +1,4 @@
-"""The shape of a model: from a folder, from the table of published ones (shapes.toml), or from the hub."""
+"""Model shapes for a plan: from a folder, the table of published checkpoints (shapes.toml) or the hub."""
 
 import tomllib
 from functools import cache
@@ -21,7 +21,7 @@ from video_r1.models.loading import checked_source
 
 @cache
 def published() -> dict[str, Any]:
-    """The checkpoints of shapes.toml by their names without -Instruct and -Thinking; `families`: defaults."""
+    """Return shapes.toml: checkpoints by name without -Instruct and -Thinking; `families`: defaults."""
     return tomllib.loads(Path(__file__).with_name("shapes.toml").read_text(encoding="utf-8"))
 
 
@@ -30,12 +30,12 @@ def plain_name(source: str) -> str:
 
 
 def is_published(source: str) -> bool:
-    """Whether the table has the shape. A folder of that name goes before."""
+    """Return whether the table has the shape; a folder of this name takes precedence."""
     return plain_name(source) in published().keys() - {"families"} and not Path(source).exists()
 
 
 def published_config(source: str) -> PreTrainedConfig:
-    """The config of a checkpoint in the table, by its hub id."""
+    """Return the config of a checkpoint in the table, by its hub id."""
     entry = published()[plain_name(source)]
     tied, kind = entry["tie_word_embeddings"], entry["model_type"]
     family = published()["families"].get(kind, {"text_config": {}, "vision_config": {}})
@@ -49,15 +49,13 @@ def published_config(source: str) -> PreTrainedConfig:
 
 
 def published_processor(kind: str) -> Any:
-    """What turns frames into tokens as the published one does, for a plan without its files. Its tokenizer
-    has a token for each byte, so that the times before frames have about twice as many as they should.
+    """Build a processor that makes as many visual tokens as the published one, for a plan without its files.
 
-    Raises ConfigError for a model type other than `smolvlm`, or without the package that its processor needs.
+    Its tokenizer has one token a byte, so timestamps of frames count about double. Raises ConfigError for a
+    model type other than `smolvlm`, or if the package that its processor needs is missing.
     """
     if kind != "smolvlm":
-        raise ConfigError(
-            f"no processor of {kind} is built in; name a folder with its files in --model_config"
-        )
+        raise ConfigError(f"no built-in processor of {kind}; name a folder with its files in --model_config")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=_tokenizer_of_bytes())
     named = {
         "image_token": "<image>",
@@ -91,9 +89,9 @@ def _tokenizer_of_bytes() -> Tokenizer:
 
 
 def model_config(source: str | None) -> PreTrainedConfig:
-    """The config of a checkpoint folder or hub id; the hub is asked for what is not in the table.
+    """Load the config of a checkpoint folder or hub id; the hub is asked only if the table lacks it.
 
-    Raises ConfigError and says what to do instead.
+    Raises ConfigError with a remedy.
     """
     if not source:
         raise ConfigError(
