@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from test_tgrpo import assert_same_step, plain_logits, two_are_flat
 from tgrpo_trainers import first_step, make_trainer, policy_of
-from tiny_questions import read_lines
 from torch import Tensor
 
 from video_r1.data.rollouts import RolloutGroup
@@ -33,14 +31,13 @@ def plain_entropies(model: Any, groups: Sequence[RolloutGroup], temperature: flo
     return torch.cat(entropies)
 
 
-@pytest.mark.parametrize("batch_size", [3, 1])
 def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
-    checkpoint: Path, manifest: Path, tmp_path: Path, batch_size: int
+    checkpoint: Path, manifest: Path, tmp_path: Path
 ) -> None:
     """In groups of equal rewards too, and the same in any micro-batch."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, rewards=nothing, beta=0.0, entropy_coef=0.5, temperature=0.7,
-        per_device_train_batch_size=batch_size, gradient_accumulation_steps=3 // batch_size,
+        per_device_train_batch_size=1, gradient_accumulation_steps=3,
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
     groups = [group for batch in batches for group in batch["batch"].groups]
@@ -50,15 +47,14 @@ def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
     assert_same_step(trainer, batches, normaliser, policy, expected)
 
 
-@pytest.mark.parametrize("batch_size", [4, 2])
 def test_tokens_are_ranked_among_those_of_groups_of_equal_rewards(
-    checkpoint: Path, manifest: Path, tmp_path: Path, batch_size: int
+    checkpoint: Path, manifest: Path, tmp_path: Path
 ) -> None:
     """Whatever a micro-batch is made of, without a KL term too."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, rewards=two_are_flat, beta=0.0, temporal_rule="off",
-        top_entropy_quantile=0.3, temperature=0.7, per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=4 // batch_size,
+        top_entropy_quantile=0.3, temperature=0.7, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
     )  # fmt: skip
     policy = copy.deepcopy(policy_of(trainer)).double()
     for inputs in first_step(trainer)[0]:
@@ -68,15 +64,3 @@ def test_tokens_are_ranked_among_those_of_groups_of_equal_rewards(
         expected = entropies >= torch.quantile(entropies, 0.7)
         kept = kept_tokens(batch, scored, trainer.settings)
         assert kept is not None and kept.tolist() == expected.tolist()
-
-
-def test_the_bonus_raises_the_entropy(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    seen = []
-    for coef in (2.0, -2.0):
-        folder = tmp_path / str(coef)
-        make_trainer(
-            checkpoint, str(manifest), folder, rewards=nothing, beta=0.0, entropy_coef=coef, max_steps=4,
-            optim="sgd", learning_rate=0.05, top_entropy_quantile=0.9,
-        ).train()  # fmt: skip
-        seen.append(read_lines(folder / "metrics.jsonl")[-1]["policy/entropy"])
-    assert seen[0] > seen[1] + 0.01

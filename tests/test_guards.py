@@ -1,11 +1,8 @@
-"""Bad numbers, full disks, read-only folders and lost trackers: a clear error or a degraded run, and whole
-checkpoints always.
-"""
+"""Bad numbers, full disks, read-only folders and lost trackers: a clear error or a degraded run."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 import os
@@ -38,7 +35,7 @@ def forget_warnings() -> None:
 def test_loss_that_is_not_finite_names_its_questions(
     checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One micro-batch of two has a NaN: its questions alone are written down, no weight changes."""
+    """One micro-batch of two has a NaN: only its questions are recorded, no weight changes."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, max_steps=2, per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -69,7 +66,7 @@ def test_loss_that_is_not_finite_names_its_questions(
 
 
 def test_skipped_updates_are_counted_on(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """A run that is continued knows how many it skipped, and how many of them in a row; later ones go."""
+    """A resumed run knows how many updates it skipped, and how many in a row; later records go."""
     guard = guards.UpdateGuard(tmp_path, limit=3)
     lines = [{"step": step, "not_finite": "loss", "problem_ids": [1]} for step in (2, 5, 6, 7)]
     (tmp_path / "skipped_updates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -94,10 +91,9 @@ def limited(recipe: str, run: str, log: str, bytes_of_a_file: int) -> None:
     os._exit(main(["rl", recipe, "--output_dir", run]))
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_whole_checkpoints(tmp_path: Path) -> None:
-    """The third checkpoint does not fit: one line says so, the second one is whole, and the run goes on from
-    it when there is room.
-    """
+    """The first checkpoint does not fit: one line says so; the same command succeeds with more room."""
     recipe = write_recipe(tmp_path, optim="adamw_torch", save_total_limit=None, max_steps=4)
     model = (tmp_path / "model" / "model.safetensors").stat().st_size
     log, run = tmp_path / "log", tmp_path / "run"
@@ -128,23 +124,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     os.system(f"umount -l {disk}")
 
 
-def test_disk_that_fills_up(
+def test_a_full_disk_does_not_end_the_run(
     checkpoint: Path, manifest: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A real file system without room: the first checkpoint is whole, the next one fails by name."""
-    run = small_disk / "run"
-    trainer = make_trainer(checkpoint, str(manifest), run, save_steps=1, max_steps=3)
-    with pytest.raises(VideoR1Error, match=r"checkpoint-\d cannot be written.*MB are free\).*is whole"):
-        trainer.train()
-    whole = last_whole_checkpoint(run)
-    assert whole is not None and load_file(whole / "model.safetensors")
-    assert torch.load(whole / "optimizer.pt", weights_only=True)["state"]
-
-
-def test_records_are_left_out_when_the_disk_is_full(
-    checkpoint: Path, manifest: Path, small_disk: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Metrics, frames and rollouts find no room: the run ends its steps and says once what is missing."""
+    """Metrics, frames and rollouts find no room: the run finishes its steps and warns once."""
     run = small_disk / "run"
     run.mkdir()
     trainer = make_trainer(checkpoint, str(manifest), run, save_strategy="no", max_steps=2)
@@ -164,7 +147,7 @@ def test_records_are_left_out_when_the_disk_is_full(
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Said before the model is loaded, in one line."""
+    """One line of error, before the model is loaded."""
     from video_r1.cli import main
 
     recipe = write_recipe(tmp_path)
@@ -217,27 +200,6 @@ def test_tracker_that_cannot_start_is_named(
         trainer.train()
 
 
-@pytest.mark.parametrize("name", ["wandbb", "trackio"])
-def test_tracker_that_is_not_there(checkpoint: Path, manifest: Path, tmp_path: Path, name: str) -> None:
-    if name == "trackio" and importlib.util.find_spec("trackio") is not None:
-        pytest.skip("trackio is installed")
-    with pytest.raises(ConfigError, match=f"report_to: .*{name}"):
-        make_trainer(checkpoint, str(manifest), tmp_path, report_to=name)
-
-
-def test_tensorboard_has_the_series(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    folder = tmp_path / "board"
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder)
-    try:
-        make_trainer(
-            checkpoint, str(manifest), tmp_path / "run", report_to="tensorboard", max_steps=2
-        ).train()
-    finally:
-        del os.environ["TENSORBOARD_LOGGING_DIR"]
-    events = reading.EventAccumulator(str(folder)).Reload()
-    logged = read_lines(tmp_path / "run" / "metrics.jsonl")
-    scalars = events.Scalars("train/reward/many_tokens")
-    assert [scalar.value for scalar in scalars] == pytest.approx(
-        [line["reward/many_tokens"] for line in logged]
-    )
+def test_tracker_that_is_not_there(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"report_to: .*wandbb"):
+        make_trainer(checkpoint, str(manifest), tmp_path, report_to="wandbb")

@@ -11,7 +11,6 @@ from typing import Any
 
 import datasets
 import pytest
-import torch
 from tiny_models import tiny_checkpoint
 from tiny_questions import KINDS, read_lines, training_arguments, write_manifest
 
@@ -19,7 +18,6 @@ from video_r1 import SFTConfig, SFTTrainer, TGRPOConfig, TGRPOTrainer
 from video_r1.cli import main
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import ConfigError, ManifestError
-from video_r1.models.loading import load_model
 
 README = Path(__file__).parents[1] / "README.md"
 T_GRPO = README.parent / "docs" / "t-grpo.md"
@@ -37,6 +35,7 @@ def taught_checkpoint(folder: Path, manifest: Path) -> Path:
     return folder / "sft"
 
 
+@pytest.mark.slow
 def test_readme_lines_train(tmp_path: Path) -> None:
     """The ten lines with another model, folder and length."""
     manifest = write_manifest(tmp_path)
@@ -111,24 +110,6 @@ def test_rows_are_checked_by_the_constructor(tmp_path: Path, monkeypatch: pytest
         SFTTrainer(model, args, train_dataset=[rows[0] | {"solution": None}])
     with pytest.raises(ManifestError, match="not generator"):
         SFTTrainer(model, args, train_dataset=(row for row in rows))  # pyright: ignore[reportArgumentType]
-
-
-def test_media_root_and_dtype(tmp_path: Path) -> None:
-    """Rows whose clips lie elsewhere, and a model that is loaded in another number format."""
-    (clips := tmp_path / "clips").mkdir()
-    rows = json.loads(write_manifest(clips).read_text())
-    checkpoint = tiny_checkpoint("qwen2_5_vl", tmp_path / "model")
-    args = TGRPOConfig(
-        **training_arguments(tmp_path / "run", max_completion_length=8, length_reward=0.0),
-        media_root=str(clips),
-        dtype="bfloat16",
-    )
-    trainer = TGRPOTrainer(str(checkpoint), args=args, train_dataset=rows, eval_dataset=rows[:2])
-    assert trainer.train_dataset == load_manifest(clips / "manifest.json")
-    assert trainer.model is not None and trainer.model.dtype == torch.bfloat16
-    loaded = load_model(checkpoint)
-    with pytest.raises(ConfigError, match=r"dtype is bfloat16, but .* has torch.float32"):
-        TGRPOTrainer(loaded, args=args, train_dataset=rows)
 
 
 def test_a_length_reward_out_of_reach_is_the_trainers_to_refuse(tmp_path: Path) -> None:

@@ -9,9 +9,7 @@ import numpy as np
 import pytest
 from damaged_media import bomb, good_files, many_streams, truncated
 from tgrpo_trainers import make_trainer
-from tiny_questions import read_lines, training_arguments, write_manifest
-
-from video_r1.training.sft import SFTConfig, SFTTrainer
+from tiny_questions import read_lines, write_manifest
 
 VIDEOS, IMAGES, STEPS, BATCH = 20, 10, 10, 3
 
@@ -28,20 +26,12 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return manifest
 
 
-@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.slow
 def test_an_epoch_with_a_tenth_of_bad_media_finishes_and_counts_them(
-    checkpoint: Path, manifest: Path, tmp_path: Path, stage: str
+    checkpoint: Path, manifest: Path, tmp_path: Path
 ) -> None:
     changes: dict[str, Any] = {"max_steps": STEPS, "per_device_train_batch_size": BATCH, "logging_steps": 1}
-    if stage == "rl":
-        trainer = make_trainer(checkpoint, str(manifest), tmp_path, num_generations=2, **changes)
-    else:
-        trainer = SFTTrainer(
-            str(checkpoint),
-            args=SFTConfig(**training_arguments(tmp_path, **changes)),
-            train_dataset=str(manifest),
-        )
-    trainer.train()
+    make_trainer(checkpoint, str(manifest), tmp_path, num_generations=2, **changes).train()
     lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert all(np.isfinite(line["loss"]) for line in lines)

@@ -53,8 +53,8 @@ class Watch(TrainerCallback):
         self.steps += 1
 
 
-@pytest.mark.parametrize("micro_batches", [1, 3])
-@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "micro_batches"), [("sft", 1), ("rl", 3)])
 def test_the_next_steps_media_are_read_during_the_step(
     checkpoint: Path, tmp_path: Path, stage: str, micro_batches: int
 ) -> None:

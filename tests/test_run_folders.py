@@ -65,6 +65,7 @@ def test_library_runs_go_on_as_on_the_command_line(checkpoint: Path, manifest: P
         pass  # released
 
 
+@pytest.mark.slow
 def test_two_commands_in_one_folder(tmp_path: Path) -> None:
     """The second one is refused with the first one's process; after a kill -9 the next one goes on."""
     recipe = write_recipe(tmp_path, max_steps=3)
@@ -85,32 +86,19 @@ def test_two_commands_in_one_folder(tmp_path: Path) -> None:
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
-    """A command of this package in two processes."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*launch, "-m", "video_r1", *words], capture_output=True, text=True, timeout=500, env=environment
-    )
-
-
+@pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_without_a_gpu_trains_once(tmp_path: Path) -> None:
     """Processes on a machine without a GPU are one run, though nothing says use_cpu."""
     recipe = write_recipe(tmp_path, use_cpu=False, max_steps=2, per_device_train_batch_size=1)
-    done = torchrun("rl", str(recipe), "--output_dir", str(tmp_path / "run"))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = [*launch, "-m", "video_r1", "rl", str(recipe), "--output_dir", str(tmp_path / "run")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2]
     assert (tmp_path / "run" / "model.safetensors").is_file()
-
-
-@pytest.mark.dist
-def test_torchrun_says_a_typo_once() -> None:
-    done = torchrun("rl", "lab-tgrpo", "--learning_rte", "1")
-    assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if "learning_rte" in line]
-    assert len(said) == 1 and said[0].startswith("video-r1: learning_rte (option --learning_rte)")
 
 
 def test_a_demo_replaces_only_its_own_folders(tmp_path: Path) -> None:

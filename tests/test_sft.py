@@ -109,10 +109,10 @@ def test_no_logits_but_those_of_a_chunk(
 
 
 def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """The loss is the mean over the step's tokens, however they are cut: 6 questions, threes, twos, ones."""
+    """The loss is the mean over the step's tokens, however they are split: 6 questions, or 3 times 2."""
     results: list[dict[str, Tensor]] = []
     losses = []
-    for size, accumulation in ((6, 1), (3, 2), (2, 3), (1, 6)):
+    for size, accumulation in ((6, 1), (2, 3)):
         trainer = make_trainer(
             checkpoint, load_manifest(manifest)[2:8], tmp_path / str(size), per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation, optim="sgd", max_steps=2, save_strategy="no",
@@ -128,6 +128,7 @@ def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, t
             torch.testing.assert_close(other[name], value, rtol=0, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_recipe_learns_resumes_and_loads(checkpoint: Path, tmp_path: Path) -> None:
     """From a recipe: bad media set aside, the loss falls, a continued run goes on where it was, the run
     folder is a checkpoint.

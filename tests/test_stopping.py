@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in a run: a checkpoint after the step, exit code 130 or 143, and the way to go on."""
+"""Ctrl-C and SIGTERM in a run: a checkpoint after the step, the exit code, and how to resume."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SLOW = 60.0
 
 
 def stoppable(words: list[str], output: str, phase: Any, slow: bool) -> None:
-    """As `resume_runs.command`, open to Ctrl-C, which a shell's background jobs ignore. slow: rollouts last
-    for a minute from the third one on.
+    """`resume_runs.command` that handles Ctrl-C, which background jobs of a shell ignore. slow: rollouts last
+    a minute from the third one on.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if slow:
@@ -68,10 +68,9 @@ def whole(recipe: Path) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_goes_on_as_if_nothing_had_been(
-    recipe: Path, whole: Path, number: signal.Signals, code: int
-) -> None:
+@pytest.mark.slow
+def test_a_stopped_run_resumes_exactly(recipe: Path, whole: Path) -> None:
+    number, code = signal.SIGINT, 130
     run = recipe.with_name(f"stopped-{code}")
     process = begin(recipe, run)
     for _ in range(3):
@@ -94,6 +93,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_been(
     same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(recipe: Path, whole: Path) -> None:
     run = recipe.with_name("at-once")
     process = begin(recipe, run, slow=True)
@@ -114,6 +114,7 @@ def test_a_second_ctrl_c_ends_it_at_once(recipe: Path, whole: Path) -> None:
     same_run(run, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_all_processes_stop_where_one_of_them_is_told(tmp_path: Path) -> None:
     settings = {"ddp_backend": "gloo", "per_device_train_batch_size": 1, "max_steps": 6, "save_steps": 6}
@@ -159,7 +160,7 @@ def test_it_stops_where_a_checkpoint_can_be_continued(every: int, step: int, tmp
     assert caught.value.number == signal.SIGTERM
 
 
-def test_what_a_launcher_passes_on_is_not_a_second_ctrl_c(
+def test_a_signal_that_a_launcher_passes_on_is_no_second_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -196,7 +197,8 @@ def test_a_library_keeps_its_handlers() -> None:
     assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
 
 
-def test_a_child_ends_by_the_signal_as_ever() -> None:
+@pytest.mark.slow
+def test_a_child_ends_by_the_signal() -> None:
     code = (
         "import os, signal, time\nfrom video_r1.processes import ended_by_signals\n"
         "with ended_by_signals():\n"

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.rollouts import RolloutGroup
-from video_r1.errors import ConfigError, RewardError
+from video_r1.errors import ConfigError
 from video_r1.models.loading import freeze_vision, load_model
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.training.objective import ClipRange, policy_loss
@@ -100,8 +100,7 @@ def assert_same_step(
     assert_same_gradients(policy_of(trainer), policy)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-@pytest.mark.parametrize("batch_size", [3, 1])
+@pytest.mark.parametrize(("loss_type", "batch_size"), [("grpo", 3), ("dapo", 1), ("dr_grpo", 3)])
 def test_loss_equals_plain_reference(
     checkpoint: Path, manifest: Path, tmp_path: Path, loss_type: str, batch_size: int
 ) -> None:
@@ -130,15 +129,13 @@ def two_are_flat(completions: list[str], completion_ids: list[list[int]], **colu
     return [0.5 if place // 4 in (1, 2) else reward for place, reward in enumerate(earned)]
 
 
-@pytest.mark.parametrize("batch_size", [4, 2])
 def test_groups_of_equal_rewards_count_in_the_mean_of_a_micro_batch(
-    checkpoint: Path, manifest: Path, tmp_path: Path, batch_size: int
+    checkpoint: Path, manifest: Path, tmp_path: Path
 ) -> None:
     """`bnpo` without a KL term: their tokens are among those of the mean, by which micro-batches count."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, rewards=two_are_flat, loss_type="bnpo", beta=0.0,
-        temporal_rule="off", per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=4 // batch_size,
+        temporal_rule="off", per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
     parts = [batch["batch"].groups for batch in batches]
@@ -198,16 +195,13 @@ class CountingEngine(TransformersEngine):
         return super().generate(*args, **kwargs)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_accumulation_equals_one_large_batch(
-    checkpoint: Path, manifest: Path, tmp_path: Path, loss_type: str
-) -> None:
-    """Four questions as 4, 2 + 2 and one by one give the same weights after two steps."""
+def test_accumulation_equals_one_large_batch(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    """Four questions at once and one by one give the same weights after two steps."""
     samples = load_manifest(manifest)[2:6]
     results = []
-    for size, accumulation in ((4, 1), (2, 2), (1, 4)):
+    for size, accumulation in ((4, 1), (1, 4)):
         trainer = make_trainer(
-            checkpoint, samples, tmp_path / str(size), loss_type=loss_type, optim="sgd", max_steps=2,
+            checkpoint, samples, tmp_path / str(size), loss_type="dapo", optim="sgd", max_steps=2,
             per_device_train_batch_size=size, gradient_accumulation_steps=accumulation, save_strategy="no",
             learning_rate=0.01,
         )  # fmt: skip
@@ -215,9 +209,8 @@ def test_accumulation_equals_one_large_batch(
         trainer.train()
         results.append(weights(trainer))
         assert any((before[name] - results[-1][name]).abs().max() > 1e-4 for name in before)
-    for other in results[1:]:
-        for name, value in results[0].items():
-            torch.testing.assert_close(other[name], value, rtol=0, atol=2e-6)
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=0, atol=2e-6)
 
 
 # ---- Ordered and shuffled
@@ -266,31 +259,6 @@ def test_shuffled_prompts_differ_in_frame_order_alone(
     torch.testing.assert_close(frames_of(update, grid), frames[0], rtol=0, atol=0)
 
 
-def test_shuffled_completions_are_never_trained_on(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, per_device_train_batch_size=8, num_shuffled_generations=3
-    )
-    batches, _ = first_step(trainer)
-    batch = batches[0]["batch"]
-    scored = trainer.logprobs(policy_of(trainer), batch)
-    assert scored.lengths.tolist() == [
-        len(rollout.token_ids) for group in batch.groups for rollout in group.ordered
-    ]
-    for group in batch.groups:
-        assert len(group.shuffled) == (3 if group.sample.data_type == "video" else 0)
-        assert len(group.advantages) == len(group.ordered) == 4
-
-
-def test_scored_policy_is_the_sampled_one(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(checkpoint, str(manifest), tmp_path, temperature=0.6)
-    batches, _ = first_step(trainer)
-    batch = batches[0]["batch"]
-    sampled = torch.cat([rollout.logprobs for group in batch.groups for rollout in group.ordered])
-    with torch.no_grad():
-        scored = trainer.logprobs(policy_of(trainer), batch).logprobs
-    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
-
-
 def test_without_temporal_rule_nothing_is_shuffled(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     trainer = make_trainer(checkpoint, str(manifest), tmp_path, rewards=None, temporal_rule="off")
     batches, _ = first_step(trainer)
@@ -302,7 +270,7 @@ def test_without_temporal_rule_nothing_is_shuffled(checkpoint: Path, manifest: P
 # ---- Rewards
 
 
-def test_user_reward_function(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+def test_a_step_with_a_users_reward_function(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     calls: list[dict[str, Any]] = []
 
     def mine(
@@ -312,10 +280,18 @@ def test_user_reward_function(checkpoint: Path, manifest: Path, tmp_path: Path) 
         return [None if index == 0 else float(index) for index in range(len(completions))]
 
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, rewards=["accuracy", mine], reward_weights={"mine": 0.5}
-    )
+        checkpoint, str(manifest), tmp_path, rewards=["accuracy", mine], reward_weights={"mine": 0.5},
+        temperature=0.6, num_shuffled_generations=3,
+    )  # fmt: skip
     batches, _ = first_step(trainer)
-    groups = batches[0]["batch"].groups
+    batch = batches[0]["batch"]
+    groups = batch.groups
+    # only ordered completions are trained on, and the scored policy is the sampled one
+    assert [len(group.shuffled) for group in groups] == [3 * (g.sample.data_type == "video") for g in groups]
+    sampled = torch.cat([rollout.logprobs for group in groups for rollout in group.ordered])
+    with torch.no_grad():
+        scored = trainer.logprobs(policy_of(trainer), batch).logprobs
+    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
     (call,) = calls
     assert len(call["completions"]) == 12 and call["problem_id"][::4] == [g.sample.problem_id for g in groups]
     assert call["prompts"][0].startswith(groups[0].sample.problem)
@@ -365,20 +341,6 @@ def test_settings_of_the_objective_reach_it(
 
 
 @pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        (lambda completions, **columns: [1.0], "returned 1 rewards for 12 completions"),
-        (lambda completions, **columns: 1 / 0, "raised ZeroDivisionError.*problem_id"),
-    ],
-)
-def test_failing_reward_function_is_named(
-    checkpoint: Path, manifest: Path, tmp_path: Path, function: Any, message: str
-) -> None:
-    with pytest.raises(RewardError, match=message):
-        first_step(make_trainer(checkpoint, str(manifest), tmp_path, rewards=[function]))
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"top_p": 0.9}, "top_p"),
@@ -410,6 +372,7 @@ def test_contradicting_settings(
 # ---- Model families, a frozen vision tower
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_other_families_train(family: str, manifest: Path, tmp_path: Path) -> None:
     """Frames of Qwen3-VL have sides of 32; each family samples what it scores and learns from it."""

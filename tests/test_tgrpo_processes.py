@@ -15,7 +15,12 @@ from tiny_questions import read_lines, write_manifest
 
 @pytest.mark.dist
 @pytest.mark.parametrize(
-    ("scale", "rule"), [("batch", "margin"), ("task", "weight"), ("group", "tokens"), ("selected", "off")]
+    ("scale", "rule"),
+    [
+        ("selected", "off"),
+        pytest.param("task", "weight", marks=pytest.mark.slow),
+        pytest.param("batch", "tokens", marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(tmp_path: Path, scale: str, rule: str) -> None:
     """Same completions, rewards, validation and weights after two steps, images and videos mixed."""

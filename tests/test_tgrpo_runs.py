@@ -188,11 +188,18 @@ def comparable(path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("iterations", "credit"),
     [
-        (1, {}),
-        (2, {}),
-        (1, {"scale_rewards": "task", "temporal_rule": "weight"}),
         (2, {"temporal_rule": "tokens", "temporal_contrast": "reversed"}),
-        (1, {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3, "beta": 0.5}),
+        (
+            1,
+            {
+                "scale_rewards": "task",
+                "temporal_rule": "weight",
+                "sync_ref_model": True,
+                "ref_model_sync_steps": 1,
+                "ref_model_mixup_alpha": 0.3,
+                "beta": 0.5,
+            },
+        ),
     ],
 )
 def test_resumed_run_equals_an_uninterrupted_one(

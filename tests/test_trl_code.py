@@ -205,10 +205,3 @@ def test_what_is_no_chat(manifest: Path, messages: Any, message: str) -> None:
     row = json.loads(manifest.read_text())[0]
     with pytest.raises(ManifestError, match=message):
         load_manifest([row | {"messages": messages}], manifest.parent)
-
-
-def test_a_row_without_messages_is_no_chat(manifest: Path) -> None:
-    """As rows are written that have none."""
-    row = json.loads(manifest.read_text())[0]
-    (sample,) = load_manifest([row | {"messages": []}], manifest.parent)
-    assert sample.messages == ()
