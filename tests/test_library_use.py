@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import json
 import re
 from pathlib import Path
@@ -120,12 +118,3 @@ def test_a_length_reward_out_of_reach_is_the_trainers_to_refuse(tmp_path: Path) 
         with pytest.raises(ConfigError, match="length_range starts at 320 tokens, above max_completion_len"):
             TGRPOTrainer(model, rewards, args, str(write_manifest(tmp_path)))
     TGRPOTrainer(model, ["accuracy", "format"], args, str(tmp_path / "manifest.json"))
-
-
-@pytest.mark.parametrize("config", [SFTConfig, TGRPOConfig])
-def test_help_lists_every_setting(config: type[Any]) -> None:
-    told = inspect.getdoc(config) or ""
-    for field in dataclasses.fields(config):
-        assert re.search(rf"^  {field.name}: .*\n      \S", told, re.MULTILINE), field.name
-    assert "lr_scheduler_type: linear | cosine" in told and "learning_rate: float = 1e-06" in told
-    assert "All settings of a" in told

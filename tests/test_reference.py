@@ -98,26 +98,3 @@ def test_what_cannot_follow_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_trainer(checkpoint, str(manifest), tmp_path, **{"sync_ref_model": True, **changes})
-
-
-def test_validation_by_several_answers(
-    checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each question is answered so often, at the temperature of training, and alike every time."""
-    scored: list[int] = []
-
-    def scores(sample: Any, rollouts: Any) -> torch.Tensor:
-        scored.append(len(rollouts))
-        return torch.tensor([float(rollout.token_ids.sum() % 2) for rollout in rollouts])
-
-    monkeypatch.setattr("video_r1.evaluation.validation.answer_scores", scores)
-    figures = []
-    for count in (None, 5, 5):
-        trainer = make_trainer(checkpoint, str(manifest), tmp_path / str(count), num_generations_eval=count)
-        figures.append(trainer.evaluate(str(manifest)))
-        assert set(scored) == {count or 1} and len(scored) == 8 + 5  # three of the eight are pictures
-        scored.clear()
-    assert figures[0]["eval_accuracy"] * 8 == round(figures[0]["eval_accuracy"] * 8)
-    assert figures[1] == figures[2]
-    assert figures[1]["eval_accuracy"] * 40 == pytest.approx(round(figures[1]["eval_accuracy"] * 40))
-    assert 0.1 < figures[1]["eval_accuracy"] < 0.9 != figures[1]["eval_accuracy_shuffled"]

@@ -48,12 +48,6 @@ def test_strip_sizes(
     assert Image.open(tmp_path / "s.jpg").size == (frames * tile[0], tile[1])
 
 
-@pytest.mark.parametrize("frames", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
-def test_strip_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match=r"\[T, 3, H, W\] uint8"):
-        save_strip(frames, tmp_path / "s.jpg")
-
-
 def test_recorded_group(tmp_path: Path) -> None:
     record_group(tmp_path, 10, group_of())
     (line,) = (tmp_path / "rollouts.jsonl").read_text().splitlines()
@@ -143,11 +137,6 @@ def test_recording_survives_a_killed_run_and_bad_values(tmp_path: Path) -> None:
     assert json.loads(line)["ordered"][0]["rewards"] == {"accuracy": None}
     assert json.loads(last)["text"] == "half a pair \ud83d"
     assert broken == b'{"step": 1, "pro'
-
-
-def test_recording_says_which_reward_is_short(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'accuracy' has 1 values for 2 completions"):
-        record_group(tmp_path, 2, group_of(rewards=[1.0]))
 
 
 @pytest.mark.parametrize("problem_id", ["../../up", "a/b", "nul\0", "x" * 400, "<img src=x>", "..", ""])

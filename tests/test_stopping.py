@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -195,18 +193,3 @@ def test_a_library_keeps_its_handlers() -> None:
     thread.start()  # where Python allows no handlers
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]
-
-
-@pytest.mark.slow
-def test_a_child_ends_by_the_signal() -> None:
-    code = (
-        "import os, signal, time\nfrom video_r1.processes import ended_by_signals\n"
-        "with ended_by_signals():\n"
-        "    child = os.fork()\n"
-        "    if not child: time.sleep(60)\n"
-        "    time.sleep(0.5)\n"
-        "    os.kill(child, signal.SIGTERM)\n"
-        "    print(os.WTERMSIG(os.waitpid(child, 0)[1]))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.stdout, done.stderr) == (f"{int(signal.SIGTERM)}\n", "")

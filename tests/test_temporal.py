@@ -13,7 +13,6 @@ import pytest
 import torch
 from test_tgrpo import assert_same_gradients, plain_logprobs
 from tgrpo_trainers import first_step, make_trainer, policy_of
-from tiny_questions import read_lines
 from torch import Tensor
 
 from video_r1.data.manifests.records import Sample
@@ -30,7 +29,6 @@ from video_r1.rewards.temporal import (
 )
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
 from video_r1.training.advantages import group_advantages
-from video_r1.training.batches import PolicyBatch
 from video_r1.training.callbacks import TaskMoments
 from video_r1.training.metrics import Meter, describe_credit
 from video_r1.training.tgrpo import credit
@@ -242,39 +240,11 @@ def test_a_gate_keeps_the_ranking_of_graded_answers() -> None:
     torch.testing.assert_close(total, torch.tensor([0.06, 0.04, 0.0]))
 
 
-def test_credit_of_a_likelihood_bonus_reaches_the_gradient() -> None:
-    """Rewards 1.15, 1, 0, 0 in place of 1, 1, 0, 0: mean 0.5375, and the responses are no longer alike."""
-    paid = group("1100")
-    paid.rewards["temporal"] = torch.tensor([0.15, 0.0, 0.0, 0.0])
-    paid.total_reward = paid.rewards["accuracy"] + paid.rewards["temporal"]
-    seen = series([paid], temporal_rule="likelihood")
-    std = ((0.6125**2 + 0.4625**2 + 2 * 0.5375**2) / 3) ** 0.5
-    assert paid.advantages[:2].tolist() == pytest.approx([0.6125 / (std + 1e-4), 0.4625 / (std + 1e-4)])
-    assert seen["temporal/credit"] > 0.05 and seen["temporal/credit_groups"] == 1.0
-
-
 def test_key_drops() -> None:
     """The largest fifth: 2 of 6 tokens (3 and 1), 1 of 3 (−0.1), none of none."""
     given = [[0.0, 3.0, 0.1, 1.0, -4.0, 0.2], [-0.3, -0.1, -2.0], []]
     found = key_drops([torch.tensor(each) for each in given])
     torch.testing.assert_close(found, torch.tensor([2.0, -0.1, 0.0]))
-
-
-def test_a_gate_cancels_where_the_contrast_takes_nothing_and_decides_where_it_does() -> None:
-    """Rewards 0.1, 0.1, 0, 0 are worth what 1, 1, 0, 0 are. With the drops ln 9 and 0 the two correct ones
-    earn 0.9 and 0.1, and the second falls below the group's mean of 0.25."""
-    settings = TGRPOSettings(temporal_rule="likelihood_gate", temporal_alpha=0.9, length_reward=0)
-    alike, unlike = group("1100"), group("1100")
-    for each, second in ((alike, 0.0), (unlike, math.log(9))):
-        drops = torch.tensor([second, 0.0, 1.0, 1.0])
-        paid = reward_of("likelihood_gate", [1.0, 1.0, 0.0, 0.0], drops.tolist(), temporal_alpha=0.9)
-        each.rewards["temporal"] = paid
-        each.total_reward = each.rewards["accuracy"] + each.rewards["temporal"]
-    credit([alike, unlike], settings)
-    assert alike.base_advantages is not None
-    torch.testing.assert_close(alike.advantages, alike.base_advantages, rtol=0, atol=2e-3)  # eps
-    std = ((0.65**2 + 0.15**2 + 2 * 0.25**2) / 3) ** 0.5 + 1e-4
-    assert unlike.advantages.tolist() == pytest.approx([0.65 / std, -0.15 / std, -0.25 / std, -0.25 / std])
 
 
 def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
@@ -355,24 +325,6 @@ def test_credit_of_weighted_tokens() -> None:
     assert series([flat], temporal_rule="tokens")["temporal/credit"] == 0.0
 
 
-def test_token_weights_of_a_batch() -> None:
-    """Those of the temporal rule times the sampler's; 1 for a group without, as an image."""
-
-    def rollout(tokens: int) -> Rollout:
-        return Rollout(torch.ones(tokens, dtype=torch.long), torch.zeros(tokens), "", "stop")
-
-    image, video = group("10"), group("10")
-    image.ordered, video.ordered = [rollout(1), rollout(2)], [rollout(2), rollout(1)]
-    batch = PolicyBatch([image, video], [image, video])
-    assert batch.token_weights is None
-    video.token_weights = [torch.tensor([0.5, 1.5]), torch.tensor([1.0])]
-    assert cast(Tensor, batch.token_weights).tolist() == [1.0, 1.0, 1.0, 0.5, 1.5, 1.0]
-    batch.sampler_weights = torch.tensor([2.0, 1.0, 0.5, 2.0, 2.0, 0.5])
-    assert cast(Tensor, batch.token_weights).tolist() == [2.0, 1.0, 0.5, 1.0, 3.0, 0.5]
-    video.token_weights = None
-    assert batch.token_weights is batch.sampler_weights
-
-
 def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """Of two micro-batches, by transformers' own forward, behind a sampler that is another model."""
     trainer = make_trainer(
@@ -410,14 +362,3 @@ def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_p
 
 
 # ---- without frames
-
-
-def test_a_run_by_likelihood_without_frames(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_rule="likelihood_step", temporal_contrast="blind",
-        max_steps=1,
-    )  # fmt: skip
-    trainer.train()
-    (line,) = read_lines(tmp_path / "metrics.jsonl")
-    assert "temporal/p_shuffled" not in line
-    assert math.isfinite(line["temporal/drop"]) and "reward/temporal" in line and "temporal/credit" in line

@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
-from tgrpo_trainers import make_trainer, many_tokens, policy_of, weights
+from tgrpo_trainers import make_trainer, many_tokens, weights
 from tiny_questions import KINDS, read_lines, write_manifest
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, TrainerCallback
+from transformers import TrainerCallback
 
 from video_r1.errors import VideoR1Error
 from video_r1.training.tgrpo import TGRPOTrainer
@@ -64,20 +63,6 @@ def test_run_folder(finished: TGRPOTrainer) -> None:
         assert (line["p_shuffled"] is None) == (line["permutation"] is None) == (line["data_type"] == "image")
 
 
-def test_checkpoint_is_plain(finished: TGRPOTrainer) -> None:
-    folder = finished.folder / "checkpoint-3"
-    assert (folder / "chat_template.jinja").exists() and (folder / "processor_config.json").exists()
-    loaded = AutoModelForImageTextToText.from_pretrained(folder).eval()
-    trained = policy_of(finished).eval()
-    prompt = finished.step.batches[0].groups[0].prompt
-    features = {name: value[None] if value.ndim == 1 and name == "mm_token_type_ids" else value
-                for name, value in prompt.features.items()}  # fmt: skip
-    with torch.no_grad():
-        logits = [model(input_ids=prompt.input_ids[None], **features).logits for model in (loaded, trained)]
-    # the trained one's vision tower goes another way to the same values
-    torch.testing.assert_close(logits[0], logits[1], rtol=0, atol=5e-5)
-
-
 def test_bad_media_give_their_place_to_other_questions(checkpoint: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
@@ -94,12 +79,6 @@ def test_bad_media_give_their_place_to_other_questions(checkpoint: Path, tmp_pat
     assert sum(line["media/skipped"] for line in metrics) >= 6  # two epochs of eight questions
     rolled_out = {line["problem_id"] for line in read_lines(trainer.folder / "rollouts.jsonl")}
     assert rolled_out <= {0, 2, 5, 6, 7}
-
-
-def test_missing_media_stop_the_run(checkpoint: Path, tmp_path: Path) -> None:
-    manifest = write_manifest(tmp_path, videos=3, images=0, bad=(0, 1, 2))
-    with pytest.raises(VideoR1Error, match=r"3 in the manifest.*quarantine.jsonl"):
-        make_trainer(checkpoint, str(manifest), tmp_path / "run").train()
 
 
 def test_preflight_stops_a_model_without_the_format(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
@@ -136,32 +115,15 @@ def test_infinite_gradient_skips_the_update(checkpoint: Path, manifest: Path, tm
     assert line["step"] == 2 and len(line["problem_ids"]) == 3 and line["not_finite"] == "gradient"
     assert [entry["updates/skipped"] for entry in read_lines(tmp_path / "metrics.jsonl")] == [0, 1, 1]
     assert all(value.isfinite().all() for value in weights(trainer).values())
-
-
-def test_infinite_gradients_in_a_row_stop_the_run(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in a row"
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, callbacks=[Poison([1, 2, 3])], max_skipped_updates=2
+        checkpoint, str(manifest), folder, callbacks=[Poison([1, 2])], max_skipped_updates=2
     )
     with pytest.raises(VideoR1Error, match=r"2 updates in a row.*problem_id"):
         trainer.train()
 
 
 # ---- LoRA, validation, continuing ------------------------------------------------------------------------
-
-
-def test_lora_trains_adapters_against_the_model_without_them(
-    checkpoint: Path, manifest: Path, tmp_path: Path
-) -> None:
-    peft = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    trainer = make_trainer(checkpoint, str(manifest), tmp_path, peft=peft, learning_rate=0.02, beta=0.04)
-    before = weights(trainer)
-    trainer.train()
-    changed = {name for name, value in weights(trainer).items() if not torch.equal(value, before[name])}
-    assert changed and all("lora_" in name for name in changed)
-    assert trainer.reference is not None and trainer.reference.model is None
-    kl = [line["policy/kl"] for line in read_lines(tmp_path / "metrics.jsonl")]
-    assert kl[0] == pytest.approx(0, abs=1e-9) and kl[-1] > 1e-5
-    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
 
 
 def test_validation_finds_the_best_checkpoint(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from resume_runs import SERVER, write_recipe
+from resume_runs import write_recipe
 from tiny_questions import read_lines
-from transformers import TrainerCallback
 
 from video_r1.cli import main
 from video_r1.training import callbacks as guards
-from video_r1.training.tgrpo import TGRPOTrainer
 
 STEPS = 2
 pytestmark = pytest.mark.slow  # whole runs with real trackers
@@ -126,74 +122,4 @@ def config_of(record: dict[str, Any]) -> dict[str, Any]:
     return record["config"]["update"]
 
 
-class Kill(TrainerCallback):
-    """Kills this process's wandb service after the first step, as if machine and network had gone."""
-
-    killed = 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        children = Path(f"/proc/self/task/{os.getpid()}/children")
-        for child in children.read_text().split():
-            if "wandb" in Path(f"/proc/{child}/comm").read_text() and state.global_step == 1:
-                os.kill(int(child), signal.SIGKILL)
-                Kill.killed += 1
-
-
-def run_that_loses_wandb(words: list[str], environment: dict[str, str], output: str) -> None:
-    """A process's work: the command line, with wandb's service killed on the way. Ends by itself."""
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.environ.update(environment)
-    build = TGRPOTrainer.__init__
-    TGRPOTrainer.__init__ = lambda self, *args, **options: build(self, *args, callbacks=[Kill()], **options)
-    code = main(words)
-    print("killed", Kill.killed, flush=True)
-    sys.exit(code)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds wandb's service in /proc")
-def test_lost_wandb_does_not_end_the_run(recipe: Path, tmp_path: Path, wandb_folder: Path) -> None:
-    """The process goes on, says so once, and ends by itself: at exit wandb waits for its service."""
-    environment = {name: value for name, value in os.environ.items() if name.startswith("WANDB_")}
-    words, output = ["rl", str(recipe), "--report_to", "wandb"], tmp_path / "output"
-    process: Any = SERVER.Process(target=run_that_loses_wandb, args=(words, environment, str(output)))
-    process.start()
-    process.join(240)
-    said = output.read_text()
-    assert process.exitcode == 0 and "killed 1" in said, said[-3000:]
-    assert said.count("training continues without it") == 1
-    steps = [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
-    assert steps == [1, 2]
-    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
-
-
 # ---- trackio
-
-
-def test_trackio(recipe: Path, tmp_path: Path) -> None:
-    """In a process of its own, because trackio looks for its folder when it is imported."""
-    pytest.importorskip("trackio")
-    script = f"""
-import json, sys
-sys.path[:0] = {sys.path!r}
-from video_r1.cli import main
-
-assert main(["rl", {str(recipe)!r}, "--report_to", "trackio", "--project", "clips"]) == 0
-import trackio
-from trackio.sqlite_storage import SQLiteStorage
-
-(run,) = trackio.Api().runs("clips")
-print(json.dumps([run.name, run.config, SQLiteStorage.get_logs("clips", run.name)]))
-"""
-    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    name, told, logs = json.loads(done.stdout.splitlines()[-1])
-    tracked: dict[int, dict[str, float]] = {}
-    for line in logs:
-        tracked.setdefault(line["train/global_step"], {}).update(line)
-    same_series(tracked, tmp_path / "run")
-    assert name == "run" and SETTINGS.items() <= told.items()

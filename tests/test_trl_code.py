@@ -25,7 +25,7 @@ from video_r1 import (
     read_media,
 )
 from video_r1.data.manifests.trl_rows import trl_samples
-from video_r1.errors import ConfigError, ManifestError
+from video_r1.errors import ManifestError
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 
@@ -138,13 +138,6 @@ def test_an_optimizer_and_its_schedule_are_used(checkpoint: Path, manifest: Path
     trainer.train()
     assert trainer.optimizer.optimizer is optimizer  # type: ignore[union-attr]
     assert read_lines(tmp_path / "run" / "metrics.jsonl")[0]["learning_rate"] == pytest.approx(0.005)
-
-
-@pytest.mark.parametrize("name", ["reward_processing_classes", "quantization_config"])
-def test_what_only_reward_models_and_loading_need_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        arguments: dict[str, Any] = {name: object()}
-        TGRPOTrainer("model", **arguments)
 
 
 def test_rows_that_are_no_question_are_all_named(tmp_path: Path) -> None:
