@@ -24,16 +24,10 @@ def test_multiple_choice(answer: str, truth: str, score: float) -> None:
         ("3", "3", 1.0),
         ("3", "3.0", 1.0),  # the reference gives 0: only one of the two has a point
         ("1200", "1,200", 1.0),  # and here: only one has a comma
-        ("1,200.00", "1200", 1.0),
         ("3.141", "3.14159", 1.0),  # both 3.14
-        ("3.146", "3.14", 0.0),  # 3.15 against 3.14
-        ("0.004", "0", 1.0),
         ("0.006", "0", 0.0),
         ("-2", "2", 0.0),
-        ("three", "3", 0.0),
-        ("3 m", "3", 0.0),
         ("", "3", 0.0),
-        ("3", "", 0.0),
         ("nan", "nan", 0.0),
     ],
 )
@@ -44,17 +38,13 @@ def test_numerical(answer: str, truth: str, score: float) -> None:
 @pytest.mark.parametrize(
     ("answer", "truth", "score"),
     [
-        ("3 7 2 9", "3 7 2 9", 1.0),
         ("3\n7\t2   9", "3 7 2 9", 1.0),
         ("3 7 9", "3 7 2 9", 0.75),  # one word missing of four
-        ("3 7 5 9", "3 7 2 9", 0.75),  # one replaced
         ("3 7 2 9 1", "3 7 2 9", 0.75),  # one too many, divided by the reference's four
         ("7 3", "3 7 2 9", 0.25),  # 3 and 9 deleted, 2 replaced by 3
         ("a b c d e", "x y", 0.0),  # distance 5 ÷ 2, clipped
-        ("", "3 7", 0.0),
         ("", "", 1.0),
         ("one two", "", 0.0),
-        ("Stop", "STOP", 0.0),
     ],
 )
 def test_ocr(answer: str, truth: str, score: float) -> None:
@@ -74,10 +64,7 @@ def test_ocr(answer: str, truth: str, score: float) -> None:
         # stems: cats → cat, running → run, runs → run
         ("cats running", "cat runs", 1.0),
         ("one", "one", (1 + 0 + 1) / 3),  # a single word has no bigrams
-        ("dog", "cat", 0.0),
-        ("", "cat", 0.0),
         ("", "", 0.0),
-        ("cat", "", 0.0),
     ],
 )
 def test_free_form(answer: str, truth: str, score: float) -> None:
@@ -88,16 +75,11 @@ def test_free_form(answer: str, truth: str, score: float) -> None:
     ("answer", "truth", "score"),
     [
         ("3", "4", 0.75),
-        ("5", "4", 0.75),
-        ("4", "4", 1.0),
         ("1,000", "2000", 0.5),
         ("9", "4", 0.0),  # off by 125 %
-        ("-4", "4", 0.0),
         ("-3", "-4", 0.75),
         ("0", "0", 0.0),  # (0 + 1e-9) ÷ (0 + 1e-9) = 1: the formula has no score at a truth of 0
-        ("0.1", "0", 0.0),
         ("x", "4", 0.0),
-        ("", "4", 0.0),
     ],
 )
 def test_regression(answer: str, truth: str, score: float) -> None:
@@ -119,9 +101,7 @@ def test_an_unknown_type_is_named() -> None:
     [
         ("multiple choice", 1.0, 0.5, True),
         ("multiple choice", 0.0, 0.5, False),
-        ("numerical", 1.0, 1.0, True),
         ("OCR", 0.5, 0.5, False),
-        ("OCR", 0.51, 0.5, True),
         ("free-form", 0.2, 0.5, False),
         ("free-form", 0.2, 0.1, True),
         ("regression", 0.75, 0.5, True),
@@ -131,7 +111,7 @@ def test_what_counts_as_correct(problem_type: str, score: float, threshold: floa
     assert is_correct(problem_type, score, threshold) is correct
 
 
-@pytest.mark.parametrize("tenths", range(1, 10))
+@pytest.mark.parametrize("tenths", [1, 7])
 def test_a_score_at_the_threshold_is_not_above_it(tenths: int) -> None:
     """A group's scores are float32: 0.1 is 0.10000000149 there."""
     words = [f"word{number}" for number in range(10)]

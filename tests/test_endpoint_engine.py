@@ -61,23 +61,14 @@ def test_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: str)
     assert kinds == ({"video_url", "image_url"} if owner == "vllm" else {"image_url"})
 
 
-@pytest.mark.parametrize("event", [503, "busy", "garbage", "empty", "half", "drop", "abort"])
-def test_failures_that_pass_are_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any
-) -> None:
+def test_failures_that_pass_are_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_client, "FIRST_PAUSE", 0.01)
     with chat_endpoint() as server:
-        server.script[0], server.script[2] = [event, event], [event]
+        server.script[0] = [503, "busy", "garbage", "empty"]
+        server.script[2] = ["half", "drop", "abort"]
         records = evaluated(tmp_path, server.url)
-        assert len(server.requests) == 6 + 3
+        assert len(server.requests) == 6 + 7
     assert len(records) == 6 and all(record["score"] == 1.0 for record in records)
-
-
-def test_at_most_so_many_at_once(tmp_path: Path) -> None:
-    with chat_endpoint() as server:
-        server.pause = 0.05
-        evaluated(tmp_path, server.url, concurrency=2)
-        assert server.most_under_way == 2
 
 
 @pytest.mark.parametrize(("event", "message"), [(400, "refused.*this is a 400"), (500, "failed 3 times")])
@@ -93,17 +84,6 @@ def test_failures_that_stay(
             evaluated(tmp_path, server.url)
         server.always = None
         assert len(evaluated(tmp_path, server.url)) == 6  # started again, it continues
-
-
-def test_a_question(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_questions(tmp_path, count=1)
-    with chat_endpoint() as server:
-        settings = AskSettings(
-            path=str(tmp_path / "clip.mp4"), question=["Question 1: where?"], options=["left", "right"],
-            engine=server.url, **SIZES,
-        )  # fmt: skip
-        assert ask.run_ask(settings) == "B. right"
-    assert "In question 1" in capsys.readouterr().out
 
 
 def asked_aloud(folder: Path, url: str, samples: int = 2) -> tuple[list[View], list[list[str]]]:
@@ -146,9 +126,8 @@ def test_an_endpoint_that_does_not_stream_is_heard_at_its_end(tmp_path: Path, ev
 
 
 @pytest.mark.parametrize(("event", "message"), [
-    ("dies", "broke off after 6 pieces"), ("fails", "the engine is out of memory"), ("drop", "failed: "),
-    ("stalls", "not a word within 0.5 s"), ("garbage", "failed: JSONDecodeError"), (401, "refused a request"),
-    (503, "failed: HTTP 503"),
+    ("dies", "broke off after 6 pieces"), ("fails", "the engine is out of memory"),
+    ("stalls", "not a word within 0.5 s"), (401, "refused a request"), (503, "failed: HTTP 503"),
 ])  # fmt: skip
 def test_an_endpoint_that_breaks_while_it_writes_says_so_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, event: Any, message: str
@@ -186,24 +165,6 @@ def test_an_answer_that_nobody_hears_any_more_is_given_up(tmp_path: Path) -> Non
         engine.close()
 
 
-NAMES = {"template", "tokenizer", "with_template", "question", "build"}
-
-
-def test_prompts_promise_what_they_can_do() -> None:
-    prompts = TextPrompts()
-    assert {name for name in dir(prompts) if name[0] != "_"} == NAMES
-    sample = Sample("q", "Where?", "video", "free-form", "<answer>left</answer>", "clip.mp4")
-    media = Media(
-        torch.tensor([0, 255], dtype=torch.uint8).expand(3, 28, 28, 2).permute(3, 0, 1, 2),
-        torch.tensor([0.0, 0.5]),
-        1.0,
-        "video",
-    )
-    prompt = prompts.build(sample, media, torch.tensor([1, 0]))
-    assert prompt.media[0].frames.equal(media.frames.flip(0)) and len(prompt.input_ids) == 0
-    assert prompt.messages[0]["content"][1]["text"] == prompts.question(sample)
-
-
 def test_it_cannot_be_trained_with() -> None:
     with chat_endpoint() as server:
         engine = open_engine(EvalSettings(engine=server.url, **SIZES), None)
@@ -214,8 +175,7 @@ def test_it_cannot_be_trained_with() -> None:
 
 
 @pytest.mark.parametrize(("engine", "expected"), [
-    ("http://host:8000", False), ("http://host:8000/", False), ("http://host:8000/v1", True),
-    ("https://host/api/v1/", True), ("vllm", False), ("transformers", False),
+    ("http://host:8000/", False), ("https://host/api/v1/", True), ("vllm", False),
 ])  # fmt: skip
 def test_an_address_with_a_path_is_an_endpoint(engine: str, expected: bool) -> None:
     assert is_endpoint(engine) == expected

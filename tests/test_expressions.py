@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from video_r1 import load_manifest
-from video_r1.data.answers import read_answer
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.rewards import expressions
 from video_r1.rewards.correctness import correctness, is_correct
@@ -28,24 +27,16 @@ def afresh() -> None:
     ("answer", "truth", "score"),
     [
         ("1/2", r"\frac{1}{2}", 1.0),
-        ("0.5", r"$\frac{1}{2}$", 1.0),
         ("50%", "0.5", 1.0),
         (r"\boxed{7}", "7", 1.0),
-        (r"\(7\)", "7.0", 1.0),
         ("x = 3", "3", 1.0),
-        ("1,200", "1200", 1.0),
-        (r"3\times 10^4", "30000", 1.0),
         (r"2\sqrt{2}", r"\sqrt{8}", 1.0),
         ("(x+1)^2", "x^2 + 2x + 1", 1.0),
         (r"\{2, 1\}", r"\{1, 2\}", 1.0),
-        ("[0,1)", "[0, 1)", 1.0),
         ("(0,1)", "[0, 1)", 0.0),
-        ("x^2 + 1", "x^2 + 2x + 1", 0.0),
         ("0.333", r"\frac{1}{3}", 0.0),  # agrees at three decimals, not at six
-        ("3", "4", 0.0),
         ("", "4", 0.0),
         (r"\frac{1}{", "4", 0.0),
-        ("}{", "4", 0.0),
     ],
 )
 def test_one_value_in_its_forms(answer: str, truth: str, score: float) -> None:
@@ -109,8 +100,3 @@ def test_a_manifest_of_such_questions_names_the_missing_package(
         ConfigError, match=r"questions of the type math, whose.*pip install 'video-r1\[math\]'"
     ):
         load_manifest(rows, tmp_path)
-
-
-def test_evaluation_reads_the_text_of_the_tags() -> None:
-    assert read_answer(r"<think>so</think><answer>$\frac{1}{2}$</answer>", "math") == r"$\frac{1}{2}$"
-    assert read_answer(r"Hence the answer is \boxed{7}", "math") == r"\boxed{7}"

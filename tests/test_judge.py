@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import signal
 import threading
 import time
@@ -109,9 +108,7 @@ def read_lines_leniently(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-@pytest.mark.parametrize(
-    "said", ["Score: 1", "7", "yes", "", "0.5 because", "-0.5", "1.5", "<think>1", "nan"]
-)
+@pytest.mark.parametrize("said", ["Score: 1", "<think>1"])
 def test_a_reply_that_is_no_number_leaves_the_group_out(
     endpoint: JudgeEndpoint, tmp_path: Path, said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,12 +124,6 @@ def test_a_reply_that_is_no_number_leaves_the_group_out(
     assert {line["answer"] for line in read_lines(tmp_path / "judge.jsonl")} == {"right", "up"}
     endpoint.said.clear()
     assert not judge([group("right", "left")])[0].isnan().any()
-
-
-def test_a_reply_that_was_cut_off_is_none(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
-    judge = open_judge(endpoint, tmp_path)
-    endpoint.finish_reason = "length"
-    assert judge([group("left")])[0].isnan().all()
 
 
 def test_failures_that_pass_are_tried_again(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
@@ -173,15 +164,6 @@ def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.02)
 
 
-def test_a_run_that_is_told_to_stop_does_not_wait(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
-    told = threading.Event()
-    judge = open_judge(endpoint, tmp_path, stopped=told.is_set)
-    endpoint.away = True
-    threading.Timer(1.0, told.set).start()
-    with pytest.raises(JudgeAway, match="does not answer"):
-        judge([group("left")])
-
-
 def test_a_judge_that_accepts_requests_and_does_not_answer(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
     judge = open_judge(endpoint, tmp_path, judge_down="stop", judge_timeout=0.5)
     endpoint.pause = 60
@@ -206,22 +188,6 @@ def test_a_run_that_is_told_to_stop_does_not_wait_for_an_answer(
     with pytest.raises(JudgeAway, match=r"no answer after 0\.2 s"):
         judge([group("right")])
     assert endpoint.asked() == ["left", "right"]
-
-
-def test_skip_hears_the_judge_out_before_a_stop(
-    endpoint: JudgeEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(judge_module, "LAST_SECONDS", 0.0)
-    judge = open_judge(endpoint, tmp_path, lambda: True, judge_down="skip")
-    endpoint.pause = 0.5
-    assert judge([group("left")])[0].tolist() == [pytest.approx(score("left"))]
-
-
-def test_stop_raises(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
-    judge = open_judge(endpoint, tmp_path, judge_down="stop")
-    endpoint.away = True
-    with pytest.raises(JudgeAway, match=rf"judge at {endpoint.url} does not answer"):
-        judge([group("left")])
 
 
 def test_skip_leaves_groups_out_until_it_is_back(
@@ -268,14 +234,6 @@ def test_a_judge_that_gives_no_number_is_said_before_the_first_step(
         ConfigError,
         match=r"was asked once before the first step and said 'Yes, it has.', no number.*judge_template",
     ):
-        open_judge(endpoint, tmp_path)
-
-
-def test_another_model_is_named_by_its_setting(endpoint: JudgeEndpoint, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="serves judge, not other"):
-        open_judge(endpoint, tmp_path, judge_model="other")
-    endpoint.listed = False
-    with pytest.raises(ConfigError, match=r"--judge_model.*--judge_key_variable"):
         open_judge(endpoint, tmp_path)
 
 
@@ -394,20 +352,6 @@ def same(one: Path, other: Path) -> None:
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
-def test_a_run_whose_accuracy_is_the_judges(
-    checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
-) -> None:
-    changes = {"judge_as": "accuracy", "reward_funcs": ["accuracy"], "temporal_rule": "margin"}
-    run(checkpoint, questions, tmp_path, endpoint, **changes, max_steps=2)
-    lines = [line for line in read_lines(tmp_path / "metrics.jsonl") if "reward/accuracy" in line]
-    assert len(lines) == 2 and all(line["reward/accuracy"] > 0 for line in lines)
-    assert "reward/judge" not in lines[0] and 0 < lines[0]["temporal/p"] < 1
-    for recorded in read_lines(tmp_path / "rollouts.jsonl"):
-        for each in [*recorded["ordered"], *recorded["shuffled"]]:
-            expected = score(each["text"].strip()) if each["text"].strip() else 0.0
-            assert each["rewards"]["accuracy"] == pytest.approx(expected)
-
-
 def test_stop_is_continued_exactly(
     checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
 ) -> None:
@@ -432,19 +376,6 @@ def test_stop_is_continued_exactly(
     assert len(set(asked)) == len(asked)  # no answer twice, before and after
 
 
-def test_skipped_groups_learn_from_the_other_rewards(
-    checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
-) -> None:
-    endpoint.away_after = 0
-    changes = {"judge_down": "skip", "max_steps": 2, "log_rollouts": 3}
-    run(checkpoint, questions, tmp_path / "run", endpoint, reward_funcs=["accuracy", "judge"], **changes)
-    for line in read_lines(tmp_path / "run" / "metrics.jsonl"):
-        assert line["judge/skipped"] == 1.0 and "reward/judge" not in line
-        assert line["reward/total"] == pytest.approx(line["reward/accuracy"])
-    for recorded in read_lines(tmp_path / "run" / "rollouts.jsonl"):
-        assert all(one["total"] == one["rewards"]["accuracy"] for one in recorded["ordered"])
-
-
 def test_a_run_that_waits_can_be_stopped(
     checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
 ) -> None:
@@ -460,26 +391,6 @@ def test_a_run_that_waits_can_be_stopped(
     with pytest.raises(Interrupted, match="checkpoint-1 is the last checkpoint"):
         trainer.train()
     thread.join()
-
-
-@pytest.mark.slow
-def test_killed_in_the_middle(tmp_path: Path, endpoint: JudgeEndpoint) -> None:
-    from resume_runs import finish, start, write_recipe
-
-    changes = {"judge_endpoint": endpoint.url, "reward_funcs": ["format", "judge"]}
-    recipe = write_recipe(tmp_path, **changes)
-    free_form_manifest(tmp_path)
-    finish(recipe, tmp_path / "whole")
-    count = len(endpoint.asked())
-    process = start(recipe, tmp_path / "killed")
-    wait_until(lambda: len(endpoint.asked()) >= count + count // 2, 300)
-    process.kill()
-    process.join()
-    finish(recipe, tmp_path / "killed")
-    same(tmp_path / "killed", tmp_path / "whole")
-    again = endpoint.asked()[count:]
-    assert len(again) - len(set(again)) <= 64  # what was under way when it was killed
-    assert not math.isnan(read_lines(tmp_path / "killed" / "metrics.jsonl")[-1]["reward/judge"])
 
 
 def one_of_two(rank: int, folder: str, url: str, down: str) -> None:
@@ -500,6 +411,7 @@ def one_of_two(rank: int, folder: str, url: str, down: str) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 @pytest.mark.parametrize("down", ["wait", "stop"])
 def test_processes_wait_and_stop_together(endpoint: JudgeEndpoint, tmp_path: Path, down: str) -> None:
     endpoint.away_after = 0

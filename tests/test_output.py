@@ -18,8 +18,8 @@ from report_runs import group_of
 from transformers import TrainerControl, TrainerState
 
 from video_r1 import console as progress_module
-from video_r1.console import COLUMNS, Progress, Warnings, folded, tidy_output
-from video_r1.training.callbacks import StepProgress, StepSeconds
+from video_r1.console import Progress, Warnings
+from video_r1.training.callbacks import StepProgress
 from video_r1.training.metrics import Meter, describe_groups
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
@@ -45,14 +45,6 @@ def test_a_line_of_progress_fits_80_columns(monkeypatch: pytest.MonkeyPatch) -> 
         "T-GRPO: 910/1000, 10.0 s/step, 1:40 taken, reward 1.32, format 0.98, gap -0.12,",
         "  names_both_moments 0.50, accuracy 0.41, loss 0.0123",
     ]
-
-
-@pytest.mark.parametrize("width", range(1, 77))
-def test_lines_are_folded_between_figures(width: int) -> None:
-    parts = ["T-GRPO: 1/2", *(f"{n}{'x' * width}" for n in range(7))]
-    lines = folded(parts).split("\n")
-    assert all(len(line) <= COLUMNS for line in lines)
-    assert " ".join(line.strip() for line in lines) == ", ".join(parts)
 
 
 def test_progress_of_steps_shows_series_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,6 +94,7 @@ logging.getLogger("video_r1.x").warning("warned")
 """
 
 
+@pytest.mark.slow
 def test_a_log_has_no_bars_of_other_libraries(tmp_path: Path) -> None:
     free = {name: value for name, value in os.environ.items() if name not in progress_module.BARS_OFF}
     done = subprocess.run(
@@ -109,16 +102,6 @@ def test_a_log_has_no_bars_of_other_libraries(tmp_path: Path) -> None:
     )
     lines = (done.stdout + done.stderr).splitlines()  # DeepSpeed, where it is installed, says "[time] … told"
     assert len(lines) == 2 and lines[0].endswith("told") and lines[1] == "warned"
-
-
-def test_variables_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in progress_module.BARS_OFF:
-        monkeypatch.setenv(name, "0")
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    tidy_output()
-    tidy_output()
-    assert all(os.environ[name] == "0" for name in progress_module.BARS_OFF)
-    assert sum(isinstance(each, Warnings) for each in logging.getLogger("video_r1").handlers) == 1
 
 
 def test_rewards_deviate_inside_a_group() -> None:
@@ -135,15 +118,3 @@ def test_rewards_deviate_inside_a_group() -> None:
     assert series["reward_std/accuracy"] == pytest.approx(2 * math.sqrt(0.5) / 3)
     assert series["reward_std/total"] == series["reward_std/accuracy"]
     assert series["reward/mine"] == 3 and "reward_std/mine" not in series
-
-
-def test_seconds_are_those_of_a_step_of_this_run() -> None:
-    """Also of one that is continued: step 100 is its first."""
-    meter = Meter()
-    callback, about = StepSeconds(meter), (SimpleNamespace(), TrainerState(global_step=99), TrainerControl())
-    for steps in (1, 4):
-        for _ in range(steps):
-            callback.on_step_begin(*about)
-            meter.total("seconds/rollout", 3.0)
-            callback.on_step_end(*about)
-        assert meter.drain()["seconds/rollout"] == 3.0

@@ -16,7 +16,7 @@ from tiny_models import FAMILIES, has_timestamps, tiny_checkpoint, tiny_model, t
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.rollout.vllm import serve
 from video_r1.rollout.vllm.mrope import POSITIONS_VARIABLE, rule_of_training
-from video_r1.settings.decoding import AskSettings, EvalSettings
+from video_r1.settings.decoding import AskSettings
 from video_r1.settings.training_record import RECORD
 from video_r1.settings.vllm import ServeSettings
 
@@ -37,16 +37,12 @@ def test_a_rule_is_recorded_where_there_are_two(family: str) -> None:
     assert rule == (None if has_timestamps(family) else "transformers")
 
 
-@pytest.mark.parametrize(("trained", "said"), [("transformers", False), (None, False), ("vllm", True)])
-@pytest.mark.parametrize("command", ["eval", "ask"])
-def test_eval_and_ask_in_the_process(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str | None, said: bool, command: str
+@pytest.mark.parametrize(("trained", "said"), [("transformers", False), ("vllm", True)])
+def test_an_engine_in_the_process(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str | None, said: bool
 ) -> None:
     model = str(checkpoint_of(tmp_path, trained))
-    if command == "eval":
-        settings: Any = EvalSettings(model=model, manifest="x")
-    else:
-        settings = AskSettings(model=model, path="x.mp4", question=["?"])
+    settings = AskSettings(model=model, path="x.mp4", question=["?"])
     processor, _, _ = open_prompts(settings)
     with caplog.at_level(logging.WARNING), closing(open_engine(settings, processor)):
         assert bool(warnings_of(caplog)) == said
@@ -56,8 +52,7 @@ def test_eval_and_ask_in_the_process(
 
 @pytest.mark.parametrize(
     ("trained", "served", "said"),
-    [("transformers", None, True), ("transformers", "vllm", True), ("transformers", "transformers", False),
-     (None, None, False)],
+    [("transformers", None, True), ("transformers", "vllm", True), ("transformers", "transformers", False)],
 )  # fmt: skip
 def test_an_endpoint_of_another_rule(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, trained: str | None, served: str | None, said: bool

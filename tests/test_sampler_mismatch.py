@@ -67,23 +67,6 @@ def test_modes_by_hand(mode: Any, bounds: tuple[float | None, float | None], exp
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
-def test_the_old_name_of_the_largest_weight_still_works(caplog: pytest.LogCaptureFixture) -> None:
-    old = VLLMSettings(vllm_importance_sampling_cap=1.2)
-    weights = sampler_weights(TRAINER, [group(*SAMPLED)], old, Meter())
-    assert weights is not None and weights[0].item() == pytest.approx(1.2)
-    assert "it is vllm_importance_sampling_clip_max now" in caplog.text
-
-
-def test_means_are_over_tokens_and_the_peak_over_all() -> None:
-    meter = Meter()
-    sampler_weights(torch.tensor([-1.0]), [group([-3.0])], VLLMSettings(), meter)
-    sampler_weights(torch.full((3,), -1.0), [group([-1.0, -1.0]), group([-1.4])], VLLMSettings(), meter)
-    series = meter.drain()
-    assert series["sampler/logprob_difference"] == pytest.approx(2.4 / 4)
-    assert series["sampler/logprob_difference_max"] == pytest.approx(2.0)
-    assert meter.drain() == {}
-
-
 def test_the_correction_can_be_off() -> None:
     meter = Meter()
     settings = VLLMSettings(vllm_importance_sampling_correction=False)
@@ -126,10 +109,7 @@ def test_weights_that_do_not_arrive_are_said(
 @pytest.mark.parametrize(("changes", "name"), [
     ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
     ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url"),
-    ({"vllm_importance_sampling_cap": 0.0}, "vllm_importance_sampling_cap"),
     ({"vllm_importance_sampling_clip_min": 2.5}, "vllm_importance_sampling_clip_min"),
-    ({"vllm_gpu_memory_utilization": 1.5}, "vllm_gpu_memory_utilization"),
-    ({"vllm_server_timeout": 0.0}, "vllm_server_timeout"),
 ])  # fmt: skip
 def test_settings_that_cannot_be(changes: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=name):

@@ -138,17 +138,6 @@ def test_a_transfer_that_does_not_end_is_given_up(waits: Callable[..., None]) ->
     assert paths[-1] == "/update_weights"
 
 
-def test_a_server_that_dies_while_it_is_connected(
-    waits: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def call(path: str, body: Any = None) -> None:
-        raise ServerFailure("it died")
-
-    monkeypatch.setattr(importlib.import_module(MODULE), "open_trainer_endpoint", waits)
-    with pytest.raises(ServerFailure, match="it died"):
-        over_nccl().send(call, "first weights")
-
-
 def test_an_update_that_broke_off_is_ended_before_the_next(sent: list[dict[str, Tensor]]) -> None:
     paths: list[str] = []
 

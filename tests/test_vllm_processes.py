@@ -16,7 +16,8 @@ from video_r1.rollout.vllm.engine import neighbours
 
 @pytest.mark.vllm
 @pytest.mark.dist
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2])
 def test_two_processes_sample_with_their_weights(tmp_path: Path, size: int) -> None:
     """size: processes that share a vLLM, each with half of every weight."""
     script = str(Path(__file__).with_name("vllm_process.py"))

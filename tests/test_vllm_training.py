@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_questions import read_lines
 
 from video_r1.evaluation import ask
@@ -116,38 +115,3 @@ def test_evaluation_and_questions(
     assert len(capsys.readouterr().out.splitlines()[0]) > 4
     assert [entry["dtype"] for entry in shared_engine] == ["float32", "float32"]
     assert [entry["max_model_len"] for entry in shared_engine] == [924, 16392]
-
-
-def test_shuffled_frames_reach_vllm(
-    lab: Path, tmp_path: Path, vllm_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A T-GRPO step's shuffled prompts carry the shuffled frames: asserted on what vLLM's model receives."""
-    received: list[dict[str, Any]] = []
-    inner = vllm_engine.llm.apply_model(lambda model: model)[0]
-    embed = inner.embed_multimodal
-    monkeypatch.setattr(
-        inner, "embed_multimodal", lambda **given: received.append(given) or embed(**given), raising=False
-    )
-    args = TGRPOConfig(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=2, length_reward=0.0,
-        max_completion_length=4, use_vllm=True, use_cpu=True, **SIZES,
-    )  # fmt: skip
-    model, processor = load_model(base_folder(), "float32"), load_processor(base_folder())
-    trainer = TGRPOTrainer(
-        model, brevity, args, str(lab / "rl.json"), processing_class=processor, engine=vllm_engine
-    )
-    batches, _ = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, "cpu")
-    groups = [group for group in batches[0]["batch"].groups if group.shuffled_prompt is not None]
-    assert groups
-    # vLLM encodes several clips in one call.
-    seen = [given["pixel_values_videos"].numpy().tobytes() for given in received if "video_grid_thw" in given]
-    for group in groups:
-        assert group.shuffled_prompt is not None
-        frames, permutation = group.prompt.media[0].frames, group.shuffled_prompt.permutation
-        assert torch.equal(group.shuffled_prompt.media[0].frames, frames[permutation])
-        ordered, shuffled = (
-            prompt.features["pixel_values_videos"].numpy().tobytes()
-            for prompt in (group.prompt, group.shuffled_prompt)
-        )
-        assert ordered != shuffled
-        assert any(ordered in pixels for pixels in seen) and any(shuffled in pixels for pixels in seen)

@@ -18,7 +18,7 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import add_lora, load_model, load_processor
-from video_r1.rollout.engine import SamplingSettings, prompt_seed
+from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import stop_token_ids
 from video_r1.rollout.vllm import engine as vllm_engine
 from video_r1.rollout.vllm.engine import VLLMEngine
@@ -74,8 +74,8 @@ def test_modules_that_peft_saves_whole() -> None:
     torch.testing.assert_close(weights["lm_head.weight"], head.modules_to_save["default"].weight.detach())
 
 
-@pytest.mark.parametrize("grid", [(1, 4, 6), (4, 4, 4), (8, 4, 6), (2, 12, 4)])
-@pytest.mark.parametrize("seconds", [1.0, 0.7, 2.8, 30.0])
+@pytest.mark.parametrize("grid", [(8, 4, 6), (2, 12, 4)])
+@pytest.mark.parametrize("seconds", [0.7, 30.0])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 def test_positions_are_those_of_transformers(family: str, grid: tuple[int, int, int], seconds: float) -> None:
     processor = tiny_processor(family)
@@ -96,12 +96,6 @@ def test_positions_are_those_of_transformers(family: str, grid: tuple[int, int, 
     found, delta = prompt_positions(SimpleNamespace(iter_mm_grid_thw=visuals), ids.tolist(), [])
     assert found.tolist() == expected[:, 0].tolist()
     assert len(ids) + delta == int(found[:, -1].max()) + 1
-
-
-def test_prompts_of_a_call_have_seeds_of_their_own() -> None:
-    seeds = {prompt_seed(seed, prompt) for seed in range(20) for prompt in range(20)}
-    assert len(seeds) == 400 and all(0 <= seed < 2**62 for seed in seeds)
-    assert prompt_seed(3, 1) == prompt_seed(3, 1)
 
 
 def test_completions_that_are_missing_are_not_made_up() -> None:
