@@ -6,9 +6,11 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import posixpath
 import re
 import tarfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,75 @@ def test_members_lie_where_the_index_says(tmp_path: Path, files: Path, form: int
     assert {name: content[at : at + size] for name, (at, size) in found.items()} == {
         file.name: file.read_bytes() for file in files.iterdir()
     }
+
+
+def test_the_index_is_that_of_tarfile(tmp_path: Path) -> None:
+    """Long and odd names, links, folders, empty files, PAX fields, in each format."""
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        path = tmp_path / f"{form}.tar"
+        with tarfile.open(path, "w", format=form, pax_headers={"comment": "x" * 600}) as archive:
+            names = ["a.mp4", "d/" * 30 + "ü" * 20 + ".mp4", "d/./b.mp4", "last.mp4"]
+            names += [] if form == tarfile.USTAR_FORMAT else ["é" * 300, "e/" * 200 + "x" * 300]
+            for number, name in enumerate(names):
+                info = tarfile.TarInfo(name)
+                info.size, info.mtime = 300 * number, 1.5
+                archive.addfile(info, io.BytesIO(bytes([number]) * info.size))
+            for number, kind in enumerate(
+                (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE)
+            ):
+                info = tarfile.TarInfo(f"other{number}")
+                info.type, info.linkname = kind, "l" * (90 if form == tarfile.USTAR_FORMAT else 190)
+                archive.addfile(info)
+        with tarfile.open(path) as archive:
+            expected = {
+                posixpath.normpath(info.name): (info.offset_data, info.size) if info.isreg() else (-1, 0)
+                for info in archive
+            }
+        assert members_of(io.BytesIO(path.read_bytes())) == expected and len(expected) >= 8
+
+
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def whole_blocks(content: bytes) -> bytes:
+    return content + bytes(-len(content) % 512)
+
+
+HOSTILE = {
+    "negative size": (header("b.mp4", 0) + header("a.mp4", -512), "negative"),
+    "huge size": (header("a.mp4", 1 << 80), "cut short"),
+    "beyond the file": (header("a.mp4", 4096) + bytes(512), "cut short"),
+    "digits in a PAX header": (header("x", 200_000, b"x") + whole_blocks(b"1" * 200_000), "PAX header"),
+    "many digits in a PAX size": (
+        header("x", 5013, b"x") + whole_blocks(b"5013 size=" + b"9" * 5002 + b"\n") + header("a", 0),
+        "too long",
+    ),
+    "a long name of gigabytes": (header("x", 1 << 32, b"L"), "a header of 4,294,967,296 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_archives_are_refused_at_once(tmp_path: Path, name: str) -> None:
+    content, reason = HOSTILE[name]
+    shard = tmp_path / "000.tar"
+    shard.write_bytes(content + bytes(1024))
+    seconds = time.monotonic()
+    with pytest.raises(MediaError, match=reason) as error:
+        read_media(sample(member("a.mp4", shard)), SMALL)
+    assert error.value.path == member("a.mp4", shard) and time.monotonic() - seconds < 5
+
+
+def test_thousands_of_long_names_in_a_row_are_one_name() -> None:
+    long = header("x", 7, b"L") + whole_blocks(b"b.mp4\0\0")
+    content = long * 3000 + header("a.mp4", 0) + bytes(1024)
+    assert members_of(io.BytesIO(content)) == {"b.mp4": (3001 * 512 + 3000 * 512, 0)}
 
 
 def test_a_part_reads_as_a_file_of_its_own(tmp_path: Path) -> None:
@@ -189,7 +260,7 @@ def broken(path: Path, files: Path, kind: str) -> str:
 
 BROKEN = [
     ("gzip", "the archive is compressed (gzip), so that no member can be found; decompress it"),
-    ("cut", "the archive is no tar, or cut short (unexpected end of data)"),
+    ("cut", "the archive is no tar, or cut short (unexpected end of data: "),
     ("text", "the archive is no tar, or cut short"),
     ("link", "is a folder, a link or another thing in the archive, no plain file"),
     ("folder", "is a folder, a link or another thing in the archive, no plain file"),

@@ -12,7 +12,6 @@ import io
 import os
 import posixpath
 import re
-import tarfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -24,6 +23,13 @@ TAR = "tar://"
 TABLE = "parquet://"
 _PACKED = ((b"\x1f\x8b", "gzip"), (b"BZh", "bzip2"), (b"\xfd7zXZ", "xz"), (b"\x28\xb5\x2f\xfd", "zstd"))
 _NO_FILE = (-1, 0)
+_BLOCK = 512
+_DIGITS = b"0123456789"
+_ABOUT_THE_NEXT = (b"L", b"K", b"x", b"X", b"g")  # GNU's long names and links; PAX fields
+_PLAIN = (b"0", b"\0", b"7")  # kinds of members that are files
+_WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size is void
+_LONGEST_HEADER = 1 << 20
+_INDEX_BYTES, _ENTRY_BYTES = 4 << 30, 256  # most memory of an index; of an entry without its name
 MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
 
 
@@ -88,25 +94,123 @@ def split_member(path: object) -> tuple[str, str] | None:
 
 
 def members_of(file: BinaryIO) -> Members:
-    """What is in an archive, by reading its headers. Raises ValueError in words where it is none."""
+    """Index a tar archive by reading its headers. Raise ValueError, in words, for a damaged or hostile one.
+
+    A reader of our own, in linear time and without recursion: `tarfile` does not return for a negative size
+    (CVE-2025-8194) or a long PAX header, and fails on thousands of chained long names.
+    """
     head = file.read(6)
     packed = next((name for magic, name in _PACKED if head.startswith(magic)), None)
     if packed is not None:
         raise ValueError(
             f"the archive is compressed ({packed}), so that no member can be found; decompress it"
         )
-    file.seek(0)
+    end = file.seek(0, os.SEEK_END)
     found: Members = {}
-    try:
-        archive: Any
-        with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (info := archive.next()) is not None:
-                plain = info.isreg() and not info.issparse()
-                found[posixpath.normpath(info.name)] = (info.offset_data, info.size) if plain else _NO_FILE
-                archive.members = []  # of which tarfile keeps all
-    except tarfile.TarError as error:
-        raise ValueError(f"the archive is no tar, or cut short ({error})") from error
+    room, place = _INDEX_BYTES, 0
+    everywhere: dict[str, str] = {}  # PAX fields for all members that follow
+    own: dict[str, str] = {}  # for the next member
+    while place < end:
+        file.seek(place)
+        header = file.read(_BLOCK)
+        if header.count(0) == len(header) == _BLOCK:
+            break
+        size = _header_size(header, place)
+        if size is None:
+            if place == 0:
+                raise ValueError("the archive is no tar, or cut short")
+            break  # what follows the members is no header, and not read
+        kind = header[156:157]
+        place += _BLOCK
+        if kind in _ABOUT_THE_NEXT:
+            if size > _LONGEST_HEADER:
+                raise ValueError(f"the archive has a header of {size:,} bytes at byte {place:,}")
+            _require_inside(place, size, end)
+            content = file.read(size)
+            if kind == b"L":
+                own["path"] = _text(content)
+            elif kind != b"K":
+                (everywhere if kind == b"g" else own).update(_pax_fields(content, place))
+            place += -(-size // _BLOCK) * _BLOCK
+            continue
+        fields, own = everywhere | own, {}
+        name = fields.get("path") or _name(header)
+        if "size" in fields:
+            size = _number(fields["size"].encode(), place, 10)
+        sparse = kind == b"S" or any(key.startswith("GNU.sparse.") for key in fields)
+        more = kind == b"S" and header[482] != 0
+        while more:  # blocks that list further pieces of a sparse file
+            block = file.read(_BLOCK)
+            more, place = len(block) == _BLOCK and block[504] != 0, place + _BLOCK
+        folder = kind == b"\0" and name.endswith("/")
+        plain = kind in _PLAIN and not folder and not sparse
+        room -= len(name) + _ENTRY_BYTES
+        if room < 0:
+            raise ValueError(f"the archive has too many files: {len(found):,} take {_INDEX_BYTES:,} bytes")
+        found[posixpath.normpath(name)] = (place, size) if plain else _NO_FILE
+        if not folder and kind not in _WITHOUT_CONTENT:
+            _require_inside(place, size, end)
+            place += -(-size // _BLOCK) * _BLOCK
+    if not end:
+        raise ValueError("the archive is no tar, or cut short (it is empty)")
     return found
+
+
+def _header_size(header: bytes, place: int) -> int | None:
+    """Return the size that a header declares; None for bytes that are no header (by their checksum)."""
+    if len(header) < _BLOCK:
+        return None
+    bytes_sum = sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    signed = bytes_sum - 256 * sum(byte > 127 for byte in header[:148] + header[156:])
+    try:
+        checksum = _number(header[148:156], place)
+    except ValueError:
+        return None
+    return _number(header[124:136], place) if checksum in (bytes_sum, signed) else None
+
+
+def _number(field: bytes, place: int, base: int = 8) -> int:
+    """Read a number: octal digits, or base 256 where the first bit is set; decimal digits in PAX."""
+    if base == 8 and field[0] in (0x80, 0xFF):
+        number = int.from_bytes(field[1:]) if field[0] == 0x80 else -1
+    else:
+        text = field.partition(b"\0")[0].strip() or b"0"
+        number = int(text, base) if len(text) < 24 and text.strip(_DIGITS[:base]) == b"" else -1
+    if number < 0:
+        raise ValueError(f"the archive is damaged: a number at byte {place:,} is negative or too long")
+    return number
+
+
+def _require_inside(place: int, size: int, end: int) -> None:
+    if place + size > end:
+        raise ValueError(
+            f"the archive is no tar, or cut short (unexpected end of data: {size:,} bytes at byte {place:,}, "
+            f"of {end:,})"
+        )
+
+
+def _pax_fields(content: bytes, place: int) -> dict[str, str]:
+    """Parse records `LENGTH KEY=VALUE\\n` of a PAX header."""
+    fields, begin = {}, 0
+    while begin < len(content) and content[begin]:
+        digits, space, _ = content[begin : begin + 24].partition(b" ")
+        length = int(digits) if space and digits.isdigit() else 0
+        key, equals, value = content[begin + len(digits) + 1 : begin + length - 1].partition(b"=")
+        if not equals or begin + length > len(content):
+            raise ValueError(f"the archive is damaged: its PAX header at byte {place:,} cannot be read")
+        fields[_text(key)] = _text(value)
+        begin += length
+    return fields
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100])
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{name}" if prefix else name
+
+
+def _text(field: bytes) -> str:
+    return field.partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def member_of(found: Members, member: str) -> tuple[int, int]:
