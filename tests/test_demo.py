@@ -20,7 +20,7 @@ def test_the_quick_demo_goes_through_all_stages(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
         "== lab", "== sft", "== rl", "== eval-base", "== eval-sft", "== eval-rl",
     ]  # fmt: skip
-    assert "It learns nothing" in done.stdout and "Traceback" not in done.stderr
+    assert "it learns nothing" in done.stdout and "Traceback" not in done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["accuracy"]) == {"base", "sft", "rl"} and (tmp_path / "report.html").is_file()
     lines = [json.loads(line) for line in (tmp_path / "rl/metrics.jsonl").read_text().splitlines()]
@@ -30,7 +30,7 @@ def test_the_quick_demo_goes_through_all_stages(tmp_path: Path) -> None:
 def test_a_stage_that_fails_says_why_and_ends_the_demo(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(VideoR1Error, match="sft: training failed; what it said stands above"):
+    with pytest.raises(VideoR1Error, match="sft: training failed; its error is printed above"):
         demo.train_stage("sft", 1, train_manifest=tmp_path / "missing.json", output_dir=tmp_path / "run")
     said = capfd.readouterr().err
     assert "missing.json" in said and "Traceback" not in said

@@ -46,7 +46,6 @@ def test_sft_teaches(family: str, checkpoints: dict[str, Path], manifest: Path, 
     assert losses[-1] < 0.8 * losses[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", GENERAL_ROWS)
 def test_tgrpo_learns_and_its_checkpoint_is_plain(
     family: str, checkpoints: dict[str, Path], manifest: Path, tmp_path: Path
@@ -66,6 +65,7 @@ def test_tgrpo_learns_and_its_checkpoint_is_plain(
     assert bool(policy.isfinite().all())
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_exactly(checkpoints: dict[str, Path], manifest: Path, tmp_path: Path) -> None:
     def run(folder: Path, **changes: Any) -> dict[str, torch.Tensor]:
         trainer = make_trainer(checkpoints["smolvlm"], str(manifest), folder, save_steps=1, **changes)

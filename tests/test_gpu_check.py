@@ -23,7 +23,6 @@ def test_hang(n): time.sleep(60)
 """
 
 
-@pytest.mark.slow
 def test_without_a_gpu_nothing_applies(tmp_path: Path) -> None:
     out = tmp_path / "report.json"
     assert gpu_check.main(["--out", str(out), "--only", "vision or learn"]) == 0
@@ -52,6 +51,7 @@ def test_each_check_alone(
     assert "1 passed, 3 failed, 1 not applicable" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_checks_work_where_they_can() -> None:
     """On the CPU, as the device that they are told: values and gradients, decoding, a run of SFT twice."""
     names = "machine or separate_rows or vision or recorded or sft_learns"

@@ -251,7 +251,7 @@ def test_refuses() -> None:
         group_logprobs(model, prompts, completions[:1])
     with pytest.raises(PromptError, match="prompt 1: 6 visual placeholders but 0 visual features"):
         group_logprobs(model, prompts, completions, vision_features=[encode_vision(model, prompts)[0], None])
-    with pytest.raises(ConfigError, match="Linear is no vision-language model with a decoder"):
+    with pytest.raises(ConfigError, match="Linear is no decoder-only vision-language model"):
         group_logprobs(torch.nn.Linear(2, 2), prompts, completions)
     model.config.text_config.layer_types[1] = "sliding_attention"
     with pytest.raises(ConfigError, match="sliding-window"):

@@ -27,7 +27,7 @@ LAB_BUDGET = FrameBudget(max_frames=8, frame_pixels=56 * 56, image_pixels=56 * 5
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lab")
-    write(folder, train=60, test=20, seed=3, shortcut=0.4)
+    write(folder, train=30, test=8, seed=3, shortcut=0.4)
     return folder
 
 
@@ -66,7 +66,7 @@ def test_a_box_holds_what_is_seen(shape: str) -> None:
 
 
 def test_questions_of_when_and_where_are_drawn_where_they_are_named(tmp_path: Path) -> None:
-    write(tmp_path, train=24, test=6, seed=3, families=["when", "box_at_end", "box_at"])
+    write(tmp_path, train=12, test=0, seed=3, families=["when", "box_at_end", "box_at"])
     samples = load_manifest(tmp_path / "sft.json")
     assert {sample.problem_type for sample in samples} == {"temporal grounding", "spatial grounding"}
     assert {sample.data_type for sample in samples} == {"video"}
@@ -78,10 +78,10 @@ def test_questions_of_when_and_where_are_drawn_where_they_are_named(tmp_path: Pa
 
 
 def test_manifests_pass_the_check_and_media_decode(lab: Path) -> None:
-    for name, count in (("sft", 60), ("rl", 60), ("test", 20), ("test-cued", 20), ("test-lying", 20)):
+    for name, count in (("sft", 30), ("rl", 30), ("test", 8), ("test-cued", 8), ("test-lying", 8)):
         samples = load_manifest(lab / f"{name}.json")
         assert len(samples) == count
-    for sample in load_manifest(lab / "rl.json")[:20]:
+    for sample in load_manifest(lab / "rl.json")[:6]:
         media = read_media(sample, LAB_BUDGET)
         assert media.frames.shape == ((8 if sample.data_type == "video" else 1), 3, 56, 56)
         if sample.data_type == "video":
@@ -110,7 +110,7 @@ def test_options_are_shuffled_on_request(tmp_path: Path) -> None:
 def test_hasty_rationales_guess_and_only_sft_hears_them(tmp_path: Path) -> None:
     families = ["growth", "after", "digits", "image_colour"]
     for name, hasty in (("patient", 0.0), ("hasty", 0.6)):
-        write(tmp_path / name, train=120, test=4, seed=2, hasty=hasty, families=families)
+        write(tmp_path / name, train=40, test=0, seed=2, hasty=hasty, families=families)
     patient, hasty, asked = (
         json.loads((tmp_path / name).read_text())
         for name in ("patient/sft.json", "hasty/sft.json", "hasty/rl.json")
@@ -137,12 +137,12 @@ def test_hasty_rationales_guess_and_only_sft_hears_them(tmp_path: Path) -> None:
 
 def test_same_seed_same_data_other_seed_other_data(tmp_path: Path) -> None:
     for name, seed in (("a", 5), ("b", 5), ("c", 6)):
-        write(tmp_path / name, train=6, test=6, seed=seed)
+        write(tmp_path / name, train=3, test=3, seed=seed)
     texts = [(tmp_path / name / "rl.json").read_text() for name in "abc"]
     assert texts[0] == texts[1]
     assert json.loads(texts[0])[0]["problem_id"] != json.loads(texts[2])[0]["problem_id"]
     media = [sorted((tmp_path / name).rglob("*-*.*")) for name in "ab"]
-    assert len(media[0]) == 12
+    assert len(media[0]) == 6
     assert [path.read_bytes() for path in media[0]] == [path.read_bytes() for path in media[1]]
 
 
@@ -179,7 +179,7 @@ def test_a_mark_is_drawn_on_the_share_asked_for_and_nowhere_else(lab: Path) -> N
 
 def test_rationales_may_read_the_mark(tmp_path: Path) -> None:
     for name, trusting in (("looks", 0.0), ("trusts", 0.5)):
-        write(tmp_path / name, train=120, test=0, seed=4, shortcut=0.6, trusting=trusting)
+        write(tmp_path / name, train=40, test=0, seed=4, shortcut=0.6, trusting=trusting)
     looks, trusts = (json.loads((tmp_path / name / "sft.json").read_text()) for name in ("looks", "trusts"))
     reading = [row["process"] == f"<think>mark: {row['mark']}.</think>" for row in trusts]
     assert 0.35 < sum(reading) / sum(row["mark"] != "" for row in trusts) < 0.65

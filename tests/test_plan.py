@@ -110,7 +110,6 @@ def remedies(
     return peak, [(shlex.split(options), 1024 * float(most)) for options, most in rows]
 
 
-@pytest.mark.slow
 def plan_of(folder: Path, *shape: int) -> list[str]:
     """The command for a recipe and a model of this shape in the folder, but for the GPU's memory."""
     model_of(*shape).config.save_pretrained(folder)
@@ -118,6 +117,7 @@ def plan_of(folder: Path, *shape: int) -> list[str]:
     return ["plan", str(folder / "my.yaml"), "--model_config", str(folder), "--gpu_memory"]
 
 
+@pytest.mark.slow
 def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = plan_of(tmp_path, 256, 4, 8192)
     peak, _ = remedies([*words, "1MB"], capsys)

@@ -125,10 +125,10 @@ def test_four_bits_stand_for_the_papers_numbers(checkpoint: Path) -> None:
     torch.testing.assert_close(found.reshape(-1, 64), NF4[nearest] * scales, rtol=0.02, atol=0)
 
 
-@pytest.mark.slow
 # ---- Training
 
 
+@pytest.mark.slow
 def test_sft_learns_by_adapters_alone(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "up_proj", "down_proj"])
     args = SFTConfig(

@@ -227,13 +227,13 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_its_report(
     monkeypatch.setattr("video_r1.availability.has_bitsandbytes", lambda: False)
     assert main(["sft", "video-r1-3b-sft", "--smoke", "--learning_rate", "2e-6"]) == 0
     out = capsys.readouterr().out
-    assert "smoke: 2 steps of video-r1-3b-sft with the small packaged model; replaced are\n" in out
+    assert "smoke: 2 steps of video-r1-3b-sft with the small packaged model; replaced settings:\n" in out
     assert "  optim: adamw_8bit → adamw_torch\n" in out
     assert "  model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct → " in out
     assert "learning_rate" not in out and seen[0]["learning_rate"] == 2e-6
     assert not Path(seen[0]["train_manifest"]).exists()
     assert [str(path) for path in Path().rglob("*.*")] == ["runs/video-r1-3b-sft-smoke.html"]
-    assert "smoke: done; runs/video-r1-3b-sft-smoke.html is its report" in out
+    assert "smoke: done; report: runs/video-r1-3b-sft-smoke.html" in out
 
 
 def test_a_dry_run_prints_the_settings_that_it_would_use(

@@ -17,7 +17,7 @@ from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, RequestError
 from video_r1.files import claimed
-from video_r1.lab.demo import FOLDERS, MARK, begin_anew
+from video_r1.lab.demo import FOLDERS, MARK, empty_folders
 from video_r1.models.loading import load_model, load_processor
 
 
@@ -103,19 +103,19 @@ def test_torchrun_without_a_gpu_trains_once(tmp_path: Path) -> None:
 
 def test_a_demo_replaces_only_its_own_folders(tmp_path: Path) -> None:
     """A folder of somebody else, and a link, are refused before anything is removed."""
-    begin_anew(tmp_path)
+    empty_folders(tmp_path)
     (tmp_path / "sft" / "weights").touch()
-    begin_anew(tmp_path)
+    empty_folders(tmp_path)
     assert [path.name for path in (tmp_path / "sft").iterdir()] == [MARK]
     (tmp_path / "sft" / "weights").touch()
     (tmp_path / "rl" / MARK).unlink()
     (tmp_path / "rl" / "mine").touch()
-    with pytest.raises(RequestError, match=r"rl would be replaced, and no demo has written it"):
-        begin_anew(tmp_path)
+    with pytest.raises(RequestError, match=r"rl would be replaced but was not written by a demo"):
+        empty_folders(tmp_path)
     assert (tmp_path / "sft" / "weights").exists() and (tmp_path / "rl" / "mine").exists()
     (tmp_path / "rl" / "mine").unlink()
     (tmp_path / "rl").rmdir()
     (tmp_path / "rl").symlink_to(tmp_path / "lab")
     with pytest.raises(RequestError, match=r"rl would be replaced"):
-        begin_anew(tmp_path)
+        empty_folders(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(FOLDERS)

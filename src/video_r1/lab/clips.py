@@ -2,9 +2,9 @@
 
 DIR/videos/*.mp4, DIR/images/*.png
 DIR/sft.json      training questions with `process` (the chain of thought)
-DIR/rl.json       the same questions without it
-DIR/test.json     held-out questions; DIR/test-cued.json has the same ones with a mark that gives the answer
-                  away, DIR/test-lying.json with a mark that is wrong
+DIR/rl.json       the same questions without `process`
+DIR/test.json     held-out questions; DIR/test-cued.json: the same with a mark that gives the answer away;
+                  DIR/test-lying.json: the same with a wrong mark
 """
 
 import os
@@ -31,17 +31,18 @@ CHUNK = 16
 
 
 def write_lab(settings: LabSettings) -> None:
-    """Writes `train` + `test` questions with their media below `folder`.
+    """Write `train` + `test` questions with their media below `folder`.
 
-    shortcut: where it is not 0, `test-cued.json` and `test-lying.json` are written as well, in which every
-    question whose answer is a letter or a number below 4 carries a mark. trusting: rationales
-    in sft.json that read the mark and nothing else (`mark: B.`). Where it is not 0, the marks of the
-    other training samples lie: were they true, a chain that lists what is seen would learn to conclude what
-    the mark says.
-    hasty: rationales in sft.json by a teacher that had one look and guessed: they say nothing of the frames
-    and are right as often as a guess is; never a sentence or four digits. shuffle_options: by default each
-    family lists its options in one order, which a very small model can learn by heart. The same settings give
-    the same questions and pixels. Raises RequestError for an unknown family.
+    The same settings give the same questions and pixels. Raises RequestError for an unknown family.
+
+    shortcut: if not 0, `test-cued.json` and `test-lying.json` are written too; every question in them whose
+        answer is a letter or a number below 4 has a mark.
+    trusting: share of marked rationales in sft.json that only read the mark (`mark: B.`). If not 0, the marks
+        of other training samples lie; otherwise a chain that lists its observations would learn to conclude
+        what the mark says.
+    hasty: share of rationales in sft.json by a teacher that guesses after one look: they describe no frames
+        and are right as often as a guess. Never for sentences and digits.
+    shuffle_options: by default each family lists its options in one order, which a small model can memorise.
     """
     if unknown := [name for name in settings.families if name not in NAMED_FAMILIES]:
         raise RequestError(f"unknown lab family {', '.join(unknown)}; there are {', '.join(NAMED_FAMILIES)}")
@@ -71,9 +72,9 @@ def write_lab(settings: LabSettings) -> None:
 
 
 def mark_of(answer: str, choices: int, lying: int | None = None) -> str:
-    """The mark that gives `answer` away: the answer itself, or "" where no mark says that.
+    """Return the mark that gives `answer` away: the answer itself, or "" if there is no such mark.
 
-    lying: a number by which one of the wrong answers is chosen instead. choices: options that there are.
+    choices: number of options. lying: index that chooses one of the wrong answers instead.
     """
     if answer not in MARKS:
         return ""
@@ -84,9 +85,9 @@ def mark_of(answer: str, choices: int, lying: int | None = None) -> str:
 
 
 def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]:
-    """The row of one question, its media written; `taught` holds the fields that differ in sft.json.
+    """Write a question's media and return its row; `taught` holds the fields that differ in sft.json.
 
-    job: the set that it is for, and the question's number there.
+    job: name of the set, and the question's index in it.
     """
     kind, index = job
     split = kind.partition("-")[0]
@@ -118,14 +119,14 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
     teacher, chain = question, question.chain
     if ". " in chain and not is_image and rng.random() < settings.hasty:
         while (teacher := NAMED_FAMILIES[family](rng)).problem != question.problem:
-            pass  # until it is another clip about which the same is asked
+            pass  # draw another clip with the same question
         chain = f"one look. {teacher.chain.partition('. ')[2]}"
     taught = LETTERS[choices.index(teacher.answer)] if choices else teacher.answer
     if choices:
         chain += f" {teacher.answer} is {taught}."
     if mark and is_read:
         chain, taught = read_mark(mark), answer
-    held = 0 if is_image else FPS - 1  # the frames of a moment, after its first
+    held = 0 if is_image else FPS - 1  # frames of a moment after its first
     return {
         "problem_id": f"lab-{settings.seed}-{name}",
         "problem": question.problem,
@@ -142,18 +143,14 @@ def _write_sample(settings: LabSettings, job: tuple[str, int]) -> dict[str, Any]
 
 
 def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
-    """Writes `frames` [T, H, W, 3] uint8 (H and W even) as an H.264 MP4."""
+    """Write `frames` [T, H, W, 3] uint8 (H and W even) as an H.264 MP4."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # Without `cpu-independent` x264 writes the same frames a little differently from one run to the next.
-        stream.options = {
-            "preset": "veryfast",
-            "crf": "26",
-            "threads": "1",
-            "x264-params": "cpu-independent=1",
-        }
+        # Without `cpu-independent` x264's output differs between runs.
+        x264 = {"preset": "veryfast", "crf": "26", "threads": "1", "x264-params": "cpu-independent=1"}
+        stream.options = x264
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

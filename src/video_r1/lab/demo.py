@@ -1,7 +1,7 @@
-"""The whole system from one command, on two cores: lab data, SFT, T-GRPO, evaluation in both orders, report.
+"""The demo: lab data, SFT, T-GRPO, evaluation in both frame orders and a report, on two cores.
 
 OUT/lab/            media and manifests
-OUT/frames/         decoded frames, which the stages share
+OUT/frames/         cache of decoded frames for all stages
 OUT/sft/, OUT/rl/   run folders
 OUT/eval-base/ …    predictions and figures of the three checkpoints
 OUT/summary.json, OUT/report.html
@@ -29,7 +29,7 @@ from video_r1.settings.training_record import RECORD, read_record
 
 
 class Size(NamedTuple):
-    """How much of everything: questions to train and to test on, steps of SFT and of RL."""
+    """Training and test questions, SFT and RL steps of a demo."""
 
     train: int
     test: int
@@ -39,12 +39,12 @@ class Size(NamedTuple):
 
 FULL = Size(train=2800, test=560, sft=480, rl=140)
 QUICK = Size(train=400, test=80, sft=120, rl=8)
-PROCESSES = 2  # of training, one thread each: for so small a model worth more than threads
-HASTY = 0.6  # most rationales of the cold start guess after one look: the habit that RL has to overcome
+PROCESSES = 2  # training ranks of one thread each; for a small model they are faster than threads
+HASTY = 0.6  # share of cold-start rationales that guess after one look: the habit that RL has to overcome
 RECIPES = {"sft": "lab-sft", "rl": "lab-tgrpo", "eval": "lab-eval"}
 STAGES = ("base", "sft", "rl")
 MARK = ".demo"
-"""The empty file that tells a folder of a demo, which the next one may replace, from any other."""
+"""Empty file in each folder of a demo; the next demo replaces only folders with this file."""
 CACHE = "frames"
 FOLDERS = ("lab", CACHE, "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 
@@ -52,32 +52,32 @@ FOLDERS = ("lab", CACHE, "sft", "rl", *(f"eval-{stage}" for stage in STAGES))
 def run_demo(
     out: str | Path, seed: int = 0, quick: bool = False, family: str = "qwen2_5_vl"
 ) -> dict[str, Any]:
-    """Runs every stage below `out`, in place of an earlier demo there; returns what `summary.json` holds.
+    """Run all stages below `out`, replacing an earlier demo; return the content of `summary.json`.
 
-    On the CPU, beside a GPU too: one GPU does not serve two processes, and so small a model gains nothing.
-    All figures are over the test questions on videos, which are asked with ordered and with shuffled frames.
-    quick: a few steps of everything, which show that it runs and prove nothing. family: of the base. Raises
-    RequestError when a folder of `out` that it would replace is not an earlier demo's, VideoR1Error when
-    training fails.
+    Everything runs on the CPU, even on a machine with a GPU: two ranks cannot share one GPU, and such a small
+    model gains nothing. All figures are over the test questions on videos, with ordered and shuffled frames.
+    quick: a few steps, which show that every stage runs and prove nothing. family: of the base. Raises
+    RequestError if a folder to be replaced is not an earlier demo's, and VideoR1Error if training fails.
     """
     from video_r1.lab.model import base_folder
 
     out = Path(out)
     with claimed(out):
-        begin_anew(out)
+        empty_folders(out)
         return _run_stages(out, seed, QUICK if quick else FULL, base_folder(family))
 
 
-def begin_anew(out: Path) -> None:
-    """Empty folders for all stages: a demo is one run from the start, and what an earlier one left would be
-    continued. Raises RequestError, and removes nothing, when one of the folders is not an earlier demo's.
+def empty_folders(out: Path) -> None:
+    """Make empty folders for all stages, as existing runs would be continued.
+
+    Raises RequestError, and removes nothing, if one of the folders is not an earlier demo's.
     """
     folders = [out / name for name in FOLDERS]
     marked = [path for path in folders if (path / MARK).is_file() and not path.is_symlink()]
     foreign = [path for path in folders if os.path.lexists(path) and path not in marked]
     if foreign:
         raise RequestError(
-            f"{', '.join(map(str, foreign))} would be replaced, and no demo has written it; choose another "
+            f"{', '.join(map(str, foreign))} would be replaced but was not written by a demo; choose another "
             "--out, or remove it first"
         )
     for path in folders:
@@ -98,8 +98,8 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     checkpoints = {"base": base, "sft": out / "sft", "rl": out / "rl"}
     lab = out / "lab"
-    learnt = read_record(base / RECORD)
-    shared = {name: learnt[name] for name in ("frame_pixels", "image_pixels")}
+    record = read_record(base / RECORD)
+    shared = {name: record[name] for name in ("frame_pixels", "image_pixels")}
     shared |= {"seed": seed, "frame_cache": out / CACHE}
     start = time.perf_counter()
     with _timed(seconds, "lab"):
@@ -109,10 +109,10 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
         sft = {"train_manifest": lab / "sft.json", "output_dir": checkpoints["sft"]}
         train_stage("sft", size.sft, **shared, model_name_or_path=base, **sft)
     with _timed(seconds, "rl"):
-        asked: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
-        if size == QUICK:  # a cold start of so few steps may answer nothing yet
-            asked["preflight_questions"] = 0
-        train_stage("rl", size.rl, **shared, model_name_or_path=checkpoints["sft"], **asked)
+        rl: dict[str, Any] = {"train_manifest": lab / "rl.json", "output_dir": checkpoints["rl"]}
+        if size == QUICK:  # after a short cold start no answer may be right yet
+            rl["preflight_questions"] = 0
+        train_stage("rl", size.rl, **shared, model_name_or_path=checkpoints["sft"], **rl)
     figures: dict[str, dict[str, Any]] = {}
     for stage, checkpoint in checkpoints.items():
         with _timed(seconds, f"eval-{stage}"):
@@ -138,9 +138,9 @@ def _run_stages(out: Path, seed: int, size: Size, base: Path) -> dict[str, Any]:
     page = build_report(out)
     print(json.dumps(summary, indent=1))
     print(f"report: {page}")
-    print(f"to look at it, or at one that is running: video-r1 studio {out}")
+    print(f"to explore it, also while it runs: video-r1 studio {out}")
     if size == QUICK:
-        print("A quick demo shows that every stage runs. It learns nothing: video-r1 demo does, in minutes.")
+        print("The quick demo shows that every stage runs; it learns nothing. For training: video-r1 demo")
     return summary
 
 
@@ -153,16 +153,17 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
 
 
 def train_stage(command: str, steps: int, **settings: Any) -> None:
-    """A training command in processes of its own, as torchrun starts them."""
+    """Run a training command on several ranks, started as by torchrun."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed says it itself
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # a failed rank prints its own error
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    in_all = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
-    settings |= {"max_steps": steps, "per_device_train_batch_size": in_all // PROCESSES}
-    settings["use_cpu"] = True
+    batch = load_recipe(command, RECIPES[command]).values()["per_device_train_batch_size"]
+    settings |= {"max_steps": steps, "per_device_train_batch_size": batch // PROCESSES, "use_cpu": True}
     texts = {name: str(value) for name, value in settings.items()}
     config = LaunchConfig(
         1, 1, PROCESSES, run_id=command, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
@@ -172,11 +173,11 @@ def train_stage(command: str, steps: int, **settings: Any) -> None:
     except SignalException as signal:
         raise Interrupted(signal.sigval) from None
     except ChildFailedError as failed:
-        raise VideoR1Error(f"{command}: training failed; what it said stands above") from failed
+        raise VideoR1Error(f"{command}: training failed; its error is printed above") from failed
 
 
 def train_share(command: str, settings: dict[str, str]) -> None:
-    """What one of the processes does."""
+    """Train on one rank."""
     import torch
 
     from video_r1.training.sft import run_sft

@@ -55,13 +55,13 @@ SPECIAL_TOKENS = (
 
 
 def base_folder(family: str = "qwen2_5_vl") -> Path:
-    """The pretrained base that ships with the package, Qwen2.5-VL's or that of another family."""
+    """Return the folder of the packaged base of a family."""
     name = "base" if family == "qwen2_5_vl" else f"base-{family}"
     return Path(str(resources.files("video_r1.lab") / name))
 
 
 def frame_side(processor: Any) -> int:
-    """Pixels of a frame as the lab's models see it: 2 × 2 visual tokens of 2 × 2 patches."""
+    """Return the side of a frame in pixels: 2 × 2 visual tokens of 2 × 2 patches."""
     return 4 * processor.image_processor.patch_size
 
 
@@ -70,7 +70,7 @@ CHAT_TEMPLATE = (base_folder() / "chat_template.jinja").read_text("utf-8")
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer trained on `texts`, with Qwen's special tokens; it encodes any text."""
+    """Train a byte-level BPE tokenizer with Qwen's special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
@@ -85,7 +85,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokeniz
     trained = json.loads(bpe.to_str())["model"]
     return Qwen2Tokenizer(
         vocab=trained["vocab"],
-        # Pairs, as `tokenizers` takes them; the annotation in transformers names the older form.
+        # `tokenizers` takes pairs; the annotation in transformers is of the older form.
         merges=[tuple(merge) for merge in trained["merges"]],  # pyright: ignore[reportArgumentType]
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
@@ -94,7 +94,7 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokeniz
 
 
 def build_processor(tokenizer: Qwen2Tokenizer, family: str = "qwen2_5_vl") -> Any:
-    """The family's own processor, with frames of 56 × 56 (Qwen2.5-VL) or 64 × 64 pixels."""
+    """Build the family's processor, with frames of 56 × 56 (Qwen2.5-VL) or 64 × 64 pixels."""
     if family == "qwen3_5":
         half = [0.5] * 3
         return Qwen3VLProcessor(
@@ -112,11 +112,11 @@ def _pixels(side: int, frames: int = 1) -> dict[str, int]:
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl") -> PreTrainedModel:
-    """Random float32 weights. The short rotary period suits sequences of some hundred tokens.
+    """Build a model with random float32 weights.
 
-    Two settings differ in kind from the large models: the rotary base is 20 and the temporal section is
-    small, so that neighbouring columns and rows of a 2 × 2 grid differ enough to be told apart. Of Qwen3.5's
-    four layers the first three have a state, as in the large models.
+    Two settings differ in kind from the large models: the rotary base is 20, for sequences of some hundred
+    tokens, and the temporal section is small, so that columns and rows of a 2 × 2 grid are distinguishable.
+    Three of Qwen3.5's four layers have a state, as in the large models.
     """
     vocabulary = tokenizer.get_vocab()
     ends, pad = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]], vocabulary["<|endoftext|>"]
@@ -164,9 +164,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl"
         }
         model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**settings))
         for name, weight in model.named_parameters():
-            if name.endswith(
-                "A_log"
-            ):  # states that last for tens of tokens; at first they would fade at once
+            if name.endswith("A_log"):  # states last for tens of tokens; the default decays at once
                 weight.data.copy_(torch.linspace(0.02, 0.3, len(weight)).log())
     else:
         vision |= {"window_size": 112, "fullatt_block_indexes": [0, 1], "tokens_per_second": 2}
@@ -179,19 +177,18 @@ IGNORE = -100
 BATCH = 32  # conversations a step
 LEARNING_RATE = 1e-3
 WARMUP = 200  # steps
-# The moments at which the frame rule (2 a second, evenly spaced, at FPS) looks at a lab clip.
+# Times of the frames that are sampled from a lab clip (2 a second, evenly spaced).
 FRAME_TIMES: list[float] = (np.round(np.linspace(0, SECONDS * FPS - 1, 8)) / FPS).tolist()
 STAMPS = [
     f"<{(first + second) / 2:.1f} seconds>"
     for first, second in zip(FRAME_TIMES[::2], FRAME_TIMES[1::2], strict=True)
 ]
-"""What stands before each temporal patch of a clip, where a model's processor writes times."""
+"""Timestamps before each temporal patch of a clip, for processors that write them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One conversation about one clip or image. `pixels` [N, 6 · patch²] float32, patches in the model's
-    order."""
+    """A conversation about a clip or image. `pixels`: patches [N, 6 · patch²] float32 in the model's order."""
 
     input_ids: Tensor  # [L]
     labels: Tensor  # [L]
@@ -200,7 +197,7 @@ class Row:
 
 
 def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
-    """Text of the lab to train the tokenizer on: questions, options, chains, instructions and hints."""
+    """Yield texts for the tokenizer: questions, options, chains, instructions and hints."""
     rng = np.random.default_rng(seed)
     yield from 50 * (INSTRUCTION, *(ANSWER_HINTS[kind] for kind in ASKED_TYPES))
     for _ in range(rows):
@@ -213,12 +210,12 @@ def corpus(seed: int, rows: int = 4000) -> Iterator[str]:
 
 
 def _any_mark(rng: np.random.Generator) -> str:
-    """No mark in half of the cases, or a letter of an option or a digit."""
+    """Draw a mark; none ("") in half of the cases."""
     return str(rng.choice(list(MARKS))) if rng.random() < 0.5 else ""
 
 
 def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
-    """A timeline and the attributes that can be listed of it."""
+    """Draw a timeline; return it and the attributes that can be listed."""
     if rng.random() < 0.35:
         timeline = any_question(rng).timeline
     else:
@@ -240,8 +237,10 @@ def _timeline(rng: np.random.Generator) -> tuple[tuple[Look, ...], list[str]]:
 
 
 def patches(frames: np.ndarray, images: Any) -> Tensor:
-    """[T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 6 · patch²] float32, laid out and
-    normalised as by the image processor `images`."""
+    """Resize and normalise frames as the image processor `images` does.
+
+    [T, 112, 112, 3] uint8 (T even, or 1) -> [T/2 · 16, 6 · patch²] float32.
+    """
     if len(frames) == 1:
         frames = frames.repeat(2, axis=0)
     patch = images.patch_size
@@ -259,7 +258,7 @@ def patches(frames: np.ndarray, images: Any) -> Tensor:
 
 
 class Conversations(IterableDataset):
-    """Endless rows of several turns. Each turn asks in a different wording, or in no wording at all."""
+    """Endless conversations of several turns, each with another request or random words."""
 
     def __init__(self, processor: Any, timestamps: bool, seed: int) -> None:
         self.vocabulary, self.seed = processor.tokenizer.get_vocab(), seed
@@ -268,7 +267,7 @@ class Conversations(IterableDataset):
         self.words = sorted({word for text in corpus(seed, 400) for word in text.split() if "<" not in word})
 
     def _request(self, rng: np.random.Generator) -> str:
-        """Words that surround a turn: any words, or a question of the lab, with or without options."""
+        """Draw a request: random words, or a question of the lab, with or without options."""
         words = " ".join(rng.choice(self.words, size=int(rng.integers(1, 13))))
         if rng.random() < 0.6:
             return words
@@ -299,11 +298,11 @@ class Conversations(IterableDataset):
             end = self._encode("\n")
             ids += asked + said + end
             labels += [IGNORE] * len(asked) + said + [IGNORE] * len(end)
-            visual = ""  # stands in the first turn alone
+            visual = ""  # only in the first turn
         return Row(torch.tensor(ids), torch.tensor(labels), patches(frames, self.images), is_image)
 
     def _visual(self, is_image: bool) -> str:
-        """The placeholders as the family's processor writes them, four tokens for a temporal patch."""
+        """Return the placeholders as the family's processor writes them, four tokens a temporal patch."""
         if is_image:
             blocks = ["<|image_pad|>" * 4]
         elif self.timestamps:
@@ -317,11 +316,11 @@ class Conversations(IterableDataset):
         for index in itertools.count():
             rng = np.random.default_rng((self.seed, index))
             rows = sorted((self.row(rng) for _ in range(8 * BATCH)), key=lambda row: len(row.input_ids))
-            for at in rng.permutation(8):  # rows of like length share a batch: less padding
+            for at in rng.permutation(8):  # rows of similar length share a batch: less padding
                 yield self.collate(sorted(rows[at * BATCH : (at + 1) * BATCH], key=lambda row: row.is_image))
 
     def collate(self, rows: list[Row]) -> dict[str, Tensor]:
-        # no attention mask: padding stands on the right, where no token of a row looks
+        # no attention mask: padding is on the right, which causal attention does not see
         names = ("endoftext", "image_pad", "video_pad")
         pad, image, video = (self.vocabulary[f"<|{name}|>"] for name in names)
         ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
@@ -339,8 +338,8 @@ class Conversations(IterableDataset):
         return batch
 
 
-def learnt_with(processor: Any) -> dict[str, Any]:
-    """The frames that a base has learnt to see, which the commands take from the checkpoint."""
+def training_record(processor: Any) -> dict[str, Any]:
+    """Return the frame settings of a base, which commands read from its checkpoint."""
     pixels = frame_side(processor) ** 2
     return {
         "fps": 2.0,
@@ -354,7 +353,7 @@ def learnt_with(processor: Any) -> dict[str, Any]:
 
 
 def pretrain_base(settings: BaseSettings) -> None:
-    """Trains the base from random weights; writes a checkpoint folder. Seed and `threads` fix the result."""
+    """Train a base from random weights and write a checkpoint; seed and `threads` determine the result."""
     assert settings.folder is not None
     with claimed(Path(settings.folder)):
         _pretrain(settings, Path(settings.folder))
@@ -399,5 +398,5 @@ def _pretrain(settings: BaseSettings, folder: Path) -> None:
         if step % 1000 == 0 or step == steps:
             copy.deepcopy(model).bfloat16().save_pretrained(folder)  # half the size
             processor.save_pretrained(folder)
-            replace_json(folder / RECORD, learnt_with(processor))
+            replace_json(folder / RECORD, training_record(processor))
             follow_umask(folder)

@@ -1,8 +1,8 @@
-"""Questions of the lab: one function a family, each from a random generator to a `LabQuestion`.
+"""Question families of the lab: each function draws a `LabQuestion`.
 
-The chain of thought (`process`) always lists what is seen at each moment in the order of time and then
-concludes, so that a model whose base describes frames can learn to reason from few examples. The answer of
-most families cannot be had from the set of frames without their order.
+The chain of thought (`process`) lists what is seen at each moment in the order of time and then concludes, so
+that a base that describes frames can learn to reason from few examples. Most families cannot be answered
+from the set of frames without their order.
 """
 
 import json
@@ -20,7 +20,7 @@ ASKED_TYPES: tuple[ProblemType, ...] = ("multiple choice", "numerical", "OCR", "
 
 @dataclass(frozen=True, slots=True)
 class LabQuestion:
-    """A timeline with a question about it."""
+    """A question about a timeline."""
 
     timeline: tuple[Look, ...]
     problem: str
@@ -28,7 +28,7 @@ class LabQuestion:
     answer: str  # the word, number or sentence; for multiple choice one of `choices`
     chain: str
     choices: tuple[str, ...] = ()
-    key_moments: tuple[int, ...] = EVERY_MOMENT  # that the answer depends on
+    key_moments: tuple[int, ...] = EVERY_MOMENT  # moments on which the answer depends
 
 
 Family = Callable[[np.random.Generator], LabQuestion]
@@ -53,20 +53,20 @@ def _question(
     key_moments: tuple[int, ...] = EVERY_MOMENT,
     problem_type: str = "multiple choice",
 ) -> LabQuestion:
-    """A question in one of its wordings. The chain lists the aspect of every moment, then concludes."""
+    """Build a question in one of its wordings; its chain lists the aspect at every moment, then concludes."""
     problem = wordings[int(rng.integers(len(wordings)))]
     chain = f"{listing(timeline, aspect)}." + (f" {conclusion}." if conclusion else "")
     return LabQuestion(tuple(timeline), problem, problem_type, answer, chain, tuple(choices), key_moments)
 
 
 def _still(rng: np.random.Generator) -> Look:
-    """A look to vary one attribute of: any colour, shape and corner, not small."""
+    """Draw a look whose attributes a family varies: any colour, shape and corner, not small."""
     look = Look(_one(rng, COLOURS), _one(rng, SHAPES), _one(rng, ["medium", "large"]))
     return look.at(_one(rng, PLACES))
 
 
 def _coloured(rng: np.random.Generator) -> tuple[list[Look], list[str]]:
-    """A timeline of four different colours."""
+    """Draw a timeline of four different colours."""
     look = _still(rng)
     colours = _pick(rng, COLOURS, MOMENTS)
     return [replace(look, colour=colour) for colour in colours], colours
@@ -260,7 +260,7 @@ def box_at(rng: np.random.Generator) -> LabQuestion:
 
 
 def _boxed(rng: np.random.Generator, look: Look, moment: int, wordings: tuple[str, ...]) -> LabQuestion:
-    """The box of one moment of a look that goes through all corners."""
+    """Build a question about the box at one moment of a look that visits all corners."""
     timeline = [look.at(place) for place in _pick(rng, PLACES)]
     seen = timeline[moment]
     answer, conclusion = json.dumps({"boxes": box_of(seen)}), f"{seen.size} {seen.place}"
@@ -278,16 +278,16 @@ VIDEO_FAMILIES = {
 }  # fmt: skip
 IMAGE_FAMILIES = {f.__name__: f for f in (image_colour, image_place, image_digit, image_size)}
 FAMILIES: dict[str, Family] = VIDEO_FAMILIES | IMAGE_FAMILIES
-"""Those that a lab is made of."""
+"""Default families of a lab."""
 NAMED_FAMILIES: dict[str, Family] = FAMILIES | {f.__name__: f for f in (when, box_at_end, box_at)}
-"""With those that it has only where they are named: their answers say when and where."""
+"""All families: the default ones, and those of when and where, which are used only if named."""
 
 
 def read_mark(mark: str) -> str:
-    """What is said of the mark of a clip or image: `mark: B.`, or `mark: none.` of one without."""
+    """Return the description of a mark: `mark: B.`, or `mark: none.` without one."""
     return f"mark: {mark or 'none'}."
 
 
 def any_question(rng: np.random.Generator) -> LabQuestion:
-    """A question of any family."""
+    """Draw a question of any default family."""
     return list(FAMILIES.values())[rng.integers(len(FAMILIES))](rng)

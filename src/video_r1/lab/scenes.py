@@ -1,6 +1,6 @@
-"""Scenes of the lab: what is seen at each moment of a procedural clip, and how it is drawn.
+"""Scenes of the lab: the look of each moment of a procedural clip, and its rendering.
 
-A clip is a timeline of `MOMENTS` looks of one second each. Rendering adds what must not matter: background,
+A clip is a timeline of `MOMENTS` looks of one second each. Rendering adds irrelevant variation: background,
 texture, noise, distractors, jitter of position, size and colour.
 """
 
@@ -16,7 +16,7 @@ MOMENTS = 4
 SECONDS = 4.0  # one second a moment
 FPS = 8
 SIDE = 112  # pixels, both sides
-LABEL = SIDE // 4  # side of the label that a mark stands on: one patch of the lab model's tower
+LABEL = SIDE // 4  # side of a mark's label: one patch of the lab model's tower
 
 COLOURS = {
     "red": (225, 45, 45),
@@ -38,7 +38,7 @@ MARKS = {
     "2": (250, 140, 20),
     "3": (150, 150, 150),
 }
-"""What a mark says, and the colour of its label: the letter of an option, or a number."""
+"""Marks (the letter of an option, or a number) and the colours of their labels."""
 SHAPES = ("circle", "square", "triangle", "cross")
 SIZES = {"small": 0.10, "medium": 0.16, "large": 0.23}  # radius as a share of the side
 _CORNERS = {
@@ -48,13 +48,13 @@ _CORNERS = {
     "bottom right": (0.73, 0.73),
 }
 PLACES = tuple(_CORNERS)
-# How far a shape reaches from its centre, in radii: left, up, right, down.
+# Extent of a shape from its centre, in radii: left, up, right, down.
 _EXTENTS = {"square": (0.85, 0.85, 0.85, 0.85), "triangle": (1.0, 1.0, 1.0, 0.8)}
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What is seen during one moment. `shape` is a shape, a digit as text, or "" when nothing is shown."""
+    """The object shown during one moment. `shape`: a shape, a digit as text, or "" if nothing is shown."""
 
     colour: str = "red"
     shape: str = "circle"
@@ -68,7 +68,7 @@ class Look:
 
     @property
     def column(self) -> int:
-        """Which tenth of the picture the centre lies in, 0 at the left edge."""
+        """Tenth of the picture that contains the centre, 0 at the left edge."""
         return int(self.x * 10)
 
     def at(self, place: str) -> Self:
@@ -77,7 +77,7 @@ class Look:
 
 
 def box_of(look: Look) -> list[int]:
-    """[x1, y1, x2, y2] of what is seen, in thousandths of the side; rendering moves it a little."""
+    """Return the box [x1, y1, x2, y2] in thousandths of the side; rendering moves the object a little."""
     left, up, right, down = _EXTENTS.get(look.shape, (1.0, 1.0, 1.0, 1.0))
     size = SIZES[look.size]
     sides = look.x - left * size, look.y - up * size, look.x + right * size, look.y + down * size
@@ -85,12 +85,12 @@ def box_of(look: Look) -> list[int]:
 
 
 def caption(look: Look) -> str:
-    """`red large circle top left`, or `nothing`."""
+    """Return `red large circle top left`, or `nothing`."""
     return f"{look.colour} {look.size} {look.shape} {look.place}" if look.shape else "nothing"
 
 
 def listing(timeline: Sequence[Look], attribute: str) -> str:
-    """One attribute over time, as the base describes it: `colours: red, blue, blue, green`."""
+    """Return the base's description of one attribute over time: `colours: red, blue, blue, green`."""
     values = {
         "colours": lambda look: look.colour if look.shape else "nothing",
         "shapes": lambda look: look.shape or "nothing",
@@ -132,7 +132,7 @@ def _draw_look(
 
 
 def _backdrop(rng: np.random.Generator) -> Image.Image:
-    """A tinted gradient with some thin lines and small dots: [SIDE, SIDE, 3]."""
+    """Draw a tinted gradient with some thin lines and small dots."""
     first, second = rng.integers(20, 105, size=(2, 3))
     across = (SIDE, 1, 1) if rng.random() < 0.5 else (1, SIDE, 1)
     ramp = np.linspace(0, 1, SIDE).reshape(across)
@@ -150,7 +150,7 @@ def _backdrop(rng: np.random.Generator) -> Image.Image:
 
 
 def _draw_mark(canvas: ImageDraw.ImageDraw, mark: str) -> None:
-    """A character on a label of its own colour in the bottom right corner, in front of everything."""
+    """Draw a mark on its label in the bottom right corner, in front of everything."""
     corner, middle = SIDE - LABEL, SIDE - LABEL // 2
     canvas.rectangle((corner, corner, SIDE, SIDE), fill=MARKS[mark])
     canvas.text((middle, middle), mark, fill=(0, 0, 0), font=_font(LABEL), anchor="mm")
@@ -159,10 +159,10 @@ def _draw_mark(canvas: ImageDraw.ImageDraw, mark: str) -> None:
 def render(
     timeline: Sequence[Look], times: Sequence[float], rng: np.random.Generator, mark: str = ""
 ) -> np.ndarray:
-    """Frames at `times` (seconds from the start of the clip): uint8 [len(times), SIDE, SIDE, 3].
+    """Render frames at `times` (seconds from the start of the clip): uint8 [len(times), SIDE, SIDE, 3].
 
-    A look holds through its second; a change of place or size is a short slide at the end of it.
-    mark: a character that stands still in a corner, from which an answer can be read at one look.
+    A look lasts one second; a change of place or size is a short slide at its end. mark: character in a
+    corner that gives the answer away in a single frame.
     """
     backdrop = _backdrop(rng)
     scale = rng.uniform(0.92, 1.08)
@@ -191,7 +191,7 @@ def render(
 
 
 def random_look(rng: np.random.Generator, digit: bool = False) -> Look:
-    """Any look, at a corner or anywhere off the middle lines."""
+    """Draw any look, at a corner or anywhere off the middle lines."""
     colour = str(rng.choice(list(COLOURS)))
     shape = str(rng.integers(0, 10)) if digit else str(rng.choice(SHAPES))
     size = "large" if digit else str(rng.choice(list(SIZES)))

@@ -1,8 +1,8 @@
 """A dry run of a training recipe with the small packaged model: `video-r1 rl RECIPE --smoke`.
 
-It answers, in a minute and without a GPU, whether a recipe's settings load, fit together and survive some
-steps, a checkpoint included, on the first rows of its own manifest where that is on this machine. What the
-small model, a CPU or the lack of a cold start rule out is replaced. Its report stays.
+It shows in a minute and without a GPU whether a recipe's settings load, fit together and survive two steps
+and a checkpoint, on the first rows of its own manifest if that is on this machine. Settings that do not work with
+the small model, a CPU or without a cold start are replaced. Only the report is kept.
 """
 
 import itertools
@@ -26,17 +26,17 @@ from video_r1.report.page import build_report
 from video_r1.settings.commands import LabSettings
 
 STEPS = 2
-SIDE = 56  # pixels of a frame or image: what the small model was made for
+SIDE = 56  # pixels of a frame's side: those of the small model's training
 MOST_FRAMES = 8
 MOST_TOKENS = 24  # of a completion
 QUESTIONS = 8
 
 
 def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
-    """The recipe with the small model in place of its own, and what was replaced: name to (before, now).
+    """Return the recipe with the small model, and the replaced settings: name to (before, after).
 
-    recipe: of `sft` or `rl`. lab: a folder that `write_lab` has written, for manifests that are not on this
-    machine. Raises ConfigError as `load_recipe`, and ManifestError where a manifest cannot be read.
+    recipe: of `sft` or `rl`. lab: a folder of `write_lab`, used if the recipe's manifests are not on this
+    machine. Raises ConfigError as `load_recipe`, and ManifestError if a manifest cannot be read.
     """
     values = recipe.values()
     changes: dict[str, Any] = {
@@ -58,14 +58,14 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
         changes |= {
             "max_completion_length": min(values["max_completion_length"], MOST_TOKENS),
             "length_range": [min(length, MOST_TOKENS) for length in values["length_range"]],
-            "preflight_questions": 0,  # without a cold start no reward is in reach, and it would say so
+            "preflight_questions": 0,  # it would complain that no reward is reachable without a cold start
             "use_vllm": False,
             "vllm_mode": "colocate",
             "async_rollouts": 0,
         }
     optimizer, missing = str(values.get("optim", "")), not availability.has_bitsandbytes()
     if optimizer.startswith("paged_") or (missing and availability.is_bitsandbytes_optimizer(optimizer)):
-        changes["optim"] = "adamw_torch"  # paged: into main memory, where all is without a GPU
+        changes["optim"] = "adamw_torch"  # paged optimizers need a GPU
     if missing:
         changes["load_in_4bit"] = False
     changes |= {name: None for name in ("deepspeed", "fsdp", "fsdp_config") if values.get(name)}
@@ -77,8 +77,10 @@ def smoke_recipe(recipe: Recipe, lab: Path, output_dir: Path) -> tuple[Recipe, d
 
 
 def smoke_manifests(recipe: Recipe, lab: Path, folder: Path) -> dict[str, Any]:
-    """The first rows of the recipe's manifests, written to `folder`, or made-up ones where it names none on
-    this machine. A validation manifest with another media root is that of training.
+    """Write the first rows of the recipe's manifests to `folder`; return the manifest settings.
+
+    Lab manifests are used if the training manifest is not on this machine. A validation manifest with another
+    media root is replaced by that of training.
     """
     values = recipe.values()
     train, held_out, given_root = (values[n] for n in ("train_manifest", "eval_manifest", "media_root"))
@@ -100,7 +102,7 @@ def smoke_manifests(recipe: Recipe, lab: Path, folder: Path) -> dict[str, Any]:
 
 
 def first_rows(manifest: str, media_root: str, made: Path) -> str:
-    """Makes a manifest of the first rows of another one and returns its path. Raises ManifestError."""
+    """Write the first rows of a manifest to `made` and return its path. Raises ManifestError."""
     rows = []
     for number, row in itertools.islice(placed_rows(manifest, "train", media_root), QUESTIONS):
         if isinstance(row, Unreadable):
@@ -112,8 +114,9 @@ def first_rows(manifest: str, media_root: str, made: Path) -> str:
 
 
 def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
-    """`run`s the recipe with the small model in a temporary folder, whose report it keeps beside the recipe's
-    run folder. Returns and raises what `run` does, and raises what `build_report` does.
+    """Call `run` with the small model in a temporary folder; keep its report beside the recipe's run folder.
+
+    Returns the result of `run`. Raises as `run` and `build_report`.
     """
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
         lab, output = Path(folder) / "lab", Path(folder) / "run"
@@ -121,10 +124,10 @@ def run_smoke(recipe: Recipe, run: Callable[[Recipe], int]) -> int:
             write_lab(LabSettings(folder=str(lab), train=QUESTIONS, test=QUESTIONS, workers=1))
         smoked, replaced = smoke_recipe(recipe, lab, output)
         name = recipe.source or f"video-r1 {recipe.command}"
-        print(f"smoke: {STEPS} steps of {name} with the small packaged model; replaced are")
+        print(f"smoke: {STEPS} steps of {name} with the small packaged model; replaced settings:")
         for name, (before, now) in replaced.items():
             print(f"  {name}: {before} → {now}")
         code = run(smoked)
         report = build_report(output, f"{recipe.values()['output_dir'].rstrip('/')}-smoke.html")
-        print(f"smoke: done; {report} is its report, all else is removed")
+        print(f"smoke: done; report: {report}; everything else is removed")
     return code
