@@ -188,7 +188,7 @@ STAMPS = [
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A conversation about a clip or image. `pixels`: patches [N, 6 · patch²] float32 in the model's order."""
+    """A conversation about a clip or image. `pixels`: patches [N, 6 · patch²] float32, in model order."""
 
     input_ids: Tensor  # [L]
     labels: Tensor  # [L]

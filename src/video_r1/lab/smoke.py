@@ -1,8 +1,8 @@
 """A dry run of a training recipe with the small packaged model: `video-r1 rl RECIPE --smoke`.
 
 It shows in a minute and without a GPU whether a recipe's settings load, fit together and survive two steps
-and a checkpoint, on the first rows of its own manifest if that is on this machine. Settings that do not work with
-the small model, a CPU or without a cold start are replaced. Only the report is kept.
+and a checkpoint, on the first rows of its own manifest if that is on this machine. Settings that do not work
+with the small model, a CPU or without a cold start are replaced. Only the report is kept.
 """
 
 import itertools
