@@ -1,41 +1,37 @@
-"""The language of `keep`: which questions are trained on, by their pass rates. Nothing in it is executed.
+"""Filter expressions of the setting `keep`: which questions to train on, by their pass rates.
 
     ordered - shuffled > 0.1
     0.2 < ordered < 0.9 and not blind > 0.5
 
-Names of pass rates, numbers, + - * and brackets; < <= > >= == !=, several in a row too; and, or, not. The
-text is parsed by `ast` and made of the few functions below; whatever else it holds is refused.
+Allowed are names of pass rates, numbers, + - * and brackets; < <= > >= == !=, also chained; and, or, not.
+The text is parsed, never executed; simpleeval computes the numbers, restricted to four kinds of nodes.
 
-A rate that a question lacks (images have none without frame order) is unknown, and so is what is computed of
-it. As in SQL, `and`, `or` and `not` go on with what is known, and a question is dropped only where the whole
-is false: what cannot be said about a question is no reason to drop it.
+A missing rate (images have none without frame order) is unknown, and so is everything computed from it.
+`and`, `or` and `not` use SQL's three-valued logic. A question is dropped only if the expression is false.
 """
 
 import ast
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+from simpleeval import InvalidExpression, SimpleEval
 
 from video_r1.errors import ConfigError
 
 PASS_RATES = "pass_rates"
-"""The field of a row that has them."""
-LONGEST, DEEPEST = 500, 60  # characters, and levels of the parsed tree
+"""Field of a manifest row that holds its pass rates."""
+LONGEST, DEEPEST = 500, 60  # characters; levels of the parsed tree
 TOO_DEEP = "it is nested too deeply"
 ROUNDING = 1e-9  # 4/10 − 3/10 is not above 0.1, whatever binary fractions make of it
+FALSE, UNKNOWN, TRUE = 0.0, 0.5, 1.0  # so that and, or and not are min, max and 1 − x
 
-Rates = Mapping[str, float | None]
-Number = Callable[[Rates], float | None]
-Truth = Callable[[Rates], bool | None]
-
-_SUMS: dict[type[ast.operator], Callable[[float, float], float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
+_ARITHMETIC = {
+    **{ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul},
+    **{ast.USub: operator.neg, ast.UAdd: operator.pos},
 }
-_COMPARED: dict[type[ast.cmpop], Callable[[float], bool]] = {  # of the difference left − right
+_COMPARED: dict[type[ast.cmpop], Callable[[float], bool]] = {  # takes the difference left − right
     ast.Gt: lambda by: by > ROUNDING,
     ast.GtE: lambda by: by >= -ROUNDING,
     ast.Lt: lambda by: by < -ROUNDING,
@@ -45,29 +41,64 @@ _COMPARED: dict[type[ast.cmpop], Callable[[float], bool]] = {  # of the differen
 }
 
 
-@dataclass(frozen=True)
 class Keep:
-    """A parsed expression. `names`: the rates that it is about."""
+    """A parsed expression. names: the pass rates that it uses. Raises ValueError for anything else."""
 
-    text: str
-    names: frozenset[str]
-    truth: Truth
+    def __init__(self, body: ast.expr) -> None:
+        self._body = body
+        self._numbers = SimpleEval(_ARITHMETIC, {})
+        kinds = (ast.Name, ast.UnaryOp, ast.BinOp)
+        self._numbers.nodes = {kind: self._numbers.nodes[kind] for kind in kinds} | {ast.Constant: _constant}
+        self.names = frozenset(node.id for node in ast.walk(body) if isinstance(node, ast.Name))
+        self._order = tuple(self.names)
+        self._cached = lru_cache(1 << 14)(self._evaluate)  # many questions have the same rates
+        self.truth({})
 
-    def keeps(self, rates: Rates) -> bool:
-        """Whether a question with these rates stays."""
-        return self.truth(rates) is not False
+    def truth(self, rates: Mapping[str, float | None]) -> float:
+        """Evaluate the expression: TRUE, FALSE, or UNKNOWN because a rate is missing."""
+        return self._cached(*map(rates.get, self._order))
+
+    def _evaluate(self, *rates: float | None) -> float:
+        known = (math.nan if rate is None else rate for rate in rates)
+        self._numbers.names = dict(zip(self._order, known, strict=True))
+        return self._truth(self._body)
+
+    def keeps(self, rates: Mapping[str, float | None]) -> bool:
+        """Return whether a question with these rates is kept."""
+        return self.truth(rates) != FALSE
+
+    def _truth(self, node: ast.expr) -> float:
+        match node:
+            case ast.Compare(left=left, ops=ops, comparators=others) if {*map(type, ops)} <= {*_COMPARED}:
+                numbers = [self._number(each) for each in (left, *others)]
+                pairs = zip(ops, numbers, numbers[1:], strict=False)
+                return min(
+                    UNKNOWN if math.isnan(first - second) else float(_COMPARED[type(op)](first - second))
+                    for op, first, second in pairs
+                )
+            case ast.BoolOp(op=op, values=values):
+                truths = [self._truth(each) for each in values]
+                return min(truths) if isinstance(op, ast.And) else max(truths)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return TRUE - self._truth(operand)
+        raise ValueError(f"{ast.unparse(node)!r} is no comparison")
+
+    def _number(self, node: ast.expr) -> float:
+        try:
+            return self._numbers.eval("", previously_parsed=node)
+        except (InvalidExpression, TypeError) as error:
+            raise ValueError(f"{ast.unparse(node)!r} is no pass rate, number, sum or product") from error
 
 
 def parse_keep(text: str) -> Keep:
-    """Raises ConfigError with the part of the expression that is not understood."""
+    """Parse a filter expression. Raises ConfigError with the part that is not understood."""
     try:
         if len(text) > LONGEST:
             raise ValueError(f"it has {len(text)} characters; at most {LONGEST} are read")
         tree = ast.parse(" ".join(text.split()), mode="eval")  # a recipe may break lines
         if _depth(tree) > DEEPEST:
             raise ValueError(TOO_DEEP)
-        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        return Keep(text, frozenset(names), _truth(tree.body))
+        return Keep(tree.body)
     except SyntaxError as error:
         reason = f"{error.msg} (at character {error.offset})"
     except (RecursionError, MemoryError):
@@ -85,58 +116,9 @@ def _depth(node: ast.AST) -> int:
     return 1 + max(map(_depth, ast.iter_child_nodes(node)), default=0)
 
 
-def _truth(node: ast.expr) -> Truth:
-    match node:
-        case ast.Compare(left=left, ops=ops, comparators=others) if all(type(op) in _COMPARED for op in ops):
-            numbers = [_number(each) for each in (left, *others)]
-            pairs = zip(numbers, [_COMPARED[type(op)] for op in ops], numbers[1:], strict=False)
-            return _all([_comparison(*pair) for pair in pairs])
-        case ast.BoolOp(op=ast.And(), values=values):
-            return _all([_truth(each) for each in values])
-        case ast.BoolOp(op=ast.Or(), values=values):
-            return _not(_all([_not(_truth(each)) for each in values]))
-        case ast.UnaryOp(op=ast.Not(), operand=operand):
-            return _not(_truth(operand))
-    raise ValueError(f"{ast.unparse(node)!r} is no comparison")
-
-
-def _number(node: ast.expr) -> Number:
-    match node:
-        case ast.Constant(value=int() | float() as value) if type(value) is not bool:
-            if abs(value) > 1e9 or not math.isfinite(value):
-                raise ValueError(f"{ast.unparse(node)[:20]} is out of the range of pass rates")
-            return lambda rates: float(value)
-        case ast.Name(id=name):
-            return lambda rates: rates.get(name)
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd() as sign, operand=operand):
-            factor, number = (-1.0 if isinstance(sign, ast.USub) else 1.0), _number(operand)
-            return _known(lambda value: factor * value, number)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _SUMS:
-            return _known(_SUMS[type(op)], _number(left), _number(right))
-    raise ValueError(f"{ast.unparse(node)!r} is no pass rate, number, sum or product")
-
-
-def _known(function: Callable[..., Any], *numbers: Number) -> Callable[[Rates], Any]:
-    """`function` of the numbers; None where one of them is."""
-
-    def of(rates: Rates) -> Any:
-        values = [number(rates) for number in numbers]
-        return None if None in values else function(*values)
-
-    return of
-
-
-def _comparison(left: Number, holds: Callable[[float], bool], right: Number) -> Truth:
-    return _known(lambda first, second: holds(first - second), left, right)
-
-
-def _all(truths: Sequence[Truth]) -> Truth:
-    def of(rates: Rates) -> bool | None:
-        values = [truth(rates) for truth in truths]
-        return False if False in values else None if None in values else True
-
-    return of
-
-
-def _not(truth: Truth) -> Truth:
-    return _known(operator.not_, truth)
+def _constant(node: ast.Constant) -> float:
+    if type(node.value) not in (int, float):
+        raise TypeError
+    if abs(node.value) > 1e9 or not math.isfinite(node.value):
+        raise ValueError(f"{ast.unparse(node)[:20]} is out of the range of pass rates")
+    return float(node.value)

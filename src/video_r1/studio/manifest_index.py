@@ -14,7 +14,7 @@ import numpy as np
 from video_r1.data.manifests.records import Sample, check_row
 from video_r1.data.sources.media_paths import MediaPaths
 from video_r1.report.run_data import as_table, finite, text
-from video_r1.settings.filters import PASS_RATES, Keep
+from video_r1.settings.filters import PASS_RATES, TRUE, Keep
 from video_r1.studio.finding import Manifest
 from video_r1.studio.listed import ListFile
 from video_r1.studio.tail import Tail, parse
@@ -128,7 +128,7 @@ class ManifestIndex:
         if keep is not None:
             columns = {name: np.array(column)[rows].tolist() for name, column in self.rates.items()}
             kept = [
-                keep.truth({name: _known(column[i]) for name, column in columns.items()}) is True
+                keep.truth({name: _known(column[i]) for name, column in columns.items()}) == TRUE
                 for i in range(len(rows))
             ]
             rows = rows[np.array(kept, dtype=bool)]

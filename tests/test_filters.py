@@ -88,7 +88,7 @@ def test_shares_are_compared_with_more_room_than_rounding() -> None:
         ("True > ordered", "'True' is no pass rate"),
         ("True", "'True' is no comparison"),
         ("ordered - shuffled", "'ordered - shuffled' is no comparison"),
-        ("(ordered > 0) + 1 > 0", "'ordered > 0' is no pass rate"),
+        ("(ordered > 0) + 1 > 0", "'(ordered > 0) + 1' is no pass rate"),
         ("ordered and shuffled > 0", "'ordered' is no comparison"),
         ("ordered in shuffled", "is no comparison"),
         ("ordered is shuffled", "is no comparison"),
