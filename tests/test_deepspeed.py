@@ -86,6 +86,7 @@ def two_processes(work: str, folder: Path, name: str, stage: int, by: str, **cha
     return folder / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "by"), [(2, "setting"), (3, "launch")])
 def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str) -> None:
     """With a reference model, validation, and two micro-batches a step; as in the recipes, activations are
@@ -97,15 +98,13 @@ def test_rl_equals_one_process(folder: Path, rl_alone: Path, stage: int, by: str
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
 
 
-STAGES = [pytest.param(2, marks=pytest.mark.slow), 3]
+@pytest.mark.slow
+def test_sft_equals_one_process(folder: Path, sft_alone: Path) -> None:
+    same_run(sft_alone, two_processes("sft", folder, "sft-zero3", 3, "setting"))
 
 
-@pytest.mark.parametrize(("stage", "by"), [pytest.param(2, "launch", marks=pytest.mark.slow), (3, "setting")])
-def test_sft_equals_one_process(folder: Path, sft_alone: Path, stage: int, by: str) -> None:
-    same_run(sft_alone, two_processes("sft", folder, f"sft-zero{stage}", stage, by))
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3])
 def test_updates_that_are_not_finite_are_left_out(folder: Path, stage: int) -> None:
     """A nan loss in one process, then infinite gradients in the other: weights and moments stay."""
     run = two_processes("bad_numbers", folder, f"bad-zero{stage}", stage, "launch")
@@ -145,7 +144,8 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(part)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [3])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, stage: int) -> None:
     """kill -9 of one process in its third step; the other one ends; the same command goes on from step 2."""
     recipe = write_recipe(
@@ -167,8 +167,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(tmp_path: Path, stage: int)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", ["lora", "frozen"])
+@pytest.mark.parametrize(("kind", "stage"), [("lora", 3), ("frozen", 2)])
 def test_adapters_and_a_frozen_vision_tower(folder: Path, kind: str, stage: int) -> None:
     alone = folder / f"{kind}-1"
     if not alone.exists():
@@ -185,7 +184,7 @@ def test_adapters_and_a_frozen_vision_tower(folder: Path, kind: str, stage: int)
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["all", "lora"])
+@pytest.mark.parametrize("kind", ["all"])
 def test_zero3_with_vllm_in_the_processes(folder: Path, kind: str) -> None:
     """vLLM has the trainer's weights before the first step and after each one."""
     run = two_processes("with_vllm", folder, f"vllm-{kind}", 3, "launch", kind=kind)
@@ -196,7 +195,7 @@ def test_zero3_with_vllm_in_the_processes(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_the_best_model_is_the_one_that_is_saved(folder: Path, stage: int) -> None:
     changes = {"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy", "eval_steps": 1}
     run = two_processes("rl", folder, f"best-zero{stage}", stage, "launch", preflight_questions=2, **changes)
@@ -210,7 +209,7 @@ def test_the_best_model_is_the_one_that_is_saved(folder: Path, stage: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [3])
 def test_bf16(folder: Path, stage: int) -> None:
     """Policy and reference compute in bf16 alike; the optimizer's own weights and the angles of the positions
     are float32, the saved weights bf16.

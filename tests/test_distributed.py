@@ -1,6 +1,4 @@
-"""Two processes on CPU (gloo) equal one with the same questions: DDP and FSDP2, T-GRPO and SFT, float32 and
-bf16, with questions that do not divide among the processes.
-"""
+"""Two ranks on CPU (gloo) equal one process: DDP and FSDP2, T-GRPO and SFT, float32 and bf16."""
 
 from __future__ import annotations
 
@@ -31,7 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("distributed")
     tiny_checkpoint("qwen2_5_vl", folder / "model")
     write_manifest(folder)
-    run_processes(1, "distributed_work:rl", folder, 1, "rl-1")
     run_processes(1, "distributed_work:sft", folder, 1, "sft-1")
     return folder
 
@@ -59,8 +56,11 @@ def same_run(one: Path, two: Path) -> None:
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
 def test_rl_equals_one_process(folder: Path, kind: str, environment: dict[str, str]) -> None:
+    if not (folder / "rl-1").exists():
+        run_processes(1, "distributed_work:rl", folder, 1, "rl-1")
     run = folder / f"rl-{kind}"
     run_processes(2, "distributed_work:rl", folder, 2, run.name, environment=environment)
     same_run(folder / "rl-1", run)
@@ -68,27 +68,29 @@ def test_rl_equals_one_process(folder: Path, kind: str, environment: dict[str, s
     assert kinds[0] != kinds[1]  # what the processes see differs: a collective of one kind alone would hang
 
 
-@pytest.fixture(scope="module")
-def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("hybrid")
-    tiny_checkpoint("qwen3_5", folder / "model")
-    write_manifest(folder)
-    run_processes(1, "distributed_work:rl", folder, 1, "rl-1")
-    return folder
+@pytest.mark.slow
+def test_hybrid_rl_equals_one_process(tmp_path: Path) -> None:
+    """Layers whose states are forked, within the hooks of FSDP2."""
+    tiny_checkpoint("qwen3_5", tmp_path / "model")
+    write_manifest(tmp_path)
+    run_processes(1, "distributed_work:rl", tmp_path, 1, "rl-1")
+    run_processes(2, "distributed_work:rl", tmp_path, 2, "rl-2", environment=FSDP2)
+    same_run(tmp_path / "rl-1", tmp_path / "rl-2")
 
 
-@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
-def test_hybrid_rl_equals_one_process(hybrid: Path, kind: str, environment: dict[str, str]) -> None:
-    """Layers whose states are forked, within the hooks of both wrappers."""
-    run = hybrid / f"rl-{kind}"
-    run_processes(2, "distributed_work:rl", hybrid, 2, run.name, environment=environment)
-    same_run(hybrid / "rl-1", run)
-
-
-@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
-def test_sft_equals_one_process(folder: Path, kind: str, environment: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "environment", "changes"),
+    [
+        ("ddp", {}, {}),  # the canary of everything that needs two ranks
+        # tokens are counted over all ranks, whether or not the Trainer is told to
+        pytest.param("fsdp2", FSDP2, {"average_tokens_across_devices": False}, marks=pytest.mark.slow),
+    ],
+)
+def test_sft_equals_one_process(
+    folder: Path, kind: str, environment: dict[str, str], changes: dict[str, bool]
+) -> None:
     run = folder / f"sft-{kind}"
-    run_processes(2, "distributed_work:sft", folder, 2, run.name, environment=environment)
+    run_processes(2, "distributed_work:sft", folder, 2, run.name, False, changes, environment=environment)
     same_run(folder / "sft-1", run)
 
 
@@ -98,6 +100,7 @@ VERSION_1 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -112,14 +115,7 @@ def test_fsdp_that_cannot_train_or_save_is_refused(
     run_processes(2, "distributed_work:refused", folder, message, environment={**FSDP2, **changes})
 
 
-def test_sft_counts_tokens_over_all_processes(folder: Path) -> None:
-    """Whether or not the Trainer is told to: its own setting would do it a second time."""
-    run = folder / "sft-own-tokens"
-    changes = {"average_tokens_across_devices": False}
-    run_processes(2, "distributed_work:sft", folder, 2, run.name, False, changes)
-    same_run(folder / "sft-1", run)
-
-
+@pytest.mark.slow
 def test_adapters_and_their_reference_equal_one_process(folder: Path) -> None:
     """FSDP2 shards the adapters that train; those that the KL term is taken to are whole in each process."""
     run_processes(1, "distributed_work:adapters", folder, 1, "lora-1")
@@ -129,14 +125,11 @@ def test_adapters_and_their_reference_equal_one_process(folder: Path) -> None:
     assert abs(kl[0]) < 1e-6 < 1e-5 < kl[-1]
 
 
-KINDS = [pytest.param({}, id="ddp", marks=pytest.mark.slow), pytest.param(FSDP2, id="fsdp2")]
-
-
-@pytest.mark.parametrize("environment", KINDS)
-def test_bf16_logprobs_stay_near_float32(folder: Path, environment: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_bf16_logprobs_stay_near_float32(folder: Path) -> None:
     """T-GRPO under bf16 mixed precision: policy and reference, whose difference is the KL term."""
-    run = folder / f"mixed-{len(environment)}"
-    run_processes(2, "distributed_work:mixed", folder, 2, run.name, environment=environment)
+    run = folder / "mixed"
+    run_processes(2, "distributed_work:mixed", folder, 2, run.name, environment=FSDP2)
     for rank in (0, 1):
         found = torch.load(run / f"logprobs-{rank}.pt", weights_only=True)
         for side in ("policy", "reference"):
@@ -150,14 +143,14 @@ def on_bf16_grid(values: Tensor) -> Tensor:
     return values == values.bfloat16().float()
 
 
-@pytest.mark.parametrize("environment", KINDS)
-def test_bf16_gradients_stay_near_float32(folder: Path, environment: dict[str, str]) -> None:
+@pytest.mark.slow
+def test_bf16_gradients_stay_near_float32(folder: Path) -> None:
     """SFT under bf16 mixed precision, first step: loss within 0.2 %, gradients within 10 % of their norm and
     added up in float32.
     """
-    run = folder / f"sft-bf16-{len(environment)}"
+    run = folder / "sft-bf16"
     unclipped = {"max_grad_norm": 0.0}
-    run_processes(2, "distributed_work:sft", folder, 2, run.name, True, unclipped, environment=environment)
+    run_processes(2, "distributed_work:sft", folder, 2, run.name, True, unclipped, environment=FSDP2)
     logs = [read_lines(path / "metrics.jsonl") for path in (folder / "sft-1", run)]
     assert logs[1][0]["loss"] == pytest.approx(logs[0][0]["loss"], rel=2e-3)
     gradients = [torch.load(path / "gradients.pt", weights_only=True) for path in (folder / "sft-1", run)]
@@ -167,20 +160,15 @@ def test_bf16_gradients_stay_near_float32(folder: Path, environment: dict[str, s
     assert 1e-4 < float((two - one).norm()) < 0.1
 
 
-@pytest.mark.parametrize(
-    ("kind", "environment"),
-    [pytest.param("rl", FSDP2, id="rl-fsdp2"), pytest.param("sft", {}, id="sft-ddp", marks=pytest.mark.slow)],
-)
-def test_questions_that_do_not_divide(
-    tmp_path: Path, folder: Path, kind: str, environment: dict[str, str]
-) -> None:
+@pytest.mark.slow
+def test_questions_that_do_not_divide(tmp_path: Path, folder: Path) -> None:
     """Five questions, two processes, two questions each: the second step is filled up from the epoch's start,
     as one process with four questions a step does it. Validation answers each of the five once.
     """
     (tmp_path / "model").symlink_to(folder / "model")
     write_manifest(tmp_path, videos=3, images=2)
-    run_processes(1, "distributed_work:uneven", tmp_path, 1, "one", kind)
-    run_processes(2, "distributed_work:uneven", tmp_path, 2, "two", kind, environment=environment)
+    run_processes(1, "distributed_work:uneven", tmp_path, 1, "one", "rl")
+    run_processes(2, "distributed_work:uneven", tmp_path, 2, "two", "rl", environment=FSDP2)
     alone = json.loads((tmp_path / "one" / "seen-0.json").read_text())
     order = [question for step in alone for question in step][:5]
     assert sorted(order) == [0, 1, 2, 3, 4]
@@ -192,5 +180,4 @@ def test_questions_that_do_not_divide(
     for name, value in before[0].items():
         if name.startswith("eval_"):
             assert before[1][name] == pytest.approx(value, abs=1e-5), name
-    if kind == "rl":
-        assert before[1]["eval_questions"] == 5
+    assert before[1]["eval_questions"] == 5

@@ -35,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ddp_with_device_ids(folder: Path) -> None:
     """As accelerate wraps a model for a GPU: DDP moves the forward's first argument there."""
@@ -79,14 +80,14 @@ def read_steps(path: Path) -> list[list[int]]:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(("kind", "environment"), [("ddp", {}), ("fsdp2", FSDP2)])
-def test_half_as_many_processes_go_on_exactly(folder: Path, kind: str, environment: dict[str, str]) -> None:
+def test_half_as_many_processes_go_on_exactly(folder: Path) -> None:
     """Six questions, four a step: four processes up to step 3, in the second epoch, then two to step 5."""
-    work, alone, shared = "distributed_work:part_of_a_run", f"{kind}-alone", f"{kind}-shared"
+    work, alone, shared = "distributed_work:part_of_a_run", "alone", "shared"
     run_processes(1, work, folder, 1, alone, 5, 4)
-    run_processes(4, work, folder, 4, shared, 3, 1, environment=environment)
-    run_processes(2, work, folder, 2, shared, 5, 2, environment=environment)
+    run_processes(4, work, folder, 4, shared, 3, 1, environment=FSDP2)
+    run_processes(2, work, folder, 2, shared, 5, 2, environment=FSDP2)
     steps = [
         [sorted(itertools.chain(*parts)) for parts in zip(*map(read_steps, sorted(files)), strict=True)]
         for files in ((folder / shared).glob(f"seen-*-{last}.json") for last in (3, 5))
@@ -98,6 +99,7 @@ def test_half_as_many_processes_go_on_exactly(folder: Path, kind: str, environme
         torch.testing.assert_close(weights[1][name], value, rtol=0, atol=2e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_weights_for_vllm_are_gathered_once(folder: Path) -> None:
     """FSDP2 has gathered them for the hand-over; asking the shards again would send all of them twice."""

