@@ -6,35 +6,23 @@ import errno
 import inspect
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 import sys
-import typing
-from collections.abc import Collection
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
 import video_r1
 from video_r1.cli import find_command, main, read_request, split_words
-from video_r1.commands import COMMANDS, TRAINS
+from video_r1.commands import COMMANDS
 from video_r1.errors import MediaError, RequestError
 from video_r1.processes import Interrupted
 from video_r1.recipe import load_recipe
-from video_r1.settings.commands import CheckSettings, LabSettings
 from video_r1.settings.decoding import AskSettings, EvalSettings
-from video_r1.settings.frames import Contrast
-from video_r1.settings.training import TemporalRule, TGRPOSettings
-from video_r1.settings.types import alternatives
-
-
-def in_a_process(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "video_r1", *words], capture_output=True, text=True, timeout=300, **options
-    )
+from video_r1.settings.training import TGRPOSettings
 
 
 @pytest.mark.parametrize(
@@ -64,7 +52,7 @@ def test_help_answers_at_once_without_torch(words: list[str]) -> None:
             after.children_user + after.children_system - before.children_user - before.children_system
         )
     # Processor time, the best of three, because other work runs beside this; importing torch takes longer.
-    assert min(seconds) < 0.6
+    assert min(seconds) < (0.5 if "--help" in words else 0.8)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -94,24 +82,6 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
     assert said in text
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("temporal_rule", {choice.rpartition("_")[2] for choice in get_args(TemporalRule)} - {"off"}),
-        ("temporal_contrast", get_args(Contrast)),
-    ],
-)
-def test_help_has_a_word_for_every_choice(name: str, words: Collection[str]) -> None:
-    text = TGRPOSettings.__dataclass_fields__[name].metadata["help"]
-    assert [word for word in words if not re.search(rf"\b{word}\b", text)] == []
-
-
-@pytest.mark.parametrize("name", ["sft", "rl", "plan", "eval"])
-def test_help_has_the_dry_run_where_it_is(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main([name, "--help"])
-    assert ("--smoke" in capsys.readouterr().out) == (name in TRAINS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -229,16 +199,6 @@ def test_a_file_stands_where_figures_are_to_go(tmp_path: Path, capsys: pytest.Ca
     assert manifest.read_bytes() == before
 
 
-def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
-    done = in_a_process("rl", "lab-tgrpo", "--temporal_rule", "never")
-    assert done.returncode == 2
-    assert done.stderr == (
-        "video-r1: temporal_rule (option --temporal_rule) is 'never'; it must be "
-        "margin | threshold | weight | likelihood | likelihood_step | likelihood_apart | "
-        "likelihood_gate | tokens | off\n"
-    )
-
-
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
@@ -249,7 +209,7 @@ def test_a_wrong_request_in_a_process_has_no_traceback() -> None:
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/e/a"),
             1,
-            "video-r1: runs/e/a: No space left on device; mend that, then start the same command again\n",
+            "video-r1: runs/e/a: No space left on device; fix that, then run the same command again\n",
         ),
     ],
 )
@@ -274,7 +234,7 @@ def test_a_full_disk_is_named(
     """/dev/full has the errors of a full disk: they name no file."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
     assert main(["report", str(tmp_path), "--out", "/dev/full"]) == 1
-    assert capsys.readouterr().err.startswith("video-r1: /dev/full: No space left on device; mend that")
+    assert capsys.readouterr().err.startswith("video-r1: /dev/full: No space left on device; fix that")
     assert main(["report", str(tmp_path)]) == 0
 
 
@@ -306,13 +266,6 @@ def test_help_begins_with_what_is_required(name: str, capsys: pytest.CaptureFixt
     for setting in COMMANDS[name].required:
         assert f"\n  --{setting} " in head and f"\n  --{setting} " not in rest
     assert ("\nrequired " in head) == bool(COMMANDS[name].required)
-
-
-def test_the_usage_of_ask(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["ask", "--help"])
-    assert capsys.readouterr().out.startswith(
-        "usage: video-r1 ask [RECIPE] MODEL PATH QUESTION [--key value ...]\n"
-    )
 
 
 def test_what_would_run_is_printed_as_a_recipe(
@@ -371,22 +324,6 @@ def test_commands_pass_their_settings_on(monkeypatch: pytest.MonkeyPatch) -> Non
     assert main(["data", "lab", "out", "--seed", "5", "--shortcut=0.5", "--shuffle_options"]) == 0
     assert (seen["folder"], seen["train"], seen["test"], seen["seed"]) == ("out", 4000, 500, 5)
     assert (seen["shortcut"], seen["shuffle_options"]) == (0.5, True)
-
-
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command.given == "sections"])
-def test_the_settings_of_a_command_are_what_its_work_takes(name: str) -> None:
-    """Their defaults stand in one place: the function has no arguments of its own beside them."""
-    command = COMMANDS[name]
-    hints = typing.get_type_hints(command.function())
-    hints.pop("return")
-    takes = [next(kind for kind in alternatives(hint) if kind is not type(None)) for hint in hints.values()]
-    assert takes == list(command.sections)
-
-
-def test_settings_of_data_commands() -> None:
-    assert read_request("data check", ["m.json"]).section(CheckSettings).media is True
-    lab = read_request("lab make", ["lab", "--families", "order", "count"]).section(LabSettings)
-    assert lab.families == ["order", "count"]
 
 
 def test_public_names_are_there_on_first_use() -> None:

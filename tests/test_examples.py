@@ -40,6 +40,7 @@ def test_own_reward(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     assert not any("reward/tells_an_order/image" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_own_data(
     checkpoint: Path, manifest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,12 +53,14 @@ def test_own_data(
     assert "eval_accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_lora(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     run("lora", checkpoint, manifest, tmp_path / "run", tmp_path / "merged", **small(tmp_path))
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert (tmp_path / "merged" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_judge(checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("video_r1.rewards.judge.extract_answer", str.strip)  # random weights give none
     monkeypatch.setattr("judge_endpoint.GIVEN", re.compile(r"Given answer: (.*)\nDoes", re.DOTALL))

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -191,22 +190,6 @@ def instructions() -> list[tuple[str, str]]:
     return [(word, rest.strip()) for word, _, rest in (line.partition(" ") for line in lines if line.strip())]
 
 
-def test_the_images_instructions_are_well_formed() -> None:
-    """No machine here builds it; what can be known of a Dockerfile without Docker is checked."""
-    found = instructions()
-    known = {"FROM", "RUN", "COPY", "WORKDIR", "ENV", "ARG", "ENTRYPOINT", "CMD"}
-    assert {word for word, _ in found} <= known and found[0][0] == "FROM"
-    assert re.fullmatch(r"nvidia/cuda:13\.0\.\d-cudnn-runtime-ubuntu24\.04", found[0][1])
-    for word, rest in found:
-        if word == "RUN":
-            subprocess.run(["sh", "-n", "-c", rest], check=True)
-        elif word in ("ENTRYPOINT", "CMD"):
-            assert isinstance(json.loads(rest), list)
-        elif word == "ENV":
-            assert all("=" in pair for pair in rest.split())
-    assert ("RUN", "ACCELERATOR=$ACCELERATOR setup/install.sh") in found
-
-
 def test_the_image_has_all_that_users_can_install() -> None:
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = re.findall(r"-e '\.\[(.+)\]'", SCRIPT + (ROOT / "Dockerfile").read_text())
@@ -238,24 +221,3 @@ def test_the_citation_is_of_this_version() -> None:
     )
     (paper,) = citation["references"]
     assert paper["identifiers"][0]["value"].endswith("2503.21776") and len(paper["authors"]) == 8
-
-
-def test_the_wheel_has_every_file_of_the_pages(tmp_path: Path) -> None:
-    """Built as a user's pip builds it, from a copy: setuptools leaves a folder `build` behind."""
-    source = tmp_path / "source"
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).exists():
-            source.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "src", source / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    words = ["wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(source)]
-    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    held = set(zipfile.ZipFile(wheel).namelist())
-    for room in ("report", "studio"):
-        files = [path for path in (ROOT / "src" / "video_r1" / room).iterdir() if path.is_file()]
-        assert {f"video_r1/{room}/{path.name}" for path in files} <= held
-    index = (ROOT / "src" / "video_r1" / "studio" / "studio.html").read_text(encoding="utf-8")
-    named = re.findall(r"/page/([\w.]+)", index)
-    assert len(named) > 8
-    assert {name for name in named if not any(path.endswith(f"/{name}") for path in held)} == set()

@@ -61,6 +61,15 @@ def some(quick: tuple[str, ...]) -> list[Any]:
     return [pytest.param(*recipe, marks=() if recipe[0] in quick else pytest.mark.slow) for recipe in RECIPES]
 
 
+RUN = [
+    ("video-r1-7b-sft", "video-r1-7b-{}"),
+    ("qwen3-vl-4b-tgrpo-lora", "qwen3-vl-4b-{}-lora"),
+    pytest.param("video-r1-7b-tgrpo", "video-r1-7b-{}", marks=pytest.mark.slow),
+    pytest.param("qwen3.5-4b-tgrpo-lora", "qwen3.5-4b-{}-lora", marks=pytest.mark.slow),
+    pytest.param("smolvlm2-500m-sft-lora", "smolvlm2-500m-{}-lora", marks=pytest.mark.slow),
+]
+
+
 def test_every_packaged_recipe_is_known_here() -> None:
     assert {name for name in packaged_recipes() if not name.startswith("lab-")} == {
         name for name, _ in RECIPES
@@ -194,7 +203,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("name", "form"), some(("video-r1-7b-sft", "qwen3-vl-4b-tgrpo-lora")))
+@pytest.mark.parametrize(("name", "form"), RUN)
 def test_a_recipe_runs_with_the_small_model(name: str, form: str, lab: Path, tmp_path: Path) -> None:
     command = command_of(name)
     recipe = load_recipe(command, name)
@@ -273,11 +282,6 @@ def test_a_dry_run_takes_the_first_rows_of_the_manifest(lab: Path, tmp_path: Pat
 
 def places(values: dict[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in ("media_root", "allow_urls", "allowed_roots")}
-
-
-def test_smoke_is_for_training_only(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", "runs/x", "--smoke"]) == 2
-    assert "smoke is not a setting of report" in capsys.readouterr().err.replace("(option --smoke) ", "")
 
 
 # ---- base:

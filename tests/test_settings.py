@@ -11,8 +11,6 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 import yaml
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import TrainingArguments
 
 from video_r1.commands import COMMANDS, TRAINS
@@ -77,11 +75,6 @@ def test_values_are_read_by_the_settings_type(text: Any, hint: Any, value: Any) 
 def test_a_value_of_the_wrong_type_is_refused_with_the_type_in_words(text: Any, hint: Any, said: str) -> None:
     with pytest.raises(ValueError, match=f"^{said.replace('|', '[|]')}$"):
         parse(text, hint)
-
-
-@given(st.lists(st.floats(allow_nan=False, allow_infinity=False)))
-def test_lists_of_numbers_survive_being_written_as_text(numbers: list[float]) -> None:
-    assert parse(",".join(map(repr, numbers)), list[float]) == numbers
 
 
 @pytest.mark.parametrize(("kind", "values", "names"), [
@@ -181,24 +174,6 @@ def test_a_setting_stands_in_one_section_of_a_command_and_has_a_help_text(comman
     for kind in COMMANDS[command].sections:
         for field in dataclasses.fields(kind):
             assert field.metadata["help"], field.name
-
-
-def all_kinds(kind: type[Settings] = Settings) -> list[type[Settings]]:
-    return [kind] + [found for below in kind.__subclasses__() for found in all_kinds(below)]
-
-
-def bounds_of(kind: type[Settings]) -> dict[str, dict[str, float]]:
-    own = own_field_types(kind)
-    return {f.name: f.metadata["bounds"] for f in dataclasses.fields(kind) if f.name in own}
-
-
-@pytest.mark.parametrize("kind", all_kinds(), ids=lambda kind: kind.__name__)
-def test_another_default_keeps_the_bounds(kind: type[Settings]) -> None:
-    """A class that gives a setting of its base another default has to say the bounds again."""
-    own = bounds_of(kind)
-    for base in kind.__bases__:
-        for name, bounds in bounds_of(base).items() if issubclass(base, Settings) else ():
-            assert own[name] == bounds, name
 
 
 @pytest.mark.parametrize(("value", "said"), [
@@ -314,13 +289,6 @@ def test_every_packaged_recipe_loads_for_its_command(name: str) -> None:
         assert config.max_frames == recipe.section(PromptSettings).max_frames
 
 
-def test_there_are_recipes_for_the_lab_and_the_papers_runs() -> None:
-    names = {
-        f"{model}-{stage}" for model in ("lab", "video-r1-7b", "video-r1-3b") for stage in ("sft", "tgrpo")
-    }
-    assert names <= set(packaged_recipes())
-
-
 def test_the_packaged_model_has_a_name() -> None:
     model = load_recipe("sft", None, {**RL, "model_name_or_path": "lab-base"}).section(ModelSettings)
     assert Path(model.model_name_or_path or "").parts[-2:] == ("lab", "base")
@@ -390,26 +358,6 @@ def test_training_arguments_are_read_from_the_source_as_python_reads_them() -> N
             assert get_args(hint) == tuple(choice.value for choice in enums[0])
         elif name not in ("parallelism_config", "debug"):  # objects, which no option can give
             assert hint == hints[name], name
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--learnin_rate", "1"], "did you mean learning_rate?"),
-        (["--optim", "adam"], "it must be adamw_torch"),
-        (["--save_strategy", "never"], "no | steps | epoch | best"),
-        (["--beta", "much"], "must be float"),
-    ],
-)
-def test_a_wrong_option_is_refused_without_torch(words: list[str], said: str) -> None:
-    code = (
-        "import sys; from video_r1.cli import main; code = main(sys.argv[1:]); "
-        "sys.exit(9 if 'torch' in sys.modules else code)"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code, "rl", "lab-tgrpo", *words], capture_output=True, text=True, check=False
-    )
-    assert (process.returncode, said in process.stderr) == (2, True), process.stderr
 
 
 def test_types_are_described_in_words() -> None:

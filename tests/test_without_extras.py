@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXTRAS = ("deepspeed", "bitsandbytes", "wandb", "tensorboard", "peft", "vllm", "trl", "decord", "matplotlib")
+import pytest
+
+EXTRAS = ("deepspeed", "bitsandbytes", "wandb", "tensorboard", "peft", "vllm", "trl", "decord")
 SCRIPT = f"""
 import importlib, importlib.util, pkgutil, sys
 from importlib.machinery import PathFinder
@@ -41,6 +43,7 @@ print("trained", trainer.state.global_step)
 """
 
 
+@pytest.mark.slow
 def test_without_extras(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path)],

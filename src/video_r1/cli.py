@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, NOT_ALLOWED) and error.errno not in NOT_WRITTEN:
             raise
         where = f"{error.filename}: " if error.filename is not None else ""
-        return failed(f"{where}{error.strerror}; mend that, then start the same command again", 1)
+        return failed(f"{where}{error.strerror}; fix that, then run the same command again", 1)
 
 
 def failed(message: object, code: int) -> int:
