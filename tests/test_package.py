@@ -36,7 +36,7 @@ def test_a_built_package_has_all_data_and_every_rule_matches(tmp_path: Path) -> 
     assert [rule for rule in rules["video_r1"] if not any(built.glob(rule))] == []
 
 
-# What uses private names of a library (docs/design.md), or belongs to one version of torch, takes one minor version.
+# Libraries with private names in use (docs/design.md), or tied to a version of torch: one minor version each.
 ONE_MINOR = {
     "torch",
     "torchvision",
