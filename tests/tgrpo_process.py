@@ -29,7 +29,7 @@ def train(folder: Path, processes: int, scale: str, rule: str) -> None:
         changes = {
             "dynamic_sampling": 2,
             "difficulty_range": [0.1, 0.8],
-            "max_steps": 5,
+            "max_steps": 3,
             "rewards": mostly_equal,
         }
     trainer = make_trainer(
