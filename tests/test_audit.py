@@ -235,7 +235,7 @@ def test_media_that_cannot_be_used_are_reported(
     assert [("pass_rates" in row) for row in rows] == [True, False, True, True, True, True]
     quarantine = (tmp_path / "manifest.audited" / "quarantine.jsonl").read_text()
     assert json.loads(quarantine)["problem_id"] == "q1"
-    assert "1 questions left out" in capsys.readouterr().out
+    assert "1 questions skipped" in capsys.readouterr().out
     nothing = write_questions(tmp_path, 1, bad=(0,)).rename(tmp_path / "nothing.json")
     with pytest.raises(VideoR1Error, match="none of the questions could be asked"):
         audited(nothing, checkpoint)
@@ -348,7 +348,7 @@ def test_figures_without_videos_and_with_an_unusual_contrast() -> None:
     summary |= audit_figures([(image, {"blind": 0.5, "ordered": 1.0})], "frozen", 2)
     sentences = audit_sentences(summary)
     assert "0 % [0, 0] can be answered without the image" in sentences[1]
-    assert sentences[-1].startswith("10 % of the answers were cut off")
+    assert sentences[-1].startswith("10 % of the outputs were cut off")
     assert sum(map(sum, summary["pairs"])) == 0
 
 

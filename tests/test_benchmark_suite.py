@@ -276,7 +276,7 @@ def test_one_bad_clip_costs_one_question(
     assert (figures["ordered"]["questions"], figures["skipped"]) == (4, 1)
     (listed,) = [json.loads(line) for line in (out / "mvbench/quarantine.jsonl").read_text().splitlines()]
     assert (listed["problem_id"], listed["path"]) == ("mvbench-2", str(bad.resolve()))
-    assert "1 questions left out" in capsys.readouterr().out
+    assert "1 questions skipped" in capsys.readouterr().out
 
 
 def figure(mean: float, low: float, high: float) -> dict[str, Any]:

@@ -240,13 +240,13 @@ def test_summary_by_task_and_its_table() -> None:
     assert lines[2].split()[:3] == ["all", "3", "0.667"]
     assert any(line.split()[:3] == ["b", "1", "0.000"] for line in lines)
     assert "mean over task types 0.500 [0.500, 0.500]" in table
-    assert "2 questions left out" in table
+    assert "2 questions skipped" in table
 
 
 def test_summary_of_nothing() -> None:
     figures = summarise([]) | {"skipped": 3}
     assert figures == {"skipped": 3}
-    assert "3 questions left out" in summary_table({"frames": {"16": figures}})
+    assert "3 questions skipped" in summary_table({"frames": {"16": figures}})
 
 
 @pytest.mark.parametrize(("right", "count", "low", "high"), [

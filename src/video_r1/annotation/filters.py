@@ -1,7 +1,7 @@
-"""Rules that a teacher's rationale has to pass, in the order of FILTERS. Pure functions of text.
+"""Filters of a teacher's rationales, and the choice among a question's rationales. Pure functions.
 
-Each gives None, or in a few words what is wrong. They are cheap and err on the side of keeping: what a rule
-cannot tell for sure it lets through, the answer's score being the main filter.
+Each filter returns None, or the fault in a few words. Filters are cheap and keep what they cannot judge for
+sure: the main filter is the score of the answer.
 """
 
 import re
@@ -23,13 +23,13 @@ FILTERS = (
 )  # fmt: skip
 """Names of the filters, in the order in which they are applied."""
 
-MIN_READABLE = 0.4  # share of letters and digits among what is not white space; LaTeX stays above
-MAX_FOREIGN = 0.05  # share of letters in a script that neither question nor answer has
-LOOP_TIMES = 4  # a phrase this often in a row is a loop …
-LOOP_WORDS = 12  # … also as part of a longer phrase: at least this many words in all
-PHRASE = 8  # words of the phrases that are counted
-MAX_REPEATED = 0.3  # share of such phrases that occurred before
-ROUNDING = {"numerical": 0.01, "regression": 0.05}  # how far two numbers may be apart and mean the same
+MIN_READABLE = 0.4  # least share of letters and digits in the visible text; LaTeX has more
+MAX_FOREIGN = 0.05  # largest share of letters in a script that neither question nor answer has
+LOOP_TIMES = 4  # repetitions in a row that make a loop …
+LOOP_WORDS = 12  # … if they have at least this many words in all
+PHRASE = 8  # words in a counted phrase
+MAX_REPEATED = 0.3  # largest share of phrases that occurred before
+ROUNDING = {"numerical": 0.01, "regression": 0.05}  # relative difference of numbers that mean the same
 _FREE_SCRIPTS = {"GREEK", "MATHEMATICAL", "FULLWIDTH", "HALFWIDTH", "MODIFIER", "SUPERSCRIPT", "SUBSCRIPT"}
 _CJK = {"CJK", "HIRAGANA", "KATAKANA", "KATAKANA-HIRAGANA", "IDEOGRAPHIC"}
 
@@ -75,23 +75,18 @@ _HEDGED = re.compile(
 
 
 def rationale_of(text: str) -> str:
-    """What stands inside the first `<think>…</think>`, stripped; "" without such tags."""
+    """Return the text inside the first `<think>…</think>`, stripped; "" without such tags."""
     match = _THINK.search(text)
     return match.group(1).strip() if match else ""
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text in lower case; each Chinese, Japanese or Korean character is one."""
+    """Return the words of a text in lower case; each Chinese, Japanese or Korean character is a word."""
     return _WORD.findall(text.lower())
 
 
-def cut_off(finish_reason: str) -> str | None:
-    """Completions that ended for want of tokens."""
-    return "it reached the token limit" if finish_reason == "length" else None
-
-
 def refusal(text: str, finish_reason: str = "stop") -> str | None:
-    """The teacher declines, or says that it sees no media."""
+    """Reject a teacher that declines, or says that it sees no media."""
     if finish_reason == "content_filter":
         return "the endpoint's content filter ended it"
     opening = _REFUSAL_OPENING.match(text.strip()) or _REFUSAL_OPENING.match(extract_answer(text))
@@ -100,7 +95,7 @@ def refusal(text: str, finish_reason: str = "stop") -> str | None:
 
 
 def tags(text: str) -> str | None:
-    """`<think>…</think>` then `<answer>…</answer>`, each tag once, neither empty, nothing else."""
+    """Require `<think>…</think>` then `<answer>…</answer>`, each tag once, neither empty, nothing else."""
     if not text.strip():
         return "it is empty"
     if format_reward(text.strip()) != 1.0:
@@ -110,14 +105,8 @@ def tags(text: str) -> str | None:
     return None
 
 
-def length(rationale: str, shortest: int, longest: int) -> str | None:
-    """Bounds in words, both included."""
-    count = len(words_of(rationale))
-    return None if shortest <= count <= longest else f"its rationale has {count} words"
-
-
 def characters(text: str) -> str | None:
-    """Broken encodings, control characters, and text that is mostly punctuation."""
+    """Reject broken encodings, control characters, and text that is mostly punctuation."""
     visible = readable = 0
     for character, count in Counter(text).items():
         category = unicodedata.category(character)
@@ -133,9 +122,9 @@ def characters(text: str) -> str | None:
 
 
 def language(rationale: str, references: Iterable[str]) -> str | None:
-    """A rationale in another script than the question and its answer: a teacher that changed language.
+    """Reject a rationale in another script than the question and its answer: the teacher changed language.
 
-    Letters of mathematics are free. References without letters allow any script.
+    Letters of mathematics are allowed. References without letters allow any script.
     """
     known = set().union(*(scripts(reference) for reference in references))
     if not known:
@@ -149,8 +138,10 @@ def language(rationale: str, references: Iterable[str]) -> str | None:
 
 
 def scripts(text: str) -> Counter[str]:
-    """How many letters of each script a text has, by the first word of their Unicode names; without those
-    that mathematics uses. The scripts of Japanese count as one with Chinese."""
+    """Count the letters of each script, by the first word of their Unicode names.
+
+    Letters of mathematics are not counted; the scripts of Japanese count as Chinese.
+    """
     names: Counter[str] = Counter()
     for character, count in Counter(text).items():
         if character.isalpha():
@@ -161,7 +152,7 @@ def scripts(text: str) -> Counter[str]:
 
 
 def repetition(rationale: str) -> str | None:
-    """A phrase that is said over and over: in a row, or a large share of all phrases of eight words."""
+    """Reject a phrase repeated in a row, and too many repetitions among all phrases of eight words."""
     words = words_of(rationale)
     for size in range(1, min(LOOP_WORDS * 2, len(words) // LOOP_TIMES) + 1):
         wanted = max(LOOP_TIMES, -(-LOOP_WORDS // size)) * size - size  # equal words at a distance of `size`
@@ -180,10 +171,10 @@ def repetition(rationale: str) -> str | None:
 def prompt_leak(
     rationale: str, question: str, problem_type: str, truth: str, options: Sequence[str] = ()
 ) -> str | None:
-    """The answer came with the prompt: the question tells it, or the rationale refers to a given answer.
+    """Reject questions that contain their answer, and rationales that refer to a given answer.
 
-    A question tells its answer when it says "answer: …" with it, or, where the answer is a text to be read or
-    found, when that text stands in it (alternatives such as "left or right?" are no leak).
+    A question contains its answer if it says "answer: …" with it, or if it contains the text to be read or
+    found (alternatives such as "left or right?" are no leak).
     """
     found = _GIVEN_ANSWER.search(rationale)
     if found and not _GIVEN_ANSWER.search(question):
@@ -205,10 +196,10 @@ def prompt_leak(
 
 
 def contradiction(rationale: str, answer: str, problem_type: str, options: Sequence[str] = ()) -> str | None:
-    """The rationale's own conclusion is another one than the answer.
+    """Reject a rationale whose own conclusion differs from its answer.
 
-    Read from its last sentence that concludes ("so …", "the answer is …"). Sentences with a negation or an
-    alternative are not judged, nor are those that name no answer or several.
+    The conclusion is its last sentence that concludes ("so …", "the answer is …"). Sentences with a negation
+    or an alternative, and those that name no answer or several, are not judged.
     """
     concluding = [part for part in _SENTENCE_END.split(rationale) if _CONCLUDES.search(part)]
     if not concluding or _HEDGED.search(concluding[-1]):
@@ -223,7 +214,7 @@ def contradiction(rationale: str, answer: str, problem_type: str, options: Seque
     elif problem_type in ("numerical", "regression"):
         numbers = {number for word in words_of(sentence) if (number := parse_number(word)) is not None}
         said = f"{numbers.pop():.12g}" if len(numbers) == 1 else ""
-    else:  # a text: only "the answer is …" can be told from everything else that is said
+    else:  # a text: only "the answer is …" can be recognised
         match = list(_QUESTION_TELLS.finditer(sentence))
         said = match[-1]["said"] if match else ""
         if problem_type in GROUNDING_FORMS:
@@ -234,7 +225,7 @@ def contradiction(rationale: str, answer: str, problem_type: str, options: Seque
 
 
 def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
-    """Whether the option's letter or text stands in the sentence ("the right option is A" names A)."""
+    """Whether the sentence has the option's letter or text ("the right option is A" names A)."""
     if re.search(rf"(?<!\w){re.escape(letter)}(?!\w)", sentence):
         return True
     texts = [words_of(option)[1:] for option in options if option.strip(" (")[:1].upper() == letter.upper()]
@@ -243,8 +234,7 @@ def _names_option(sentence: str, letter: str, options: Sequence[str]) -> bool:
 
 
 def _same(problem_type: str, said: str, answer: str) -> bool:
-    """Whether two answers can mean the same: numbers that are close, places that overlap, texts with a common
-    word."""
+    """Whether two answers can mean the same: close numbers, overlapping places, texts with a common word."""
     if problem_type == "multiple choice":
         return said.strip(" ().").upper() == answer.strip(" ().").upper()
     if problem_type in ("numerical", "regression"):
@@ -263,33 +253,33 @@ def _shown(text: str) -> str:
 
 
 class Judged(NamedTuple):
-    """One rationale."""
+    """A rationale's outcome."""
 
     answer: str
     score: float  # of its answer, in [0, 1]
-    rejected: str  # the first filter of FILTERS that it did not pass, "" when it passed all
+    rejected: str  # the first filter that it did not pass, "" if it passed all
     detail: str  # in words
 
 
 class Verdict(NamedTuple):
-    """One question."""
+    """A question's outcome."""
 
-    kept: int | None  # the rationale's place, None when there is none
-    reason: str  # the filter that stopped the rationale that came furthest, "" when one is kept
+    kept: int | None  # index of the rationale, None for none
+    reason: str  # filter that stopped the best rationale, "" if one is kept
     judged: list[Judged]
 
 
 def judge(sample: Sample, completions: Sequence[Completion], settings: AnnotateSettings) -> Verdict:
-    """Applies all filters to a question's K rationales and chooses one of those that pass.
+    """Apply all filters to a question's K rationales and choose one of those that pass.
 
-    best: the highest score; among equals the one whose answer most of the K agree with, then the earliest.
-    majority: the same, among those whose answer more than half of the K agree with: a right answer that the
-    teacher mostly does not give was luck. They agree when one scores above the threshold against the other.
+    best: the highest score, then the answer that most of the K agree with, then the earliest. majority: the
+    same among answers that more than half of the K agree with, because a right answer that the teacher mostly
+    does not give was luck. Answers agree if one scores above the threshold against the other.
     """
     kind = sample.problem_type
     judged = [judge_one(sample, completion, settings) for completion in completions]
     answers = [one.answer for one in judged if one.answer]
-    votes = [  # how many of the answers agree with each, its own included; none with an empty one
+    votes = [  # answers that agree with each one, itself included; 0 for an empty one
         sum(above(correctness(kind, other, one.answer), settings.threshold) for other in answers)
         for one in judged
     ]
@@ -307,18 +297,19 @@ def judge(sample: Sample, completions: Sequence[Completion], settings: AnnotateS
 
 
 def judge_one(sample: Sample, completion: Completion, settings: AnnotateSettings) -> Judged:
-    """The first filter that a rationale does not pass (majority apart, which needs all of them)."""
+    """Return the first filter that a rationale does not pass (except majority, which needs all of them)."""
     text, options, kind = completion.text, sample.options, sample.problem_type
     rationale = rationale_of(text)
     answer = read_answer(text, kind, options) if extract_answer(text) else ""
     truth = sample.answer
     score = correctness(kind, answer, truth)
     references = (sample.problem, *options, truth)
+    count, (shortest, longest) = len(words_of(rationale)), settings.length_range
     checks = {
-        "cut off": lambda: cut_off(completion.finish_reason),
+        "cut off": lambda: "it reached the token limit" if completion.finish_reason == "length" else None,
         "refusal": lambda: refusal(text, completion.finish_reason),
         "tags": lambda: tags(text),
-        "length": lambda: length(rationale, *settings.length_range),
+        "length": lambda: None if shortest <= count <= longest else f"its rationale has {count} words",
         "characters": lambda: characters(text),
         "language": lambda: language(rationale, references),
         "repetition": lambda: repetition(rationale),

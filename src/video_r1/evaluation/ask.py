@@ -1,5 +1,6 @@
-"""`video-r1 ask`: questions about one video or image, the reasoning shown as it is written; with `--contrast`
-and `--samples` also how much of the answers hangs on the order of the frames.
+"""`video-r1 ask`: questions about one video or image, with the reasoning shown as it is written.
+
+With `--contrast` and `--samples` it also shows how much the answers depend on the order of the frames.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ _ANSWERS_SHOWN = 4
 
 
 def run_ask(settings: AskSettings) -> str:
-    """Answers the settings' questions on standard output and returns the last answer in order.
+    """Print the answers to the settings' questions; return the last ordered answer.
 
-    Of each question the first answer in order is written as it comes, and named again below it unless it
-    ends with it. With contrasts or several samples a table follows: shares and intervals of all answers.
+    The first ordered output to each question is printed as it comes, then the answer in it unless the output
+    ends with it. With contrasts or several samples, a table of shares and intervals follows.
 
     Raises RequestError for a missing file, ConfigError for an unusable checkpoint, MediaError for an unusable
     file and PromptError for a prompt over the limit.
     """
     assert settings.question is not None  # settings without it are refused
     samples = [question_sample(settings, question) for question in settings.question]
-    # After the file has been looked for: importing torch takes seconds.
+    # The file is looked for first, because importing torch takes seconds.
     from video_r1.evaluation.session import ModelSession, sampling_of
 
     sampling, answer = sampling_of(settings), ""
@@ -64,7 +65,7 @@ def _print_answer(sample: Sample, view: View) -> str:
     answer = named_answer(sample, rollout.text)
     if not answer:
         print("\n\nNo answer was given.")
-    elif rollout.text.rstrip().endswith(answer):  # it stands there already, as in an output without tags
+    elif rollout.text.rstrip().endswith(answer):  # printed already
         print()
     else:
         print(f"\n\nAnswer: {answer}")
@@ -74,7 +75,7 @@ def _print_answer(sample: Sample, view: View) -> str:
 
 
 def views_table(sample: Sample, views: Sequence[View]) -> str:
-    """The shares of each view with their 95 % intervals, and what was answered how often."""
+    """Return a table with each view's share, its 95 % interval, and its most frequent answers."""
     rows = []
     for view in views:
         counts = Counter(answer[:30] or "none" for answer in view.answers).most_common()
@@ -92,11 +93,11 @@ def views_table(sample: Sample, views: Sequence[View]) -> str:
 
 
 def question_sample(settings: AskSettings, question: str) -> Sample:
-    """A question outside of any manifest; its solution is the settings' answer, "" for none.
+    """Return a sample for a question that is in no manifest; its solution is the settings' answer or "".
 
-    The first file's name says whether it is an image (a GIF counts as a video). Without a type, a question
-    with options is multiple choice and any other free-form. Options without letters get them: "A. left".
-    Raises RequestError when there is no such file.
+    The first file's extension decides between image and video (a GIF is a video). The default type is
+    multiple choice with options, else free-form. Options without letters get them: "A. left". Raises
+    RequestError when there is no such file.
     """
     from video_r1.data.manifests.records import Sample
     from video_r1.data.sources.media_paths import data_type_of
@@ -106,7 +107,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
     options = labelled(settings.options)
     kind = settings.problem_type or ("multiple choice" if settings.options else "free-form")
     return Sample(
-        problem_id=shorten(question, 60, placeholder=" …"),  # what its errors call it
+        problem_id=shorten(question, 60, placeholder=" …"),  # its name in errors
         problem=question,
         data_type=data_type_of(path),
         problem_type=kind,
@@ -121,7 +122,7 @@ def question_sample(settings: AskSettings, question: str) -> Sample:
 
 
 def found_file(said: str) -> str:
-    """The absolute path of a file of this machine, or an address. Raises RequestError when there is none."""
+    """Return the absolute path of a local file, or an address. Raises RequestError for a missing file."""
     from video_r1.data.sources.archives import split_member
     from video_r1.data.sources.remote import local_file, on_this_machine
 
@@ -135,7 +136,7 @@ def found_file(said: str) -> str:
 
 
 def solution_of(answer: str | None, kind: str, options: Sequence[str]) -> str:
-    """The solution of a row, "" without an answer. Raises RequestError for one of no such type."""
+    """Return an answer as a row's solution, "" for none. Raises RequestError if the type forbids it."""
     if not answer:
         return ""
     read = read_answer(f"<answer>{answer}</answer>", kind, options)
@@ -147,14 +148,14 @@ def solution_of(answer: str | None, kind: str, options: Sequence[str]) -> str:
 
 
 def named_answer(sample: Sample, output: str) -> str:
-    """The answer in an output, tolerantly read; for multiple choice the whole option, "B. right"."""
+    """Return the answer in an output, parsed tolerantly; for multiple choice the whole option, "B. right"."""
     answer = read_answer(output, sample.problem_type, sample.options)
     named = [option for option in sample.options if option.lstrip("(")[:1].upper() == answer]
     return named[0] if sample.problem_type == "multiple choice" and named else answer
 
 
 def labelled(options: Sequence[str]) -> tuple[str, ...]:
-    """Options behind letters, as they are where they all have some. Raises RequestError for too many."""
+    """Return the options with letters; keep them if all have some. Raises RequestError for too many."""
     if all(_LABELLED.match(option) for option in options):
         return tuple(options)
     if len(options) > len(LETTERS):

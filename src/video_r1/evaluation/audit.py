@@ -1,12 +1,12 @@
-"""The audit of a data set: which of its questions need the video, more than one frame, and the frames' order.
+"""`video-r1 data audit`: which questions need the video, more than one frame, and the order of the frames.
 
-    manifest ─► asking.py ─► answers-<frames>.jsonl ─► pass rates ─► OUT, audit.json, audit.html
-                (K answers each: blind, one frame,     (by the threshold
-                 the contrast clip, in order)           of training)
+    manifest ─► question_loop.py ─► answers-<frames>.jsonl ─► pass rates ─► OUT, audit.json, audit.html
+                (K answers each: blind, one frame,            (by the correct_threshold
+                 the contrast clip, in order)                  of training)
 
 The files on the right follow from the answers: another `correct_threshold` asks nothing again, and another
-contrast asks for its own answers only. "One frame" is the contrast `frozen`, one frame of the clip in every
-place: a prompt of another length would be a difference of its own.
+contrast asks only for its own answers. "One frame" is the contrast `frozen`, one frame repeated: a shorter
+prompt would be a difference of its own.
 """
 
 import shlex
@@ -40,24 +40,30 @@ from video_r1.settings.filters import PASS_RATES
 from video_r1.settings.frames import Contrast, Order
 
 SETTINGS_FILE = "settings.json"
+VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
+"""Frame orders, roughly from showing nothing of a clip to showing all of it."""
+ANSWERED = 0.5  # a question counts as answered when more than this share of its answers is right
+GROUPS_SHOWN = 40
+_GROUPINGS = {"by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source"}
+
+Audited = Sequence[tuple[Sample, Mapping[str, float]]]  # samples with their pass rates by view
 
 
 def run_audit(settings: AuditSettings) -> dict[str, Any]:
-    """Audit a manifest, print the table and return what `audit.json` holds, and OUT as `manifest`.
+    """Audit a manifest, print the table, and return the content of `audit.json` with OUT as `manifest`.
 
-    OUT has the manifest's rows as they are, but those that `bad_rows` leaves out, and the pass rates of
-    questions that could be asked.
-    The folder of its name has the answers, `quarantine.jsonl`, `audit.json` and the picture, `audit.html`.
-    Started again with the same settings it continues. Raises ManifestError, ConfigError, RequestError (also
-    where OUT is no audit's, or holds answers to other settings), and VideoR1Error where no question can be
-    asked or another process of the audit (by `accelerate launch`) is lost.
+    OUT has the manifest's rows unchanged, without those that `bad_rows` skips, and the pass rates of the
+    questions that could be asked. The folder of its name has the answers, `quarantine.jsonl`, `audit.json`
+    and the figure, `audit.html`. Started again with the same settings it continues. Raises ManifestError,
+    ConfigError, RequestError (also when OUT was not written by an audit, or with other settings), and
+    VideoR1Error when no question can be asked or another rank is lost.
     """
     assert settings.manifest is not None and settings.model is not None  # settings without them are refused
-    manifest, out = settings.manifest, audited_path(settings)
+    manifest, out = settings.manifest, _audited_path(settings)
     folder = out.with_suffix("")
 
     def begin() -> list[Sample]:
-        check_out(manifest, out)
+        _check_out(manifest, out)
         return load_manifest(manifest, **settings.manifest_options())
 
     with process_group(folder):
@@ -66,16 +72,14 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
             summary = _audit(samples, settings, out)
         print(f"{audit_table(summary)}\n\n" + "\n".join(audit_sentences(summary)))
         if summary["skipped"]:
-            print(
-                f"{summary['skipped']:,} questions left out, with the reason: {folder / 'quarantine.jsonl'}"
-            )
-        print(f"\nmanifest with pass rates: {out}; the picture: {folder / 'audit.html'}")
-        print(f"train on those that need the order: {training_words(settings, out)}")
+            print(f"{summary['skipped']:,} questions skipped; the reasons: {folder / 'quarantine.jsonl'}")
+        print(f"\nmanifest with pass rates: {out}; the figure: {folder / 'audit.html'}")
+        print(f"train on those that need the order: {_training_options(settings, out)}")
     return {"manifest": str(out), **summary}
 
 
-def audited_path(settings: AuditSettings) -> Path:
-    """OUT. Raises RequestError where a manifest that is no file of this machine leaves no place for it."""
+def _audited_path(settings: AuditSettings) -> Path:
+    """Return OUT. Raises RequestError when it has no default, because the manifest is not a local file."""
     if settings.out is not None:
         return Path(settings.out)
     path = Path(str(settings.manifest))
@@ -87,8 +91,8 @@ def audited_path(settings: AuditSettings) -> Path:
     return path.with_name(f"{path.stem}.audited{ending}")
 
 
-def check_out(manifest: str, out: Path) -> None:
-    """Raises RequestError when OUT would take the place of a file that no audit has written."""
+def _check_out(manifest: str, out: Path) -> None:
+    """Raise RequestError when OUT would replace a file that no audit has written."""
     folder = out.with_suffix("")
     if out.exists() and not (folder / SETTINGS_FILE).is_file():
         raise RequestError(f"{out} exists and was not written by an audit; choose another --out")
@@ -100,13 +104,15 @@ def check_out(manifest: str, out: Path) -> None:
         raise RequestError(f"{manifest} would be replaced by its own audit; choose another --out")
 
 
-def training_words(settings: AuditSettings, out: Path) -> str:
-    """The options with which `rl` and `sft` take the audited manifest."""
+def _training_options(settings: AuditSettings, out: Path) -> str:
+    """Return the options with which `rl` and `sft` train on the audited manifest."""
     assert settings.manifest is not None
     root = media_root_of(settings.manifest, settings.media_root)
     elsewhere = ["--media_root", root] if root != media_root_of(out, None) else []
     elsewhere += ["--allowed_roots", *settings.allowed_roots] if settings.allowed_roots else []
-    own = root.startswith("hf://") and not is_address(settings.manifest)  # cells of a data set of the hub
+    own = root.startswith("hf://") and not is_address(
+        settings.manifest
+    )  # table cells of a dataset on the hub
     elsewhere += ["--allow_urls"] if settings.allow_urls or own else []
     keep = f"ordered - {settings.temporal_contrast} > 0.1"
     return shlex.join(["--train_manifest", str(out), *elsewhere, "--keep", keep])
@@ -116,50 +122,40 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
     processor, builder, budget = open_prompts(settings)
     sampling = SamplingSettings.of(settings, settings.samples)
     made_with = asked_with(samples, builder, budget, settings, sampling)
-    orders: list[Order] = [
-        order for order in VIEWS if order in ("blind", "frozen", settings.temporal_contrast, "ordered")
-    ]
+    orders = [view for view in VIEWS if view in ("blind", "frozen", settings.temporal_contrast, "ordered")]
     with closing(open_engine(settings, processor)) as engine:
-        asking = Audit(
+        loop = Audit(
             samples[: settings.limit], engine, builder, out.with_suffix(""), orders, [settings.max_frames],
             sampling, settings.seed, settings.batch_size,
         )  # fmt: skip
-        asking.run(made_with, budget, settings)
-        return decided_by_first(lambda: _write(asking, made_with, samples, settings, out))
+        loop.run(made_with, budget, settings)
 
+        def write() -> dict[str, Any]:
+            (answers,) = loop.merge().values()
+            rates = pass_rates_of(answers, samples, settings.correct_threshold)
+            audited = [(sample, rates[sample.problem_id]) for sample in samples if sample.problem_id in rates]
+            if not audited:
+                raise VideoR1Error(f"none of the questions could be asked; {loop.quarantine} has the reasons")
+            replace_rows(out, _audited_rows(settings, samples, rates))
+            texts = [text for record in answers.values() for text in record["answers"]]
+            summary = {
+                "questions": len(samples),
+                "skipped": loop.skipped(answers),
+                "samples": settings.samples,
+                "contrast": settings.temporal_contrast,
+                "correct_threshold": settings.correct_threshold,
+                "settings": {**made_with, "max_frames": settings.max_frames},
+                "no_answer": sum(not text for text in texts) / len(texts),
+                "cut_off": sum(record["cut_off"] for record in answers.values()) / len(texts),
+                **audit_figures(audited, settings.temporal_contrast, settings.samples),
+            }
+            replace_json(loop.folder / "audit.json", summary)
+            notes = [sentence.strip() for sentence in audit_sentences(summary)]
+            page = audit_page(summary, audit_rows(summary), notes, str(settings.model))
+            replace_text(loop.folder / "audit.html", page)
+            return summary
 
-def _write(
-    asking: "Audit",
-    made_with: Mapping[str, Any],
-    samples: Sequence[Sample],
-    settings: AuditSettings,
-    out: Path,
-) -> dict[str, Any]:
-    """For the first process: the audited manifest, the summary and the picture."""
-    (answers,) = asking.merge().values()
-    rates = pass_rates_of(answers, samples, settings.correct_threshold)
-    audited = [(sample, rates[sample.problem_id]) for sample in samples if sample.problem_id in rates]
-    if not audited:
-        raise VideoR1Error(f"none of the questions could be asked; {asking.quarantine} has the reasons")
-    write_audited(settings, samples, rates, out)
-    texts = [text for record in answers.values() for text in record["answers"]]
-    summary = {
-        "questions": len(samples),
-        "skipped": asking.skipped(answers),
-        "samples": settings.samples,
-        "contrast": settings.temporal_contrast,
-        "correct_threshold": settings.correct_threshold,
-        "settings": {**made_with, "max_frames": settings.max_frames},
-        "no_answer": sum(not text for text in texts) / len(texts),
-        "cut_off": sum(record["cut_off"] for record in answers.values()) / len(texts),
-        **audit_figures(audited, settings.temporal_contrast, settings.samples),
-    }
-
-    replace_json(asking.folder / "audit.json", summary)
-    notes = [sentence.strip() for sentence in audit_sentences(summary)]
-    page = audit_page(summary, audit_rows(summary), notes, str(settings.model))
-    replace_text(asking.folder / "audit.html", page)
-    return summary
+        return decided_by_first(write)
 
 
 @dataclass(frozen=True)
@@ -171,16 +167,16 @@ class Audit(QuestionLoop):
     needed: ClassVar = frozenset(("problem_id", "order", "answers", "scores", "cut_off"))
 
     def orders_of(self, sample: Sample) -> list[Order]:
-        """Images are asked blind too."""
+        """Return the orders in which the sample is asked: images also blind."""
         alone = ("blind", "ordered")
         return [order for order in self.orders if order in alone or sample.data_type == "video"]
 
     def record(
         self, sample: Sample, prompt: Prompt, rollouts: Sequence[Rollout], frames: int
     ) -> dict[str, Any]:
-        """answers: what is read of each output, "" for none; scores: their correctness; cut_off: how many.
+        """Return the parsed answers ("" for none), their scores, and the number of outputs cut off.
 
-        Answers are read as in evaluation, tolerantly: it is the question that is measured, not the format.
+        Answers are parsed tolerantly, as in evaluation: the audit measures the question, not the format.
         """
         kind, options = sample.problem_type, sample.options
         answers = [read_answer(rollout.text, kind, options) for rollout in rollouts]
@@ -197,7 +193,7 @@ class Audit(QuestionLoop):
 def pass_rates_of(
     answers: Answers, samples: Sequence[Sample], threshold: float
 ) -> dict[str | int, dict[str, float]]:
-    """The share of correct answers by question and by what was shown, in the order of VIEWS."""
+    """Return the share of correct answers of each question by view, in the order of VIEWS."""
     rates: dict[str | int, dict[str, float]] = {}
     for sample in samples:
         for view in VIEWS:
@@ -207,52 +203,33 @@ def pass_rates_of(
     return rates
 
 
-def write_audited(
-    settings: AuditSettings,
-    samples: Sequence[Sample],
-    rates: Mapping[str | int, Mapping[str, float]],
-    out: Path,
-) -> None:
-    """The samples' rows as they are, each with its pass rates; one without answers has none.
+def _audited_rows(
+    settings: AuditSettings, samples: Sequence[Sample], rates: Mapping[str | int, Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    """Yield the samples' rows unchanged, each with its pass rates if it has some.
 
-    Raises RequestError when the manifest is not that of `samples` any more.
+    A sample's row is the first one with its id (`check_manifest`). Raises RequestError when the manifest no
+    longer has these rows.
     """
-
-    def with_rates(row: Mapping[str, Any]) -> dict[str, Any]:
-        found = rates.get(row["problem_id"])
-        plain = {name: value for name, value in row.items() if name != PASS_RATES}
-        return {**plain, PASS_RATES: found} if found else plain
-
-    replace_rows(out, map(with_rates, _rows(settings, samples)))
-
-
-def _rows(settings: AuditSettings, samples: Sequence[Sample]) -> Iterator[dict[str, Any]]:
-    """The first row with a sample's id is its own; no bad one before it has the same (`check_manifest`)."""
     manifest, waiting = settings.manifest, deque(samples)
-    changed = "since the audit began; begin another one"
+    changed = "since the audit began; start it again with another --out"
     for number, row in placed_rows(manifest, "train", media_root_of(manifest, settings.media_root)):
         name = row.get("problem_id") if isinstance(row, dict) else None
-        if waiting and repr(name) == repr(waiting[0].problem_id):  # True is no 1
-            waiting.popleft()
-            yield row
+        if waiting and repr(name) == repr(waiting[0].problem_id):  # repr: True is not 1
+            found = rates.get(waiting.popleft().problem_id)
+            plain = {field: value for field, value in row.items() if field != PASS_RATES}
+            yield {**plain, PASS_RATES: found} if found else plain
         elif settings.bad_rows == "stop":
             raise RequestError(f"{manifest}, row {number} has changed {changed}")
     if waiting:
         raise RequestError(f"{manifest}: the row of question {waiting[0].problem_id!r} has gone {changed}")
 
 
-VIEWS: tuple[Order, ...] = ("blind", "single", "frozen", "dropped", "shuffled", "reversed", "ordered")
-"""What may be shown of a clip, roughly from nothing to all of it."""
-ANSWERED = 0.5  # of its answers are right, and more
-GROUPS_SHOWN = 40
-
-Rates = Mapping[str, float]
-Audited = Sequence[tuple[Sample, Rates]]
-_GROUPINGS = {"by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source"}
+# ---- Figures
 
 
 def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[str, Any]:
-    """Figures over all questions, and those of each modality, problem type and source.
+    """Return the figures over all questions, and over each modality, problem type and source:
 
         {"all": {"questions", "chance",
                  "views": {view: {"rate", "interval95", "questions", "answered": {"share", "interval95"}}},
@@ -262,12 +239,13 @@ def audit_figures(audited: Audited, contrast: Contrast, samples: int) -> dict[st
          "by_modality": {name: as "all"}, "by_type": …, "by_source": …,
          "pairs": [K + 1][K + 1] questions by right answers with the contrast (row) and in order (column)}
 
-    needs_order: answered in order and not with the contrast clip; other_way: the reverse, which only chance
-    explains. Both and the gap are over the videos that have both rates.
+    chance: mean over questions of 1/n for n options, 0 for other types. needs_order: share of questions that
+    are answered in order and not with the contrast clip; other_way: the reverse, which only chance explains.
+    These two and the gap are over the videos that have both rates.
     """
     figures: dict[str, Any] = {"all": _figures(audited, contrast)}
     for name, field in _GROUPINGS.items():
-        groups: dict[str, list[tuple[Sample, Rates]]] = {}
+        groups: dict[str, list[Any]] = {}
         for sample, rates in audited:
             groups.setdefault(getattr(sample, field) or "(no source)", []).append((sample, rates))
         ranked = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
@@ -307,7 +285,7 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
 
 
 def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """All questions, then the largest groups of each grouping of more than one: (name, figures)."""
+    """Return (name, figures) of all questions, then of the largest groups of each grouping."""
     rows = [("all", summary["all"])]
     for grouping in _GROUPINGS:
         groups = summary[grouping]
@@ -316,7 +294,7 @@ def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]
 
 
 def audit_table(summary: Mapping[str, Any]) -> str:
-    """Mean pass rates in percent, 95 % intervals in brackets."""
+    """Return a table of mean pass rates in percent with 95 % intervals."""
     views = list(summary["all"]["views"])
     head = ("pass rates", "questions", "a guess", *(SHOWN.get(view, view) for view in views), "temporal gap")
     rows = [
@@ -333,7 +311,7 @@ def audit_table(summary: Mapping[str, Any]) -> str:
 
 
 def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
-    """What the figures say, in plain words; videos first."""
+    """Return the figures as sentences, videos first."""
     sentences, contrast = [], summary["contrast"]
     for kind in ("video", "image"):
         if (figures := summary["by_modality"].get(kind)) is None:
@@ -341,7 +319,7 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
         views = figures["views"]
         sentences.append(
             f"{figures['questions']:,} questions on {kind}s; answered: most of {summary['samples']} "
-            f"answers are right, and a fixed guess is right in {percent(figures['chance'])}:"
+            f"answers are right; a fixed guess is right in {percent(figures['chance'])}:"
         )
         told = {"blind": f"can be answered without the {kind}", "frozen": "can be answered from one frame"}
         told |= {contrast: told.get(contrast, f"can be answered with its frames {contrast}")}
@@ -355,14 +333,15 @@ def audit_sentences(summary: Mapping[str, Any]) -> list[str]:
                 f"(the other way round, by chance: {percent(needs['other_way'])})"
             )
         sentences.append(
-            f"  {percent(figures['never_right'])} are never right with it, "
-            f"{percent(figures['always_right'])} always: RL learns nothing from either"
+            f"  {percent(figures['never_right'])} are always wrong, {percent(figures['always_right'])} "
+            "always right: RL learns nothing from these"
         )
-    for name, words in (("no_answer", "say none that could be read"), ("cut_off", "were cut off")):
-        if summary[name] > 0.05:
-            sentences.append(
-                f"{percent(summary[name])} of the answers {words}: the rates may be too low by as much"
-            )
+    problems = {"no_answer": "contained no answer that could be parsed", "cut_off": "were cut off"}
+    sentences += [
+        f"{percent(summary[name])} of the outputs {words}: the rates may be too low by as much"
+        for name, words in problems.items()
+        if summary[name] > 0.05
+    ]
     return sentences
 
 

@@ -1,6 +1,11 @@
-"""Evaluation: every question with every frame count in every frame order, scored.
+"""`video-r1 eval`: a checkpoint asked every question with every frame count in every frame order, and scored.
 
-asking.py ─► score ─► predictions-<frames>.jsonl ─► summary.json
+questions ─► question_loop.py ─► score_output ─► predictions-<frames>.jsonl ─► summary.json
+
+<out>/<benchmark>/manifest.json, predictions-<frames>.jsonl, summary.json, …   see `evaluate`
+<out>/summary.json        every benchmark's figures, how complete they are, and the comparison
+<out>/temporal-gap.html   where questions were asked in both orders, or with all controls
+<out>/reasoning.html      where they were answered with reasoning and directly
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +25,6 @@ from video_r1.evaluation import paper
 from video_r1.evaluation.benchmarks.loading import Questions, load_questions
 from video_r1.evaluation.figures import gain_page, gap_page
 from video_r1.evaluation.metrics import mean_relative_accuracy
-from video_r1.evaluation.paper import COLUMNS, compare_with_paper, comparison_table, setup_differences
 from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
 from video_r1.evaluation.summary import NEEDED, ORDERS, cell, check_pairs, summarise, summary_table
 from video_r1.files import replace_json, replace_text
@@ -35,65 +39,79 @@ from video_r1.settings.frames import CONTROLS, FrameBudget
 def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> dict[str, Any]:
     """Evaluate a checkpoint on a manifest or on benchmarks, print the tables and return the summary.
 
-    Reads the questions before it loads the model. Writes what `video_r1.evaluation.evaluate.evaluate` or
-    `video_r1.evaluation.evaluate.run_questions` writes, to `settings.out` or `evaluation_folder(…)`. Raises
-    ManifestError, ConfigError and RequestError, and VideoR1Error when another process of the evaluation (by
-    `accelerate launch`) is lost.
+    The questions are read before the model is loaded. Results go to `settings.out`, by default
+    runs/eval/<model>-<manifest>; started again with the same settings, the evaluation continues. Every rank
+    calls it, and rank 0 writes. Raises ManifestError, ConfigError and RequestError, and VideoR1Error when
+    another rank is lost.
     """
     bench = bench or BenchmarkSettings()
     if (settings.manifest is None) == (bench.bench is None):
         raise RequestError("eval needs a manifest or benchmarks (--bench vsibench,mvbench), one of the two")
     assert settings.model is not None  # settings without it are refused
-    name = settings.manifest or "benchmarks"
-    folder = Path(settings.out) if settings.out else evaluation_folder(settings.model, name)
+    name = "-".join([*Path(settings.model).parts[-2:], Path(settings.manifest or "benchmarks").stem])
+    folder = Path(settings.out) if settings.out else Path("runs/eval") / name.replace("/", "")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"out: {folder} is a file; name a folder that is new or has this evaluation")
 
     def questions() -> Any:
         if settings.manifest is None:
-            return load_suite(settings, bench, folder)
+            return _load_benchmarks(settings, bench, folder)
         return load_manifest(settings.manifest, **settings.manifest_options())[: settings.limit]
 
     with process_group(folder):
         asked = decided_by_first(questions)
         with claimed_by_first(folder):
-            summary = run_questions(asked, settings, bench, folder)
+            summary = _run(asked, settings, bench, folder)
         print(f"\npredictions and figures: {folder}")
     return summary
 
 
-def evaluation_folder(model: str, manifest: str) -> Path:
-    """Where the figures of a checkpoint on a manifest go: `runs/eval/<model>-<manifest>`."""
-    return Path("runs/eval") / "-".join([*Path(model).parts[-2:], Path(manifest).stem]).replace("/", "")
+def _load_benchmarks(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
+    """Return the questions of all benchmarks. Raises one RequestError that names every problem."""
+    loaded, problems = [], []
+    for name in bench.bench or ():
+        by_paper = "reference" if settings.protocol and name in paper.COLUMNS else None
+        try:
+            questions = load_questions(
+                name, settings.media_root, folder / Path(name).stem,
+                allow_missing=bench.allow_missing, annotation=bench.annotation or by_paper,
+            )  # fmt: skip
+            loaded.append(questions)
+        except RequestError as error:
+            problems.append(str(error))
+    if problems:
+        raise RequestError("; ".join(problems))
+    if len({questions.name for questions in loaded}) < len(loaded):
+        raise RequestError("bench: two of the manifests have the same name; their folders would be one")
+    return loaded
 
 
-class Scored(NamedTuple):
-    prediction: str  # the answer that was read, "" for none
-    score: float  # of that answer
-    strict_score: float  # of the text in the answer tags alone
-    format: float  # 1 when the whole output has the answer format
-
-
-def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Scored:
-    """Scores one output, tolerantly and strictly: regression by MRA, all else by the training reward. by: the
-    protocol that decides the prediction and its score in place of the tolerant reading."""
-    kind, truth = sample.problem_type, sample.answer
-    if by == "reference":
-        prediction = paper.read_answer(output)
-        score = paper.score(kind, prediction, truth)
-    else:
-        prediction = read_answer(output, kind, sample.options)
-        score = _score(kind, prediction, truth)
-    strict = _score(kind, extract_answer(output), truth)
-    return Scored(prediction, score, strict, format_reward(output, kind))
-
-
-def _score(problem_type: str, prediction: str, truth: str) -> float:
-    if problem_type != "regression":
-        return correctness(problem_type, prediction, truth)
-    numbers = [parse_number(text) for text in (prediction, truth)]
-    predicted, expected = (float("nan") if number is None else number for number in numbers)
-    return float(mean_relative_accuracy([predicted], [expected])[0])
+def _run(
+    asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
+) -> dict[str, Any]:
+    """Evaluate on `Sample`s, or with benchmarks on their `Questions`; print the tables, draw the figures."""
+    if bench.controls or bench.temporal_gap:
+        settings = replace(settings, order=list(CONTROLS if bench.controls else ORDERS))
+    processor, builder, budget = open_prompts(settings)
+    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
+        ask = partial(evaluate, engine=engine, prompt_builder=builder, budget=budget, settings=settings)
+        if bench.bench:
+            results = _benchmark_results(asked, settings, folder, ask)
+            summary = _benchmark_summary(results, asked, settings, bench)
+            if process_index() == 0:
+                replace_json(folder / "summary.json", summary)
+        else:
+            title = Path(str(settings.manifest)).stem
+            summary = ask(asked, folder=folder)
+            results = {title: {"title": title, "frames": summary["frames"]}}
+            print(summary_table(summary))
+        pages = {"temporal-gap.html": gap_page} if bench.temporal_gap or bench.controls else {}
+        pages |= {"reasoning.html": gain_page} if len(settings.answer) > 1 else {}
+        for name, draw in pages.items():
+            if process_index() == 0:
+                replace_text(folder / name, draw(results, str(settings.model)))
+            print(f"\nby task type: {folder / name}")
+    return summary
 
 
 def evaluate(
@@ -104,20 +122,18 @@ def evaluate(
     settings: EvalSettings,
     folder: Path,
 ) -> dict[str, Any]:
-    """Evaluates `engine` on `samples` and returns the summary, which is also written to `summary.json`.
+    """Evaluate `engine` on `samples`; return the summary, which is also written to `summary.json`.
 
     budget: frame sizes and rate; its `max_frames` is replaced by each of the settings' frame counts.
-    settings: the frame counts and orders (images have no shuffled order and are asked once), the sampling,
-    how many questions the engine is given at once, each of them in every order, and the protocol, which
-    replaces the prompt's template, the size of small frames and the scores.
+    settings: frame counts and orders (images are asked once, in order), sampling, questions of one engine
+    call, and the protocol, which replaces the prompt template, the size of small frames and the scores.
 
-    Files in `folder`: `predictions-<frames>.jsonl`, one line for each question and order, and of direct
-    answers `direct-<frames>.jsonl`;
-    `quarantine.jsonl`, the questions that could not be asked, which are left out of the figures;
-    `evaluation.json`, what makes the figures.
-    Started again with the same settings it continues, tries the quarantined questions again, and its figures
-    cover all samples. Every process of the command calls it, with an engine of its own, and has the summary.
-    Raises what `QuestionLoop.run` raises, and RequestError for `pairs` that are no sets.
+    Files in `folder`: `predictions-<frames>.jsonl`, a line for each question and order, and
+    `direct-<frames>.jsonl`, that of direct answers; `quarantine.jsonl`, questions that could not be asked and
+    are not in the figures; `evaluation.json`, the settings that the answers depend on. Started again with the
+    same settings, it continues, tries the quarantined questions again, and its figures cover all samples.
+    Every rank calls it, with its own engine, and returns the summary. Raises what `QuestionLoop.run` raises,
+    and RequestError for malformed `pairs`.
     """
     if settings.protocol == "reference":
         samples = [paper.as_asked(sample) for sample in samples]
@@ -127,13 +143,13 @@ def evaluate(
         check_pairs(sample.problem_id, sample.extra.get("pairs", {}))
     sampling = SamplingSettings.of(settings)
     made_with = asked_with(samples, prompt_builder, budget, settings, sampling)
-    asking = _Evaluation(
+    loop = _Evaluation(
         samples, engine, prompt_builder, folder, settings.order, settings.frame_counts, sampling,
         settings.seed, settings.batch_size, settings.answer,
         settings.protocol,
     )  # fmt: skip
-    asking.run(made_with, budget, settings)
-    return decided_by_first(lambda: asking.summary(made_with))
+    loop.run(made_with, budget, settings)
+    return decided_by_first(lambda: loop.summary(made_with))
 
 
 @dataclass(frozen=True)
@@ -167,172 +183,144 @@ class _Evaluation(QuestionLoop):
             "data_type": sample.data_type,
             "data_source": sample.data_source,
             "task_type": sample.extra.get("task_type", sample.extra.get("family", "")),
-            **{name: sample.extra[name] for name in ("pairs",) if name in sample.extra},
+            **({"pairs": sample.extra["pairs"]} if "pairs" in sample.extra else {}),
         }
 
     def summary(self, made_with: Mapping[str, Any]) -> dict[str, Any]:
-        """For the first process, when all are done: merges their files and writes the summary."""
+        """On rank 0: merge the files of all ranks and write the summary."""
         merged = self.merge()
-        frames = {
-            str(count): self.figures({way: merged[count, way] for way in self.ways}) for count in self.counts
-        }
         summary = {
             "questions": len(self.samples),
             "answer": list(self.ways),
             "settings": made_with,
-            "frames": frames,
+            "frames": {
+                str(count): self.figures({way: merged[count, way] for way in self.ways})
+                for count in self.counts
+            },
         }
         replace_json(self.folder / "summary.json", summary)
         return summary
 
     def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
-        """Figures over all samples and the orders of this run, whichever run answered them."""
+        """Return the figures over all samples and the orders of this run, whichever run answered them."""
         wanted = self.keys(self.samples)
         clips = {sample.problem_id: {"clip": sample.shown} for sample in self.samples}
         records = {
             way: [found[key] | clips[key[0]] for key in wanted if key in found]
             for way, found in answered.items()
         }
-        keys = [key for key in wanted if all(key in found for found in answered.values())]
-        return summarise(records.get("reasoned", []), records.get("direct", [])) | {
-            "skipped": self.skipped(dict.fromkeys(keys))
-        }
+        complete = [key for key in wanted if all(key in found for found in answered.values())]
+        figures = summarise(records.get("reasoned", []), records.get("direct", []))
+        return figures | {"skipped": self.skipped(complete)}
 
 
-def load_suite(settings: EvalSettings, bench: BenchmarkSettings, folder: Path) -> list[Questions]:
-    """The questions of all benchmarks. Raises one RequestError with what is wrong with any of them."""
-    loaded, problems = [], []
-    for name in bench.bench or ():
-        try:
-            questions = load_questions(
-                name,
-                settings.media_root,
-                folder / Path(name).stem,
-                allow_missing=bench.allow_missing,
-                annotation=bench.annotation
-                or ("reference" if settings.protocol and name in COLUMNS else None),
-            )
-        except RequestError as error:
-            problems.append(str(error))
-        else:
-            loaded.append(questions)
-    if problems:
-        raise RequestError("; ".join(problems))
-    if len({questions.name for questions in loaded}) < len(loaded):
-        raise RequestError("bench: two of the manifests have the same name; their folders would be one")
-    return loaded
+class Scored(NamedTuple):
+    prediction: str  # the answer, "" for none
+    score: float  # of that answer
+    strict_score: float  # of the text in the answer tags alone
+    format: float  # 1 when the whole output has the answer format
 
 
-def run_questions(
-    asked: Sequence[Any], settings: EvalSettings, bench: BenchmarkSettings, folder: Path
-) -> dict[str, Any]:
-    """Evaluates `Sample`s or, with benchmarks, `Questions`, prints the tables and returns the summary that is
-    in `folder`/summary.json. Started again with the same settings it continues, as `evaluate` does. Every
-    process of the command calls it; the first one writes."""
-    if bench.controls:
-        settings = replace(settings, order=list(CONTROLS))
-    elif bench.temporal_gap:
-        settings = replace(settings, order=["ordered", "shuffled"])
-    processor, builder, budget = open_prompts(settings)
-    with closing(open_engine(settings, processor)) as engine, writing_to(folder):
-        ask = partial(evaluate, engine=engine, prompt_builder=builder, budget=budget, settings=settings)
-        if bench.bench:
-            results = _results(asked, settings, folder, ask)
-            summary = _summary_of(results, asked, settings, bench)
-            if process_index() == 0:
-                replace_json(folder / "summary.json", summary)
-        else:
-            title = Path(str(settings.manifest)).stem
-            summary = ask(asked, folder=folder)
-            results = {title: {"title": title, "frames": summary["frames"]}}
-            print(summary_table(summary))
-        if bench.temporal_gap or bench.controls:
-            _draw(folder / "temporal-gap.html", gap_page(results, str(settings.model)))
-        if len(settings.answer) > 1:
-            _draw(folder / "reasoning.html", gain_page(results, str(settings.model)))
-    return summary
+def score_output(sample: Sample, output: str, by: Protocol | None = None) -> Scored:
+    """Score one output tolerantly and strictly: regression by MRA, all else by the training reward.
+
+    by: the protocol that replaces the tolerant reading and its score.
+    """
+    kind, truth = sample.problem_type, sample.answer
+    if by == "reference":
+        prediction = paper.read_answer(output)
+        score = paper.score(kind, prediction, truth)
+    else:
+        prediction = read_answer(output, kind, sample.options)
+        score = _score(kind, prediction, truth)
+    strict = _score(kind, extract_answer(output), truth)
+    return Scored(prediction, score, strict, format_reward(output, kind))
 
 
-def _draw(page: Path, text: str) -> None:
-    if process_index() == 0:
-        replace_text(page, text)
-    print(f"\nby task type: {page}")
+def _score(problem_type: str, prediction: str, truth: str) -> float:
+    if problem_type != "regression":
+        return correctness(problem_type, prediction, truth)
+    numbers = [parse_number(text) for text in (prediction, truth)]
+    predicted, expected = (float("nan") if number is None else number for number in numbers)
+    return float(mean_relative_accuracy([predicted], [expected])[0])
 
 
-def _results(
+# ---- Benchmarks
+
+
+def _benchmark_results(
     suite: Sequence[Questions], settings: EvalSettings, folder: Path, ask: Callable[..., dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Each benchmark's figures by its name, printed as they come."""
+    """Evaluate each benchmark in turn and print its figures; return them by its name."""
     results: dict[str, dict[str, Any]] = {}
     for number, questions in enumerate(suite):
         samples = questions.samples[: settings.limit]
-        coverage = questions.coverage._replace(questions=len(samples))
-        questions = questions._replace(samples=samples, coverage=coverage)
+        coverage, benchmark = questions.coverage._replace(questions=len(samples)), questions.benchmark
         summary = ask(samples, folder=folder / questions.name)
-        results[questions.name] = described(questions, summary)
-        print(f"{chr(10) * bool(number)}{questions.title}: {questions.coverage}")
-        print(summary_table(summary))
+        results[questions.name] = {
+            "title": questions.title,
+            "coverage": str(coverage),
+            "complete": coverage.complete,
+            "missing_media": list(coverage.missing),
+            "headline": "questions" if benchmark is None else benchmark.headline,
+            "answer": summary["answer"],
+            "settings": summary["settings"],
+            "frames": summary["frames"],
+        }
+        if benchmark is not None:
+            results[questions.name] |= {
+                "dataset": benchmark.dataset,
+                "annotation": questions.annotation,
+                "metric": benchmark.metric,
+                "unverified": list(benchmark.unverified),
+            }
+        print(f"{chr(10) * bool(number)}{questions.title}: {coverage}\n{summary_table(summary)}")
     return results
 
 
-def _summary_of(
+def _benchmark_summary(
     results: Mapping[str, Any], suite: Sequence[Questions], settings: EvalSettings, bench: BenchmarkSettings
 ) -> dict[str, Any]:
-    """The figures of all benchmarks, printed side by side, and beside the paper's where that is asked for."""
+    """Return the figures of all benchmarks; print them side by side, and beside the paper's if wanted."""
     summary: dict[str, Any] = {"model": settings.model, "benchmarks": results}
     print(f"\n{overview(results)}")
     if bench.compare == "paper":
-        comparisons = compare_with_paper(results)
+        found = paper.compare_with_paper(results)
         summary["comparison"] = [
-            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in comparisons
+            {**each._asdict(), "difference": each.difference, "outside": each.outside} for each in found
         ]
-        print(f"\n{comparison_table(comparisons, {name: each['title'] for name, each in results.items()})}")
+        titles = {name: each["title"] for name, each in results.items()}
+        print(f"\n{paper.comparison_table(found, titles)}")
     if bench.compare == "paper" or settings.protocol:
-        differences = setup_differences(settings, suite)
+        differences = paper.setup_differences(settings, suite)
         summary |= {"protocol": settings.protocol, "setup_differences": differences}
         print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
     return summary
 
 
-def described(questions: Questions, summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A benchmark's summary with what the figures are of."""
-    coverage, benchmark = questions.coverage, questions.benchmark
-    facts: dict[str, Any] = {
-        "title": questions.title,
-        "coverage": str(coverage),
-        "complete": coverage.complete,
-        "missing_media": list(coverage.missing),
-        "headline": "questions" if benchmark is None else benchmark.headline,
-        "answer": summary["answer"],
-        "settings": summary["settings"],
-        "frames": summary["frames"],
-    }
-    if benchmark is not None:
-        facts |= {
-            "dataset": benchmark.dataset,
-            "annotation": questions.annotation,
-            "metric": benchmark.metric,
-            "unverified": list(benchmark.unverified),
-        }
-    return facts
+_percent = partial(cell, scale=100, digits=1)
 
 
 def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """One line for each benchmark, frame count and mean: headline figures in percent."""
+    """Return a table of headline figures in percent: a line for each benchmark, frame count and mean."""
     head = ["", "frames", "ordered", "strict", "unparsable", "shuffled", "temporal gap", "reasoned − direct"]
     rows: list[tuple[str, ...]] = []
     directly = ", direct answers"
     for result in results.values():
         title, part = result["title"], "" if result["complete"] else " (part)"
         own_way = directly if result.get("answer") == ["direct"] else ""
+        by_task = result["headline"] == "tasks"
         for frames, figures in result["frames"].items():
-            if result["headline"] == "tasks":
+            if by_task:
                 rows.append(_task_row(f"{title}, mean over task types{part}", frames, figures))
-                title = f"{result['title']}, mean over questions"
-            for way, own in ((own_way, figures), (directly, figures.get("direct"))):
+            name = f"{title}, mean over questions" if by_task else title
+            for way, own in ((own_way + part, figures), (directly + part, figures.get("direct"))):
                 if own:
-                    rows.append(_question_row(title + way + part, frames, own))
-                    rows += _pair_rows(result, way + part, frames, own)
+                    rows.append(_question_row(name + way, frames, own))
+                for metric, pairs in (own or {}).get("by_pairs", {}).items():
+                    if by_task:
+                        rows.append(_task_row(f"{title}, {metric}, mean over task types{way}", frames, pairs))
+                    rows.append(_question_row(f"{title}, {metric}{way}", frames, pairs))
     if all(row[-1] == "-" for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return table(head, rows)
@@ -341,18 +329,6 @@ def overview(results: Mapping[str, Mapping[str, Any]]) -> str:
 def _task_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
     ordered, shuffled = (_percent(figures.get(order, {}).get("task_mean"), "accuracy") for order in ORDERS)
     return title, frames, ordered, "", "", shuffled, "", "-"
-
-
-def _pair_rows(
-    result: Mapping[str, Any], way: str, frames: str, figures: Mapping[str, Any]
-) -> list[tuple[str, ...]]:
-    rows = []
-    for name, pairs in figures.get("by_pairs", {}).items():
-        title = f"{result['title']}, {name}"
-        if result["headline"] == "tasks":
-            rows.append(_task_row(f"{title}, mean over task types{way}", frames, pairs))
-        rows.append(_question_row(title + way, frames, pairs))
-    return rows
 
 
 def _question_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[str, ...]:
@@ -367,6 +343,3 @@ def _question_row(title: str, frames: str, figures: Mapping[str, Any]) -> tuple[
         _percent(figures.get("temporal_gap"), "gap"),
         _percent(figures.get("reasoning_gains", {}).get("ordered"), "gain"),
     )
-
-
-_percent = partial(cell, scale=100, digits=1)

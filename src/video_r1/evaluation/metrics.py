@@ -1,8 +1,8 @@
 """Evaluation figures: means, intervals and relative accuracy, vectorised over questions. No torch.
 
 N is the number of questions; scores are float64 in [0, 1]. Questions about one clip are right or wrong
-together, so that intervals resample clips, each with all of its questions (`bootstrap_means`). `clips` says
-what each question shows, [N] of anything that can be compared; None: each its own clip.
+together, so intervals resample clips, each with all of its questions (`bootstrap_means`). `clips` has the
+clip of each question, [N] of anything hashable; None means a clip for each question.
 """
 
 import math
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 RESAMPLES = 2_000
-OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # of questions with an overlap of at least this
+OVERLAP_SHARES = {"R@0.3": 0.3, "R@0.5": 0.5, "R@0.7": 0.7}  # least overlaps
 _DRAWS_AT_ONCE = 2_000_000  # bounds the memory of a bootstrap: 16 MB of indices
 _DIRECTION_DIFFICULTY = re.compile(r"(object_rel_direction)_(?:easy|medium|hard)")
 
@@ -37,14 +37,14 @@ class Figure(NamedTuple):
 def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
     """MRA of each answer (VSI-Bench, arXiv 2412.14171): mean over θ of [ |pred − truth| ÷ |truth| < 1 − θ ].
 
-    θ runs over 0.50, 0.55, …, 0.95. predicted, truth: [N] float; a nan in `predicted` stands for no number
-    and scores 0. A truth of 0 has no relative error: only an exact 0 scores, and scores 1. Returns [N].
+    θ runs over 0.50, 0.55, …, 0.95. predicted, truth: [N] float; a nan in `predicted` is no number and scores
+    0. A truth of 0 has no relative error: an exact 0 scores 1, all else 0. Returns [N].
     """
     predicted = np.asarray(predicted, dtype=np.float64)
     truth = np.asarray(truth, dtype=np.float64)
     error = np.abs(predicted - truth)
     size = np.abs(truth)
-    with np.errstate(over="ignore"):  # an error of infinitely many times the truth is as wrong as it looks
+    with np.errstate(over="ignore"):  # an infinite relative error is wrong
         relative = np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0)
     # An error of exactly 1 − θ is not below it; 1 − 0.9 in binary is below 0.1, hence the margin.
     tolerances = np.arange(1, 11) / 20 - 1e-9
@@ -54,8 +54,9 @@ def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np
 def bootstrap_means(
     scores: ArrayLike, clips: Clips = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Means of the scores [N] of `resamples` samples of K clips, drawn with replacement from the K that there
-    are → [resamples]; or of N questions where these spread wider, as few clips may look certain by chance.
+    """Return bootstrap means [resamples] of the scores [N]: K clips drawn with replacement from the K clips.
+
+    Resamples questions instead if these means spread wider, because few clips may look certain by chance.
     """
     values = np.asarray(scores, dtype=np.float64)
     places: dict[Hashable, int] = {}
@@ -73,7 +74,7 @@ def bootstrap_means(
 def _resampled_means(
     sums: NDArray[Any], counts: NDArray[Any], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """[resamples] means of K groups drawn with replacement; sums, counts [K]: of each group's scores."""
+    """Return means [resamples] of K groups drawn with replacement. sums, counts of their scores: [K]."""
     generator = np.random.default_rng(seed)
     rows = max(1, _DRAWS_AT_ONCE // len(sums))
     means = []
@@ -84,17 +85,16 @@ def _resampled_means(
 
 
 def mean_figure(scores: ArrayLike, clips: Clips = None, seed: int = 0) -> Figure:
-    """The mean of scores [N ≥ 1] with its percentile bootstrap interval over clips."""
+    """Return the mean of scores [N ≥ 1] with its percentile bootstrap interval over clips."""
     values = np.asarray(scores, dtype=np.float64)
     return _figure(values.mean(), bootstrap_means(values, clips, seed=seed), len(values))
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) -> Figure:
-    """The mean of the first minus the mean of the second values [N], of the same questions in the same order:
-    the temporal gap, where these are scores with ordered and with shuffled frames.
+    """Return mean(first − second) of values [N] of the same questions, with its paired 95 % interval.
 
-    The interval is paired: questions are drawn, each with both of its values, so that what makes a question
-    hard both times does not widen it.
+    With scores of ordered and shuffled frames this is the temporal gap. Questions are drawn with both values,
+    so what makes a question hard both times does not widen the interval.
     """
     one, other = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if one.shape != other.shape:
@@ -103,8 +103,8 @@ def paired_difference(first: ArrayLike, second: ArrayLike, clips: Clips = None) 
 
 
 def share_figure(right: int, count: int) -> Figure:
-    """A share of `count` ≥ 1 answers with its 95 % score interval (Wilson 1927), which holds for few answers
-    too: of 0 of 8 it is [0, 0.32].
+    """Return right ÷ count (≥ 1) with its 95 % score interval (Wilson 1927), which holds for few answers too:
+    [0, 0.32] for 0 of 8.
     """
     share, z = right / count, 1.959964
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
@@ -113,7 +113,7 @@ def share_figure(right: int, count: int) -> Figure:
 
 
 def share_difference(first: Figure, second: Figure) -> Figure:
-    """The difference of two independent shares, its 95 % interval from theirs (Newcombe 1998, method 10)."""
+    """Return the difference of two independent shares with its 95 % interval (Newcombe 1998, method 10)."""
     difference = first.mean - second.mean
     below = math.hypot(first.mean - first.low, second.high - second.mean)
     above = math.hypot(first.high - first.mean, second.mean - second.low)
@@ -123,10 +123,10 @@ def share_difference(first: Figure, second: Figure) -> Figure:
 def overlap_figures(
     overlaps: Sequence[Mapping[str, float]], clips: Sequence[Hashable]
 ) -> dict[str, dict[str, Any]]:
-    """Figures of answers that say where and when: for each overlap (tIoU, IoU) its mean over the questions
-    that are scored by it, and the shares R@m of those whose overlap is at least m.
+    """Return figures of grounding answers: the mean of each overlap (tIoU, IoU) over the questions scored by
+    it, and R@m, the share of questions whose overlap is at least m.
 
-    overlaps: of each question, by name; clips: what it shows. Returns {"tIoU": {"mean", "interval95",
+    overlaps: those of each question, by name. Returns {"tIoU": {"mean", "interval95",
     "questions", "R@0.3": {"share", "interval95", "questions"}, …}}.
     """
     figures = {}
@@ -142,11 +142,11 @@ def overlap_figures(
 
 
 def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> Figure:
-    """The mean over task types of the mean over each task's questions: VSI-Bench's own headline. Over the two
-    kinds of its questions, choices and numbers, it is the figure of Video-R1's table.
+    """Return the mean over task types of each task's mean: VSI-Bench's headline figure.
 
-    scores: [N]; tasks: the task type of each. The three difficulties of the relative direction are first
-    averaged into one task. The interval resamples the clips within each task.
+    Over the two kinds of its questions, choices and numbers, it is the figure of Video-R1's table. scores:
+    [N]; tasks: [N]. The three difficulties of the relative direction are first averaged into one task. The
+    interval resamples the clips within each task.
     """
     values, names = np.asarray(scores, dtype=np.float64), np.asarray(tasks, dtype=object)
     if len(values) != len(names):
@@ -163,7 +163,7 @@ def task_mean(scores: ArrayLike, tasks: Sequence[str], clips: Clips = None) -> F
 
 
 def merged_task(task: str) -> str:
-    """`object_rel_direction_easy` (medium, hard) → `object_rel_direction`; other names stay."""
+    """Return `object_rel_direction` for its three difficulties, and any other name unchanged."""
     match = _DIRECTION_DIFFICULTY.fullmatch(task)
     return match.group(1) if match else task
 

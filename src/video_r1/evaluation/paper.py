@@ -1,8 +1,13 @@
-"""The paper's table (arXiv 2503.21776, version 4) and how our figures stand to it.
+"""Video-R1's own evaluation: its protocol, its published figures (arXiv 2503.21776, version 4), a comparison.
 
 Published figures are percentages of questions without an interval. A difference is marked when the published
-figure lies outside the 95 % interval of ours, that is, when drawing other clips and questions like these
-would rarely explain it. What else may explain it is listed by `setup_differences`.
+figure is outside the 95 % interval of ours, so that drawing other clips and questions would rarely explain
+it. `setup_differences` lists what else may explain it.
+
+The protocol is that of Video-R1's public code (github.com/tulerfeng/Video-R1, src/eval_bench.py): its prompt,
+and how it parses and scores an answer. Its frames and sampling are in settings/decoding.py. It deliberately
+keeps the code's rules: an answer has to be the letter and nothing else, free texts score nothing, and
+comparisons of numbers are rounded to 32 bits.
 """
 
 import tomllib
@@ -20,10 +25,10 @@ from video_r1.evaluation.benchmarks.loading import Questions
 from video_r1.settings.decoding import PROTOCOLS, EvalSettings
 from video_r1.settings.frames import FrameBudget
 
-# Frames are scaled up to this area only, by its author (issue 11).
+# The area to which frames are scaled up, according to its author (issue 11).
 LEAST_PIXELS = 128 * 28 * 28
 
-# The words that the published checkpoints were trained and evaluated with.
+# The prompt with which the published checkpoints were trained and evaluated.
 _INSTRUCTION = (
     "Please think about this question as if you were a human pondering deeply. "
     "Engage in an internal dialogue using expressions such as 'let me think', 'wait', 'Hmm', 'oh, I see', "
@@ -45,7 +50,7 @@ _HINTS: dict[ProblemType, str] = {
 
 
 class ReferenceTemplate(Template):
-    """Options follow the question's last character, and an empty line follows them."""
+    """A template whose options follow the question without a break, with an empty line after them."""
 
     def render(self, sample: Sample) -> str:
         options = "".join(f"{option}\n" for option in sample.options)
@@ -57,8 +62,9 @@ TEMPLATE = ReferenceTemplate("{question}\n" + _INSTRUCTION + " {hint}", ANSWER_H
 
 
 def as_asked(sample: Sample) -> Sample:
-    """The sample as it is asked there: about the whole clip, by the template. Of a chat only the last turn is
-    left, so that several clips stand before it.
+    """Return the sample as the code asks it: about the whole clip, by the template, a chat's last turn only.
+
+    Marks of several clips are removed, so that all clips come before the question.
     """
     problem = sample.problem
     if sample.messages and sample.more_paths:
@@ -67,17 +73,17 @@ def as_asked(sample: Sample) -> Sample:
 
 
 def as_sized(budget: FrameBudget) -> FrameBudget:
-    """The budget with small frames as they are there, where it has room for them."""
+    """Return the budget with small frames scaled up as in the code, if its frames may be that large."""
     return replace(budget, least_pixels=LEAST_PIXELS) if budget.frame_pixels > LEAST_PIXELS else budget
 
 
 def read_answer(output: str) -> str:
-    """The text in the first answer tags, or all of the output where there is none."""
+    """Return the text in the first answer tags, or the whole output without such tags."""
     return extract_answer(output) or output
 
 
 def score(problem_type: str, answer: str, truth: str) -> float:
-    """In [0, 1]; types that are compared as texts have no score but 0."""
+    """Return a score in [0, 1]; types compared as texts score 0."""
     if problem_type == "multiple choice":
         return float(answer.strip() == truth.strip())
     if problem_type not in ("numerical", "regression"):
@@ -104,7 +110,7 @@ def _number(text: str) -> float | None:
 
 
 def _mean_relative_accuracy(predicted: float, truth: float) -> float:
-    """MRA with float32 numbers, where an error of exactly 1 − θ counts or not as it is rounded."""
+    """Return the MRA in float32, whose rounding decides errors of exactly 1 − θ."""
     prediction, target = torch.tensor(predicted), torch.tensor(truth)
     error = (prediction - target).abs() / (target.abs() + 1e-8)
     thresholds = torch.arange(0.5, 0.975, 0.05)
@@ -117,12 +123,12 @@ PUBLISHED: dict[str, dict[int, list[float]]] = {
     model: {int(frames): row for frames, row in rows.items()} for model, rows in _PAPER["published"].items()
 }
 SETUP: dict[str, float] = _PAPER["setup"]
-# Its author: the mean of mean_acc and mean_mra (github.com/tulerfeng/Video-R1, issue 121).
+# According to its author: the mean of mean_acc and mean_mra (github.com/tulerfeng/Video-R1, issue 121).
 _KIND_MEAN = {"vsibench": "mean of the accuracy of choices and the MRA of numbers"}
 
 
 class Comparison(NamedTuple):
-    """One of our figures beside a published one, in percent. low, high: 95 % interval of the difference."""
+    """One of our figures and a published one, in percent. low, high: 95 % interval of the difference."""
 
     benchmark: str
     frames: int
@@ -142,8 +148,9 @@ class Comparison(NamedTuple):
 
 
 def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Comparison]:
-    """Every published figure for a benchmark and frame count of a summary, with ours (ordered) beside: the
-    accuracy, or of VSI-Bench the mean of its two kinds of questions.
+    """Pair every published figure of the summary's benchmarks and frame counts with ours.
+
+    Ours is the ordered accuracy, for VSI-Bench the mean of its two kinds of questions.
     """
     found = []
     for column, name in enumerate(COLUMNS):
@@ -163,8 +170,7 @@ def compare_with_paper(results: Mapping[str, Mapping[str, Any]]) -> list[Compari
 
 
 def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) -> list[str]:
-    """What differs from the paper's evaluation, or with its protocol from its code's, besides the checkpoint,
-    in sentences."""
+    """Return the differences from the paper's evaluation (with its protocol: its code's) as sentences."""
     by_code = settings.protocol == "reference"
     setup = {name: PROTOCOLS["reference"][name] for name in SETUP} if by_code else SETUP
     found = [
@@ -187,7 +193,7 @@ def setup_differences(settings: EvalSettings, questions: Sequence[Questions]) ->
 
 
 def _other_questions(asked: Questions, by_code: bool) -> Iterator[str]:
-    """What is asked or shown in another way than there, of one of the paper's benchmarks."""
+    """Yield the differences in the questions of one of the paper's benchmarks."""
     if asked.annotation == "published":
         yield "its own annotation and prompt are used, not the reference's JSON"
     if asked.name == "tempcompass" and asked.annotation == "published":
@@ -208,7 +214,7 @@ def _other_questions(asked: Questions, by_code: bool) -> Iterator[str]:
 
 
 def _own_ways(settings: EvalSettings) -> list[str]:
-    """What differs where the prompt and the scores are this project's own."""
+    """Return the differences when the prompt and the scores are this project's own."""
     return [
         f"the prompt is that of {settings.prompt_template}"
         if settings.prompt_template
@@ -221,7 +227,7 @@ def _own_ways(settings: EvalSettings) -> list[str]:
 
 
 def comparison_table(comparisons: Sequence[Comparison], titles: Mapping[str, str]) -> str:
-    """The comparison as text: a block for each benchmark and frame count, `*` at differences outside."""
+    """Return the comparison as text; `*` marks differences outside our interval."""
     if not comparisons:
         return "the paper has no figures for these benchmarks and frame counts (it has 16, 32 and 64 frames)"
     width = max(len(each.model) for each in comparisons)

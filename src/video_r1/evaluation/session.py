@@ -1,8 +1,8 @@
-"""A model that is asked about clips: opened once, a clip decoded once, a question asked in several orders.
+"""A session with a model: loaded once, a clip decoded once, a question asked in several frame orders.
 
-    clip ─► frames (kept) ─► prompts: in order, and of each contrast ─► K answers to each ─► shares
+    clip ─► frames (kept) ─► prompts: ordered, and of each contrast ─► K answers to each ─► shares
 
-The command `ask` and the page of the studio ask through it.
+The command `ask` and the studio's page use it.
 """
 
 import inspect
@@ -25,34 +25,29 @@ from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AskSettings
 from video_r1.settings.frames import Order
 
-CLIPS_KEPT = 4  # whose frames stay in memory
+CLIPS_KEPT = 4  # clips whose frames stay in memory
 
 Hear = Callable[[int, str], object]
-"""Is given the first completion of each prompt as it is written: the prompt's number and a piece of text; ""
-when another completion has grown. What it raises ends the answer."""
+"""Callback for the first completion of each prompt as it is written, with the prompt's number and a piece of
+text, and with "" when another completion has grown. An exception from it ends the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """The K answers to one question with one order of its frames.
-
-    answers: what is read of each output, "" for none. counted: which of them are right, or, without a right
-    answer, which say what most say in order. share: of these, with its Wilson interval; gap: the share in
-    order minus this one, None of the view in order.
-    """
+    """The K answers to one question in one frame order."""
 
     prompt: Prompt
     rollouts: list[Rollout]
-    answers: list[str]
-    counted: list[bool]
-    share: Figure
-    gap: Figure | None
+    answers: list[str]  # the parsed answers, "" for none
+    counted: list[bool]  # right answers; without a known one, those equal to the majority of the ordered view
+    share: Figure  # of the counted, with its Wilson interval
+    gap: Figure | None  # share of the ordered view minus this one; None for the ordered view
 
 
 class ModelSession:
-    """A model and the clips that it was asked about. Close it: it holds the model.
+    """A model and the clips that it was asked about. Closing it releases the model.
 
-    Raises ConfigError for an unusable checkpoint or server; the model is loaded with the first question.
+    Raises ConfigError for an unusable checkpoint or server. The model is loaded with the first question.
     """
 
     def __init__(self, settings: AskSettings) -> None:
@@ -63,11 +58,11 @@ class ModelSession:
         self._clips: dict[tuple[str | None, ...], Clips] = {}
 
     def has(self, sample: Sample) -> bool:
-        """Whether the clip's frames are here already."""
+        """Whether the clip's frames are in memory."""
         return self._key(sample) in self._clips
 
     def media(self, sample: Sample) -> Clips:
-        """The frames of the sample's clip, decoded at the first question about it. Raises MediaError."""
+        """Return the frames of the sample's clip, decoded at the first question. Raises MediaError."""
         key = self._key(sample)
         if (media := self._clips.pop(key, None)) is None:
             media = tuple(read_cached(file, self.budget, self._cache) for file in sample.files)
@@ -77,22 +72,22 @@ class ModelSession:
         return media
 
     def _key(self, sample: Sample) -> tuple[str | None, ...]:
-        """Another one where a file has been replaced under its name."""
+        """Return a key that changes when a file is replaced."""
         return tuple(cache_key(file, self.budget, self.budget.max_frames) for file in sample.files)
 
     def prompts(self, sample: Sample, orders: Sequence[Order]) -> list[Prompt]:
-        """Raises MediaError, also for a clip that is too short for a contrast, and PromptError."""
+        """Build the prompts. Raises MediaError, also for a clip too short for a contrast, and PromptError."""
         media = self.media(sample)
         return [build_prompt(sample, media, self.builder, order, self.settings.seed) for order in orders]
 
     def load(self) -> None:
-        """Opens the engine, unless it is open."""
+        """Open the engine, unless it is open."""
         self._engine = self._engine or open_engine(self.settings, self._processor)
 
     def ask(
         self, sample: Sample, prompts: Sequence[Prompt], samples: int, sampling: SamplingSettings, hear: Hear
     ) -> list[View]:
-        """Asks `samples` times with each of the prompts, of which the first is in order."""
+        """Sample `samples` answers to each prompt; the first prompt is the ordered one."""
         self.load()
         assert self._engine is not None
         frames = prompts[0].frames
@@ -106,7 +101,7 @@ class ModelSession:
 
 
 def sampling_of(settings: AskSettings) -> SamplingSettings:
-    """How answers are drawn: several of them as the model would, unless the settings say how."""
+    """Return the sampling settings: at temperature 1 for several answers, unless the settings say how."""
     sampling = SamplingSettings.of(settings)
     if settings.samples > 1:
         usual = {name: 1.0 for name in ("temperature", "top_p") if name not in settings.given}
@@ -117,9 +112,9 @@ def sampling_of(settings: AskSettings) -> SamplingSettings:
 def heard(
     engine: RolloutEngine, tokenizer: Any, prompts: Sequence[Prompt], sampling: SamplingSettings, hear: Hear
 ) -> list[list[Rollout]]:
-    """`generate`, whose first completion of each prompt `hear` is given piece by piece, all of it once.
+    """Return `generate`'s completions; pass the first one of each prompt to `hear` as it is written.
 
-    An engine whose `generate` takes `on_token` or `on_text` is heard as it writes, any other at its end.
+    An engine whose `generate` takes neither `on_token` nor `on_text` is heard at its end.
     """
     streams = [TextStream(tokenizer, lambda piece, i=i: hear(i, piece)) for i in range(len(prompts))]
     silent = set(range(len(prompts)))
@@ -138,7 +133,7 @@ def heard(
     taken = inspect.signature(generate).parameters
     if "on_text" in taken:
         groups = generate(prompts, sampling, on_text=on_text)
-        for prompt in sorted(silent):  # of an endpoint that does not stream
+        for prompt in sorted(silent):  # endpoints that do not stream
             hear(prompt, groups[prompt][0].text)
         return groups
     groups = generate(prompts, sampling, **({"on_token": on_token} if "on_token" in taken else {}))
@@ -148,7 +143,7 @@ def heard(
 
 
 def views_of(sample: Sample, prompts: Sequence[Prompt], groups: Sequence[Sequence[Rollout]]) -> list[View]:
-    """What was answered with each prompt, of which the first is in order."""
+    """Return the view of each prompt; the first prompt is the ordered one."""
     kind, options = sample.problem_type, sample.options
     read = [[read_answer(rollout.text, kind, options) for rollout in rollouts] for rollouts in groups]
     truth = sample.answer or majority(read[0])
@@ -163,7 +158,7 @@ def views_of(sample: Sample, prompts: Sequence[Prompt], groups: Sequence[Sequenc
 
 
 def majority(answers: Sequence[str]) -> str:
-    """The answer that is given most often, the first of several; "" where none is given."""
+    """Return the most frequent answer, the earliest among equals; "" if there is none."""
     given = Counter(answer for answer in answers if answer)
     return given.most_common(1)[0][0] if given else ""
 
@@ -173,7 +168,7 @@ def _agrees(kind: str, answer: str, truth: str) -> bool:
 
 
 class TextStream:
-    """Turns tokens into text as they come; a character that is still incomplete waits for its next token."""
+    """A stream of tokens written as text; an incomplete character waits for its next token."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], object]) -> None:
         self._tokenizer, self._write = tokenizer, write
@@ -187,7 +182,7 @@ class TextStream:
             self.close(text)
 
     def close(self, text: str) -> None:
-        """Writes what of the whole `text` is not written yet."""
+        """Write the part of `text` that is not written yet."""
         if len(text) > self._written:
             self._write(text[self._written :])
             self._written = len(text)

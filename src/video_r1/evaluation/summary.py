@@ -16,7 +16,7 @@ from video_r1.evaluation.metrics import (
 )
 from video_r1.settings.frames import Contrast, Order
 
-ORDERS = ("ordered", "shuffled")  # the two that a page shows
+ORDERS = ("ordered", "shuffled")  # the two columns of tables
 CONTRASTS = get_args(Contrast)
 _GROUPINGS = {
     "by_modality": "data_type",
@@ -40,10 +40,10 @@ NEEDED = {
 
 
 def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[str, Any]:
-    """Figures of one frame count.
+    """Return the figures of one frame count.
 
-    records: predictions in the manifest's order, each question once per order; direct: of the same questions,
-    those that were answered without reasoning. Returns
+    records: predictions in the manifest's order, each question once per order; direct: direct answers to the
+    same questions. Returns
 
         {"ordered":  {"accuracy", "interval95", "questions", "strict_accuracy", "format_rate",
                       "unparsable_rate", "truncated_rate"},
@@ -55,17 +55,14 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
          "direct": the same of the direct answers,
          "reasoning_gains": {order: {"gain", "interval95", "questions", "reasoned", "direct", "tokens"}}}
 
-    Each further contrast that was asked stands beside `shuffled`, and its gap in `temporal_gaps`. An order
-    without records and a gap without pairs are left out; a gap is over the questions that were asked both
-    ways. `by_task` is there when records name task types; an order in which all of them do
-    also has `task_mean`, the mean over task types, beside the mean over questions, and one in which some are
-    regression and some are not `kind_mean`, the mean of the two kinds' means. `by_pairs` is there when
-    records name the sets they are in: its figures are over sets (see `pair_records`). Where both ways of
-    answering were asked, each group has its `reasoning_gains` too: accuracy with reasoning minus accuracy of
-    direct answers, and in `tokens` {"difference", "interval95", "questions", "reasoned", "direct"} of their
-    lengths. Figures are of the direct answers where there are no others.
-    Records with an equal `clip` are about the same one, and intervals resample them together.
-    An order in which all questions are of grounding types has `overlaps` (see `overlap_figures`).
+    Every other contrast has figures beside `shuffled`, and its gap in `temporal_gaps`. Orders without records
+    and gaps without pairs have no entry; a gap is over the questions asked both ways. An order whose records
+    all name task types has `task_mean`, the mean over task types; one with regression and other questions
+    `kind_mean`, the mean of the two means; one with grounding questions only `overlaps` (`overlap_figures`).
+    `by_pairs` has figures over the sets that records name (`pair_records`). With both ways of answering, each
+    group has `reasoning_gains`: accuracy with reasoning minus accuracy of direct answers, and in `tokens`
+    {"difference", "interval95", "questions", "reasoned", "direct"} of their lengths. If there are direct
+    answers only, all figures are theirs. Intervals resample records with an equal `clip` together.
     """
     if not records:
         return summarise(direct) if direct else {}
@@ -113,9 +110,7 @@ def _add_kind_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
-    """Raises RequestError where a question's `pairs` is not {metric: [set, its questions]}, or {metric: [set,
-    its questions, its categories]}.
-    """
+    """Raise RequestError unless `pairs` is {metric: [set, its questions]}, perhaps with its categories."""
     try:
         sets = [(str(which), size, kinds) for which, size, *kinds in pairs.values()]
         fine = all(isinstance(size, int) and size > 0 for _, size, _ in sets)
@@ -124,8 +119,8 @@ def check_pairs(problem_id: str | int, pairs: Any) -> None:
         fine = False
     if not fine:
         raise RequestError(
-            f"question {problem_id!r}: pairs is {pairs!r}; it must name the sets that it is in and how "
-            'many questions each has, such as {"pair accuracy": ["17", 2]}'
+            f"question {problem_id!r}: pairs is {pairs!r}; it must name the question's sets and how many "
+            'questions each has, such as {"pair accuracy": ["17", 2]}'
         )
 
 
@@ -134,11 +129,11 @@ def _are_texts(found: Any) -> bool:
 
 
 def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """By the name of a metric over pairs: one record for each set of questions and order.
+    """Return one record for each set of questions and order, by the name of the pair metric.
 
-    A record's `pairs` says {metric: [set, its questions]}: ["17", 2], or behind them the categories that the
-    set counts in: ["17", 2, ["object", "cyclical"]]. A set is as right as its worst answer, right where all
-    are. One without all of its answers is left out, and one of several task types has none.
+    A record's `pairs` is {metric: [set, its questions]}, e.g. ["17", 2], or with the set's categories
+    ["17", 2, ["object", "cyclical"]]. A set has the score of its worst answer. Incomplete sets are skipped,
+    and a set of several task types has none.
     """
     sets: dict[tuple[str, str, str], list[Record]] = {}
     sizes: dict[tuple[str, str, str], int] = {}
@@ -202,8 +197,7 @@ def _figures(records: Iterable[Record], direct: Iterable[Record]) -> dict[str, A
 
 
 def _difference(name: str, field: str, sides: Mapping[str, Sequence[Record]]) -> dict[str, Any]:
-    """The paired difference of a field, called `name`, between two sides, with their means over the questions
-    that both have; {} where there are none."""
+    """Return the paired difference of a field as `name`, with both sides' means; {} without pairs."""
     values = {side: {r["problem_id"]: r[field] for r in records} for side, records in sides.items()}
     first, second = values.values()
     both = [question for question in first if question in second]
@@ -245,12 +239,12 @@ def _clips(records: Iterable[Record]) -> list[Any]:
 
 
 def _clip(record: Record) -> Any:
-    """What a question shows, which decides what intervals resample; itself where that is not known."""
+    """Return the clip of a question, by which intervals resample; the question itself if it is not known."""
     return record.get("clip", record["problem_id"])
 
 
 def summary_table(summary: Mapping[str, Any]) -> str:
-    """An evaluation's summary as text: a block for each frame count, 95 % intervals in brackets."""
+    """Return a summary as text: a block for each frame count, 95 % intervals in brackets."""
     blocks = []
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
@@ -270,13 +264,13 @@ def summary_table(summary: Mapping[str, Any]) -> str:
         for way, own in (("", figures), (", direct", figures.get("direct", {}))):
             lines += [_order_line(order + way, own[order]) for order in get_args(Order) if order in own]
         if figures["skipped"]:
-            lines.append(f"{figures['skipped']} questions left out: their media or prompts cannot be used")
+            lines.append(f"{figures['skipped']} questions skipped: their media or prompts cannot be used")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def overlap_rows(figures: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """A line for each grounding type, order and overlap: its mean and R@0.3, R@0.5, R@0.7, with intervals."""
+    """Return a row for each grounding type, order and overlap: its mean and R@0.3, R@0.5, R@0.7."""
     rows = []
     for kind, group in figures.get("by_type", {}).items():
         for order in get_args(Order):
@@ -294,7 +288,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str, str
 
 
 def cell(figure: Mapping[str, Any] | None, name: str, scale: int = 1, digits: int = 3) -> str:
-    """A figure, multiplied by `scale`, and its interval; "-" for none."""
+    """Return a figure, multiplied by `scale`, with its interval; "-" for none."""
     if figure is None:
         return "-"
     mean, low, high = (f"{scale * value:z.{digits}f}" for value in (figure[name], *figure["interval95"]))

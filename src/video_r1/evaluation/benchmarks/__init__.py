@@ -1,5 +1,6 @@
-"""The benchmarks that `video-r1 eval --bench` knows, by name. Each is declared in `<name>.toml` beside this
-file; `special.py`, `pairs.py` and `tempcompass.py` have what cannot be declared.
+"""Benchmarks of `video-r1 eval --bench`, by name.
+
+Each is declared in `<name>.toml` beside this file; readers.py has what cannot be declared.
 """
 
 import tomllib

@@ -1,4 +1,4 @@
-"""From a benchmark's folder to checked questions, with what is missing and where it is to be had.
+"""Loading of benchmarks: from a folder to checked questions; errors name missing files and their source.
 
 media root/
   vsibench/          a copy of the benchmark's data set, unpacked (the spec says how)
@@ -25,13 +25,12 @@ _SHOWN = 10  # missing files in a message
 
 
 class Coverage(NamedTuple):
-    """Of how many questions the figures are: `questions` of the `annotated` ones in the annotation, of which
-    the benchmark has `published` (None: a manifest of the user's own). `missing`: media files not there."""
+    """Numbers of questions behind the figures."""
 
-    questions: int
-    annotated: int
-    published: int | None
-    missing: tuple[str, ...]
+    questions: int  # asked
+    annotated: int  # in the annotation file
+    published: int | None  # in the benchmark; None for a user's manifest
+    missing: tuple[str, ...]  # media files
 
     @property
     def whole(self) -> int:
@@ -49,13 +48,13 @@ class Coverage(NamedTuple):
 
 
 class Questions(NamedTuple):
-    """A benchmark's questions that can be asked. Those about one clip stand together."""
+    """A benchmark's questions that can be asked, grouped by clip."""
 
     name: str
     title: str
     samples: tuple[Sample, ...]
     coverage: Coverage
-    annotation: Annotation | None  # None: a manifest of the user's own
+    annotation: Annotation | None  # None for a user's manifest
     benchmark: Benchmark | None
 
 
@@ -67,15 +66,15 @@ def load_questions(
     allow_missing: bool = False,
     annotation: Annotation | None = None,
 ) -> Questions:
-    """Reads, converts and checks one benchmark, or a manifest of the user's own.
+    """Read, convert and check one benchmark, or a user's manifest.
 
-    name: a benchmark's name, or the path of a manifest. media_root: by default `BENCHMARK_ROOT`, and for a
-    manifest its own folder. annotation: which kind is read when both are there;
-    the published one by default. The converted manifest is written to `manifest_folder`/manifest.json.
+    name: a benchmark's name, or the path of a manifest. media_root: by default `BENCHMARK_ROOT`, for a
+    manifest its folder. annotation: the kind to read if both exist, by default the published one. The
+    converted manifest is written to `manifest_folder`/manifest.json.
 
-    Raises RequestError when there is no annotation, and, unless `allow_missing`, when the number of questions
-    or of options is not the published one or when media are missing; the message says where they are to be
-    had. Raises ManifestError for rows that are no questions.
+    Raises RequestError when there is no annotation, and, unless `allow_missing`, when media are missing or
+    the number of questions or options is not the published one; the message names their source. Raises
+    ManifestError for rows that are no questions.
     """
     benchmark = BENCHMARKS.get(name)
     if benchmark is None:
@@ -102,7 +101,7 @@ def load_questions(
 
 
 def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
-    """The command that downloads a benchmark into its folder, and what to do then."""
+    """Return the command that downloads a benchmark into its folder, and how to unpack it."""
     folder = f"{root}/{benchmark.name}"
     return (
         f"hf download {benchmark.dataset} --repo-type dataset --local-dir {folder}; then {benchmark.unpack}"
@@ -110,7 +109,7 @@ def where_to_get(benchmark: Benchmark, root: Path | str = "DIR") -> str:
 
 
 def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    """The samples with those about one clip side by side, clips in order of their first question."""
+    """Group the samples by clip, in the order of each clip's first question."""
     clips: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:
         clips.setdefault(sample.shown, []).append(sample)
@@ -149,7 +148,7 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
 
 
 def _split_by_media(samples: Sequence[Sample]) -> tuple[list[Sample], tuple[str, ...]]:
-    """The samples whose files are there, and the files that are not."""
+    """Return the samples whose files exist, and the missing files."""
     paths = dict.fromkeys(path for sample in samples for path in sample.paths)
     missing = {path for path in paths if (file := local_file(path)) and not os.path.exists(file)}
     present = [sample for sample in samples if missing.isdisjoint(sample.paths)]

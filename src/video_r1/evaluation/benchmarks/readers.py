@@ -1,4 +1,13 @@
-"""What single benchmarks need beyond their declaration: where clips lie, tasks in the reference's JSON."""
+"""Readers of single benchmarks, where a declaration is not enough: rows, clip paths, tasks.
+
+TempCompass (arXiv 2403.00476) asks about five temporal aspects of 410 clips in four forms, which all become
+multiple choice. Yes/no questions and caption matching have their two answers as options. Captioning is
+published with a language model as judge; here the model chooses among the pieces of information that the
+caption would contain, of which one fits the clip.
+
+Benchmarks of minimal pairs (Vinoground, MVP, TimeBlind) have clips that differ only in what happens when.
+Their rows name the sets of questions that are right only as a whole.
+"""
 
 import csv
 import json
@@ -18,7 +27,7 @@ _INFORMATION_QUESTION = "Which piece of information is consistent with the video
 
 
 def read_tempcompass(path: Path) -> Iterator[Row]:
-    """`questions/<form>.json` maps clips to aspects to questions; the hub has rows, a folder a form."""
+    """Read `questions/<form>.json` (clips → aspects → questions) or the hub's rows, a folder a form."""
     form = path.stem if path.stem in FORMS else path.parent.name
     if form not in FORMS:
         return
@@ -39,7 +48,7 @@ def _nested(path: Path) -> Iterator[Row]:
 
 
 def as_choice(form: str, row: Row) -> Row:
-    """`problem`, lettered `options` and the right `letter` of a question in one of the four forms."""
+    """Return `problem`, lettered `options` and the right `letter` of a question in one of the four forms."""
     question, *lines = str(row["question"]).split("\n")
     answer = str(row["answer"]).strip()
     if form == "yes_no":
@@ -64,9 +73,11 @@ _TIMEBLIND_OPTIONS = re.compile(r"(.*?)\s*Option A:\s*(.*?)\s*Option B:\s*(.*)",
 
 
 def read_vinoground(path: Path) -> Iterator[Row]:
-    """`vinoground_textscore.json` asks which caption fits a clip, `vinoground_videoscore.json` which of two
-    clips in one file fits a caption; `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories:
-    a major one and any number of minor ones, which the authors' get_score_all.py counts alike.
+    """Read `vinoground_textscore.json` (which caption fits a clip) or `vinoground_videoscore.json` (which of
+    two clips in one file fits a caption).
+
+    `idx` is `<counterpart>_pos` or `_neg`. `vinoground.csv` has categories, a major one and any number of
+    minor ones, which the authors' get_score_all.py counts alike.
     """
     kind = "text" if "textscore" in path.stem else "video"
     found = _categories(path)
@@ -91,7 +102,7 @@ def read_vinoground(path: Path) -> Iterator[Row]:
 
 
 def _categories(path: Path) -> dict[str, list[str]]:
-    """By counterpart: the major category, then the minor ones, which `;` separates."""
+    """Return the categories of each counterpart, the major one first."""
     for folder in (path.parent, path.parent.parent):
         if (folder / "vinoground.csv").is_file():
             with (folder / "vinoground.csv").open(encoding="utf-8", newline="") as file:
@@ -102,14 +113,14 @@ def _categories(path: Path) -> dict[str, list[str]]:
 
 
 def read_mvp(path: Path) -> Iterator[Row]:
-    """`video_id` is `<pair>_0` or `_1`; `candidates` is a list as Python writes it."""
+    """Read MVP's rows: `video_id` is `<pair>_0` or `_1`; `candidates` is a list in Python's syntax."""
     for row in json_or_parquet(path):
         pair, clip = str(row["video_id"]).rpartition("_")[0], str(row["video_path"]).lstrip("/")
         yield {**row, "candidates": parse_options(row["candidates"]), "pair": pair, "clip": clip}
 
 
 def read_timeblind(path: Path) -> Iterator[Row]:
-    """Four rows an instance: question 0 of clip 0 and 1, question 1 of clip 0 and 1."""
+    """Read TimeBlind: rows of an instance are question 0 of clips 0 and 1, question 1 of clips 0 and 1."""
     for row in json_or_parquet(path):
         number, text = int(row["index"]), str(row["question"]).strip()
         part: Row = {"instance": number // 4, "asked": number % 4 // 2, "shown": number % 2}
@@ -133,7 +144,7 @@ _ABOVE = ("", "video/", "data0613/", "video/data0613/")
 
 
 def discipline(question_id: str, tables: Tables) -> str:
-    """`validation_Art_Theory_12` → `Art`."""
+    """Return the discipline: `validation_Art_Theory_12` → `Art`."""
     return tables["disciplines"].get("_".join(question_id.split("_")[1:-1]), "")
 
 
@@ -142,13 +153,13 @@ def videommmu_places(row: Row, tables: Tables) -> list[Place]:
 
 
 def videommmu_task(row: Row, tables: Tables) -> str:
-    """The reference numbers the questions from 1, track after track, and names none."""
+    """Return the track of a reference row, whose questions are numbered from 1, track after track."""
     return _TRACKS[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TRACK]
 
 
 def read_videommmu(path: Path) -> Iterator[Row]:
-    """An open answer that is a letter chooses among A to D in the picture, and of one that lists spellings
-    (`['24/7', '3.429', '3.43]`) the first number counts: as in the reference's JSON.
+    """Read VideoMMMU. As in the reference's JSON, an open answer that is a letter chooses among A to D in the
+    picture, and of a list of spellings (`['24/7', '3.429', '3.43]`) the first number counts.
     """
     for row in json_or_parquet(path):
         answer = str(row["answer"]).strip()
@@ -165,7 +176,7 @@ def read_videommmu(path: Path) -> Iterator[Row]:
 
 
 def mmvu_places(row: Row, tables: Tables) -> list[Place]:
-    """The address of the clip ends in `…/resolve/main/videos/<Subject>/<n>.mp4`."""
+    """Return the clip's path; its URL ends in `…/resolve/main/videos/<Subject>/<n>.mp4`."""
     return [Place(row.get("video_path") or "videos/" + str(row["video"]).partition("/videos/")[2])]
 
 
@@ -174,8 +185,9 @@ def mmvu_task(row: Row, tables: Tables) -> str:
 
 
 def mvbench_places(row: Row, tables: Tables) -> Iterator[Place]:
-    """The archives lie in `video` and keep their folder when they are unpacked, there or above it; that of
-    `data0613` has several. Clips without an ending are folders of frames.
+    """Yield paths in the archives' own folder, unpacked in `video` or above; `data0613` has several folders.
+
+    Clips without an extension are folders of frames.
     """
     folder, name = tables["folders"][row["file"]], str(row["video"])
     stem = str(PurePosixPath(name).with_suffix("")) if "." in name else name
@@ -193,12 +205,12 @@ def mvbench_places(row: Row, tables: Tables) -> Iterator[Place]:
 
 
 def mvbench_task(row: Row, tables: Tables) -> str:
-    """The reference numbers all 4,000 questions from 1, task after task."""
+    """Return the task of a reference row; all 4,000 questions are numbered from 1, task after task."""
     return list(tables["folders"])[(int(row["problem_id"]) - 1) // QUESTIONS_PER_TASK]
 
 
 def read_tomato(path: Path) -> Iterator[Row]:
-    """`data/<kind of reasoning>.json`: questions by number, the answer as its place from 0."""
+    """Read `data/<kind of reasoning>.json`: questions by number, the answer as an index from 0."""
     kind = path.stem.replace("&", "_")
     try:
         questions = json.loads(path.read_text(encoding="utf-8"))
@@ -209,7 +221,7 @@ def read_tomato(path: Path) -> Iterator[Row]:
 
 
 def read_longvideobench(path: Path) -> Iterator[Row]:
-    """`candidates`, or `option0` to `option4` of which "N/A" is none; `correct_choice` counts from 0."""
+    """Read LongVideoBench: options in `candidates` or `option0` to `option4` ("N/A" is none)."""
     for row in json_or_parquet(path):
         five = [row.get(f"option{place}") for place in range(5)]
         options = row.get("candidates") or [option for option in five if option not in (None, "N/A")]
@@ -217,7 +229,7 @@ def read_longvideobench(path: Path) -> Iterator[Row]:
 
 
 def read_charades_sta(path: Path) -> Iterator[Row]:
-    """`timestamp` is [start, end] in seconds with one decimal, kept as 16-bit numbers."""
+    """Read Charades-STA: `timestamp` is [start, end] in seconds with one decimal, kept as 16-bit numbers."""
     for row in json_or_parquet(path):
         span = [round(float(second), 1) for second in row["timestamp"]]
         yield {**row, "answer": json.dumps({"time": span})}

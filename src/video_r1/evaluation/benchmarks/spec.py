@@ -1,11 +1,9 @@
-"""What a benchmark is, as data, and how its published rows become rows of our manifest.
+"""Declaration of a benchmark, and the conversion of its published rows to manifest rows.
 
-A declaration (`<name>.toml`) says where the annotations and the media come from, which published field is
-which of ours, which window of the clip a question is about, how the question is put, and how the headline
-figure is made. `manifest_rows` and `reference_rows` are the same for every benchmark.
-
-Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of the published annotation also
-has `file` and `folder`, the names of its file without ending and of the folder that it is in.
+A declaration (`<name>.toml`) names the source of annotations and media, the published fields, the clip's
+window, the question's wording and the headline figure. `manifest_rows` and `reference_rows` are the same for
+every benchmark. Templates such as `"{video ID}-{Question ID}"` are filled from a row; a row of the published
+annotation also has `file` and `folder`, the names of its file without extension and of its folder.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,14 +21,14 @@ Tables = Mapping[str, Mapping[str, str]]
 
 
 class Place(NamedTuple):
-    """Where a question's clip may lie, below the benchmark's folder. `is_window`: the file is cut already."""
+    """Possible path of a clip, below the benchmark's folder. is_window: the file is cut to the window."""
 
     path: str
     is_window: bool = False
 
 
 def json_or_parquet(path: Path) -> Iterator[Row]:
-    """The rows of one annotation file: a JSON list, JSON lines or Parquet."""
+    """Yield the rows of an annotation file: a JSON list, JSON lines or Parquet."""
     for number, row in read_rows(path, split="test"):
         if isinstance(row, Unreadable):
             raise ManifestError(f"{path}: row {number}: {row.reason}")
@@ -39,7 +37,7 @@ def json_or_parquet(path: Path) -> Iterator[Row]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Benchmark:
-    """One benchmark, declared. `problem`, `choices` and `answer` are names of published fields."""
+    """A declared benchmark. `problem`, `choices` and `answer` are names of published fields."""
 
     name: str  # as `--bench` names it; also its folder below the media root
     title: str
@@ -87,9 +85,7 @@ class Benchmark:
         return "free-form" if parse_number(str(row[self.answer])) is None else "numerical"
 
     def sets_of(self, row: Row) -> Row:
-        """The field `pairs` of a question, for a benchmark that has some: {metric: [set, its questions]}, and
-        the set's categories where the row has `categories`.
-        """
+        """Return the question's field `pairs`: {metric: [set, its questions, perhaps its categories]}."""
         kinds = [row["categories"]] if row.get("categories") else []
         sets = {
             name: [filled(pair["by"], row), pair["questions"], *kinds] for name, pair in self.pairs.items()
@@ -106,7 +102,7 @@ class Benchmark:
 
 
 def filled(template: str, row: Row) -> str:
-    """The template with the row's fields; "" where one of them is missing or null."""
+    """Fill a template with the row's fields; return "" if one of them is missing or null."""
     try:
         text = template.format_map(row)
     except (KeyError, TypeError):
@@ -115,7 +111,7 @@ def filled(template: str, row: Row) -> str:
 
 
 def annotation_files(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """The published annotation files in a benchmark's folder, sorted; none when there are none."""
+    """Return the published annotation files in a benchmark's folder, sorted."""
     for pattern in benchmark.files:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found
@@ -123,11 +119,11 @@ def annotation_files(benchmark: Benchmark, folder: Path) -> list[Path]:
 
 
 def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
-    """Rows of our manifest from the published annotation in `root`/`name`; paths are relative to `root`."""
+    """Yield manifest rows from the published annotation in `root`/`name`; paths are relative to `root`."""
     folder, number = root / benchmark.name, 0
     for file in annotation_files(benchmark, folder):
         if file.stem not in benchmark.tables.get("folders", {file.stem: ""}):
-            continue  # where a file is a task, other files beside them are no questions
+            continue  # a file that is not one of the tasks
         for row in benchmark.read(file):
             if any(row[name] != value for name, value in benchmark.only.items()):
                 continue
@@ -156,11 +152,10 @@ def manifest_rows(benchmark: Benchmark, root: Path) -> Iterator[Row]:
 
 
 def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
-    """Rows of our manifest from the reference's evaluation JSON (`eval_<name>.json`).
+    """Yield manifest rows from the reference's evaluation JSON (`eval_<name>.json`).
 
-    Paths there are `./Evaluation/<Title>/…`, relative to the folder of the file. They are looked for as they
-    stand, without `Evaluation`, and in this project's own folder of the benchmark: as they stand, and where
-    its data set has them.
+    Its paths are `./Evaluation/<Title>/…`, relative to the file's folder. They are tried unchanged, without
+    `Evaluation`, and in the benchmark's folder: unchanged, and by the layout of its dataset.
     """
     root = file.parent
     for row in json_or_parquet(file):
@@ -191,13 +186,13 @@ def reference_rows(benchmark: Benchmark, file: Path) -> Iterator[Row]:
 
 
 def first_existing(folder: Path, places: Sequence[Place]) -> Place:
-    """The first place that has a file or a folder of frames; the first of all where none has."""
+    """Return the first place that exists, or the first of all if none does."""
     return next((place for place in places if (folder / place.path).exists()), places[0])
 
 
 def seconds_of(row: Row, names: tuple[str, str] | None, place: Place) -> Row:
-    """`start` and `end` of the question's window in seconds, where the row has both, or `cut` where the file
-    is the window; and `fps`, the rate of a folder of frames, where the row has one.
+    """Return `start` and `end` of the question's window in seconds, or `cut` if the file is the window; and
+    `fps`, the rate of a folder of frames, if the row has one.
     """
     if place.is_window:
         return {"cut": True}
