@@ -181,9 +181,7 @@ def test_a_reasoning_that_stands_apart_is_the_rationale() -> None:
 # ---- An endpoint that fails
 
 
-@pytest.mark.parametrize(
-    "event", [500, 503, 429, 408, "busy", "garbage", "empty", "half", "drop", "slow", "abort"]
-)
+@pytest.mark.parametrize("event", [503, "busy", "garbage", "drop", "slow", "abort"])
 def test_failures_that_pass_leave_no_trace(endpoint: ChatEndpoint, tmp_path: Path, event: Any) -> None:
     manifest = write_questions(tmp_path, 5)
     for number in (0, 2, 3):
@@ -233,12 +231,9 @@ def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(
     assert len(endpoint.requests) == 1
 
 
-@pytest.mark.parametrize(("status", "said"), [(401, "HTTP 401"), (403, "HTTP 403"), (404, "HTTP 404")])
-def test_a_refusal_that_meets_all_requests_stops_at_once(
-    endpoint: ChatEndpoint, tmp_path: Path, status: int, said: str
-) -> None:
-    endpoint.always = status
-    with pytest.raises(VideoR1Error, match=f"refuses all requests: {said}"):
+def test_a_refusal_that_meets_all_requests_stops_at_once(endpoint: ChatEndpoint, tmp_path: Path) -> None:
+    endpoint.always = 401
+    with pytest.raises(VideoR1Error, match="refuses all requests: HTTP 401"):
         annotate(endpoint.url, write_questions(tmp_path, 30), tmp_path / "cot.json", concurrency=2)
     assert len(endpoint.requests) <= 4
     assert not (tmp_path / "cot.json").exists()
@@ -305,6 +300,7 @@ def test_a_service_without_a_list_of_models_has_to_be_told_the_name(
 # ---- Many at once
 
 
+@pytest.mark.slow
 def test_many_requests_wait_with_the_frames_of_a_few_in_memory(
     endpoint: ChatEndpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

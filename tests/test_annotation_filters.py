@@ -46,11 +46,6 @@ def test_words(text: str, words: list[str]) -> None:
     assert words_of(text) == words
 
 
-@pytest.mark.parametrize(("reason", "cut"), [("length", True), ("stop", False), ("tool_calls", False)])
-def test_cut_off(reason: str, cut: bool) -> None:
-    assert (filters.cut_off(reason) is not None) is cut
-
-
 @pytest.mark.parametrize("text", [
     "I'm sorry, but I can't help with identifying people.",
     "I’m very sorry, I am unable to watch this.",
@@ -107,9 +102,11 @@ def test_tags(text: str, passes: bool) -> None:
     assert (filters.tags(text) is None) is passes
 
 
-@pytest.mark.parametrize(("count", "passes"), [(0, False), (4, False), (5, True), (9, True), (10, False)])
-def test_length_bounds_are_included(count: int, passes: bool) -> None:
-    assert (filters.length("word " * count, 5, 9) is None) is passes
+def test_length_bounds_are_included() -> None:
+    texts = [output(rationale=" ".join(f"word{n}" for n in range(count))) for count in (4, 5, 9, 10)]
+    rules = AnnotateSettings(length_range=[5, 9])
+    judged = [judge_one(sample(), Completion(text, "stop"), rules).rejected for text in texts]
+    assert judged == ["length", "", "", "length"]
 
 
 @pytest.mark.parametrize(("text", "passes"), [
@@ -237,13 +234,6 @@ def test_no_text_breaks_a_filter(text: str, kind: str) -> None:
     assert judged.rejected in ("", *FILTERS)
     assert bool(judged.rejected) == bool(judged.detail)
     assert 0 <= judged.score <= 1
-
-
-@given(st.lists(st.sampled_from(["the", "ball", "goes", "left", "up", "then"]), min_size=1, max_size=12),
-       st.integers(2, 5))  # fmt: skip
-def test_a_phrase_said_often_enough_is_a_loop(phrase: list[str], more: int) -> None:
-    times = max(filters.LOOP_TIMES, -(-filters.LOOP_WORDS // len(phrase))) + more
-    assert filters.repetition(" ".join(phrase * times)) is not None
 
 
 @given(st.lists(st.text("abcdefghij", min_size=2, max_size=6), max_size=80, unique=True))

@@ -76,6 +76,7 @@ def annotate(teacher: Path | str, manifest: Path, out: Path, **changes: Any) -> 
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_annotates_and_sft_takes_the_result_as_it_is(teacher: Path, tmp_path: Path) -> None:
     manifest = write_questions(tmp_path, 5, clips=2, bad=(4,))
     out = tmp_path / "cot.json"
@@ -89,17 +90,7 @@ def test_a_checkpoint_annotates_and_sft_takes_the_result_as_it_is(teacher: Path,
     assert (tmp_path / "student" / "metrics.jsonl").stat().st_size > 0
 
 
-def test_the_base_itself_writes_no_tags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Through the command line; the packaged base has its name there."""
-    manifest = write_questions(tmp_path, 2)
-    out = tmp_path / "cot.json"
-    settings = words(teacher="lab-base", out=out, dtype="float32", max_new_tokens=24)
-    assert main(["annotate", str(manifest), *settings]) == 1
-    assert "no rationale was kept" in capsys.readouterr().err
-    rejected = [json.loads(line) for line in (tmp_path / "cot.rejected.jsonl").read_text().splitlines()]
-    assert {row["reason"] for row in rejected} <= {"cut off", "tags"} and len(rejected) == 2
-
-
+@pytest.mark.slow
 def test_interrupted_between_and_within_batches(
     teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +137,7 @@ def server(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("frames_as", ["video", "images"])
 def test_a_teacher_on_vllm(server: ServerProcess, teacher: Path, tmp_path: Path, frames_as: Any) -> None:

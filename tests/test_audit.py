@@ -152,7 +152,7 @@ def test_rates_rows_and_figures(
 
     said = capsys.readouterr().out
     assert f"25 % [{100 * low:.0f}, {100 * high:.0f}] can be answered without the video\n" in said
-    assert "answered: most of 4 answers are right, and a fixed guess is right in 50 %" in said
+    assert "answered: most of 4 answers are right; a fixed guess is right in 50 %" in said
     assert f"--train_manifest {out} --keep '{KEEP}'\n" in said
     assert [sample.problem_id for sample in kept_samples(load_manifest(out), KEEP)] == [
         "q1",
@@ -162,8 +162,7 @@ def test_rates_rows_and_figures(
     ]
 
 
-@pytest.mark.parametrize("calls", [0, 1, 2])
-@pytest.mark.parametrize("cut", [0, 30])
+@pytest.mark.parametrize(("calls", "cut"), [(0, 0), (1, 0), (2, 30)])
 def test_interrupted_and_continued(
     data: Path, checkpoint: Path, engines: list[ScriptedEngine], tmp_path: Path, calls: int, cut: int
 ) -> None:
@@ -258,16 +257,14 @@ def test_bad_rows_are_left_out_of_the_audit_and_of_out(
     assert len(load_manifest(out)) == 6  # and trains as it is
 
 
-@pytest.mark.parametrize("bad_rows", ["stop", "leave_out"])
-@pytest.mark.parametrize("change", ["gone", "another"])
-def test_a_manifest_that_changes_meanwhile(data: Path, tmp_path: Path, bad_rows: str, change: str) -> None:
+@pytest.mark.parametrize(("bad_rows", "change"), [("stop", "another"), ("leave_out", "gone")])
+def test_a_manifest_that_changes_meanwhile(data: Path, bad_rows: str, change: str) -> None:
     samples, rows = load_manifest(data), json.loads(data.read_text())
     rows[-1:] = [] if change == "gone" else [{**rows[-1], "problem_id": "other"}]
     data.write_text(json.dumps(rows))
     settings: Any = AuditSettings(manifest=str(data), model="m", bad_rows=bad_rows)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="since the audit began"):
-        audit.write_audited(settings, samples, {}, tmp_path / "out.json")
-    assert not (tmp_path / "out.json").exists()
+        list(audit._audited_rows(settings, samples, {}))
 
 
 def test_where_it_goes(

@@ -16,8 +16,8 @@ from video_r1.data.answers import answer_of, options_of
 from video_r1.data.decoding.media import decode_media
 from video_r1.errors import ManifestError, RequestError
 from video_r1.evaluation.benchmarks import BENCHMARKS
-from video_r1.evaluation.benchmarks.loading import Questions, by_clip, load_questions
-from video_r1.evaluation.benchmarks.readers import FORMS, as_choice
+from video_r1.evaluation.benchmarks.loading import Questions, load_questions
+from video_r1.evaluation.benchmarks.readers import as_choice
 from video_r1.evaluation.benchmarks.spec import manifest_rows
 from video_r1.settings.frames import FrameBudget
 
@@ -51,139 +51,50 @@ def brief(questions: Questions, root: Path) -> list[tuple[Any, ...]]:
 
 WHOLE = (None, None)
 CHOICE = "multiple choice"
-PHYSICS, ORDER = "intuitive_physics", "temporal_reasoning"
-CASES = {
+KIT, ART = "vsibench/arkitscenes/41069025.mp4", "videommmu/Art/validation_Art_Theory_3.mp4"
+CASTLE_CLIP = "tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14.mp4"
+DIRECTION, ART_ID = "object_rel_direction", "validation_Art_Theory_3"
+DUNK, HOLMES, EPISODE = (
+    "tempcompass/videos/1034419625.mp4",
+    "videoholmes/videos/RSmjqss0XKQ.mp4",
+    "data/fFjv93ACGo8",
+)
+CASES: dict[str, list[tuple[Any, ...]]] = {
     "vsibench": [
-        ("vsibench-0", "regression", "4", 0, "vsibench/arkitscenes/41069025.mp4", WHOLE, "object_counting"),
-        (
-            "vsibench-1",
-            "regression",
-            "19.6",
-            0,
-            "vsibench/arkitscenes/41069025.mp4",
-            WHOLE,
-            "room_size_estimation",
-        ),
-        (
-            "vsibench-10",
-            CHOICE,
-            "A",
-            2,
-            "vsibench/arkitscenes/41069025.mp4",
-            WHOLE,
-            "object_rel_direction_easy",
-        ),
-        (
-            "vsibench-11",
-            CHOICE,
-            "A",
-            2,
-            "vsibench/arkitscenes/41069025.mp4",
-            WHOLE,
-            "object_rel_direction_medium",
-        ),
-        (
-            "vsibench-12",
-            CHOICE,
-            "A",
-            2,
-            "vsibench/arkitscenes/41069025.mp4",
-            WHOLE,
-            "object_rel_direction_hard",
-        ),
+        ("vsibench-0", "regression", "4", 0, KIT, WHOLE, "object_counting"),
+        ("vsibench-1", "regression", "19.6", 0, KIT, WHOLE, "room_size_estimation"),
+        *((f"vsibench-{n}", CHOICE, "A", 2, KIT, WHOLE, f"{DIRECTION}_{hard}")
+          for n, hard in ((10, "easy"), (11, "medium"), (12, "hard"))),
         ("vsibench-2", CHOICE, "C", 3, "vsibench/scannet/scene0011_00.mp4", WHOLE, "route_planning"),
     ],
     "videommmu": [
-        (
-            "videommmu-Adaptation-validation_Art_Theory_3",
-            CHOICE,
-            "B",
-            3,
-            "videommmu/Art/validation_Art_Theory_3.mp4",
-            WHOLE,
-            "Adaptation",
-        ),
-        (
-            "videommmu-Comprehension-validation_Art_Theory_3",
-            CHOICE,
-            "C",
-            3,
-            "videommmu/Art/validation_Art_Theory_3.mp4",
-            WHOLE,
-            "Comprehension",
-        ),
-        (
-            "videommmu-Perception-validation_Art_Theory_3",
-            CHOICE,
-            "A",
-            3,
-            "videommmu/Art/validation_Art_Theory_3.mp4",
-            WHOLE,
-            "Perception",
-        ),
-        (
-            "videommmu-Adaptation-dev_Biology_3",
-            "numerical",
-            "12.97",
-            0,
-            "videommmu/Science/dev_Biology_3.mp4",
-            WHOLE,
-            "Adaptation",
-        ),
+        *((f"videommmu-{track}-{ART_ID}", CHOICE, letter, 3, ART, WHOLE, track)
+          for track, letter in (("Adaptation", "B"), ("Comprehension", "C"), ("Perception", "A"))),
+        ("videommmu-Adaptation-dev_Biology_3", "numerical", "12.97", 0, "videommmu/Science/dev_Biology_3.mp4",
+         WHOLE, "Adaptation"),
     ],
     "mmvu": [("mmvu-validation_1", CHOICE, "D", 5, "mmvu/videos/Chemistry/0.mp4", WHOLE, "Chemistry")],
     "mvbench": [
-        ("mvbench-1", CHOICE, "C", 3, "mvbench/ssv2_video_mp4/166583.mp4", WHOLE, "action_antonym"),
-        (
-            "mvbench-2",
-            CHOICE,
-            "A",
-            2,
-            "mvbench/star/Charades_v1_480/ZS9XR.mp4",
-            (1.0, 3.5),
-            "action_sequence",
-        ),
-        (
-            "mvbench-3",
-            CHOICE,
-            "A",
-            1,
-            "mvbench/video/clevrer/video_validation/video_10978.mp4",
-            WHOLE,
-            "counterfactual_inference",
-        ),
-        (
-            "mvbench-4",
-            CHOICE,
-            "A",
-            2,
-            "mvbench/tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14.mp4",
-            (0.0, 2.5),
-            "episodic_reasoning",
-        ),
-        (
-            "mvbench-5",
-            CHOICE,
-            "B",
-            2,
-            "mvbench/star/Charades_segment/USNP1_1.0_3.5.mp4",
-            WHOLE,
-            "object_interaction",
-        ),
+        (f"mvbench-{number}", CHOICE, letter, options, f"mvbench/{path}", window, task)
+        for number, letter, options, path, window, task in (
+            (1, "C", 3, "ssv2_video_mp4/166583.mp4", WHOLE, "action_antonym"),
+            (2, "A", 2, "star/Charades_v1_480/ZS9XR.mp4", (1.0, 3.5), "action_sequence"),
+            (3, "A", 1, "video/clevrer/video_validation/video_10978.mp4", WHOLE, "counterfactual_inference"),
+            (4, "A", 2, CASTLE_CLIP, (0.0, 2.5), "episodic_reasoning"),
+            (5, "B", 2, "star/Charades_segment/USNP1_1.0_3.5.mp4", WHOLE, "object_interaction"),
+        )
     ],
     "tempcompass": [
-        ("tempcompass-1", CHOICE, "B", 2, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
-        ("tempcompass-2", CHOICE, "B", 3, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
-        ("tempcompass-3", CHOICE, "A", 3, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
-        ("tempcompass-4", CHOICE, "A", 2, "tempcompass/videos/1034419625.mp4", WHOLE, "action"),
+        (f"tempcompass-{n}", CHOICE, letter, options, DUNK, WHOLE, "action")
+        for n, letter, options in ((1, "B", 2), (2, "B", 3), (3, "A", 3), (4, "A", 2))
     ],
     "videomme": [
-        ("videomme-001-1", CHOICE, "C", 4, "videomme/data/fFjv93ACGo8.mp4", WHOLE, "Counting Problem"),
-        ("videomme-001-2", CHOICE, "A", 4, "videomme/data/fFjv93ACGo8.mp4", WHOLE, "Temporal Reasoning"),
+        (f"videomme-001-{n}", CHOICE, letter, 4, "videomme/data/fFjv93ACGo8.mp4", WHOLE, task)
+        for n, letter, task in ((1, "C", "Counting Problem"), (2, "A", "Temporal Reasoning"))
     ],
     "videoholmes": [
-        ("videoholmes-RSmjqss0XKQ-1", CHOICE, "A", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "SR"),
-        ("videoholmes-RSmjqss0XKQ-2", CHOICE, "F", 6, "videoholmes/videos/RSmjqss0XKQ.mp4", WHOLE, "TA"),
+        (f"videoholmes-RSmjqss0XKQ-{n}", CHOICE, letter, 6, HOLMES, WHOLE, task)
+        for n, letter, task in ((1, "A", "SR"), (2, "F", "TA"))
     ],
     "tomato": [
         ("tomato-rotation-0", CHOICE, "B", 3, "tomato/videos/human/0001-00.mp4", WHOLE, "rotation"),
@@ -193,76 +104,41 @@ CASES = {
         ("tvbench-1", CHOICE, "B", 2, "tvbench/video/action_antonym/a.mp4", WHOLE, "action_antonym"),
         ("tvbench-2", CHOICE, "A", 2, "tvbench/video/action_sequence/a.mp4", (0.5, 2.0), "action_sequence"),
     ],
-    "longvideobench": [
-        ("longvideobench-x_0", CHOICE, "C", 3, "longvideobench/videos/x.mp4", WHOLE, "S2E"),
-    ],
+    "longvideobench": [("longvideobench-x_0", CHOICE, "C", 3, "longvideobench/videos/x.mp4", WHOLE, "S2E")],
     "vinoground": [
-        (
-            f"vinoground-{idx}-{kind}",
-            CHOICE,
-            "AB"[idx.endswith("neg")],
-            2,
-            f"vinoground/{clip}.mp4",
-            WHOLE,
-            major,
-        )
-        for kind, folder, names in (
+        (f"vinoground-{idx}-{kind}", CHOICE, "AB"[idx.endswith("neg")], 2, f"vinoground/{folder}/{clip}.mp4",
+         WHOLE, "object" if idx.startswith("1") else "action")
+        for kind, folder, clips in (
             ("text", "vinoground_videos", ("0_pos", "0_neg", "1_pos", "1_neg")),
             ("video", "vinoground_videos_concated", ("0", "0_reverse", "1", "1_reverse")),
         )
-        for idx, clip, major in zip(
-            ("0_pos", "0_neg", "1_pos", "1_neg"),
-            (f"{folder}/{name}" for name in names),
-            ("action", "action", "object", "object"),
-            strict=True,
-        )
+        for idx, clip in zip(("0_pos", "0_neg", "1_pos", "1_neg"), clips, strict=True)
     ],
     **{
         name: [
-            (
-                f"{name}-{task}-{pair}_{one}",
-                CHOICE,
-                "AB"[one],
-                2,
-                f"{name}/videos/star/{pair}_{one}.mp4",
-                WHOLE,
-                asked,
-            )
-            for task, pair, asked in (
-                ("intuitive_physics", 8, PHYSICS),
-                ("intuitive_physics", 9, PHYSICS),
-                ("temporal_reasoning", 7, ORDER),
-            )
+            (f"{name}-{task}-{pair}_{one}", CHOICE, "AB"[one], 2, f"{name}/videos/star/{pair}_{one}.mp4",
+             WHOLE, task)
+            for task, pair in (("intuitive_physics", 8), ("intuitive_physics", 9), ("temporal_reasoning", 7))
             for one in (0, 1)
         ]
         for name in ("mvp", "mvp_mini")
     },
     "charades_sta": [
-        (
-            f"charades_sta-{number}",
-            "temporal grounding",
-            f'{{"time": {time}}}',
-            0,
-            f"charades_sta/Charades_v1_480/{clip}.mp4",
-            WHOLE,
-            "",
-        )
+        (f"charades_sta-{number}", "temporal grounding", f'{{"time": {time}}}', 0,
+         f"charades_sta/Charades_v1_480/{clip}.mp4", WHOLE, "")
         for number, time, clip in ((1, [0.7, 2.3], "3MSZA"), (2, [1.1, 3.4], "0BX9N"))
     ],
-    "timeblind": [  # those about one clip side by side
+    "timeblind": [  # grouped by clip
         (f"timeblind-{number}", CHOICE, letter, 2, f"timeblind/videos/{clip}.mp4", WHOLE, kind)
-        for number, letter, clip, kind in (
-            (0, "A", "vid_00000_0", "yes_no"),
-            (2, "B", "vid_00000_0", "yes_no"),
-            (1, "B", "vid_00000_1", "yes_no"),
-            (3, "A", "vid_00000_1", "yes_no"),
-            (4, "A", "mcq_vid_00000_0", "multiple_choice"),
-            (6, "B", "mcq_vid_00000_0", "multiple_choice"),
-            (5, "B", "mcq_vid_00000_1", "multiple_choice"),
-            (7, "A", "mcq_vid_00000_1", "multiple_choice"),
+        for kind, clips in (
+            ("yes_no", ((0, "A", "vid_00000_0"), (2, "B", "vid_00000_0"),
+                        (1, "B", "vid_00000_1"), (3, "A", "vid_00000_1"))),
+            ("multiple_choice", ((4, "A", "mcq_vid_00000_0"), (6, "B", "mcq_vid_00000_0"),
+                                 (5, "B", "mcq_vid_00000_1"), (7, "A", "mcq_vid_00000_1"))),
         )
+        for number, letter, clip in clips
     ],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -300,127 +176,62 @@ def test_texts_and_prompts(root: Path, tmp_path: Path) -> None:
     assert forms["TempCompass/multi-choice"].problem == "What is the man doing?"
 
 
-def test_the_published_counts() -> None:
-    """Of the benchmarks' papers and repositories."""
-    assert {name: benchmark.questions for name, benchmark in BENCHMARKS.items()} == {
-        "vsibench": 5130,
-        "videommmu": 900,
-        "mmvu": 625,
-        "mvbench": 4000,
-        "tempcompass": 7540,
-        "videomme": 2700,
-        "videoholmes": 1837,
-        "tomato": 1484,
-        "tvbench": 2525,
-        "longvideobench": 1337,
-        "vinoground": 2000,
-        "mvp": 54828,
-        "mvp_mini": 18416,
-        "timeblind": 2400,
-        "charades_sta": 3720,
-    }
-    assert sum(FORMS.values()) == 7540
+COUNTING = {"original_question_type": "object_counting", "problem_type": "regression", "options": None}
+REFERENCE = [
+    ("vsibench", COUNTING | {"solution": "<answer>4</answer>"}, "VSIBench/arkitscenes/4.mp4",
+     ("object_counting", WHOLE)),
+    ("videommmu", {"problem_id": 300}, "VideoMMMU/validation_Art_Theory_3.mp4", ("Adaptation", WHOLE)),
+    ("videommmu", {"problem_id": 301}, "VideoMMMU/dev_Biology_3.mp4", ("Comprehension", WHOLE)),
+    ("videommmu", {"problem_id": 900}, "VideoMMMU/dev_Biology_3.mp4", ("Perception", WHOLE)),
+    ("mmvu", {}, "MMVU/videos/Computer_Science/7.mp4", ("Computer Science", WHOLE)),
+    ("mvbench", {"problem_id": 778, "start": 1.0, "end": 2.5}, "MVBench/star/Charades_v1_480/A.mp4",
+     ("action_prediction", (1.0, 2.5))),
+    ("mvbench", {"problem_id": 1601, "data_type": "frame"}, "MVBench/tvqa/frames_fps3_hq/c.mp4",
+     ("episodic_reasoning", WHOLE)),
+    ("tempcompass", {"original_question_type": ""}, "TempCompass/videos/1.mp4", ("", WHOLE)),
+    ("videomme", {"task_type": "OCR Problems", "data_source": None}, "VideoMME/f.mp4",
+     ("OCR Problems", WHOLE)),
+    ("videoholmes", {}, "Video-Holmes/videos/R.mp4", ("", WHOLE)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "path", "expected"),
-    [
-        (
-            "vsibench",
-            {
-                "original_question_type": "object_counting",
-                "problem_type": "regression",
-                "options": None,
-                "solution": "<answer>4</answer>",
-            },
-            "VSIBench/arkitscenes/4.mp4",
-            ("object_counting", WHOLE),
-        ),
-        ("videommmu", {"problem_id": 300}, "VideoMMMU/validation_Art_Theory_3.mp4", ("Adaptation", WHOLE)),
-        ("videommmu", {"problem_id": 301}, "VideoMMMU/dev_Biology_3.mp4", ("Comprehension", WHOLE)),
-        ("videommmu", {"problem_id": 900}, "VideoMMMU/dev_Biology_3.mp4", ("Perception", WHOLE)),
-        ("mmvu", {}, "MMVU/videos/Computer_Science/7.mp4", ("Computer Science", WHOLE)),
-        (
-            "mvbench",
-            {"problem_id": 778, "start": 1.0, "end": 2.5},
-            "MVBench/star/Charades_v1_480/A.mp4",
-            ("action_prediction", (1.0, 2.5)),
-        ),
-        (
-            "mvbench",
-            {"problem_id": 1601, "data_type": "frame"},
-            "MVBench/tvqa/frames_fps3_hq/c.mp4",
-            ("episodic_reasoning", WHOLE),
-        ),
-        ("tempcompass", {"original_question_type": ""}, "TempCompass/videos/1.mp4", ("", WHOLE)),
-        (
-            "videomme",
-            {"task_type": "OCR Problems", "data_source": None},
-            "VideoMME/f.mp4",
-            ("OCR Problems", WHOLE),
-        ),
-        ("videoholmes", {}, "Video-Holmes/videos/R.mp4", ("", WHOLE)),
-    ],
-)
-@pytest.mark.parametrize("kept", ["Evaluation", "", "ours"])
-def test_the_references_json(
-    name: str, row: dict[str, Any], path: str, expected: tuple[Any, ...], kept: str, tmp_path: Path
-) -> None:
-    """Media lie where the JSON says, without `Evaluation`, or in our own folder of the benchmark."""
-    (tmp_path / f"eval_{name}.json").write_text(
-        json.dumps([reference_row(row.get("problem_id", 7), f"./Evaluation/{path}", **row)])
-    )
-    place = {
-        "Evaluation": Path("Evaluation") / path,
-        "": Path(path),
-        "ours": Path(name, *Path(path).parts[1:]),
-    }[kept]
-    (tmp_path / place).parent.mkdir(parents=True)
-    (tmp_path / place).write_bytes(b"a clip")
-    questions = load(name, tmp_path, tmp_path / "out")
-    assert questions.annotation == "reference"
-    (found,) = questions.samples
-    assert Path(found.path) == (tmp_path / place).resolve()
-    assert (found.extra.get("task_type"), (found.start, found.end)) == expected
-    assert (
-        found.problem == "What will the person do next?"
-    )  # the reference has no prompt of the benchmark's own
-    assert found.data_type == "video"
+def test_the_references_json(tmp_path: Path) -> None:
+    """Media are where the JSON says, without `Evaluation`, or in our own folder of the benchmark."""
+    for case, (name, row, path, expected) in enumerate(REFERENCE):
+        places = Path("Evaluation") / path, Path(path), Path(name, *Path(path).parts[1:])
+        for place in places if case in (0, 5) else places[case % 3 :][:1]:
+            root = tmp_path / f"{case}-{place.parts[0]}"
+            (root / place).parent.mkdir(parents=True)
+            (root / place).write_bytes(b"a clip")
+            rows = [reference_row(row.get("problem_id", 7), f"./Evaluation/{path}", **row)]
+            (root / f"eval_{name}.json").write_text(json.dumps(rows))
+            questions = load(name, root, root / "out")
+            assert questions.annotation == "reference"
+            (found,) = questions.samples
+            assert Path(found.path) == (root / place).resolve()
+            assert (found.extra.get("task_type"), (found.start, found.end)) == expected
+            assert found.problem == "What will the person do next?"  # no prompt of the benchmark's own
+            assert found.data_type == "video"
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "path", "place"),
-    [
-        ("videomme", {"task_type": "OCR"}, "VideoMME/f_-1.mp4", "data/f_-1.MP4"),
-        ("videommmu", {}, "VideoMMMU/validation_Art_Theory_3.mp4", "Art/validation_Art_Theory_3.mp4"),
-        ("tempcompass", {"original_question_type": ""}, "TempCompass/1.mp4", "videos/1.mp4"),
-        ("mvbench", {"video": "1.webm"}, "MVBench/ssv2_video/1.mp4", "video/data0613/ssv2_video/1.webm"),
-        ("mvbench", {"problem_id": 2001}, "MVBench/nturgbd/S_rgb.mp4", "video/nturgbd_convert/S_rgb.mp4"),
-        (
-            "mvbench",
-            {"problem_id": 801, "video": "Z.mp4", "start": 1.5, "end": 17.1},
-            "MVBench/star/Charades_v1_480/Z.mp4",
-            "video/star/Charades_segment/Z_1.5_17.1.mp4",
-        ),
-        (
-            "mvbench",
-            {
-                "problem_id": 1601,
-                "video": "castle_s07",
-                "data_type": "frame",
-                "start": 0.0,
-                "end": 2.0,
-                "fps": 3,
-            },
-            "MVBench/tvqa/frames_fps3_hq/castle_s07.mp4",
-            "video/tvqa/frames_fps3_hq/castle_s07/00001.jpg",
-        ),
-    ],
-)
+CASTLE = {"problem_id": 1601, "video": "castle_s07", "data_type": "frame", "start": 0.0, "end": 2.0, "fps": 3}
+
+
+@pytest.mark.parametrize(("name", "row", "path", "place"), [
+    ("videomme", {"task_type": "OCR"}, "VideoMME/f_-1.mp4", "data/f_-1.MP4"),
+    ("videommmu", {}, "VideoMMMU/validation_Art_Theory_3.mp4", "Art/validation_Art_Theory_3.mp4"),
+    ("tempcompass", {"original_question_type": ""}, "TempCompass/1.mp4", "videos/1.mp4"),
+    ("mvbench", {"video": "1.webm"}, "MVBench/ssv2_video/1.mp4", "video/data0613/ssv2_video/1.webm"),
+    ("mvbench", {"problem_id": 2001}, "MVBench/nturgbd/S_rgb.mp4", "video/nturgbd_convert/S_rgb.mp4"),
+    ("mvbench", {"problem_id": 801, "video": "Z.mp4", "start": 1.5, "end": 17.1},
+     "MVBench/star/Charades_v1_480/Z.mp4", "video/star/Charades_segment/Z_1.5_17.1.mp4"),
+    ("mvbench", CASTLE, "MVBench/tvqa/frames_fps3_hq/castle_s07.mp4",
+     "video/tvqa/frames_fps3_hq/castle_s07/00001.jpg"),
+])  # fmt: skip
 def test_the_references_json_beside_copies_of_the_hub(
     name: str, row: dict[str, Any], path: str, place: str, tmp_path: Path
 ) -> None:
-    """Clips lie where the archives of the benchmark's own data set put them."""
+    """Clips are where the archives of the benchmark's own dataset put them."""
     rows = [reference_row(row.get("problem_id", 7), f"./Evaluation/{path}", **row)]
     (tmp_path / f"eval_{name}.json").write_text(json.dumps(rows))
     file = tmp_path / name / place
@@ -467,12 +278,10 @@ def test_open_answers_of_videommmu(tmp_path: Path) -> None:
     assert [row["solution"] for row in found] == [f"<answer>{answer}</answer>" for answer in solutions]
 
 
-@pytest.mark.parametrize(
-    ("number", "task"),
-    [(1, "action_antonym"), (200, "action_antonym"), (201, "action_count"), (4000, "unexpected_action")],
-)
-def test_the_reference_numbers_mvbench_task_after_task(number: int, task: str) -> None:
-    assert BENCHMARKS["mvbench"].task_in_reference({"problem_id": number}) == task
+def test_the_reference_numbers_mvbench_task_after_task() -> None:
+    tasks = {1: "action_antonym", 200: "action_antonym", 201: "action_count", 4000: "unexpected_action"}
+    named = BENCHMARKS["mvbench"].task_in_reference
+    assert {number: named({"problem_id": number}) for number in tasks} == tasks
 
 
 def test_which_annotation_counts(root: Path, tmp_path: Path) -> None:
@@ -554,50 +363,18 @@ def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
         load_questions("vsi-bench", None, tmp_path / "out")
 
 
-def test_questions_about_one_clip_stand_together(root: Path, tmp_path: Path) -> None:
-    questions = load("tempcompass", root, tmp_path).samples
-    first, second = questions[0], load("videomme", root, tmp_path).samples[0]
-    assert [s.problem_id for s in by_clip([first, second, questions[1]])] == [
-        "tempcompass-1",
-        "tempcompass-2",
-        "videomme-001-1",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        (["left", "right"], ["A. left", "B. right"]),
-        (["A. left", "B. right"], ["A. left", "B. right"]),
-        (["(A) left", "(B) right"], ["A. left", "B. right"]),
-        (["A. ", "B. "], ["A. ", "B. "]),
-        ({"B": "right", "A": "left"}, ["A. left", "B. right"]),
+def test_lettered_options_and_answers() -> None:
+    both = ["A. left", "B. right"]
+    for options, expected in (
+        (["left", "right"], both), (both, both), (["(A) left", "(B) right"], both),
+        (["A. ", "B. "], ["A. ", "B. "]), ({"B": "right", "A": "left"}, both),
         (["B. left", "A. right"], ["A. B. left", "B. A. right"]),  # these letters are part of the text
-        (["I. Newton", "C. Darwin"], ["A. I. Newton", "B. C. Darwin"]),
-        ([], []),
-    ],
-)
-def test_lettered_options(options: Any, expected: list[str]) -> None:
-    assert options_of(options) == expected
-    assert options_of(options, "regression") == []
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("B", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("right", "B"),
-        ("B. right", "B"),
-        ("B. wrong", "B. wrong"),
-        ("C", "C"),
-        (4, "4"),
-    ],
-)
-def test_answers_become_letters(answer: Any, expected: str) -> None:
-    assert answer_of(answer, ["A. left", "B. right"]) == expected
-    assert answer_of(answer, []) == str(answer)
+        (["I. Newton", "C. Darwin"], ["A. I. Newton", "B. C. Darwin"]), ([], []),
+    ):  # fmt: skip
+        assert options_of(options) == expected and options_of(options, "regression") == []
+    letters = ["B", "(B)", "B.", "right", "B. right", "B. wrong", "C", 4]
+    assert [answer_of(answer, both) for answer in letters] == [*"BBBBB", "B. wrong", "C", "4"]
+    assert answer_of("B. right", []) == "B. right"
 
 
 def test_an_answer_that_is_one_options_letter_and_anothers_text() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def whole(records: Iterable[dict[str, Any]], name: str, size: int) -> list[bool]
     return [all(scores) for scores in sets.values() if len(scores) == size]
 
 
+@pytest.mark.slow
 def test_a_whole_evaluation(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In both orders and both ways of answering; a clip that is missing costs its pairs."""
     missing = root / "vinoground/vinoground_videos/1_neg.mp4"
@@ -204,18 +206,7 @@ def test_a_whole_evaluation(root: Path, tmp_path: Path, capsys: pytest.CaptureFi
     run = ["eval", "lab-base", "--media_root", str(root), "--out", str(tmp_path / "out"), "--allow_missing"]
     run += ["--bench", "vinoground,mvp,timeblind", "--temporal_gap", "--answer", "reasoned,direct"]
     run += ["--fps", "2", "--max_frames", "8", "--frame_pixels", "3136", "--dtype", "float32"]
-    run += [
-        "--max_new_tokens",
-        "4",
-        "--media_seconds",
-        "0",
-        "--device",
-        "cpu",
-        "--temperature",
-        "1",
-        "--top_p",
-        "1",
-    ]
+    run += shlex.split("--max_new_tokens 4 --media_seconds 0 --device cpu --temperature 1 --top_p 1")
     assert main(run) == 0
     summary = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]
     sizes = {

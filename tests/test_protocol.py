@@ -154,16 +154,8 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(TransformersEngine, "generate", recorded)
     monkeypatch.setattr(paper, "LEAST_PIXELS", 784)
     small = ["--frame_pixels", "3136", "--dtype", "float32", "--media_seconds", "0", "--device", "cpu"]
-    run = [
-        "eval",
-        "lab-base",
-        "--bench",
-        "mvbench",
-        "--media_root",
-        str(tmp_path),
-        "--out",
-        str(tmp_path / "o"),
-    ]
+    run = ["eval", "lab-base", "--bench", "mvbench"]
+    run += ["--media_root", str(tmp_path), "--out", str(tmp_path / "o")]
     run += ["--protocol", "reference", "--max_new_tokens", "4", *small]
     assert main(run) == 2
     assert "Say allow_missing" in capsys.readouterr().err

@@ -128,7 +128,7 @@ _KIND_MEAN = {"vsibench": "mean of the accuracy of choices and the MRA of number
 
 
 class Comparison(NamedTuple):
-    """One of our figures and a published one, in percent. low, high: 95 % interval of the difference."""
+    """Our figure and a published one, in percent. low, high: 95 % interval of the difference."""
 
     benchmark: str
     frames: int
