@@ -113,10 +113,8 @@ def adopt(args: Any, model: Any) -> None:
 
 def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any) -> None:
     """Record in a checkpoint how it was trained."""
-    computed = (
-        "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
-    )
-    facts = {"prompt_template": str(builder.template), "dtype": computed}
+    dtype = "bfloat16" if args.bf16 else "float16" if args.fp16 else str(model.dtype).removeprefix("torch.")
+    facts = {"prompt_template": str(builder.template), "dtype": dtype}
     if rule := rule_of_training(model.config):
         facts["positions"] = rule
     facts |= {"processes": args.world_size, "questions_per_step": questions_per_step(vars(args))}

@@ -85,10 +85,21 @@ def keep_figures_exact(accelerator: Accelerator) -> None:
 
 
 def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
-    """Raise ConfigError for FSDP settings that cannot train (`check_fsdp`), and for a sharded model of the
-    general path, on which each rank runs the layers as often as its own questions need.
+    """Raise ConfigError for FSDP version 1, whose weights cannot be gathered for a whole rollout, for sharded
+    checkpoints, which contain no model and cannot be resumed, and for a sharded model of the general path, on
+    which each rank runs the layers as often as its own questions need.
     """
-    check_fsdp(accelerator)
+    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        for name, found, wanted in (
+            ("fsdp_version", plugin.fsdp_version, 2),
+            ("fsdp_state_dict_type", plugin.state_dict_type.name, "FULL_STATE_DICT"),
+        ):
+            if found != wanted:
+                raise ConfigError(
+                    f"{name} is {found}, and only {wanted} trains and saves models here: set "
+                    f"{name}: {wanted} in accelerate's file, as recipes/accelerate/fsdp2.yaml does"
+                )
     kind = "FSDP2" if accelerator.is_fsdp2 else "ZeRO-3" if zero_stage(accelerator) == 3 else None
     inner = vision_language_model(model)
     if kind is not None and find_family(inner) is None:
@@ -96,24 +107,6 @@ def check_sharding_of(model: nn.Module, accelerator: Accelerator) -> None:
             f"{type(inner).__name__} takes the general path, which does not work with weights that {kind} "
             "shards; use DDP or ZeRO-2"
         )
-
-
-def check_fsdp(accelerator: Accelerator) -> None:
-    """Raise ConfigError for FSDP version 1, whose weights cannot be gathered for a whole rollout, and for
-    sharded checkpoints, which contain no model and cannot be resumed.
-    """
-    plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None:
-        return
-    for name, found, wanted in (
-        ("fsdp_version", plugin.fsdp_version, 2),
-        ("fsdp_state_dict_type", plugin.state_dict_type.name, "FULL_STATE_DICT"),
-    ):
-        if found != wanted:
-            raise ConfigError(
-                f"{name} is {found}, and only {wanted} trains and saves models here: set {name}: {wanted} in "
-                "accelerate's file, as recipes/accelerate/fsdp2.yaml does"
-            )
 
 
 IN_CHECKPOINTS = frozenset(
@@ -151,11 +144,6 @@ def zero_stage(accelerator: Accelerator) -> int | None:
     """Return DeepSpeed's ZeRO stage; None without DeepSpeed."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return None if plugin is None else int(plugin.zero_stage)
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Count the model's weights, whole also if they are sharded."""
-    return sum(int(getattr(parameter, "ds_numel", parameter.numel())) for parameter in model.parameters())
 
 
 def loss_that_skips(loss: Tensor) -> Tensor:

@@ -78,7 +78,15 @@ from video_r1.training.callbacks import (
 from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
 from video_r1.training.objective import ClipRange, entropy_sum, policy_loss
-from video_r1.training.questions import Asked, Difficulty, Ready, Selection, Slot, select_groups
+from video_r1.training.questions import (
+    Asked,
+    Difficulty,
+    QuestionSource,
+    Ready,
+    Selection,
+    Slot,
+    select_groups,
+)
 from video_r1.training.recording import record_group
 from video_r1.training.reference import Reference, ReferenceSync
 from video_r1.training.runs import Questions, RunArguments, run_recipe
@@ -224,7 +232,10 @@ class TGRPOTrainer(QuestionTrainer):
 
         # Replace questions whose R_i are all equal (DAPO)
         first = self.ask(self.ready(list(chain(*pending))))
-        selected = select_groups(first, self.ask_slots, args.dynamic_sampling)
+        submit = cast(QuestionSource, self.source).submit
+        selected = select_groups(
+            first, lambda slots: self.ask(self.ready([submit(s) for s in slots])), args.dynamic_sampling
+        )
         groups = selected.groups
 
         # A_i = w·(R_i − mean(R)) ÷ std(R), the mean over the question's ordered completions
@@ -374,11 +385,6 @@ class TGRPOTrainer(QuestionTrainer):
         if not following or following[0]["iteration"] > 0 or is_last:
             return []
         return list(chain(*(batch["pending"] for batch in following)))
-
-    def ask_slots(self, slots: list[Slot]) -> Asked:
-        """`ask` the questions of these slots."""
-        assert self.source is not None
-        return self.ask(self.ready([self.source.submit(slot) for slot in slots]))
 
     def get_train_dataloader(self) -> DataLoader:
         """Return QuestionTrainer's loader, restricted to the questions inside `difficulty_range`."""

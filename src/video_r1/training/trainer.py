@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,20 +80,11 @@ from video_r1.training.sharded import (
     check_training_state,
     keep_figures_exact,
     loss_that_skips,
-    parameter_count,
     whole_weights,
 )
 
 logger = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=TrainerCallback)
-
-
-class CheckpointPart(Protocol):
-    """A part of the training state with files of its own in a checkpoint."""
-
-    def save(self, checkpoint: Path) -> None: ...
-
-    def load(self, checkpoint: Path) -> None: ...
 
 
 class QuestionTrainer(Trainer, ABC):
@@ -143,7 +134,7 @@ class QuestionTrainer(Trainer, ABC):
         self.source: QuestionSource[Any, Any] | None = None
         self.upcoming: deque[list[Any]] = deque()  # micro-batches of the next steps, being read
         self.steps_read_ahead = 1
-        self.checkpoint_parts: list[CheckpointPart] = []
+        self.checkpoint_parts: list[Any] = []  # with `save` and `load` of files of their own in a checkpoint
         self.checkpoints_go_to = self.folder
         self.described_by: Recipe | Settings = args if recipe is None else recipe
         run_folder = RunFolder(self.folder, self.described_by)
@@ -241,10 +232,10 @@ class QuestionTrainer(Trainer, ABC):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Count 6 operations for each weight and token of prompts and completions (without rollouts)."""
-        batch = inputs["batch"]
+        batch, weights = inputs["batch"], cast(nn.Module, self.model).parameters()
         tokens = sum(len(prompt.input_ids) for prompt in batch.prompts)
         tokens += sum(len(completion) for group in batch.completions for completion in group)
-        return 6 * tokens * parameter_count(cast(nn.Module, self.model))
+        return 6 * tokens * sum(int(getattr(weight, "ds_numel", weight.numel())) for weight in weights)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -339,10 +330,6 @@ class QuestionTrainer(Trainer, ABC):
         if self.args.push_to_hub:
             self.push_to_hub("Model save", revision=self.args.hub_revision)
 
-    def whole_steps(self) -> int:
-        """Count the optimizer steps of the whole run, from max_steps or the epochs and questions."""
-        return self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
-
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.restore_weights(resume_from_checkpoint, model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -380,8 +367,8 @@ class QuestionTrainer(Trainer, ABC):
                 checkpoint, finished = decided_by_first(lambda: earlier_run(self.folder, settings))
                 if checkpoint is not None:
                     state = read_state(checkpoint)
-                    done = finished or stopped_early(state) or state["global_step"] >= self.whole_steps()
-                    if done:
+                    steps = self.set_initial_training_values(self.args, self.get_train_dataloader())[-1]
+                    if finished or stopped_early(state) or state["global_step"] >= steps:
                         return self.load_finished(checkpoint)
                     logger.warning("%s: resuming from %s", self.folder, checkpoint.name)
                     resume_from_checkpoint = str(checkpoint)
