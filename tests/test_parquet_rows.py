@@ -89,7 +89,7 @@ def test_a_folder_of_tables_is_a_manifest(
         load_manifest(str(shelf / "data" / "test-*.parquet"))
     with monkeypatch.context() as patched:
         patched.setattr(datasets, "load_dataset", None)  # nothing is read to find that out
-        with pytest.raises(ManifestError, match="no split 'test', only train; of Parquet files, a pattern"):
+        with pytest.raises(ManifestError, match="no split 'test', only train; for Parquet files"):
             load_manifest(shelf, split="test")
 
 
@@ -163,7 +163,7 @@ TWO = "path is missing, and 2 columns hold files"
         ({"video": [CELL], "key": [b"hash"]}, "video"),
         ({"clip": [CELL], "path": ["7.mp4"]}, "its path"),
         ({"clip": [CELL], "path": [None]}, "clip"),
-        ({"a": [CELL], "b": [CELL]}, f"{TWO} (a, b): give path, or call"),
+        ({"a": [CELL], "b": [CELL]}, f"{TWO} (a, b): give path, or rename"),
         (
             {"video": [[b"mp4"]]},
             "path is missing, and the files in the column video cannot be read one by one",
@@ -207,7 +207,7 @@ def test_a_table_at_an_address(shelf: Path, clips: list[Path], memory: Any, tmp_
     assert torch.equal(frames_of(one, tmp_path), expected)
     assert len(load_manifest("memory://b/*.parquet")) == SHARDS * ROWS
     memory.pipe("/b/none.parquet", b"text" * 100)
-    for name, reason in (("none", "is no Parquet file, or damaged"), ("no", "there is no such file")):
+    for name, reason in (("none", "not a Parquet file, or damaged"), ("no", "there is no such file")):
         with pytest.raises(ManifestError, match=rf"memory://b/{name}.parquet: .*{reason}"):
             load_manifest(f"memory://b/{name}.parquet")
 
@@ -254,11 +254,11 @@ def test_what_has_no_rows_says_what_to_do(tmp_path: Path) -> None:
 
 def test_data_sets_given_in_python(shelf: Path, tmp_path: Path) -> None:
     streamed: Any = datasets.load_dataset(str(shelf), split="train", streaming=True)
-    with pytest.raises(ManifestError, match="brings the files in its columns video with each row; give the"):
+    with pytest.raises(ManifestError, match="sends the files in its columns video with each row; give the"):
         load_manifest(streamed)
     held = datasets.Dataset.from_list([question(1, video=CELL)]).cast_column("video", datasets.Video())
     (problem,) = check_manifest(held).problems
-    assert "or the table is in memory (then give the data set's name, its folder" in problem.text
+    assert "or the table is in memory (then give the dataset's name, its folder" in problem.text
     rows = [question(n, path=f"{n}.mp4") for n in range(3)]
     (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
     plain: Any = datasets.load_dataset("json", data_files=str(tmp_path / "t.jsonl"), streaming=True)

@@ -83,8 +83,8 @@ def test_a_row_names_several_files(manifest: Path, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"path": []}, r"path is \[\]; a list of paths has a text for each clip or image"),
-        ({"path": ["1.mp4", 3]}, r"path is \['1.mp4', 3\]; a list of paths has a text"),
+        ({"path": []}, r"path is \[\]; a list of paths needs a string for each clip or image"),
+        ({"path": ["1.mp4", 3]}, r"path is \['1.mp4', 3\]; a list of paths needs a string"),
         ({"path": ["1.mp4", "../1.mp4"]}, r"'../1.mp4' leads out of the media root"),
         ({"start": 1.0}, "start and end are a window of one clip, and path names 2 videos; cut the clips"),
         (
@@ -93,7 +93,7 @@ def test_a_row_names_several_files(manifest: Path, folder: Path) -> None:
         ),
         (
             {"problem": "Which is <video>?"},
-            "path names 2 videos, and its text has the mark <video> 1 times; write it where each",
+            "path names 2 videos, and its text has the mark <video> 1 times; write it once for each",
         ),
         (
             {"messages": [{"role": "user", "content": "<video><video><video>?"}]},

@@ -1,4 +1,4 @@
-"""Checking a manifest and its media before anything is trained on them: `video-r1 data check`."""
+"""`video-r1 data check`: find bad rows and media that cannot be decoded before training."""
 
 import os
 from collections import Counter
@@ -17,12 +17,12 @@ _SOURCES_SHOWN = 40
 
 @dataclass(frozen=True, slots=True)
 class MediaCheck:
-    """What opening the media of samples showed."""
+    """Result of decoding the media of samples."""
 
-    problems: list[Problem]  # one for each question whose media cannot be used
-    usable: list[Sample]  # the others
-    files: int  # different files (or windows of them) that were opened
-    video_seconds: float  # of all usable clips or windows, each counted once
+    problems: list[Problem]  # one per question with unusable media
+    usable: list[Sample]
+    files: int  # distinct files (or windows of them) that were decoded
+    video_seconds: float  # of all usable clips or windows
 
 
 def check_media(
@@ -31,12 +31,12 @@ def check_media(
     workers: int | None = None,
     rows: Sequence[int] | None = None,
 ) -> MediaCheck:
-    """Decodes the frames of every sample, in parallel, exactly as training would; each file or window once.
+    """Decode the frames of every sample in parallel, exactly as training would; each file or window once.
 
     Args:
         budget: the frames to decode and their size. Default: the training budget.
-        workers: files open at a time. Default: one per core.
-        rows: the row number of each sample, for the problems. Default: its place in `samples`, from 1.
+        workers: files to decode at a time. Default: one per core.
+        rows: each sample's row number, for the problems. Default: its position in `samples`, from 1.
     """
     numbers = rows if rows is not None else range(1, len(samples) + 1)
     files: dict[
@@ -67,7 +67,7 @@ def check_media(
 
 
 def format_counts(samples: Sequence[Sample]) -> str:
-    """Tables of how many questions there are of each type and from each source, by modality."""
+    """Return tables of the number of questions by type and by source, for each modality."""
     by_type = Counter((sample.problem_type, sample.data_type) for sample in samples)
     by_source = Counter((sample.data_source or "(no source)", sample.data_type) for sample in samples)
     modalities = sorted({sample.data_type for sample in samples}) or ["video"]
@@ -102,13 +102,13 @@ def run_check(
     remote_cache_gb: float = RemoteSettings.remote_cache_gb,
     allowed_roots: Sequence[str] = (),
 ) -> int:
-    """Checks a manifest, and its media unless `media` is false, and prints every problem and the counts.
+    """Check a manifest, and its media unless `media` is false; print every problem and the counts.
 
-    Returns the exit code: 0 when everything can be used, 1 when there are problems.
+    Returns the exit code: 0 without problems, else 1.
 
     Raises:
-        ManifestError: there is no such manifest or media root.
-        VideoR1Error: a place that media are fetched from is out of reach.
+        ManifestError: no such manifest or media root.
+        VideoR1Error: a server that media are fetched from cannot be reached.
     """
     samples, rows, problems = check_manifest(manifest, media_root, allow_urls, allowed_roots=allowed_roots)
     for problem in problems:

@@ -1,4 +1,4 @@
-"""Answers that say where and when: a span in seconds, boxes, or both, as JSON inside the answer tags.
+"""Grounding answers: a span in seconds, boxes, or both, as JSON inside the answer tags.
 
 | problem type               | answer                                                     |
 |----------------------------|------------------------------------------------------------|
@@ -8,8 +8,8 @@
 | tracking                   | {"boxes": {"1": [120, 300, 480, 910]}}                     |
 
 Seconds count from the beginning of the clip, or of the row's window. A box is [x1, y1, x2, y2] in thousandths
-of the picture's width and height from its top left corner, whatever the size of the frames; boxes of several
-frames stand under their second. The types and their JSON are those of OneThinker (arXiv 2512.03043).
+of the picture's width and height from its top left corner, whatever the frame size; boxes of several frames
+are keyed by their second. The types and their JSON are those of OneThinker (arXiv 2512.03043).
 """
 
 import json
@@ -31,7 +31,7 @@ GROUNDING_FORMS = {
     "spatial-temporal grounding": '{"time": [2.5, 4.2], "boxes": {"3": [120, 300, 480, 910]}}',
     "tracking": '{"boxes": {"1": [120, 300, 480, 910]}}',
 }
-"""An answer of each grounding type."""
+"""Example answer of each grounding type."""
 GROUNDING_HINTS: dict[ProblemType, str] = {
     "temporal grounding": 'Give start and end in seconds as JSON: {"time": [2.5, 6.0]}',
     "spatial grounding": (
@@ -47,9 +47,9 @@ GROUNDING_HINTS: dict[ProblemType, str] = {
         '{"boxes": {"1": [x1, y1, x2, y2], "2": [x1, y1, x2, y2]}}'
     ),
 }
-"""What a prompt says of the answer's form and units."""
+"""Instructions about the answer's form and units, for prompts."""
 ON_VIDEOS = ("temporal grounding", "spatial-temporal grounding", "tracking")
-SIDE = 1000.0  # of a picture, in the unit of boxes
+SIDE = 1000.0  # width and height of a picture, in the unit of boxes
 
 _BOX_NAMES = ("boxes", "box", "bbox", "bbox_2d", "bounding_box")
 _TIME_NAMES = ("time", "times", "span", "timestamp", "timestamps", "segment")
@@ -64,19 +64,19 @@ _SPAN = re.compile(
 )
 _NUMBERS = re.compile(rf"(?<![\w.])-?{_NUMBER}")
 _DECODER = json.JSONDecoder()
-_MOST_PARTS = 200  # brackets at which JSON is looked for
+_MOST_PARTS = 200  # brackets at which a JSON value may begin
 
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """What an answer says: the span, the box, or the boxes by their second; None for what it has not."""
+    """A parsed grounding answer: the span, the box, or the boxes by second; None for a missing part."""
 
     time: Span | None = None
     box: Box | None = None
     boxes: Mapping[float, Box] | None = None
 
     def __str__(self) -> str:
-        """The answer as JSON, in the form that training demands."""
+        """Format the answer as the JSON that training requires."""
         said: dict[str, Any] = {} if self.time is None else {"time": self.time}
         if self.box is not None:
             said["boxes"] = self.box
@@ -86,10 +86,10 @@ class Located:
 
 
 def parse_located(text: str, problem_type: str) -> Located | None:
-    """The answer of a grounding type by its exact form, as training demands it; None for any other text.
+    """Parse an answer in the exact form that training requires; return None for any other text.
 
-    `text` has to be one JSON object with the type's keys (others are ignored), finite numbers and as many of
-    them as the form has. An empty object of boxes is one.
+    `text` must be one JSON object with the type's keys (others are ignored) and the form's number of finite
+    numbers. An empty object of boxes is accepted.
     """
     try:
         said = json.loads(text)
@@ -113,12 +113,12 @@ def parse_located(text: str, problem_type: str) -> Located | None:
 
 
 def read_located(text: str, problem_type: str, last: bool = False) -> Located | None:
-    """The answer of a grounding type that a reader would take from `text`, for evaluation.
+    """Parse the answer that a human reader would take from `text`, for evaluation.
 
-    Beside the exact form: single quotes, text or a code block around the JSON, JSON that was cut off at its
-    end, keys such as "bbox_2d", a bare list, numbers in quotes, times such as "3.2s" and "1:05", and in words
-    "from 3.2s to 5s" or two times (four coordinates) and no others. Frames whose box is none are left out.
-    last: of several spans in words, the last one counts, not the first.
+    Also accepted besides the exact form: single quotes, text or a code block around the JSON, truncated JSON,
+    keys such as "bbox_2d", a bare list, numbers in quotes, times such as "3.2s" and "1:05", and in words
+    "from 3.2s to 5s" or exactly two times (four coordinates). Frames with an invalid box are dropped. last:
+    use the last of several spans in words, not the first.
     """
     if exact := parse_located(text, problem_type):
         return exact
@@ -134,7 +134,7 @@ def read_located(text: str, problem_type: str, last: bool = False) -> Located | 
 
 
 def truth_problems(text: str, problem_type: str, data_type: str, window: float | None) -> Iterator[str]:
-    """What is wrong with the answer of a row of a grounding type. window: seconds of the row's window."""
+    """Yield what is wrong with the true answer of a grounding row. window: length of its window in s."""
     if data_type == "image" and problem_type in ON_VIDEOS:
         yield f"{problem_type} is for videos, and this is an image"
     found = parse_located(text, problem_type)
@@ -175,7 +175,7 @@ def truth_problems(text: str, problem_type: str, data_type: str, window: float |
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or a key that spells one."""
+    """Return a finite number, also from a key that spells one; None for other values."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     if isinstance(value, str) and not re.fullmatch(_NUMBER, value):
@@ -188,7 +188,7 @@ def _number(value: Any) -> float | None:
 
 
 def _numbers(value: Any, count: int) -> Any:
-    """A list of `count` finite numbers as a tuple, or None."""
+    """Return a list of `count` finite numbers as a tuple, or None."""
     if not isinstance(value, list) or len(value) != count or any(isinstance(one, str) for one in value):
         return None
     numbers = tuple(_number(one) for one in value)
@@ -196,7 +196,7 @@ def _numbers(value: Any, count: int) -> Any:
 
 
 def _json_parts(text: str) -> Iterator[Any]:
-    """Objects and lists in a text, the first and the outermost ones first."""
+    """Yield the JSON objects and lists in a text, outermost ones first."""
     for written in dict.fromkeys((text, text.replace("'", '"'))):
         end = 0
         for match in islice(re.finditer(r"[\[{]", written), _MOST_PARTS):
@@ -242,7 +242,7 @@ def _unquoted(value: Any) -> Any:
 
 
 def _times(value: Any) -> Span | None:
-    """Two times, each a number or a text."""
+    """Parse two times, each a number or a text."""
     if isinstance(value, str):
         return _span_in_words(value, last=False)
     if not isinstance(value, list) or len(value) != 2:
@@ -252,7 +252,7 @@ def _times(value: Any) -> Span | None:
 
 
 def _second(value: Any) -> float | None:
-    """`3.2`, `"3.2s"`, `"1:05"` and `"0:01:05"` as seconds."""
+    """Parse `3.2`, `"3.2s"`, `"1:05"` or `"0:01:05"` into seconds."""
     if isinstance(value, str):
         match = _ONE_TIME.fullmatch(value)
         value = _clock(match.group(1)) if match else None
@@ -260,7 +260,7 @@ def _second(value: Any) -> float | None:
 
 
 def _clock(text: str) -> float:
-    """Seconds of "1:02:03.5", which may be too many to be a number."""
+    """Convert "1:02:03.5" to seconds, which may overflow to infinity."""
     seconds = 0.0
     for part in text.split(":"):
         seconds = seconds * 60 + float(part)
@@ -268,7 +268,7 @@ def _clock(text: str) -> float:
 
 
 def _span_in_words(text: str, last: bool) -> Span | None:
-    """The first or last "3.2s to 5s" of a text; without one, its two times where it has no others."""
+    """Find the first or last "3.2s to 5s" of a text, or else its two times if it has exactly two."""
     spans = [match.groups() for match in _SPAN.finditer(text)]
     if not spans:
         times = _TIMES.findall(text)

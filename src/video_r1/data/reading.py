@@ -1,12 +1,12 @@
-"""The reader: what samples are about, decoded ahead of whoever needs it.
+"""The reader: decodes the media of samples ahead of training, evaluation and teachers.
 
-    batches ─► reading threads ─► media of every frame count ─► one thread ─► what the caller builds of them
+    batches ─► reading threads ─► media of every frame count ─► one thread ─► built by the caller (prompts)
                (a clip once)       (`ahead` batches, as bytes)   (one batch ahead)
 
-A thread waits for a worker process, which is killed over a file that takes too long (decoders.py), or finds
-the frames in the frame cache. What is built has pixels as float32 and in every order, media are bytes and
-there once: so media may be held for some batches, and what is built only for the present one and the next.
-Training, which draws its questions one by one, has its own work done in the same threads (`submit`).
+A reading thread waits for a worker process, which is killed if a file takes too long (decoders.py), or finds
+the frames in the frame cache. Prompts hold pixels as float32 in every order, media hold bytes once: media are
+therefore prefetched for several batches, prompts only for the current and the next one. Training draws its
+questions one by one and submits its own work to the same threads (`submit`).
 """
 
 from collections import OrderedDict, deque
@@ -27,22 +27,21 @@ from video_r1.settings.frames import Contrast, ContrastUnit, FrameBudget
 
 Item = TypeVar("Item")
 Built = TypeVar("Built")
-Clips = tuple[Media, ...]  # of a sample: one, or as many as its files
-Clip = list[Clips] | MediaError  # one for each frame count
-Reading = list[tuple[Sample, Future[Clip]]]  # of one batch
+Clips = tuple[Media, ...]  # of one sample: one for each of its files
 Unusable = MediaError | PromptError
-"""Why nothing can be made of a question: an answer like any other where questions are counted."""
+"""Reason why a question cannot be used; returned in its place."""
+_Decoded = Future[list[Clips] | MediaError]  # Clips for each frame count
 
 
 class Batch(NamedTuple):
-    """Samples that are read together, with each of `counts` as max_frames (empty: the budget's)."""
+    """Samples that are read together, once for each max_frames in `counts` (empty: the budget's)."""
 
     samples: Sequence[Sample]
     counts: tuple[int, ...] = ()
 
 
 class Reader:
-    """Reads media under one budget, in `threads` threads. Thread-safe; used `with`, or closed at the end."""
+    """Threads that read media under one budget. Thread-safe; use `with`, or close it at the end."""
 
     def __init__(self, budget: FrameBudget, frame_cache: FrameCache | None = None, threads: int = 2) -> None:
         self.budget = budget
@@ -51,38 +50,37 @@ class Reader:
         self._open()
 
     def _open(self) -> None:
-        """Threads are started when there is something to do."""
         self._reading = ThreadPoolExecutor(self.threads, thread_name_prefix="media")
         self._building = ThreadPoolExecutor(1, thread_name_prefix="prompts")
 
     def media(self, sample: Sample) -> Clips:
-        """What a sample is about, read while the caller waits. Raises MediaError."""
+        """Read a sample's media while the caller waits. Raises MediaError."""
         return tuple(read_cached(file, self.budget, self.frame_cache) for file in sample.files)
 
     def submit(self, work: Callable[..., Item], *arguments: Any) -> Future[Item]:
-        """`work(*arguments)` in a reading thread, after what was asked for before."""
+        """Run `work(*arguments)` in a reading thread, after earlier requests."""
         return self._reading.submit(work, *arguments)
 
     def batches(
         self, batches: Iterable[Batch], build: Callable[[Sample, Clips], Built], ahead: int = 1
     ) -> Iterator[list[Built | Unusable]]:
-        """For each batch and frame count, in order: what `build` makes of every sample, or why it cannot.
+        """Yield, for each batch and frame count, the result of `build` for every sample, or its `Unusable`.
 
-        build: called in one thread; what it raises beside MediaError and PromptError is raised here. ahead:
-        batches whose media are read meanwhile, from 1. Neighbouring samples about one clip are decoded once,
-        and so is a clip for all frame counts of its batch.
+        build: called in one thread; other exceptions than MediaError and PromptError are raised here. ahead:
+        batches to prefetch, from 1. A clip is decoded once for neighbouring samples and for all frame counts
+        of its batch.
         """
         building = (
             [self._building.submit(_built, build, sample, clip, place) for sample, clip in clips]
-            for batch, clips in _held_back(self._decoding(batches), ahead - 1)
+            for batch, clips in _delayed(self._decoding(batches), ahead - 1)
             for place in range(max(1, len(batch.counts)))
         )
-        for futures in _held_back(building, 1):
+        for futures in _delayed(building, 1):
             yield [future.result() for future in futures]
 
-    def _decoding(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Reading]]:
-        """Batches whose clips begin to be read."""
-        clips: OrderedDict[tuple[Any, ...], Future[Clip]] = OrderedDict()
+    def _decoding(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, list[tuple[Sample, _Decoded]]]]:
+        """Start to read the clips of each batch and yield it."""
+        clips: OrderedDict[tuple[Any, ...], _Decoded] = OrderedDict()
         for batch in batches:
             counts = batch.counts or (self.budget.max_frames,)
             pairs = []
@@ -96,7 +94,7 @@ class Reader:
                 clips.popitem(last=False)
             yield batch, pairs
 
-    def _clip(self, sample: Sample, counts: tuple[int, ...]) -> Clip:
+    def _clip(self, sample: Sample, counts: tuple[int, ...]) -> list[Clips] | MediaError:
         try:
             files = [read_cached_at(file, self.budget, counts, self.frame_cache) for file in sample.files]
             return list(zip(*files, strict=True))
@@ -104,7 +102,7 @@ class Reader:
             return error
 
     def close(self) -> None:
-        """Forgets what has not begun, and waits for what has. The reader may be used again."""
+        """Cancel pending work and wait for running work. The reader may be used again."""
         for pool in (self._building, self._reading):
             pool.shutdown(wait=False, cancel_futures=True)
         for pool in (self._reading, self._building):
@@ -118,8 +116,8 @@ class Reader:
         self.close()
 
 
-def _held_back(items: Iterable[Item], count: int) -> Iterator[Item]:
-    """The items, each when the next `count` of them are there as well."""
+def _delayed(items: Iterable[Item], count: int) -> Iterator[Item]:
+    """Yield each item when the next `count` items have been drawn."""
     waiting: deque[Item] = deque()
     for item in items:
         waiting.append(item)
@@ -130,7 +128,7 @@ def _held_back(items: Iterable[Item], count: int) -> Iterator[Item]:
 
 
 def _built(
-    build: Callable[[Sample, Clips], Built], sample: Sample, clip: Future[Clip], place: int
+    build: Callable[[Sample, Clips], Built], sample: Sample, clip: _Decoded, place: int
 ) -> Built | Unusable:
     found = clip.result()
     if isinstance(found, MediaError):
@@ -142,13 +140,13 @@ def _built(
 
 
 def quarantined(sample: Sample, error: Unusable) -> dict[str, Any]:
-    """A line of quarantine.jsonl: which question cannot be used, for which of its files, and why."""
+    """Return the line of quarantine.jsonl for a question: which file cannot be used, and why."""
     path = error.path if isinstance(error, MediaError) else sample.path
     return {"problem_id": sample.problem_id, "path": path, "kind": error.kind, "reason": error.reason}
 
 
 def derived_generator(*parts: object) -> torch.Generator:
-    """A CPU generator seeded by `derived_seed(*parts)`."""
+    """Return a CPU generator seeded by `derived_seed(*parts)`."""
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
@@ -158,8 +156,8 @@ class Question:
 
     sample: Sample
     ordered: Prompt
-    shuffled: Prompt | None  # with the contrast clip; None where nothing is compared with one
-    seed: int  # fixes its completions, whichever questions it is sampled with
+    shuffled: Prompt | None  # with the contrast clip; None without a contrast
+    seed: int  # of its completions, independent of the other questions in the batch
 
 
 def build_question(
@@ -170,7 +168,7 @@ def build_question(
     contrast: Contrast | None,
     unit: ContrastUnit = "frame",
 ) -> Question:
-    """A sample's prompt, and that with the contrast clip, which images have not. Raises PromptError."""
+    """Build a sample's prompt, and its prompt with the contrast clip (None for images). Raises PromptError."""
     seed = int(torch.randint(2**62, (), generator=generator))
     shuffled = None
     if contrast is not None:

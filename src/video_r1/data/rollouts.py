@@ -1,4 +1,4 @@
-"""What is sampled for a question: records, without a model."""
+"""Records of a question's sampled completions and their rewards."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,21 +12,22 @@ from video_r1.data.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    token_ids: Tensor
-    logprobs: Tensor
+    """One completion of L tokens."""
+
+    token_ids: Tensor  # [L] int64
+    logprobs: Tensor  # [L] float32, of the sampler
     text: str
     finish_reason: Literal["stop", "length"]
 
 
 @dataclass(slots=True)
 class RolloutGroup:
-    """One question's rollouts, their rewards and advantages. G ordered completions of L tokens each, G_s
-    shuffled ones.
+    """One question's G ordered and G_s shuffled rollouts, their rewards and advantages.
 
-    Rewards are unweighted terms, by name ("accuracy", "format", "temporal", "length", …); `total_reward` is
-    their weighted sum, of which advantages are made. Only the ordered completions are trained on: the
-    shuffled ones exist to give the share of correct answers without the frame order. `base_reward` and
-    `base_advantages` are what there would be without the temporal term, to see what it does.
+    Rewards are unweighted terms by name ("accuracy", "format", "temporal", "length", …); advantages are
+    computed from their weighted sum, `total_reward`. Only the ordered completions are trained on; the
+    shuffled ones measure the share of correct answers without the frame order. `base_reward` and
+    `base_advantages` leave the temporal term out, to show its effect.
     """
 
     sample: Sample

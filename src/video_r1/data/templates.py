@@ -1,8 +1,8 @@
-"""Templates: the user's text of a question.
+"""Prompt templates (the user's text of a question) and chat templates (the assistant's turn).
 
-A template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}` (`{{` and
-`}}` stand for single braces). A line that holds only `{options}` or `{subtitles}` is left out when the
-question has none. A template file may also replace the answer hints, one line a problem type, anywhere:
+A prompt template is plain text with the placeholders `{question}`, `{options}`, `{hint}` and `{subtitles}`
+(`{{` and `}}` stand for single braces). A line that contains only `{options}` or `{subtitles}` is dropped
+when the question has none. A template file may also replace answer hints, one line per problem type:
 
     {question}
     {options}
@@ -10,15 +10,13 @@ question has none. A template file may also replace the answer hints, one line a
     #hint multiple choice: Answer with one letter.
     #hint OCR: Answer with the text that you read.
 
-Types without such a line keep the hint of `ANSWER_HINTS`.
+Types without such a line keep the hint in `ANSWER_HINTS`.
 
-What a model's own chat template makes of a chat: where the assistant's turn begins and ends.
+Chat templates of models that think by default (Qwen3.5) begin the assistant's turn with `<think>`, or with an
+empty pair of the tags if thinking is off, which some control by the variable `enable_thinking`. Here a
+completion contains its own `<think>…</think>`, which rewards parse and SFT teaches:
 
-Templates of models that think by default (Qwen3.5) begin the assistant's turn themselves: with `<think>`, or
-with an empty pair of the tags where thinking is off, which some turn with the variable `enable_thinking`.
-Here a completion holds its own `<think>…</think>`, which the rewards read and SFT teaches:
-
-    template           the template gives          a prompt that reasons ends     a direct one ends
+    template           the template writes         a reasoning prompt ends with   a direct prompt ends with
     Qwen3-VL           assistant↵                  assistant↵                     assistant↵
     Qwen3.5, 4B up     assistant↵<think>↵          assistant↵                     assistant↵<think></think>
     Qwen3.5, smaller   assistant↵<think></think>   assistant↵                     assistant↵<think></think>
@@ -37,7 +35,7 @@ from video_r1.errors import ConfigError
 from video_r1.settings.shared import ProblemType
 from video_r1.settings.training_record import template_text
 
-# Few words on purpose: small models with their own tokenizer read the same text.
+# Few words on purpose: small models with their own tokenizers get the same text.
 INSTRUCTION = "Think within <think></think>, then answer within <answer></answer>."
 ANSWER_HINTS: dict[ProblemType, str] = {
     "multiple choice": "Give the letter only.",
@@ -51,7 +49,7 @@ ANSWER_HINTS: dict[ProblemType, str] = {
 DEFAULT_TEMPLATE = "{question}\n{options}\n" + INSTRUCTION + " {hint}"
 DIRECT_TEMPLATE = "{question}\n{options}\nAnswer within <answer></answer>. {hint}"
 PLACEHOLDERS = ("question", "options", "hint", "subtitles")
-SUBTITLE_CHARACTERS = 4000  # some 1,000 tokens; what is longer is cut, and says so
+SUBTITLE_CHARACTERS = 4000  # about 1,000 tokens; longer subtitles are cut, with a notice
 
 SWITCH = "enable_thinking"
 _BEGUN = re.compile(r"<think>\s*(</think>\s*)?\Z")
@@ -61,8 +59,8 @@ NO_THOUGHT = "<think>\n\n</think>\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The user's text of a question. `text` has the placeholders, `hints` the words for each problem type.
-    thinks: it asks for reasoning.
+    """The user's text of a question. text: with placeholders; hints: by problem type; thinks: whether it asks
+    for reasoning.
     """
 
     text: str
@@ -81,17 +79,17 @@ class Template:
         return "\n".join(lines).format(**fields)
 
     def direct(self) -> "Template":
-        """For the answer alone: without the instruction to think, with the same hints."""
+        """Return a template that asks for the answer alone, with the same hints."""
         return Template("{subtitles}\n" * ("{subtitles}" in self.text) + DIRECT_TEMPLATE, self.hints, False)
 
     def __str__(self) -> str:
-        """The whole template as a file has it."""
+        """Format the template as a template file."""
         return "\n".join([self.text, *(f"#hint {kind}: {hint}" for kind, hint in self.hints.items())])
 
 
 def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> str:
-    """A row's subtitles behind a heading, as a prompt has them; "" without any. Of longer ones stay the first
-    whole lines that have `limit` characters together, and a line that says how many characters are gone."""
+    """Return a row's subtitles under a heading; "" without any. Longer ones are cut to whole lines of at most
+    `limit` characters, and a last line gives the number of characters cut."""
     if not subtitles:
         return ""
     shown = subtitles
@@ -102,9 +100,9 @@ def subtitle_text(subtitles: str | None, limit: int = SUBTITLE_CHARACTERS) -> st
 
 
 def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
-    """A template file, or that of a checkpoint's `video_r1.json`; None: the built-in. Raises ConfigError.
+    """Load a template file, or the template in a checkpoint's `video_r1.json`; None: the built-in template.
 
-    subtitles: put a line for them first, unless the template says where they go.
+    subtitles: add a line for them at the top, unless the template has the placeholder. Raises ConfigError.
     """
     template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS) if path is None else _read_template(path)
     if not subtitles or "{subtitles}" in template.text:
@@ -122,7 +120,7 @@ def _read_template(path: str | Path) -> Template:
 
 
 def _parsed(lines: list[str]) -> Template:
-    """Raises ValueError, which says what is wrong."""
+    """Parse a template file. Raises ValueError with the reason."""
     hints, types = dict(ANSWER_HINTS), get_args(ProblemType)
     for line in (line for line in lines if line.startswith("#hint ")):
         problem_type, colon, hint = line.removeprefix("#hint ").partition(":")
@@ -143,8 +141,8 @@ def _parsed(lines: list[str]) -> Template:
 
 
 def prompt_text(processor: Any, messages: list[dict[str, Any]], thinks: bool = True) -> str:
-    """The chat up to where the completion begins, placeholders not expanded. thinks: the completion begins
-    with its reasoning; else that is empty and done, where the template says anything of it.
+    """Render the chat up to the completion, placeholders not expanded. thinks: the completion begins with its
+    reasoning; otherwise the reasoning is empty, if the template knows of any.
     """
     switch = {SWITCH: False} if not thinks and SWITCH in str(processor.chat_template) else {}
     text = chat_text(processor, messages, add_generation_prompt=True, **switch)
@@ -154,25 +152,25 @@ def prompt_text(processor: Any, messages: list[dict[str, Any]], thinks: bool = T
 def chat_text(
     processor: Any, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **variables: Any
 ) -> str:
-    """The chat by the processor's template, placeholders not expanded. variables: of the template."""
+    """Render the chat by the processor's template, placeholders not expanded. variables: of the template."""
     return processor.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=add_generation_prompt,
-        processor_kwargs={"do_sample_frames": False},  # without any, SmolVLM's warns at each call
+        processor_kwargs={"do_sample_frames": False},  # SmolVLM's warns at each call without any
         **variables,
     )
 
 
 def special_tokens(tokenizer: Any) -> set[str]:
-    """The tokens that stand for no text: of chats, visuals, sounds and ends."""
+    """Return the tokens that are not text: of chats, visuals, sounds and ends."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return added | set(tokenizer.all_special_tokens)
 
 
 def end_token_id(processor: Any) -> int:
-    """The token that ends the assistant's turn: the special one that the chat template writes behind it, else
-    `<|im_end|>` where the tokenizer has it, else EOS. processor: or a tokenizer.
+    """Return the token that ends the assistant's turn: the special token that the chat template writes after
+    it, else `<|im_end|>` if the tokenizer has it, else EOS. processor: or a tokenizer.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     vocabulary = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""How much of a video or an image the model sees, and what reading it may cost. Torch-free."""
+"""Frame budget: how many frames of a video the model sees, and the limits of decoding. Torch-free."""
 
 import math
 from dataclasses import dataclass, field
@@ -7,13 +7,13 @@ from typing import Literal
 from video_r1.errors import ConfigError
 
 Contrast = Literal["shuffled", "reversed", "frozen", "single", "dropped", "blind"]
-"""What a clip in its own frame order is compared with (data/prompts.py)."""
+"""Clip that the clip in its own frame order is compared with (data/prompts.py)."""
 ContrastUnit = Literal["frame", "patch"]
-"""What a contrast permutes: single frames, or the pairs that make temporal patches."""
+"""Unit that a contrast permutes: single frames, or the pairs that make temporal patches."""
 Order = Literal["ordered", "shuffled", "reversed", "frozen", "single", "dropped", "blind"]
 """The clip's own order, and each contrast."""
 CONTROLS: tuple[Order, ...] = ("ordered", "shuffled", "reversed", "frozen", "single", "blind")
-"""What `eval --controls` asks: each takes more of the clip away than the one before it."""
+"""Orders of `eval --controls`: each removes more of the clip than the one before it."""
 
 # Two consecutive frames make one temporal patch in every Qwen vision model.
 TEMPORAL_PATCH = 2
@@ -23,24 +23,24 @@ _LEAST_MEMORY = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class FrameBudget:
-    """How many frames of a video are kept, how large frames and images become, and what reading may cost.
+    """The number of frames kept of a video, the size of frames and images, and the limits of decoding.
 
     Areas are in pixels; a model's visual tokens are area ÷ size_multiple² (for video per two frames).
     """
 
     fps: float = 2.0  # frames per second of clip to aim for
-    min_frames: int = 4  # as long as the clip has that many
+    min_frames: int = 4  # fewer if the clip is shorter
     max_frames: int = 16
     frame_pixels: int = 128 * 28 * 28  # largest area of a video frame; smaller frames are scaled up to it
     image_pixels: int = 256 * 28 * 28  # largest area of an image; smaller images are not scaled up
     size_multiple: int = 28  # both sides are multiples of it: patch × merge of the model
-    # As if read with each of these max_frames in turn, the frames one after the other (see read_media_at).
+    # Read once for each of these max_frames, the frames concatenated (see read_media_at).
     frame_counts: tuple[int, ...] = ()
-    least_pixels: int | None = None  # smaller frames are scaled up to this area in place of frame_pixels
-    # The limits of one file, after which it counts as unusable. They do not change what is read.
-    seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without any limit
-    memory: int = field(default=4 << 30, compare=False)  # bytes of a worker process, above those of its start
-    # Where copies of remote files are kept (None: in the user's cache folder), and how many bytes of them.
+    least_pixels: int | None = None  # smaller frames are scaled up to this area instead of frame_pixels
+    # Limits of one file, beyond which it is unusable. They do not change the frames.
+    seconds: float = field(default=120.0, compare=False)  # 0: decode in this process, without limits
+    memory: int = field(default=4 << 30, compare=False)  # bytes that a worker process may allocate
+    # Folder for copies of remote files (None: the user's cache folder), and its largest size in bytes.
     remote_cache: str | None = field(default=None, compare=False)
     remote_bytes: int = field(default=50 * 10**9, compare=False)
 

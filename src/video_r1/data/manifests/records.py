@@ -1,12 +1,11 @@
-"""Manifests: Samples, read from rows and checked.
+"""Manifests: rows are read, checked and turned into Samples.
 
-A manifest is a JSON list, JSON lines, a data set of the Hugging Face hub, a `datasets.Dataset` or a list of
-rows; docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
+A manifest is a JSON list, JSON lines, a Hugging Face dataset id, a `datasets.Dataset` or a list of rows;
+docs/data-format.md describes its fields. Every row is checked; all problems are reported together.
 
-JSON files are parsed row by row with the standard library. An Arrow table, which is what `datasets` makes of
-a JSON file, gives each column one type: it would refuse the whole file, or convert silently, exactly where a
-row has to be reported (an id that is a number here and a string there, options that are a string). Parquet
-tables and data sets are read by tables.py.
+JSON files are parsed row by row with the standard library. `datasets` would give each column of a JSON file
+one type, and so reject the whole file or convert silently where a single row has to be reported (an id that
+is a number in one row and a string in another). Parquet tables and datasets are read by tables.py.
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ _NO_EXTRA: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about an image or video, or several of one kind: a row that has passed every check.
+    """One question about an image or video, or several of one kind: a row that passed every check.
 
-    For example `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
+    Example: `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
     "/data/7.mp4", ("A. left", "B. right"))`.
     """
 
@@ -75,56 +74,56 @@ class Sample:
     data_type: DataType
     problem_type: ProblemType
     solution: str  # "<answer>…</answer>"; multiple choice: the letter inside
-    path: str  # the media file or folder of frames: absolute, links followed, inside the media root; or an
-    # address; of several files the first
+    path: str  # the first media file or folder of frames: absolute, links resolved, inside the media root;
+    # or a URL
     options: tuple[str, ...] = ()  # "A. left", …; empty unless multiple choice
     process: str | None = None  # "<think>…</think>": a rationale for SFT
     data_source: str = ""  # where the sample is from
-    start: float | None = None  # the window of the clip that the question is about, in seconds from its
-    end: float | None = None  # beginning; None: from the beginning, to the end
+    start: float | None = None  # window of the clip, in seconds from its beginning; None: from the beginning
+    end: float | None = None  # None: to the end
     extra: Mapping[str, Any] = field(default_factory=dict)  # every other field of the row that is not null
-    subtitles: str | None = None  # what is said in the clip, for prompts that show it
-    messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, in place of the template
+    subtitles: str | None = None  # for prompts that show them
+    messages: tuple[Mapping[str, str], ...] = ()  # the chat as {"role", "content"}, instead of the template
     more_paths: tuple[str, ...] = ()  # the other files of a question about several, in order
 
     @property
     def answer(self) -> str:
-        """The text inside the solution's tags, stripped."""
+        """Text inside the solution's tags, stripped."""
         match = _SOLUTION.fullmatch(self.solution)
         return match.group(1).strip() if match else self.solution.strip()
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """All its files, in the order in which they are shown."""
+        """All files, in the order in which they are shown."""
         return self.path, *self.more_paths
 
     @property
     def files(self) -> tuple[Sample, ...]:
-        """A sample for each of its files, as they are decoded and kept."""
+        """One sample per file, for decoding and caching."""
         if not self.more_paths:
             return (self,)
         return tuple(replace(self, path=path, more_paths=()) for path in self.paths)
 
     @property
     def mark(self) -> str:
-        """What stands in the text where a file is to be shown."""
+        """Placeholder for a file in the text."""
         return f"<{self.data_type}>"
 
     @property
     def fps(self) -> float | None:
-        """Frames a second of a folder of frames, where the row says it; of files the field says nothing."""
+        """Frame rate of a folder of frames, if the row gives one; None for files."""
         rate = rate_of(self.extra.get("fps"))
         return rate if rate and any(split_member(one) or os.path.isdir(one) for one in self.paths) else None
 
     @property
     def shown(self) -> tuple[str | float | None, ...]:
-        """What is decoded: samples that are alike in this have the same frames."""
+        """Key of what is decoded: samples with equal keys have the same frames."""
         return *self.paths, self.data_type, self.start, self.end, self.fps
 
 
 def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
-    """What tells questions of one id apart, wherever their files lie: of the folders only the names in them
-    count, of the text all but the marks of several files. answer: that of `Sample.answer`.
+    """Return a digest that tells apart questions with the same id, wherever their files are: only file names
+    count, not folders, and the text without <video> and <image>. answer: as in `Sample.answer`.
     """
     problem = problem.replace("<video>", "").replace("<image>", "")
     names = ["::".join(part.rstrip("/").rpartition("/")[2] for part in path.split("::")) for path in paths]
@@ -132,12 +131,12 @@ def question_digest(problem: str, options: Sequence[str], answer: str, paths: Se
 
 
 FIELDS = tuple(field.name for field in fields(Sample) if field.name not in ("extra", "more_paths"))
-"""The fields of a row that have a meaning here."""
+"""Fields of a row that have a meaning here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """What is wrong with a row of a manifest. `row` counts from 1 (JSON lines: the line); 0: the whole."""
+    """An error in a row of a manifest. `row` counts from 1 (JSON lines: the line); 0: the whole manifest."""
 
     row: int
     problem_id: str | int | None
@@ -151,15 +150,15 @@ class Problem:
 
 
 class CheckedManifest(NamedTuple):
-    """The good rows of a manifest, the number of each in the file, and what is wrong with the others."""
+    """The good rows of a manifest with their numbers in the file, and the problems of the other rows."""
 
     samples: list[Sample]
     rows: list[int]
     problems: list[Problem]
 
     def without_problems(self, name: object, bad_rows: BadRows = "stop") -> list[Sample]:
-        """The samples. Raises ManifestError with all problems of the manifest that is called `name`; where
-        bad rows are left out, the first process says so, and only a manifest without a good one is refused.
+        """Return the samples. Raises ManifestError with all problems of the manifest called `name`; with
+        `leave_out` rank 0 warns instead, and only a manifest without any good row raises.
         """
         if (problems := self.problems) and self.samples and bad_rows == "leave_out":
             if process_index() == 0:
@@ -185,22 +184,22 @@ def load_manifest(
     allowed_roots: Sequence[str | Path] = (),
     bad_rows: BadRows = "stop",
 ) -> list[Sample]:
-    """Reads and checks a manifest.
+    """Read and check a manifest.
 
     Args:
-        source: a JSON or JSON lines file or its address, a Parquet file, its address or a pattern of several,
-            a data set id of the Hugging Face hub or a folder that `datasets` reads, or a `datasets.Dataset`,
-            an `IterableDataset` (read to its end) or a list of dicts with its fields.
-        media_root: the folder, or the address of one, that every `path` is relative to and must stay inside.
-            Default: the folder of the manifest, the data set itself, or the current folder.
-        allow_urls: accept addresses (https://, s3://, hf://, …) outside of it as `path`.
-        split: the split to read of a data set that has several.
+        source: path or URL of a JSON or JSON lines file; path, URL or glob pattern of Parquet files; a
+            Hugging Face dataset id or a folder that `datasets` reads; or a `datasets.Dataset`, an
+            `IterableDataset` (read to its end) or a list of dicts.
+        media_root: folder or URL that every `path` is relative to and must stay inside. Default: the folder
+            of the manifest, the dataset itself, or the current folder.
+        allow_urls: accept URLs (https://, s3://, hf://, …) outside the media root as `path`.
+        split: the split of a dataset that has several.
         allowed_roots: further folders that absolute paths and links may lead to.
-        bad_rows: `leave_out` names and leaves out rows that are no question, and a repeated id's later rows.
+        bad_rows: `leave_out` skips bad rows, and later rows with a repeated id, with a warning.
 
     Raises:
         ManifestError: with all problems of all rows in `problems`.
-        ConfigError: an address, or a question's type, needs a package that is not installed.
+        ConfigError: a URL, or a question's type, needs a package that is not installed.
     """
     name = source if isinstance(source, (str, Path)) else type(source).__name__
     checked = check_manifest(source, media_root, allow_urls, split, allowed_roots=allowed_roots)
@@ -218,12 +217,12 @@ def check_manifest(
     min_options: int = 2,
     allowed_roots: Sequence[str | Path] = (),
 ) -> CheckedManifest:
-    """As `load_manifest`, but gives the good rows and the problems instead of raising over bad rows.
+    """Read a manifest as `load_manifest` does, but return the problems of bad rows instead of raising.
 
-    min_options: fewest options of a multiple-choice question.
+    min_options: smallest number of options of a multiple-choice question.
 
     Raises:
-        ManifestError: there is nothing to check: no such source, or a media root is not a folder.
+        ManifestError: no such source, or a media root is not a folder.
     """
     media_root = media_root_of(source, media_root)
     if is_address(media_root):
@@ -250,7 +249,7 @@ def check_manifest(
         problem_id = row.get("problem_id") if isinstance(row, dict) else None
         if not isinstance(problem_id, (int, str)):
             problem_id = None
-        else:  # 7 and "7" are the same id wherever results are stored by id
+        else:  # results are stored by id, where 7 and "7" are the same
             first = rows_by_id.setdefault(str(problem_id), number)
             if first != number:
                 found.append(f"problem_id is used before, in row {first}; each row needs its own")
@@ -264,7 +263,7 @@ def check_manifest(
 
 
 def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | None, list[str]]:
-    """The sample of a row, or None, and everything that is wrong with the row."""
+    """Return a row's sample, or None, and everything that is wrong with the row."""
     if not isinstance(row, dict):
         return None, [f"is {quoted(row)}, not an object with fields"]
     found: list[str] = []
@@ -287,7 +286,7 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
             found.append(f"solution is {quoted(solution)}; it must be <answer>…</answer> with a text inside")
     options, letter = options_field(row, problem_type, answer, min_options, found)
     if letter is not None:
-        solution = f"<answer>{letter}</answer>"  # however it is spelled: answers are compared exactly
+        solution = f"<answer>{letter}</answer>"  # in one spelling: answers are compared exactly
     if problem_type in ("numerical", "regression") and answer and parse_number(answer) is None:
         found.append(
             f"the solution of a {problem_type} problem must be a finite number, not {quoted(answer)}"
@@ -340,11 +339,11 @@ def text_field(row: dict[str, Any], name: str, found: list[str], required: bool 
 
 
 def path_field(row: dict[str, Any], find: Callable[[str], str], found: list[str]) -> list[str]:
-    """The files of a row whose `path` is a text or a list of them. find: where each lies, or ValueError."""
+    """Return the files of a row, whose `path` is a string or a list. find: resolves one, or ValueError."""
     said = row.get("path")
     if isinstance(said, (list, tuple)):
         if not said or not all(isinstance(path, str) and path.strip() for path in said):
-            found.append(f"path is {quoted(said)}; a list of paths has a text for each clip or image")
+            found.append(f"path is {quoted(said)}; a list of paths needs a string for each clip or image")
             return []
     else:
         said = [path] if (path := text_field(row, "path", found)) else []
@@ -360,7 +359,7 @@ def path_field(row: dict[str, Any], find: Callable[[str], str], found: list[str]
 def several_problems(
     count: int, data_type: str, problem_type: str, marks: int, has_window: bool
 ) -> Iterator[str]:
-    """What keeps a row from showing `count` clips or images. marks: how many stand in its text."""
+    """Yield what is wrong with a row of `count` clips or images. marks: placeholders in its text."""
     files = f"path names {count} {data_type}s"
     if has_window:
         yield f"start and end are a window of one clip, and {files}; cut the clips and name the parts"
@@ -368,31 +367,28 @@ def several_problems(
         yield f"a {problem_type} problem is about one {data_type}, and {files}"
     if marks not in (0, count):
         yield (
-            f"{files}, and its text has the mark <{data_type}> {marks} times; write it where each of them "
-            "goes, in their order, or nowhere: then they stand before the question"
+            f"{files}, and its text has the mark <{data_type}> {marks} times; write it once for each, in "
+            "order, or not at all: they then precede the question"
         )
 
 
 def messages_field(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
-    """Turns of a chat, whose last one asks."""
+    """Return the turns of a chat; the last one must be the user's."""
     said = row.get("messages")
     if said is None or said in ([], ()):
         return ()
-    if not isinstance(said, (list, tuple)) or not all(map(_is_turn, said)):
+    if not isinstance(said, (list, tuple)) or not all(
+        isinstance(turn, dict)
+        and turn.get("role") in ("system", "user", "assistant")
+        and isinstance(turn.get("content"), str)
+        for turn in said
+    ):
         turn = '{"role": "system" | "user" | "assistant", "content": a text}'
         found.append(f"messages is {quoted(said)}; it must be a list of {turn}")
         return ()
     if said[-1]["role"] != "user":
-        found.append(f"messages end with one of the {said[-1]['role']}; the last one must be the user's")
+        found.append(f"the last of messages has the role {said[-1]['role']}; it must be the user's")
     return tuple({"role": turn["role"], "content": turn["content"]} for turn in said)
-
-
-def _is_turn(turn: Any) -> bool:
-    return (
-        isinstance(turn, dict)
-        and turn.get("role") in ("system", "user", "assistant")
-        and isinstance(turn.get("content"), str)
-    )
 
 
 def one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
@@ -411,7 +407,7 @@ def one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[s
 def options_field(
     row: dict[str, Any], problem_type: str, answer: str | None, min_options: int, found: list[str]
 ) -> tuple[tuple[str, ...], str | None]:
-    """The options, and the letter of the solution where the problem is multiple choice."""
+    """Return the options, and the letter of the solution if the problem is multiple choice."""
     options = row.get("options")
     if options is None:
         options = []
@@ -478,24 +474,27 @@ def quoted(value: Any) -> str:
 
 
 def pass_rates(sample: Sample) -> dict[str, float]:
-    """A sample's pass rates by name, {} where it has none. Raises ManifestError when they are none."""
+    """Return a sample's pass rates by name, as `data audit` writes them: {"blind": 0.25, "ordered": 0.875}.
+
+    Raises ManifestError for other values.
+    """
     found = sample.extra.get(PASS_RATES, {})
     if not isinstance(found, Mapping):
-        raise ManifestError(f"question {sample.problem_id!r}: {PASS_RATES} is no mapping of names to numbers")
+        raise ManifestError(f"question {sample.problem_id!r}: {PASS_RATES} must map names to numbers")
     rates = {str(name): value for name, value in found.items() if value is not None}
     for name, value in rates.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ManifestError(
-                f"question {sample.problem_id!r}: the pass rate {name!r} is {value!r}, no number from 0 to 1"
+                f"question {sample.problem_id!r}: the pass rate {name!r} is {value!r}; it must be from 0 to 1"
             )
     return rates
 
 
 def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False) -> list[Sample]:
-    """The samples that the expression keeps (settings/filters.py), in their order.
+    """Return the samples that the expression keeps (settings/filters.py), in order. Rank 0 prints how many.
 
-    The first process says how many they are, unless `quiet`. Raises ConfigError for an expression that is not
-    understood, for a rate that no sample has, and where no sample is kept; ManifestError for damaged rates.
+    Raises ConfigError for an invalid expression, for a rate that no sample has, and if no sample is kept;
+    ManifestError for invalid rates.
     """
     keep = parse_keep(expression)
     rates = [pass_rates(sample) for sample in samples]
@@ -522,8 +521,8 @@ def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False
 
 
 def placed_rows(source: Any, split: str, media_root: str | None = None) -> Iterator[tuple[int, Any]]:
-    """As `read_rows`, each row that has a file of its own with the place of it as `path`: an `OwnPlace`, or
-    with a media root the text that a manifest with that root says.
+    """Read rows as `read_rows` does, and set the `path` of a row that contains its file: an `OwnPlace`, or
+    with a media root the text that a manifest with that root would have.
     """
     for number, row in read_rows(source, split):
         try:
@@ -540,11 +539,10 @@ def placed_rows(source: Any, split: str, media_root: str | None = None) -> Itera
 
 
 def read_rows(source: Any, split: str) -> Iterator[tuple[int, Any]]:
-    """Numbered rows of a manifest: (row number from 1, whatever stands there or `Unreadable`).
+    """Yield (row number from 1, the row or `Unreadable`). In JSON lines the row number is the line number.
 
-    In JSON lines the row number is the line number. Where a row has a file itself stands `InTable`; `placed`
-    (tables.py) makes its path of it. source, split: as for `records.load_manifest`.
-    Raises ManifestError when the source cannot be opened at all.
+    A column that holds files has `InTable` in each row. source, split: as for `load_manifest`. Raises
+    ManifestError if the source cannot be opened.
     """
     if isinstance(source, Sequence) and not isinstance(source, str):
         yield from enumerate(source, start=1)
@@ -571,7 +569,7 @@ def _rows_at(address: str, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Of a file, a pattern of tables, a folder, or an id of the hub."""
+    """Yield the rows of a file, a glob pattern of tables, a folder or a dataset id."""
     path = Path(source)
     if path.suffix == ENDING and not path.is_dir() and (path.is_file() or is_pattern(source)):
         yield from enumerate(table_rows(tables_of(source)), start=1)
@@ -583,7 +581,7 @@ def _local_rows(source: str, split: str) -> Iterator[tuple[int, Any]]:
         lab = f"; video-r1 lab make {path.parent} makes it" if path.parent.name == "lab" else ""
         raise ManifestError(f"{path}: no such manifest file{lab}")
     elif "/" in source and not is_hub_id(source):
-        raise ManifestError(f"{path}: no such manifest, and not the id of a data set on the hub")
+        raise ManifestError(f"{path}: no such manifest, and not a dataset id of the hub")
     else:
         yield from named_rows(source, split)
 
@@ -620,7 +618,7 @@ def _line_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
 
 
 def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
-    """Rows of one JSON list, parsed as the text comes in: a long list is never in memory as a whole."""
+    """Yield the rows of a JSON list, parsed piece by piece: a long list is never in memory as a whole."""
     decoder = json.JSONDecoder()
     text = stream.read(_READ_CHARACTERS)
     place = text.index("[") + 1
@@ -643,7 +641,7 @@ def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
             else:
                 try:
                     row, end = decoder.raw_decode(text, place)
-                    if end < len(text) or complete:  # a number at the very end may go on in the next piece
+                    if end < len(text) or complete:  # a number at the end of a piece may continue
                         number, after_row, place = number + 1, True, end
                         size = _READ_CHARACTERS
                         yield number, row
@@ -659,7 +657,7 @@ def _list_rows(stream: TextIO) -> Iterator[tuple[int, Any]]:
             )
             return
         more = stream.read(size)
-        size *= 2  # a long row is parsed again with each piece: pieces that grow keep the sum of work linear
+        size *= 2  # a long row is parsed again with each piece: growing pieces keep the work linear
         complete = not more
         lines += text.count("\n", 0, place)
         text, place = text[place:] + more, 0

@@ -3,8 +3,8 @@
     data/train-*.parquet ─► footers: how many rows ─► the light columns, by ranges ─► rows
                                                       columns that hold files ─► InTable: column, row, table
 
-A table is a file of this machine or behind an address. Its footer is read, and the columns that hold no
-files; each file is read later at its cell (table_cells.py, remote.py), one group of rows for one clip.
+A table is a local file or a URL. Its footer and the columns without files are read at once; each file is
+read later from its cell (sources/archives.py, sources/remote.py), one row group for one clip.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _BYTES = ("binary", "large_binary", "binary_view")
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands where a row should be; `reason` says why there is none."""
+    """Placeholder for a row that cannot be read, with the reason."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class InTable:
-    """Stands where a row has a file itself (an Image or Video of `datasets`, or bytes), not its name.
+    """Placeholder for a file inside a row (an Image or Video of `datasets`, or bytes).
 
-    places: the paths that it has, of its cell in a Parquet table: one, or those of all in its list. None in
-    memory, and of lists of bytes alone, whose lengths only reading them would tell. `OwnPlace`, but for a
-    link that leads out of a folder of files.
+    places: paths of the file's cell in a Parquet table, or of each file in a list; `OwnPlace`, except for a
+    link that leads out of a folder of files. None for tables in memory, and for lists of bytes without
+    names, whose lengths are unknown until they are read.
     """
 
     column: str
@@ -66,24 +66,21 @@ class InTable:
 
 
 class OwnPlace(str):
-    """The path of a file that came with the row, not out of the row's own text: it may be read wherever the
-    manifest itself could be.
-    """
+    """The path of a file inside a table: it may be read wherever the table may, unlike a path in a row."""
 
     __slots__ = ()
 
 
 class _Light(NamedTuple):
-    """The columns of a table that hold no files, the kind of each other one and whether a cell is one file,
-    and of lists of files the lengths."""
+    """A table without its files."""
 
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[Any]]  # columns without files
     rows: int
-    held: dict[str, tuple[str, bool]]
-    lengths: dict[str, list[int]]
+    held: dict[str, tuple[str, bool]]  # `held_files`
+    lengths: dict[str, list[int]]  # files per cell, for columns of lists
 
     def places(self, name: str, row: int, table: str) -> tuple[str, ...] | None:
-        """Those of `InTable`."""
+        """Return `InTable.places` of a cell."""
         if self.held[name][1]:
             return (OwnPlace(cell_path(name, row, table)),)
         if name not in self.lengths:
@@ -92,12 +89,12 @@ class _Light(NamedTuple):
 
 
 def name_of(source: str) -> str:
-    """The name of a source's file, of the first one where addresses are joined by `::`."""
+    """Return the file name of a path or URL; of a chain joined by `::`, that of the first part."""
     return posixpath.basename(source.partition("::")[0].partition("?")[0])
 
 
 def tables_of(source: str) -> list[str]:
-    """The tables that a path, an address or a pattern with `*` names, sorted. Raises ManifestError."""
+    """Return the tables of a path, a URL or a glob pattern, sorted. Raises ManifestError."""
     if not is_pattern(source):
         return [source]
     if not is_address(source):
@@ -115,11 +112,10 @@ def tables_of(source: str) -> list[str]:
 
 
 def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of tables, one after another; a column that holds files has `InTable` in each.
+    """Yield the rows of tables; columns that hold files contain `InTable`.
 
-    features: what `datasets` says of the columns, where the tables themselves do not.
-
-    Raises ManifestError when one of them cannot be read.
+    features: column types by `datasets`, where the tables do not have them. Raises ManifestError if a table
+    cannot be read.
     """
     tables = [table if is_address(table) else os.path.realpath(table) for table in tables]
     quiet = process_index() != 0 or not any(map(is_address, tables))
@@ -144,7 +140,7 @@ def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None)
 
 
 def _ahead(pool: ThreadPoolExecutor, act: Callable[[Any], _Light], jobs: Iterable[Any]) -> Iterator[_Light]:
-    """What `act` makes of each job, in order, with a few of them under way."""
+    """Yield act(job) in order, a few jobs ahead."""
     jobs = iter(jobs)
     waiting = deque(pool.submit(act, job) for job in islice(jobs, _TABLES_AT_A_TIME))
     while waiting:
@@ -153,8 +149,8 @@ def _ahead(pool: ThreadPoolExecutor, act: Callable[[Any], _Light], jobs: Iterabl
 
 
 def held_files(features: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
-    """Which columns hold files: their kind ("image", "video" or "audio"; by their name where only bytes are
-    known), and whether a cell is one file and no list of them.
+    """Return the columns that hold files: their kind ("image", "video" or "audio"; guessed from the column's
+    name for plain bytes), and whether a cell is a single file rather than a list.
     """
     found = {}
     for name, feature in features.items():
@@ -172,8 +168,8 @@ def held_files(features: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
 
 
 def placed(row: dict[str, Any]) -> dict[str, Any]:
-    """A row without the files in it; one that names no `path` gets the place of its own: of its only one, or
-    of the one in a column that is called as its data_type. Raises ValueError in words where none is meant.
+    """Return the row without its files. A row without `path` gets the place of its only file, or of the file
+    in the column named like its data_type. Raises ValueError if that is ambiguous.
     """
     held = {name: value for name, value in row.items() if isinstance(value, InTable)}
     if not held:
@@ -185,39 +181,34 @@ def placed(row: dict[str, Any]) -> dict[str, Any]:
     meant = media if len(media) == 1 else {n: v for n, v in media.items() if n == row.get("data_type")}
     if len(meant) != 1:
         raise ValueError(
-            f"path is missing, and {len(media)} columns hold files ({', '.join(media)}): give path, or call "
-            "the one that is meant image or video, as the row's data_type"
+            f"path is missing, and {len(media)} columns hold files ({', '.join(media)}): give path, or "
+            "rename the right column to image or video, like the row's data_type"
         )
     ((name, one),) = meant.items()
     if one.places is None:
         raise ValueError(
             f"path is missing, and the files in the column {name} cannot be read one by one: a cell holds "
-            "several that have no names, or the table is in memory (then give the data set's name, its "
-            "folder or its Parquet files instead; Dataset.to_parquet writes one)"
+            "several without names, or the table is in memory (then give the dataset's name, its folder or "
+            "its Parquet files instead; Dataset.to_parquet writes one)"
         )
     return {**row, "path": one.places[0] if len(one.places) == 1 else [*one.places]}
 
 
 def _read(table: str, act: Callable[[BinaryIO], Found]) -> Found:
-    """What `act` returns of the open table. Raises ManifestError."""
+    """Return act(open table). Raises ManifestError."""
     import pyarrow as pa
 
     def inside(system: Any, path: str) -> Any:
         try:
-            with system.open(path, "rb", cache_type="none") as file:  # not what lies beside it
+            with system.open(path, "rb", cache_type="none") as file:  # no read-ahead into other columns
                 return act(file)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise MediaError(table, f"the table is no Parquet file, or damaged ({error})") from error
+            raise MediaError(table, f"not a Parquet file, or damaged ({error})") from error
 
     try:
         return at_address(table if is_address(table) else f"file://{table}", inside)
     except MediaError as error:
         raise ManifestError(f"{table}: {error.reason}") from error
-
-
-def _light_of(said: Mapping[str, Any], job: tuple[str, Any]) -> _Light:
-    table, footer = job
-    return _read(table, lambda file: _light(file, footer, said))
 
 
 def _footer(file: BinaryIO) -> Any:
@@ -226,14 +217,19 @@ def _footer(file: BinaryIO) -> Any:
     return pq.read_metadata(file)
 
 
-def _light(file: BinaryIO, footer: Any, said: Mapping[str, Any]) -> _Light:
+def _light_of(features: Mapping[str, Any], job: tuple[str, Any]) -> _Light:
+    table, footer = job
+    return _read(table, lambda file: _light(file, footer, features))
+
+
+def _light(file: BinaryIO, footer: Any, features: Mapping[str, Any]) -> _Light:
     import datasets
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)  # reads near columns as one range
     own: datasets.Features = datasets.Features.from_arrow_schema(table.schema_arrow)
     names = table.schema_arrow.names
-    held = held_files({name: said.get(name, own[name]) for name in names})
+    held = held_files({name: features.get(name, own[name]) for name in names})
     light = [name for name in names if name not in held]
     columns = table.read(light, use_threads=False).to_pydict() if light else {}
     columns = datasets.Features({name: own[name] for name in light}).decode_batch(columns)
@@ -241,7 +237,7 @@ def _light(file: BinaryIO, footer: Any, said: Mapping[str, Any]) -> _Light:
 
 
 def _lengths(table: Any, held: Mapping[str, tuple[str, bool]]) -> dict[str, list[int]]:
-    """Of each column of lists of files how many a cell has, by the names that stand beside their bytes."""
+    """Count the files per cell in columns of lists, by the names stored beside the bytes."""
     names = [table.schema.column(number).path for number in range(len(table.schema))]
     found = {}
     for column in (column for column, (_, alone) in held.items() if not alone):
@@ -253,12 +249,12 @@ def _lengths(table: Any, held: Mapping[str, tuple[str, bool]]) -> dict[str, list
 
 
 def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
-    """Of a folder that `datasets` reads, or a data set of the hub. Files stay where they are: tables are read
-    without the columns that hold some, and of a folder of files (imagefolder, videofolder) only metadata.
+    """Yield the rows of a folder that `datasets` reads, or of a hub dataset, without downloading its files:
+    tables without the columns that hold files, only the metadata of an imagefolder or videofolder.
     """
     if not Path(name).exists():
         ask_the_hub()
-    import datasets  # takes two seconds, and a JSON manifest does without it
+    import datasets  # takes two seconds; JSON manifests do not need it
 
     try:
         builder = datasets.load_dataset_builder(name)  # from the card and the names of the files
@@ -279,15 +275,14 @@ def named_rows(name: str, split: str) -> Iterator[tuple[int, Any]]:
             yield from dataset_rows(datasets.load_dataset(name), split)
     except VideoR1Error:
         raise
-    except Exception as error:  # the hub's client lets errors of several libraries through; all mean this
+    except Exception as error:  # the hub's client raises errors of several libraries
         raise ManifestError(
-            f"{name}: neither a manifest file nor a data set that can be loaded "
-            f"({type(error).__name__}: {error})"
+            f"{name}: neither a manifest file nor a loadable dataset ({type(error).__name__}: {error})"
         ) from error
 
 
 def _folder_rows(dataset: Any, folder: str) -> Iterator[tuple[int, Any]]:
-    """The metadata of a streamed folder of files, each row with the place of its file."""
+    """Yield the metadata rows of a streamed folder of files, each with the place of its file."""
     inside = os.path.join(os.path.realpath(folder), "")
 
     def place(path: str) -> str:
@@ -308,30 +303,30 @@ def _folder_rows(dataset: Any, folder: str) -> Iterator[tuple[int, Any]]:
 
 def _no_split(split: str, found: Iterable[object]) -> str:
     return (
-        f"the data set has no split {split!r}, only {', '.join(map(str, found))}; of Parquet files, a "
-        "pattern names those of one, such as hf://datasets/OWNER/NAME/data/test-*.parquet"
+        f"the dataset has no split {split!r}, only {', '.join(map(str, found))}; for Parquet files, use a "
+        "pattern such as hf://datasets/OWNER/NAME/data/test-*.parquet"
     )
 
 
 def dataset_rows(dataset: Any, split: str) -> Iterator[tuple[int, Any]]:
-    """Of a Dataset or IterableDataset, or of one of several by split."""
+    """Yield the rows of a Dataset or IterableDataset, or of one split of a DatasetDict."""
     import datasets
 
-    if isinstance(dataset, dict):  # one data set per split
+    if isinstance(dataset, dict):  # a DatasetDict
         if split not in dataset:
             raise ManifestError(_no_split(split, dataset))
         dataset = dataset[split]
     if not isinstance(dataset, (datasets.Dataset, datasets.IterableDataset)):
         raise ManifestError(
-            "a manifest is a file, a data set id, a Dataset or IterableDataset, or a list of rows, not "
+            "a manifest is a file, a dataset id, a Dataset or IterableDataset, or a list of rows, not "
             f"{type(dataset).__name__}"
         )
     held = held_files(dataset.features or {})
     if held and isinstance(dataset, datasets.IterableDataset):
         raise ManifestError(
-            f"a streamed data set brings the files in its columns {', '.join(held)} with each row; give the "
-            "data set's name, its folder or its Parquet files instead: rows are then read without them, and "
-            "each file when it is needed (or leave the columns out: remove_columns)"
+            f"a streamed dataset sends the files in its columns {', '.join(held)} with each row; give the "
+            "dataset's name, its folder or its Parquet files instead, whose files are read when they are "
+            "needed (or drop the columns: remove_columns)"
         )
     stand_ins = {name: InTable(name, kind, None) for name, (kind, _) in held.items()}
     batches = dataset.remove_columns(list(held)).with_format(None).iter(_ROWS_PER_BATCH)

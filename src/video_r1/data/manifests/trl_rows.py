@@ -1,11 +1,10 @@
-"""Tables as TRL's trainers take them: `prompt` and `image`, pictures inside the table, rewards by functions.
+"""Tables in TRL's format: `prompt` and `image`, pictures inside the table, rewards by functions.
 
     prompt                                image, images    any other column
-    a text, or messages (conversational)  pictures         given to reward functions as it stands there
+    a text, or messages (conversational)  pictures         passed to reward functions as it is
 
-A row becomes a Sample with its own messages. Its pictures are written into a folder, since media are read
-from files. `solution`, `answer` or `ground_truth`, where the table has one, is compared with by built-in
-rewards.
+A row becomes a Sample with its own messages. Its pictures are written to a folder, since media are read from
+files. Built-in rewards compare with `solution`, `answer` or `ground_truth`, if the table has one.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ NO_ANSWER = "<answer></answer>"
 
 
 def is_trl_table(questions: Any) -> bool:
-    """Whether a data set or a list of rows has prompts in place of problems."""
+    """Tell whether a dataset or a list of rows has prompts instead of problems."""
     names = getattr(questions, "column_names", None)
     if names is None:
         rows = questions if isinstance(questions, (list, tuple)) else ()
@@ -37,7 +36,7 @@ def is_trl_table(questions: Any) -> bool:
 
 
 def trl_samples(questions: Iterable[Mapping[str, Any]], folder: Path) -> list[Sample]:
-    """The samples of a table, their pictures in `folder`. Raises ManifestError with every problem."""
+    """Return the samples of a table; write its pictures to `folder`. Raises ManifestError."""
     samples, problems = [], []
     for number, row in enumerate(_undecoded(questions), start=1):
         try:
@@ -51,7 +50,7 @@ def trl_samples(questions: Iterable[Mapping[str, Any]], folder: Path) -> list[Sa
 
 
 def _undecoded(questions: Any) -> Iterable[Mapping[str, Any]]:
-    """A data set whose pictures are files' bytes; rows of a list as they are."""
+    """Return a dataset whose pictures are the files' bytes; a list of rows as it is."""
     for name, feature in (getattr(questions, "features", None) or {}).items():
         if type(feature).__name__ == "Image":
             questions = questions.cast_column(name, type(feature)(decode=False))
@@ -59,7 +58,7 @@ def _undecoded(questions: Any) -> Iterable[Mapping[str, Any]]:
 
 
 def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
-    """Raises ValueError with what is wrong with the row."""
+    """Return a row's sample. Raises ValueError with what is wrong with the row."""
     pictures = [_file_of(picture, folder) for picture in _pictures(row)]
     turns = _turns(row[PROMPT], len(pictures))
     answer = next((row[name] for name in ANSWERS if isinstance(row.get(name), str) and row[name]), None)
@@ -78,11 +77,11 @@ def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
 
 
 def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
-    """Messages with their texts alone: where a picture stands is the trainer's choice, as in TRL. Several
-    stand where the user's content has a part for each."""
+    """Return the messages with their texts only: the trainer decides where a picture goes, as in TRL. Several
+    pictures keep their positions if the user's content has a part for each."""
     said = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(said, Sequence) or not all(isinstance(turn, Mapping) for turn in said):
-        raise ValueError(f"its prompt is a {type(prompt).__name__}, no text and no list of messages")
+        raise ValueError(f"its prompt is a {type(prompt).__name__}; it must be a text or a list of messages")
     contents = [turn.get("content") for turn in said]
     parts = [[{"text": one}] if isinstance(one, str) else one or [] for one in contents]
     roles = [
@@ -97,7 +96,7 @@ def _turns(prompt: Any, pictures: int) -> tuple[Mapping[str, str], ...]:
         texts = [part.get("text") or mark * (part.get("type") == "image") for part in content]
         turns.append({"role": str(turn.get("role")), "content": "\n".join(filter(None, texts))})
     if not turns or turns[-1]["role"] != "user":
-        raise ValueError("its prompt does not end with a message of the user")
+        raise ValueError("its prompt does not end with a user message")
     return tuple(turns)
 
 
@@ -105,12 +104,12 @@ def _pictures(row: Mapping[str, Any]) -> list[Any]:
     found = [row[name] for name in PICTURES if row.get(name) is not None]
     pictures = [one for value in found for one in (value if isinstance(value, (list, tuple)) else [value])]
     if not pictures:
-        raise ValueError(f"it has no picture in {' and '.join(PICTURES)}; one or more are needed")
+        raise ValueError(f"it has no picture in {' or '.join(PICTURES)}")
     return pictures
 
 
 def _file_of(picture: Any, folder: Path) -> Path:
-    """The file of a picture, written where it is not there yet."""
+    """Return the file of a picture; write it if it does not exist yet."""
     if isinstance(picture, (str, Path)):
         return Path(picture).resolve()
     if isinstance(picture, Image.Image):
@@ -122,7 +121,7 @@ def _file_of(picture: Any, folder: Path) -> Path:
     elif isinstance(picture, Mapping) and picture.get("path"):
         return Path(picture["path"]).resolve()
     else:
-        raise ValueError(f"its picture is a {type(picture).__name__}, none of a file, a PIL image or bytes")
+        raise ValueError(f"its picture is a {type(picture).__name__}; use a file, a PIL image or bytes")
     path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
