@@ -341,7 +341,7 @@ def test_parquet_and_a_data_set_folder(tmp_path, monkeypatch):
 
 def test_a_source_that_is_nothing_known(monkeypatch):
     monkeypatch.setattr(datasets_config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ManifestError, match="neither a manifest file nor a data set"):
+    with pytest.raises(ManifestError, match="neither a manifest file nor a loadable dataset"):
         load_manifest("nobody-knows/this-set")
     with pytest.raises(ManifestError, match="not int"):
         load_manifest(3)  # type: ignore[arg-type]

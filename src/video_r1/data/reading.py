@@ -168,7 +168,7 @@ def build_question(
     contrast: Contrast | None,
     unit: ContrastUnit = "frame",
 ) -> Question:
-    """Build a sample's prompt, and its prompt with the contrast clip (None for images). Raises PromptError."""
+    """Build a sample's prompts: ordered, and with the contrast clip (images: None). Raises PromptError."""
     seed = int(torch.randint(2**62, (), generator=generator))
     shuffled = None
     if contrast is not None:
