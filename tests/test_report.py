@@ -28,9 +28,8 @@ from video_r1.errors import RequestError
 from video_r1.evaluation.question_loop import append_records
 from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
-from video_r1.report.groups import choose_evenly, read_groups
 from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
-from video_r1.report.run_data import Series, read_run, read_series, thin
+from video_r1.report.run_data import Series, choose_evenly, read_groups, read_run, read_series, thin
 from video_r1.report.scores import read_scores
 from video_r1.training.recording import save_strip
 
@@ -52,7 +51,7 @@ def test_series_of_a_resumed_and_killed_run(tmp_path: Path) -> None:
     assert series == {
         "loss": Series([1, 3], [3.0, 2.0], not_finite=1),
         "reward/accuracy": Series([1], [0.25]),
-        "kl": Series(not_finite=1),
+        "kl": Series([], [], not_finite=1),
     }
     assert notes == ["metrics.jsonl: 3 unreadable lines skipped"]
 

@@ -14,8 +14,7 @@ from report_runs import group_of, plain_frames
 from tiny_models import tiny_processor
 
 from video_r1.files import append_line
-from video_r1.report.groups import read_groups
-from video_r1.report.run_data import read_run
+from video_r1.report.run_data import read_groups, read_run
 from video_r1.training.recording import record_group, save_strip, word_drops
 
 

@@ -27,7 +27,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import PromptError
 from video_r1.models.families import find_family
 from video_r1.models.group_forward import encode_vision, group_logprobs
-from video_r1.report.groups import group_of
+from video_r1.report.run_data import group_of
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import in_process_engine

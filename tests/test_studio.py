@@ -1,4 +1,4 @@
-"""The studio's server: live curves, recorded groups, marks, and who may ask for what."""
+"""The studio's server: live curves, recorded groups, and who may ask for what."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from starlette.testclient import TestClient
 
 from video_r1.cli import main
 from video_r1.studio import tail as tail_module
-from video_r1.studio.access import POLICY, token_of
 from video_r1.studio.curves import Curves
+from video_r1.studio.requests import POLICY, token_of
 
 OWN = {"X-Video-R1": "1"}
 
@@ -101,8 +101,8 @@ def test_lines_that_are_no_lines_are_left_out(runs: Path, monkeypatch: pytest.Mo
     assert read["steps"] == [1, 2, 3, 4, 5] and read["series"]["loss"] == [1, 2, 3, None, None]
     assert read["bad"] == {"loss": 2}
     assert read["notes"] == [
-        "metrics.jsonl: 2 unreadable lines left out",
-        "metrics.jsonl: 1 far too long line left out",
+        "metrics.jsonl: 2 unreadable lines skipped",
+        "metrics.jsonl: 1 far too long line skipped",
     ]
 
 
@@ -168,7 +168,7 @@ def test_a_long_run_is_sketched_until_it_is_read(runs: Path, monkeypatch: pytest
         assert read["width"] == 2 and len(read["steps"]) == 1500
 
 
-# Groups and marks ---------------------------------------------------------------------------------
+# Groups ---------------------------------------------------------------------------------
 
 
 def test_groups_are_read_one_by_one(client: TestClient, runs: Path) -> None:
@@ -205,48 +205,6 @@ def test_the_advantage_without_the_temporal_term(client: TestClient, runs: Path)
     assert [completion.get("without") for completion in group["ordered"][:2]] == [0.25, None]
 
 
-def test_a_mark_lands_beside_the_run(client: TestClient, runs: Path) -> None:
-    listed = get(client, "/api/entries", run="rl")
-    asked = {
-        "run": "rl",
-        "life": listed["life"],
-        "at": 2,
-        "order": "shuffled",
-        "completion": 1,
-        "marked": True,
-    }
-    answer = client.post("/api/marks", json=asked | {"note": "reads the mark"}, headers=OWN)
-    line = json.loads((runs / "rl" / "marks.jsonl").read_text())
-    group = json.loads((runs / "rl" / "rollouts.jsonl").read_text().splitlines()[2])
-    assert line["note"] == "reads the mark" and line["text"] == group["shuffled"][1]["text"]
-    assert (line["step"], line["problem_id"]) == (group["step"], group["problem_id"])
-    name = f"{group['step']}/{group['problem_id']}/shuffled/1"
-    assert answer.json() == {"marks": [name]} and get(client, "/api/entries", run="rl")["marks"] == [name]
-    assert client.post("/api/marks", json=asked | {"marked": False}, headers=OWN).json() == {"marks": []}
-    for wrong in (
-        {"completion": 4},
-        {"completion": -1},
-        {"order": "text"},
-        {"order": []},
-        {"at": 99},
-        {"run": []},
-    ):
-        assert client.post("/api/marks", json=asked | wrong, headers=OWN).status_code in (400, 404)
-    assert client.post("/api/marks", content=b"[" * 90_000, headers=OWN).status_code == 400
-    assert client.post("/api/marks", content=b"x" * 200_000, headers=OWN).status_code == 413
-    assert len((runs / "rl" / "marks.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_mark_is_not_written_through_a_link(client: TestClient, runs: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").write_text("mine")
-    (runs / "rl" / "marks.jsonl").symlink_to(tmp_path / "other")
-    life = get(client, "/api/entries", run="rl")["life"]
-    asked = {"run": "rl", "life": life, "at": 2, "order": "ordered", "completion": 1, "marked": True}
-    refused = client.post("/api/marks", json=asked, headers=OWN)
-    assert refused.status_code == 400 and "is a link" in refused.json()["error"]
-    assert (tmp_path / "other").read_text() == "mine"
-
-
 # Who may ask --------------------------------------------------------------------------------------
 
 
@@ -270,15 +228,14 @@ def test_names_of_this_machine_are_served(client: TestClient, host: str) -> None
     assert client.get("/api/runs", headers={"Host": host}).status_code == 200
 
 
-def test_only_the_own_page_writes(client: TestClient, runs: Path) -> None:
-    life = get(client, "/api/entries", run="rl")["life"]
-    asked = {"run": "rl", "life": life, "at": 2, "order": "ordered", "completion": 1, "marked": True}
+def test_only_the_own_page_writes(client: TestClient) -> None:
+    own = {**OWN, "Origin": "http://127.0.0.1:7860"}
     for headers in ({}, {**OWN, "Origin": "http://evil.example"}, {**OWN, "Origin": "null"}):
-        assert client.post("/api/marks", json=asked, headers=headers).status_code == 403
-    assert client.get("/api/marks", params=asked).status_code == 405
-    assert not (runs / "rl" / "marks.jsonl").exists()
-    good = client.post("/api/marks", json=asked, headers={**OWN, "Origin": "http://127.0.0.1:7860"})
-    assert good.status_code == 200
+        assert client.post("/api/add", json={}, headers=headers).status_code == 403
+    assert client.get("/api/add").status_code == 405
+    assert client.post("/api/add", json={}, headers=own).status_code == 404  # no such clip
+    assert client.post("/api/add", content=b"[" * 90_000, headers=own).status_code == 400
+    assert client.post("/api/add", content=b"x" * 200_000, headers=own).status_code == 413
 
 
 def test_another_page_may_link_here_and_no_more(client: TestClient) -> None:
@@ -307,13 +264,13 @@ def test_no_get_changes_anything(client: TestClient, runs: Path) -> None:
     before = files_of(runs)
     routes: Any = client.app
     addresses = [route.path for route in routes.routes]
-    assert len(addresses) > 18
+    assert len(addresses) > 17
     for address in addresses:
         for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE"):
             client.request(method, address.replace("{name}", "charts.js"), params=asked)
     assert files_of(runs) == before
     writing = {route.path for route in routes.routes if "POST" in (route.methods or ())}
-    assert writing == {"/api/marks", "/api/ask", "/api/upload", "/api/add"}
+    assert writing == {"/api/ask", "/api/upload", "/api/add"}
     for address in writing:
         assert client.get(address, params=asked).status_code == 405
         assert client.post(address, json=asked).status_code == 403  # without the page's own header
@@ -405,7 +362,7 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
     deep = (
         '{"step": 7, "problem_id": %s, "problem": %s, "reason": %s, "path": %s, "text": %s, "ordered": %s}\n'
     )
-    for name in ("rollouts", "left_out", "quarantine", "skipped_updates", "marks"):
+    for name in ("rollouts", "left_out", "quarantine", "skipped_updates"):
         with (run / f"{name}.jsonl").open("a") as file:
             file.write(deep % ((nested,) * 6) + deep % (("[" * 90_000,) * 6))
     with (run / "metrics.jsonl").open("a") as file:
@@ -413,7 +370,7 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
             '{"step": 50, "loss": ' + "9" * 5000 + '}\n{"step": 1e999}\n{"step": -1e308, "time": 1e308}\n'
         )
     (run / "config.yaml").write_text("a: " + "[" * 3000 + "]" * 3000)
-    for path in ("/api/run", "/api/curves", "/api/entries", "/api/left", "/api/compare", "/api/runs"):
+    for path in ("/api/run", "/api/curves", "/api/entries", "/api/skipped", "/api/compare", "/api/runs"):
         assert get(client, path, run="rl")
     listed = get(client, "/api/entries", run="rl")
     for at in range(12, len(listed["entries"])):
@@ -424,7 +381,7 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
 
 def test_a_hostile_run_is_answered_as_json(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / HOSTILE[1])
-    os.mkfifo(tmp_path / HOSTILE[1] / "marks.jsonl")
+    os.mkfifo(tmp_path / HOSTILE[1] / "skipped_updates.jsonl")
     append(tmp_path / HOSTILE[1] / "metrics.jsonl", {"step": 1e300, "time": "x"}, {"step": -4, "loss": 1})
     with studio_client(tmp_path) as client:
         (row,) = (row for row in get(client, "/api/runs")["runs"] if row["kind"] == "rl")
@@ -452,7 +409,7 @@ def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: P
 
 
 def test_what_was_left_out_is_listed_with_its_reasons(client: TestClient, runs: Path) -> None:
-    first = get(client, "/api/left", run="rl")
+    first = get(client, "/api/skipped", run="rl")
     assert first["counts"] == {"replaced": 10, "tried": 10, "no variance": 10, "media": 2}
     assert first["total"] == 32 and first["more"] is False
     groups = [row for row in first["rows"] if row["reason"] != "media"]
@@ -460,30 +417,30 @@ def test_what_was_left_out_is_listed_with_its_reasons(client: TestClient, runs: 
     replaced, tried, kept = groups[:3]
     assert (replaced["reason"], replaced["by"], replaced["id"]) == ("replaced", "3030", "1300")
     assert (tried["round"], kept["by"], kept["accuracy"], kept["reward"]) == (1, None, 0.0, 1.0)
-    media = get(client, "/api/left", run="rl", reason="media")
+    media = get(client, "/api/skipped", run="rl", reason="media")
     assert [row["why"] for row in media["rows"]] == [
         "there is no video stream", "the file ends in the middle of a frame",
     ]  # fmt: skip
-    only = get(client, "/api/left", run="rl", reason="tried", at=8)
+    only = get(client, "/api/skipped", run="rl", reason="tried", at=8)
     assert only["total"] == 10 and [row["step"] for row in only["rows"]] == [6, 3]
-    assert get(client, "/api/left", run="rl", at=-5)["rows"] == first["rows"]
-    assert get(client, "/api/left", run="rl", at=10**6)["rows"] == []
-    assert client.get("/api/left", params={"run": "rl", "at": "x"}).status_code == 400
+    assert get(client, "/api/skipped", run="rl", at=-5)["rows"] == first["rows"]
+    assert get(client, "/api/skipped", run="rl", at=10**6)["rows"] == []
+    assert client.get("/api/skipped", params={"run": "rl", "at": "x"}).status_code == 400
     # It grows with the file, and begins anew with one that a continued run has cut.
     path = runs / "rl" / "left_out.jsonl"
     append(path, {"step": 31, "problem_id": 5, "reason": "no variance"})
-    assert get(client, "/api/left", run="rl", reason="no variance")["rows"][0]["id"] == "5"
+    assert get(client, "/api/skipped", run="rl", reason="no variance")["rows"][0]["id"] == "5"
     write_lines(path.with_name("draft"), left_out_lines(6))
     path.with_name("draft").replace(path)
-    assert get(client, "/api/left", run="rl")["counts"]["replaced"] == 2
+    assert get(client, "/api/skipped", run="rl")["counts"]["replaced"] == 2
 
 
 def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("video_r1.studio.left_out.MOST", 20)
+    monkeypatch.setattr("video_r1.studio.groups.MOST", 20)
     lines = [{"step": step, "problem_id": step, "reason": "no variance"} for step in range(1, 56)]
     write_lines(runs / "rl" / "left_out.jsonl", lines)
     with studio_client(runs) as client:
-        answer = get(client, "/api/left", run="rl", reason="no variance")
+        answer = get(client, "/api/skipped", run="rl", reason="no variance")
     assert [row["step"] for row in answer["rows"]] == list(range(55, 40, -1))
     assert answer["notes"] == ["the 40 oldest are not listed: left_out.jsonl has them"]
 
@@ -491,7 +448,7 @@ def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytes
 def test_hostile_lines_are_left_out_as_others(tmp_path: Path) -> None:
     write_hostile_run(tmp_path / "run")
     with studio_client(tmp_path) as client:
-        answer = get(client, "/api/left", run="run")
+        answer = get(client, "/api/skipped", run="run")
         assert answer["counts"] == {"replaced": 0, "tried": 0, "no variance": 3, "media": 1}
         row = next(row for row in answer["rows"] if row["problem"])
         assert row["accuracy"] is row["reward"] is None and row["round"] == 0 and len(row["id"]) <= 100
@@ -507,7 +464,7 @@ with TestClient(app, base_url="http://127.0.0.1:7860", headers=headers) as clien
     for address in (
         "", "api/runs", "api/run?run=rl", "api/curves?run=rl", "api/compare?run=rl&run=rl",
         "api/entries?run=rl", "api/group?run=rl&life=1&at=0", "api/frames?run=rl&life=1&at=0",
-        "api/left?run=rl", "api/choices", "api/manifests", "api/rows?manifest=m.json&counts=1",
+        "api/skipped?run=rl", "api/choices", "api/manifests", "api/rows?manifest=m.json&counts=1",
         "api/clip?manifest=m.json&row=0", "api/evaluations", "api/versus?left=a&right=b",
         "api/questions?left=a&right=b",
     ):

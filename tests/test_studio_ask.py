@@ -22,7 +22,8 @@ from studio_server import studio_client
 
 from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.model import base_folder
-from video_r1.studio import asking, model_process, uploads
+from video_r1.studio import ask as ask_module
+from video_r1.studio import clips
 from video_r1.studio.answerer import Answerer
 
 OWN = {"X-Video-R1": "1"}
@@ -72,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def client(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
+    monkeypatch.setattr(ask_module, "ANSWERER", (sys.executable, "-c", FAKE))
     with studio_client(folder, headers=OWN) as opened:
         yield opened
 
@@ -113,7 +114,7 @@ def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
 
 
 def test_api_keys_go_to_named_addresses_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
+    monkeypatch.setattr(ask_module, "ANSWERER", (sys.executable, "-c", FAKE))
     for name in ("OPENAI_API_KEY", "VLLM_API_KEY"):
         monkeypatch.setenv(name, "sk-own")
     named, other = "http://127.0.0.1:9/v1", "http://127.0.0.1:8/v1"
@@ -157,11 +158,11 @@ def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client
 
 def test_an_answer_that_does_not_stop_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """As that of a server that says nothing any more: its process is ended."""
-    monkeypatch.setattr(model_process, "ANSWERER", (sys.executable, "-c", FAKE))
-    monkeypatch.setattr(model_process, "STOPPING", 0.3)
+    monkeypatch.setattr(ask_module, "ANSWERER", (sys.executable, "-c", FAKE))
+    monkeypatch.setattr(ask_module, "STOPPING", 0.3)
 
     async def asked_thrice() -> list[dict[str, Any]]:
-        model, said = model_process.ModelProcess(), []
+        model, said = ask_module.ModelProcess(), []
         for question in ("hang", "Where?", "And then?"):
             events = model.ask(("m",), {"settings": {"question": [question]}})
             said.append(await anext(events))
@@ -189,7 +190,7 @@ def test_another_model_takes_the_place_of_the_first(client: TestClient, folder: 
     ({"clip": {"manifest": "../train.json", "row": 0}}, 404, "no such manifest"),
     ({"clip": {"manifest": "train.json", "row": 1}}, 422, "leads out of the media root"),
     ({"clip": {"manifest": "train.json", "row": 9}}, 422, "not there any more"),
-    ({"clip": {"upload": "../../etc/passwd"}}, 404, "not here any more"),
+    ({"clip": {"upload": "../../etc/passwd"}}, 404, "was removed"),
     ({"clip": "x"}, 404, "no such manifest"),
 ])  # fmt: skip
 def test_what_cannot_be_asked(client: TestClient, fields: dict[str, Any], status: int, said: str) -> None:
@@ -219,7 +220,7 @@ def test_a_clip_from_the_browser(client: TestClient, folder: Path, monkeypatch: 
     assert Path(path).read_bytes() == whole
     assert client.post("/api/upload", params={"name": "a.html"}, content=b"x").status_code == 415
     assert client.post("/api/upload", params={"name": "a.mp4"}, headers={"X-Video-R1": ""}).status_code == 403
-    monkeypatch.setattr(uploads, "LARGEST", 1000)
+    monkeypatch.setattr(clips, "LARGEST", 1000)
     assert client.post("/api/upload", params={"name": "a.mp4"}, content=b"x" * 1001).status_code == 413
     assert [other.name for other in Path(path).parent.iterdir()] == [name]
 
@@ -317,7 +318,8 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     for number, view in enumerate(answers["views"]):
         pieces = [event["text"] for event in said if event["event"] == "text" and event["view"] == number]
         assert len(pieces) > 3 and "".join(pieces) == view["completions"][0]["text"]
-        assert len(view["completions"]) == view["share"]["n"] == 3 and (view["gap"] is None) == (number == 0)
+        assert len(view["completions"]) == view["share"]["questions"] == 3
+        assert (view["gap"] is None) == (number == 0)
     assert said[-1]["event"] == "end"
     (frames,) = (event for event in ask(question=["And then?"]) if event["event"] == "frames")
     assert not frames["decoded"]
@@ -338,9 +340,9 @@ def test_a_clip_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(asking.shutil, "copyfile", half)
+        patched.setattr(ask_module.shutil, "copyfile", half)
         with pytest.raises(HTTPException, match="No space left"):
-            asking._keep_clip(source, copied)
+            ask_module.keep_clip(source, copied)
     assert [*copied.parent.iterdir()] == []
-    asking._keep_clip(source, copied)
+    ask_module.keep_clip(source, copied)
     assert copied.read_bytes() == b"a clip" and [*copied.parent.iterdir()] == [copied]

@@ -15,10 +15,9 @@ pytest.importorskip("starlette", reason="the extra studio is not installed")
 
 from studio_server import studio_client
 
-from video_r1.studio import folders, listed, tail
-from video_r1.studio.finding import Finder
+from video_r1.studio import folders, tail
 from video_r1.studio.folders import Library
-from video_r1.studio.manifest_index import ManifestIndex
+from video_r1.studio.manifests import ManifestIndex
 
 
 def row(number: int, **fields: Any) -> dict[str, Any]:
@@ -39,7 +38,7 @@ def write(path: Path, rows: Sequence[Any], form: str) -> Path:
 
 
 def index_of(path: Path) -> ManifestIndex:
-    return ManifestIndex(Finder(Library([path.parent])).manifests()[path.name])
+    return ManifestIndex(Library([path.parent]).manifests()[path.name])
 
 
 def read(index: ManifestIndex) -> ManifestIndex:
@@ -55,8 +54,7 @@ def read(index: ManifestIndex) -> ManifestIndex:
 def test_every_row_is_found_at_its_place(
     tmp_path: Path, form: str, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (listed, tail):
-        monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(tail, "BLOCK", block)
     rows = [row(i) for i in range(40)]
     index = read(index_of(write(tmp_path / "m.json", rows, form)))
     assert [index.row(i) for i in range(len(index))] == rows and index.tail.notes == []
@@ -89,7 +87,7 @@ def test_a_manifest_that_grows_and_one_that_is_replaced(tmp_path: Path) -> None:
 def test_lists_that_are_broken(tmp_path: Path, text: str, rows: int, said: str) -> None:
     path = tmp_path / "m.json"
     path.write_text(text)
-    found = Finder(Library([tmp_path]))
+    found = Library([tmp_path])
     (tmp_path / "whole.json").write_text(json.dumps([row(1)]))
     manifest = found.manifests()["whole.json"]._replace(file="m.json")
     index = read(ManifestIndex(manifest))
@@ -160,7 +158,7 @@ def test_nobody_waits_while_runs_are_looked_for_again(
 
     monkeypatch.setattr(folders, "find_run_folders", lambda root, depth: [tmp_path])
     before = library.runs()
-    library._listing._again = 0.0
+    library._runs._renewed_at = 0.0
     monkeypatch.setattr(folders, "find_run_folders", look)
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(library.runs)

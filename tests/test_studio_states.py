@@ -15,8 +15,7 @@ from video_r1.files import Claim, claimed, parse_claim
 from video_r1.lab.demo import MARK
 from video_r1.studio.alerts import alert_of_silence, alerts_of
 from video_r1.studio.folders import Found, Library, Refused, read_settings
-from video_r1.studio.overview import DEMO_MARK, listing, overview
-from video_r1.studio.states import Progress, claim_of, progress_of, state_of
+from video_r1.studio.overview import DEMO_MARK, Progress, listing, overview, progress_of, state_of
 from video_r1.studio.tail import last_lines
 
 
@@ -51,18 +50,20 @@ def test_a_slow_run_elsewhere_is_not_given_up() -> None:
 def test_the_lock_says_how_a_claim_ended(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with claimed(run):
-        held = claim_of(found_in(run))
+        held = parse_claim((run / ".lock").read_text())
         assert held == Claim(os.getpid(), socket.gethostname())
-    assert claim_of(found_in(run)) == Claim()
+    assert parse_claim((run / ".lock").read_text()) == Claim()
     for error, ended in (
         (VideoR1Error("none earns\na reward"), "failed"),
         (KeyboardInterrupt("why"), "stopped"),
     ):
         with pytest.raises(type(error)), claimed(run):
             raise error
-        assert claim_of(found_in(run)) == Claim(ended=ended, why="none earns" if ended == "failed" else "why")
+        assert parse_claim((run / ".lock").read_text()) == Claim(
+            ended=ended, why="none earns" if ended == "failed" else "why"
+        )
     with claimed(run):  # the next one begins anew
-        assert claim_of(found_in(run)).process == os.getpid()
+        assert parse_claim((run / ".lock").read_text()).process == os.getpid()
     assert parse_claim("process 99999999999999 on x\nfailed: y") == Claim()
 
 
@@ -184,7 +185,7 @@ def test_a_hostile_folder_tells_nothing_of_others_and_hangs_nobody(tmp_path: Pat
     assert "of-mine" not in text and "77" not in [str(row["step"]) for row in rows.values()]
     with pytest.raises(Refused, match="leads out"):
         Found("links", links, runs).open("metrics.jsonl")
-    with pytest.raises(Refused, match="no plain file"):
+    with pytest.raises(Refused, match="not a regular file"):
         Found("pipe", pipe, runs).open("metrics.jsonl")
     assert read_settings(Found("bomb", bomb, runs)) == {}
 

@@ -138,9 +138,9 @@ function asideSection(all, id, title, lead, field, noun) {
 
 const quarantine = (runs) => asideSection(runs, "media", "Media that could not be used",
   "Their questions were skipped; nothing was put in their place.", "quarantine", "question");
-const leftOut = (runs) => asideSection(runs, "left-out", "Left out",
-  "Groups whose answers all earned the same: nothing was learnt from them, or another question took their place.", "leftOut", "group");
-const skippedUpdates = (runs) => asideSection(runs, "updates", "Updates left out",
+const leftOut = (runs) => asideSection(runs, "left-out", "Skipped groups",
+  "Groups whose answers all earned the same: they taught the run nothing, or another question replaced them.", "leftOut", "group");
+const skippedUpdates = (runs) => asideSection(runs, "updates", "Skipped updates",
   "Loss or gradient was not finite in these steps, and the weights were left as they were.", "skippedUpdates", "update");
 
 function settings(all) {

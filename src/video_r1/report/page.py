@@ -20,8 +20,16 @@ from typing import Any
 
 from video_r1.errors import RequestError, writing_to
 from video_r1.files import replace_text
-from video_r1.report.groups import read_groups
-from video_r1.report.run_data import Run, Series, as_table, find_run_folders, finite, read_object, read_run
+from video_r1.report.run_data import (
+    Run,
+    Series,
+    as_table,
+    find_run_folders,
+    finite,
+    read_groups,
+    read_object,
+    read_run,
+)  # fmt: skip
 from video_r1.report.scores import read_scores, with_summary
 
 ROLLOUT_BYTES = 20_000_000  # of recorded groups and their frames in a page

@@ -25,7 +25,6 @@ const COMPLETION_FILTERS = {
   right: ["right ones", (completion) => accuracy(completion) > 0.5],
   wrong: ["wrong ones", (completion) => accuracy(completion) <= 0.5],
   cut: ["cut off", (completion) => completion.truncated],
-  marked: ["marked", (completion, marked) => Boolean(marked)],
 };
 const CONTRASTS = {
   shuffled: "Frames shuffled",
@@ -53,8 +52,7 @@ function choice(id, label, entries, onChange) {
 const optionEntries = (table) => Object.entries(table).map(([value, [text]]) => [value, text]);
 
 /**
- * live: of a page that is served, {load(run, group): a promise of the whole group, marks: names of marked completions,
- * mark(run, group, order, completion, marked): a promise of these names anew, clip(group, order): a node that plays}. `section.update()`: there are more groups.
+ * live: for the studio, {load(run, group): a promise of the whole group, clip(group, order): a player}. `section.update()`: there are more groups.
  */
 function rollouts(runs, live = {}) {
   const withGroups = runs.filter((run) => run.groups.length);
@@ -240,8 +238,8 @@ function column(group, order, state) {
   const alone = order === "ordered" && !group.shuffled.length;
   const marks = markers(order === "ordered" ? completions : []);
   const cards = completions.map((completion, i) => ({ completion, i })).sort((a, b) => COMPLETION_SORTS[state.completions][1](a.completion, b.completion))
-    .filter(({ completion, i }) => COMPLETION_FILTERS[state.kept][1](completion, state.live.marks?.has(markName(group, order, i))))
-    .map(({ completion, i }) => card(completion, order, marks[i] || [], state.live.mark ? markButton(group, order, i, state) : "", spanBars(group, completion)));
+    .filter(({ completion }) => COMPLETION_FILTERS[state.kept][1](completion))
+    .map(({ completion, i }) => card(completion, marks[i] || [], spanBars(group, completion)));
   const title = group.media === "image" ? "Image" : order === "ordered" ? "Frames in order" : CONTRASTS[group.contrast];
   const hint = order === "shuffled" && group.contrast !== "blind" ? "the bar under a frame is stronger the later it comes in the clip" : "";
   return make("section", { class: `column ${order}`, "aria-label": alone ? "Completions" : title },
@@ -278,31 +276,7 @@ function markers(completions) {
   return marks;
 }
 
-const markName = (group, order, i) => `${group.step}/${group.id}/${order}/${i}`;
-
-/** A completion that a person marks lands in a file beside the run. */
-function markButton(group, order, i, state) {
-  const name = markName(group, order, i);
-  const button = make("button", { type: "button", class: "mark", click: async () => {
-    button.disabled = true;
-    try {
-      state.live.marks = new Set(await state.live.mark(state.run, state.list[state.at], order, i, !state.live.marks.has(name)));
-    } catch (error) {
-      button.after(make("span", { class: "bad", role: "alert" }, ` ${error.message}`));
-    }
-    button.disabled = false;
-    tell();
-  } });
-  const tell = () => {
-    const marked = state.live.marks.has(name);
-    button.setAttribute("aria-pressed", String(marked));
-    button.textContent = marked ? "★ marked" : "☆ mark";
-  };
-  tell();
-  return button;
-}
-
-function card(completion, order, marks, button, spans = "") {
+function card(completion, marks, spans = "") {
   const right = "accuracy" in completion.rewards ? (accuracy(completion) > 0.5 ? "correct" : "wrong") : "";
   const advantage = completion.advantage;
   const tone = advantage === null ? "" : advantage > 0.005 ? "positive" : advantage < -0.005 ? "negative" : "zero";
@@ -325,7 +299,7 @@ function card(completion, order, marks, button, spans = "") {
         completion.truncated ? make("span", { class: "bad" }, ", cut off") : "")),
     spans,
     marks.length ? make("p", { class: "marks" }, marks.join(", ")) : "",
-    text, toggle, button);
+    text, toggle);
   return node;
 }
 

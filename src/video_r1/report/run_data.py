@@ -1,32 +1,39 @@
-"""Reads what runs leave behind, as plain values for the page. Damaged lines are counted, never fatal."""
+"""Run folders as plain values: curves, tables, recorded groups. Damaged lines are counted, not fatal."""
 
+import base64
 import contextlib
 import json
 import math
 import os
+from bisect import bisect
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, get_args
 
 import yaml
 
+from video_r1.data.answers import read_answer
+from video_r1.data.grounding import GROUNDING_FORMS
+from video_r1.settings.frames import Contrast
+
+MAX_TEXT = 20_000  # characters of one completion
+MAX_WORDS = 4000  # words with a log-prob contrast
 MAX_POINTS = 1_500  # a curve with more points is averaged over neighbours
 NOT_SERIES = {"step", "epoch", "time"}
 SECRET_ENDINGS = ("token", "api_key", "password", "secret")
 MAX_ROWS = 300  # of a table
 LEFT_OUT_COLUMNS = ("step", "problem_id", "problem", "accuracy", "reward", "reason", "replaced_by")
 RUN_FILES = ("metrics.jsonl", "rollouts.jsonl", "quarantine.jsonl")
-ANSWERS = {"reasoned": "predictions", "direct": "direct"}  # how the files of an evaluation's answers begin
+ANSWERS = {"reasoned": "predictions", "direct": "direct"}  # beginnings of the files of an evaluation
 
 
-@dataclass(slots=True)
-class Series:
-    """One logged quantity. `steps` and `values` have equal lengths; values are finite."""
+class Series(NamedTuple):
+    """A logged quantity. `steps` and `values` have equal lengths; values are finite."""
 
-    steps: list[int] = field(default_factory=list)
-    values: list[float] = field(default_factory=list)
-    not_finite: int = 0  # logged values that were NaN or infinite: left out of the curve
+    steps: list[int]
+    values: list[float]
+    not_finite: int = 0  # logged values that were NaN or infinite: not in the curve
     averaged: int = 1  # neighbouring points behind each shown one
 
 
@@ -38,7 +45,7 @@ class Run:
     folder: Path
     config: dict[str, str]
     series: dict[str, Series]
-    seconds: float | None  # of the last logged step
+    seconds: float | None  # at the last logged step
     quarantine: dict[str, Any]  # read_rows: questions that could not be used, with the reason
     skipped_updates: dict[str, Any]  # read_rows: optimizer steps whose loss or gradient was not finite
     left_out: dict[str, Any]  # read_rows: groups without variance
@@ -46,7 +53,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """`rl`, `sft`, `evaluation` or `data`, told by what the folder holds."""
+        """The kind of the folder's files: `rl`, `sft`, `evaluation` or `data`."""
         rewarded = any(name.startswith("reward/") for name in self.series)
         if rewarded or (self.folder / "rollouts.jsonl").exists():
             return "rl"
@@ -56,18 +63,18 @@ class Run:
 
 
 def prediction_files(folder: Path) -> list[Path]:
-    """An evaluation's answers, those with reasoning before the direct ones."""
+    """Return the files of an evaluation's answers, those with reasoning before the direct ones."""
     return [path for begin in ANSWERS.values() for path in sorted(folder.glob(f"{begin}-*.jsonl"))]
 
 
 def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
-    """`root` and the folders at most `depth` levels below it that hold a run's files."""
+    """Return `root` and the folders at most `depth` levels below it that hold a run's files."""
     with os.scandir(root) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
     found = [root] if any(_is_of_run(entry.name) and entry.is_file() for entry in entries) else []
     for entry in entries if depth > 0 else []:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(("checkpoint", ".", "frames")):
-            with contextlib.suppress(PermissionError, FileNotFoundError):  # another's folder, or gone
+            with contextlib.suppress(PermissionError, FileNotFoundError):  # not readable, or gone
                 found += find_run_folders(root / entry.name, depth - 1)
     return found
 
@@ -78,7 +85,7 @@ def _is_of_run(name: str) -> bool:
 
 
 def read_run(folder: Path, root: Path) -> Run:
-    """Raises OSError when a file that is there cannot be opened."""
+    """Read a run folder. Raises OSError when one of its files cannot be opened."""
     notes: list[str] = []
     series, seconds = read_series(folder / "metrics.jsonl", notes)
     settings = read_object(folder / "config.yaml", notes) or read_object(folder / "evaluation.json", notes)
@@ -97,10 +104,9 @@ def read_run(folder: Path, root: Path) -> Run:
 
 
 def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """Each readable object of a JSON lines file with its offset and length in bytes.
+    """Yield each readable object of a JSON lines file with its offset and length in bytes.
 
-    The last line of a file that is still being written, or of a killed run, may be half there. Such lines are
-    skipped; how many is appended to `notes`.
+    Unreadable lines, such as the last one of a killed run, are skipped; their number is appended to `notes`.
     """
     skipped = offset = 0
     if path.is_file():
@@ -108,7 +114,7 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int
             for line in file:
                 try:
                     record = json.loads(line) if line.strip() else None
-                except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets a thousand deep
+                except (ValueError, RecursionError):  # no JSON, no UTF-8, or a thousand nested brackets
                     record = "broken"
                 if isinstance(record, dict):
                     yield offset, len(line), record
@@ -120,9 +126,9 @@ def json_lines(path: Path, notes: list[str] | None = None) -> Iterator[tuple[int
 
 
 def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, Series], float | None]:
-    """Every numeric series of metrics.jsonl, by name, and the time of its last line in seconds.
+    """Return every numeric series of metrics.jsonl by name, and the time of its last line in seconds.
 
-    A step that was logged twice (a run that was resumed from a checkpoint) counts once, with its last value.
+    A step that was logged twice (by a resumed run) counts once, with its last value.
     """
     logged: dict[str, dict[int, float]] = {}
     seconds: float | None = None
@@ -131,13 +137,13 @@ def read_series(path: Path, notes: list[str] | None = None) -> tuple[dict[str, S
             continue
         seconds = finite(record.get("time"), seconds)
         for name, value in record.items():
-            if name not in NOT_SERIES and (value is None or is_number(value)):  # null: was not finite
+            if name not in NOT_SERIES and (value is None or is_number(value)):  # null: not finite
                 logged.setdefault(name, {})[int(step)] = math.nan if value is None else float(value)
     return {name: thin(values) for name, values in logged.items()}, seconds
 
 
 def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
-    """A series in the order of its steps, averaged over equal numbers of neighbours down to `max_points`."""
+    """Return a series in the order of its steps, neighbours averaged until it has at most `max_points`."""
     points = sorted((step, value) for step, value in logged.items() if math.isfinite(value))
     width = math.ceil(len(points) / max_points) or 1
     chunks = [points[i : i + width] for i in range(0, len(points), width)]
@@ -150,9 +156,9 @@ def thin(logged: dict[int, float], max_points: int = MAX_POINTS) -> Series:
 
 
 def read_rows(path: Path, notes: list[str], columns: Collection[str] = ()) -> dict[str, Any]:
-    """The first rows of a JSON lines file for a table (`shown`), and how many it has (`total`).
+    """Return the first rows of a JSON lines file for a table (`shown`), and their number (`total`).
 
-    columns: those of the table; none: all.
+    columns: of the table; () for all.
     """
     shown, total = [], 0
     for total, (_, _, record) in enumerate(json_lines(path, notes), 1):
@@ -164,19 +170,38 @@ def read_rows(path: Path, notes: list[str], columns: Collection[str] = ()) -> di
 
 
 def read_object(path: Path, notes: list[str]) -> dict[str, Any]:
-    """What a YAML or JSON file holds where it is one object, else nothing."""
+    """Return the object in a YAML or JSON file, {} if there is none."""
     if not path.is_file():
         return {}
-    read = json.loads if path.suffix == ".json" else yaml.safe_load
     try:
-        return as_table(read(path.read_bytes()))
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: no JSON, or no UTF-8
+        return parse_object(path.read_text("utf-8"))
+    except ValueError as error:  # UnicodeError is one
         notes.append(f"{path.name} cannot be read: {str(error).splitlines()[0]}")
         return {}
 
 
+def parse_object(written: str) -> dict[str, Any]:
+    """Return the object in a YAML or JSON text, {} for another value. Raises ValueError.
+
+    YAML aliases are refused: a few lines of them can stand for more than a machine's memory.
+    """
+    try:
+        return as_table(json.loads(written))
+    except (ValueError, RecursionError):
+        pass
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(written, _LOADER)):
+            raise ValueError("it has YAML aliases")
+        return as_table(yaml.load(written, _LOADER))
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(str(error) or "it is nested too deep") from error
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
 def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Settings, nested names joined by dots. What looks like a credential is left out."""
+    """Yield settings, nested names joined by dots. Values that look like credentials are not shown."""
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and value:
@@ -193,12 +218,12 @@ def text(value: Any) -> str:
 
 
 def short_path(path: str) -> str:
-    """A file's name and folder: a page that is passed on need not say how its writer's disk is arranged."""
+    """Return a file's name and folder: a page that is passed on need not show the writer's disk."""
     return "/".join(path.replace("\\", "/").split("/")[-2:])
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a JSON value is a number that a float can hold (nan and infinity among them)."""
+    """Return whether a JSON value is a number that a float can hold, NaN and infinity included."""
     return isinstance(value, float) or (type(value) is int and abs(value) < 1e300)
 
 
@@ -216,3 +241,125 @@ def as_table(value: Any) -> dict[str, Any]:
 
 def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
+    """Return the groups of a run that fit into `budget` bytes of the page, by step, and their total number.
+
+    If not all fit, the kept ones are spread evenly over the run, first and last included.
+    """
+    path = run.folder / "rollouts.jsonl"
+    index: dict[tuple[int, str], tuple[int, int, int]] = {}
+    for offset, length, record in json_lines(path, run.notes):
+        strip = strip_of(run.folder, record)
+        cost = length + (strip.stat().st_size * 4 // 3 if strip else 0)  # base64
+        step = whole(record.get("step"))
+        # A group that a resumed run recorded again replaces the earlier one.
+        index[step, str(record.get("problem_id"))] = (step, offset, cost)
+    entries = sorted(index.values())
+    wanted = {entries[i][1] for i in choose_evenly([cost for _, _, cost in entries], budget)}
+    groups = [
+        group_of(record, inlined(strip_of(run.folder, record)))
+        for offset, _, record in json_lines(path)
+        if offset in wanted
+    ]
+    return sorted(groups, key=lambda group: group["step"]), len(entries)
+
+
+def choose_evenly(costs: list[int], budget: int) -> list[int]:
+    """Return the indices of the most items, evenly spaced from first to last, whose costs fit together.
+
+    >>> choose_evenly([10] * 9, 50)
+    [0, 2, 4, 6, 8]
+    """
+
+    def spread(count: int) -> list[int]:
+        return [round(i * (len(costs) - 1) / max(1, count - 1)) for i in range(count)]
+
+    numbers = range(len(costs) + 1)
+    return spread(bisect(numbers, budget, key=lambda count: sum(costs[i] for i in spread(count))) - 1)
+
+
+def inlined(strip: Path | None) -> str | None:
+    """Return a picture as a data: address."""
+    return strip and f"data:image/jpeg;base64,{base64.b64encode(strip.read_bytes()).decode('ascii')}"
+
+
+def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:
+    """Return a group of rollouts.jsonl with every field in its expected type: a page never trusts a file.
+
+    strip: address of the picture with its frames.
+    """
+    frames = as_table(record.get("frames"))
+    count = whole(frames.get("count"))
+    shown = record.get("permutation")  # a contrast clip may have fewer frames or none
+    permutation = [i for i in as_list(shown) if isinstance(i, int) and 0 <= i < count]
+    contrast = record.get("contrast")
+    is_whole = isinstance(shown, list) and len(permutation) == len(shown) <= count
+    path = record.get("path", "")
+    paths = path if isinstance(path, list) else [path]
+    clips = [whole(length) for length in as_list(frames.get("clips"))]
+    kind, answer = text(record.get("problem_type", "")), text(record.get("answer", ""))
+    return {
+        "step": whole(record.get("step")),
+        "id": str(record.get("problem_id", "")),
+        "problem": text(record.get("problem", "")),
+        "type": kind,
+        "media": text(record.get("data_type", "")),
+        "options": [text(option) for option in as_list(record.get("options"))],
+        "answer": answer,
+        **place_of(f"<answer>{answer}</answer>", kind),
+        "source": text(record.get("data_source", "")),
+        "path": ", ".join(short_path(text(path)) for path in paths),
+        "strip": strip if count else None,
+        "count": count,
+        "clips": clips if sum(clips) == count else [],  # frames of each, where there are several
+        "width": finite(frames.get("width"), 1),
+        "height": finite(frames.get("height"), 1),
+        "timestamps": [finite(t) for t in as_list(frames.get("timestamps"))],
+        "permutation": permutation if is_whole else None,
+        "contrast": contrast if contrast in get_args(Contrast) else "shuffled",  # of older runs
+        **{
+            order: [_completion(item, kind) for item in as_list(record.get(order)) if isinstance(item, dict)]
+            for order in ("ordered", "shuffled")
+        },
+        "p": finite(record.get("p")),
+        "pShuffled": finite(record.get("p_shuffled")),
+    }
+
+
+def place_of(output: str, kind: str) -> dict[str, Any]:
+    """Return the place in an output of a grounding type as {"place": {"time", "boxes"}}, or {}."""
+    said = read_answer(output[:MAX_TEXT], kind) if kind in GROUNDING_FORMS else ""
+    return {"place": json.loads(said)} if said else {}
+
+
+def _completion(item: dict[str, Any], kind: str) -> dict[str, Any]:
+    rewards = as_table(item.get("rewards"))
+    pairs = [pair for pair in as_list(item.get("word_drops"))[:MAX_WORDS] if isinstance(pair, list)]
+    words = [[text(pair[0]), finite(pair[1]) or 0.0] for pair in pairs if len(pair) == 2]
+    written, without = text(item.get("text", "")), finite(item.get("advantage_without_temporal"))
+    return {
+        "text": written[:MAX_TEXT] + (" … (cut here by the report)" if len(written) > MAX_TEXT else ""),
+        "truncated": item.get("finish_reason") == "length",
+        "rewards": {str(name): finite(value) for name, value in rewards.items()},
+        **{name: finite(item.get(name)) for name in ("tokens", "total", "advantage")},
+        **({} if without is None else {"without": without}),
+        **({} if not words else {"words": words}),
+        **place_of(written, kind),
+    }
+
+
+def strip_of(folder: Path, record: dict[str, Any]) -> Path | None:
+    """Return the file of a group's frames, None unless it is a JPEG inside the run folder."""
+    name = as_table(record.get("frames")).get("strip")
+    if not isinstance(name, str) or "\0" in name:
+        return None
+    try:
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()) or not path.is_file():
+            return None
+        with path.open("rb") as file:
+            return path if file.read(3) == b"\xff\xd8\xff" else None
+    except (OSError, RuntimeError):  # a name that is too long; links in a circle
+        return None

@@ -1,4 +1,4 @@
-"""What in a run's last lines a person would want to know, each with what to do. Pure functions."""
+"""Alerts: signs of trouble in a run's last metrics, each with what to do. Pure functions."""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
@@ -12,9 +12,11 @@ FLAT, CUT, FORMAT_LOST = 0.8, 0.25, 0.5  # shares
 KL_FACTOR, KL_FLOOR = 5.0, 0.1
 MISMATCH = 0.05  # nats; rounding explains about 0.01
 
+Lines = Sequence[Mapping[str, Any]]
+
 
 class Alert(NamedTuple):
-    """name: for tests and for a style; title: what is seen; advice: what to do."""
+    """A sign of trouble: its name for tests and styles, the observation, and what to do."""
 
     name: str
     title: str
@@ -22,7 +24,7 @@ class Alert(NamedTuple):
 
 
 def alert_of_silence(silent: float, each: float | None) -> list[Alert]:
-    """For a run that runs. silent: seconds since it wrote anything; each: of a step."""
+    """Return the alert of a running run that has written nothing for `silent` s; each: seconds a step."""
     if silent <= max(SILENT, 5 * (each or 0.0)):
         return []
     advice = (
@@ -32,8 +34,8 @@ def alert_of_silence(silent: float, each: float | None) -> list[Alert]:
     return [Alert("silent", f"nothing was written for {silent / 60:.0f} minutes", advice)]
 
 
-def alerts_of(lines: Sequence[Mapping[str, Any]]) -> list[Alert]:
-    """lines: of metrics.jsonl, the last and some from before."""
+def alerts_of(lines: Lines) -> list[Alert]:
+    """Return the alerts of a run. lines: the last ones of metrics.jsonl, and some from before."""
     found: list[Alert] = []
 
     def say(name: str, title: str, advice: str) -> None:
@@ -42,64 +44,52 @@ def alerts_of(lines: Sequence[Mapping[str, Any]]) -> list[Alert]:
     flat = recent(lines, "groups/no_variance")
     if flat is not None and flat > FLAT:
         say("no variance", f"{flat:.0%} of the groups have no variance: their answers all earn the same",
-            "nothing is learnt from these; take questions of middling difficulty (data audit, --keep), a "
+            "these groups teach nothing; choose questions of medium difficulty (data audit, --keep), a "
             "higher temperature or more generations")  # fmt: skip
     kept, best = recent(lines, "reward/format"), highest(lines, "reward/format")
     if kept is not None and best is not None and kept < FORMAT_LOST * best and best > 0.2:
         say("format", f"the format reward fell from {best:.2f} to {kept:.2f}",
-            "the policy has left its format; go back to the checkpoint before, with a smaller learning_rate "
+            "the policy has lost its format; resume from an earlier checkpoint with a smaller learning_rate "
             "or a larger beta")  # fmt: skip
     cut = recent(lines, "completion/truncated")
     if cut is not None and cut > CUT:
         say("truncation", f"{cut:.0%} of the completions are cut off at max_completion_length",
-            "raise max_completion_length, or reward shorter ones; what is cut off earns nothing")  # fmt: skip
-    far, usual = recent(lines, "policy/kl", 3), middle(lines, "policy/kl")
+            "raise max_completion_length, or reward shorter completions: those cut off earn nothing"
+        )  # fmt: skip
+    far, before = recent(lines, "policy/kl", 3), values(lines, "policy/kl")[:-3]
+    usual = median(before) if len(before) >= RECENT else None
     if far is not None and usual is not None and far > KL_FLOOR and far > KL_FACTOR * usual:
         say("kl", f"KL to the reference jumped to {far:.2g} (before: {usual:.2g})",
-            "read the rollouts of the last steps; if they are broken, go back to the checkpoint before, with "
+            "read the rollouts of the last steps; if they are broken, resume from an earlier checkpoint with "
             "a smaller learning_rate, a smaller max_grad_norm or a larger beta")  # fmt: skip
     apart = recent(lines, "sampler/logprob_difference")
     if apart is not None and apart > MISMATCH:
         say("sampler", f"sampler and trainer differ by {apart:.2g} nats a token; rounding explains 0.01",
-            "the sampler's weights, number format or positions are others: see docs/vllm.md, and keep "
+            "the sampler's weights, number format or positions differ: see docs/vllm.md, and keep "
             "vllm_importance_sampling_correction on")  # fmt: skip
-    skipped = total(lines, "media/skipped")
+    skipped = sum(values(lines, "media/skipped")[-RECENT:])
     if skipped:
         say("media", f"{skipped:,.0f} question{'s' if skipped > 1 else ''} skipped in the last lines",
             "their media cannot be read: quarantine.jsonl has the reasons; data check finds all")  # fmt: skip
-    left_out = total(lines, "updates/skipped", difference=True)
-    if left_out:
-        say("updates", f"{left_out:,.0f} of the last updates were left out: loss or gradient not finite",
-            "lower learning_rate or max_grad_norm; the questions are in skipped_updates.jsonl")  # fmt: skip
+    counted = values(lines, "updates/skipped")[-RECENT:]  # counts from the start of the run
+    if counted and counted[-1] > counted[0]:
+        say("updates", f"{counted[-1] - counted[0]:,.0f} of the last updates were skipped (not finite)",
+            "lower learning_rate or max_grad_norm; skipped_updates.jsonl has the questions")  # fmt: skip
     return found
 
 
-def values(lines: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+def values(lines: Lines, name: str) -> list[float]:
     return [value for line in lines if (value := finite(line.get(name))) is not None]
 
 
-def recent(lines: Sequence[Mapping[str, Any]], name: str, count: int = RECENT) -> float | None:
-    """The mean of a series' last values; None of fewer than three."""
+def recent(lines: Lines, name: str, count: int = RECENT) -> float | None:
+    """Return the mean of a series' last values, None if there are fewer than three."""
     last = values(lines, name)[-count:]
     return sum(last) / len(last) if len(last) > 2 else None
 
 
-def highest(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The largest mean of as many neighbouring values as `recent` takes."""
+def highest(lines: Lines, name: str) -> float | None:
+    """Return the largest mean over RECENT neighbouring values."""
     found = values(lines, name)
     means = [sum(found[i : i + RECENT]) / RECENT for i in range(0, len(found) - RECENT + 1, RECENT)]
     return max(means, default=None)
-
-
-def middle(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    """The median of what was before the last values; None of fewer than ten."""
-    before = values(lines, name)[:-3]
-    return median(before) if len(before) >= RECENT else None
-
-
-def total(lines: Sequence[Mapping[str, Any]], name: str, difference: bool = False) -> float:
-    """The sum of the last values of a series; of one that counts on, by how much it has grown."""
-    last = values(lines, name)[-RECENT:]
-    if difference:
-        return last[-1] - last[0] if last else 0.0
-    return sum(last)

@@ -1,10 +1,10 @@
-"""The process that has the model: questions come in as JSON lines, events go out as JSON lines.
+"""The process that holds the model: it reads questions as JSON lines and writes events as JSON lines.
 
     {"number": 3, "settings": {…}, "question": "…", "orders": ["ordered", "shuffled"]}
     ◄ {"number": 3, "event": "state" | "frames" | "text" | "answers" | "error" | "end", …}
 
-Started by model_process.py, which imports neither torch nor a model. Whatever a model or a server does wrong
-becomes an `error`; what ends this process is told of there. It ends with the server.
+Started by ask.py, which imports neither torch nor a model. Every failure of a model or a server becomes an
+`error`; ask.py reports the death of this process. It ends with the server.
 """
 
 import base64
@@ -19,26 +19,26 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from video_r1.data.decoding.media import Media
+from video_r1.data.manifests.records import Sample
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.evaluation.ask import named_answer, question_sample
-from video_r1.evaluation.metrics import Figure
 from video_r1.evaluation.session import ModelSession, View, sampling_of
 from video_r1.recipe import load_recipe
-from video_r1.report.groups import place_of
+from video_r1.report.run_data import place_of
 from video_r1.settings.decoding import AskSettings
 from video_r1.training.recording import save_shown
 
 
 class Stopped(Exception):
-    """Nobody listens to this answer any more."""
+    """Raised when nobody listens to this answer any more."""
 
 
 class Answerer:
-    """Answers one question after the other, with one model."""
+    """A model that answers one question after the other."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
-        self._interview: ModelSession | None = None
+        self._session: ModelSession | None = None
         self.number = 0
         self.stopped: set[int] = set()  # numbers of questions
 
@@ -47,7 +47,7 @@ class Answerer:
         self._out.flush()
 
     def answer(self, asked: dict[str, Any]) -> None:
-        """Says everything about one question, `end` last."""
+        """Write all events of one question, `end` last."""
         self.number = asked["number"]
         try:
             self._answer(asked)
@@ -55,21 +55,21 @@ class Answerer:
             pass
         except VideoR1Error as error:
             self.say("error", error=str(error))
-        except Exception as error:  # a stranger's checkpoint, a server: anything may come out of them
+        except Exception as error:  # a stranger's checkpoint or a server may raise anything
             self.say("error", error=f"{type(error).__name__}: {first_line(error)}"[:1000])
         self.say("end")
 
     def _answer(self, asked: dict[str, Any]) -> None:
         settings = load_recipe("ask", None, asked["settings"]).section(AskSettings)
         sample = question_sample(settings, asked["settings"]["question"][0])
-        if self._interview is None:
+        if self._session is None:
             self.say("state", text="opening the model")
-            self._interview = ModelSession(settings)
-        interview = self._interview
-        decoded = not interview.has(sample)
+            self._session = ModelSession(settings)
+        session = self._session
+        decoded = not session.has(sample)
         if decoded:
             self.say("state", text="decoding the clip")
-        prompts = interview.prompts(sample, asked["orders"])
+        prompts = session.prompts(sample, asked["orders"])
         shown = prompts[0].media
         self.say(
             "frames", decoded=decoded, media=shown[0].kind, type=sample.problem_type, **strip_of(shown),
@@ -84,10 +84,10 @@ class Answerer:
             ],
         )  # fmt: skip
         self.say("state", text="loading the model")
-        interview.load()
+        session.load()
         self.say("state", text="answering")
 
-        number = self.number  # of this answer: an endpoint may still write when it is over
+        number = self.number  # an endpoint may still write when the answer is over
 
         def hear(view: int, text: str) -> None:
             if number in self.stopped:
@@ -95,22 +95,21 @@ class Answerer:
             if text:
                 self.say("text", view=view, text=text)
 
-        views = interview.ask(sample, prompts, settings.samples, sampling_of(settings), hear)
+        views = session.ask(sample, prompts, settings.samples, sampling_of(settings), hear)
         self.say("answers", right=bool(sample.answer), views=[_view(sample, view) for view in views])
 
 
 def strip_of(shown: Sequence[Media]) -> dict[str, Any]:
-    """The frames as one JPEG, and the size of each."""
+    """Return the frames as one JPEG, and the size of each."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "strip", "frames.jpg")
         facts = save_shown(shown, path)
         return {**facts, "strip": base64.b64encode(path.read_bytes()).decode("ascii")}
 
 
-def _view(sample: Any, view: View) -> dict[str, Any]:
+def _view(sample: Sample, view: View) -> dict[str, Any]:
     return {
-        "share": _figure(view.share),
-        "gap": None if view.gap is None else _figure(view.gap),
+        "share": view.share._asdict(), "gap": None if view.gap is None else view.gap._asdict(),
         "counted": sum(view.counted),
         "completions": [
             {
@@ -123,17 +122,13 @@ def _view(sample: Any, view: View) -> dict[str, Any]:
             }
             for rollout, answer, counted in zip(view.rollouts, view.answers, view.counted, strict=True)
         ],
-    }
-
-
-def _figure(figure: Figure) -> dict[str, float]:
-    return {"mean": figure.mean, "low": figure.low, "high": figure.high, "n": figure.questions}
+    }  # fmt: skip
 
 
 def main() -> None:
-    """Reads questions, and {"stop": number}, from standard input until it is closed."""
+    """Read questions, and {"stop": number}, from standard input until it is closed."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print is no event
+    os.dup2(2, 1)  # output of libraries is not an event
     answerer = Answerer(out)
     waiting: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
 
@@ -144,7 +139,7 @@ def main() -> None:
                 answerer.stopped.add(asked["stop"])
             else:
                 waiting.put(asked)
-        os._exit(0)  # the server is gone, whatever the model is at
+        os._exit(0)  # the server is gone
 
     threading.Thread(target=listen, daemon=True).start()
     while True:

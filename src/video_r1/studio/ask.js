@@ -241,7 +241,7 @@ function answerView(asked) {
         part.group[part.column] = item.completions;
         if (item.completions.some((completion) => completion.place?.boxes)) part.frames.replaceChildren(tiles(part.group, part.column));
         const cards = item.completions.map((completion) => card({ ...completion, advantage: null, total: null,
-          rewards: event.right ? { accuracy: Number(completion.counted) } : {} }, part.order, [], "", spanBars(part.group, completion)));
+          rewards: event.right ? { accuracy: Number(completion.counted) } : {} }, [], spanBars(part.group, completion)));
         const rest = cards.slice(CARDS_SHOWN);
         part.cards.replaceChildren(...cards.slice(0, CARDS_SHOWN),
           rest.length ? make("details", {}, make("summary", {}, plural(rest.length, "more answer")), rest) : "");

@@ -1,8 +1,7 @@
-"""The addresses of evaluations: two side by side, and the questions that one wins and the other loses."""
+"""Two evaluations side by side, and the questions that one answers better than the other."""
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args
 
 from starlette.exceptions import HTTPException
@@ -12,11 +11,9 @@ from starlette.routing import Route
 from video_r1.evaluation.metrics import mean_figure
 from video_r1.report.run_data import ANSWERS, finite, text
 from video_r1.settings.frames import Order
-from video_r1.studio.answers import Answer, number
-from video_r1.studio.data import manifests, row_of
 from video_r1.studio.folders import Found
-from video_r1.studio.manifest_index import ManifestIndex
-from video_r1.studio.runs import readers
+from video_r1.studio.manifests import ManifestIndex, row_of
+from video_r1.studio.requests import Answer, Recent, number
 from video_r1.studio.tail import Tail, parse
 
 OPEN_FILES = 24  # of predictions whose scores are kept in memory
@@ -26,12 +23,11 @@ MAX_GROUPS = 80  # rows of the table
 TEXT = 20_000  # characters of an output
 READ_SECONDS = 20.0
 GROUPINGS = {"task": "task_type", "type": "problem_type", "media": "data_type", "source": "data_source"}
-NAMED = {"reasoned": "", "direct": " (direct)"}  # how a page calls the answers of an evaluation
+NAMED = {"reasoned": "", "direct": " (direct)"}  # what the page adds to an evaluation's name
 
 
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """An answer in one order: its score and length, what it is counted with, and its place in the file."""
+class Scored(NamedTuple):
+    """An answer in one order: its score and length, its values of GROUPINGS, and its place in the file."""
 
     score: float
     tokens: float | None
@@ -40,36 +36,35 @@ class Scored:
 
 
 class Side(NamedTuple):
-    """An evaluation's answers of one way of asking."""
+    """An evaluation's answers of one kind (a key of ANSWERS)."""
 
     found: Found
-    way: str  # of ANSWERS
+    kind: str
 
     def file(self, frames: str) -> str:
-        return f"{ANSWERS[self.way]}-{frames}.jsonl"
+        return f"{ANSWERS[self.kind]}-{frames}.jsonl"
 
     @property
     def frames(self) -> list[str]:
-        """The frame counts that were asked with."""
-        paths = self.found.folder.glob(self.file("*"))
-        counts = (path.stem.partition("-")[2] for path in paths)
+        """Numbers of frames that the questions were asked with."""
+        counts = (path.stem.partition("-")[2] for path in self.found.folder.glob(self.file("*")))
         return sorted((count for count in counts if count.isdecimal()), key=int)
 
 
 class Predictions:
-    """The scores of one predictions file, as far as it was written."""
+    """The scores of one predictions file, as far as it is written."""
 
-    def __init__(self, found: Found, file: str) -> None:
-        self.found, self.lock = found, threading.Lock()
-        self.tail = Tail(found, file)
-        self._forget()
+    def __init__(self, file: tuple[Found, str]) -> None:
+        self.found, self.lock = file[0], threading.Lock()
+        self.tail = Tail(*file)
+        self._restart()
 
-    def _forget(self) -> None:
-        self.scored: dict[str, dict[str, Scored]] = {}  # by order and question
+    def _restart(self) -> None:
+        self.scored: dict[str, dict[str, Scored]] = {}  # by order and problem_id
 
     def read(self) -> dict[str, dict[str, Scored]]:
         with self.lock:
-            self.tail.read(self._take, self._forget, READ_SECONDS)
+            self.tail.read(self._take, self._restart, READ_SECONDS)
             return self.scored
 
     def _take(self, place: int, size: int, record: dict[str, Any]) -> None:
@@ -81,32 +76,18 @@ class Predictions:
             by_id[text(record.get("problem_id", ""))] = Scored(score, tokens, groups, (place, size))
 
     def record(self, scored: Scored) -> dict[str, Any]:
-        """The whole answer, {} where it is there no more."""
+        """Return the whole answer, {} if the file does not have it any more."""
         with self.found.open(self.tail.name) as file:
             file.seek(scored.place[0])
             return parse(file.read(scored.place[1])) or {}
 
 
-class Evaluations:
-    """Predictions that somebody looks at, by folder and file."""
-
-    def __init__(self) -> None:
-        self._open: dict[tuple[Found, str], Predictions] = {}
-        self._lock = threading.Lock()
-
-    def predictions(self, found: Found, file: str) -> Predictions:
-        with self._lock:
-            opened = self._open.pop((found, file), None) or Predictions(found, file)
-            self._open[found, file] = opened
-            while len(self._open) > OPEN_FILES:
-                self._open.pop(next(iter(self._open)))
-            return opened
+def open_predictions() -> Recent[tuple[Found, str], Predictions]:
+    return Recent(Predictions, OPEN_FILES)
 
 
 def list_evaluations(request: Request) -> Answer:
-    """What can be compared: evaluations, folders with several of them, one a benchmark, and direct answers
-    as evaluations of their own.
-    """
+    """Answer what can be compared: evaluations, their direct answers, and folders with several benchmarks."""
     rows = [
         {"name": name, "frames": sides[""].frames if "" in sides else [], "benchmarks": len(sides)}
         for name, sides in _comparable(request).items()
@@ -115,9 +96,11 @@ def list_evaluations(request: Request) -> Answer:
 
 
 def versus(request: Request) -> Answer:
-    """`left` and `right` with `frames` (default: the most that both have) in `order`: accuracies over the
-    questions that both have answered, with 95 % intervals, the difference, paired, and mean lengths in
-    tokens. Where both have several orders, also those of each order, and how much less each contrast earns.
+    """Answer the scores of `left` and `right` over the questions that both have answered.
+
+    Asked for with `frames` (default: the most that both have) and `order`. Each row has both accuracies and
+    their paired difference with 95 % intervals, and mean lengths in tokens. If both have several orders, each
+    order has a row too, with the gaps (ordered minus this order).
     """
     pairs, wanted = _pairs(request), request.query_params.get("order", "ordered")
     rows, frames, orders = [], set[str](), set[str]()
@@ -128,37 +111,31 @@ def versus(request: Request) -> Answer:
         both = {name: [p for p in a if p in second[name]] for name, a in first.items() if name in second}
         asked = [name for name in get_args(Order) if both.get(name)]
         orders |= set(asked)
-        about = {"benchmark": benchmark, "frames": count}
-        if wanted in asked:
-            a, b = first[wanted], second[wanted]
-            rows.append({**about, "group": "", "name": "", **_row(a, b, both[wanted])})
-            if len(asked) > 1:
-                rows += [
-                    {**about, "group": "order", "name": name, **_row(first[name], second[name], both[name])}
-                    | {"gaps": [_gap(side, name, both[name]) for side in (first, second)]}
-                    for name in asked
+        if wanted not in asked:
+            continue
+        a, b = first[wanted], second[wanted]
+        new = [{"group": "", "name": "", **_row(a, b, both[wanted])}]
+        if len(asked) > 1:
+            new += [
+                {"group": "order", "name": name, **_row(first[name], second[name], both[name])}
+                | {"gaps": [_gap(side, name, both[name]) for side in (first, second)]}
+                for name in asked
+            ]
+        for place, grouping in enumerate(GROUPINGS):
+            members: dict[str, list[str]] = {}
+            for problem in both[wanted]:
+                members.setdefault(a[problem].groups[place], []).append(problem)
+            names = sorted(name for name in members if name)
+            if len(names) > 1:
+                new += [
+                    {"group": grouping, "name": name, **_row(a, b, members[name])}
+                    for name in names[:MAX_GROUPS]
                 ]
-            rows += [{**about, **row} for row in _group_rows(a, b, both[wanted])]
+        rows += [{"benchmark": benchmark, "frames": count, **row} for row in new]
     return Answer({
         "rows": rows, "frames": sorted(frames, key=int), "benchmarks": list(pairs),
         "orders": [name for name in get_args(Order) if name in orders],
     })  # fmt: skip
-
-
-def _group_rows(
-    a: Mapping[str, Scored], b: Mapping[str, Scored], both: Sequence[str]
-) -> list[dict[str, Any]]:
-    rows = []
-    for place, grouping in enumerate(GROUPINGS):
-        members: dict[str, list[str]] = {}
-        for problem in both:
-            members.setdefault(a[problem].groups[place], []).append(problem)
-        names = sorted(name for name in members if name)
-        if len(names) > 1:
-            rows += [
-                {"group": grouping, "name": name, **_row(a, b, members[name])} for name in names[:MAX_GROUPS]
-            ]
-    return rows
 
 
 def _row(a: Mapping[str, Scored], b: Mapping[str, Scored], problems: Sequence[str]) -> dict[str, Any]:
@@ -178,22 +155,23 @@ def _row(a: Mapping[str, Scored], b: Mapping[str, Scored], problems: Sequence[st
 
 
 def _gap(side: Mapping[str, Mapping[str, Scored]], contrast: str, problems: Sequence[str]) -> float | None:
-    """What the frames in order gain over a contrast, over the questions asked with both."""
+    """Return the gap (ordered minus `contrast`) over the questions asked in both orders."""
     ordered = side.get("ordered", {})
     gains = [ordered[p].score - side[contrast][p].score for p in problems if p in ordered]
     return sum(gains) / len(gains) if gains and contrast != "ordered" else None
 
 
 def _mean_tokens(side: Mapping[str, Scored], problems: Sequence[str]) -> float | None:
-    """None where an answer's length is not known."""
+    """Return the mean length, None if an answer's length is unknown."""
     tokens = [side[problem].tokens for problem in problems]
     known = [count for count in tokens if count is not None]
     return sum(known) / len(known) if len(known) == len(tokens) else None
 
 
 def questions(request: Request) -> Answer:
-    """Questions of one `benchmark` that `left` answers better (`who=left`) or worse (`right`), the largest
-    difference first, 20 from `at` on, with both outputs and the row of a manifest that they are from.
+    """Answer 20 questions from `at` on that `left` answers better (`who=left`) or worse (`right`).
+
+    The largest difference comes first. Each has both outputs and, if there is one, its row of a manifest.
     """
     asked = request.query_params
     pairs, at = _pairs(request), max(0, number(asked, "at"))
@@ -210,7 +188,7 @@ def questions(request: Request) -> Answer:
     if group in GROUPINGS:
         place = list(GROUPINGS).index(group)
         won = [problem for problem in won if a[problem].groups[place] == name]
-    indexes = manifests(request).indexes()
+    indexes = request.app.state.manifests.indexes()
     shown = [_question(indexes, p, first.record(a[p]), second.record(b[p])) for p in won[at : at + PAGE]]
     return Answer({"total": len(won), "shown": shown, "next": at + PAGE if at + PAGE < len(won) else None})
 
@@ -219,7 +197,7 @@ def _question(
     indexes: Sequence[ManifestIndex], problem: str, left: dict[str, Any], right: dict[str, Any]
 ) -> dict[str, Any]:
     answer = text(left.get("answer", ""))
-    digest = text(left.get("question") or right.get("question") or "")  # not there in those of older versions
+    digest = text(left.get("question") or right.get("question") or "")  # missing in files of older versions
     return {
         "id": problem[:200],
         "answer": answer[:2000],
@@ -243,13 +221,13 @@ def _output(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _comparable(request: Request) -> dict[str, dict[str, Side]]:
-    """By name: an evaluation as {"": its answers}, a folder that holds several as {benchmark: answers}."""
-    runs = readers(request).library.runs()
+    """Return evaluations by name as {"": answers}, folders with several as {benchmark: answers}."""
+    runs = request.app.state.library.runs()
     found: dict[str, dict[str, Side]] = {}
     for name, run in runs.items():
         parent, _, benchmark = name.rpartition("/")
-        for way, called in NAMED.items():
-            side = Side(run, way)
+        for kind, called in NAMED.items():
+            side = Side(run, kind)
             if side.frames:
                 found.setdefault(f"{name}{called}", {})[""] = side
                 if parent and parent not in runs:
@@ -258,7 +236,7 @@ def _comparable(request: Request) -> dict[str, dict[str, Side]]:
 
 
 def _pairs(request: Request) -> dict[str, tuple[Side, Side]]:
-    """The two sides of each benchmark that both have. Raises HTTPException 404, 400."""
+    """Return the two sides of each benchmark that both have. Raises HTTPException 404, 400."""
     found, sides = _comparable(request), []
     for side in ("left", "right"):
         name = request.query_params.get(side, "")
@@ -268,19 +246,19 @@ def _pairs(request: Request) -> dict[str, tuple[Side, Side]]:
     left, right = sides
     pairs = {name: (left[name], right[name]) for name in left if name in right}
     if not pairs:
-        raise HTTPException(400, "these two have no benchmark in common; choose two of a kind")
+        raise HTTPException(400, "these evaluations used different benchmarks; choose another one")
     return pairs
 
 
 def _both(request: Request, left: Side, right: Side) -> tuple[Predictions, Predictions, str]:
-    """The predictions of both with one frame count. Raises HTTPException 400."""
+    """Return the predictions of both with one number of frames. Raises HTTPException 400."""
     common = [count for count in left.frames if count in right.frames]
     wanted = request.query_params.get("frames")
     if not common:
         raise HTTPException(400, "these two were not evaluated with the same number of frames")
     count = wanted if wanted in common else common[-1]
-    opened: Evaluations = request.app.state.evaluations
-    first, second = (opened.predictions(side.found, side.file(count)) for side in (left, right))
+    opened = request.app.state.predictions
+    first, second = (opened.get((side.found, side.file(count))) for side in (left, right))
     return first, second, count
 
 

@@ -1,57 +1,62 @@
-"""Which run folders there are below the folders that were given, and the one way into their files.
+"""Runs, manifests and checkpoints below the given folders, and the one way into their files.
 
-Whoever wrote a run folder may be a stranger. So a run is known by its place in a listing that this process
-made, never by a path that a browser sends; no link is followed out of the folder that was given; and nothing
-is opened that is not a regular file (a pipe would never answer).
+The author of a run folder may be a stranger. So a run is known by its name in a listing that this process
+made, never by a path that a browser sends; no link is followed out of the given folder; and only regular
+files are opened (a pipe would never answer). Of a folder with many thousand clips only some names are read.
 """
 
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, NamedTuple, TypeVar
 
-import yaml
+from video_r1.report.run_data import find_run_folders, flat, parse_object
 
-from video_r1.report.run_data import as_table, find_run_folders, flat
-
-DEPTH = 5  # of run folders below a folder that was given
-SETTINGS_BYTES = 200_000  # of a config.yaml that is read
-LISTING_SECONDS = 2.0  # for which a listing of runs is good,
-LISTINGS = 10  # or for so many times as long as it took
+DEPTH = 5  # levels of folders below a given one
+SETTINGS_BYTES = 200_000  # of a config.yaml
+RUNS_SECONDS = 2.0  # how long a listing of runs is good
+FILES_SECONDS = 10.0  # the same of manifests and checkpoints
+LISTINGS = 10  # a listing is good for at least so many times as long as it took
+NAMES_OF_A_FOLDER = 3000
+NAMES = 60_000  # of all folders
+HEAD = 1 << 16  # bytes of a file by which a manifest is recognised
+IN_A_ROW = (b'"problem_id"', b'"problem"', b'"solution"', b'"path"')
+NO_MANIFESTS = ("rollouts.jsonl", "metrics.jsonl", "predictions", "quarantine", "answers", "part-", ".")
+PACKAGED = "the lab's base"
 T = TypeVar("T")
 
 
 class Refused(Exception):
-    """A file that is not shown: it lies elsewhere, is no plain file, or is too large."""
+    """A file that is not shown: it is outside the folder or not a regular file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A run folder. `name` is its path as a person would say it, and its address in the page; `root` the
-    folder that was given, which no file of it may leave."""
+    """A folder. name: its path for people, and its address in the page; root: the given folder around it."""
 
     name: str
     folder: Path
     root: Path
 
     def open(self, name: str) -> BinaryIO:
-        """A file of the run for reading. Raises FileNotFoundError, Refused, OSError."""
+        """Open a file of the folder for reading. Raises FileNotFoundError, Refused, OSError."""
         real = Path(os.path.realpath(self.folder / name))
         if not real.is_relative_to(self.root):
             raise Refused(f"{name} is a link that leads out of the folder")
-        # Without waiting: opening a pipe that nobody writes to would.
+        # O_NONBLOCK: opening a pipe without a writer would wait.
         handle = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
-            raise Refused(f"{name} is no plain file")
+            raise Refused(f"{name} is not a regular file")
         return os.fdopen(handle, "rb")
 
     def text(self, name: str, limit: int = SETTINGS_BYTES) -> str:
-        """The file's text; empty where there is none or it is not shown, at most `limit` bytes."""
+        """Return the first `limit` bytes of a file as text, "" if it cannot be read."""
         try:
             with self.open(name) as file:
                 return file.read(limit).decode("utf-8", "replace")
@@ -59,62 +64,119 @@ class Found:
             return ""
 
 
-class Listing(Generic[T]):
-    """What `look` found, looked for again when that is `seconds` old, or ten times as old as looking took.
+class Manifest(NamedTuple):
+    """A manifest file: its name in the page, and the folder of the manifest and its media."""
 
-    While one thread looks, the others have what was found before; they wait where there is nothing yet, or
-    where it is not what they have just written.
+    name: str
+    found: Found
+    file: str
+
+    @property
+    def path(self) -> Path:
+        return self.found.folder / self.file
+
+
+class Listing(Generic[T]):
+    """The result of `look`, renewed after `seconds` or ten times as long as looking took.
+
+    While one thread looks, the others get the previous result; they wait only if there is none.
     """
 
     def __init__(self, look: Callable[[], T], seconds: float) -> None:
         self._look, self._seconds = look, seconds
         self._lock = threading.Lock()
-        self._again = 0.0  # when it is looked for again
+        self._renewed_at = 0.0
         self._found: T | None = None
 
     def now(self) -> T:
         found = self._found
-        if not self._lock.acquire(blocking=found is None):
-            assert found is not None
+        if found is not None and not self._lock.acquire(blocking=False):
             return found
+        if found is None:
+            self._lock.acquire()
         try:
-            found = self._found
-            if found is None or time.monotonic() >= self._again:
-                began = time.monotonic()
-                self._found = found = self._look()
-                ended = time.monotonic()
-                self._again = ended + max(self._seconds, LISTINGS * (ended - began))
-            return found
+            if self._found is None or time.monotonic() >= self._renewed_at:
+                start = time.monotonic()
+                self._found = self._look()
+                taken = time.monotonic() - start
+                self._renewed_at = start + taken + max(self._seconds, LISTINGS * taken)
+            return self._found
         finally:
             self._lock.release()
 
-    def anew(self) -> None:
-        """Who asks next is given what is there by then."""
+    def renew(self) -> None:
+        """Look again at the next call."""
         with self._lock:
             self._found = None
 
 
 class Library:
-    """The runs below some folders."""
+    """The runs, manifests and checkpoints below some folders."""
 
     def __init__(self, roots: Sequence[str | Path]) -> None:
         self.roots = [Path(os.path.realpath(root)) for root in roots]
-        self._listing = Listing(self._look, LISTING_SECONDS)
+        self._runs = Listing(self._look_for_runs, RUNS_SECONDS)
+        self._files = Listing(self._look_for_files, FILES_SECONDS)
+        self._heads: dict[tuple[Path, int, int], bool] = {}
 
     def runs(self) -> dict[str, Found]:
-        """All run folders, by name."""
-        return self._listing.now()
+        """Return all run folders, by name."""
+        return self._runs.now()
 
-    def _look(self) -> dict[str, Found]:
+    def manifests(self) -> dict[str, Manifest]:
+        return self._files.now()[0]
+
+    def checkpoints(self) -> dict[str, Path]:
+        """Return checkpoint folders by name, the newest first, then the base that ships with the package."""
+        return self._files.now()[1]
+
+    def renew_manifests(self) -> None:
+        """Find files that were just written."""
+        self._files.renew()
+
+    def _look_for_runs(self) -> dict[str, Found]:
         found: dict[Path, Found] = {}
         for root in self.roots:
             for folder in find_run_folders(root, DEPTH) if root.is_dir() else []:
-                if folder not in found:  # one of the given folders may lie in another
-                    found[folder] = Found(self.name(root, folder), folder, root)
-        return {one.name: one for one in found.values()}
+                if folder not in found:  # a given folder may be inside another one
+                    found[folder] = Found(self._name(root, folder), folder, root)
+        return {run.name: run for run in found.values()}
 
-    def name(self, root: Path, folder: Path) -> str:
-        """How the page calls what lies below one of the folders."""
+    def _look_for_files(self) -> tuple[dict[str, Manifest], dict[str, Path]]:
+        manifests: dict[str, Manifest] = {}
+        written: dict[str, tuple[float, Path]] = {}
+        for root in self.roots:
+            for folder, names in _folders(root):
+                found = Found(self._name(root, folder), folder, root)
+                if "config.json" in names and any(name.endswith(".safetensors") for name in names):
+                    written[found.name] = (os.stat(folder).st_mtime, folder)
+                for file in names:
+                    if self._is_manifest(found, file):
+                        name = self._name(root, folder / file)
+                        manifests[name] = Manifest(name, found, file)
+        newest_first = sorted(written.items(), key=lambda item: (-item[1][0], item[0]))
+        checkpoints = {name: folder for name, (_, folder) in newest_first}
+        base = Path(str(files("video_r1"))) / "lab" / "base"
+        if (base / "config.json").is_file() and base not in checkpoints.values():
+            checkpoints[PACKAGED] = base
+        return manifests, checkpoints
+
+    def _is_manifest(self, found: Found, file: str) -> bool:
+        if not file.endswith((".json", ".jsonl")) or file.startswith(NO_MANIFESTS):
+            return False
+        try:
+            status = os.stat(found.folder / file)
+            key = (found.folder / file, status.st_mtime_ns, status.st_size)
+            if key not in self._heads:
+                with found.open(file) as opened:
+                    head = opened.read(HEAD)
+                self._heads[key] = all(word in head for word in IN_A_ROW)
+            return self._heads[key]
+        except (OSError, Refused):
+            return False
+
+    def _name(self, root: Path, folder: Path) -> str:
+        """Return the page's name of a folder or file below one of the given folders."""
         below = folder.relative_to(root).as_posix()
         own = root.name if sum(other.name == root.name for other in self.roots) == 1 else str(root)
         if below == ".":
@@ -122,16 +184,31 @@ class Library:
         return below if len(self.roots) == 1 else f"{own}/{below}"
 
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+def _folders(root: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Yield folders from `root` on, each with the names of its files. Links are skipped."""
+    waiting, left = [(root, DEPTH)], NAMES
+    while waiting and left > 0:
+        folder, depth = waiting.pop(0)
+        names: list[str] = []
+        inside: list[Path] = []
+        try:
+            with os.scandir(folder) as listing:
+                for _, entry in zip(range(NAMES_OF_A_FOLDER), listing, strict=False):
+                    if entry.is_dir(follow_symlinks=False):
+                        if depth > 0 and not entry.name.startswith((".", "frames")):
+                            inside.append(folder / entry.name)
+                    elif entry.is_file(follow_symlinks=False):
+                        names.append(entry.name)
+        except OSError:  # not readable, or gone
+            continue
+        waiting += [(each, depth - 1) for each in sorted(inside)]
+        left -= len(names)
+        yield folder, sorted(names)
 
 
 def read_settings(found: Found) -> dict[str, str]:
-    """The settings of config.yaml, or of an evaluation: nested names joined by dots, credentials left out."""
-    text = found.text("config.yaml") or found.text("evaluation.json")
+    """Return the settings of a run or an evaluation, nested names joined by dots, without secrets."""
     try:
-        # A few lines of aliases may stand for more than a machine holds.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, _LOADER)):
-            return {}
-        return dict(flat(as_table(yaml.load(text, _LOADER))))
-    except (yaml.YAMLError, ValueError, RecursionError):
+        return dict(flat(parse_object(found.text("config.yaml") or found.text("evaluation.json"))))
+    except ValueError:
         return {}

@@ -1,29 +1,26 @@
-"""A run in a few lines, for the list: state, step, time left, the figures that matter, a sparkline, alerts.
+"""A run in a few lines, for the list: state, progress, time left, main figures, a sparkline, alerts.
 
-Of a metrics file only its end and some lines from before are read: a list of long runs is there at once.
+The trainer knows nothing of the page. Its folder has a lock file (`files.claimed`), settings, metrics and, at
+the end, the model; pure functions infer the rest. Only the end of a metrics file and some earlier lines are
+read, so that a list of long runs is ready at once.
 """
 
 import os
+import socket
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from video_r1.files import Claim, is_finished, parse_claim
 from video_r1.report.page import KEY_SERIES, duration
 from video_r1.report.run_data import as_table, finite, prediction_files
-from video_r1.studio.alerts import Alert, alert_of_silence, alerts_of, recent
+from video_r1.studio.alerts import Alert, Lines, alert_of_silence, alerts_of, recent, values
 from video_r1.studio.folders import Found, read_settings
-from video_r1.studio.states import (
-    Progress,
-    claim_of,
-    is_alive,
-    is_done,
-    last_written,
-    progress_of,
-    state_of,
-)
 from video_r1.studio.tail import last_lines, parse
 
+LOST = 3600.0  # seconds without a line after which a run on another machine counts as ended
+LAST_STEPS = 20  # for the mean seconds of a step
 DEMO_MARK = ".demo"  # lab.demo.MARK
 READ_FILES = ("metrics.jsonl", "config.yaml", "evaluation.json", "summary.json", "rollouts.jsonl")
 SPARK_POINTS = 60
@@ -35,8 +32,30 @@ SHOWN = {
 SUMMARY_BYTES = 4 << 20
 
 
-class Told(NamedTuple):
-    """What a run's files say, whatever the time is."""
+class State(NamedTuple):
+    """The state of a run, and the reason."""
+
+    word: Literal["running", "finished", "stopped", "failed"]
+    why: str = ""
+
+
+class Progress(NamedTuple):
+    """Progress of a run: done and planned steps, seconds so far and of one step. None: unknown."""
+
+    step: int | None = None
+    steps: int | None = None
+    taken: float | None = None
+    each: float | None = None
+
+    @property
+    def left(self) -> float | None:
+        if self.steps is None or self.step is None or self.each is None:
+            return None
+        return max(0.0, (self.steps - self.step) * self.each)
+
+
+class Contents(NamedTuple):
+    """Facts of a run's files that do not depend on the time."""
 
     kind: str
     progress: Progress
@@ -45,55 +64,135 @@ class Told(NamedTuple):
     alerts: list[Alert]
 
 
-@lru_cache(maxsize=512)
-def told(found: Found, stamp: tuple[Any, ...]) -> Told:
-    """stamp: sizes and times of the files that are read, so that they are read again when they change."""
-    lines = last_lines(found, "metrics.jsonl", sketched=SPARK_POINTS)
-    kind = kind_of(found, lines)
-    figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
-    return Told(kind, progress_of(lines, read_settings(found)), figures, sparkline(lines), alerts_of(lines))
-
-
-def stamp_of(found: Found) -> tuple[Any, ...]:
-    stamps: list[Any] = []
-    for name in READ_FILES:
-        try:
-            status = os.stat(found.folder / name)
-            stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
-        except OSError:
-            stamps.append(None)
-    return tuple(stamps)
+def listing(runs: Mapping[str, Found]) -> list[dict[str, Any]]:
+    """Return the rows of all runs: running ones first, then by the time of their last line."""
+    rows = [overview(found) for found in runs.values()]
+    return sorted(rows, key=lambda row: (row["state"] != "running", -(row["written"] or 0.0), row["name"]))
 
 
 def overview(found: Found, now: float | None = None) -> dict[str, Any]:
-    """What the list says of a run, as JSON values."""
+    """Return a run's row of the list as JSON values."""
     now = time.time() if now is None else now
-    kind, progress, figures, (name, values), alerts = told(found, stamp_of(found))
-    written = last_written(found.folder)
+    stamps = tuple(_stamp(found, name) for name in READ_FILES)
+    kind, progress, figures, (name, points), alerts = contents(found, stamps)
+    written = last_written(found)
     silent = now - written if written is not None else 0.0
-    claim = claim_of(found)
-    state = state_of(claim, is_done(found, kind), progress, silent, is_alive(claim, silent))
+    claim = parse_claim(found.text(".lock", 2000))
+    is_training = kind in ("rl", "sft")
+    done = is_finished(found.folder) if is_training else (found.folder / "summary.json").is_file()
+    state = state_of(claim, done, progress, silent, is_alive(claim, silent))
     running = state.word == "running"
     alerts = (alert_of_silence(silent, progress.each) if running else []) + alerts
     return {
-        "name": found.name,
-        "kind": kind,
-        "demo": (found.folder / DEMO_MARK).is_file(),
-        "state": state.word,
-        "why": state.why,
-        "step": progress.step,
-        "steps": progress.steps,
+        "name": found.name, "kind": kind, "demo": (found.folder / DEMO_MARK).is_file(),
+        "state": state.word, "why": state.why, "step": progress.step, "steps": progress.steps,
         "left": duration(progress.left) if running and progress.left is not None else None,
         "taken": None if progress.taken is None else duration(progress.taken),
-        "written": written,
-        "figures": figures,
-        "spark": {"name": name, "values": values},
+        "written": written, "figures": figures, "spark": {"name": name, "values": points},
         "alerts": [alert._asdict() for alert in alerts],
-    }
+    }  # fmt: skip
 
 
-def kind_of(found: Found, lines: Sequence[Mapping[str, Any]]) -> str:
-    """`rl`, `sft`, `evaluation` or `data`, as the report calls them."""
+@lru_cache(maxsize=512)
+def contents(found: Found, stamps: tuple[Any, ...]) -> Contents:
+    """Read a run's files. stamps: the files are read again when their sizes and times change."""
+    lines = last_lines(found, "metrics.jsonl", sketched=SPARK_POINTS)
+    kind = kind_of(found, lines)
+    figures = training_figures(kind, lines) if kind in SHOWN else evaluation_figures(found)
+    progress = progress_of(lines, read_settings(found))
+    return Contents(kind, progress, figures, sparkline(lines), alerts_of(lines))
+
+
+def _stamp(found: Found, name: str) -> tuple[int, ...] | None:
+    try:
+        status = os.stat(found.folder / name)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def last_written(found: Found) -> float | None:
+    """Return when the run last wrote a file: seconds since 1970, None without files."""
+    names = ("metrics.jsonl", "rollouts.jsonl", "config.yaml", ".lock")
+    files = [*names, *(path.name for path in prediction_files(found.folder))]
+    return max((stamp[2] / 1e9 for name in files if (stamp := _stamp(found, name))), default=None)
+
+
+def state_of(claim: Claim, done: bool, progress: Progress, silent: float, alive: bool | None) -> State:
+    """Return the state of a run or an evaluation.
+
+    done: its model, or its summary, was written. silent: seconds since it last wrote. alive: whether the
+    process of the claim exists; None on another machine, which cannot be asked.
+    """
+    slow = max(LOST, 10 * (progress.each or 0.0))
+    after = f" after step {progress.step:,}" if progress.step is not None else ""
+    if claim.process is not None:
+        if alive or (alive is None and silent < slow):
+            return State("running", "" if alive else f"on {claim.host}")
+        if done:
+            return State("finished")
+        who = f"process {claim.process} on {claim.host}"
+        if alive is None:
+            return State("failed", f"{who} has written nothing for {silent / 3600:.1f} h{after}")
+        return State("failed", f"{who} was killed{after}: the system may have been out of memory")
+    if claim.ended == "failed":
+        return State("failed", claim.why)
+    if claim.ended == "stopped":
+        return State("stopped", claim.why)
+    if done:
+        return State("finished")
+    return State("stopped", f"it ended{after}, before its model was saved; the same command resumes it")
+
+
+def is_alive(claim: Claim, silent: float) -> bool | None:
+    """Return whether the claim's process exists, None if it is on another machine.
+
+    A process that has just written is alive: it may run in a container with this host name.
+    """
+    if claim.process is None or claim.host != socket.gethostname():
+        return None
+    try:
+        os.kill(claim.process, 0)
+    except (ProcessLookupError, OverflowError):
+        return silent < 60
+    except PermissionError:
+        pass
+    return True
+
+
+def progress_of(lines: Lines, settings: Mapping[str, str]) -> Progress:
+    """Return the progress of a training run. lines: the last ones of metrics.jsonl (two for a rate)."""
+    steps = [
+        (int(step), finite(line.get("time")))
+        for line in lines
+        if (step := finite(line.get("step"))) is not None
+    ]
+    if not steps:
+        return Progress(steps=_planned(settings, None, None))
+    step, taken = steps[-1]
+    timed = [(number, time) for number, time in steps if time is not None and number > step - LAST_STEPS - 1]
+    each = None
+    if len(timed) > 1 and timed[-1][0] > timed[0][0]:
+        each = max(0.0, (timed[-1][1] - timed[0][1]) / (timed[-1][0] - timed[0][0]))
+    epoch = next((value for line in reversed(lines) if (value := finite(line.get("epoch")))), None)
+    return Progress(step, _planned(settings, step, epoch), taken, each)
+
+
+def _planned(settings: Mapping[str, str], step: int | None, epoch: float | None) -> int | None:
+    """Return max_steps, or the steps of num_train_epochs at the rate so far."""
+    try:
+        if (wanted := int(settings.get("max_steps", "-1"))) > 0:
+            return wanted
+        epochs = float(settings.get("num_train_epochs", "nan"))
+    except (ValueError, OverflowError):
+        return None
+    if not step or not epoch or not 0 < epochs < 1e6:
+        return None
+    return min(round(step * epochs / epoch), 10**9)
+
+
+def kind_of(found: Found, lines: Lines) -> str:
+    """Return `rl`, `sft`, `evaluation` or `data`, the report's words."""
     if (found.folder / "rollouts.jsonl").exists() or any(
         name.startswith("reward/") for line in lines[-3:] for name in line
     ):
@@ -103,8 +202,8 @@ def kind_of(found: Found, lines: Sequence[Mapping[str, Any]]) -> str:
     return "evaluation" if prediction_files(found.folder) else "data"
 
 
-def training_figures(kind: str, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Means over the last logged lines."""
+def training_figures(kind: str, lines: Lines) -> list[dict[str, str]]:
+    """Return the main figures: means over the last logged lines."""
     figures = []
     for name in SHOWN[kind]:
         caption, unit, decimals = KEY_SERIES[name]
@@ -114,12 +213,11 @@ def training_figures(kind: str, lines: Sequence[Mapping[str, Any]]) -> list[dict
 
 
 def evaluation_figures(found: Found) -> list[dict[str, str]]:
-    """Accuracy in order and the temporal gap, of the most frames that an evaluation has."""
+    """Return the accuracy in order and the temporal gap with an evaluation's largest number of frames."""
     by_frames = as_table(as_table(parse(found.text("summary.json", SUMMARY_BYTES).encode())).get("frames"))
     if not by_frames:
         return []
-    frames = max(by_frames, key=lambda count: int(count) if count.isdecimal() else 0)
-    table = as_table(by_frames[frames])
+    table = as_table(by_frames[max(by_frames, key=lambda count: int(count) if count.isdecimal() else 0)])
     accuracy = finite(as_table(table.get("ordered")).get("accuracy"))
     gap = finite(as_table(table.get("temporal_gap")).get("gap"))
     figures = {"accuracy": accuracy, "temporal gap": gap}
@@ -127,16 +225,9 @@ def evaluation_figures(found: Found) -> list[dict[str, str]]:
 
 
 def sparkline(lines: Sequence[Mapping[str, Any]]) -> tuple[str, list[float]]:
-    """The series that tells most, and about 60 of its values."""
+    """Return the most telling series, and about 60 of its values."""
     for name in SPARKS:
-        values = [value for line in lines if (value := finite(line.get(name))) is not None]
-        if len(values) > 1:
-            every = max(1, len(values) // SPARK_POINTS)
-            return name, [float(f"{value:.4g}") for value in values[::every]]
+        if len(found := values(lines, name)) > 1:
+            every = max(1, len(found) // SPARK_POINTS)
+            return name, [float(f"{value:.4g}") for value in found[::every]]
     return "", []
-
-
-def listing(runs: Mapping[str, Found]) -> list[dict[str, Any]]:
-    """All runs, those that run first, then by when they last wrote."""
-    rows = [overview(found) for found in runs.values()]
-    return sorted(rows, key=lambda row: (row["state"] != "running", -(row["written"] or 0.0), row["name"]))

@@ -70,17 +70,17 @@ function runView(view, [name]) {
   const columns = new Columns(name);
   const about = make("div", { "aria-live": "polite" });
   const above = make("div", {});
-  const left = make("ul", { class: "notes", "aria-label": "What was left out" });
+  const left = make("ul", { class: "notes", "aria-label": "Problems of the files" });
   const drawn = make("div", {});
   const recorded = make("div", {});
-  const leftOut = make("div", {});
+  const skipped = make("div", {});
   const aside = make("div", {});
   const holder = new CurveHolder(drawn);
   let run = null;
   let following = false; // of groups, which come after the curves
   const axis = axisChoice((value) => { holder.axis = value; redraw(); });
   header(name, about);
-  document.getElementById("main").replaceChildren(above, make("div", { class: "controls" }, axis.node), left, drawn, recorded, leftOut, aside);
+  document.getElementById("main").replaceChildren(above, make("div", { class: "controls" }, axis.node), left, drawn, recorded, skipped, aside);
 
   const redraw = () => {
     axis.select.querySelector("[value=tokens]").disabled = !columns.tokens.some((count) => count > 0);
@@ -108,7 +108,7 @@ function runView(view, [name]) {
   follow(view, async () => {
     const [wait] = await Promise.all([columns.read(), run ? null : readRun()]);
     if (view.open && (columns.changed || !drawn.firstChild)) redraw();
-    if (!following) setTimeout(() => { followGroups(view, name, recorded); followLeftOut(view, name, leftOut); }, 200); // when the curves are painted
+    if (!following) setTimeout(() => { followGroups(view, name, recorded); followSkipped(view, name, skipped); }, 200); // when the curves are painted
     following = true;
     if (left.children.length !== columns.notes.length) left.replaceChildren(...columns.notes.map((note) => make("li", {}, note)));
     return wait;
@@ -120,19 +120,12 @@ function runView(view, [name]) {
 function followGroups(view, name, node) {
   const run = { name, groups: [] };
   const numbers = new Map(); // of entries
-  const live = {
-    marks: new Set(),
-    clip: groupClip,
-    load: (_, entry) => ask("/api/group", { run: name, life, at: numbers.get(entry) }),
-    mark: async (_, entry, order, completion, marked) =>
-      (await ask("/api/marks", {}, { run: name, life, at: numbers.get(entry), order, completion, marked, note: "" })).marks,
-  };
+  const live = { clip: groupClip, load: (_, entry) => ask("/api/group", { run: name, life, at: numbers.get(entry) }) };
   let life = 0;
   let section = null;
   follow(view, async () => {
     const answer = await ask("/api/entries", { run: name, life, have: run.groups.length });
     if (!view.open) return 1;
-    live.marks = new Set(answer.marks);
     if (answer.life !== life || answer.from < run.groups.length) {
       run.groups.length = 0;
       numbers.clear();

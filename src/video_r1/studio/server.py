@@ -25,25 +25,20 @@ except ModuleNotFoundError as missing:
         "studio needs the packages starlette and uvicorn: pip install 'video-r1[studio]'"
     ) from missing
 
-from video_r1.studio import asking, data, evaluations, rollouts, runs
-from video_r1.studio.access import LOCAL, Access, token_of
-from video_r1.studio.answers import Answer
-from video_r1.studio.asking import origins_of
-from video_r1.studio.finding import Finder
+from video_r1.studio import ask, evaluations, manifests, runs
+from video_r1.studio.clips import Uploads
 from video_r1.studio.folders import Library, Refused
-from video_r1.studio.model_process import ModelProcess
-from video_r1.studio.runs import Readers
-from video_r1.studio.uploads import Uploads
+from video_r1.studio.requests import LOCAL, Access, Answer, token_of
 
-PARTS = (runs, rollouts, asking, data, evaluations)
-"""What the page is made of; each has its addresses in ROUTES."""
+PARTS = (runs, ask, manifests, evaluations)
+"""The parts of the page; each lists its addresses in ROUTES."""
 PAGE_FILES = {
     "page.css": "report", "charts.js": "report", "curves.js": "report", "places.js": "report",
     "frames.js": "report", "rollouts.js": "report",
-    "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "left.js": "studio",
+    "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "skipped.js": "studio",
     "run.js": "studio", "clips.js": "studio", "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
 }  # fmt: skip
-"""The files that a browser asks for, and the room that each lies in: charts and rollouts are the report's."""
+"""The page's files and their rooms: charts and rollouts are the report's."""
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
@@ -83,12 +78,11 @@ def application(
         exception_handlers={HTTPException: _said, OSError: _unreadable, Refused: _unreadable},
         lifespan=_lifespan,
     )
-    library = Library(roots)
-    app.state.readers = Readers(library)
-    app.state.manifests = data.Manifests(Finder(library))
-    app.state.evaluations = evaluations.Evaluations()
-    app.state.key_origins = {origin for engine in engines for origin in origins_of(engine)}
-    app.state.model, app.state.uploads, app.state.adding = ModelProcess(), Uploads(), asyncio.Lock()
+    app.state.library = library = Library(roots)
+    app.state.runs, app.state.manifests = runs.Runs(library), manifests.Manifests(library)
+    app.state.predictions = evaluations.open_predictions()
+    app.state.key_origins = {origin for engine in engines for origin in ask.origins_of(engine)}
+    app.state.model, app.state.uploads, app.state.adding = ask.ModelProcess(), Uploads(), asyncio.Lock()
     return app
 
 

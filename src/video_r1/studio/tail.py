@@ -1,7 +1,7 @@
-"""A JSON lines file that is read while another process, perhaps on another machine, appends to it.
+"""Files that another process, perhaps on another machine, writes while they are read here.
 
-What was read is never read again. A file that was replaced, as a run that is continued replaces its own, or
-cut short is read anew; half a line waits for its end; a line that is too long is left out with a note.
+`Tail` reads JSON lines, `JsonArray` one JSON list. Both report each object with its position in the file and
+never read a byte twice, unless the file was replaced or cut.
 """
 
 import json
@@ -14,128 +14,180 @@ from video_r1.studio.folders import Found, Refused
 
 BLOCK = 1 << 20
 MAX_LINE = 8 << 20  # bytes
-REMEMBERED = 64  # of the bytes last read: a file cut short and grown again has others there
+REMEMBERED = 64  # bytes before the position: a file that was cut and has grown again has others there
+
+Take = Callable[[int, int, dict[str, Any]], None]
+"""Receives the position, the length (bytes) and the object of each line or element."""
 
 
 class Tail:
-    """One file of a run. `read` hands on its objects; `life` counts how often it was begun anew."""
+    """A JSON lines file that grows. An unfinished last line is read when it is complete."""
 
     def __init__(self, found: Found, name: str, max_line: int = MAX_LINE) -> None:
         self.found, self.name, self.max_line = found, name, max_line
-        self.life, self.note = 0, ""
-        self._forget()
+        self.life, self.note = 0, ""  # life: how often the file was started over
+        self._stamp: tuple[int, ...] | None = None
+        self._restart()
 
-    def _forget(self) -> None:
+    def _restart(self) -> None:
         self.life += 1
-        self.place = 0  # where the next line begins
+        self.place = 0  # position of the next line
         self.unreadable = self.too_long = 0
-        self.behind = 0  # bytes that are there and not read
+        self.behind = 0  # bytes of the file that are not read yet
         self.more = False  # whether the last call ended before the file did
-        self._identity: tuple[int, int] | None = None
         self._last = b""
-        self._skipping = False
+        self._skipping = self._ended = False
 
-    def read(
-        self,
-        take: Callable[[int, int, dict[str, Any]], None],
-        anew: Callable[[], None],
-        seconds: float = 0.25,
-    ) -> None:
-        """Gives `take` the place, length and object of each line that is whole by now; `anew` is called
-        before those of a file that was replaced. Ends after about `seconds`; the rest is `behind`.
-        """
+    def read(self, take: Take, restart: Callable[[], None], seconds: float = 0.25) -> None:
+        """Give new objects to `take` for about `seconds`; call `restart` first if the file was replaced."""
         try:
             file = self.found.open(self.name)
         except FileNotFoundError:
-            if self._identity is not None:
-                self._forget()
-                anew()
+            if self._stamp is not None:
+                self._stamp = None
+                self._restart()
+                restart()
             return
         except (OSError, Refused) as error:
-            self.note = f"{self.name} is not read: {error}"
+            self.note = f"{self.name} cannot be read: {error}"
             return
         with file:
             status = os.fstat(file.fileno())
-            identity = (status.st_dev, status.st_ino)
-            if self._identity is not None and (identity != self._identity or not self._goes_on(file, status)):
-                self._forget()
-                anew()
-            self._identity, self.more = identity, False
+            stamp = self._identity(status)
+            if self._stamp is not None and (stamp != self._stamp or not self._continues(file, status)):
+                self._restart()
+                restart()
+            self._stamp, self.more = stamp, False
             if status.st_size > self.place:
                 self._read_on(file, take, time.monotonic() + seconds)
             self.behind = max(0, os.fstat(file.fileno()).st_size - self.place)
 
-    def _goes_on(self, file: BinaryIO, status: os.stat_result) -> bool:
-        if status.st_size < self.place:
-            return False
-        file.seek(self.place - len(self._last))
-        return file.read(len(self._last)) == self._last
+    def _identity(self, status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino
 
-    def _read_on(
-        self, file: BinaryIO, take: Callable[[int, int, dict[str, Any]], None], until: float
-    ) -> None:
-        began = self.place
-        file.seek(began)
+    def _continues(self, file: BinaryIO, status: os.stat_result) -> bool:
+        """Return whether the bytes before the position are still those that were read."""
+        file.seek(self.place - len(self._last))
+        return status.st_size >= self.place and file.read(len(self._last)) == self._last
+
+    def _read_on(self, file: BinaryIO, take: Take, until: float) -> None:
+        start = self.place
+        file.seek(start)
         rest = b""
-        # However slow the disk is, a call gets as far as the end of a line.
         self.more = True
-        while self.place == began or time.monotonic() < until:
+        while self.place == start or time.monotonic() < until:  # at least one line, even from a slow disk
             block = file.read(BLOCK)
             *lines, rest = (rest + block).split(b"\n")
             for line in lines:
                 self._take_line(line, take)
             if len(rest) > self.max_line or self._skipping:
                 self._skipping = True
-                self._advance(rest, 0)
+                self._advance(rest)
                 rest = b""
             if len(block) < BLOCK:
                 self.more = False
                 break
 
-    def _take_line(self, line: bytes, take: Callable[[int, int, dict[str, Any]], None]) -> None:
+    def _take_line(self, line: bytes, take: Take) -> None:
         place = self.place
-        self._advance(line, 1)
+        self._advance(line + b"\n")
         if self._skipping or len(line) > self.max_line:
             self._skipping = False
             self.too_long += 1
         elif line.strip():
-            record = parse(line)
-            if record is None:
+            if (record := parse(line)) is None:
                 self.unreadable += 1
             else:
                 take(place, len(line), record)
 
-    def _advance(self, text: bytes, ends: int) -> None:
-        self.place += len(text) + ends
-        self._last = (self._last + text[-REMEMBERED:] + b"\n" * ends)[-REMEMBERED:]
+    def _advance(self, text: bytes) -> None:
+        self.place += len(text)
+        self._last = (self._last + text[-REMEMBERED:])[-REMEMBERED:]
 
     @property
     def notes(self) -> list[str]:
-        """What was left out, for a reader of the page."""
-        said = [self.note] if self.note else []
-        for count, what in ((self.unreadable, "unreadable"), (self.too_long, "far too long")):
-            if count:
-                said.append(f"{self.name}: {count} {what} line{'s' if count > 1 else ''} left out")
-        return said
+        """Problems of the file, for the page."""
+        counts = ((self.unreadable, "unreadable"), (self.too_long, "far too long"))
+        said = [f"{self.name}: {n} {kind} line{'s' if n > 1 else ''} skipped" for n, kind in counts if n]
+        return [self.note, *said] if self.note else said
+
+
+class JsonArray(Tail):
+    """A file `[{…}, {…}]`. A file that changes is read again from its start."""
+
+    def _identity(self, status: os.stat_result) -> tuple[int, ...]:
+        return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+    def _restart(self) -> None:
+        super()._restart()
+        self.note = ""
+
+    def _continues(self, file: BinaryIO, status: os.stat_result) -> bool:
+        return True
+
+    def _read_on(self, file: BinaryIO, take: Take, until: float) -> None:
+        # In Latin-1 every byte is one character: positions in the text are positions in the file.
+        text, size = "", BLOCK
+        file.seek(self.place)
+        while not self._ended:
+            block = file.read(size)
+            text += block.decode("latin-1")
+            read = self._objects(text, take, last=len(block) < size)
+            text = text[read:]
+            if time.monotonic() > until and read:
+                break
+            size = max(BLOCK, 2 * len(text))  # a long object is parsed again with each block
+        self.more = not self._ended
+
+    def _objects(self, text: str, take: Take, last: bool) -> int:
+        """Take the objects of a piece of the file; return how many characters were used."""
+        at = 0
+        while True:
+            begin = at
+            while begin < len(text) and text[begin] in " \t\r\n,[ï»¿":
+                begin += 1
+            if begin < len(text) and text[begin] == "]":
+                self._ended = True
+                return at
+            try:
+                record, end = _DECODER.raw_decode(text, begin)
+            except (ValueError, RecursionError) as error:
+                if last or len(text) - begin > MAX_LINE:
+                    self._ended = True
+                    where = f"after byte {self.place + begin - at:,}"
+                    self.note = f"{self.name} is not JSON {where} ({error}); the rest was not read"
+                return at
+            if not text[begin:end].isascii():
+                record = parse(text[begin:end].encode("latin-1"))
+            if isinstance(record, dict):
+                take(self.place + begin - at, end - begin, record)
+            else:
+                self.unreadable += 1
+            self.place += end - at
+            at = end
+
+
+_DECODER = json.JSONDecoder()
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """The JSON object of a line, None where it is none."""
+    """Return the JSON object of a line, None if there is none."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # no JSON, no UTF-8, or brackets a thousand deep
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or a thousand nested brackets
         return None
     return record if isinstance(record, dict) else None
 
 
 def last_lines(found: Found, name: str, window: int = 200_000, sketched: int = 0) -> list[dict[str, Any]]:
-    """The objects of a file's last `window` bytes; before them `sketched` lines at even distances from the
-    whole of a longer one, so that a file of any size is told of at once. Empty where it cannot be read.
+    """Return the objects in the last `window` bytes of a JSON lines file; [] if it cannot be read.
+
+    Before them come `sketched` lines at even distances from the start, if the file is longer: a summary of a
+    file of any size is ready at once.
     """
     try:
         with found.open(name) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = max(0, size - window)
+            start = max(0, os.fstat(file.fileno()).st_size - window)
             records = []
             for i in range(sketched if start else 0):
                 file.seek(start * i // sketched)

@@ -98,7 +98,7 @@ function pairPlot(row) {
 
 function questionNode(item, left, right) {
   const row = item.row;
-  const side = (name, output, style) => make("section", { class: `column ${style}`, "aria-label": name }, make("h4", { dir: "auto" }, name), make("div", { class: "cards" }, card(output, "ordered", [], "")));
+  const side = (name, output, style) => make("section", { class: `column ${style}`, "aria-label": name }, make("h4", { dir: "auto" }, name), make("div", { class: "cards" }, card(output, [])));
   const clip = make("div", {});
   // Twenty players at once would read twenty files: a clip comes when somebody wants to see it.
   if (row) {

@@ -1,4 +1,4 @@
-"""Access control of the studio's server: every request needs the token.
+"""Requests to the studio's server: who may ask (every request needs the token), their values, JSON answers.
 
 The token is taken from the address once and kept as a cookie. A page of another site cannot read answers
 (no CORS), start work (Sec-Fetch-Site), rebind a name to this address (the Host header is checked) or write (a
@@ -7,14 +7,20 @@ script: the policy allows the studio's own files only.
 """
 
 import hmac
+import json
 import os
 import re
 import secrets
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders, QueryParams
-from starlette.responses import PlainTextResponse, RedirectResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from video_r1.errors import RequestError
@@ -35,6 +41,7 @@ LOCAL = ("127.0.0.1", "localhost", "[::1]", "::1")
 COOKIE = "video_r1_studio"
 TOKEN_VARIABLE = "VIDEO_R1_STUDIO_TOKEN"
 SHORTEST_TOKEN = 16  # characters
+MAX_BODY = 100_000  # bytes of a POST
 OWN_HEADER = "x-video-r1"
 
 
@@ -122,3 +129,55 @@ def _cookie(headers: Headers, wanted: str) -> str:
 
 def _text(text: str, status: int) -> Response:
     return PlainTextResponse(text + "\n", status)
+
+
+class Answer(JSONResponse):
+    """A JSON answer in ASCII: half of a surrogate pair, which a model may write, has no UTF-8 form."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def number(values: Mapping[str, Any], name: str) -> int:
+    """Return a whole number of a request, 0 without one. Raises HTTPException 400."""
+    try:
+        return int(values.get(name, 0))
+    except (TypeError, ValueError, OverflowError):
+        raise HTTPException(400, f"{name} must be a whole number") from None
+
+
+async def body_of(request: Request) -> dict[str, Any]:
+    """Return the JSON object of a POST. Raises HTTPException 400, 413."""
+    body = b""
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY:
+            raise HTTPException(413, f"the request has more than {MAX_BODY} bytes")
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        raise HTTPException(400, "the request is not a JSON object")
+    return asked
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """Values made by `make` from their keys; only the `most` that were asked for last are kept."""
+
+    def __init__(self, make: Callable[[K], V], most: int) -> None:
+        self._make, self._most = make, most
+        self._values: dict[K, V] = {}
+        self._lock = threading.Lock()
+
+    def get(self, key: K) -> V:
+        with self._lock:
+            value = self._values.pop(key) if key in self._values else self._make(key)
+            self._values[key] = value
+            while len(self._values) > self._most:
+                self._values.pop(next(iter(self._values)))
+            return value

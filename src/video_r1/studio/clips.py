@@ -1,0 +1,169 @@
+"""Clips for the page: files that play, members of archives, frames of folders, and sent clips."""
+
+import os
+import re
+import secrets
+import stat
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from mimetypes import guess_type
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response, StreamingResponse
+
+from video_r1.data.sources.archives import TAR, Part, split_member
+from video_r1.data.sources.media_types import FOLDER_FPS, IMAGE_EXTENSIONS, VIDEO_EXTENSIONS, frame_names
+from video_r1.data.sources.remote import local_file, open_remote_cache
+from video_r1.errors import MediaError
+from video_r1.report.run_data import finite
+
+LARGEST = 512 << 20  # bytes of one sent clip
+TOGETHER = 2 << 30  # bytes of all; the oldest go
+CACHE_BYTES = 50 * 10**9  # of the user's cache folder, for indexes of archives and copies of cells
+_MAGIC = (
+    (0, b"\xff\xd8", ".jpg"), (0, b"\x89PNG", ".png"), (0, b"GIF8", ".gif"), (8, b"WEBP", ".webp"),
+    (4, b"ftyp", ".mp4"), (0, b"\x1a\x45\xdf\xa3", ".webm"),
+)  # fmt: skip
+_PIECE = 1 << 18
+_RANGE = re.compile(r"bytes=(\d{1,18})?-(\d{1,18})?", re.ASCII)
+_KEPT = {"cache-control": "private, max-age=600"}
+
+
+def play(path: str, frame: int, wanted: str | None) -> Response:
+    """Return a clip or image as a file that plays. frame: number of a folder's frame; wanted: Range header.
+
+    Raises HTTPException for a file that is missing or that a browser cannot show.
+    """
+    if not split_member(path):
+        return media_file(Path(path, _frame(path, frame)) if os.path.isdir(path) else Path(path))
+    try:
+        part = _part_of(path)
+    except MediaError as error:
+        raise HTTPException(404, error.reason) from error
+    if isinstance(part, list):
+        part = part[_checked(frame, len(part))]
+    kind, begin, end = _kind(part.name), 0, part.size
+    if match := _RANGE.fullmatch(wanted or ""):
+        first, last = match.groups()
+        begin = int(first) if first else max(0, part.size - int(last or 0))
+        end = min(int(last) + 1, part.size) if first and last else part.size
+        if begin >= end:
+            raise HTTPException(416, f"the clip has {part.size} bytes")
+
+    def pieces() -> Iterator[bytes]:
+        with part.open() as file:
+            file.seek(begin)
+            for at in range(begin, end, _PIECE):
+                yield file.read(min(_PIECE, end - at))
+
+    headers = {**_KEPT, "accept-ranges": "bytes", "content-length": str(end - begin)}
+    if match:
+        headers["content-range"] = f"bytes {begin}-{end - 1}/{part.size}"
+    return StreamingResponse(pieces(), 206 if match else 200, headers, kind)
+
+
+def media_file(path: Path) -> Response:
+    """Return a picture or video that a browser can show, nothing else. Raises HTTPException."""
+    kind = _kind(path.name)
+    try:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            raise HTTPException(404, "the clip is not a regular file")
+    except OSError as error:
+        raise HTTPException(404, f"there is no file {path.name[:200]}") from error
+    return FileResponse(path, media_type=kind, headers=_KEPT)
+
+
+def frames_of(path: str, row: dict[str, Any]) -> dict[str, float] | None:
+    """Return the number of frames (`count`) and their rate (`fps`) of a folder of frames, None of a file.
+
+    Raises ValueError for a folder that cannot be used.
+    """
+    count = 0
+    if os.path.isdir(path):
+        count = len(frame_names(path))
+    elif path.startswith(TAR) and local_file(path) and not os.path.splitext(path.partition("::")[0])[1]:
+        try:
+            parts = _part_of(path)
+        except MediaError as error:
+            raise ValueError(error.reason) from error
+        count = len(parts) if isinstance(parts, list) else 0
+    return {"count": count, "fps": finite(row.get("fps")) or FOLDER_FPS} if count else None
+
+
+def _part_of(path: str) -> Part | list[Part]:
+    """Return the bytes of an archive's member, or of the copy of a table's cell. Raises MediaError."""
+    cache = open_remote_cache(None, CACHE_BYTES)
+    if path.startswith(TAR):
+        return cache.part(path)
+    with cache.file(path) as copy, open(copy, "rb") as file:
+        head = file.read(12)
+        ending = next((ending for at, magic, ending in _MAGIC if head[at:].startswith(magic)), "")
+        return Part(copy, 0, file.seek(0, os.SEEK_END), f"cell{ending}")
+
+
+def _frame(folder: str, number: int) -> str:
+    """Return the name of a frame by its number. Raises HTTPException."""
+    try:
+        names = frame_names(folder)
+    except (ValueError, OSError) as error:
+        raise HTTPException(415, f"the folder cannot be shown: {error}") from error
+    return names[_checked(number, len(names))]
+
+
+def _checked(number: int, count: int) -> int:
+    if not 0 <= number < count:
+        raise HTTPException(404, f"there is no frame {number}, only {count}")
+    return number
+
+
+def _kind(name: str) -> str:
+    """Return the media type of a file that a browser shows. Raises HTTPException 415."""
+    kind = guess_type(name)[0] or ""
+    if not kind.startswith(("video/", "image/")) or kind == "image/svg+xml":
+        raise HTTPException(415, f"{Path(name).suffix[:20]} is no video or image that a browser shows")
+    return kind
+
+
+class Uploads:
+    """Clips that a browser sent, in a temporary folder. The page asks for them by name, never by path."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="video-r1-studio-")
+        self._sizes: dict[str, int] = {}
+
+    def path(self, name: str) -> Path:
+        """Return the file of a clip. Raises HTTPException 404."""
+        if name not in self._sizes:
+            raise HTTPException(404, "this clip was removed: choose it again")
+        return Path(self._folder.name, name)
+
+    async def take(self, filename: str, parts: AsyncIterator[bytes]) -> str:
+        """Write a file as it arrives and return its name. Raises HTTPException 413, 415."""
+        ending = Path(filename).suffix.lower()
+        if ending not in (*VIDEO_EXTENSIONS, *IMAGE_EXTENSIONS):
+            raise HTTPException(415, f"{filename[:100]!r} is no video or image by its name")
+        stem = re.sub(r"[^A-Za-z0-9-]+", "-", Path(filename).stem)[:40].strip("-") or "clip"
+        name = f"{stem}-{secrets.token_hex(4)}{ending}"
+        path = Path(self._folder.name, name)
+        size = 0
+        try:
+            with path.open("wb") as file:
+                async for part in parts:
+                    size += len(part)
+                    if size > LARGEST:
+                        raise HTTPException(413, f"the file has more than {LARGEST >> 20} MB")
+                    file.write(part)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self._sizes[name] = size
+        while sum(self._sizes.values()) > TOGETHER and len(self._sizes) > 1:
+            oldest = next(iter(self._sizes))
+            del self._sizes[oldest]
+            Path(self._folder.name, oldest).unlink(missing_ok=True)
+        return name
+
+    def close(self) -> None:
+        self._folder.cleanup()

@@ -1,0 +1,195 @@
+"""A run's groups: those recorded with their completions (rollouts.jsonl), and those that taught it nothing.
+
+The server keeps the position of each line and a few words for lists and filters; a group is read from the
+file when somebody looks at it.
+"""
+
+from array import array
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from video_r1.data.manifests.records import question_digest
+from video_r1.report.run_data import as_list, as_table, finite, group_of, short_path, strip_of, text, whole
+from video_r1.studio.folders import Found, Refused
+from video_r1.studio.manifests import paths_of
+from video_r1.studio.tail import Tail, parse
+
+MAX_ENTRIES = 100_000
+LABEL = 80  # characters
+REASONS = ("replaced", "tried", "no variance", "media")
+SKIPPED_FILES = ("left_out.jsonl", "quarantine.jsonl")
+PAGE = 50
+MOST = 400_000  # listed lines of a file, 17 bytes each; then the older half goes
+MAX_LINE = 1 << 20  # bytes
+CELL, LONG = 100, 500  # characters
+
+
+class RecordedGroups:
+    """An index of rollouts.jsonl. `life` counts how often entries have changed."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.tail = Tail(found, "rollouts.jsonl", max_line=32 << 20)
+        self.life = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.life += 1
+        self.entries: list[dict[str, Any]] = []
+        self.places: list[tuple[int, int]] = []
+        self._numbers: dict[tuple[int, str], int] = {}
+
+    def read(self) -> None:
+        self.tail.read(self._take, self._restart)
+
+    def _take(self, place: int, length: int, record: dict[str, Any]) -> None:
+        entry = entry_of(record)
+        key = (entry["step"], entry["id"])
+        if key in self._numbers:  # recorded again by a resumed run
+            number = self._numbers[key]
+            self.entries[number], self.places[number] = entry, (place, length)
+            self.life += 1
+        elif len(self.entries) < MAX_ENTRIES:
+            self._numbers[key] = len(self.entries)
+            self.entries.append(entry)
+            self.places.append((place, length))
+
+    def record(self, number: int) -> dict[str, Any] | None:
+        """Return the line of an entry, None if the file does not have it any more."""
+        if not 0 <= number < len(self.places):
+            return None
+        place, length = self.places[number]
+        with self.found.open(self.tail.name) as file:
+            file.seek(place)
+            record = parse(file.read(length))
+        return record if record is not None and entry_of(record) == self.entries[number] else None
+
+    def group(self, number: int, address: str) -> dict[str, Any] | None:
+        """Return a group for the page, with its `question` (a digest); address: of its frames."""
+        record = self.record(number)
+        if record is None:
+            return None
+        group = group_of(record, address if strip_of(self.found.folder, record) else None)
+        question = question_digest(group["problem"], group["options"], group["answer"], paths_of(record))
+        return {**group, "question": question}
+
+
+def entry_of(record: dict[str, Any]) -> dict[str, Any]:
+    """Return what lists and filters show of a group.
+
+    p, pShuffled: shares of right completions; total: mean reward in order; flat: all in order earn the same.
+    """
+    ordered = [as_table(item) for item in as_list(record.get("ordered"))]
+    shuffled = [as_table(item) for item in as_list(record.get("shuffled"))]
+    totals = [finite(item.get("total"), _accuracy(item)) or 0.0 for item in ordered]
+    labels = {
+        "problem": "problem",
+        "type": "problem_type",
+        "media": "data_type",
+        "source": "data_source",
+        "id": "problem_id",
+    }
+    return {
+        "step": whole(record.get("step")),
+        **{name: text(record.get(field, ""))[:LABEL] for name, field in labels.items()},
+        "p": finite(record.get("p"), _share(ordered)),
+        "pShuffled": finite(record.get("p_shuffled"), _share(shuffled)),
+        "total": round(sum(totals) / len(totals), 4) if totals else 0.0,
+        "flat": len({round(total, 4) for total in totals}) <= 1,
+    }
+
+
+def _accuracy(item: dict[str, Any]) -> float:
+    return finite(as_table(item.get("rewards")).get("accuracy")) or 0.0
+
+
+def _share(items: list[dict[str, Any]]) -> float | None:
+    return sum(_accuracy(item) > 0.5 for item in items) / len(items) if items else None
+
+
+class SkippedGroups:
+    """An index of groups without variance (left_out.jsonl) and of unusable media (quarantine.jsonl)."""
+
+    def __init__(self, found: Found) -> None:
+        self.found = found
+        self.tails = [Tail(found, name, MAX_LINE) for name in SKIPPED_FILES]
+        # Columns of each file: position, step, reason.
+        self.columns = [(array("q"), array("q"), array("b")) for _ in SKIPPED_FILES]
+        self.dropped = 0
+
+    def read(self) -> None:
+        for file, tail in enumerate(self.tails):
+            tail.read(partial(self._take, file), partial(self._drop, file))
+
+    def _drop(self, file: int, most: int | None = None) -> None:
+        for column in self.columns[file]:
+            del column[:most]
+
+    def _take(self, file: int, place: int, length: int, record: dict[str, Any]) -> None:
+        places, steps, reasons = self.columns[file]
+        if len(places) >= MOST:
+            self.dropped += MOST // 2
+            self._drop(file, MOST // 2)
+        places.append(place)
+        steps.append(min(max(0, whole(record.get("step"))), 2**60))
+        reasons.append(REASONS.index(reason_of(file, record)))
+
+    def page(self, reason: str, at: int) -> dict[str, Any]:
+        """Return 50 rows from number `at` on, the last step first, and the number of rows by reason.
+
+        reason: one of REASONS, or "" for any.
+        """
+        places, steps, reasons = map(np.concatenate, zip(*self.columns, strict=True))
+        files = np.repeat([0, 1], [len(column[0]) for column in self.columns])
+        chosen = np.arange(len(reasons))
+        if reason in REASONS:
+            chosen = np.flatnonzero(reasons == REASONS.index(reason))
+        chosen = chosen[np.argsort(-steps[chosen], kind="stable")]
+        counts = np.bincount(reasons, minlength=len(REASONS)).tolist()
+        notes = [note for tail in self.tails for note in tail.notes]
+        if self.dropped:
+            notes.append(f"the {self.dropped:,} oldest are not listed: {SKIPPED_FILES[0]} has them")
+        return {
+            "counts": dict(zip(REASONS, counts, strict=True)),
+            "total": len(chosen),
+            "rows": [
+                self._row(int(files[i]), int(places[i])) for i in chosen[max(0, at) : max(0, at) + PAGE]
+            ],
+            "more": any(tail.more for tail in self.tails),
+            "notes": notes,
+        }
+
+    def _row(self, file: int, place: int) -> dict[str, Any]:
+        """Return a line for the page, every field in its expected type: a page never trusts a file."""
+        try:
+            with self.found.open(SKIPPED_FILES[file]) as opened:
+                opened.seek(place)
+                record = parse(opened.readline(MAX_LINE)) or {}
+        except (OSError, Refused):
+            record = {}
+        taken = record.get("replaced_by")
+        path = short_path(text(record.get("path", "")))
+        return {
+            "step": None if finite(record.get("step")) is None else whole(record.get("step")),
+            "id": text(record.get("problem_id", ""))[:CELL],
+            "problem": (text(record.get("problem", "")) or path)[:LONG],
+            "type": text(record.get("problem_type", ""))[:CELL],
+            "source": text(record.get("data_source") or "")[:CELL],
+            "accuracy": finite(record.get("accuracy")),
+            "contrast": finite(record.get("p_shuffled")),
+            "reward": finite(record.get("reward")),
+            "round": whole(record.get("round")),
+            "reason": reason_of(file, record),
+            "why": text(record.get("reason", ""))[:LONG] if file == 1 else "",
+            "by": None if taken is None else text(taken)[:CELL],
+        }
+
+
+def reason_of(file: int, record: dict[str, Any]) -> str:
+    """Return the reason of a line of one of SKIPPED_FILES."""
+    said = record.get("reason")
+    if file == 1:
+        return "media"
+    return said if isinstance(said, str) and said in REASONS else "no variance"

@@ -1,0 +1,382 @@
+"""Manifests of any length: which there are, pages of their rows, counts of each kind, and their clips.
+
+The server keeps a few bytes of each row, by which rows are found; a row is read from the file when needed.
+"""
+
+import json
+import os
+import re
+import threading
+import time
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from video_r1.data.manifests.records import Sample, check_row, question_digest
+from video_r1.data.sources.media_paths import MediaPaths
+from video_r1.data.sources.remote import local_file
+from video_r1.errors import ConfigError, ManifestError
+from video_r1.report.run_data import as_list, as_table, finite, short_path, text
+from video_r1.settings.filters import PASS_RATES, TRUE, Keep, parse_keep
+from video_r1.studio.clips import frames_of, media_file, play
+from video_r1.studio.folders import Library, Manifest
+from video_r1.studio.requests import Answer, Recent, number
+from video_r1.studio.tail import JsonArray, Tail, parse
+
+OPEN_MANIFESTS = 12  # indexes in memory
+PAGE = 50  # rows of one answer
+SEARCH_SECONDS = 1.0  # of one answer
+TEXT = 2000  # characters of a field
+MAX_ROWS = 5_000_000
+MAX_NAMES = 250  # of types, sources and rates; the others are "other"
+LABEL = 80  # characters
+MISSING = float("nan")
+FIELDS = {"type": "problem_type", "media": "data_type", "source": "data_source"}
+
+
+class Names:
+    """Texts as small numbers."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.numbers: dict[str, int] = {}
+
+    def number(self, value: object) -> int:
+        name = text(value)[:LABEL] if value is not None else ""
+        if name not in self.numbers:
+            if len(self.names) >= MAX_NAMES:
+                name = "other"
+            self.numbers.setdefault(name, len(self.names))
+            if self.numbers[name] == len(self.names):
+                self.names.append(name)
+        return self.numbers[name]
+
+
+class UncheckedPaths(MediaPaths):
+    """Media paths without permission checks: a file that may not be read keeps the row's path."""
+
+    def find(self, path: str) -> str:
+        try:
+            return super().find(path)
+        except ValueError:
+            return path
+
+
+def paths_of(row: dict[str, Any]) -> list[str]:
+    """Return the files of a row, or of a recorded group."""
+    path = row.get("path", "")
+    return [text(each) for each in path] if isinstance(path, list) and path else [text(path)]
+
+
+class ManifestIndex:
+    """An index of one manifest. `life` counts how often it was started over."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.lock = threading.Lock()
+        found, file = manifest.found, manifest.file
+        with found.open(file) as opened:
+            is_list = opened.read(200).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+        self.tail = JsonArray(found, file) if is_list else Tail(found, file)
+        self.places, self.named = (of(str(found.folder.resolve())) for of in (MediaPaths, UncheckedPaths))
+        self.life = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self.life += 1
+        self.starts, self.sizes = array("q"), array("l")
+        self.codes = {name: array("B") for name in FIELDS}
+        self.names = {name: Names() for name in FIELDS}
+        self.bad = array("B")  # 1: data check complains of the row
+        self.lengths = array("l")  # characters of the question
+        self.rates: dict[str, array[float]] = {}
+        self.ids = array("q")  # hashes of problem_id
+        self._known: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def read(self, seconds: float = 0.25) -> None:
+        self.tail.read(self._take, self._restart, seconds)
+
+    def _take(self, place: int, size: int, row: dict[str, Any]) -> None:
+        if len(self) >= MAX_ROWS:
+            return
+        identity = hash(str(row.get("problem_id")))
+        _, problems = check_row(row, self.places, 2)
+        self.bad.append(bool(problems) or identity in self._known)
+        self._known.add(identity)
+        self.ids.append(identity)
+        self.starts.append(place)
+        self.sizes.append(size)
+        for name, field in FIELDS.items():
+            self.codes[name].append(self.names[name].number(row.get(field)))
+        self.lengths.append(len(text(row.get("problem", ""))))
+        for name, rate in as_table(row.get(PASS_RATES)).items():
+            if name not in self.rates and len(self.rates) < MAX_NAMES:
+                self.rates[name] = array("f", [MISSING]) * (len(self) - 1)
+            if name in self.rates:
+                value = finite(rate)
+                self.rates[name].append(MISSING if value is None else value)
+        for column in self.rates.values():
+            if len(column) < len(self):
+                column.append(MISSING)
+
+    def chosen(self, wanted: dict[str, str], problems: bool = False, keep: Keep | None = None) -> np.ndarray:
+        """Return the numbers of the rows that fit.
+
+        wanted: values of `type`, `media`, `source`; problems: only rows with some; keep: on their pass rates.
+        """
+        fits = np.ones(len(self), dtype=bool)
+        for name, value in wanted.items():
+            fits &= np.array(self.codes[name]) == self.names[name].numbers.get(value, -1)
+        if problems:
+            fits &= np.array(self.bad) != 0
+        rows = np.flatnonzero(fits)
+        if keep is not None:
+            columns = {name: np.array(column)[rows].tolist() for name, column in self.rates.items()}
+
+            def is_kept(i: int) -> bool:
+                known = {name: column[i] for name, column in columns.items()}
+                return keep.truth({n: None if rate != rate else rate for n, rate in known.items()}) == TRUE
+
+            rows = rows[np.array([is_kept(i) for i in range(len(rows))], dtype=bool)]
+        return rows
+
+    def lines(self, rows: Sequence[int]) -> Iterator[tuple[int, bytes]]:
+        """Yield the bytes of rows. Raises OSError, Refused."""
+        with self.manifest.found.open(self.manifest.file) as file:
+            for row in rows:
+                file.seek(self.starts[row])
+                yield row, file.read(self.sizes[row])
+
+    def row(self, number: int) -> dict[str, Any] | None:
+        """Return a row as it is in the file, None if there is none any more."""
+        if not 0 <= number < len(self):
+            return None
+        ((_, line),) = self.lines([number])
+        return parse(line)
+
+    def questions(self, problem_id: str) -> Iterator[tuple[int, Sample]]:
+        """Yield the good rows with this problem_id, also those whose files may not be read from here."""
+        for row in np.flatnonzero(np.array(self.ids) == hash(problem_id)).tolist():
+            sample, _ = check_row(self.row(row), self.named, 0)
+            if sample is not None and str(sample.problem_id) == problem_id:
+                yield row, sample
+
+    def sample(self, number: int) -> tuple[Sample | None, list[str]]:
+        """Return a row as a checked sample, or None and its problems."""
+        row = self.row(number)
+        if row is None:
+            return None, ["the row is not there any more"]
+        sample, problems = check_row(row, self.places, 2)
+        if self.bad[number] and not problems:
+            problems = ["problem_id is used before; each row needs its own"]
+        return sample, problems
+
+    def counts(self) -> dict[str, Any]:
+        """Return the number of rows of each type, media and source, and of each length of question."""
+        counted = {
+            name: {
+                self.names[name].names[code]: int(count)
+                for code, count in enumerate(np.bincount(np.array(self.codes[name], dtype=np.int64)))
+                if count
+            }
+            for name in FIELDS
+        }
+        edges = [0, 25, 50, 75, 100, 150, 200, 300, 500, 1000]
+        found, _ = np.histogram(np.array(self.lengths), [*edges, np.inf])
+        return {**counted, "lengths": dict(zip(map(str, edges), map(int, found), strict=True))}
+
+
+class Manifests:
+    """Indexes of the manifests that somebody looks at."""
+
+    def __init__(self, library: Library) -> None:
+        self.library = library
+        self._open: Recent[Manifest, ManifestIndex] = Recent(ManifestIndex, OPEN_MANIFESTS)
+
+    def index(self, name: str | None) -> ManifestIndex:
+        """Return the index of a manifest. Raises HTTPException 404, 400."""
+        manifest = self.library.manifests().get(name or "")
+        if manifest is None:
+            raise HTTPException(404, "there is no such manifest below the folders: it was moved or removed")
+        try:
+            return self._open.get(manifest)
+        except ManifestError as error:
+            raise HTTPException(400, str(error)) from error
+
+    def indexes(self, seconds: float = 0.5) -> list[ManifestIndex]:
+        """Return the indexes of all manifests; each call reads a little more of them."""
+        indexes = [self.index(name) for name in list(self.library.manifests())[:OPEN_MANIFESTS]]
+        for index in indexes:
+            with index.lock:
+                index.read(seconds)
+        return indexes
+
+    def sample(self, name: str | None, row: int) -> Sample:
+        """Return a checked row. Raises HTTPException 404, and 422 for a row that cannot be used."""
+        index = self.index(name)
+        with index.lock:
+            index.read(0.0)
+            while row >= len(index) and index.tail.more:
+                index.read()
+            sample, problems = index.sample(row)
+        if sample is None:
+            raise HTTPException(422, f"row {row + 1} cannot be used: {'; '.join(problems)}"[:1000])
+        return sample
+
+
+def list_manifests(request: Request) -> Answer:
+    found = request.app.state.manifests.library.manifests().values()
+    sizes = {m.name: os.path.getsize(m.path) if m.path.exists() else 0 for m in found}
+    return Answer({"manifests": [{"name": name, "bytes": size} for name, size in sizes.items()]})
+
+
+def rows(request: Request) -> Answer:
+    """Answer 50 rows that fit, from number `at` on, and how far the index is.
+
+    Filters: `manifest`, `type`, `media`, `source`, `problems`, `keep` (on pass rates) and `words` (in any
+    field; then `at` is the row where the search continues).
+    """
+    asked = request.query_params
+    wanted = {name: asked[name] for name in FIELDS if name in asked}
+    words, at = asked.get("words", "").strip(), number(asked, "at")
+    try:
+        keep = parse_keep(asked["keep"]) if asked.get("keep", "").strip() else None
+    except ConfigError as error:
+        raise HTTPException(400, str(error)) from error
+    index = request.app.state.manifests.index(asked.get("manifest"))
+    with index.lock:
+        index.read()
+        chosen = index.chosen(wanted, asked.get("problems") == "1", keep)
+        answer: dict[str, Any] = {
+            "life": index.life, "rows": len(index), "more": index.tail.more, "notes": index.tail.notes,
+            "behind": index.tail.behind, "bad": index.bad.count(1), "rates": sorted(index.rates),
+        }  # fmt: skip
+        if words:
+            found, searched = _search(index, chosen[chosen >= at].tolist(), words)
+            answer |= {"total": None, "next": searched}
+        else:
+            found = chosen[max(0, at) : max(0, at) + PAGE].tolist()
+            after = at + PAGE
+            answer |= {"total": len(chosen), "next": after if after < len(chosen) else None}
+        answer["shown"] = [shown for row in found if (shown := _shown(index, row))]
+        if asked.get("counts") == "1":
+            answer["counts"] = index.counts()
+    return Answer(answer)
+
+
+def _search(index: ManifestIndex, chosen: list[int], words: str) -> tuple[list[int], int | None]:
+    """Return at most a page of rows with the words, and the row where the search continues."""
+    # A row's characters may be escaped or not.
+    forms = {json.dumps(words)[1:-1], json.dumps(words, ensure_ascii=False)[1:-1]}
+    escaped = b"|".join(re.escape(form.encode("utf-8", "replace")) for form in forms)
+    pattern = re.compile(escaped, re.IGNORECASE)
+    until, found = time.monotonic() + SEARCH_SECONDS, []
+    for row, line in index.lines(chosen):
+        if pattern.search(line):
+            found.append(row)
+        if len(found) == PAGE or time.monotonic() > until:
+            return found, row + 1
+    return found, None
+
+
+def _shown(index: ManifestIndex, number: int) -> dict[str, Any] | None:
+    """Return a row for the page, every field in its expected type."""
+    row = index.row(number)
+    if row is None:
+        return None
+    sample, problems = index.sample(number) if index.bad[number] else (None, [])
+    paths = paths_of(row)
+    files: list[dict[str, float] | None] = [None] * len(paths)
+    if sample is None and not problems:
+        try:
+            found = [index.places.find(path) for path in paths]
+            files = [frames_of(file, row) for file in found]
+            problems = [
+                f"there is no file {short_path(path)}"
+                for path, file in zip(paths, found, strict=True)
+                if not os.path.exists(local_file(file) or file)
+            ]
+        except ValueError as error:
+            problems = [str(error)]
+    rates = {name: finite(rate) for name, rate in as_table(row.get(PASS_RATES)).items()}
+    fields = {"id": "problem_id", "problem": "problem", **FIELDS}
+    return {
+        "row": number,
+        **{name: text(row.get(field, ""))[:TEXT] for name, field in fields.items()},
+        "options": [text(option)[:TEXT] for option in as_list(row.get("options"))[:50]],
+        "answer": text(row.get("solution", ""))[:TEXT].removeprefix("<answer>").removesuffix("</answer>"),
+        "process": text(row.get("process") or "")[:TEXT],
+        "path": ", ".join(map(short_path, paths))[:TEXT],
+        "files": files,
+        "start": finite(row.get("start")),
+        "end": finite(row.get("end")),
+        "rates": {str(name)[:80]: rate for name, rate in rates.items() if rate is not None},
+        "problems": [problem[:TEXT] for problem in problems],
+    }
+
+
+def row_of(
+    indexes: Sequence[ManifestIndex], problem_id: str, answer: str, question: str
+) -> dict[str, Any] | None:
+    """Return the row of a manifest with this question, for a page that shows its clip.
+
+    Rows whose files exist come first. `others`: number of further rows that match and show something else.
+    question: a digest (`question_digest`); "" if unknown: only the name and the answer are compared.
+    """
+    playing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
+    missing: dict[object, tuple[ManifestIndex, int, Sample]] = {}
+    for index in indexes:
+        with index.lock:
+            for row, sample in index.questions(problem_id):
+                facts = (sample.problem, sample.options, sample.answer, sample.paths)
+                own = question_digest(*facts)
+                if sample.answer == answer and question in ("", own):
+                    folder, files = index.manifest.path.parent, filter(None, map(local_file, sample.paths))
+                    if all(os.path.exists(os.path.join(folder, file)) for file in files):
+                        playing.setdefault((*sample.shown, *facts), (index, row, sample))
+                    else:
+                        missing.setdefault(own, (index, row, sample))
+    if not (found := playing or missing):
+        return None
+    index, row, sample = next(iter(found.values()))
+    with index.lock:
+        fields = index.row(row) or {}
+    try:
+        clips = [frames_of(index.places.find(path), fields) for path in paths_of(fields)]
+    except ValueError:  # the page says that it does not play
+        clips = [None] * len(sample.paths)
+    return {
+        "manifest": index.manifest.name, "row": row, "problem": sample.problem[:TEXT],
+        "options": [option[:TEXT] for option in sample.options[:26]], "media": sample.data_type,
+        "start": sample.start, "end": sample.end, "files": clips, "others": len(found) - 1,
+    }  # fmt: skip
+
+
+def clip(request: Request) -> Response:
+    """Answer a row's clip, or one that a browser sent, as a file that plays (with Range).
+
+    file: its number in a row with several; frame: the number of a frame in a folder of frames.
+    """
+    asked = request.query_params
+    if "upload" in asked:
+        return media_file(request.app.state.uploads.path(asked["upload"]))
+    paths = request.app.state.manifests.sample(asked.get("manifest"), number(asked, "row")).paths
+    if not 0 <= number(asked, "file") < len(paths):
+        raise HTTPException(404, f"the row has {len(paths)} files")
+    return play(paths[number(asked, "file")], number(asked, "frame"), request.headers.get("range"))
+
+
+ROUTES = [
+    Route("/api/manifests", list_manifests),
+    Route("/api/rows", rows),
+    Route("/api/clip", clip),
+]
