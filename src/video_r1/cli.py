@@ -1,10 +1,10 @@
 """The command line: `video-r1 {data,annotate,sft,rl,plan,eval,ask,serve,merge,report,studio,lab,demo}`.
 
-Words are split into setting names and text here, `recipe` turns them into checked settings, and the function
-that `commands` names for them does the work. It is imported then, so that help and refusals come at once.
+This module splits words into settings, `recipe` checks them, and `commands` names the function that does the
+work. The function is imported last, so that help and refusals come at once.
 
-Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr); 130 and 143 it was
-ended by Ctrl-C or SIGTERM.
+Exit codes: 0 done; 1 the work failed; 2 the request was wrong (one line on stderr); 130 and 143 after Ctrl-C
+and SIGTERM.
 """
 
 import difflib
@@ -29,7 +29,7 @@ from video_r1.recipe import Recipe, load_recipe, resolved_text
 from video_r1.recipe_files import find_recipe
 from video_r1.settings.types import FALSE_WORDS, TRUE_WORDS, takes_list, takes_sentences
 
-# Not the program's fault: a folder without permission, a file in a folder's place, a full or read-only disk.
+# No fault of the program: a folder without permission, a file in its place, a full or read-only disk.
 NOT_ALLOWED = (PermissionError, FileExistsError, NotADirectoryError, IsADirectoryError)
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SECONDS_TO_BE_ENDED = 20.0
@@ -60,8 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def failed(message: object, code: int) -> int:
     """Print the message as one line on stderr and return the exit code.
 
-    What is wrong with a request (2) is the same in all processes of a run, and one on each machine says it:
-    the launcher ends the others as soon as that one has.
+    A wrong request (2) is wrong in all processes of a run; one on each machine prints it, and the launcher
+    ends the others.
     """
     if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
         time.sleep(SECONDS_TO_BE_ENDED)
@@ -104,7 +104,7 @@ def run(words: list[str]) -> int:
 
 
 def smoke_settings(recipe: Recipe) -> Recipe:
-    """What `--smoke` would run; its manifest and run folder lie in a folder that is gone."""
+    """Return the settings that `--smoke` would run; its temporary folder is removed again."""
     from video_r1.lab.smoke import smoke_recipe
 
     with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
@@ -113,10 +113,7 @@ def smoke_settings(recipe: Recipe) -> Recipe:
 
 
 def carry_out(recipe: Recipe) -> int:
-    """Do what the settings ask for. Returns the exit code: the number that the command's work returns, or 0.
-
-    A path that comes back from work on plain values is what it made, and is printed.
-    """
+    """Run the command's function. Return its number as the exit code, or 0. A returned path is printed."""
     command = COMMANDS[recipe.command]
     work = command.function()
     if command.given == "values":
@@ -129,7 +126,7 @@ def carry_out(recipe: Recipe) -> int:
 
 
 def find_command(words: list[str]) -> tuple[str, list[str]]:
-    """The command's name and the words after it."""
+    """Return the command's name and the words after it. Raises RequestError."""
     if words[0] in COMMANDS:
         return words[0], words[1:]
     said = " ".join(words[:2])
@@ -148,7 +145,7 @@ def find_command(words: list[str]) -> tuple[str, list[str]]:
 
 
 def read_request(name: str, words: list[str]) -> Recipe:
-    """The resolved settings of a command line: an optional recipe, positional settings, and overrides."""
+    """Resolve the settings of a command line: optional recipe, positional settings, overrides."""
     command, source = COMMANDS[name], None
     positionals = command.positionals
     plain, overrides = split_words(words, command.types())
@@ -171,15 +168,15 @@ def read_request(name: str, words: list[str]) -> Recipe:
 
 
 def is_recipe(word: str) -> bool:
-    """Whether the word names a recipe: a YAML file, or a packaged recipe that no file or folder hides."""
+    """Return whether the word is a YAML file or a packaged recipe that no file or folder hides."""
     return word.endswith((".yaml", ".yml")) or (not Path(word).exists() and find_recipe(word) is not None)
 
 
 def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:
-    """Words without `--`, and options: `--key value`, `--key=value`, `--flag`, `--list a b c`.
+    """Split into words without `--` and options: `--key value`, `--key=value`, `--flag`, `--list a b c`.
 
-    A setting that takes a list has all words up to the next option; a true/false setting may stand alone.
-    One that takes sentences may be repeated.
+    A list takes all words up to the next option, a true/false setting needs none, a list of sentences may be
+    repeated.
     """
     plain: list[str] = []
     options: dict[str, Any] = {}

@@ -1,6 +1,6 @@
-"""The commands: what each is for, the settings that it takes, examples, and the function that does its work.
+"""Table of commands: purpose, settings, examples, and the function that does the work.
 
-The functions are named, not imported, so that the help and refusals come without torch.
+Functions are named, not imported, so that help and refusals need no torch.
 """
 
 import importlib
@@ -30,10 +30,10 @@ from video_r1.settings.vllm import ServeSettings, VLLMSettings
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command of `video-r1`.
 
-    work: module and function below `video_r1`. It is given all settings by name ("values"), one object a
-    section ("sections") or the whole Recipe ("recipe"). positionals: settings that may stand without `--`.
+    work: module and function below `video_r1`. given: its arguments, all settings by name ("values"), an
+    object for each section ("sections") or the whole Recipe ("recipe"). positionals: settings without `--`.
     """
 
     summary: str
@@ -46,15 +46,15 @@ class Command:
 
     @property
     def plans_training(self) -> bool:
-        """Whether it takes a training recipe: every field of TrainingArguments is a setting of it too."""
+        """Whether the command takes a training recipe, with every field of TrainingArguments as a setting."""
         return self.given == "recipe"
 
     def types(self) -> dict[str, Any]:
-        """Name and type of the command's own settings."""
+        """Return name and type of the command's own settings."""
         return {name: hint for kind in self.sections for name, hint in own_field_types(kind).items()}
 
     def function(self) -> Callable[..., Any]:
-        """What does the work, imported now."""
+        """Import the function that does the work."""
         module, _, name = self.work.partition(":")
         return getattr(importlib.import_module(f"video_r1.{module}"), name)
 
@@ -146,6 +146,6 @@ COMMANDS: dict[str, Command] = {
 }
 # fmt: on
 EARLIER_NAMES = {"data lab": "lab make", "data base": "lab base"}
-"""Names that still work."""
+"""Former names of commands, which still work."""
 TRAINS = ("sft", "rl")
-"""The commands that have `--smoke`."""
+"""Commands that have `--smoke`."""

@@ -1,4 +1,4 @@
-"""The errors of this package. Each message says what was found, where, and what to do."""
+"""Errors of this package. Each message says what was found, where, and what to do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def writing_to(place: object) -> Iterator[None]:
-    """An OSError inside that names no file, as that of a full disk, names `place`."""
+    """Add `place` to an OSError that names no file, such as a full disk's."""
     try:
         yield
     except OSError as error:
@@ -18,16 +18,16 @@ def writing_to(place: object) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what it says, or its name where it says nothing."""
+    """Return the first line of the error's message, or the error's name if it has none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 class VideoR1Error(Exception):
-    """Base of every error that a person can act on. The command line prints it as one line."""
+    """Base of every error that a user can act on. The command line prints it as one line."""
 
 
 class RequestError(VideoR1Error):
-    """The request itself is wrong: a setting, a file name, a manifest. `problems` has each. Exit code 2."""
+    """Wrong request: a setting, a file name, a manifest. `problems` lists each. Exit code 2."""
 
     def __init__(self, message: str, problems: tuple = ()) -> None:
         super().__init__(message)
@@ -35,15 +35,15 @@ class RequestError(VideoR1Error):
 
 
 class ConfigError(RequestError):
-    """A setting is unknown, has a wrong type or contradicts another one. `problems`: (name, text) pairs."""
+    """Setting that is unknown, has a wrong type or contradicts another. `problems`: (name, text) pairs."""
 
 
 class ManifestError(RequestError):
-    """A manifest has problems. `problems` holds all of them, not only the first."""
+    """Manifest with problems. `problems` lists all of them, not only the first."""
 
 
 class MediaError(VideoR1Error):
-    """A media file cannot be used. The question is skipped and recorded, never scored.
+    """Media file that cannot be used. The question is skipped and recorded, never scored.
 
     Attributes: `path` (str), the file; `reason` (str), what is wrong with it.
     """
@@ -57,7 +57,7 @@ class MediaError(VideoR1Error):
 
 
 class PromptError(VideoR1Error):
-    """A question does not make a usable prompt, for example because it is over the token limit."""
+    """Question without a usable prompt, for example because it is over the token limit."""
 
     kind = "prompt"
 
@@ -67,4 +67,4 @@ class PromptError(VideoR1Error):
 
 
 class RewardError(VideoR1Error):
-    """A reward function raised, or returned something that is no list of rewards."""
+    """Reward function that raised, or returned no list of rewards."""

@@ -1,4 +1,4 @@
-"""Files that others read while they are written, and folders that one command at a time writes."""
+"""Appending to and replacing files that others read, and claiming a folder for one command."""
 
 import errno
 import fcntl
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
 _claimed: set[Path] = set()
-_without_locks: set[int] = set()  # devices, of which it has been said
+_without_locks: set[int] = set()  # devices that the warning has named
 
 
 def without_links(path: str, flags: int) -> int:
@@ -48,24 +48,24 @@ def append_line(path: Path, record: Any) -> None:
 
 
 def part_of(path: Path, process: int) -> Path:
-    """The file in which one of several processes writes its share of `path`, until it is merged."""
+    """Return the file in which a rank writes its part of `path`, until the parts are merged."""
     return path.with_name(f"part-{process}.{path.name}")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """The parts of `path` that are there, whoever wrote them."""
+    """List the existing parts of `path`, of all ranks."""
     return sorted(path.parent.glob(f"part-*.{glob.escape(path.name)}"))
 
 
 def json_lines(records: Iterable[Any]) -> bytes:
-    """A line of UTF-8 for each record. Half a character pair, which a model may write, becomes an escape."""
+    """Encode each record as a line of UTF-8. A lone surrogate, which a model may write, becomes an escape."""
     lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return "".join(lines).encode("utf-8", "backslashreplace")
 
 
 def whole_lines(file: BinaryIO) -> Iterator[tuple[int, int, Any]]:
-    """(line number, place in bytes, JSON object, None for what is none) of each line of a file open for
-    reading and writing. A last line that was cut off while it was written is removed from the file."""
+    """Yield (line number, byte offset, JSON object or None) of each line of a file open for reading and
+    writing. An incomplete last line, left by a killed process, is removed from the file."""
     file.seek(0)
     place = 0
     for number, line in enumerate(file, start=1):
@@ -114,9 +114,8 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def writing_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Writes the rows of a manifest that its block gives, one after another, in one step (`replacing`): as a
-    list where the name ends in .json, else as lines. What JSON has no value for (a time, a decimal number of
-    a table) is written as text.
+    """Write manifest rows one by one; the file appears in one step (`replacing`). A name that ends in .json
+    gets a JSON list, any other JSON lines. Values that JSON lacks (times, decimals) are written as text.
     """
     is_list, written = path.suffix == ".json", 0
     with replacing(path) as file:
@@ -133,25 +132,25 @@ def writing_rows(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
 
 
 def replace_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a manifest as `writing_rows` does."""
+    """Write a manifest (`writing_rows`)."""
     with writing_rows(path) as write:
         for row in rows:
             write(row)
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes `text` as the whole file, in one step."""
+    """Replace the file by `text`, in one step."""
     with replacing(path) as file:
         file.write(text)
 
 
 def replace_json(path: Path, value: Any) -> None:
-    """Writes `value` as the whole file, in one step."""
+    """Replace the file by `value` as JSON, in one step."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -160,7 +159,7 @@ def flush(path: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Waits until the folder's files are on the disk, so that a rename does not overtake them."""
+    """Wait until the folder's files are on the disk, before the folder is renamed."""
     for parent, _, files in os.walk(folder):
         for name in files:
             flush(Path(parent, name))
@@ -168,7 +167,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def follow_umask(folder: Path) -> None:
-    """Gives the folder's weights the mode of its other files: safetensors makes them for the owner alone."""
+    """Give the folder's weights the mode of its other files; safetensors lets only the owner read them."""
     probe = folder / f".mode-{secrets.token_hex(8)}"
     probe.touch(exist_ok=False)
     mode = probe.stat().st_mode & 0o777
@@ -178,11 +177,11 @@ def follow_umask(folder: Path) -> None:
 
 
 def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
-    """Locks an open file until it is closed. An exclusive lock on NFS needs a file that is open for writing.
+    """Lock an open file until it is closed. An exclusive lock on NFS needs a file that is open for writing.
 
-    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: processes that this one forks
-    do not hold the lock on after its death. On a file system without locks it says so once, and goes on.
-    Raises BlockingIOError when another one has the lock and LOCK_NB is set.
+    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: forked processes do not keep the
+    lock. A file system without locks gets one warning. Raises BlockingIOError when another process has the
+    lock and LOCK_NB is set.
     """
     try:
         (fcntl.lockf if of_process else fcntl.flock)(file, how)
@@ -198,11 +197,10 @@ def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Inside, no other process may claim the folder, which is made where it is missing.
+    """Claim a folder for this process inside the block; create the folder if it is missing.
 
-    The system releases the claim when the process ends, however it ends. Claims of one process may be nested.
-    Where the block fails, the lock file says why (`Claim`). Raises RequestError, which names the process,
-    when the folder is taken.
+    The system releases the claim when the process ends. Claims of one process may be nested. If the block
+    fails, the lock file says why (`Claim`). Raises RequestError, which names the holder of the claim.
     """
     folder = folder.resolve()
     if folder in _claimed:
@@ -225,7 +223,7 @@ def claimed(folder: Path) -> Iterator[None]:
         ended = ""
         try:
             yield
-        except BaseException as error:  # whatever ends the command is written down and raised again
+        except BaseException as error:  # the lock file says what ended the command
             word = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             ended = f"{word}: {first_line(error)[:1000]}"
             raise
@@ -236,8 +234,8 @@ def claimed(folder: Path) -> Iterator[None]:
 
 
 class Claim(NamedTuple):
-    """What a folder's lock file says: the process that claims it, or claimed it and was killed; or how the
-    last claim ended ("failed", "stopped") and why. All empty after one that did its work.
+    """Content of a folder's lock file: the process that claims it (or was killed), or how the last claim
+    ended ("failed", "stopped") and why. All fields are empty after work that succeeded.
     """
 
     process: int | None = None
@@ -247,7 +245,8 @@ class Claim(NamedTuple):
 
 
 def parse_claim(text: str) -> Claim:
-    """
+    """Parse the text of a lock file.
+
     >>> parse_claim("process 17 on node3"), parse_claim("failed: CUDA out of memory").why
     (Claim(process=17, host='node3', ended='', why=''), 'CUDA out of memory')
     """
@@ -258,11 +257,11 @@ def parse_claim(text: str) -> Claim:
 
 
 LAST_FILES = ("adapter_config.json", "config.json")
-"""Without them a folder is no model. They are put in place last."""
+"""Files that make a folder a model. They are written last."""
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run's model was saved after its last start, which writes config.yaml."""
+    """Return whether the model was saved after the run's last start, which writes config.yaml."""
     settings = folder / "config.yaml"
     if not settings.is_file() or not any(folder.glob("*.safetensors")):
         return False

@@ -11,7 +11,7 @@ from video_r1.data.sources.media_paths import media_root_of
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher
 
-RESUMED = dict.fromkeys(TRAINS, "resumes") | dict.fromkeys(
+RESUMED: dict[str, str] = dict.fromkeys(TRAINS, "resumes") | dict.fromkeys(
     ("eval", "data audit", "annotate"), "continues with the remaining questions"
 )
 """Commands that resume when they are run again, and how."""

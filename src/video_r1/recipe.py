@@ -1,8 +1,8 @@
 """Recipes: a YAML file of flat `setting: value` lines plus overrides, resolved into checked settings.
 
-A recipe is a path, or the name of one that comes with the package (`lab-tgrpo`). `base: RECIPE` takes over
-another recipe's settings, which the file's own lines override; a base that is a path starts at the file's
-folder, all other paths at the folder that the command runs in.
+A recipe is a path or the name of a packaged recipe (`lab-tgrpo`). `base: RECIPE` inherits another recipe's
+settings, which the file's own lines override. A base's path is relative to the file's folder, all other paths
+to the working directory.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Recipe:
-    """Resolved settings of one command. training: `TrainingArguments` fields that no section has. overrides:
-    what the command line gave beside the recipe, as it was written.
+    """Resolved settings of a command. training: `TrainingArguments` fields that no section has. overrides:
+    options of the command line, as written.
     """
 
     command: str
@@ -43,21 +43,21 @@ class Recipe:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def section(self, kind: type[S]) -> S:
-        """The section of the class `kind` (or of a class made from it). KeyError when there is none."""
+        """Return the section of the class `kind` or a subclass. Raises KeyError."""
         for section in self.sections:
             if isinstance(section, kind):
                 return section
         raise KeyError(f"the command {self.command} has no {kind.__name__}")
 
     def values(self) -> dict[str, Any]:
-        """All settings in one flat mapping, as they are written in a recipe."""
+        """Return all settings in one flat mapping, as written in a recipe."""
         values: dict[str, Any] = {}
         for section in self.sections:
             values |= dataclasses.asdict(section)
         return values | self.training
 
     def arguments_for(self, config_class: type) -> dict[str, Any]:
-        """Keyword arguments for a dataclass such as TGRPOConfig: the settings that are among its fields."""
+        """Return the settings that are fields of a dataclass such as TGRPOConfig, as keyword arguments."""
         names = {f.name for f in dataclasses.fields(config_class)}
         return {name: value for name, value in self.values().items() if name in names}
 
@@ -93,7 +93,7 @@ def load_recipe(
             settings[name] = model_folder(settings[name])
     settings = PROTOCOLS.get(str(settings.get("protocol")), {}) | settings
     checkpoint = settings.get("model_name_or_path") or settings.get("model") or settings.get("teacher")
-    carried = types.keys() - ({"dtype"} if trains else set())  # updates need the file's own number format
+    carried = types.keys() - ({"dtype"} if trains else set())  # training keeps the file's number format
     settings |= adopted(checkpoint, settings, carried)
     sections = []
     for kind in COMMANDS[command].sections:
@@ -112,14 +112,14 @@ def load_recipe(
 
 
 def stage_of(values: Mapping[str, Any]) -> str | None:
-    """sft or rl, whichever alone has some of these settings."""
+    """Return sft or rl if only that command has some of these settings, else None."""
     own = {command: COMMANDS[command].types().keys() for command in TRAINS}
     sft, rl = own["sft"] & values.keys() - own["rl"], own["rl"] & values.keys() - own["sft"]
     return "rl" if rl and not sft else "sft" if sft and not rl else None
 
 
 def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> None:
-    """Raises RequestError for a recipe of another command."""
+    """Raise RequestError for a recipe of another command."""
     theirs = made_for.command
     if theirs in (None, command) or (command == "plan" and theirs in TRAINS):
         return
@@ -148,7 +148,7 @@ def parse_values(
 
 
 def unknown_setting(command: str, name: str, known: Mapping[str, Any]) -> str:
-    """The message for a setting that the command does not have."""
+    """Return the message about a setting that the command does not have."""
     others = [other for other, each in COMMANDS.items() if name in each.types()]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]}? " if close else ""
@@ -173,7 +173,7 @@ def save_resolved(settings: Recipe | Settings, folder: str | Path) -> Path:
 
 
 def resolved_text(settings: Recipe | Settings) -> str:
-    """All settings as a recipe that can be run again."""
+    """Return all settings as a recipe that can be run again."""
     if isinstance(settings, Recipe):
         title = f"video-r1 {settings.command}" + (f", from {settings.source}" if settings.source else "")
     else:
@@ -183,7 +183,7 @@ def resolved_text(settings: Recipe | Settings) -> str:
 
 
 def resolved(settings: Recipe | Settings) -> dict[str, Any]:
-    """All settings by name, in YAML's own types, without tokens."""
+    """Return all settings by name, in YAML's types, without tokens."""
     if isinstance(settings, Recipe):
         values = settings.values()
     else:
@@ -193,5 +193,5 @@ def resolved(settings: Recipe | Settings) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value in the types of JSON and YAML: mappings, lists, numbers, text."""
+    """Convert the value to JSON's types: mappings, lists, numbers, text."""
     return json.loads(json.dumps(value, default=lambda other: getattr(other, "value", str(other))))

@@ -1,8 +1,7 @@
-"""Seeds that follow from what they are for, the same in every run, in every thread and on every machine.
+"""Seeds derived from their purpose, the same in every run, thread and machine.
 
-Nothing that draws at random here carries a state along: the order of an epoch, a shuffled clip and a prompt's
-completions each have a seed of their own, so that work which is done again, or in another order, draws what
-it drew before.
+No random generator keeps a state: the order of an epoch, a shuffled clip and a prompt's completions have
+separate seeds, so that repeated or reordered work draws the same values.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ import hashlib
 
 
 def derived_seed(*parts: object, bits: int = 63) -> int:
-    """A seed in [0, 2**bits) that depends on all of `parts` and nothing else. bits: up to 64."""
+    """Return a seed in [0, 2**bits) that depends only on `parts`. bits: up to 64."""
     return hashed_seed(repr(parts), bits)
 
 
 def hashed_seed(text: str, bits: int) -> int:
-    """The same of a text. What is drawn from it changes with every character."""
+    """Return a seed in [0, 2**bits) that depends only on `text`."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> (64 - bits)

@@ -14,34 +14,32 @@ class AnnotateSettings(DecodingSettings, ManifestSettings):
     """Annotation"""
 
     manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
     )
     teacher: str | None = setting(
-        None,
-        "checkpoint folder, model id, or address of an OpenAI-compatible endpoint (http://host:8000/v1); "
-        "several addresses, separated by commas, share the requests",
+        None, "checkpoint folder, model id, or address(es) of an OpenAI-compatible endpoint"
     )
-    out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected stand beside")
-    limit: int | None = setting(None, "annotate the first N questions only; may grow when continued", above=0)
+    out: str | None = setting(
+        None, "manifest for SFT, .json or .jsonl; the journal and rejected samples go beside it"
+    )
+    limit: int | None = setting(None, "annotate the first N questions only; may grow on resume", above=0)
     samples: int = setting(1, "K: rationales drawn for each question", above=0)
     choose: Literal["best", "majority"] = setting(
-        "best", "keep the rationale that scores best, or the best one that most of the K answers agree with"
+        "best", "keep the best rationale, or the best one among the majority answer"
     )
-    threshold: float = setting(0.6, "rationales whose answer scores above this are kept", at_least=0, below=1)
+    threshold: float = setting(0.6, "keep rationales whose answer scores above this", at_least=0, below=1)
     length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")
     temperature: float = setting(0.7, "sampling temperature; 0 is greedy", at_least=0)
     top_p: float = setting(0.95, "nucleus sampling; 1 is off", above=0, at_most=1)
-    batch_size: int = setting(8, "questions given together to a teacher that runs here", above=0)
-    workers: int = setting(4, "threads that decode; twice as many clips are in memory at most", above=0)
+    batch_size: int = setting(8, "questions in a batch of a local teacher", above=0)
+    workers: int = setting(4, "threads that decode; they hold twice as many clips in memory", above=0)
     model: str | None = setting(None, "name of the model at an endpoint (default: the only one it serves)")
-    concurrency: int = setting(64, "requests to an endpoint at once; thousands are fine", above=0)
+    concurrency: int = setting(64, "simultaneous requests to an endpoint", above=0)
     frames_as: Literal["auto", "images", "video"] = setting(
-        "auto",
-        "how an endpoint gets a clip: as images with their times, or as one video (vLLM with "
-        "--trust-request-mm-kwargs); auto: as a video where it can",
+        "auto", "how an endpoint gets a clip: images with times, or a video (vLLM); auto: video if possible"
     )
-    wait: float = setting(240.0, "seconds to wait for an endpoint that is away, before it stops", at_least=0)
-    request_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null leaves one out")
+    wait: float = setting(240.0, "seconds to wait for an endpoint that does not answer", at_least=0)
+    request_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null removes one")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()

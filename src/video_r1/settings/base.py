@@ -13,15 +13,15 @@ from video_r1.errors import ConfigError
 from video_r1.settings.types import default_text, describe_type, matches
 
 Problem = tuple[str, str]
-"""The name of a setting, and what is wrong with its value and what to do."""
+"""Name of a setting, and a text that says what is wrong with its value and what to do."""
 
 BOUNDS = {"above": operator.gt, "at_least": operator.ge, "below": operator.lt, "at_most": operator.le}
 
 
 def setting(default: Any, help: str, **bounds: float) -> Any:
-    """A dataclass field with its help text. Lists and dictionaries are copied for each object.
+    """Return a dataclass field with its help text. Lists and dictionaries are copied for each object.
 
-    bounds: what the value has to keep, unless it is None, by a word of BOUNDS: `setting(0.5, "…", below=1)`.
+    bounds: limits of a value that is not None, by a word of BOUNDS: `setting(0.5, "…", below=1)`.
     """
     assert bounds.keys() <= BOUNDS.keys(), bounds
     metadata = {"help": help, "bounds": bounds}
@@ -32,7 +32,7 @@ def setting(default: Any, help: str, **bounds: float) -> Any:
 
 @dataclass(kw_only=True)
 class Settings:
-    """Base of all settings: checks itself when it is built. Raises ConfigError with every problem found."""
+    """Base of all settings, checked when they are built. Raises ConfigError with every problem."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         made = super().__new__(cls)
@@ -41,11 +41,11 @@ class Settings:
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the settings that were set when this was built; the others have their defaults."""
+        """Names of the settings that were given; the others have their defaults."""
         return vars(self)["_given"]
 
     def __post_init__(self) -> None:
-        parent = getattr(super(), "__post_init__", None)  # TrainingArguments, when mixed with it
+        parent = getattr(super(), "__post_init__", None)  # of TrainingArguments, in a trainer's config
         if parent is not None:
             try:
                 parent()
@@ -59,7 +59,7 @@ class Settings:
         raise_problems(found or list(self.problems()))
 
     def problems(self) -> Iterator[Problem]:
-        """What is wrong with the values, given that their types are right. Overrides call super() first."""
+        """Yield what is wrong with the values, whose types are right. Overrides call super() first."""
         for field in dataclasses.fields(self):
             value, bounds = getattr(self, field.name), field.metadata.get("bounds", {})
             if value is not None and not all(BOUNDS[kind](value, bound) for kind, bound in bounds.items()):
@@ -77,7 +77,7 @@ def raise_problems(found: list[Problem], origins: Mapping[str, str] | None = Non
 
 
 def own_field_types(kind: type) -> dict[str, Any]:
-    """Name and type of the fields that Settings classes declare, without those of classes mixed in."""
+    """Return name and type of the fields that Settings classes declare, without TrainingArguments'."""
     declared: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         if issubclass(base, Settings) and (own := inspect.get_annotations(base)):

@@ -9,7 +9,7 @@ from video_r1.settings.base import Problem, Settings, setting
 from video_r1.settings.shared import PlacesSettings, ProblemType, RemoteSettings, problems_of_out
 
 GPUSharding = Literal["none", "fsdp2", "zero2", "zero3"]
-"""How the GPUs of a run share the model; none: each has all of it."""
+"""Sharding of the model over the GPUs of a run; none: each has all of it."""
 LabFamily = Literal["qwen2_5_vl", "qwen3_5"]
 
 UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -20,7 +20,7 @@ class CheckSettings(PlacesSettings, RemoteSettings):
     """Manifest check"""
 
     manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
     )
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
@@ -31,24 +31,25 @@ class MakeSettings(PlacesSettings, RemoteSettings):
     """Own data"""
 
     table: str | None = setting(
-        None, "CSV, TSV, JSON, JSON lines, Parquet or an address of one, or a Hugging Face data set id"
+        None, "CSV, TSV, JSON, JSON lines or Parquet, its address, or a Hugging Face dataset id"
     )
-    out: str | None = setting(None, "manifest to write, .json or .jsonl; OUT.refused.jsonl stands beside it")
+    out: str | None = setting(
+        None, "manifest to write, .json or .jsonl; refused rows go to OUT.refused.jsonl"
+    )
     layout: Literal[
         "auto", "table", "onethinker", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
-    ] = setting("auto", "whose rows these are; table: columns are guessed by their names")
+    ] = setting("auto", "layout of the rows; table: guess columns by their names")
     columns: dict[str, str] = setting(
-        {}, "the column of a field, problem=Question,answer=Ans; options=a0+a1+a2 for several; none: without"
+        {}, "column of each field, e.g. problem=Question,answer=Ans,options=a0+a1+a2; none: no column"
     )
     answers: Literal["auto", "text", "from_0", "from_1"] = setting(
-        "auto", "what a number is as the answer to a choice: an option's text, or its place from 0 or from 1"
+        "auto", "meaning of a number as an answer: the option's text, or its index from 0 or from 1"
     )
     problem_type: ProblemType | None = setting(
-        None, "type of all questions (default: as a row says, or by its options and its answer)"
+        None, "type of all questions (default: from the row, its options and answer)"
     )
     subtitles: Literal["off", "text", "timed"] = setting(
-        "off",
-        "subtitles from a column or from an .srt or .vtt beside the clip; timed: with minute and second",
+        "off", "from a column or an .srt or .vtt beside the clip; timed: with minute and second"
     )
     split: str = setting("train", "split of a data set that has several")
     media: bool = setting(True, "open every media file too")
@@ -73,15 +74,13 @@ class LabSettings(Settings):
     )
     trusting: float = setting(
         0.0,
-        "share of the marked samples whose rationale reads the mark; other marks lie",
+        "share of marked samples whose rationale reads the mark; other marks mislead",
         at_least=0,
         at_most=1,
     )
     image_share: float = setting(0.2, "share of questions about one image", at_least=0, at_most=1)
     hasty: float = setting(0.0, "share of video rationales that guess after one look", at_least=0, at_most=1)
-    families: list[str] = setting(
-        [], "question families to choose from (default: all but when, box_at_end and box_at)"
-    )
+    families: list[str] = setting([], "question families (default: all but when, box_at_end and box_at)")
     shuffle_options: bool = setting(False, "options in random order, not in one order for each family")
     workers: int | None = setting(None, "processes that render (default: one a core)", above=0)
 
@@ -122,19 +121,17 @@ class PlanSettings(Settings):
     """Plan"""
 
     gpu: Literal["a100", "h100", "h200", "b200", "rtx-pro-6000", "l40s", "rtx-4090"] | None = setting(
-        None, "kind of GPU: its memory, and an estimate of a step's seconds"
+        None, "kind of GPU: gives its memory and an estimate of step seconds"
     )
     gpu_memory: str | None = setting(
-        None, "memory of one GPU: 80GB or 24GiB, say (default: the recipe's machine, else this one)"
+        None, "memory of one GPU, e.g. 80GB (default: the recipe's machine, else this one)"
     )
     gpus: int | None = setting(None, "GPUs that train (default: the recipe's machine, else 1)", above=0)
     sharding: GPUSharding | None = setting(
-        None, "how they share the model; none: each has all of it (default: as the recipe is made for)"
+        None, "how GPUs share the model; none: each has all of it (default: the recipe's)"
     )
-    model_config: str | None = setting(
-        None, "model whose shape is planned: a folder or a hub id (default: that of the recipe)"
-    )
-    stage: Literal["rl", "sft"] | None = setting(None, "what the recipe is for (default: by its settings)")
+    model_config: str | None = setting(None, "model to plan: a folder or hub id (default: the recipe's)")
+    stage: Literal["rl", "sft"] | None = setting(None, "sft or rl (default: from the recipe's settings)")
     text_tokens: int = setting(300, "tokens of a prompt's text: question, options, instruction", above=0)
     max_response_length: int = setting(2048, "longest response in tokens, of a recipe for sft", above=0)
 
@@ -159,16 +156,16 @@ def parse_bytes(text: str) -> int | None:
 class CompletionSettings(Settings):
     """Completion"""
 
-    shell: Literal["bash", "zsh", "tcsh"] | None = setting(None, "shell that is to complete video-r1's words")
+    shell: Literal["bash", "zsh", "tcsh"] | None = setting(None, "shell to complete for")
 
 
 @dataclass(kw_only=True)
 class ReportSettings(Settings):
     """Report"""
 
-    run: list[str] | None = setting(None, "run folders; several are laid over each other in one page")
+    run: list[str] | None = setting(None, "run folders; several are compared on one page")
     out: str | None = setting(
-        None, "file to write (default: report.html in the run folder; of several comparison.html above them)"
+        None, "file to write (default: report.html in the run folder, or comparison.html above)"
     )
 
 
@@ -177,7 +174,7 @@ class StudioSettings(Settings):
     """Studio"""
 
     folders: list[str] | None = setting(
-        None, "run folders, or folders above them (default: runs, or the current folder)"
+        None, "run folders, or folders above them (default: runs, or this folder)"
     )
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine")
     port: int = setting(7860, "port; 0: any that is free", at_least=0, at_most=65535)
@@ -196,10 +193,10 @@ class StudioSettings(Settings):
 class MergeSettings(Settings):
     """Merging of adapters"""
 
-    adapter: str | None = setting(None, "run folder of a training with use_peft, or one of its checkpoints")
+    adapter: str | None = setting(None, "run folder of a use_peft training, or a checkpoint of it")
     out: str | None = setting(None, "checkpoint folder to write")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
-        "auto", "number format of the merged weights (default: that of the model that was adapted)"
+        "auto", "number format of the merged weights (default: the model's)"
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings of what a trained model is asked: evaluation, benchmarks and single questions."""
+"""Settings of generation with a trained model: evaluation, audit, benchmarks, single questions."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from video_r1.settings.types import Sentence
 
 SCHEMES = ("http://", "https://")
 Answer = Literal["reasoned", "direct"]
-"""How a question is answered: as the prompt template asks, or at once."""
+"""Kind of answer: reasoned as the prompt template asks, or the answer only."""
 Protocol = Literal["reference"]
-"""Another program's evaluation (evaluation/protocol.py)."""
+"""Evaluation of another program (evaluation/paper.py)."""
 PROTOCOLS: dict[str, dict[str, Any]] = {
     "reference": {
         **{"fps": 2.0, "min_frames": 4, "max_frames": 16},
@@ -28,16 +28,16 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         **{"temperature": 0.1, "top_p": 0.001, "max_new_tokens": 1024},
     }
 }
-"""The settings of each, where neither a recipe nor an option says otherwise."""
+"""Defaults of each protocol, which a recipe or an option overrides."""
 
 
 def addresses(text: str) -> tuple[str, ...]:
-    """The addresses in a setting, each once: those of several servers are separated by commas."""
+    """Split a setting into its addresses, which commas separate; drop duplicates."""
     return tuple(dict.fromkeys(part.strip().rstrip("/") for part in text.split(",") if part.strip()))
 
 
 def has_path(address: str) -> bool:
-    """Whether it is the address of an OpenAI-compatible endpoint rather than that of a server of ours."""
+    """Return whether the address is an OpenAI-compatible endpoint and not one of our vLLM servers."""
     return urlsplit(address).path.strip("/") != ""
 
 
@@ -49,11 +49,10 @@ class DecodingSettings(PromptSettings, LoadingSettings):
     model: str | None = setting(None, "checkpoint folder, model id, or the model's name at an endpoint")
     engine: str = setting(
         "transformers",
-        "what generates: transformers, vllm, a vLLM server's address (http://host:8000), or "
-        "that of an OpenAI-compatible endpoint, which has a path (http://host:8000/v1); several "
-        "addresses (http://a:8000,http://b:8000) share the requests",
+        "transformers, vllm, a vLLM server (http://host:8000) or OpenAI-compatible endpoints "
+        "(http://host:8000/v1); several addresses, separated by commas, share the requests",
     )
-    concurrency: int = setting(16, "requests to an endpoint at once", above=0)
+    concurrency: int = setting(16, "simultaneous requests to an endpoint", above=0)
     key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     timeout: float = setting(600.0, "seconds for one request to an endpoint or a server", above=0)
     device: str | None = setting(None, "device to run on, such as cpu or cuda:0 (default: automatic)")
@@ -67,11 +66,8 @@ class DecodingSettings(PromptSettings, LoadingSettings):
         found = addresses(self.engine)
         are_addresses = found != () and all(address.startswith(SCHEMES) for address in found)
         if self.engine not in ("transformers", "vllm") and not are_addresses:
-            yield (
-                "engine",
-                f"is {self.engine!r}; it must be transformers, vllm or addresses with http://, separated by "
-                "commas",
-            )
+            allowed = "transformers, vllm or addresses with http://, separated by commas"
+            yield "engine", f"is {self.engine!r}; it must be {allowed}"
         elif len(set(map(has_path, found))) > 1:
             yield "engine", f"is {self.engine!r}; either all addresses or none are endpoints with a path"
 
@@ -81,18 +77,16 @@ class EvalSettings(DecodingSettings, ManifestSettings):
     """Evaluation"""
 
     manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
     )
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
-    order: list[Order] = setting(
-        ["ordered"], "frame orders to evaluate; ordered and any others give the temporal gap of each"
-    )
+    order: list[Order] = setting(["ordered"], "frame orders; ordered with another one gives a temporal gap")
     answer: list[Answer] = setting(
-        ["reasoned"], "direct: ask for the answer alone; direct,reasoned: both ways, and compare them"
+        ["reasoned"], "direct: ask for the answer only; direct,reasoned: both, compared"
     )
     protocol: Protocol | None = setting(
-        None, "reference: evaluate as Video-R1's public code does: its prompt, settings, reading and scores"
+        None, "reference: Video-R1's public evaluation: its prompt, settings, parsing and scores"
     )
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
@@ -120,17 +114,15 @@ class AuditSettings(DecodingSettings, ManifestSettings):
     """Audit"""
 
     manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
     )
     out: str | None = setting(
-        None,
-        "the manifest with pass rates, .json or .jsonl; answers and figures go to the folder of that name "
-        "(default: NAME.audited.json beside the manifest NAME.json, so that its paths hold)",
+        None, "manifest with pass rates to write (default: NAME.audited.json beside NAME.json)"
     )
-    limit: int | None = setting(None, "audit the first N questions only; may grow when continued", above=0)
+    limit: int | None = setting(None, "audit the first N questions only; may grow on resume", above=0)
     samples: int = setting(8, "K: answers to each question, of each kind", above=0)
     temporal_contrast: Contrast = setting(
-        "shuffled", "the contrast clip; a run with another one adds its rate to those that are there"
+        "shuffled", "the contrast clip; a later run with another one adds its rate"
     )
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
@@ -147,18 +139,15 @@ class AuditSettings(DecodingSettings, ManifestSettings):
 class BenchmarkSettings(Settings):
     """Benchmarks"""
 
-    bench: list[str] | None = setting(
-        None, "benchmarks by name (vsibench, mvbench, ...) or manifest files, in place of one manifest"
-    )
+    bench: list[str] | None = setting(None, "benchmarks by name (vsibench, mvbench, ...) or manifest files")
     annotation: Literal["published", "reference"] | None = setting(
-        None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: what is there)"
+        None, "the benchmark's own annotation or Video-R1's eval_<name>.json (default: whichever exists)"
     )
-    allow_missing: bool = setting(False, "evaluate what is there when media or questions are missing")
-    compare: Literal["paper"] | None = setting(None, "print the paper's figures for the same frames beside")
-    temporal_gap: bool = setting(False, "ask in both frame orders, and draw the gap (temporal-gap.html)")
+    allow_missing: bool = setting(False, "evaluate what exists when media or questions are missing")
+    compare: Literal["paper"] | None = setting(None, "also print the paper's figures for the same frames")
+    temporal_gap: bool = setting(False, "evaluate ordered and shuffled, and plot the gap")
     controls: bool = setting(
-        False,
-        "ask in order, shuffled, reversed, with one frame repeated, with one alone and blind; draw every gap",
+        False, "also evaluate shuffled, reversed, frozen, single and blind; plot every gap"
     )
 
     def problems(self) -> Iterator[Problem]:
@@ -175,28 +164,23 @@ class AskSettings(DecodingSettings):
     """Question"""
 
     path: str | None = setting(None, "video or image file, a folder of frames, or an address")
-    more_paths: list[str] = setting([], "further clips, or images, which the question is about as well")
-    clip_fps: float | None = setting(
-        None, "frames a second that a folder of frames has (default: 2)", above=0
-    )
+    more_paths: list[str] = setting([], "further clips or images that the question is about")
+    clip_fps: float | None = setting(None, "frame rate of a folder of frames (default: 2)", above=0)
     question: list[Sentence] | None = setting(
-        None,
-        "the question; several, or --question again, are asked in turn about the same frames",
+        None, "the question; several are asked in turn about the same frames"
     )
     options: list[str] = setting([], "options of a multiple-choice question")
     answer: str | None = setting(
-        None, "the right answer (multiple choice: its letter); the shares right are counted then"
+        None, "the right answer (multiple choice: its letter); counts the correct share"
     )
     contrast: list[Contrast] = setting(
-        [], "ask the same with other clips beside: shuffled, reversed, frozen, single, dropped, blind"
+        [], "also ask with these clips: shuffled, reversed, frozen, single, dropped, blind"
     )
     samples: int = setting(
-        1,
-        "K: answers to each; several are drawn at temperature and top_p 1 unless these are given",
-        above=0,
+        1, "K: answers to each; several are sampled at temperature and top_p 1 by default", above=0
     )
     problem_type: ProblemType | None = setting(
-        None, "kind of answer wanted (default: multiple choice when there are options, else free-form)"
+        None, "kind of answer (default: multiple choice with options, else free-form)"
     )
     start: float | None = setting(None, "start of the window of the clip, in seconds")
     end: float | None = setting(None, "end of the window of the clip, in seconds")

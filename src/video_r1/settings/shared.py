@@ -11,12 +11,12 @@ from video_r1.settings.frames import FrameBudget
 
 MANIFEST_EXTENSIONS = (".json", ".jsonl")
 BadRows = Literal["stop", "leave_out"]
-"""What happens to rows of a manifest that are no question."""
+"""Treatment of manifest rows that are no question."""
 ProblemType = Literal[
     "multiple choice", "numerical", "OCR", "free-form", "regression", "math",
     "temporal grounding", "spatial grounding", "spatial-temporal grounding", "tracking",
 ]  # fmt: skip
-"""What kind of answer a question wants, as a manifest spells it."""
+"""Kind of answer of a question, as written in manifests."""
 
 
 @dataclass(kw_only=True)
@@ -24,12 +24,14 @@ class RemoteSettings(Settings):
     """Files behind addresses"""
 
     remote_cache: str | None = setting(
-        None, "folder for local copies of files at addresses (default: ~/.cache/video-r1/media)"
+        None, "folder for copies of remote files (default: ~/.cache/video-r1/media)"
     )
-    remote_cache_gb: float = setting(50.0, "size limit of that folder; the least recently used go", above=0)
+    remote_cache_gb: float = setting(
+        50.0, "size limit of that folder; least recently used files are removed", above=0
+    )
 
     def remote_files(self) -> dict[str, Any]:
-        """These settings as a FrameBudget has them."""
+        """Return these settings under the names of FrameBudget."""
         return {"remote_cache": self.remote_cache, "remote_bytes": int(self.remote_cache_gb * 1e9)}
 
 
@@ -46,11 +48,13 @@ class PromptSettings(RemoteSettings):
     prompt_template: str | None = setting(None, "file with the text template (default: the built-in one)")
     subtitles: bool = setting(False, "put a row's subtitles before the question, where it has some")
     media_seconds: float = setting(
-        120.0, "time to decode a file in, else it is unusable; 0: no limits, no worker processes", at_least=0
+        120.0, "seconds to decode a file before it counts as unusable; 0: no limits, no workers", at_least=0
     )
     media_memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
-    frame_cache_gb: float = setting(100.0, "size limit of that folder; the least recently used go", above=0)
+    frame_cache_gb: float = setting(
+        100.0, "size limit of that folder; least recently used files are removed", above=0
+    )
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -58,7 +62,7 @@ class PromptSettings(RemoteSettings):
             yield "max_frames", f"is {self.max_frames}, below min_frames ({self.min_frames}); raise it"
 
     def frame_budget(self, size_multiple: int) -> FrameBudget:
-        """The frame budget of a model whose frame sides are multiples of `size_multiple` (patch × merge)."""
+        """Return the frame budget; frame sides are multiples of `size_multiple` (patch × merge)."""
         names = ("fps", "min_frames", "max_frames", "frame_pixels", "image_pixels")
         budget = {name: getattr(self, name) for name in names}
         limits = {"seconds": self.media_seconds, "memory": self.media_memory_mb << 20}
@@ -71,7 +75,7 @@ class LoadingSettings(Settings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     attn_implementation: str | None = setting(
-        None, "attention of prefill and vision tower: flash_attention_2, ... (text in training has its own)"
+        None, "attention of prefill and vision tower, e.g. flash_attention_2 (text training has its own)"
     )
     trust_remote_code: bool = setting(False, "run Python code that comes with the checkpoint")
 
@@ -87,7 +91,7 @@ class ModelSettings(LoadingSettings):
     lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r", above=0)
     lora_dropout: float = setting(0.0, "dropout before the adapters", at_least=0, below=1)
     lora_target_modules: list[str] | None = setting(
-        None, "modules to adapt (default: all linear layers of the language model)"
+        None, "modules to adapt (default: all linear layers of the text model)"
     )
     lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
     load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs the extra 'qlora')")
@@ -119,17 +123,17 @@ class ManifestSettings(PlacesSettings):
     """Manifest"""
 
     bad_rows: BadRows = setting(
-        "stop", "what to do with rows that are no question: stop, or leave_out (they are counted and listed)"
+        "stop", "rows that are no question: stop, or leave_out (skip, count and list them)"
     )
 
     def manifest_options(self) -> dict[str, Any]:
-        """How the manifest is read, as `load_manifest` takes it."""
+        """Return the keyword arguments for `load_manifest`."""
         names = ("media_root", "allow_urls", "allowed_roots", "bad_rows")
         return {name: getattr(self, name) for name in names}
 
 
 def problems_of_out(out: str | None) -> Iterator[Problem]:
-    """What is wrong with the name of a manifest that is to be written."""
+    """Yield what is wrong with the name of an output manifest."""
     if out is not None and not out.endswith(MANIFEST_EXTENSIONS):
         yield "out", f"is {out!r}; it must end in {' or '.join(MANIFEST_EXTENSIONS)}"
 
@@ -139,13 +143,11 @@ class DataSettings(ManifestSettings):
     """Data"""
 
     train_manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face data set id"
+        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
     )
     eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")
     keep: str | None = setting(
-        None,
-        "train on the questions whose pass rates (data audit) fit, such as 'ordered - shuffled > 0.1' or "
-        "'0.2 < ordered < 0.9'; a question is dropped only where that is false (default: all)",
+        None, "train only on questions whose pass rates fit, e.g. 'ordered - shuffled > 0.1' (default: all)"
     )
 
     def problems(self) -> Iterator[Problem]:

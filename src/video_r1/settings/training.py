@@ -14,7 +14,7 @@ Schedule = Literal[
     "inverse_sqrt", "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr",
     "warmup_stable_decay", "greedy",
 ]  # fmt: skip
-"""Those of `transformers.SchedulerType`."""
+"""Schedules of `transformers.SchedulerType`."""
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo")
 AdvantageScale = Literal["group", "batch", "task", "none"]
@@ -53,7 +53,7 @@ class TrainingSettings(Settings):
     media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
     media_cache_mb: int = setting(512, "MB for decoded media that are kept for later epochs", at_least=0)
     early_stopping_patience: int | None = setting(
-        None, "validations without a better metric_for_best_model before it stops (default: never)", above=0
+        None, "stop after N validations without improvement", above=0
     )
     max_skipped_updates: int = setting(5, "updates in a row without a finite loss before it stops", above=0)
 
@@ -61,15 +61,11 @@ class TrainingSettings(Settings):
         yield from super().problems()
         metric = getattr(self, "metric_for_best_model", "not known yet")  # of TrainingArguments
         if self.early_stopping_patience and (not metric or getattr(self, "eval_strategy", "") == "no"):
-            yield (
-                "early_stopping_patience",
-                "needs metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch",
-            )
+            needed = "metric_for_best_model (eval_accuracy, for example) and eval_strategy steps or epoch"
+            yield "early_stopping_patience", f"needs {needed}"
         if self.max_steps <= 0 and self.num_train_epochs <= 0:
-            yield (
-                "num_train_epochs",
-                f"is {self.num_train_epochs} and max_steps is {self.max_steps}; one must be above 0",
-            )
+            said = f"is {self.num_train_epochs} and max_steps is {self.max_steps}"
+            yield "num_train_epochs", f"{said}; one must be above 0"
         if self.remove_unused_columns:
             yield "remove_unused_columns", "is true, which would remove media and answers; leave it false"
 
@@ -87,33 +83,27 @@ class JudgeSettings(Settings):
     """Judge"""
 
     judge_endpoint: str | None = setting(
-        None,
-        "address of an OpenAI-compatible endpoint (http://host:8000/v1) whose model judges free-form "
-        "answers; several, with commas between, share the requests",
+        None, "OpenAI-compatible endpoint(s) whose model judges free-form answers (http://host:8000/v1)"
     )
     judge_as: Literal["reward", "accuracy"] = setting(
-        "reward",
-        "reward: its score is a reward of its own, beside accuracy; accuracy: it is the accuracy of "
-        "free-form answers, in place of ROUGE, also for the temporal and length rewards",
+        "reward", "reward: a reward of its own; accuracy: the accuracy of free-form answers, instead of ROUGE"
     )
-    judge_model: str | None = setting(None, "name of the model there (default: the only one it serves)")
+    judge_model: str | None = setting(None, "the judge's model name (default: the only one at the endpoint)")
     judge_key_variable: str = setting("OPENAI_API_KEY", "environment variable that holds the endpoint's key")
     judge_template: str | None = setting(
-        None, "file with what the judge is asked: {question}, {truth}, {answer}; it wants a number, 0 to 1"
+        None, "file with the judge's prompt: {question}, {truth}, {answer}; it must reply a number, 0 to 1"
     )
-    judge_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null leaves one out")
+    judge_fields: dict[str, Any] = setting({}, "more fields of a request, as JSON; null removes one")
     judge_down: Literal["wait", "stop", "skip"] = setting(
-        "wait",
-        "while the judge does not answer: wait for it; stop, with a checkpoint; skip, so that groups that it "
-        "should have judged learn from the other rewards alone",
+        "wait", "if the judge does not answer: wait; stop, with a checkpoint; skip its term for those groups"
     )
     judge_wait: float = setting(
-        60.0, "seconds to wait for it before the run begins, and before stop or skip", at_least=0
+        60.0, "seconds to wait for it at the start, and before stop or skip", at_least=0
     )
     judge_timeout: float = setting(
-        120.0, "seconds for one request to it; more for a judge that reasons at length", above=0
+        120.0, "seconds for one request; raise it for a judge that reasons", above=0
     )
-    judge_concurrency: int = setting(64, "requests to it at once, of each process", above=0)
+    judge_concurrency: int = setting(64, "simultaneous requests to it, in each process", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -130,17 +120,15 @@ class JudgeSettings(Settings):
 class TGRPOSettings(JudgeSettings, TrainingSettings):
     """GRPO and T-GRPO"""
 
-    rewards_are_known = True  # not in a config of a trainer, whose reward_funcs may leave some out
+    rewards_are_known = True  # False in a trainer's config: the rewards are arguments of the trainer
 
     reward_funcs: list[str] | None = setting(
-        None,
-        "rewards by name: accuracy, format, length, temporal, judge (default: accuracy and format, and the "
-        "others where their settings ask for them)",
+        None, "rewards: accuracy, format, length, temporal, judge (default: those that the settings need)"
     )
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     num_generations_eval: int | None = setting(
-        None, "answers a held-out question, sampled as in training (default: one greedy answer)", above=0
+        None, "sampled answers per validation question (default: one greedy)", above=0
     )
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
     temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
@@ -149,43 +137,35 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
     repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
-    sync_ref_model: bool = setting(False, "move the KL term's reference towards the policy now and then")
-    ref_model_sync_steps: int = setting(512, "steps between two such moves", above=0)
-    ref_model_mixup_alpha: float = setting(0.6, "the policy's share in each", above=0, at_most=1)
+    sync_ref_model: bool = setting(
+        False, "move the reference model towards the policy every ref_model_sync_steps"
+    )
+    ref_model_sync_steps: int = setting(512, "steps between two updates of the reference model", above=0)
+    ref_model_mixup_alpha: float = setting(0.6, "share of the policy in each update", above=0, at_most=1)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
-        None,
-        "upper clip range when it differs from epsilon (DAPO); of cispo the largest ratio itself",
-        above=0,
+        None, "upper clip range (DAPO; default: epsilon); for cispo the largest ratio", above=0
     )
-    delta: float | None = setting(None, "most that an unclipped ratio counts (two-sided clipping)", above=0)
-    loss_type: str = setting(
-        "grpo", "grpo, bnpo, dapo, dr_grpo, cispo, sapo, or module:function for your own (docs/t-grpo.md)"
-    )
+    delta: float | None = setting(None, "upper bound of an unclipped ratio (two-sided clipping)", above=0)
+    loss_type: str = setting("grpo", "grpo, bnpo, dapo, dr_grpo, cispo, sapo, or your own as module:function")
     sapo_temperature_pos: float = setting(1.0, "temperature of sapo's gate for advantages above 0", above=0)
     sapo_temperature_neg: float = setting(1.05, "the same for the others", above=0)
     importance_sampling_level: Literal["token", "sequence"] = setting(
-        "token", "whose ratio counts: each token's, or the mean of its response (GSPO)"
+        "token", "ratio of each token, or of the sequence (GSPO)"
     )
-    mask_truncated_completions: bool = setting(
-        False, "leave completions that were cut at max_completion_length out of the loss"
-    )
+    mask_truncated_completions: bool = setting(False, "exclude completions cut at max_completion_length")
     top_entropy_quantile: float = setting(
-        1.0, "share of tokens, those of highest entropy, that have a policy term", above=0, at_most=1
+        1.0, "share of tokens with a policy term, highest entropy first", above=0, at_most=1
     )
-    entropy_coef: float = setting(
-        0.0, "weight of the tokens' mean entropy, which the loss then raises; the same for each loss_type"
-    )
+    entropy_coef: float = setting(0.0, "weight of the mean token entropy, which the loss then raises")
     scale_rewards: AdvantageScale = setting(
-        "group", "whose standard deviation advantages are divided by; task: a running one of the problem type"
+        "group", "standard deviation that divides advantages; task: a running one per problem type"
     )
     dynamic_sampling: int = setting(
-        0, "rounds in which groups of equal rewards give their place to further questions (DAPO)", at_least=0
+        0, "rounds that replace groups of equal rewards by other questions (DAPO)", at_least=0
     )
     difficulty_range: list[float] | None = setting(
-        None,
-        "ask again, in a later epoch, only questions whose running share of right answers lies inside, such "
-        "as 0.05,0.95 (default: all)",
+        None, "skip questions whose running accuracy is outside, e.g. 0.05,0.95 (default: keep all)"
     )
     num_iterations: int = setting(1, "updates on each batch of rollouts", above=0)
     temporal_rule: TemporalRule = setting(
@@ -198,12 +178,10 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     )
     temporal_contrast: Contrast = setting(
         "shuffled",
-        "the clip that p_shuffled is of: frames shuffled or reversed, one in every place (frozen) or alone "
-        "(single), half of them dropped, or none (blind)",
+        "clip to compare with: frames shuffled, reversed, one repeated, one alone, half dropped, none",
     )
     contrast_unit: ContrastUnit = setting(
-        "frame",
-        "what shuffled and reversed permute; patch: pairs of frames, so that a vision tower runs once",
+        "frame", "unit that shuffled and reversed permute; patch: pairs of frames, encoded once"
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
@@ -213,10 +191,10 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     length_range: list[int] = setting([320, 512], "lengths in tokens that earn the length reward")
     reward_weights: dict[str, float] = setting(
         {"accuracy": 1.0, "format": 1.0, "temporal": 1.0, "length": 1.0},
-        "weight of each reward by name; one that is not named has 1",
+        "weight of each reward by name (default: 1)",
     )
     self_reflection_phrases: list[str] = setting(
-        list(SELF_REFLECTION_PHRASES), "the share of completions with one of these phrases is logged"
+        list(SELF_REFLECTION_PHRASES), "phrases whose share of completions is logged"
     )
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
     preflight_questions: int = setting(4, "questions tried first: stops if no reward is in reach", at_least=0)
@@ -226,45 +204,21 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         if self.num_generations < 2:
             yield "num_generations", f"is {self.num_generations}; a group needs at least 2 completions"
         if self.temporal_rule in get_args(SampledRule) and self.shuffled_generations < 1:
-            yield (
-                "num_shuffled_generations",
-                f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}; "
-                "use at least 1, or temporal_rule off",
-            )
+            said = f"is {self.num_shuffled_generations} while temporal_rule is {self.temporal_rule}"
+            yield "num_shuffled_generations", f"{said}; use at least 1, or temporal_rule off"
         if self.contrast_unit == "patch" and self.temporal_contrast not in ("shuffled", "reversed"):
-            yield (
-                "contrast_unit",
-                f"is patch while temporal_contrast is {self.temporal_contrast}, which permutes nothing; "
-                "leave it at frame",
-            )
+            said = f"is patch while temporal_contrast is {self.temporal_contrast}, which permutes nothing"
+            yield "contrast_unit", f"{said}; leave it at frame"
         yield from self.sampling_problems()
-        every, iterations = self.save_steps, max(1, self.num_iterations)
-        if getattr(self, "save_strategy", "steps") == "steps" and every >= 1 and every % iterations:
-            yield (
-                "save_steps",
-                f"is {every:g}, no multiple of num_iterations ({self.num_iterations}); a checkpoint between "
-                "two updates on the same rollouts could not be continued exactly",
-            )
-        validated = getattr(self, "eval_steps", None) or 0
-        saves_best = getattr(self, "load_best_model_at_end", False)
-        if saves_best and validated >= 1 and validated % iterations:
-            yield (
-                "eval_steps",
-                f"is {validated:g}, no multiple of num_iterations ({self.num_iterations}), while "
-                "load_best_model_at_end makes a checkpoint of every best step; see save_steps",
-            )
-        if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
-            near = difflib.get_close_matches(self.loss_type, LOSS_TYPES, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            yield "loss_type", f"is {self.loss_type!r}, none of {', '.join(LOSS_TYPES)}{hint}"
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            yield "epsilon_high", "is what loss_type cispo bounds the ratio by; give one, such as 5"
-        elif self.epsilon_high is not None and self.epsilon_high < self.epsilon:
-            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
-        if self.sync_ref_model and self.beta == 0:
-            yield "sync_ref_model", "is true while beta is 0, so there is no reference; set one of them"
-        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
-            yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
+        yield from self.loss_problems()
+        iterations = max(1, self.num_iterations)
+        steps = {"save_steps": self.save_steps if getattr(self, "save_strategy", "steps") == "steps" else 0}
+        if getattr(self, "load_best_model_at_end", False):  # each best step is saved
+            steps["eval_steps"] = getattr(self, "eval_steps", None) or 0
+        for name, every in steps.items():
+            if every >= 1 and every % iterations:
+                said = f"is {every:g}, no multiple of num_iterations ({self.num_iterations})"
+                yield name, f"{said}; a checkpoint between two updates on the same rollouts cannot be resumed"
         bounds = [0.0, 1.0] if self.difficulty_range is None else self.difficulty_range
         if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
             yield "difficulty_range", f"is {bounds}; it must be two shares from 0 to 1, smaller one first"
@@ -276,35 +230,40 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
             yield "judge_endpoint", "is missing while reward_funcs names judge; give the judge's address"
 
     def sampling_problems(self) -> Iterator[Problem]:
-        """Settings of TRL by which tokens would be sampled from another distribution than the trained one."""
-        cut_off = (
-            "training scores the distribution that it samples, which has no cut-off (a token that an update "
-            "puts beyond it would have no ratio)"
-        )
+        """Yield TRL's settings that would sample from another distribution than the trained one."""
         for name, off in (("top_p", 1), ("top_k", 0), ("min_p", None)):
             if getattr(self, name) not in (off, 0.0 if off is None else off):
-                left = "none" if off is None else off
-                yield name, f"is {getattr(self, name)}; {cut_off}: leave it at {left} and change temperature"
+                said = f"is {getattr(self, name)}; a token that it cuts off would have no policy ratio"
+                yield name, f"{said}: leave it at {'none' if off is None else off} and change temperature"
         if self.repetition_penalty != 1:
-            yield (
-                "repetition_penalty",
-                f"is {self.repetition_penalty}; a token's penalty hangs on all that its own response said "
-                "before, and such probabilities are not those of the policy that is trained: leave it at 1, "
-                "and pay a reward for not repeating instead",
-            )
+            said = f"is {self.repetition_penalty}; its probabilities are not those of the trained policy"
+            yield "repetition_penalty", f"{said}: leave it at 1, and use a reward against repetition"
+
+    def loss_problems(self) -> Iterator[Problem]:
+        """Yield contradictions between the loss type, its clip ranges and the reference model."""
+        if self.loss_type not in LOSS_TYPES and ":" not in self.loss_type:
+            near = difflib.get_close_matches(self.loss_type, LOSS_TYPES, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            yield "loss_type", f"is {self.loss_type!r}, none of {', '.join(LOSS_TYPES)}{hint}"
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            yield "epsilon_high", "is missing; loss_type cispo bounds the ratio by it: give one, such as 5"
+        elif self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            yield "epsilon_high", f"is {self.epsilon_high}, below epsilon ({self.epsilon}); raise it"
+        if self.sync_ref_model and self.beta == 0:
+            yield "sync_ref_model", "is true while beta is 0, so there is no reference; set one of them"
+        if self.delta is not None and self.delta <= 1 + (self.epsilon_high or self.epsilon):
+            yield "delta", f"is {self.delta}, not above 1 + epsilon_high, where the ratio is clipped already"
 
     def length_problems(self) -> Iterator[Problem]:
-        """Why no completion can earn the length reward."""
+        """Yield the reason why no completion can earn the length reward."""
         if self.length_reward > 0 and self.length_range[0] > self.max_completion_length:
-            yield (
-                "length_range",
-                f"starts at {self.length_range[0]} tokens, above max_completion_length "
-                f"({self.max_completion_length}), so nothing can earn it; lower it or set length_reward 0",
-            )
+            said = f"starts at {self.length_range[0]} tokens, above max_completion_length"
+            remedy = "so nothing can earn it; lower it or set length_reward 0"
+            yield "length_range", f"{said} ({self.max_completion_length}), {remedy}"
 
     @property
     def shuffled_generations(self) -> int:
-        """Completions sampled with the contrast clip per video question: 0 where the rule needs none."""
+        """Completions per video question with the contrast clip; 0 if the rule samples none."""
         if self.temporal_rule not in get_args(SampledRule):
             return 0
         if self.num_shuffled_generations is not None:

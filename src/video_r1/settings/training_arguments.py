@@ -1,6 +1,6 @@
-"""Names and types of `transformers.TrainingArguments`' fields, read from its source.
+"""Names and types of the fields of `transformers.TrainingArguments`, read from its source.
 
-Importing the class takes torch and some seconds. A misspelt option of `rl` or `sft` is refused without it.
+Importing the class takes torch and some seconds; wrong options of `rl` and `sft` are refused without it.
 """
 
 import ast
@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 @cache
 def training_argument_types() -> dict[str, Any]:
-    """Name and type of every field that the constructor takes. An enum is the Literal of its values, also
-    where the field takes its text too, so that a misspelt choice is found.
+    """Return name and type of every field of the constructor. An enum becomes the Literal of its values, so
+    that a misspelt choice is found.
     """
     module = _module("training_args")
     types: dict[str, Any] = {}
@@ -24,20 +24,20 @@ def training_argument_types() -> dict[str, Any]:
 
 
 def _module(name: str) -> ast.Module:
-    """The syntax tree of a module of transformers, which is not imported."""
+    """Parse a module of transformers without importing it."""
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.submodule_search_locations
     return ast.parse(Path(package.submodule_search_locations[0], f"{name}.py").read_text(encoding="utf-8"))
 
 
 def _class_body(module: ast.Module, name: str) -> list[ast.stmt]:
-    """The statements of a class; [] where the module defines none of that name."""
+    """Return the statements of a class; [] if the module has no such class."""
     classes = [node for node in module.body if isinstance(node, ast.ClassDef) and node.name == name]
     return classes[0].body if classes else []
 
 
 def _is_given(default: ast.expr | None) -> bool:
-    """Whether a dataclass field has no `init=False`."""
+    """Return whether a dataclass field has no `init=False`."""
     keywords = default.keywords if isinstance(default, ast.Call) else []
     return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
 
@@ -56,7 +56,7 @@ def _type(annotation: ast.expr, module: ast.Module) -> Any:
 
 
 def _choices(name: str, module: ast.Module) -> Any:
-    """The Literal of the values of an enum that the module defines or imports from a neighbour."""
+    """Return the Literal of an enum's values, defined in the module or imported from a neighbour."""
     lines = (node.value for node in _class_body(module, name) if isinstance(node, ast.Assign))
     if values := tuple(value.value for value in lines if isinstance(value, ast.Constant)):
         return Literal[values]

@@ -1,7 +1,7 @@
-"""Types of settings: what a value must be, and how text from an option or a recipe becomes one.
+"""Types of settings: checking values, and parsing the text of options and recipes.
 
-pydantic would be no shorter: of the readings that the tests ask for it has half by itself (no `none`, no
-lists and mappings as text, no `off` that YAML took for false), and it takes `true` for a number.
+pydantic would be no shorter: it has no `none`, no lists and mappings as text, no `off` that YAML took for
+false, and it accepts `true` as a number.
 """
 
 import enum
@@ -17,7 +17,7 @@ TRUE_WORDS = ("true", "yes", "on", "1")
 FALSE_WORDS = ("false", "no", "off", "0")
 NONE_WORDS = ("none", "null")
 
-# A text of a list that is not parted at its commas, such as a question; to a type checker any text.
+# An item of a list that is not split at its commas, such as a question; any text to a type checker.
 if TYPE_CHECKING:
     Sentence = str
 else:
@@ -25,27 +25,27 @@ else:
 
 
 def alternatives(hint: Any) -> tuple[Any, ...]:
-    """The members of a union, or the type itself."""
+    """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
 def is_enum(hint: Any) -> bool:
-    """Whether the type is an enum class."""
+    """Return whether the type is an enum class."""
     return isinstance(hint, type) and issubclass(hint, enum.Enum)
 
 
 def takes_list(hint: Any) -> bool:
-    """Whether several words may follow the option."""
+    """Return whether several words may follow the option."""
     return any((get_origin(option) or option) is list for option in alternatives(hint))
 
 
 def takes_sentences(hint: Any) -> bool:
-    """Whether the option may be repeated, a sentence each time."""
+    """Return whether the option may be repeated, with a sentence each time."""
     return any(get_args(option) == (Sentence,) for option in alternatives(hint))
 
 
 def matches(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the type `hint`. An int is a float, a bool is neither; a tuple is a list."""
+    """Return whether `value` has the type `hint`. An int is a float, a bool is neither; a tuple is a list."""
     hint = getattr(hint, "__supertype__", hint)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     if hint is Any:
@@ -67,7 +67,7 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def describe_type(hint: Any) -> str:
-    """The type in words, for messages and the help: `int`, `float or none`, `margin | off`."""
+    """Return the type in words, for messages and help: `int`, `float or none`, `margin | off`."""
     options, arguments = alternatives(hint), get_args(hint)
     if len(options) > 1:
         return " or ".join(describe_type(o) for o in sorted(options, key=lambda o: o is type(None)))
@@ -82,7 +82,7 @@ def describe_type(hint: Any) -> str:
 
 
 def default_text(value: Any) -> str:
-    """A default as it would be written in a recipe; empty for none, which the help text explains."""
+    """Return a default as written in a recipe; empty for none, which the help text explains."""
     if value is None or value == []:
         return ""
     if isinstance(value, bool):
@@ -120,7 +120,7 @@ def parse(value: Any, hint: Any) -> Any:
 
 
 def _parse_one(value: Any, hint: Any) -> Any:
-    """As `parse`, for a type that is no union."""
+    """Parse a value of a type that is no union."""
     hint = getattr(hint, "__supertype__", hint)
     origin, arguments = get_origin(hint) or hint, get_args(hint)
     wrong = ValueError(describe_type(hint))
@@ -158,7 +158,7 @@ def _parse_one(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """The values that a Literal or an enum allows."""
+    """Return the values that a Literal or an enum allows."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     return tuple(choice.value for choice in hint) if is_enum(hint) else ()
@@ -185,7 +185,7 @@ def _pairs(value: Any, wrong: ValueError) -> Mapping[Any, Any]:
 
 
 def _flow(text: str) -> Any:
-    """A list or a mapping as JSON or YAML write it on one line; None for anything else."""
+    """Parse a list or a mapping in one line of JSON or YAML; return None for anything else."""
     for load in (json.loads, yaml.safe_load):
         try:
             return load(text)

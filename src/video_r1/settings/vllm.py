@@ -1,4 +1,4 @@
-"""Settings of training with vLLM. Names that TRL's `GRPOConfig` has are its names."""
+"""Settings of training with vLLM, with the names of TRL's `GRPOConfig`."""
 
 import math
 from collections.abc import Iterator
@@ -19,16 +19,13 @@ class VLLMSettings(Settings):
     vllm_server_base_url: str | None = setting(None, "address of the server, such as http://host:8000")
     vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer", above=0)
     vllm_gpu_memory_utilization: float = setting(
-        0.3, "share of the GPU's memory for vLLM in this process", above=0, at_most=1
+        0.3, "share of GPU memory for vLLM in this process", above=0, at_most=1
     )
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
     vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode", above=0)
-    vllm_importance_sampling_correction: bool = setting(
-        True, "weight each token by the trainer's over vLLM's probability of it"
-    )
+    vllm_importance_sampling_correction: bool = setting(True, "weight tokens by trainer / vLLM probability")
     vllm_importance_sampling_mode: ImportanceMode = setting(
-        "token_truncate",
-        "whose weight: each token's or its whole response's; one out of bounds is set to the bound or to 0",
+        "token_truncate", "weight per token or per sequence; out of bounds: truncate or mask"
     )
     vllm_importance_sampling_clip_max: float | None = setting(2.0, "largest such weight", above=0)
     vllm_importance_sampling_clip_min: float | None = setting(None, "smallest such weight", at_least=0)
@@ -37,7 +34,7 @@ class VLLMSettings(Settings):
 
     @property
     def importance_bounds(self) -> tuple[float, float]:
-        """The smallest and the largest importance weight."""
+        """Smallest and largest importance weight."""
         largest = self.vllm_importance_sampling_cap or self.vllm_importance_sampling_clip_max
         return self.vllm_importance_sampling_clip_min or 0.0, math.inf if largest is None else largest
 
@@ -45,10 +42,8 @@ class VLLMSettings(Settings):
         yield from super().problems()
         smallest, largest = self.importance_bounds
         if smallest >= largest:
-            yield (
-                "vllm_importance_sampling_clip_min",
-                f"is {smallest}, not below the largest weight ({largest}); lower it",
-            )
+            said = f"is {smallest}, not below the largest weight ({largest})"
+            yield "vllm_importance_sampling_clip_min", f"{said}; lower it"
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
             yield "vllm_server_base_url", f"is {url!r}; it must start with http:// or https://"
@@ -59,11 +54,8 @@ class VLLMSettings(Settings):
         elif self.async_rollouts and not (self.use_vllm and self.vllm_mode == "server"):
             yield "async_rollouts", "is 1 without a server that could sample meanwhile; set vllm_mode server"
         elif self.async_rollouts and not self.vllm_importance_sampling_correction:
-            yield (
-                "async_rollouts",
-                "is 1 while vllm_importance_sampling_correction is false; the weights that sample are one "
-                "step old, which the correction has to make up for",
-            )
+            said = "is 1 without vllm_importance_sampling_correction, which corrects for weights one step old"
+            yield "async_rollouts", f"{said}; set it to true"
 
 
 @dataclass(kw_only=True)
@@ -71,13 +63,13 @@ class ServeSettings(Settings):
     """Server"""
 
     model: str | None = setting(None, "checkpoint folder or Hugging Face model id")
-    host: str = setting("127.0.0.1", "address to listen at; the routes are open to whoever reaches it")
+    host: str = setting("127.0.0.1", "address to listen at; everyone who reaches it can use the routes")
     port: int = setting(8000, "port to listen at", above=0)
     hand_over: Literal["folder", "nccl"] = setting(
-        "folder", "how weights arrive: from a folder that trainer and server see, or from GPU to GPU"
+        "folder", "weight sync: through a folder that both see, or from GPU to GPU"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     max_model_len: int | None = setting(
-        None, "most tokens of prompt and completion (default: the model's)", above=0
+        None, "longest prompt and completion in tokens (default: the model's)", above=0
     )
     vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")
