@@ -179,9 +179,9 @@ def follow_umask(folder: Path) -> None:
 def lock(file: IO[Any], how: int, of_process: bool = False) -> None:
     """Lock an open file until it is closed. An exclusive lock on NFS needs a file that is open for writing.
 
-    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: forked processes do not keep the
-    lock. A file system without locks gets one warning. Raises BlockingIOError when another process has the
-    lock and LOCK_NB is set.
+    how: `fcntl.LOCK_SH` or `LOCK_EX`, with `LOCK_NB` not to wait. of_process: forked processes do not keep
+    the lock. A file system without locks gets one warning. Raises BlockingIOError when another process has
+    the lock and LOCK_NB is set.
     """
     try:
         (fcntl.lockf if of_process else fcntl.flock)(file, how)
