@@ -141,7 +141,7 @@ def test_kept_samples(capsys: pytest.CaptureFixture[str]) -> None:
     for wrong in (1.5, "high", True, [0.5]):
         with pytest.raises(ManifestError, match="question 9: the pass rate 'ordered' is"):
             kept_samples([sample(9, ordered=wrong)], "ordered > 0")
-    with pytest.raises(ManifestError, match="question 9: pass_rates is no mapping"):
+    with pytest.raises(ManifestError, match="question 9: pass_rates must map names to numbers"):
         kept_samples([Sample(9, "?", "video", "OCR", "", "/x", extra={"pass_rates": 3})], "ordered > 0")
 
 

@@ -181,8 +181,13 @@ def merge_adapter(adapter: str | Path, out: str | Path, dtype: str = "auto") -> 
     """
     source = Path(adapter)
     if not (source / "adapter_config.json").is_file():
-        found = "it has no adapter_config.json" if source.is_dir() else "there is no such folder"
-        raise ConfigError(f"{source}: {found}; name the run folder of a use_peft training")
+        if not source.is_dir():
+            raise ConfigError(
+                f"{source}: there is no such folder; name the run folder of a use_peft training"
+            )
+        raise ConfigError(
+            f"{source}: not a LoRA run (no adapter_config.json): nothing to merge, use it as it is"
+        )
     import peft  # an extra of this package; installed where adapters are
 
     name = str(peft.PeftConfig.from_pretrained(str(source)).base_model_name_or_path)

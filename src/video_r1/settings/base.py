@@ -50,6 +50,11 @@ class Settings:
             try:
                 parent()
             except ValueError as error:
+                if "support bf16" in str(error):
+                    remedy = "try the recipe here with --smoke, or run it with --use_cpu --bf16 false"
+                    raise ConfigError(
+                        f"bf16: these settings need a GPU that supports it; {remedy}"
+                    ) from error
                 raise ConfigError(f"transformers refuses these settings: {error}") from error
         found = [
             (name, f"is {getattr(self, name)!r}; it must be {describe_type(hint)}")

@@ -12,7 +12,7 @@ function field(id, label, node, hint = "") {
 }
 
 function askView(view, [manifest, row]) {
-  header("Ask", make("p", { class: "lead" }, "One question, with the frames in order and in other orders beside it: what a model answers as well without the order, it does not see in the order."));
+  header("Ask", make("p", { class: "lead" }, "One question, asked with the frames in order and in other orders. If the answers survive shuffling, the model is not using frame order."));
   const checkpoint = make("select", {});
   const engine = make("input", { type: "text", placeholder: "http://127.0.0.1:8000/v1", autocomplete: "off" });
   const served = make("input", { type: "text", placeholder: "the one that it serves", autocomplete: "off" });

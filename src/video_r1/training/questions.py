@@ -157,8 +157,8 @@ class QuestionSource(Generic[Loaded, Content]):
                 self.set_aside(index, error)
                 reason = f"; the last one: {error}"
         raise VideoR1Error(
-            f"{MAX_DRAWS} questions in a row cannot be used, of {len(self.samples)} in the manifest{reason} "
-            f"(all reasons are in {self.quarantine}). "
+            f"none of {MAX_DRAWS} questions could be used ({len(self.samples)} in the manifest){reason}. "
+            f"All reasons are in {self.quarantine}. "
             "Check media_root and the files with: video-r1 data check MANIFEST"
         )
 
