@@ -19,14 +19,14 @@ from tgrpo_trainers import make_trainer, weights
 from tiny_questions import read_lines
 
 from video_r1.errors import ConfigError, VideoR1Error
-from video_r1.training import callbacks as guards
+from video_r1.training import callbacks
 from video_r1.training.checkpoints import last_whole_checkpoint
 from video_r1.training.metrics import tolerated
 
 
 @pytest.fixture(autouse=True)
 def forget_warnings() -> None:
-    guards.warn_once.cache_clear()
+    callbacks.warn_once.cache_clear()
 
 
 # ---- Numbers
@@ -53,7 +53,7 @@ def test_loss_that_is_not_finite_names_its_questions(
     monkeypatch.setattr(trainer, "logprobs", with_nan)
     changed_after_one = []
 
-    class AfterOne(guards.TrainerCallback):
+    class AfterOne(callbacks.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             now = weights(trainer)
             changed_after_one.append(any(not torch.equal(now[name], before[name]) for name in now))
@@ -67,10 +67,10 @@ def test_loss_that_is_not_finite_names_its_questions(
 
 def test_skipped_updates_are_counted_on(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """A resumed run knows how many updates it skipped, and how many in a row; later records go."""
-    guard = guards.UpdateGuard(tmp_path, limit=3)
+    guard = callbacks.UpdateGuard(tmp_path, limit=3)
     lines = [{"step": step, "not_finite": "loss", "problem_ids": [1]} for step in (2, 5, 6, 7)]
     (tmp_path / "skipped_updates.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    state = guards.TrainerState(global_step=6, is_world_process_zero=True)
+    state = callbacks.TrainerState(global_step=6, is_world_process_zero=True)
     guard.on_train_begin(None, state, None)  # pyright: ignore[reportArgumentType]
     assert (guard.skipped, guard.in_a_row) == (3, 2)
     assert len(read_lines(tmp_path / "skipped_updates.jsonl")) == 3

@@ -264,32 +264,6 @@ def test_a_bonus_added_apart_counts_in_its_own_unit() -> None:
     assert mixed.base_advantages.tolist() == pytest.approx([plain, plain, -plain, -plain], abs=1e-6)
 
 
-def test_likelihood_drops_of_a_step(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """Δ by transformers' own forward, one response at a time in float64; no samples from the contrast."""
-    trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_rule="likelihood", temporal_contrast="dropped",
-        temperature=0.7, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-    )  # fmt: skip
-    batches, _ = first_step(trainer)
-    model = copy.deepcopy(policy_of(trainer)).double()
-    groups = [each for batch in batches for each in batch["batch"].groups]
-    assert {each.sample.data_type for each in groups} == {"video", "image"}
-    for each in groups:
-        assert each.shuffled == [] and each.p_shuffled is None
-        if each.sample.data_type == "image":
-            assert each.drops is None and not each.rewards["temporal"].any()
-            continue
-        assert each.shuffled_prompt is not None and each.drops is not None
-        behind = replace(each, prompt=each.shuffled_prompt)
-        expected = [
-            (plain_logprobs(model, each, r.token_ids, 0.7) - plain_logprobs(model, behind, r.token_ids, 0.7))
-            for r in each.ordered
-        ]
-        means = torch.stack([values.mean() for values in expected]).float().detach()
-        torch.testing.assert_close(each.drops, means, rtol=0, atol=2e-5)
-        assert each.drops.abs().max() > 1e-4
-
-
 # ---- tokens
 
 
@@ -328,7 +302,8 @@ def test_credit_of_weighted_tokens() -> None:
 def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
     """Of two micro-batches, by transformers' own forward, behind a sampler that is another model."""
     trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="reversed", beta=0.0,
+        checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="dropped", beta=0.0,
+        temperature=0.7,
         temporal_weight_kappa=4.0, per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
     batches, normaliser = first_step(trainer)
@@ -341,13 +316,16 @@ def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_p
     model = copy.deepcopy(policy_of(trainer)).double()
     expected = torch.zeros((), dtype=torch.float64)
     for each in groups:
+        assert each.shuffled == [] and each.p_shuffled is None  # scored, not sampled
         for place, (rollout, advantage) in enumerate(zip(each.ordered, each.advantages, strict=True)):
-            scored = plain_logprobs(model, each, rollout.token_ids, 1.0)
+            scored = plain_logprobs(model, each, rollout.token_ids, 0.7)
             weights = torch.ones(len(scored))
             if each.shuffled_prompt is not None:
                 behind = plain_logprobs(
-                    model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 1.0
+                    model, replace(each, prompt=each.shuffled_prompt), rollout.token_ids, 0.7
                 )
+                drops = (scored - behind).detach().float()
+                torch.testing.assert_close(cast(Any, each.token_drops)[place], drops, rtol=0, atol=2e-5)
                 weights[(scored - behind).abs().topk(-(-len(scored) // 5)).indices] = 5.0
                 weights = weights / weights.mean()
                 torch.testing.assert_close(cast(Any, each.token_weights)[place], weights)

@@ -14,7 +14,7 @@ from resume_runs import write_recipe
 from tiny_questions import read_lines
 
 from video_r1.cli import main
-from video_r1.training import callbacks as guards
+from video_r1.training import callbacks
 
 STEPS = 2
 pytestmark = pytest.mark.slow  # whole runs with real trackers
@@ -83,7 +83,7 @@ def wandb_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    guards.warn_once.cache_clear()
+    callbacks.warn_once.cache_clear()
     yield tmp_path / "wandb"
     wandb.teardown()
 
