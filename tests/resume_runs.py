@@ -79,7 +79,7 @@ def command(words: list[str], output: str, phase: Any) -> None:
 
 
 def any_format(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """In place of the format reward, which random weights never earn: one with something to learn."""
+    """Replace the format reward, which random weights never earn, by one that can be learnt."""
     return torch.tensor([int(rollout.token_ids.sum()) % 97 / 97 for rollout in rollouts])
 
 
@@ -116,9 +116,7 @@ def finish(recipe: Path, run: Path, limit: float = 300) -> None:
 
 @dataclass
 class Killed:
-    """What was seen of the kills: how many hit which work, how many steps were done again, and the runs that
-    came to their end, killed some times or never.
-    """
+    """Kills by phase, number of repeated steps, and the finished runs, killed sometimes or never."""
 
     moments: Counter[str] = field(default_factory=Counter)
     repeated_steps: int = 0

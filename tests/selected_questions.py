@@ -20,6 +20,6 @@ def mostly_equal(completion_ids: list[list[int]], problem_id: list[Any], **colum
 
 
 def odd_sums(sample: Sample, rollouts: Sequence[Rollout]) -> Tensor:
-    """In place of the scores of answers: an odd sum of token ids is right, and question 0 always is."""
+    """Replace the scores of answers: an odd sum of token ids is right, and question 0 always is."""
     scores = [float(rollout.token_ids.sum() % 2) for rollout in rollouts]
     return torch.tensor([1.0] * len(scores) if sample.problem_id == 0 else scores)

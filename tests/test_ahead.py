@@ -1,4 +1,4 @@
-"""Rollouts one step ahead of the update: which weights sample what, and that both really run together."""
+"""Rollouts one step ahead of the update: the weights that sample each step, and the overlap in time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ QUESTIONS, BATCH = 8, 2  # four steps an epoch
 
 
 class Copying:
-    """Stands for a server: samples with a copy of the weights, and knows of which ones it is a copy."""
+    """Fake server that samples with a copy of the weights and records which weights it copied."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer

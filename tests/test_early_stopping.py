@@ -26,7 +26,7 @@ BEST, STOP = 3, 6  # 4, 5 and 6 are not better than 3: a patience of three ends 
 
 
 def scripted(trainer: TGRPOTrainer, samples: Any) -> dict[str, float]:
-    """In place of the answers to the held-out questions."""
+    """Replace the answers to held-out questions by scripted accuracies."""
     return {"accuracy": ACCURACIES[trainer.state.global_step]}
 
 
@@ -89,7 +89,7 @@ def weights_file(folder: Path) -> bytes:
 
 
 def saved_state(run: Path) -> dict[str, Any]:
-    """What the best checkpoint keeps of the run: patience, and the moments of the tasks."""
+    """Read patience and task moments from the best checkpoint."""
     state = json.loads((run / f"checkpoint-{BEST}" / "trainer_state.json").read_text())
     kept = state["stateful_callbacks"]
     return {name: kept[name] for name in ("EarlyStoppingCallback", "TaskMoments") if name in kept}

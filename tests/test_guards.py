@@ -35,7 +35,7 @@ def forget_warnings() -> None:
 def test_loss_that_is_not_finite_names_its_questions(
     checkpoint: Path, manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One micro-batch of two has a NaN: only its questions are recorded, no weight changes."""
+    """A NaN in the first of two micro-batches: only its questions are recorded, no weight changes."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, max_steps=2, per_device_train_batch_size=2,
         gradient_accumulation_steps=2,
@@ -122,7 +122,7 @@ def test_a_record_that_cannot_be_written_warns_once(caplog: pytest.LogCaptureFix
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One line of error, before the model is loaded."""
+    """The error is a single line, before the model is loaded."""
     from video_r1.cli import main
 
     recipe = write_recipe(tmp_path)

@@ -35,7 +35,7 @@ def padded(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 def trl_loss(
     case: tuple, entropy: torch.Tensor, finished: torch.Tensor, loss_type: str, **chosen: Any
 ) -> Any:
-    """What TRL's trainer makes of the tensors; the trainer itself is a stand-in that has its settings."""
+    """Compute TRL's loss of the tensors with a fake trainer that has the settings."""
     logprobs, old, ref, advantages, lengths, weights = case
     mask = padded(torch.ones(len(logprobs)), lengths) * finished[:, None]
     accelerator = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""The next step's media are read while the present step samples and learns."""
+"""Media of the next step are read while the current step samples and learns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH, STEPS, SLOW = 3, 3, 0.3  # questions a step; steps; seconds that each rea
 
 
 class Watch(TrainerCallback):
-    """Has questions read slowly, and holds each step up until all questions of the next one are read."""
+    """Reads questions slowly and holds each step until all questions of the next step are read."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()

@@ -1,4 +1,4 @@
-"""What a run records for the report: strips of frames and sampled groups."""
+"""Records of a run for the report: strips of frames and sampled groups."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One run in one folder: claims, the same rule for library and command line, files that others can read."""
+"""Run folders: locks, the same rules for library and command line, readable files."""
 
 from __future__ import annotations
 

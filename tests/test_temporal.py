@@ -300,7 +300,7 @@ def test_credit_of_weighted_tokens() -> None:
 
 
 def test_weighted_tokens_in_the_gradient(checkpoint: Path, manifest: Path, tmp_path: Path) -> None:
-    """Of two micro-batches, by transformers' own forward, behind a sampler that is another model."""
+    """Compare two micro-batches with transformers' own forward; the sampler is another model."""
     trainer = make_trainer(
         checkpoint, str(manifest), tmp_path, temporal_rule="tokens", temporal_contrast="dropped", beta=0.0,
         temperature=0.7,

@@ -79,7 +79,7 @@ def plain_loss(
 
 
 def assert_same_gradients(policy: Any, expected: Any) -> None:
-    """Of two copies of a model, the second in float64: within 1e-4 of each weight's largest."""
+    """Compare a model's gradients with those of its float64 copy, within 1e-4 of each weight's largest."""
     for (name, weight), double in zip(policy.named_parameters(), expected.parameters(), strict=True):
         if double.grad is not None:
             scale = max(1e-3, double.grad.abs().max().item())

@@ -1,4 +1,4 @@
-"""One of the processes of test_tgrpo_processes.py: trains two steps and writes the weights that come out."""
+"""Rank of test_tgrpo_processes.py: trains some steps and saves the weights."""
 
 from __future__ import annotations
 

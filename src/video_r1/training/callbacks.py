@@ -41,12 +41,8 @@ from video_r1.training.checkpoints import last_whole_checkpoint
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
 
 logger = logging.getLogger(__name__)
-
-
 # Mean absolute difference of log-probs. With the same weights it is about 0.01 in bfloat16, 1e-5 in float32.
 SUSPICIOUS = 0.05
-
-
 CHECKED_QUESTIONS, CHECKED_TOKENS = 4, 16
 
 

@@ -35,11 +35,7 @@ from video_r1.training.advantages import without_variance
 from video_r1.training.recording import group_facts
 
 Loaded = TypeVar("Loaded")
-
-
 Content = TypeVar("Content")
-
-
 MAX_DRAWS = 100
 """Unusable questions in a row after which training stops: then all media are missing."""
 
