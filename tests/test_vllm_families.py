@@ -82,7 +82,7 @@ def check_mismatch_is_found(family: str, engine: Any, model: Any, caplog: pytest
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl_moe", "qwen3_5"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) -> None:
     """Pixels as the tower gets them, log-probs before and after weights were handed over twice, and what
     differs on purpose is found."""
@@ -104,7 +104,7 @@ def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["qwen3_5"])
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_5"])
 def test_sampling_on_a_server(family: str, tmp_path: Path) -> None:
     """A real `vllm serve` of the family's checkpoint."""
     processor, prompts = tiny_processor(family), prompts_of(family)
