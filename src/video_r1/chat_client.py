@@ -39,7 +39,7 @@ from collections.abc import (
     Sequence,
 )
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -401,7 +401,7 @@ class ChatClient:
                 drawn += (await self._retried(body, read))[:missing]
                 continue
             try:
-                drawn += (await self._streamed(body, read, partial(_shifted, on_text, len(drawn))))[:missing]
+                drawn += (await self._streamed(body, read, on_text, len(drawn)))[:missing]
             except ServerRefusal as refusal:
                 if refusal.status not in (400, 422):
                     raise
@@ -440,9 +440,11 @@ class ChatClient:
 
             return read(await self._post(sent_once(), len(body[0])))
 
-    async def _streamed(self, build: Build, read: Callable[[Any], list[T]], on_text: OnText) -> list[T]:
+    async def _streamed(
+        self, build: Build, read: Callable[[Any], list[T]], on_text: OnText, drawn: int
+    ) -> list[T]:
         streaming = {"stream": True, "stream_options": {"include_usage": True}}
-        body, chat = await self._built(lambda: build() | streaming), StreamedChat(on_text)
+        body, chat = await self._built(lambda: build() | streaming), StreamedChat(on_text, drawn)
         await self._post(body, None, chat.take)
         return read(chat.reply())
 
@@ -462,7 +464,7 @@ class ChatClient:
     async def _was_away(self) -> bool:
         """Return whether no address answered at all. All requests wait together until one does."""
         if self._reaching is None or self._reaching.done():
-            self._reaching = asyncio.create_task(models_when_reached(self.endpoint))
+            self._reaching = asyncio.create_task(models_of(self.endpoint, self.endpoint.wait))
         try:
             return (await asyncio.shield(self._reaching))[1]
         except ServerFailure as failure:
@@ -470,10 +472,6 @@ class ChatClient:
                 f"{self.endpoint.url} has not answered for {self.endpoint.wait:g} s ({failure}); "
                 "started again, an annotation or evaluation continues"
             ) from failure
-
-
-def _shifted(on_text: OnText, drawn: int, index: int, piece: str) -> None:
-    on_text(drawn + index, piece)
 
 
 def allow_open_files(requests: int) -> None:
@@ -530,13 +528,13 @@ def _completion(message: Mapping[str, Any], finish_reason: str | None) -> Comple
 
 
 class StreamedChat:
-    """A chat completion assembled from streamed pieces.
+    """A chat completion assembled from streamed pieces. drawn: completions of the answers before.
 
     Reasoning in a field of its own is passed to `on_text` inside <think> tags, as `completions_of` writes it.
     """
 
-    def __init__(self, on_text: OnText) -> None:
-        self._on_text = on_text
+    def __init__(self, on_text: OnText, drawn: int) -> None:
+        self._on_text, self._drawn = on_text, drawn
         self._messages: dict[int, dict[str, str]] = {}
         self._finished: dict[int, str] = {}
         self._whole: Any = None  # answer of an endpoint that does not stream
@@ -556,7 +554,7 @@ class StreamedChat:
             raise ServerFailure(f"its answer is no piece of a chat completion: {said}") from error
         for index, piece in pieces:
             self._pieces += 1
-            self._on_text(index, piece)
+            self._on_text(self._drawn + index, piece)
 
     def _texts(self, choice: dict[str, Any]) -> Iterator[tuple[int, str]]:
         """Add a piece to its message; yield its texts."""
@@ -591,33 +589,26 @@ class StreamedChat:
 # ---- Which model an endpoint serves
 
 
-async def models_when_reached(endpoint: Endpoint) -> tuple[Any, bool]:
+async def models_of(endpoint: Endpoint, wait: float) -> tuple[Any, bool]:
     """Return the list of models, or the ServerRefusal to give one, and whether the endpoint was away first.
 
-    Raises ServerFailure when no address answers within `endpoint.wait` seconds.
+    Raises ServerFailure when no address answers within `wait` seconds.
     """
-    deadline, away = time.monotonic() + endpoint.wait, False
+    deadline, away, failure = time.monotonic() + wait, False, ServerFailure("no address")
     while True:
-        try:
-            return await models_now(endpoint), away
-        except ServerRefusal as refusal:
-            return refusal, away
-        except ServerFailure as failure:
-            if time.monotonic() > deadline:
-                raise
-            if not away:
-                logger.warning("%s: %s; waiting up to %g s for it", endpoint.url, failure, endpoint.wait)
-            away = True
-        await asyncio.sleep(min(1.0, endpoint.wait / 10))
-
-
-async def models_now(endpoint: Endpoint) -> Any:
-    """Return the list of models of the first address that answers. Raises ServerFailure and ServerRefusal."""
-    *others, last = (f"{url}/models" for url in endpoint.urls)
-    for url in others:
-        with suppress(ServerFailure):
-            return await request("GET", url, endpoint.key, 10.0)
-    return await request("GET", last, endpoint.key, 10.0)
+        for url in endpoint.urls:
+            try:
+                return await request("GET", f"{url}/models", endpoint.key, 10.0), away
+            except ServerRefusal as refusal:
+                return refusal, away
+            except ServerFailure as error:
+                failure = error
+        if time.monotonic() >= deadline:
+            raise failure
+        if not away:
+            logger.warning("%s: %s; waiting up to %g s for it", endpoint.url, failure, wait)
+        away = True
+        await asyncio.sleep(min(1.0, wait / 10))
 
 
 def open_endpoint(
@@ -644,7 +635,7 @@ def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tu
     is not served. A service without a list of models needs `wanted`.
     """
     try:
-        listed, _ = wait_for(models_when_reached(endpoint))
+        listed, _ = wait_for(models_of(endpoint, endpoint.wait))
     except ServerFailure as failure:
         raise ConfigError(
             f"{endpoint.url}: no endpoint answered within {endpoint.wait:g} s ({failure})"

@@ -143,32 +143,17 @@ def track_iou(boxes: Mapping[float, Box], truth: Mapping[float, Box]) -> float:
     return sum(ious) / max(1, len(truth))
 
 
-def temporal_grounding(answer: Located, truth: Located) -> dict[str, float]:
-    assert answer.time and truth.time
-    return {"tIoU": span_iou(answer.time, truth.time)}
-
-
-def spatial_grounding(answer: Located, truth: Located) -> dict[str, float]:
-    assert answer.box and truth.box
-    return {"IoU": box_iou(answer.box, truth.box)}
-
-
-def spatial_temporal_grounding(answer: Located, truth: Located) -> dict[str, float]:
-    assert answer.boxes is not None and truth.boxes is not None
-    return temporal_grounding(answer, truth) | {"IoU": common_iou(answer.boxes, truth.boxes)}
-
-
-def tracking(answer: Located, truth: Located) -> dict[str, float]:
-    assert answer.boxes is not None and truth.boxes is not None
-    return {"IoU": track_iou(answer.boxes, truth.boxes)}
-
-
-_OVERLAPS = {
-    "temporal grounding": temporal_grounding,
-    "spatial grounding": spatial_grounding,
-    "spatial-temporal grounding": spatial_temporal_grounding,
-    "tracking": tracking,
-}
+def _measured(problem_type: str, answer: Located, truth: Located) -> dict[str, float]:
+    """Return the overlaps of two parsed answers of one grounding type, by name."""
+    found: dict[str, float] = {}
+    if answer.time and truth.time:
+        found["tIoU"] = span_iou(answer.time, truth.time)
+    if answer.box and truth.box:
+        found["IoU"] = box_iou(answer.box, truth.box)
+    if answer.boxes is not None and truth.boxes is not None:
+        mean = track_iou if problem_type == "tracking" else common_iou
+        found["IoU"] = mean(answer.boxes, truth.boxes)
+    return found
 
 
 def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
@@ -177,12 +162,13 @@ def overlaps(problem_type: str, answer: str, truth: str) -> dict[str, float]:
     answer, truth: in the exact form. Zeros for an answer that cannot be parsed; {} for a truth that cannot,
     and for other types.
     """
-    expected = parse_located(truth, problem_type) if problem_type in _OVERLAPS else None
+    expected = parse_located(truth, problem_type) if problem_type in GROUNDING_FORMS else None
     if expected is None:
         return {}
     said = parse_located(answer, problem_type)
-    measure = _OVERLAPS[problem_type]
-    return measure(said, expected) if said else dict.fromkeys(measure(expected, expected), 0.0)
+    if said is None:
+        return dict.fromkeys(_measured(problem_type, expected, expected), 0.0)
+    return _measured(problem_type, said, expected)
 
 
 def grounding(problem_type: str, answer: str, truth: str) -> float:

@@ -18,7 +18,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from video_r1.chat_client import (
     ServerRefusal,
     completions_of,
     endpoint_urls,
-    models_now,
+    models_of,
     served_model,
     wait_for,
 )
@@ -87,10 +87,6 @@ JudgeScores = Callable[[Sequence[RolloutGroup | SampleAnswers]], list[Tensor]]
 """Returns [G] in [0, 1] for each group, nan throughout where it is not judged."""
 
 
-class Meter(Protocol):
-    def add(self, name: str, value: float, count: float = 1.0) -> None: ...
-
-
 class JudgeAway(VideoR1Error):
     """A judge that does not answer, or refuses everything. passes: whether waiting may help."""
 
@@ -112,11 +108,12 @@ class Judge:
     """Scores groups by the model at `judge_endpoint`, which gets the same request only once in a run.
 
     folder: the run folder, where judge.jsonl keeps the scores (each rank writes its own file and reads all).
-    stopped: returns whether the run was told to stop, which ends waiting. Call `open` first.
+    meter: of training's metrics. stopped: returns whether the run was told to stop, which ends waiting.
+    Call `open` first.
     """
 
     def __init__(
-        self, settings: JudgeSettings, folder: Path, meter: Meter, stopped: Callable[[], bool]
+        self, settings: JudgeSettings, folder: Path, meter: Any, stopped: Callable[[], bool]
     ) -> None:
         assert settings.judge_endpoint is not None
         self.settings, self.meter, self.stopped = settings, meter, stopped
@@ -209,10 +206,12 @@ class Judge:
     def _try(self, requests: list[JudgeRequest], unread: set[str]) -> JudgeAway | None:
         """Send the requests if the judge was reachable last time or is again."""
         try:
-            if requests and self.is_away and not is_reachable(self.endpoint):
-                raise JudgeAway(f"the judge at {self.endpoint.url} does not answer")
+            if requests and self.is_away:
+                wait_for(models_of(self.endpoint, 0.0))
             if requests:
                 self._ask_once(requests, unread)
+        except ServerFailure:
+            return JudgeAway(f"the judge at {self.endpoint.url} does not answer")
         except JudgeAway as away:
             return away
         return None
@@ -315,17 +314,6 @@ class Judge:
 
 def judged(group: RolloutGroup | SampleAnswers) -> bool:
     return group.sample.problem_type == JUDGED_TYPE
-
-
-def is_reachable(endpoint: Endpoint) -> bool:
-    """Return whether the endpoint answers one request at all."""
-    try:
-        wait_for(models_now(endpoint))
-    except ServerFailure:
-        return False
-    except ServerRefusal:
-        pass
-    return True
 
 
 def recorded_scores(paths: Sequence[Path]) -> dict[str, float]:
