@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,13 +18,11 @@ from video_r1.errors import ConfigError
 from video_r1.models import lora
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
-from video_r1.models.loading import load_processor
 from video_r1.models.lora import merged_adapters
-from video_r1.rollout import engine_factory, shared_prefix
+from video_r1.rollout import shared_prefix
 from video_r1.rollout.engine import SamplingSettings, draw_tokens, sampling_logprobs
 from video_r1.rollout.shared_prefix import DecodingStep
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.decoding import EvalSettings
 
 PROCESSORS = {family: tiny_processor(family) for family in FAMILIES}
 QUESTION = Sample(1, "Whither?", "video", "multiple choice", "<answer>B</answer>", "x", ("A. up", "B. left"))
@@ -218,17 +215,6 @@ def test_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_pixels_are_encoded_once() -> None:
-    model, prompts = build_model("qwen2_5_vl"), build_prompts("qwen2_5_vl")
-    patches: list[int] = []
-    hook = model.model.visual.register_forward_pre_hook(
-        lambda module, args, kwargs: patches.append(len((*args, *kwargs.values())[0])), with_kwargs=True
-    )
-    TransformersEngine(model, PROCESSORS["qwen2_5_vl"]).generate(prompts, SamplingSettings(n=8, max_tokens=4))
-    hook.remove()
-    assert patches == [16 + 64 + 32]  # the image and both clips at once
-
-
 def test_merged_adapters_sample_the_same_and_leave_the_model_alone() -> None:
     """Also where there is no memory for merged copies; layers in 4 bits are no `nn.Linear` and stay."""
     torch.manual_seed(0)
@@ -317,22 +303,6 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
             prompts, SamplingSettings(n=2, max_tokens=4, seed=4)
         )
     assert kept == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(("on_gpu", "dtype", "computed"), [
-    (True, "auto", torch.bfloat16), (False, "auto", torch.float32),
-])  # fmt: skip
-def test_commands_compute_in_bf16_on_a_gpu(
-    on_gpu: bool, dtype: str, computed: torch.dtype, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A float32 file, such as training writes, would take twice the memory and many times the time there."""
-    monkeypatch.setattr(engine_factory, "computes_in_bf16", lambda device: on_gpu)
-    settings = EvalSettings(model=str(checkpoint), manifest="m.json", out="x", dtype=dtype, device="cpu")  # pyright: ignore[reportArgumentType]
-    engine = engine_factory.open_engine(settings, load_processor(checkpoint))
-    assert isinstance(engine, TransformersEngine)
-    assert {weight.dtype for weight in engine.model.parameters()} == {computed}
-    angles = [value for name, value in engine.model.named_buffers() if name.endswith("inv_freq")]
-    assert {value.dtype for value in angles} == {torch.float32}  # those of positions
 
 
 def test_sliding_windows_are_refused() -> None:

@@ -227,13 +227,6 @@ def test_a_server_that_stays_away(loopback: Server, tmp_path: Path) -> None:
     assert len(client.generate(prompts(6), SETTINGS)) == 6  # later, it is back
 
 
-def test_a_request_that_fails_whenever_it_is_sent(loopback: Server, tmp_path: Path) -> None:
-    client = engine(loopback.url, tmp_path)
-    loopback.script = ["error"] * 50
-    with pytest.raises(VideoR1Error, match=r"failed 5 times.*engine died"):
-        client.generate(prompts(1), SETTINGS)
-
-
 def test_a_refused_request_is_not_repeated(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
     loopback.script = ["refuse"]
@@ -282,16 +275,6 @@ def test_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
 def test_too_long_for_the_server(loopback: Server, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="256 tokens"):
         engine(loopback.url, tmp_path).generate(prompts(1), SamplingSettings(max_tokens=250))
-
-
-def test_a_loss_that_shows_at_the_hand_over_is_reported(
-    loopback: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    client = engine(loopback.url, tmp_path)
-    loopback.down = 2
-    client.update_weights(copy.deepcopy(TINY))
-    assert "HTTP 503" in caplog.text and "waiting up to 60 s for it" in caplog.text
-    assert loopback.version == client._version
 
 
 def test_a_server_that_comes_back_unasked_is_supplied(

@@ -85,16 +85,6 @@ def over_nccl(limit: float = 60.0) -> NCCLSync:
     return sync
 
 
-def test_a_server_that_has_come_back_is_connected_again(sent: list[dict[str, Tensor]]) -> None:
-    """It has its first weights; the group of its former processes would be waited for without end."""
-    paths: list[str] = []
-    sync = over_nccl()
-    for served, connections in (("first weights", 1), ("ours", 1), ("first weights", 2)):
-        sync.send(lambda path, body=None: paths.append(path), served)
-        assert paths.count("/init_weight_transfer_engine") == connections
-        assert Group.destroyed == connections - 1
-
-
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """What waits as NCCL does for a process that has died; a thread is left in it until the test's end."""
@@ -108,20 +98,6 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     monkeypatch.setattr(engine, "packed_nccl_broadcast_producer", wait)
     yield wait
     over.set()
-
-
-def test_a_server_that_dies_while_it_is_sent_to(waits: Callable[..., None]) -> None:
-    sending = threading.Event()
-
-    def call(path: str, body: Any = None) -> None:
-        if path == "/update_weights":
-            sending.set()
-            raise ServerFailure("it died")
-
-    sync = over_nccl()
-    with pytest.raises(ServerFailure, match="it died"):
-        sync.send(call, "first weights")
-    assert sending.is_set() and Group.destroyed == 1 and sync.engine is None
 
 
 def test_a_transfer_that_does_not_end_is_given_up(waits: Callable[..., None]) -> None:
