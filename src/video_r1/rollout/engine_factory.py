@@ -68,7 +68,7 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         return EndpointEngine(endpoint, model, frames_as, settings.concurrency)
     warn_of_positions(settings.model, "transformers", "this engine")
     if settings.engine != "transformers":
-        check_vllm_takes(load_config(settings.model, settings.trust_remote_code))
+        check_vllm_supports(load_config(settings.model, settings.trust_remote_code))
     if settings.engine.startswith("http"):
         urls, generation = addresses(settings.engine), generation_config(settings.model)
         return ServerEngine(urls, processor, generation, model=settings.model, timeout=settings.timeout)
@@ -86,7 +86,7 @@ def open_engine(settings: DecodingSettings, processor: Any) -> RolloutEngine:
         )
     device = settings.device or own_device()
     remote, dtype = settings.trust_remote_code, settings.dtype
-    if dtype == "auto" and computes_in_bf16(device):
+    if dtype == "auto" and torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported():
         # For float32 files: half the memory and several times the speed. `dtype float32` keeps float32.
         written = load_config(settings.model, remote).dtype
         dtype = "bfloat16" if written in (None, torch.float32) else "auto"
@@ -100,12 +100,12 @@ def in_process_engine(model: Any, processor: Any) -> RolloutEngine:
     return (TransformersEngine if known else GeneralEngine)(model, processor)
 
 
-def check_vllm_takes(model: Any) -> None:
+def check_vllm_supports(model: Any) -> None:
     """Raise ConfigError for a model (or its config) whose prompts have not been compared with vLLM's."""
     if find_family(model) is None:
         raise ConfigError(
-            f"vLLM samples for {family_names()} alone: whether it has the trainer's prompts is not known for "
-            f"{getattr(model, 'config', model).model_type}; leave use_vllm out (engine: transformers)"
+            f"vLLM samples for {family_names()} only: whether it has the trainer's prompts is not known for "
+            f"{getattr(model, 'config', model).model_type}; remove use_vllm (engine: transformers)"
         )
 
 
@@ -126,15 +126,11 @@ def own_device() -> str:
         return "cpu"
     if process_count() == 1:
         return "cuda"
-    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if place >= count:
-        raise ConfigError(f"process {place + 1} of this machine has no GPU: there are {count}; start as many")
-    torch.cuda.set_device(place)
-    return f"cuda:{place}"
-
-
-def computes_in_bf16(device: str) -> bool:
-    return torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported()
+    rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if rank >= count:
+        raise ConfigError(f"process {rank + 1} of this machine has no GPU: there are {count}; start as many")
+    torch.cuda.set_device(rank)
+    return f"cuda:{rank}"
 
 
 def is_endpoint(engine: str) -> bool:
@@ -159,7 +155,7 @@ def training_engine(
     """
     if not settings.use_vllm:
         return in_process_engine(model, processor)
-    check_vllm_takes(vision_language_model(model))
+    check_vllm_supports(vision_language_model(model))
     if settings.vllm_mode == "server":
         assert settings.vllm_server_base_url is not None  # settings without it are refused
         url, wait = settings.vllm_server_base_url, settings.vllm_server_timeout

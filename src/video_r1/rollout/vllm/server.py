@@ -123,7 +123,7 @@ class ServerEngine(RolloutEngine):
 
     def _describe(self, url: str) -> dict[str, Any]:
         """Return WorkerExtension's description. Raises ConfigError if log-probs would differ."""
-        advice = "start it with video-r1 serve, or with the words that this command prints"
+        advice = "start it with video-r1 serve, or with the command that it prints"
         try:
             served = describe(url, self._key, self.timeout)
         except (ServerRefusal, ServerFailure) as error:
@@ -138,8 +138,8 @@ class ServerEngine(RolloutEngine):
     def update_weights(self, model: Any) -> None:
         """Send the model's weights to the server, adapters merged. Every rank calls it; rank 0 sends.
 
-        Raises ConfigError when the server has another model or
-        there are several, and VideoR1Error when it does not take the weights.
+        Raises ConfigError when the server has another model or there are several, and VideoR1Error when it
+        does not take the weights.
         """
         if len(self.urls) > 1:
             raise ConfigError(f"{self.url}: training samples on one server; name one")
@@ -156,7 +156,7 @@ class ServerEngine(RolloutEngine):
             self._sync = self._open_sync()
         version = gather(uuid.uuid4().hex)[0]
         dtype = getattr(torch, self.served["dtype"])
-        weights = checkpoint_weights(model)  # sharded ones are gathered by all processes together
+        weights = checkpoint_weights(model)  # all ranks gather sharded ones together
         with self._recovery:
             if process_index() == 0:
                 self._sync.keep(self._sync.copies.take(weights, dtype), version)
@@ -259,11 +259,10 @@ class ServerEngine(RolloutEngine):
                 return choices
             except ServerFailure as error:
                 failure = error
-                if self._failover.any_ready():
-                    continue
-                if recoveries == self._recoveries:
-                    self._note(error)
-                self._recover(recoveries)
+                if not self._failover.any_ready():
+                    if recoveries == self._recoveries:
+                        self._note(error)
+                    self._recover(recoveries)
             except ServerRefusal as refusal:
                 raise VideoR1Error(f"{self.url} refused a request: {refusal}") from refusal
         raise VideoR1Error(f"{self.url} failed {ATTEMPTS} times at one request: {failure}")
@@ -361,8 +360,9 @@ class ServerEngine(RolloutEngine):
                 f"{url}: {refusal}; it has to be a vLLM server, and {KEY_VARIABLE} its key"
             ) from refusal
         names = [name for name in (served.get("root"), served.get("id")) if name]
-        if self._model is not None and not any(_same_model(name, self._model) for name in names):
-            raise ConfigError(f"{url} serves {names[0]}, not {self._model}")
+        wanted, paths = self._model, {Path(name).resolve() for name in names}
+        if wanted and wanted not in names and not (Path(wanted).exists() and Path(wanted).resolve() in paths):
+            raise ConfigError(f"{url} serves {names[0]}, not {wanted}")
         return int(served["max_model_len"])
 
     def _get(self, path: str) -> Any:
@@ -381,10 +381,6 @@ class ServerEngine(RolloutEngine):
 def describe(url: str, key: str | None, timeout: float) -> dict[str, Any]:
     """Return WorkerExtension's description. Raises ServerRefusal if there is none, ServerFailure."""
     return post(f"{url}/collective_rpc", key, {"method": "served_model"}, timeout)["results"][0]
-
-
-def _same_model(served: str, wanted: str) -> bool:
-    return served == wanted or (Path(wanted).exists() and Path(served).resolve() == Path(wanted).resolve())
 
 
 class StreamedTokens:
