@@ -193,7 +193,7 @@ def test_what_fails_is_asked_again_and_counted_once(loopback: Server, tmp_path: 
     assert (loopback.version, loopback.loaded) == (version, weights)
 
 
-def test_weights_are_handed_over_and_caches_emptied(loopback: Server, tmp_path: Path) -> None:
+def test_weights_are_sent_and_caches_emptied(loopback: Server, tmp_path: Path) -> None:
     client = engine(loopback.url, tmp_path)
     model = copy.deepcopy(TINY)
     client.update_weights(model)

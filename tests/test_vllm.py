@@ -10,8 +10,8 @@ import torch
 from vllm_prompts import (
     assert_same_greedy,
     change,
-    check_hand_over,
-    check_hand_over_of_vision,
+    check_vision_sync,
+    check_weight_sync,
     clip_prompts,
     differences,
     ids,
@@ -79,15 +79,15 @@ def test_a_prompt_is_prefilled_once(
 
 
 @pytest.mark.parametrize("peft", [False, pytest.param(True, marks=SLOW)], ids=["all weights", "LoRA"])
-def test_logprobs_before_and_after_the_hand_over(
+def test_logprobs_before_and_after_the_weight_sync(
     engine: VLLMEngine, model: Any, prompts: list[Prompt], peft: bool
 ) -> None:
-    check_hand_over(engine, model, prompts, peft)
+    check_weight_sync(engine, model, prompts, peft)
 
 
 @SLOW
-def test_the_vision_tower_is_handed_over(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
-    check_hand_over_of_vision(engine, model, prompts)
+def test_the_vision_tower_is_synchronised(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
+    check_vision_sync(engine, model, prompts)
 
 
 @SLOW

@@ -14,7 +14,7 @@ import pytest
 import torch
 from server_process import ServerProcess
 from tiny_models import FAMILIES, HYBRID, has_timestamps, tiny_model, tiny_processor
-from vllm_prompts import check_hand_over, clip_prompts, rare_prompts, several_prompts
+from vllm_prompts import check_weight_sync, clip_prompts, rare_prompts, several_prompts
 
 from video_r1.data.prompts import Prompt
 from video_r1.errors import ConfigError
@@ -96,7 +96,7 @@ def test_sampling_in_the_process(family: str, caplog: pytest.LogCaptureFixture) 
         inner.embed_multimodal = lambda **given: calls.append(given) or embed(**given)
         engine.generate(prompts, SamplingSettings(n=2, max_tokens=1))
         check_received(prompts, calls, model.dtype)
-        check_hand_over(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
+        check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
         check_mismatch_is_found(family, engine, model, caplog)
     finally:
         engine.close()
@@ -124,7 +124,7 @@ def test_sampling_on_a_server(family: str, tmp_path: Path) -> None:
         calls = [torch.load(path) for path in server.recorded.glob("*.pt")]
         if family != "qwen2_vl":  # which the recorder does not watch
             check_received(prompts, calls, model.dtype)
-        check_hand_over(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
+        check_weight_sync(engine, model, prompts, peft=False, rounding=ROUNDING[model.dtype])
         engine.close()
     finally:
         server.kill()

@@ -19,7 +19,7 @@ from server_process import FAILURE, ServerProcess
 from test_vllm_training import check_like_curves, trained
 from tiny_questions import read_lines
 from vllm_prompts import (
-    check_hand_over,
+    check_weight_sync,
     clip_prompts,
 )
 
@@ -77,7 +77,7 @@ def engine(server: ServerProcess, processor: Any, model: Any) -> Iterator[Server
 def test_logprobs_before_and_after_the_weight_sync(
     engine: ServerEngine, model: Any, prompts: list[Prompt]
 ) -> None:
-    check_hand_over(engine, model, prompts, peft=True)
+    check_weight_sync(engine, model, prompts, peft=True)
 
 
 def test_completions_are_heard_as_they_are_written(

@@ -39,7 +39,7 @@ def test_every_weight_by_its_name(family: str) -> None:
     assert not any(tensor.requires_grad for tensor in weights.values())
 
 
-def test_a_tied_head_is_handed_over() -> None:
+def test_a_tied_head_is_sent() -> None:
     model: Any = load_model(base_folder(), "float32")
     weights = dict(checkpoint_weights(model))
     torch.testing.assert_close(weights["lm_head.weight"], model.get_input_embeddings().weight.detach())

@@ -88,7 +88,7 @@ def change(model: torch.nn.Module, size: float = 0.05) -> None:
             parameter.add_(noise * size * parameter.std(unbiased=False))
 
 
-def check_hand_over(
+def check_weight_sync(
     engine: RolloutEngine,
     model: Any,
     prompts: Sequence[Prompt],
@@ -96,7 +96,7 @@ def check_hand_over(
     rounding: Rounding = (1e-4, 1e-3),
 ) -> None:
     """The engine, which has the model's weights, samples from them, from stale ones after a change, and from
-    the changed ones after a hand-over: all weights twice (a second one can fail where the first did not), or
+    the changed ones after a weight sync: all weights twice (the second can fail where the first did not), or
     those of an adapter once. rounding: of log-probs, the mean and the largest."""
     settings = SamplingSettings(n=4, max_tokens=24, seed=1)
     same = differences(model, prompts, engine.generate(prompts, settings))
@@ -116,7 +116,7 @@ def check_hand_over(
         assert fresh.mean() < rounding[0] and fresh.max() < rounding[1]
 
 
-def check_hand_over_of_vision(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]) -> None:
+def check_vision_sync(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]) -> None:
     """Of the vision tower alone: its features are stale when a cache keeps them."""
     settings = SamplingSettings(n=4, max_tokens=24, seed=2)
     engine.generate(prompts, settings)
