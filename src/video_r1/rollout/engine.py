@@ -48,7 +48,8 @@ class RolloutEngine(Protocol):
     def rest(self) -> None:
         """Free the memory that sampling needs; `update_weights` has to be called before the next rollouts."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Free everything that the engine holds; a model in this process belongs to the caller."""
 
 
 def wanted_counts(
