@@ -352,6 +352,7 @@ def same(one: Path, other: Path) -> None:
     assert (one / name).read_bytes() == (other / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_stop_is_continued_exactly(
     checkpoint: Path, questions: Path, tmp_path: Path, endpoint: JudgeEndpoint
 ) -> None:

@@ -259,7 +259,7 @@ def test_recorded_steps_check_themselves(
     monkeypatch.setattr(shared_prefix, "replayed_step", checked)
     assert_same(engine.generate(prompts, settings), expected)
     assert checked.agrees is (broken is None)
-    assert caplog.text.count("the plain path is taken") == (broken is not None)
+    assert caplog.text.count("the plain path is used") == (broken is not None)
     assert len(steps) > 10 if broken is None else len(steps) == (broken == "differs")
 
 
