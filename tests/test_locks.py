@@ -18,10 +18,8 @@ import pytest
 import torch
 
 from video_r1 import files
-from video_r1.annotation.annotate import Journal
 from video_r1.data.decoding.frame_cache import FrameCache
 from video_r1.data.decoding.media import Media
-from video_r1.data.sources import bounded_folder
 from video_r1.data.sources.remote import RemoteCache
 from video_r1.errors import RequestError
 
@@ -78,14 +76,6 @@ def test_frames_that_are_kept(tmp_path: Path) -> None:
     assert len([*tmp_path.glob("??/*")]) == 2
 
 
-@pytest.mark.usefixtures("system")
-def test_a_journal(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "a.jsonl", {"model": "m"})
-    journal.append([{"problem_id": 1, "completions": []}])
-    journal.close()
-    Journal(tmp_path / "a.jsonl", {"model": "m"}).close()
-
-
 def test_a_folder_that_is_claimed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -102,17 +92,3 @@ def test_a_folder_that_is_claimed(
     monkeypatch.setattr(fcntl, "lockf", taken)
     with pytest.raises(RequestError, match="is being written by another command"), files.claimed(tmp_path):
         pass
-
-
-def test_entries_of_others_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder that users share: what may not be opened is not removed, and no reason to fail."""
-    entry = tmp_path / "entry"
-    entry.touch()
-
-    def refused(*given: Any, **named: Any) -> Any:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "open", refused)
-        assert not bounded_folder._remove_unused(entry)
-    assert bounded_folder._remove_unused(entry) and not entry.exists()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from tiny_questions import read_lines, write_manifest
 
 from video_r1.cli import carry_out, main
@@ -23,10 +22,7 @@ from video_r1.recipe import load_recipe
 from video_r1.recipe_files import (
     MadeFor,
     catalogue,
-    find_recipe,
     packaged_recipes,
-    read_one_recipe,
-    read_recipe,
 )
 from video_r1.settings.commands import LabSettings
 
@@ -169,16 +165,6 @@ def test_what_a_recipe_says_of_itself_is_checked(tmp_path: Path, line: str, said
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "form"), RECIPES)
-def test_no_recipe_repeats_a_line_of_its_base(name: str, form: str) -> None:
-    path = find_recipe(name)
-    assert path is not None
-    own, _ = read_one_recipe(path)
-    if "base" in own:
-        below, _ = read_recipe(own["base"])
-        assert not [setting for setting in own if setting in below and own[setting] == below[setting]]
-
-
 @pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft", "smolvlm2-500m-tgrpo-lora")))
 def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     checkpoint, (gpus, memory) = MACHINES[form]
@@ -245,19 +231,6 @@ def test_the_smoke_option_says_what_it_replaces_and_leaves_its_report(
     assert "smoke: done; report: runs/video-r1-3b-sft-smoke.html" in out
 
 
-def test_a_dry_run_prints_the_settings_that_it_would_use(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["rl", "video-r1-7b-tgrpo", "--learning_rate", "3e-5", "--smoke", "--print_config"]
-    assert main(words) == 0
-    text = capsys.readouterr().out
-    assert text.startswith("# video-r1 rl, from video-r1-7b-tgrpo --smoke; ")
-    values = yaml.safe_load(text)
-    assert (values["max_steps"], values["learning_rate"], values["use_vllm"]) == (2, 3e-5, False)
-    assert values["model_name_or_path"].endswith("lab/base") and list(tmp_path.iterdir()) == []
-
-
 def test_a_dry_run_takes_the_first_rows_of_the_manifest(lab: Path, tmp_path: Path) -> None:
     """Those of validation too where they have the same media root, else the same ones twice."""
     for folder in ("own", "other"):
@@ -295,13 +268,6 @@ def test_a_recipe_overrides_its_base_and_its_base_overrides_that_ones_base(tmp_p
     assert (values["learning_rate"], values["seed"], values["beta"]) == (3e-6, 1, 0)
     assert (values["num_generations"], values["max_steps"]) == (4, 1000)
     assert "base" not in values
-
-
-def test_a_mistake_in_a_base_is_named_with_its_line(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
-    (tmp_path / "b.yaml").write_text("base: video-r1-7b-tgrpo\nbeeta: 0\n")
-    with pytest.raises(RequestError, match=r"beeta \(recipe b.yaml, line 2\)"):
-        load_recipe("rl", tmp_path / "a.yaml")
 
 
 @pytest.mark.parametrize(
