@@ -1,5 +1,7 @@
 """Small copies of the benchmarks' folders: annotation in each published format, clips made by the lab."""
 
+# fmt: off
+
 from __future__ import annotations
 
 import json
@@ -58,39 +60,23 @@ def _vsibench(folder: Path, clips: list[Path]) -> None:
     scene = {"dataset": "arkitscenes", "scene_name": "41069025"}
     directions = [
         {
-            "id": number,
-            **scene,
-            "question_type": f"object_rel_direction_{kind}",
-            "question": "Where is the tv?",
-            "ground_truth": "A",
-            "options": ["A. left", "B. right"],
+            "id": number, **scene, "question_type": f"object_rel_direction_{kind}",
+            "question": "Where is the tv?", "ground_truth": "A", "options": ["A. left", "B. right"],
         }
         for number, kind in enumerate(("easy", "medium", "hard"), 10)
     ]
     rows = [
         {
-            "id": 0,
-            **scene,
-            "question_type": "object_counting",
-            "question": "How many table(s) are in this room?",
-            "ground_truth": "4",
-            "options": None,
+            "id": 0, **scene, "question_type": "object_counting",
+            "question": "How many table(s) are in this room?", "ground_truth": "4", "options": None,
         },
         {
-            "id": 1,
-            **scene,
-            "question_type": "room_size_estimation",
-            "question": "What is the size of this room?",
-            "ground_truth": "19.6",
-            "options": None,
+            "id": 1, **scene, "question_type": "room_size_estimation",
+            "question": "What is the size of this room?", "ground_truth": "19.6", "options": None,
         },
         {
-            "id": 2,
-            "dataset": "scannet",
-            "scene_name": "scene0011_00",
-            "question_type": "route_planning",
-            "question": "Which way?",
-            "ground_truth": "C",
+            "id": 2, "dataset": "scannet", "scene_name": "scene0011_00", "question_type": "route_planning",
+            "question": "Which way?", "ground_truth": "C",
             "options": ["A. Turn Right", "B. Turn Back", "C. Turn Left"],
         },
         *directions,
@@ -107,10 +93,7 @@ def _videommmu(folder: Path, clips: list[Path]) -> None:
     for track, answer in (("Perception", "A"), ("Comprehension", "C")):
         _json_lines(folder / track / "test.jsonl", [{**asked, "answer": answer}])
     sums = {
-        "id": "dev_Biology_3",
-        "question": "How many?",
-        "question_type": "open",
-        "options": [],
+        "id": "dev_Biology_3", "question": "How many?", "question_type": "open", "options": [],
         "answer": "12.97",
     }
     _json_lines(folder / "Adaptation" / "test.jsonl", [{**asked, "answer": "B"}, sums])
@@ -124,21 +107,12 @@ def _mmvu(folder: Path, clips: list[Path]) -> None:
     choices = {letter: f"{number}.0" for number, letter in enumerate("ABCDE", 5)}
     rows = [
         {
-            "id": "validation_0",
-            "video": f"{address}/Art/0.mp4",
-            **shared,
-            "question_type": "open-ended",
-            "question": "Which technique?",
-            "choices": dict.fromkeys("ABCDE", ""),
-            "answer": "Dolly Zoom",
+            "id": "validation_0", "video": f"{address}/Art/0.mp4", **shared, "question_type": "open-ended",
+            "question": "Which technique?", "choices": dict.fromkeys("ABCDE", ""), "answer": "Dolly Zoom",
         },
         {
-            "id": "validation_1",
-            "video": f"{address}/Chemistry/0.mp4",
-            **shared,
-            "question_type": "multiple-choice",
-            "question": "How many grams?",
-            "choices": choices,
+            "id": "validation_1", "video": f"{address}/Chemistry/0.mp4", **shared,
+            "question_type": "multiple-choice", "question": "How many grams?", "choices": choices,
             "answer": "D",
         },
     ]
@@ -151,65 +125,46 @@ def _mvbench(folder: Path, clips: list[Path]) -> None:
     files: dict[str, list[dict[str, Any]]] = {
         "action_sequence": [
             {
-                "video": "ZS9XR.mp4",
-                "question": "What happened after?",
-                "candidates": ["Ate.", "Tidied up."],
-                "answer": "Ate.",
-                **window,
+                "video": "ZS9XR.mp4", "question": "What happened after?",
+                "candidates": ["Ate.", "Tidied up."], "answer": "Ate.", **window,
             }
         ],
         "object_interaction": [
             {
-                "video": "USNP1.mp4",
-                "question": "Which object?",
-                "candidates": ["The clothes.", "The pillow."],
-                "answer": "The pillow.",
-                **window,
-                "accurate_start": 1.1,
-                "accurate_end": 2.0,
+                "video": "USNP1.mp4", "question": "Which object?",
+                "candidates": ["The clothes.", "The pillow."], "answer": "The pillow.", **window,
+                "accurate_start": 1.1, "accurate_end": 2.0,
             }
         ],
         "action_antonym": [
             {
-                "video": "166583.webm",
-                "question": "Which action?",
-                "candidates": ["Not sure", "Scattering", "Piling"],
-                "answer": "Piling",
+                "video": "166583.webm", "question": "Which action?",
+                "candidates": ["Not sure", "Scattering", "Piling"], "answer": "Piling",
             }
         ],
         "counterfactual_inference": [
             {
-                "video": "video_10978.mp4",
-                "question": "What will happen?",
-                "candidates": ["They collide"],
-                "answer": "They collide",
+                "video": "video_10978.mp4", "question": "What will happen?",
+                "candidates": ["They collide"], "answer": "They collide",
             }
         ],
         "episodic_reasoning": [
             {
-                "video": "castle_s07e04_seg02_clip_14",
-                "question": "Why?",
-                "candidates": ["To win", "To lose"],
-                "answer": "To win",
-                "subtitle": "…",
-                "show_name": "Castle",
-                "start": 0.0,
-                "end": 2.5,
-                "fps": 3,
+                "video": "castle_s07e04_seg02_clip_14", "question": "Why?",
+                "candidates": ["To win", "To lose"], "answer": "To win", "subtitle": "…",
+                "show_name": "Castle", "start": 0.0, "end": 2.5, "fps": 3,
             }
         ],
     }
     for task, rows in files.items():
         _json(folder / "json" / f"{task}.json", rows)
     _media(
-        clips[0],
-        folder / "star/Charades_v1_480/ZS9XR.mp4",
+        clips[0], folder / "star/Charades_v1_480/ZS9XR.mp4",
         folder / "tvqa/frames_fps3_hq/castle_s07e04_seg02_clip_14.mp4",
     )
     _media(clips[1], folder / "star/Charades_segment/USNP1_1.0_3.5.mp4")  # cut to its window
     _media(
-        clips[2],
-        folder / "ssv2_video_mp4/166583.mp4",
+        clips[2], folder / "ssv2_video_mp4/166583.mp4",
         folder / "video/clevrer/video_validation/video_10978.mp4",
     )
 
@@ -238,19 +193,13 @@ def _tempcompass(folder: Path, clips: list[Path]) -> None:
 
 def _videomme(folder: Path, clips: list[Path]) -> None:
     shared = {
-        "video_id": "001",
-        "duration": "short",
-        "domain": "Knowledge",
-        "sub_category": "Humanity & History",
-        "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
+        "video_id": "001", "duration": "short", "domain": "Knowledge",
+        "sub_category": "Humanity & History", "url": "https://www.youtube.com/watch?v=fFjv93ACGo8",
         "videoID": "fFjv93ACGo8",
     }
     rows = [
         {
-            **shared,
-            "question_id": f"001-{number}",
-            "task_type": task,
-            "question": "Which kind?",
+            **shared, "question_id": f"001-{number}", "task_type": task, "question": "Which kind?",
             "answer": answer,
             "options": ["A. Apples.", "B. Candles.", "C. Berries.", "D. The same number."],
         }
@@ -267,13 +216,8 @@ def _videoholmes(folder: Path, clips: list[Path]) -> None:
     options = {letter: f"event {letter}" for letter in "ABCDEF"}
     rows = [
         {
-            "video ID": "RSmjqss0XKQ",
-            "Question ID": number,
-            "Question Type": kind,
-            "Question": "Why?",
-            "Options": options,
-            "Answer": answer,
-            "Explanation": "…",
+            "video ID": "RSmjqss0XKQ", "Question ID": number, "Question Type": kind, "Question": "Why?",
+            "Options": options, "Answer": answer, "Explanation": "…",
         }
         for number, (kind, answer) in enumerate((("SR", "A"), ("TA", "F")), 1)
     ]
@@ -325,15 +269,8 @@ def _charades_sta(folder: Path, clips: list[Path]) -> None:
 def reference_row(number: int, path: str, **fields: Any) -> dict[str, Any]:
     """A row of the reference's evaluation JSON."""
     return {
-        "problem_id": number,
-        "problem": "What will the person do next?",
-        "data_type": "video",
-        "problem_type": "multiple choice",
-        "original_question_type": "",
-        "options": ["A. Wash.", "B. Close."],
-        "process": "",
-        "solution": "<answer>B</answer>",
-        "path": path,
-        "data_source": "",
-        **fields,
+        "problem_id": number, "problem": "What will the person do next?", "data_type": "video",
+        "problem_type": "multiple choice", "original_question_type": "",
+        "options": ["A. Wash.", "B. Close."], "process": "", "solution": "<answer>B</answer>",
+        "path": path, "data_source": "", **fields,
     }

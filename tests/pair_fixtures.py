@@ -1,5 +1,7 @@
 """Small copies of the benchmarks of minimal pairs, in the format that their authors publish."""
 
+# fmt: off
+
 from __future__ import annotations
 
 import json
@@ -50,12 +52,9 @@ def _mvp(folder: Path, clips: list[Path], split: str) -> None:
     for subset in dict.fromkeys(subset for subset, _ in pairs):
         rows = [
             {
-                "video_id": f"{number}_{side}",
-                "video_path": f"/star/{number}_{side}.mp4",
-                "question": "Which way?",
-                "answer": answer,
-                "candidates": "['to the left', \"the other's way\"]",
-                "source": "star",
+                "video_id": f"{number}_{side}", "video_path": f"/star/{number}_{side}.mp4",
+                "question": "Which way?", "answer": answer,
+                "candidates": "['to the left', \"the other's way\"]", "source": "star",
             }
             for own, number in pairs
             for side, answer in enumerate(("to the left", "the other's way"))
@@ -82,11 +81,9 @@ def _timeblind(folder: Path, clips: list[Path]) -> None:
         texts = ("It is slow.", "It is fast.") if asked == 0 else ("It is fast.", "It is slow.")
         rows.append(
             {
-                "index": 4 + place,
-                "video_path": f"TimeBlind/videos/mcq_vid_00000_{shown}.mp4",
+                "index": 4 + place, "video_path": f"TimeBlind/videos/mcq_vid_00000_{shown}.mp4",
                 "question": f"Which is right? Option A: {texts[0]} Option B: {texts[1]}",
-                "answer": "A" if asked == shown else "B",
-                "type": "multiple_choice",
+                "answer": "A" if asked == shown else "B", "type": "multiple_choice",
             }
         )
     folder.mkdir(parents=True)

@@ -236,11 +236,6 @@ def test_no_text_breaks_a_filter(text: str, kind: str) -> None:
     assert 0 <= judged.score <= 1
 
 
-@given(st.lists(st.text("abcdefghij", min_size=2, max_size=6), max_size=80, unique=True))
-def test_words_that_never_recur_are_no_repetition(words: list[str]) -> None:
-    assert filters.repetition(" ".join(words)) is None
-
-
 @pytest.mark.parametrize(("completion", "rejected"), [
     (Completion(output(), "stop"), ""),
     (Completion(output("(B)"), "stop"), ""),

@@ -154,12 +154,8 @@ def test_rates_rows_and_figures(
     assert f"25 % [{100 * low:.0f}, {100 * high:.0f}] can be answered without the video\n" in said
     assert "answered: most of 4 answers are right; a fixed guess is right in 50 %" in said
     assert f"--train_manifest {out} --keep '{KEEP}'\n" in said
-    assert [sample.problem_id for sample in kept_samples(load_manifest(out), KEEP)] == [
-        "q1",
-        "q2",
-        "q4",
-        "q5",
-    ]
+    kept = [sample.problem_id for sample in kept_samples(load_manifest(out), KEEP)]
+    assert kept == ["q1", "q2", "q4", "q5"]
 
 
 @pytest.mark.parametrize(("calls", "cut"), [(0, 0), (1, 0), (2, 30)])
@@ -206,13 +202,8 @@ def test_what_may_change_when_it_is_continued(
     reversed_too.right = {name: {**right, "reversed": 0} for name, right in reversed_too.right.items()}
     engines.append(reversed_too)
     summary = audited(data, checkpoint, temporal_contrast="reversed")
-    assert list(json.loads(out.read_text())[0]["pass_rates"]) == [
-        "blind",
-        "frozen",
-        "shuffled",
-        "reversed",
-        "ordered",
-    ]
+    views = ["blind", "frozen", "shuffled", "reversed", "ordered"]
+    assert list(json.loads(out.read_text())[0]["pass_rates"]) == views
     assert summary["contrast"] == "reversed" and summary["all"]["temporal_gap"]["gap"] == 11 / 16
     for settings, name in (({"samples": 2}, "sampling"), ({"seed": 1}, "seed"), ({"fps": 1.0}, "budget")):
         with pytest.raises(RequestError, match=rf"holds an audit with other settings: {name}\b"):
@@ -302,16 +293,6 @@ def test_an_endpoint_is_asked_once_for_all_answers(data: Path, capsys: pytest.Ca
     assert [request["n"] for request in endpoint.requests] == [4] * 20
     assert sum(not images_of(request) for request in endpoint.requests) == 6  # blind
     assert "100 % [100, 100] can be answered without the video" in capsys.readouterr().out
-
-
-def test_a_real_model(data: Path, checkpoint: Path) -> None:
-    """The sampling's own seeds: the same answers in batches of another size, up to padding's rounding."""
-    settings: dict[str, Any] = {"max_new_tokens": 4, "dtype": "float32", "device": "cpu"}
-    audited(data, checkpoint, **settings)
-    answers = data.with_name("manifest.audited") / "answers-16.jsonl"
-    records = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert len(records) == 20 and all(len(record["scores"]) == 4 for record in records)
-    assert [record["order"] for record in records[:4]] == ["blind", "frozen", "shuffled", "ordered"]
 
 
 @pytest.mark.slow

@@ -387,14 +387,6 @@ def test_an_answer_that_is_one_options_letter_and_anothers_text() -> None:
     assert texts == {"mvbench", "tvbench", "mvp", "mvp_mini"}
 
 
-def test_mvbench_reads_answers_as_texts(tmp_path: Path) -> None:
-    row = {"video": "7.mp4", "question": "What letter is written first?", "candidates": ["E", "A", "I"]}
-    (tmp_path / "mvbench" / "json").mkdir(parents=True)
-    (tmp_path / "mvbench" / "json" / "character_order.json").write_text(json.dumps([row | {"answer": "A"}]))
-    (found,) = manifest_rows(BENCHMARKS["mvbench"], tmp_path)
-    assert found["solution"] == "<answer>B</answer>" and found["options"] == ["A. E", "B. A", "C. I"]
-
-
 def test_a_wrong_tempcompass_answer_is_no_silent_mistake() -> None:
     with pytest.raises(ManifestError, match="none of"):
         as_choice("multi-choice", {"question": "?\nA. x\nB. y", "answer": "C. z"})

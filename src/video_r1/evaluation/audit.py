@@ -122,7 +122,8 @@ def _audit(samples: Sequence[Sample], settings: AuditSettings, out: Path) -> dic
     processor, builder, budget = open_prompts(settings)
     sampling = SamplingSettings.of(settings, settings.samples)
     made_with = asked_with(samples, builder, budget, settings, sampling)
-    orders = [view for view in VIEWS if view in ("blind", "frozen", settings.temporal_contrast, "ordered")]
+    wanted = ("blind", "frozen", settings.temporal_contrast, "ordered")
+    orders: list[Order] = [view for view in VIEWS if view in wanted]
     with closing(open_engine(settings, processor)) as engine:
         loop = Audit(
             samples[: settings.limit], engine, builder, out.with_suffix(""), orders, [settings.max_frames],
@@ -295,7 +296,7 @@ def audit_rows(summary: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]
 
 def audit_table(summary: Mapping[str, Any]) -> str:
     """Return a table of mean pass rates in percent with 95 % intervals."""
-    views = list(summary["all"]["views"])
+    views: list[str] = list(summary["all"]["views"])
     head = ("pass rates", "questions", "a guess", *(SHOWN.get(view, view) for view in views), "temporal gap")
     rows = [
         (

@@ -91,7 +91,7 @@ def read_batches(
     for (samples, count), built in zip(units, reader.batches(batches, build, ahead), strict=True):
         pairs = list(zip(samples, built, strict=True))
         usable = [(sample, one) for sample, one in pairs if not isinstance(one, MediaError | PromptError)]
-        failed = [(sample, one) for sample, one in pairs if isinstance(one, MediaError | PromptError)]
+        failed: Any = [(sample, one) for sample, one in pairs if isinstance(one, MediaError | PromptError)]
         yield BatchRead(count, samples, usable, failed)
 
 
@@ -282,10 +282,11 @@ class QuestionLoop(ABC):
         """
 
         def build(sample: Sample, media: Shown) -> dict[Answer, list[Prompt]]:
+            builders: dict[Answer, TextPrompts] = {way: self.builders[way] for way in self.ways}
             orders = self.orders_of(sample)
             return {
                 way: [build_prompt(sample, media, builder, order, self.seed) for order in orders]
-                for way, builder in ((way, self.builders[way]) for way in self.ways)
+                for way, builder in builders.items()
             }
 
         for read in read_batches(reader, batches, build, _BATCHES_AHEAD):

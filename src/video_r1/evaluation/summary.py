@@ -19,24 +19,13 @@ from video_r1.settings.frames import Contrast, Order
 ORDERS = ("ordered", "shuffled")  # the two columns of tables
 CONTRASTS = get_args(Contrast)
 _GROUPINGS = {
-    "by_modality": "data_type",
-    "by_type": "problem_type",
-    "by_source": "data_source",
-    "by_task": "task_type",
-}
-_TABLES = (*_GROUPINGS, "by_pairs")
+    "by_modality": "data_type", "by_type": "problem_type", "by_source": "data_source", "by_task": "task_type"
+}  # fmt: skip
 
 Record = Mapping[str, Any]  # one line of a predictions file
-NEEDED = {
-    "problem_id",
-    "order",
-    "output",
-    "prediction",
-    "score",
-    "strict_score",
-    "format",
-    "finish_reason",
-}  # its fields
+NEEDED = frozenset(
+    ("problem_id", "order", "output", "prediction", "score", "strict_score", "format", "finish_reason")
+)  # its fields
 
 
 def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[str, Any]:
@@ -68,7 +57,11 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
         return summarise(direct) if direct else {}
     figures = _figures(records, direct)
     _add_task_means(figures, records)
-    _add_kind_means(figures, records)
+    for order, chosen in _by_order(records).items():
+        kinds = [str(record.get("problem_type") == "regression") for record in chosen]
+        if len(set(kinds)) == 2:
+            mean = task_mean(_scores(chosen), kinds, _clips(chosen))
+            figures[order]["kind_mean"] = mean.as_json("accuracy")
     for name, field in _GROUPINGS.items():
         groups, direct_groups = _grouped(records, field), _grouped(direct, field)
         if groups:
@@ -81,40 +74,36 @@ def summarise(records: Sequence[Record], direct: Sequence[Record] = ()) -> dict[
         own_direct = direct_pairs.get(name, [])
         own = figures.setdefault("by_pairs", {})[name] = _figures(pairs, own_direct)
         _add_task_means(own, pairs)
-        if kinds := sorted({kind for record in pairs for kind in record["categories"]}):
-            sides = {kind: [_of_kind(kind, side) for side in (pairs, own_direct)] for kind in kinds}
-            own["by_category"] = {kind: _figures(*both) for kind, both in sides.items()}
+        if categories := sorted({kind for record in pairs for kind in record["categories"]}):
+            own["by_category"] = {
+                kind: _figures(
+                    *([one for one in side if kind in one["categories"]] for side in (pairs, own_direct))
+                )
+                for kind in categories
+            }
     if direct:
         figures["direct"] = summarise(direct)
     return figures
 
 
-def _of_kind(kind: str, pairs: Iterable[Record]) -> list[Record]:
-    return [record for record in pairs if kind in record["categories"]]
-
-
 def _add_task_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
     for order, chosen in _by_order(records).items():
         if all(record.get("task_type") for record in chosen):
-            tasks = [record["task_type"] for record in chosen]
-            headline = task_mean(_scores(chosen), tasks, _clips(chosen))
-            figures[order]["task_mean"] = headline.as_json("accuracy")
-
-
-def _add_kind_means(figures: dict[str, Any], records: Iterable[Record]) -> None:
-    for order, chosen in _by_order(records).items():
-        measured = [str(record.get("problem_type") == "regression") for record in chosen]
-        if len(set(measured)) == 2:
-            mean = task_mean(_scores(chosen), measured, _clips(chosen))
-            figures[order]["kind_mean"] = mean.as_json("accuracy")
+            mean = task_mean(_scores(chosen), [record["task_type"] for record in chosen], _clips(chosen))
+            figures[order]["task_mean"] = mean.as_json("accuracy")
 
 
 def check_pairs(problem_id: str | int, pairs: Any) -> None:
     """Raise RequestError unless `pairs` is {metric: [set, its questions]}, perhaps with its categories."""
     try:
-        sets = [(str(which), size, kinds) for which, size, *kinds in pairs.values()]
-        fine = all(isinstance(size, int) and size > 0 for _, size, _ in sets)
-        fine = fine and all(len(kinds) < 2 and all(map(_are_texts, kinds)) for _, _, kinds in sets)
+        fine = all(
+            isinstance(size, int)
+            and size > 0
+            and len(kinds) < 2
+            and all(isinstance(kind, list | tuple) for kind in kinds)
+            and all(isinstance(name, str) for kind in kinds for name in kind)
+            for _, size, *kinds in pairs.values()
+        )
     except (AttributeError, TypeError, ValueError):
         fine = False
     if not fine:
@@ -124,10 +113,6 @@ def check_pairs(problem_id: str | int, pairs: Any) -> None:
         )
 
 
-def _are_texts(found: Any) -> bool:
-    return isinstance(found, (list, tuple)) and all(isinstance(each, str) for each in found)
-
-
 def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     """Return one record for each set of questions and order, by the name of the pair metric.
 
@@ -135,35 +120,33 @@ def pair_records(records: Iterable[Record]) -> dict[str, list[Record]]:
     ["17", 2, ["object", "cyclical"]]. A set has the score of its worst answer. Incomplete sets are skipped,
     and a set of several task types has none.
     """
-    sets: dict[tuple[str, str, str], list[Record]] = {}
-    sizes: dict[tuple[str, str, str], int] = {}
-    categories: dict[tuple[str, str, str], list[str]] = {}
+    sets: dict[tuple[str, str, str], tuple[list[Record], int, list[str]]] = {}
     for record in records:
         for name, (which, size, *kinds) in (record.get("pairs") or {}).items():
             key = (name, str(which), record["order"])
-            sets.setdefault(key, []).append(record)
-            sizes[key] = size
-            categories[key] = list(*kinds)
+            sets.setdefault(key, ([], size, list(*kinds)))[0].append(record)
     found: dict[str, list[Record]] = {}
-    for key, members in sets.items():
-        name, which, order = key
-        if len(members) == sizes[key]:
-            own = {"problem_id": which, "order": order, "categories": categories[key]}
-            found.setdefault(name, []).append(_as_one(members) | own)
+    for (name, which, order), (members, size, kinds) in sets.items():
+        if len(members) == size:
+            worst = {
+                field: min(one[field] for one in members) for field in ("score", "strict_score", "format")
+            }
+            cut_off = any(one["finish_reason"] == "length" for one in members)
+            tasks = {one.get("task_type") for one in members}
+            found.setdefault(name, []).append(
+                {
+                    **worst,
+                    "problem_id": which,
+                    "order": order,
+                    "categories": kinds,
+                    "clip": _clip(members[0]),
+                    "prediction": all(one["prediction"] for one in members),
+                    "finish_reason": "length" if cut_off else "stop",
+                    "tokens": sum(one.get("tokens", 0) for one in members),
+                    "task_type": tasks.pop() if len(tasks) == 1 else "",
+                }
+            )
     return found
-
-
-def _as_one(members: Sequence[Record]) -> dict[str, Any]:
-    worst = {name: min(record[name] for record in members) for name in ("score", "strict_score", "format")}
-    cut_off = any(record["finish_reason"] == "length" for record in members)
-    tasks = {record.get("task_type") for record in members}
-    return worst | {
-        "clip": _clip(members[0]),
-        "prediction": all(record["prediction"] for record in members),
-        "finish_reason": "length" if cut_off else "stop",
-        "tokens": sum(record.get("tokens", 0) for record in members),
-        "task_type": tasks.pop() if len(tasks) == 1 else "",
-    }
 
 
 def _grouped(records: Iterable[Record], field: str) -> dict[str, list[Record]]:
@@ -248,7 +231,7 @@ def summary_table(summary: Mapping[str, Any]) -> str:
     blocks = []
     for frames, figures in summary["frames"].items():
         rows = [_row("all", figures)]
-        for grouping in _TABLES:
+        for grouping in (*_GROUPINGS, "by_pairs"):
             for name, group in figures.get(grouping, {}).items():
                 rows.append(_row(f"  {name}", group))
                 rows += [_row(f"    {kind}", own) for kind, own in group.get("by_category", {}).items()]
