@@ -6,12 +6,10 @@ import os
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from video_r1 import load_manifest
-from video_r1.errors import ConfigError, VideoR1Error
+from video_r1.errors import VideoR1Error
 from video_r1.rewards import expressions
 from video_r1.rewards.correctness import correctness, is_correct
 
@@ -85,18 +83,3 @@ def test_a_process_that_does_not_start_is_named(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(expressions._comparer, "one", expressions._Comparer())
     with pytest.raises(VideoR1Error, match=r"math_verify_is_not_here.*video-r1\[math\]"):
         correctness("math", "1", "2")
-
-
-def test_a_manifest_of_such_questions_names_the_missing_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = [{
-        "problem_id": 1, "problem": "What is a half?", "data_type": "image", "problem_type": "math",
-        "solution": r"<answer>$\frac{1}{2}$</answer>", "path": "image.png",
-    }]  # fmt: skip
-    assert load_manifest(rows, tmp_path)[0].answer == r"$\frac{1}{2}$"
-    monkeypatch.setattr("video_r1.availability.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigError, match=r"questions of the type math, whose.*pip install 'video-r1\[math\]'"
-    ):
-        load_manifest(rows, tmp_path)

@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import io
 import logging
-import math
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
-from report_runs import group_of
 from transformers import TrainerControl, TrainerState
 
 from video_r1 import console as progress_module
 from video_r1.console import Progress, Warnings
 from video_r1.training.callbacks import StepProgress
-from video_r1.training.metrics import Meter, describe_groups
 
 FIGURES = {"reward": "1.32", "format": "0.98", "gap": "-0.12"}
 
@@ -79,42 +72,3 @@ def test_a_warning_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     Warnings().emit(record)
     assert log.getvalue() == "step 7 is skipped\n"
-
-
-WORK = """
-import logging, sys
-from video_r1.console import tidy_output
-tidy_output()
-from video_r1.lab.model import base_folder
-from video_r1.models.loading import load_model
-load_model(base_folder()).save_pretrained(sys.argv[1])
-logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU")
-logging.getLogger("DeepSpeed").warning("told")
-logging.getLogger("video_r1.x").warning("warned")
-"""
-
-
-@pytest.mark.slow
-def test_a_log_has_no_bars_of_other_libraries(tmp_path: Path) -> None:
-    free = {name: value for name, value in os.environ.items() if name not in progress_module.BARS_OFF}
-    done = subprocess.run(
-        [sys.executable, "-c", WORK, str(tmp_path)], env=free, capture_output=True, text=True, check=True
-    )
-    lines = (done.stdout + done.stderr).splitlines()  # DeepSpeed, where it is installed, says "[time] … told"
-    assert len(lines) == 2 and lines[0].endswith("told") and lines[1] == "warned"
-
-
-def test_rewards_deviate_inside_a_group() -> None:
-    """By hand: [1, 0] has the sample deviation √½, [1, 1] none; the series is the mean over the questions. A
-    reward that a function left out counts for nothing.
-    """
-    meter = Meter()
-    for rewards in ([1.0, 0.0], [1.0, 1.0]):
-        describe_groups(meter, [group_of(rewards=rewards)], ())
-    group = group_of()
-    group.rewards["mine"] = torch.tensor([3.0, math.nan])
-    describe_groups(meter, [group], ())
-    series = meter.drain()
-    assert series["reward_std/accuracy"] == pytest.approx(2 * math.sqrt(0.5) / 3)
-    assert series["reward_std/total"] == series["reward_std/accuracy"]
-    assert series["reward/mine"] == 3 and "reward_std/mine" not in series

@@ -14,7 +14,6 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import ConfigError
 from video_r1.models import lora
 from video_r1.models.checked import Checked
 from video_r1.models.group_forward import group_logprobs
@@ -303,13 +302,6 @@ def test_keys_are_kept_in_the_number_format_that_computes(monkeypatch: pytest.Mo
             prompts, SamplingSettings(n=2, max_tokens=4, seed=4)
         )
     assert kept == {torch.bfloat16}
-
-
-def test_sliding_windows_are_refused() -> None:
-    model = build_model("qwen2_5_vl")
-    model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ConfigError, match="sliding-window"):
-        TransformersEngine(model, PROCESSORS["qwen2_5_vl"])
 
 
 PROBABILITIES = [0.5, 0.25, 0.15, 0.1]

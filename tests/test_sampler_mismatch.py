@@ -15,7 +15,6 @@ from tiny_models import tiny_model, tiny_processor
 from tiny_questions import read_lines, training_arguments, write_manifest
 
 from video_r1.data.rollouts import Rollout
-from video_r1.errors import ConfigError
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.vllm import VLLMSettings
 from video_r1.training.batches import sampler_weights
@@ -67,13 +66,6 @@ def test_modes_by_hand(mode: Any, bounds: tuple[float | None, float | None], exp
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
-def test_the_correction_can_be_off() -> None:
-    meter = Meter()
-    settings = VLLMSettings(vllm_importance_sampling_correction=False)
-    assert sampler_weights(TRAINER, [group(*SAMPLED)], settings, meter) is None
-    assert meter.drain()["sampler/share_capped"] == 0.0
-
-
 class StaleEngine(TransformersEngine):
     """Keeps the weights that it was made with."""
 
@@ -104,13 +96,3 @@ def test_weights_that_do_not_arrive_are_said(
     differences = [line["sampler/logprob_difference"] for line in lines if "loss" in line]
     assert len(differences) == 2 and all((value > 0.1) == stale for value in differences)
     assert all((line["sampler/share_capped"] > 0) == stale for line in lines if "loss" in line)
-
-
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"use_vllm": True, "vllm_mode": "server"}, "vllm_server_base_url"),
-    ({"vllm_server_base_url": "localhost:8000"}, "vllm_server_base_url"),
-    ({"vllm_importance_sampling_clip_min": 2.5}, "vllm_importance_sampling_clip_min"),
-])  # fmt: skip
-def test_settings_that_cannot_be(changes: dict[str, Any], name: str) -> None:
-    with pytest.raises(ConfigError, match=name):
-        VLLMSettings(**changes)

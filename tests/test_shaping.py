@@ -1,7 +1,5 @@
 """Format, temporal and length rewards, and reward functions that users bring."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -102,11 +100,6 @@ def test_an_extra_field_never_hides_a_record_field() -> None:
         "data_source": [""], "start": [None], "end": [None], "speed": [2.0],
         "subtitles": [None], "messages": [()],
     }  # fmt: skip
-
-
-def test_several_clips_are_a_list_of_paths() -> None:
-    two = replace(sample(1), more_paths=("/w.mp4",))
-    assert reward_columns([two, sample(2)])["path"] == [["/v.mp4", "/w.mp4"], "/v.mp4"]
 
 
 def divide(prompts, completions, **columns):

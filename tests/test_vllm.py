@@ -10,7 +10,6 @@ import torch
 from vllm_prompts import (
     assert_same_greedy,
     change,
-    check_vision_sync,
     check_weight_sync,
     clip_prompts,
     differences,
@@ -83,11 +82,6 @@ def test_logprobs_before_and_after_the_weight_sync(
     engine: VLLMEngine, model: Any, prompts: list[Prompt], peft: bool
 ) -> None:
     check_weight_sync(engine, model, prompts, peft)
-
-
-@SLOW
-def test_the_vision_tower_is_synchronised(engine: VLLMEngine, model: Any, prompts: list[Prompt]) -> None:
-    check_vision_sync(engine, model, prompts)
 
 
 @SLOW

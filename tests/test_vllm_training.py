@@ -9,15 +9,12 @@ from typing import Any
 import pytest
 from tiny_questions import read_lines
 
-from video_r1.evaluation import ask
-from video_r1.evaluation.evaluate import run_eval
 from video_r1.lab.clips import write_lab
 from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_model, load_processor
 from video_r1.rollout import engine_factory
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.settings.commands import LabSettings
-from video_r1.settings.decoding import AskSettings, EvalSettings
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 pytestmark = pytest.mark.vllm
@@ -89,29 +86,3 @@ def test_the_learning_curve_is_that_of_the_transformers_engine(
     for curve in curves:
         assert statistics.mean(curve[-2:]) > statistics.mean(curve[:2]) + 0.1
     check_like_curves(*curves)
-
-
-def test_evaluation_and_questions(
-    lab: Path, tmp_path: Path, shared_engine: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`--engine vllm` gives the outputs of the transformers engine, in both frame orders."""
-    outputs = {}
-    for name in ("vllm", "transformers"):
-        folder = tmp_path / name
-        settings = EvalSettings(
-            model=str(base_folder()), manifest=str(lab / "test.json"), engine=name, out=str(folder), limit=6,
-            order=["ordered", "shuffled"], temperature=0.0, top_p=1.0, max_new_tokens=24, dtype="float32",
-            max_prompt_length=900, **SIZES,
-        )  # fmt: skip
-        run_eval(settings)
-        outputs[name] = read_lines(folder / "predictions-8.jsonl")
-    assert len(outputs["vllm"]) > 6 and outputs["vllm"] == outputs["transformers"]
-    asked = AskSettings(
-        model=str(base_folder()), path=str(next((lab / "videos").iterdir())), question=["Which way?"],
-        options=["left", "right"], engine="vllm", max_new_tokens=8, dtype="float32", **SIZES,
-    )  # fmt: skip
-    capsys.readouterr()
-    ask.run_ask(asked)
-    assert len(capsys.readouterr().out.splitlines()[0]) > 4
-    assert [entry["dtype"] for entry in shared_engine] == ["float32", "float32"]
-    assert [entry["max_model_len"] for entry in shared_engine] == [924, 16392]

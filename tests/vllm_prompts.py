@@ -116,16 +116,6 @@ def check_weight_sync(
         assert fresh.mean() < rounding[0] and fresh.max() < rounding[1]
 
 
-def check_vision_sync(engine: RolloutEngine, model: Any, prompts: Sequence[Prompt]) -> None:
-    """Of the vision tower alone: its features are stale when a cache keeps them."""
-    settings = SamplingSettings(n=4, max_tokens=24, seed=2)
-    engine.generate(prompts, settings)
-    change(model.model.visual, 0.3)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() > 0.1
-    engine.update_weights(model)
-    assert differences(model, prompts, engine.generate(prompts, settings)).max() < 1e-2
-
-
 def ids(groups: Sequence[Sequence[Rollout]]) -> list[list[list[int]]]:
     return [[rollout.token_ids.tolist() for rollout in group] for group in groups]
 
