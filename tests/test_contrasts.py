@@ -11,27 +11,23 @@ from typing import Any, cast, get_args
 import numpy as np
 import pytest
 import torch
-from group_batches import build, tokens_of
 from PIL import Image
 from test_prompts import PROCESSORS, make_clip, make_sample
 from tgrpo_trainers import first_step, make_trainer, many_tokens, policy_of
-from tiny_models import has_timestamps
 from tiny_questions import read_lines, row, training_arguments
 
 from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_frames, contrast_prompt
-from video_r1.data.reading import build_question
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.summary import summarise, summary_table
-from video_r1.models.group_forward import encode_vision, group_logprobs
+from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.rollout.vllm.requests import engine_input, prompt_requests, server_request, visuals_of
 from video_r1.settings.frames import Contrast
-from video_r1.training.logprob_contrast import logprob_drops
 from video_r1.training.tgrpo import TGRPOConfig, TGRPOTrainer
 
 CONTRASTS = get_args(Contrast)
@@ -121,56 +117,6 @@ def test_patches_of_a_prompt(permutation: list[int] | None, patches: list[int] |
     order = None if permutation is None else torch.tensor(permutation, dtype=torch.long)
     prompt = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(make_sample(), make_clip("qwen2_5_vl", 6), order)
     assert (None if prompt.patches is None else prompt.patches.tolist()) == patches
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-@pytest.mark.parametrize("contrast", ["shuffled"])
-def test_vision_features_of_permuted_patches(family: str, contrast: Contrast) -> None:
-    """A tower sees one temporal patch at a time: features permuted are those of the permuted clip. Frames of
-    several windows."""
-    side = 128 if has_timestamps(family) else 112
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (8, 3, side, side), generator=generator, dtype=torch.uint8)
-    clip = Media(pixels, torch.linspace(0, 4, 8, dtype=torch.float64), 4.0, "video")
-    builder, model = PromptBuilder(PROCESSORS[family]), build(family)
-    question = build_question(make_sample(), clip, builder, generator, contrast, "patch")
-    assert question.shuffled is not None and question.shuffled.patches is not None
-    with torch.no_grad():
-        ordered, direct = encode_vision(model, [question.ordered, question.shuffled])
-    assert ordered is not None and direct is not None
-    permuted = ordered.permuted(question.shuffled.patches, question.ordered.features["video_grid_thw"])
-    torch.testing.assert_close(permuted.embeddings, direct.embeddings, rtol=0, atol=1e-5)
-    assert float((ordered.embeddings - direct.embeddings).abs().max()) > 0.01
-    assert len(permuted.deepstack) == len(direct.deepstack) == (2 if "qwen3_vl" in family else 0)
-    for ours, expected in zip(permuted.deepstack, direct.deepstack, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_drops_of_permuted_features(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are those of encoding the contrast clip, which the tower then need not see."""
-    builder, model = PromptBuilder(PROCESSORS[family]), build(family)
-    generator = torch.Generator().manual_seed(0)
-    contrasts: list[Contrast] = ["shuffled", "reversed"]
-    questions = [
-        build_question(make_sample(), make_clip(family, count), builder, generator, contrast, "patch")
-        for count, contrast in zip((8, 6), contrasts, strict=True)
-    ]
-    image = Media(make_clip(family).frames[:1], torch.zeros(1), 0.0, "image")
-    sample = make_sample(data_type="image")
-    questions.insert(1, build_question(sample, image, builder, generator, "shuffled", "patch"))
-    ordered = [
-        [Rollout(tokens, torch.zeros(len(tokens)), "", "stop") for tokens in tokens_of(5, 3)]
-        for _ in questions
-    ]
-    encoded = logprob_drops(model, questions, ordered, 0.8, batch_size=2)
-    with torch.no_grad():
-        vision = encode_vision(model, [question.ordered for question in questions])
-    monkeypatch.delattr(type(model.model.visual), "forward")
-    permuted = logprob_drops(model, questions, ordered, 0.8, batch_size=2, vision=vision)
-    assert encoded[1] is None and permuted[1] is None
-    for place in (0, 2):
-        torch.testing.assert_close(permuted[place], encoded[place], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -279,32 +225,6 @@ def test_a_blind_question_to_an_endpoint_is_text(frames_as: Any) -> None:
     body = chat_request("m", blind, frames_as, SamplingSettings(), 1, 0)
     assert [part["type"] for part in body["messages"][0]["content"]] == ["text"]
     assert "media_io_kwargs" not in body
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("contrast", ["dropped", "blind"])
-def test_contrast_is_sampled_in_training(
-    checkpoint: Path, manifest: Path, tmp_path: Path, contrast: Contrast
-) -> None:
-    """The group's p̃ is of this clip, and the sampler's log-probs are those of its prompt."""
-    trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, temporal_contrast=contrast, eval_strategy="no"
-    )
-    batches, _ = first_step(trainer)
-    groups = [group for batch in batches for group in batch["batch"].groups]
-    videos = [group for group in groups if group.sample.data_type == "video"]
-    assert videos
-    for group in videos:
-        assert group.shuffled_prompt is not None and group.shuffled_prompt.order == contrast
-        assert len(group.shuffled) == 2 and group.p_shuffled is not None
-    batch = batches[0]["batch"]
-    batch.trained = [g for g in batch.groups if g.shuffled]
-    for group in batch.trained:
-        group.prompt, group.ordered = group.shuffled_prompt, group.shuffled
-    sampled = torch.cat([rollout.logprobs for group in batch.trained for rollout in group.ordered])
-    with torch.no_grad():
-        scored = trainer.logprobs(policy_of(trainer), batch).logprobs
-    torch.testing.assert_close(scored, sampled, rtol=0, atol=2e-5)
 
 
 class Asking(TransformersEngine):

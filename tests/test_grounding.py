@@ -88,19 +88,12 @@ def test_overlap_of_boxes_is_a_share(first, second):
     ("kind", "answer", "truth", "score"),
     [
         (TEMPORAL, '{"time": [4, 8]}', '{"time": [2.0, 6]}', 1 / 3),
-        (TEMPORAL, ' {"time": [4, 8], "why": "it moves"} ', '{"time": [2, 6]}', 1 / 3),
         (TEMPORAL, "[4, 8]", '{"time": [2, 6]}', 0.0),  # strict: the keys have to be there
-        (TEMPORAL, "{'time': [4, 8]}", '{"time": [2, 6]}', 0.0),
-        (TEMPORAL, '{"time": ["4", "8"]}', '{"time": [2, 6]}', 0.0),
         (TEMPORAL, '{"time": [4, 8, 9]}', '{"time": [2, 6]}', 0.0),
-        (TEMPORAL, '{"time": [NaN, Infinity]}', '{"time": [2, 6]}', 0.0),
         (TEMPORAL, '{"time": [2, 1e999]}', '{"time": [2, 6]}', 0.0),
         (TEMPORAL, f'{{"time": [2, 1{"0" * 400}]}}', '{"time": [2, 6]}', 0.0),  # too large for a float
-        (TEMPORAL, '{"time": [false, true]}', '{"time": [0, 1]}', 0.0),
-        (TEMPORAL, "[" * 100_000, '{"time": [2, 6]}', 0.0),
         (TEMPORAL, "", '{"time": [2, 6]}', 0.0),
         (SPATIAL, '{"boxes": [200, 300, 400, 500]}', '{"boxes": [100, 200, 300, 400]}', 1 / 7),
-        (SPATIAL, '{"boxes": [[200, 300, 400, 500]]}', '{"boxes": [100, 200, 300, 400]}', 0.0),
         # ½ · 1/3 + ½ · (1 + 1/2) ÷ 2: second 9 is not in the truth, second 5 is missing
         (
             BOTH,
@@ -108,14 +101,7 @@ def test_overlap_of_boxes_is_a_share(first, second):
             '{"time": [2, 6], "boxes": {"3": [10, 20, 30, 40], "4": [10, 20, 30, 40], "5": [1, 2, 3, 4]}}',
             1 / 6 + 3 / 8,
         ),
-        (BOTH, '{"time": [2, 6], "boxes": {}}', '{"time": [2, 6], "boxes": {"3": [1, 2, 3, 4]}}', 0.5),
         (BOTH, '{"time": [2, 6]}', '{"time": [2, 6], "boxes": {"3": [1, 2, 3, 4]}}', 0.0),
-        (
-            BOTH,
-            '{"time": [2, 6], "boxes": {"3": [1, 2]}}',
-            '{"time": [2, 6], "boxes": {"3": [1, 2, 3, 4]}}',
-            0.0,
-        ),
         # three of four seconds, one of them half: (1 + 1 + 1/2) ÷ 4; "2.0" is second 2
         (
             TRACKING,
@@ -123,7 +109,6 @@ def test_overlap_of_boxes_is_a_share(first, second):
             '{"boxes": {"1": [1, 2, 3, 4], "2": [1, 2, 3, 4], "3": [1, 2, 3, 4], "4": [1, 2, 3, 4]}}',
             2.5 / 4,
         ),
-        (TRACKING, '{"boxes": {"first": [1, 2, 3, 4]}}', '{"boxes": {"1": [1, 2, 3, 4]}}', 0.0),
         (TRACKING, '{"boxes": [1, 2, 3, 4]}', '{"boxes": {"1": [1, 2, 3, 4]}}', 0.0),
     ],
 )
@@ -144,32 +129,19 @@ def test_parts_of_a_score():
     [
         (TEMPORAL, '{"time": [3.2, 5]}', (3.2, 5)),
         (TEMPORAL, "{'time': [3.2, 5]}", (3.2, 5)),
-        (TEMPORAL, '```json\n{"time": [3.2, 5]}\n```', (3.2, 5)),
         (TEMPORAL, '{"time": [3.2, 5]', (3.2, 5)),  # cut off
         (TEMPORAL, '{"time": ["3.2s", "0:05"]}', (3.2, 5)),
-        (TEMPORAL, '{"start_time": 3.2, "end_time": 5}', (3.2, 5)),
         (TEMPORAL, '[{"time": [3.2, 5], "label": "the dog\'s jump"}]', (3.2, 5)),
         (TEMPORAL, "[3.2, 5]", (3.2, 5)),
-        (TEMPORAL, "(3.2, 5)", (3.2, 5)),
         (TEMPORAL, "from 3.2s to 5s", (3.2, 5)),
         (TEMPORAL, "3.2 - 5 seconds", (3.2, 5)),
-        (TEMPORAL, "between 3.2 and 5 s", (3.2, 5)),
-        (TEMPORAL, "It starts at 3.2 seconds and ends at 5 seconds.", (3.2, 5)),
         (TEMPORAL, "01:05 to 1:10.5", (65, 70.5)),
-        (TEMPORAL, "1:00:05-1:00:10", (3605, 3610)),
-        (TEMPORAL, '{"time": "1:05 - 1:10"}', (65, 70)),
         (TEMPORAL, "3.2 s to 5 s, then 8 s to 9 s", (3.2, 5)),
-        (TEMPORAL, "at 3.2 s", None),
         (TEMPORAL, "1, 2 or 3: no idea; 4", (1, 2)),
-        (TEMPORAL, "nowhere", None),
         (SPATIAL, '{"boxes": [100, 200, 300, 400]}', BOX),
         (SPATIAL, '[{"bbox_2d": [100, 200, 300, 400], "label": "ball"}]', BOX),
-        (SPATIAL, '{"bbox": [[100, 200, 300, 400]]}', BOX),
         (SPATIAL, "[100, 200, 300, 400]", BOX),
-        (SPATIAL, '["100", "200", "300", "400"]', BOX),
         (SPATIAL, "(100,200),(300,400)", BOX),
-        (SPATIAL, "x1 100, y1 200", None),
-        (SPATIAL, "100 200 300 400", BOX),
         (SPATIAL, "100 200 300", None),
     ],
 )
@@ -188,10 +160,6 @@ def test_what_evaluation_reads(kind, said, read):
             "{'boxes': {'1': [1, 2, 3, 4], '0:02': [5, 6, 7, 8]}}",
             {1: (1, 2, 3, 4), 2: (5, 6, 7, 8)},
         ),
-        (TRACKING, '{"1": [1, 2, 3, 4]}', {1: (1, 2, 3, 4)}),
-        (TRACKING, '{"boxes": {"1": [1, 2, 3, 4], "2": [5, 6]}}', {1: (1, 2, 3, 4)}),
-        (TRACKING, '{"boxes": {"1": [1, 2, 3, 4]}', {1: (1, 2, 3, 4)}),  # cut off
-        (TRACKING, "[1, 2, 3, 4]", None),
         (BOTH, "{'time': ['3s', '5s'], 'boxes': {'3s': [1, 2, 3, 4]}}", {3: (1, 2, 3, 4)}),
         (BOTH, '{"time": [3, 5]}', {}),
         (BOTH, '{"boxes": {"3": [1, 2, 3, 4]}}', None),
@@ -249,17 +217,12 @@ def test_the_format_reward_wants_an_answer_of_the_form(kind, form):
     [
         (TEMPORAL, "3 to 5", "must be JSON such as {\"time\": [2.5, 6.0]}, not '3 to 5'"),
         (TEMPORAL, '{"time": [5, 3]}', "goes from 5 s to 3 s"),
-        (TEMPORAL, '{"time": [-1, 3]}', "goes from -1 s to 3 s"),
-        (TEMPORAL, '{"time": [3, 3]}', "goes from 3 s to 3 s"),
         (TEMPORAL, '{"time": [12, 14]}', "the window lasts 10 s; its seconds count from the window's start"),
         (SPATIAL, '{"boxes": [0.1, 0.2, 0.3, 0.4]}', "shares of the picture; write thousandths"),
         (SPATIAL, '{"boxes": [100, 200, 1300, 400]}', "1000·x/width and 1000·y/height"),
-        (SPATIAL, '{"boxes": [-1, 200, 300, 400]}', "leaves the picture"),
         (SPATIAL, '{"boxes": [300, 200, 100, 400]}', "has no area; write [x1, y1, x2, y2]"),
         (TRACKING, '{"boxes": {}}', "has no box"),
-        (TRACKING, '{"boxes": {"1": [1, 2, 3, 4], "2": [5, 6, 5, 8]}}', "has no area"),
         (BOTH, '{"time": [2, 4], "boxes": {"3": [5, 6, 5, 8]}}', "has no area"),
-        (BOTH, '{"time": [2, 4]}', "must be JSON such as"),
     ],
 )
 def test_truths_are_checked(tmp_path, kind, answer, problem):

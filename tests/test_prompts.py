@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -298,24 +297,6 @@ def test_one_thread_at_a_time_uses_a_tokenizer() -> None:
     for prompt, response in (future.result() for future in built):
         assert torch.equal(prompt.input_ids, expected[0].input_ids) and torch.equal(response, expected[1])
     assert Watched.most == 1
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_processors_own_limit_on_video_pixels_neither_warns_nor_acts(
-    family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Frames have their size when the processor gets them, whatever a later release of it does by itself."""
-    builder, clip = PromptBuilder(PROCESSORS[family]), make_clip(family)
-    warned: list[str] = []
-    module = sys.modules[type(builder.processor.video_processor).__module__]
-    monkeypatch.setattr(module.logger, "warning_once", warned.append)
-    before = builder.build(make_sample(), clip)
-    monkeypatch.setattr(builder.processor.video_processor, "cap_pixels_per_frame", True)
-    monkeypatch.setattr(builder.processor.video_processor, "max_video_tokens", 1)
-    after = builder.build(make_sample(), clip)
-    assert warned == []
-    assert torch.equal(before.input_ids, after.input_ids)
-    assert torch.equal(before.features["pixel_values_videos"], after.features["pixel_values_videos"])
 
 
 @pytest.mark.parametrize("shown", ["clip", "image", "nothing"])

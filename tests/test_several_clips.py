@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from general_models import GENERAL
 from group_batches import tokens_of
-from PIL import Image
 from test_general import PROCESSORS as GENERAL_PROCESSORS
 from test_general import build as general_build
 from test_general import plain_logprobs
@@ -23,16 +19,14 @@ from video_r1.data.decoding.media import Media, Shown
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder, TextPrompts, contrast_order, contrast_prompt
 from video_r1.data.reading import build_question
-from video_r1.data.rollouts import Rollout, RolloutGroup
+from video_r1.data.rollouts import Rollout
 from video_r1.errors import PromptError
 from video_r1.models.families import find_family
 from video_r1.models.group_forward import encode_vision, group_logprobs
-from video_r1.report.run_data import group_of
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import in_process_engine
 from video_r1.training.logprob_contrast import logprob_drops
-from video_r1.training.recording import record_group, same_size
 
 torch.set_num_threads(1)
 
@@ -265,34 +259,3 @@ def test_what_an_endpoint_is_sent() -> None:
     assert parts[:3] == ["image_url"] * 3 and len(parts) == 4
     parts, body = request_of(make_sample(), clips_of(56)[0], "video")
     assert parts[0] == "video_url" and "media_io_kwargs" in body
-
-
-def test_the_strip_of_a_group(tmp_path: Path) -> None:
-    """Tiles of one size, frames as large as fits on black; the page knows which tiles are whose."""
-    builder, clips = PromptBuilder(PROCESSORS["qwen2_5_vl"]), clips_of(56)
-    question = build_question(TWO, clips, builder, torch.Generator().manual_seed(2), "shuffled")
-    rollouts = [Rollout(torch.tensor([1]), torch.zeros(1), "x", "stop")]
-    rewards = {"accuracy": torch.ones(1)}
-    group = RolloutGroup(
-        TWO, question.ordered, rollouts, question.shuffled, rollouts, rewards, torch.ones(1),
-        torch.zeros(1), rewards,
-    )  # fmt: skip
-    record_group(tmp_path, 3, group)
-    line = json.loads((tmp_path / "rollouts.jsonl").read_text())
-    assert line["frames"] | {"timestamps": []} == {
-        "strip": "frames/3-7.jpg", "count": 12, "width": 84, "height": 56, "clips": [8, 4], "timestamps": [],
-    }  # fmt: skip
-    assert len(line["frames"]["timestamps"]) == 12 == len(line["permutation"])
-    assert line["path"] == ["clip.mp4", "other.mp4"]
-    page = group_of(line, "strip")
-    assert page["clips"] == [8, 4] and page["path"] == "clip.mp4, other.mp4"
-    with Image.open(tmp_path / line["frames"]["strip"]) as strip:
-        assert strip.size == (12 * 84, 56)
-        line_of_pixels = np.asarray(strip, np.float64)[28]
-    assert line_of_pixels[:8].max() < 20  # black beside a frame that is narrower than the tile
-    assert line_of_pixels[8 * 84 : 9 * 84].mean() > 70  # noise from border to border
-    white = [torch.full((1, 3, *size), 255, dtype=torch.uint8) for size in ((28, 28), (56, 84))]
-    small, large = same_size(white)
-    assert bool((large == 255).all()) and bool((small[:, :, 14:70] == 255).all())
-    assert not small[:, :, :14].any() and not small[:, :, 70:].any()
-    assert group_of({**line, "frames": {**line["frames"], "clips": [8, 5]}}, "strip")["clips"] == []

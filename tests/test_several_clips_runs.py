@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from chat_endpoint import annotate, chat_endpoint, images_of
 from PIL import Image
 from resume_runs import comparable
 from test_evaluation import ScriptedEngine, evaluate
@@ -182,34 +180,6 @@ def test_evaluation_in_several_orders(checkpoint: Path, manifest: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_a_teacher_sees_all_of_them_and_its_rows_name_them(
-    manifest: Path, folder: Path, tmp_path: Path
-) -> None:
-    rows = [
-        item | {"problem": item["problem"] + f" Question {number}:"} for number, item in enumerate(ROWS[:3])
-    ]
-    choice = {
-        "problem_type": "multiple choice",
-        "options": ["A. x", "B. y"],
-        "solution": "<answer>B</answer>",
-    }
-    rows = [{**item, **choice} for item in rows]
-    source = folder / "asked.json"
-    source.write_text(json.dumps(rows))
-    with chat_endpoint(owner="vllm") as served:
-        served.takes_video = True
-        counts = annotate(served.url, source, tmp_path / "cot.json", concurrency=1)
-        sent = {len(images_of(request)) for request in served.requests}
-    assert counts.questions["kept"] == 3, (tmp_path / "cot.rejected.jsonl").read_text()
-    assert 3 in sent and not any(
-        "video" in name for request in served.requests for name in images_of(request)
-    )
-    kept = json.loads((tmp_path / "cot.json").read_text())
-    assert [item["path"] for item in kept] == [item["path"] for item in ROWS[:3]]
-    assert all(sample.process for sample in load_manifest(tmp_path / "cot.json", folder))
-
-
-@pytest.mark.slow
 def test_ask(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     clips = [str(folder / f"{number}.mp4") for number in range(2)]
     settings = AskSettings(
@@ -226,27 +196,3 @@ def test_ask(checkpoint: Path, folder: Path, capsys: pytest.CaptureFixture[str])
 
 
 # ---- The studio
-
-
-@pytest.fixture
-def client(manifest: Path) -> Iterator[Any]:
-    pytest.importorskip("starlette", reason="the extra studio is not installed")
-    from studio_server import studio_client
-
-    with studio_client(manifest.parent) as client:
-        yield client
-
-
-@pytest.mark.slow
-def test_rows_in_the_studio(client: Any, manifest: Path) -> None:
-    found = client.get("/api/rows", params={"manifest": manifest.name}).json()
-    assert [item["files"] for item in found["shown"]] == [[None] * count for count in (2, 2, 3, 1)]
-    assert all(item["problems"] == [] for item in found["shown"])
-    assert found["shown"][2]["path"] == "0.png, 1.png, 2.png"
-    rows = json.loads(manifest.read_text())
-    for number, name in enumerate(rows[1]["path"]):
-        played = client.get("/api/clip", params={"manifest": manifest.name, "row": 1, "file": number})
-        assert played.status_code == 200 and played.content == (manifest.parent / name).read_bytes()
-    for number in (-1, 2):
-        refused = client.get("/api/clip", params={"manifest": manifest.name, "row": 1, "file": number})
-        assert refused.status_code == 404 and "the row has 2 files" in refused.json()["error"]

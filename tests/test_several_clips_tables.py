@@ -97,15 +97,6 @@ def test_tables_become_rows(case: str, shelf: Path, tmp_path: Path) -> None:
         assert rows[1]["problem"] == "And then?" and rows[1]["path"] == rows[0]["path"]
 
 
-def test_clips_and_images_do_not_mix(shelf: Path, tmp_path: Path) -> None:
-    rows = [
-        {"path": ["cup.mp4", "sign.png"], "question": "?", "answer": "no"},
-        {"path": "cup.mp4", "question": "?", "answer": "1"},
-    ]
-    (_,), (line,) = make(shelf, written(tmp_path, "t.json", rows))
-    assert line["reason"] == "several media" and "sign.png" in line["found"]
-
-
 def test_pictures_of_trl_tables(tmp_path: Path) -> None:
     pictures = [Image.new("RGB", (56, 56), colour) for colour in ("red", "green")]
     parts = [
