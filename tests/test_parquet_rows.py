@@ -269,9 +269,9 @@ def test_data_sets_given_in_python(shelf: Path, tmp_path: Path) -> None:
 def test_tables_are_read_as_they_are_needed(tmp_path: Path, monkeypatch: Any) -> None:
     tables = [str(one_table(tmp_path / f"{n:02}.parquet", {"n": [n, n]})) for n in range(40)]
     read: Counter[str] = Counter()
-    light_of = manifest_tables._light_of
+    light_of = manifest_tables._rows_of
     monkeypatch.setattr(
-        manifest_tables, "_light_of", lambda said, job: read.update([job[0]]) or light_of(said, job)
+        manifest_tables, "_rows_of", lambda table, *rest: read.update([table]) or light_of(table, *rest)
     )
     rows = table_rows(tables)
     assert [next(rows)["n"] for _ in range(3)] == [0, 0, 1]

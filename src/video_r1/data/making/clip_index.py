@@ -5,6 +5,7 @@ import difflib
 import os
 import posixpath
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import PurePosixPath, PureWindowsPath
 
 from video_r1.data.making.layouts import Rejected
@@ -109,12 +110,8 @@ class ClipIndex:
 
 def _shared_end(one: tuple[str, ...], other: tuple[str, ...]) -> int:
     """Count the folders that agree, from the last one up."""
-    count = 0
-    for first, second in zip(reversed(one), reversed(other), strict=False):
-        if first != second:
-            break
-        count += 1
-    return count
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _members(archive: str) -> list[str]:

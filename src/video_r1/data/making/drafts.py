@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 from video_r1.data.answers import (
     LETTERS,
@@ -256,14 +256,6 @@ def numbers_of(choices: Sequence[tuple[Any, Sequence[str]]]) -> Numbers:
 # --- subtitles: SubRip (.srt) and WebVTT (.vtt) --------------------------------------------------
 
 
-class Cue(NamedTuple):
-    """A text that is shown from `start` to `end`, in seconds."""
-
-    start: float
-    end: float
-    text: str
-
-
 def _subtitles(draft: Draft, making: Making, row: Mapping[str, Any]) -> str:
     """Return the subtitles of the row's window: from the file or text in its column, or from the file beside
     the clip."""
@@ -292,16 +284,16 @@ def subtitle_lines(text: str, timed: bool, start: float | None = None, end: floa
     """Return the cues in the window from `start` to `end`, one a line. timed: put the minute and second of
     the window at which each begins before it: "0:03 Hello."."""
     lines = []
-    for cue in read_cues(text):
-        if cue.end > (start or 0.0) and (end is None or cue.start < end):
-            second = int(max(0.0, cue.start - (start or 0.0)))
-            lines.append(f"{second // 60}:{second % 60:02} {cue.text}" if timed else cue.text)
+    for cue_start, cue_end, words in _cues(text):
+        if cue_end > (start or 0.0) and (end is None or cue_start < end):
+            second = int(max(0.0, cue_start - (start or 0.0)))
+            lines.append(f"{second // 60}:{second % 60:02} {words}" if timed else words)
     return "\n".join(lines)
 
 
-def read_cues(text: str) -> Iterator[Cue]:
-    """Yield the cues of a file's text, each on one line and without markup. A line that repeats the line
-    before it, as in rolling captions, is skipped."""
+def _cues(text: str) -> Iterator[tuple[float, float, str]]:
+    """Yield (start and end in seconds, text on one line without markup) of each cue. A line that repeats the
+    line before it, as in rolling captions, is skipped."""
     previous = ""
     for block in re.split(r"\n\s*\n", text.replace("\r\n", "\n").replace("\r", "\n")):
         lines = block.strip().split("\n")
@@ -313,7 +305,7 @@ def read_cues(text: str) -> Iterator[Cue]:
         words = " ".join(line for line in spoken if line and line != previous)
         previous = spoken[-1] if spoken else ""
         if words:
-            yield Cue(_cue_seconds(*match.groups()[:4]), _cue_seconds(*match.groups()[4:]), words)
+            yield _cue_seconds(*match.groups()[:4]), _cue_seconds(*match.groups()[4:]), words
 
 
 def _cue_seconds(hours: str | None, minutes: str, seconds: str, fraction: str) -> float:

@@ -162,20 +162,9 @@ def perception_test(row: Row) -> Iterator[Draft]:
         }
 
 
-def swift(row: Row) -> Iterator[Draft]:
-    """Read `messages` with the tags <video> and <image>, and lists of files; GRPO rows add `solution`."""
-    return conversation(row, row["messages"])
-
-
-def trl(row: Row) -> Iterator[Draft]:
-    """Read `prompt`, a list of messages whose content may have parts; the answer is `solution`, `answer` or
-    `ground_truth`, or the `completion`."""
-    return conversation(row, [*row["prompt"], *(row.get("completion") or [])])
-
-
 def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
-    """Yield the draft of one conversation. Its system message is dropped: this project has its own
-    instruction."""
+    """Read one conversation (ms-swift's `messages`; TRL's `prompt` and `completion`), its files in lists or
+    in the content's parts. A system message is dropped: the prompt template has its own instruction."""
     turns = [turn for turn in messages(said) if turn.role != "system"]
     asked = [turn for turn in turns if turn.role == "user"]
     if len(asked) > 1:
@@ -220,10 +209,11 @@ LAYOUTS = {
         lambda row: "mc_question" in row or {"video_name", "answer_id", "options"} <= row.keys(),
         "https://github.com/google-deepmind/perception_test", "from_0"),
     "swift": Layout(
-        swift, lambda row: isinstance(row.get("messages"), list),
+        lambda row: conversation(row, row["messages"]), lambda row: isinstance(row.get("messages"), list),
         "https://swift.readthedocs.io/en/latest/Customization/Custom-dataset.html"),
     "trl": Layout(
-        trl, lambda row: isinstance(row.get("prompt"), list),
+        lambda row: conversation(row, [*row["prompt"], *(row.get("completion") or [])]),
+        lambda row: isinstance(row.get("prompt"), list),
         "https://huggingface.co/docs/trl/dataset_formats"),
 }  # fmt: skip
 """Layouts by name, in the order in which they are tried. A row that fits none is a table row, whose columns

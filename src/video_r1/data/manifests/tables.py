@@ -17,10 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from video_r1.availability import ask_the_hub
 from video_r1.console import Progress
@@ -71,23 +70,6 @@ class OwnPlace(str):
     __slots__ = ()
 
 
-class _Light(NamedTuple):
-    """A table without its files."""
-
-    columns: dict[str, list[Any]]  # columns without files
-    rows: int
-    held: dict[str, tuple[str, bool]]  # `held_files`
-    lengths: dict[str, list[int]]  # files per cell, for columns of lists
-
-    def places(self, name: str, row: int, table: str) -> tuple[str, ...] | None:
-        """Return `InTable.places` of a cell."""
-        if self.held[name][1]:
-            return (OwnPlace(cell_path(name, row, table)),)
-        if name not in self.lengths:
-            return None
-        return tuple(OwnPlace(cell_path(name, row, table, item)) for item in range(self.lengths[name][row]))
-
-
 def name_of(source: str) -> str:
     """Return the file name of a path or URL; of a chain joined by `::`, that of the first part."""
     return posixpath.basename(source.partition("::")[0].partition("?")[0])
@@ -123,29 +105,18 @@ def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None)
     try:
         footers = list(pool.map(lambda table: _read(table, _footer), tables))
         jobs = zip(tables, footers, strict=True)
-        parts = _ahead(pool, partial(_light_of, features or {}), jobs)
+        waiting = deque(
+            pool.submit(_rows_of, *job, features or {}) for job in islice(jobs, _TABLES_AT_A_TIME)
+        )
         total = sum(footer.num_rows for footer in footers)
         with Progress(total, "reading rows", "rows", quiet=quiet) as bar:
-            for table, part in zip(tables, parts, strict=True):
-                for row in range(part.rows):
-                    light = {name: values[row] for name, values in part.columns.items()}
-                    held = {
-                        name: InTable(name, kind, part.places(name, row, table))
-                        for name, (kind, _) in part.held.items()
-                    }
-                    yield {**light, **held}
-                bar.update(part.rows)
+            while waiting:
+                rows = waiting.popleft().result()
+                waiting.extend(islice(submitted, 1))
+                yield from rows
+                bar.update(len(rows))
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _ahead(pool: ThreadPoolExecutor, act: Callable[[Any], _Light], jobs: Iterable[Any]) -> Iterator[_Light]:
-    """Yield act(job) in order, a few jobs ahead."""
-    jobs = iter(jobs)
-    waiting = deque(pool.submit(act, job) for job in islice(jobs, _TABLES_AT_A_TIME))
-    while waiting:
-        yield waiting.popleft().result()
-        waiting.extend(pool.submit(act, job) for job in islice(jobs, 1))
 
 
 def held_files(features: Mapping[str, Any]) -> dict[str, tuple[str, bool]]:
@@ -217,30 +188,43 @@ def _footer(file: BinaryIO) -> Any:
     return pq.read_metadata(file)
 
 
-def _light_of(features: Mapping[str, Any], job: tuple[str, Any]) -> _Light:
-    table, footer = job
-    return _read(table, lambda file: _light(file, footer, features))
+def _rows_of(table: str, footer: Any, features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return _read(table, lambda file: _light_rows(file, table, footer, features))
 
 
-def _light(file: BinaryIO, footer: Any, features: Mapping[str, Any]) -> _Light:
+def _light_rows(file: BinaryIO, name: str, footer: Any, features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read a table's rows without its files."""
     import datasets
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file, metadata=footer, pre_buffer=True)  # reads near columns as one range
     own: datasets.Features = datasets.Features.from_arrow_schema(table.schema_arrow)
     names = table.schema_arrow.names
-    held = held_files({name: features.get(name, own[name]) for name in names})
-    light = [name for name in names if name not in held]
+    held = held_files({column: features.get(column, own[column]) for column in names})
+    light = [column for column in names if column not in held]
     columns = table.read(light, use_threads=False).to_pydict() if light else {}
-    columns = datasets.Features({name: own[name] for name in light}).decode_batch(columns)
-    return _Light(columns, footer.num_rows, held, _lengths(table, held))
+    columns = datasets.Features({column: own[column] for column in light}).decode_batch(columns)
+    lengths = _lengths(table, [column for column, (_, alone) in held.items() if not alone])
+
+    def places(column: str, row: int) -> tuple[str, ...] | None:
+        if held[column][1]:
+            return (OwnPlace(cell_path(column, row, name)),)
+        if column not in lengths:
+            return None
+        return tuple(OwnPlace(cell_path(column, row, name, item)) for item in range(lengths[column][row]))
+
+    return [
+        {column: values[row] for column, values in columns.items()}
+        | {column: InTable(column, kind, places(column, row)) for column, (kind, _) in held.items()}
+        for row in range(footer.num_rows)
+    ]
 
 
-def _lengths(table: Any, held: Mapping[str, tuple[str, bool]]) -> dict[str, list[int]]:
+def _lengths(table: Any, columns: Iterable[str]) -> dict[str, list[int]]:
     """Count the files per cell in columns of lists, by the names stored beside the bytes."""
     names = [table.schema.column(number).path for number in range(len(table.schema))]
     found = {}
-    for column in (column for column, (_, alone) in held.items() if not alone):
+    for column in columns:
         beside = [name for name in names if name.startswith(f"{column}.") and name.endswith(".path")]
         if beside:
             lists = table.read(beside[:1], use_threads=False).column(column).to_pylist()

@@ -19,6 +19,7 @@ from PIL import Image
 
 from video_r1.data.manifests.records import Problem, Sample
 from video_r1.errors import ManifestError
+from video_r1.files import draft_of
 
 PROMPT = "prompt"
 ANSWERS = ("solution", "answer", "ground_truth")
@@ -125,7 +126,6 @@ def _file_of(picture: Any, folder: Path) -> Path:
     path = folder / f"{hashlib.sha256(content).hexdigest()[:24]}.png"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(f".{id(content)}.partial")
-        draft.write_bytes(content)
-        draft.replace(path)
+        with draft_of(path) as draft:
+            draft.write_bytes(content)
     return path.resolve()
