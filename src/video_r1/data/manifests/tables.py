@@ -105,9 +105,8 @@ def table_rows(tables: Sequence[str], features: Mapping[str, Any] | None = None)
     try:
         footers = list(pool.map(lambda table: _read(table, _footer), tables))
         jobs = zip(tables, footers, strict=True)
-        waiting = deque(
-            pool.submit(_rows_of, *job, features or {}) for job in islice(jobs, _TABLES_AT_A_TIME)
-        )
+        submitted = (pool.submit(_rows_of, *job, features or {}) for job in jobs)
+        waiting = deque(islice(submitted, _TABLES_AT_A_TIME))
         total = sum(footer.num_rows for footer in footers)
         with Progress(total, "reading rows", "rows", quiet=quiet) as bar:
             while waiting:
