@@ -16,14 +16,10 @@ OPTIONS = ("A. left", "B. right", "C. dark red", "D. red")
         ("<think>t</think>\n<answer>\n  the man sits \n</answer>", "the man sits"),
         ("<answer>A</answer> then <answer>B</answer>", "A"),
         ("<think>maybe <answer>C</answer></think><answer>D</answer>", "C"),
-        ("<answer>two\nlines</answer>", "two\nlines"),
-        ("<answer></answer>", ""),
-        ("no tags: B", ""),
-        ("<answer>B", ""),
-        ("B</answer>", ""),
-        ("", ""),
+        ("<answer>two\nlines</answer>", "two\nlines"), ("<answer></answer>", ""), ("no tags: B", ""),
+        ("<answer>B", ""), ("B</answer>", ""), ("", ""),
     ],
-)
+)  # fmt: skip
 def test_strict_answer_is_the_first_pair_of_tags(text: str, answer: str) -> None:
     assert extract_answer(text) == answer
 
@@ -31,20 +27,11 @@ def test_strict_answer_is_the_first_pair_of_tags(text: str, answer: str) -> None
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        ("12", 12.0),
-        (" -3.50 ", -3.5),
-        (".5", 0.5),
-        ("1,200", 1200.0),
-        ("1,234,567.89", 1234567.89),
-        ("2e3", 2000.0),
-        (",", None),
-        ("three", None),
-        ("12 m", None),
-        ("nan", None),
-        ("1e999", None),
+        ("12", 12.0), (" -3.50 ", -3.5), (".5", 0.5), ("1,200", 1200.0), ("1,234,567.89", 1234567.89),
+        ("2e3", 2000.0), (",", None), ("three", None), ("12 m", None), ("nan", None), ("1e999", None),
         ("1_000", None),
     ],
-)
+)  # fmt: skip
 def test_parse_number(text: str, number: float | None) -> None:
     assert parse_number(text) == number
 
@@ -91,51 +78,20 @@ def test_tolerant_choice(output: str, letter: str) -> None:
 
 # Each with every letter in the place of X, and another one in that of Y.
 ONE_ANSWER = [
-    "X is correct.",
-    "Option X describes the clip",
-    "The best choice: X",
-    "The answer is option X.",
-    "Answer: **X** since it moves",
-    "I choose X because of that",
-    "I pick X, not Y",
-    "X because it moves",
-    "X fits best",
-    "So X.",
-    "(X) is what I see",
-    "$\\boxed{X}$",
-    "The answer is $\\boxed{\\text{X}}$",
-    "X. Y is wrong.",
-    "X (Y is wrong)",
-    "It isn't Y. It's X",
-    "Y can be ruled out; X is right",
-    "The answer is X, not Y.",
-    "Answer: X\n\nOption Y is wrong because it does not move.",
-    "X or Y? The answer is X",
-    "Neither Y nor anything else, only X",
+    "X is correct.", "Option X describes the clip", "The best choice: X", "The answer is option X.",
+    "Answer: **X** since it moves", "I choose X because of that", "I pick X, not Y", "X because it moves",
+    "X fits best", "So X.", "(X) is what I see", "$\\boxed{X}$", "The answer is $\\boxed{\\text{X}}$",
+    "X. Y is wrong.", "X (Y is wrong)", "It isn't Y. It's X", "Y can be ruled out; X is right",
+    "The answer is X, not Y.", "Answer: X\n\nOption Y is wrong because it does not move.",
+    "X or Y? The answer is X", "Neither Y nor anything else, only X",
     "I first thought Y is correct. But the answer is X",
-]
+]  # fmt: skip
 NO_ANSWER = [
-    "X, Y",
-    "(X) or (Y)",
-    "X or Y",
-    "X and Y",
-    "X Y",
-    "X\nY",
-    "Either X or Y",
-    "X, Y and maybe even Y",
-    "Both X and Y are correct",
-    "Option X, option Y",
-    "The answer is X or Y",
-    "X or Y is correct",
-    "not X",
-    "It is not X",
-    "It can't be X",
-    "X is wrong.",
-    "Option X is incorrect",
-    "The answer is not X",
-    "neither X nor Y",
-    "X can be ruled out",
-]
+    "X, Y", "(X) or (Y)", "X or Y", "X and Y", "X Y", "X\nY", "Either X or Y", "X, Y and maybe even Y",
+    "Both X and Y are correct", "Option X, option Y", "The answer is X or Y", "X or Y is correct", "not X",
+    "It is not X", "It can't be X", "X is wrong.", "Option X is incorrect", "The answer is not X",
+    "neither X nor Y", "X can be ruled out",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ONE_ANSWER)
@@ -159,33 +115,16 @@ COLOURS = ("A. red", "B. blue", "C. not blue at all", "D. a dog")
 @pytest.mark.parametrize(
     ("output", "letter"),
     [
-        ("not blue", ""),
-        ("It is not blue.", ""),
-        ("It isn't blue", ""),
-        ("blue is wrong", ""),
-        ("It is not blue but red", "A"),
-        ("red, not blue", "A"),
-        ("not blue at all", "C"),
-        ("It is not blue at all.", "C"),
-        ("red or blue", ""),
-        ("A. red or B. blue", ""),
-        ("A. red\nB. blue\nC. not blue at all\nD. a dog", ""),
-        ("A. red, B. blue. The answer is B", "B"),
-        ("B. blue, not red", "B"),
-        ("A red car", "A"),
-        ("A dog", "D"),
-        ("The answer is A dog", "D"),
-        ("The answer is a dog.", "D"),
-        ("The answer is a small one", ""),
-        ("A man walks by.", ""),
-        ("I see a man.", ""),
-        ("the answer is a", "A"),
-        ("the answer is a or b", ""),
-        ("option a is right", "A"),
-        ("No doubt blue", "B"),
-        ("Not sure, blue", "B"),
+        ("not blue", ""), ("It is not blue.", ""), ("It isn't blue", ""), ("blue is wrong", ""),
+        ("It is not blue but red", "A"), ("red, not blue", "A"), ("not blue at all", "C"),
+        ("It is not blue at all.", "C"), ("red or blue", ""), ("A. red or B. blue", ""),
+        ("A. red\nB. blue\nC. not blue at all\nD. a dog", ""), ("A. red, B. blue. The answer is B", "B"),
+        ("B. blue, not red", "B"), ("A red car", "A"), ("A dog", "D"), ("The answer is A dog", "D"),
+        ("The answer is a dog.", "D"), ("The answer is a small one", ""), ("A man walks by.", ""),
+        ("I see a man.", ""), ("the answer is a", "A"), ("the answer is a or b", ""),
+        ("option a is right", "A"), ("No doubt blue", "B"), ("Not sure, blue", "B"),
     ],
-)
+)  # fmt: skip
 def test_options_named_by_their_texts(output: str, letter: str) -> None:
     assert read_answer(output, "multiple choice", COLOURS) == letter
 
@@ -235,13 +174,10 @@ def test_tolerant_number(output: str, number: float | None, problem_type: str) -
 @pytest.mark.parametrize(
     ("output", "text"),
     [
-        ("<think>t</think><answer> 3 7 2 </answer>", "3 7 2"),
-        ("<think>t</think> 3 7 2", "3 7 2"),
-        ("Answer: 3 7 2", "3 7 2"),
-        ("<answer>The answer is a ball", "The answer is a ball"),
-        ("", ""),
+        ("<think>t</think><answer> 3 7 2 </answer>", "3 7 2"), ("<think>t</think> 3 7 2", "3 7 2"),
+        ("Answer: 3 7 2", "3 7 2"), ("<answer>The answer is a ball", "The answer is a ball"), ("", ""),
     ],
-)
+)  # fmt: skip
 def test_tolerant_text(output: str, text: str) -> None:
     assert read_answer(output, "OCR") == text
     assert read_answer(output, "free-form") == text

@@ -43,16 +43,10 @@ def manifest(folder: Path, rows: list[dict], name: str) -> Path:
 
 
 ROWS = [
-    row(1, "good.mp4"),
-    row(2, "good.mp4", "numerical"),
-    row(3, "good.mp4", start=0.0, end=1.0),
-    row(4, "good.png", "OCR", source="lab/b"),
-    row(5, "missing.mp4"),
-    row(6, "text.mp4", "OCR"),
-    row(7, "text.mp4"),
-    row(8, "still.mp4"),
-    row(9, "other.mp4", source=""),
-]
+    row(1, "good.mp4"), row(2, "good.mp4", "numerical"), row(3, "good.mp4", start=0.0, end=1.0),
+    row(4, "good.png", "OCR", source="lab/b"), row(5, "missing.mp4"), row(6, "text.mp4", "OCR"),
+    row(7, "text.mp4"), row(8, "still.mp4"), row(9, "other.mp4", source=""),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("workers", [1, 3])

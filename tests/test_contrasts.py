@@ -104,15 +104,10 @@ def test_contrasts_of_temporal_patches() -> None:
 @pytest.mark.parametrize(
     ("permutation", "patches"),
     [
-        (None, None),
-        ([4, 5, 0, 1, 2, 3], [2, 0, 1]),
-        ([0, 1, 4, 5], [0, 2]),
-        ([5, 4, 3, 2, 1, 0], None),
-        ([1, 2, 3, 4, 5, 0], None),
-        ([], None),
-        ([0, 1, 2], None),
+        (None, None), ([4, 5, 0, 1, 2, 3], [2, 0, 1]), ([0, 1, 4, 5], [0, 2]), ([5, 4, 3, 2, 1, 0], None),
+        ([1, 2, 3, 4, 5, 0], None), ([], None), ([0, 1, 2], None),
     ],
-)
+)  # fmt: skip
 def test_patches_of_a_prompt(permutation: list[int] | None, patches: list[int] | None) -> None:
     order = None if permutation is None else torch.tensor(permutation, dtype=torch.long)
     prompt = PromptBuilder(PROCESSORS["qwen2_5_vl"]).build(make_sample(), make_clip("qwen2_5_vl", 6), order)

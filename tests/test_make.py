@@ -315,13 +315,11 @@ SRT = (
 @pytest.mark.parametrize(
     ("window", "timed", "lines"),
     [
-        ({}, True, "0:01 Hello there.\n1:05 Bye."),
-        ({}, False, "Hello there.\nBye."),
-        ({"start": 2.0}, True, "0:00 Hello there.\n1:03 Bye."),
-        ({"start": 3.0, "end": 60.0}, True, ""),
+        ({}, True, "0:01 Hello there.\n1:05 Bye."), ({}, False, "Hello there.\nBye."),
+        ({"start": 2.0}, True, "0:00 Hello there.\n1:03 Bye."), ({"start": 3.0, "end": 60.0}, True, ""),
         ({"end": 60.0}, True, "0:01 Hello there."),
     ],
-)
+)  # fmt: skip
 def test_subtitles_of_a_window(window: dict[str, float], timed: bool, lines: str) -> None:
     assert subtitle_lines(SRT, timed, **window) == lines
 

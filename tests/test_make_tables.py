@@ -70,15 +70,12 @@ def test_columns_are_overridden_and_left_out(shelf: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("names", "options"),
     [
-        (["a0", "a1", "a2"], ("a0", "a1", "a2")),
-        (["A", "B", "C", "answer"], ("A", "B", "C")),
+        (["a0", "a1", "a2"], ("a0", "a1", "a2")), (["A", "B", "C", "answer"], ("A", "B", "C")),
         (["option_1", "option_2"], ("option_1", "option_2")),
-        (["choice b", "choice a"], ("choice a", "choice b")),
-        (["Options", "a0", "a1"], "Options"),
-        (["a1", "a3"], None),
-        (["a0"], None),
+        (["choice b", "choice a"], ("choice a", "choice b")), (["Options", "a0", "a1"], "Options"),
+        (["a1", "a3"], None), (["a0"], None),
     ],
-)
+)  # fmt: skip
 def test_columns_of_options(names: list[str], options: Any) -> None:
     assert guess_columns(names, {}).names.get("options") == options
 
