@@ -77,7 +77,7 @@ def test_help_shows_types_and_defaults(capsys: pytest.CaptureFixture[str]) -> No
         "--temporal_rule margin | threshold | weight | likelihood | likelihood_step | likelihood_apart"
         in text
     )
-    said = "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id [required]"
+    said = "JSON, JSON-lines or Parquet file, address or Hugging Face id [required]"
     assert said in text
     assert "accuracy=1, format=1, temporal=1, length=1" in text
     assert "lab-tgrpo" in text

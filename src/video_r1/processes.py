@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 from video_r1.errors import VideoR1Error, first_line
 from video_r1.files import claimed
@@ -24,23 +24,16 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=1)  # ranks that share work meet only at its end
 
 
-class Closable(Protocol):
-    def close(self) -> object: ...
-
-
-Held = TypeVar("Held", bound=Closable)
-
-
-class OneAProcess(Generic[Held]):
+class OneAProcess(Generic[T]):
     """Resource `one` made by `make`, closed when the process ends. A forked process makes its own, because it
     must not use its parent's pipes and sockets.
     """
 
-    def __init__(self, make: Callable[[], Held]) -> None:
+    def __init__(self, make: Callable[[], T]) -> None:
         self.make = make
         self.one = make()
         os.register_at_fork(after_in_child=self.renew)
-        atexit.register(lambda: self.one.close())
+        atexit.register(lambda: self.one.close())  # pyright: ignore[reportAttributeAccessIssue]
 
     def renew(self) -> None:
         self.one = self.make()

@@ -13,19 +13,15 @@ from video_r1.settings.shared import ManifestSettings, problems_of_out
 class AnnotateSettings(DecodingSettings, ManifestSettings):
     """Annotation"""
 
-    manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
-    )
+    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     teacher: str | None = setting(
-        None, "checkpoint folder, model id, or address(es) of an OpenAI-compatible endpoint"
+        None, "checkpoint, model id, or address(es) of an OpenAI-compatible endpoint"
     )
-    out: str | None = setting(
-        None, "manifest for SFT, .json or .jsonl; the journal and rejected samples go beside it"
-    )
+    out: str | None = setting(None, "manifest for SFT, .json or .jsonl; journal and rejected beside it")
     limit: int | None = setting(None, "annotate the first N questions only; may grow on resume", above=0)
     samples: int = setting(1, "K: rationales drawn for each question", above=0)
     choose: Literal["best", "majority"] = setting(
-        "best", "keep the best rationale, or the best one among the majority answer"
+        "best", "keep the best rationale of all, or of the majority answer"
     )
     threshold: float = setting(0.6, "keep rationales whose answer scores above this", at_least=0, below=1)
     length_range: list[int] = setting([20, 1000], "shortest and longest rationale, in words")

@@ -19,9 +19,7 @@ UNITS = {"B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 class CheckSettings(PlacesSettings, RemoteSettings):
     """Manifest check"""
 
-    manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
-    )
+    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     media: bool = setting(True, "open every media file too")
     workers: int | None = setting(None, "processes that open media (default: one a core)", above=0)
 
@@ -30,12 +28,8 @@ class CheckSettings(PlacesSettings, RemoteSettings):
 class MakeSettings(PlacesSettings, RemoteSettings):
     """Own data"""
 
-    table: str | None = setting(
-        None, "CSV, TSV, JSON, JSON lines or Parquet, its address, or a Hugging Face dataset id"
-    )
-    out: str | None = setting(
-        None, "manifest to write, .json or .jsonl; refused rows go to OUT.refused.jsonl"
-    )
+    table: str | None = setting(None, "CSV, TSV, JSON, JSON lines, Parquet, an address or a Hugging Face id")
+    out: str | None = setting(None, "manifest to write, .json or .jsonl; refused rows: OUT.refused.jsonl")
     layout: Literal[
         "auto", "table", "onethinker", "video-r1", "llava-video", "nextqa", "perception-test", "swift", "trl"
     ] = setting("auto", "layout of the rows; table: guess columns by their names")
@@ -45,9 +39,7 @@ class MakeSettings(PlacesSettings, RemoteSettings):
     answers: Literal["auto", "text", "from_0", "from_1"] = setting(
         "auto", "meaning of a number as an answer: the option's text, or its index from 0 or from 1"
     )
-    problem_type: ProblemType | None = setting(
-        None, "type of all questions (default: from the row, its options and answer)"
-    )
+    problem_type: ProblemType | None = setting(None, "type of all questions (default: by row and options)")
     subtitles: Literal["off", "text", "timed"] = setting(
         "off", "from a column or an .srt or .vtt beside the clip; timed: with minute and second"
     )
@@ -70,7 +62,7 @@ class LabSettings(Settings):
     test: int = setting(500, "test questions", at_least=0)
     seed: int = setting(0, "seed of every question and pixel")
     shortcut: float = setting(
-        0.0, "share of training samples with a mark that gives the answer away", at_least=0, at_most=1
+        0.0, "share of training samples with a mark that betrays the answer", at_least=0, at_most=1
     )
     trusting: float = setting(
         0.0,
@@ -124,12 +116,10 @@ class PlanSettings(Settings):
         None, "kind of GPU: gives its memory and an estimate of step seconds"
     )
     gpu_memory: str | None = setting(
-        None, "memory of one GPU, e.g. 80GB (default: the recipe's machine, else this one)"
+        None, "memory of a GPU, e.g. 80GB (default: recipe's, else this machine)"
     )
     gpus: int | None = setting(None, "GPUs that train (default: the recipe's machine, else 1)", above=0)
-    sharding: GPUSharding | None = setting(
-        None, "how GPUs share the model; none: each has all of it (default: the recipe's)"
-    )
+    sharding: GPUSharding | None = setting(None, "sharing of the model between GPUs (default: the recipe's)")
     model_config: str | None = setting(None, "model to plan: a folder or hub id (default: the recipe's)")
     stage: Literal["rl", "sft"] | None = setting(None, "sft or rl (default: from the recipe's settings)")
     text_tokens: int = setting(300, "tokens of a prompt's text: question, options, instruction", above=0)
@@ -164,26 +154,20 @@ class ReportSettings(Settings):
     """Report"""
 
     run: list[str] | None = setting(None, "run folders; several are compared on one page")
-    out: str | None = setting(
-        None, "file to write (default: report.html in the run folder, or comparison.html above)"
-    )
+    out: str | None = setting(None, "file (default: report.html in the run folder, or comparison.html)")
 
 
 @dataclass(kw_only=True)
 class StudioSettings(Settings):
     """Studio"""
 
-    folders: list[str] | None = setting(
-        None, "run folders, or folders above them (default: runs, or this folder)"
-    )
+    folders: list[str] | None = setting(None, "run folders or their parents (default: runs, or this folder)")
     host: str = setting("127.0.0.1", "address to listen on; 0.0.0.0: all of this machine")
     port: int = setting(7860, "port; 0: any that is free", at_least=0, at_most=65535)
     token: str | None = setting(
         None, "token that browsers need, at least 16 characters (default: a new one; others see it in ps)"
     )
-    token_file: str | None = setting(
-        None, "file with the token (default: the environment variable VIDEO_R1_STUDIO_TOKEN)"
-    )
+    token_file: str | None = setting(None, "file with the token (default: variable VIDEO_R1_STUDIO_TOKEN)")
     engines: list[str] | None = setting(
         None, "engines' addresses that receive the API keys of the environment; others are asked without keys"
     )

@@ -76,18 +76,12 @@ class DecodingSettings(PromptSettings, LoadingSettings):
 class EvalSettings(DecodingSettings, ManifestSettings):
     """Evaluation"""
 
-    manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
-    )
+    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
     out: str | None = setting(None, "folder for predictions and scores")
     frames: list[int] | None = setting(None, "frame counts, such as 16,32,64 (default: max_frames)")
     order: list[Order] = setting(["ordered"], "frame orders; ordered with another one gives a temporal gap")
-    answer: list[Answer] = setting(
-        ["reasoned"], "direct: ask for the answer only; direct,reasoned: both, compared"
-    )
-    protocol: Protocol | None = setting(
-        None, "reference: Video-R1's public evaluation: its prompt, settings, parsing and scores"
-    )
+    answer: list[Answer] = setting(["reasoned"], "direct: only the answer; direct,reasoned: both, compared")
+    protocol: Protocol | None = setting(None, "reference: Video-R1's public prompt, settings and scores")
     batch_size: int = setting(8, "questions generated together", above=0)
     limit: int | None = setting(None, "evaluate the first N questions only", above=0)
 
@@ -113,17 +107,11 @@ class EvalSettings(DecodingSettings, ManifestSettings):
 class AuditSettings(DecodingSettings, ManifestSettings):
     """Audit"""
 
-    manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
-    )
-    out: str | None = setting(
-        None, "manifest with pass rates to write (default: NAME.audited.json beside NAME.json)"
-    )
+    manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, an address, or a Hugging Face id")
+    out: str | None = setting(None, "manifest with pass rates (default: NAME.audited.json beside NAME.json)")
     limit: int | None = setting(None, "audit the first N questions only; may grow on resume", above=0)
     samples: int = setting(8, "K: answers to each question, of each kind", above=0)
-    temporal_contrast: Contrast = setting(
-        "shuffled", "the contrast clip; a later run with another one adds its rate"
-    )
+    temporal_contrast: Contrast = setting("shuffled", "contrast clip; a later run with another adds its rate")
     correct_threshold: float = setting(0.5, "accuracy above this counts as correct", at_least=0, below=1)
     frame_pixels: int = setting(128 * 28 * 28, "area of one video frame after resizing, in pixels", above=0)
     temperature: float = setting(1.0, "sampling temperature; 0 is greedy", at_least=0)
@@ -146,9 +134,7 @@ class BenchmarkSettings(Settings):
     allow_missing: bool = setting(False, "evaluate what exists when media or questions are missing")
     compare: Literal["paper"] | None = setting(None, "also print the paper's figures for the same frames")
     temporal_gap: bool = setting(False, "evaluate ordered and shuffled, and plot the gap")
-    controls: bool = setting(
-        False, "also evaluate shuffled, reversed, frozen, single and blind; plot every gap"
-    )
+    controls: bool = setting(False, "also evaluate shuffled, reversed, frozen, single, blind; plot the gaps")
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -166,22 +152,14 @@ class AskSettings(DecodingSettings):
     path: str | None = setting(None, "video or image file, a folder of frames, or an address")
     more_paths: list[str] = setting([], "further clips or images that the question is about")
     clip_fps: float | None = setting(None, "frame rate of a folder of frames (default: 2)", above=0)
-    question: list[Sentence] | None = setting(
-        None, "the question; several are asked in turn about the same frames"
-    )
+    question: list[Sentence] | None = setting(None, "the question; several are asked about the same frames")
     options: list[str] = setting([], "options of a multiple-choice question")
-    answer: str | None = setting(
-        None, "the right answer (multiple choice: its letter); counts the correct share"
-    )
+    answer: str | None = setting(None, "the right answer (a letter for multiple choice); counts the matches")
     contrast: list[Contrast] = setting(
-        [], "also ask with these clips: shuffled, reversed, frozen, single, dropped, blind"
+        [], "also ask with: shuffled, reversed, frozen, single, dropped, blind"
     )
-    samples: int = setting(
-        1, "K: answers to each; several are sampled at temperature and top_p 1 by default", above=0
-    )
-    problem_type: ProblemType | None = setting(
-        None, "kind of answer (default: multiple choice with options, else free-form)"
-    )
+    samples: int = setting(1, "K: answers to each; several have temperature and top_p 1 by default", above=0)
+    problem_type: ProblemType | None = setting(None, "kind of answer (default: by the options)")
     start: float | None = setting(None, "start of the window of the clip, in seconds")
     end: float | None = setting(None, "end of the window of the clip, in seconds")
 

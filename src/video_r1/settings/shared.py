@@ -23,12 +23,8 @@ ProblemType = Literal[
 class RemoteSettings(Settings):
     """Files behind addresses"""
 
-    remote_cache: str | None = setting(
-        None, "folder for copies of remote files (default: ~/.cache/video-r1/media)"
-    )
-    remote_cache_gb: float = setting(
-        50.0, "size limit of that folder; least recently used files are removed", above=0
-    )
+    remote_cache: str | None = setting(None, "folder of copies of remote files (~/.cache/video-r1/media)")
+    remote_cache_gb: float = setting(50.0, "size limit of that folder; oldest files are removed", above=0)
 
     def remote_files(self) -> dict[str, Any]:
         """Return these settings under the names of FrameBudget."""
@@ -52,9 +48,7 @@ class PromptSettings(RemoteSettings):
     )
     media_memory_mb: int = setting(4096, "MB that decoding a file may take, else it is unusable", at_least=64)
     frame_cache: str | None = setting(None, "folder for resized frames, shared by all stages and later runs")
-    frame_cache_gb: float = setting(
-        100.0, "size limit of that folder; least recently used files are removed", above=0
-    )
+    frame_cache_gb: float = setting(100.0, "size limit of that folder; oldest files are removed", above=0)
 
     def problems(self) -> Iterator[Problem]:
         yield from super().problems()
@@ -91,7 +85,7 @@ class ModelSettings(LoadingSettings):
     lora_alpha: int = setting(128, "their output is multiplied by lora_alpha / lora_r", above=0)
     lora_dropout: float = setting(0.0, "dropout before the adapters", at_least=0, below=1)
     lora_target_modules: list[str] | None = setting(
-        None, "modules to adapt (default: all linear layers of the text model)"
+        None, "modules to adapt (default: linear layers of the text model)"
     )
     lora_vision_tower: bool = setting(False, "adapt the linear layers of the vision tower too")
     load_in_4bit: bool = setting(False, "QLoRA: the frozen weights in 4 bits (needs the extra 'qlora')")
@@ -111,9 +105,7 @@ class ModelSettings(LoadingSettings):
 class PlacesSettings(Settings):
     """Places of media"""
 
-    media_root: str | None = setting(
-        None, "folder or address that media paths start at (default: the manifest's)"
-    )
+    media_root: str | None = setting(None, "folder or address of the media (default: the manifest's folder)")
     allow_urls: bool = setting(False, "accept rows whose media are addresses: https://, s3://, hf://, ...")
     allowed_roots: list[str] = setting([], "further folders that absolute paths and links may lead to")
 
@@ -122,9 +114,7 @@ class PlacesSettings(Settings):
 class ManifestSettings(PlacesSettings):
     """Manifest"""
 
-    bad_rows: BadRows = setting(
-        "stop", "rows that are no question: stop, or leave_out (skip, count and list them)"
-    )
+    bad_rows: BadRows = setting("stop", "rows that are no question: stop, or leave_out (skip and list)")
 
     def manifest_options(self) -> dict[str, Any]:
         """Return the keyword arguments for `load_manifest`."""
@@ -142,9 +132,7 @@ def problems_of_out(out: str | None) -> Iterator[Problem]:
 class DataSettings(ManifestSettings):
     """Data"""
 
-    train_manifest: str | None = setting(
-        None, "JSON, JSON-lines or Parquet file, its address, or a Hugging Face dataset id"
-    )
+    train_manifest: str | None = setting(None, "JSON, JSON-lines or Parquet file, address or Hugging Face id")
     eval_manifest: str | None = setting(None, "held-out manifest for validation (see eval_strategy)")
     keep: str | None = setting(
         None, "train only on questions whose pass rates fit, e.g. 'ordered - shuffled > 0.1' (default: all)"

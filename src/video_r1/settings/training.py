@@ -52,9 +52,7 @@ class TrainingSettings(Settings):
     remove_unused_columns: bool = setting(False, "must stay false: the trainers read whole manifest rows")
     media_threads: int = setting(2, "threads that decode the next questions' media during a step", above=0)
     media_cache_mb: int = setting(512, "MB for decoded media that are kept for later epochs", at_least=0)
-    early_stopping_patience: int | None = setting(
-        None, "stop after N validations without improvement", above=0
-    )
+    early_stopping_patience: int | None = setting(None, "stop after N validations without progress", above=0)
     max_skipped_updates: int = setting(5, "updates in a row without a finite loss before it stops", above=0)
 
     def problems(self) -> Iterator[Problem]:
@@ -98,11 +96,9 @@ class JudgeSettings(Settings):
         "wait", "if the judge does not answer: wait; stop, with a checkpoint; skip its term for those groups"
     )
     judge_wait: float = setting(
-        60.0, "seconds to wait for it at the start, and before stop or skip", at_least=0
+        60.0, "seconds to wait for it at the start and before stop or skip", at_least=0
     )
-    judge_timeout: float = setting(
-        120.0, "seconds for one request; raise it for a judge that reasons", above=0
-    )
+    judge_timeout: float = setting(120.0, "seconds for a request; raise it for a judge that reasons", above=0)
     judge_concurrency: int = setting(64, "simultaneous requests to it, in each process", above=0)
 
     def problems(self) -> Iterator[Problem]:
@@ -128,7 +124,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     num_generations: int = setting(8, "G: completions per question with its frames in order")
     num_shuffled_generations: int | None = setting(None, "completions with shuffled frames (default: G/2)")
     num_generations_eval: int | None = setting(
-        None, "sampled answers per validation question (default: one greedy)", above=0
+        None, "sampled answers per validation question (default: 1)", above=0
     )
     max_completion_length: int = setting(768, "longest completion in tokens", above=0)
     temperature: float = setting(1.0, "sampling temperature; it scales the trained log-probs too", above=0)
@@ -137,33 +133,29 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
     min_p: float | None = setting(None, "must stay none: the sampled policy is the one that is trained")
     repetition_penalty: float = setting(1.0, "must stay 1: the sampled policy is the one that is trained")
     beta: float = setting(0.04, "weight of the KL term; 0 needs no reference model", at_least=0)
-    sync_ref_model: bool = setting(
-        False, "move the reference model towards the policy every ref_model_sync_steps"
-    )
+    sync_ref_model: bool = setting(False, "move the reference model towards the policy at regular steps")
     ref_model_sync_steps: int = setting(512, "steps between two updates of the reference model", above=0)
     ref_model_mixup_alpha: float = setting(0.6, "share of the policy in each update", above=0, at_most=1)
     epsilon: float = setting(0.2, "clip range of the policy ratio", above=0)
     epsilon_high: float | None = setting(
-        None, "upper clip range (DAPO; default: epsilon); for cispo the largest ratio", above=0
+        None, "upper clip range (default: epsilon); largest ratio of cispo", above=0
     )
     delta: float | None = setting(None, "upper bound of an unclipped ratio (two-sided clipping)", above=0)
     loss_type: str = setting("grpo", "grpo, bnpo, dapo, dr_grpo, cispo, sapo, or your own as module:function")
     sapo_temperature_pos: float = setting(1.0, "temperature of sapo's gate for advantages above 0", above=0)
     sapo_temperature_neg: float = setting(1.05, "the same for the others", above=0)
     importance_sampling_level: Literal["token", "sequence"] = setting(
-        "token", "ratio of each token, or of the sequence (GSPO)"
+        "token", "policy ratio per token, or (GSPO) sequence"
     )
     mask_truncated_completions: bool = setting(False, "exclude completions cut at max_completion_length")
     top_entropy_quantile: float = setting(
-        1.0, "share of tokens with a policy term, highest entropy first", above=0, at_most=1
+        1.0, "share of tokens (highest entropy) with a policy term", above=0, at_most=1
     )
     entropy_coef: float = setting(0.0, "weight of the mean token entropy, which the loss then raises")
     scale_rewards: AdvantageScale = setting(
         "group", "standard deviation that divides advantages; task: a running one per problem type"
     )
-    dynamic_sampling: int = setting(
-        0, "rounds that replace groups of equal rewards by other questions (DAPO)", at_least=0
-    )
+    dynamic_sampling: int = setting(0, "rounds that replace groups of equal rewards (DAPO)", at_least=0)
     difficulty_range: list[float] | None = setting(
         None, "skip questions whose running accuracy is outside, e.g. 0.05,0.95 (default: keep all)"
     )
@@ -181,7 +173,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "clip to compare with: frames shuffled, reversed, one repeated, one alone, half dropped, none",
     )
     contrast_unit: ContrastUnit = setting(
-        "frame", "unit that shuffled and reversed permute; patch: pairs of frames, encoded once"
+        "frame", "unit that is permuted; patch: pairs of frames, encoded once"
     )
     temporal_alpha: float = setting(0.3, "size of the temporal reward", at_least=0)
     temporal_threshold_mu: float = setting(1.0, "mu of the rule 'threshold'", at_least=0)
@@ -194,7 +186,7 @@ class TGRPOSettings(JudgeSettings, TrainingSettings):
         "weight of each reward by name (default: 1)",
     )
     self_reflection_phrases: list[str] = setting(
-        list(SELF_REFLECTION_PHRASES), "phrases whose share of completions is logged"
+        list(SELF_REFLECTION_PHRASES), "their share of completions is logged"
     )
     log_rollouts: int = setting(2, "groups recorded in rollouts.jsonl at each logging step", at_least=0)
     preflight_questions: int = setting(4, "questions tried first: stops if no reward is in reach", at_least=0)

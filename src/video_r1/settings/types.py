@@ -4,8 +4,6 @@ pydantic would be no shorter: it has no `none`, no lists and mappings as text, n
 false, and it accepts `true` as a number.
 """
 
-import enum
-import json
 import os
 import types
 from collections.abc import Mapping
@@ -27,11 +25,6 @@ else:
 def alternatives(hint: Any) -> tuple[Any, ...]:
     """Return the members of a union, or the type itself."""
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-
-
-def is_enum(hint: Any) -> bool:
-    """Return whether the type is an enum class."""
-    return isinstance(hint, type) and issubclass(hint, enum.Enum)
 
 
 def takes_list(hint: Any) -> bool:
@@ -158,10 +151,8 @@ def _parse_one(value: Any, hint: Any) -> Any:
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values that a Literal or an enum allows."""
-    if get_origin(hint) is Literal:
-        return get_args(hint)
-    return tuple(choice.value for choice in hint) if is_enum(hint) else ()
+    """Return the values that a Literal allows."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def _items(value: Any) -> list[Any]:
@@ -186,9 +177,7 @@ def _pairs(value: Any, wrong: ValueError) -> Mapping[Any, Any]:
 
 def _flow(text: str) -> Any:
     """Parse a list or a mapping in one line of JSON or YAML; return None for anything else."""
-    for load in (json.loads, yaml.safe_load):
-        try:
-            return load(text)
-        except (ValueError, yaml.YAMLError):
-            continue
-    return None
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError):
+        return None

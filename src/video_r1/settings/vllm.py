@@ -18,9 +18,7 @@ class VLLMSettings(Settings):
     vllm_mode: Literal["colocate", "server"] = setting("colocate", "vLLM in this process or as a server")
     vllm_server_base_url: str | None = setting(None, "address of the server, such as http://host:8000")
     vllm_server_timeout: float = setting(240.0, "seconds to wait for a server that does not answer", above=0)
-    vllm_gpu_memory_utilization: float = setting(
-        0.3, "share of GPU memory for vLLM in this process", above=0, at_most=1
-    )
+    vllm_gpu_memory_utilization: float = setting(0.3, "share of GPU memory for vLLM here", above=0, at_most=1)
     vllm_enable_sleep_mode: bool = setting(False, "vLLM gives its GPU memory back while the model is updated")
     vllm_tensor_parallel_size: int = setting(1, "processes that share one vLLM in colocate mode", above=0)
     vllm_importance_sampling_correction: bool = setting(True, "weight tokens by trainer / vLLM probability")
@@ -66,10 +64,10 @@ class ServeSettings(Settings):
     host: str = setting("127.0.0.1", "address to listen at; everyone who reaches it can use the routes")
     port: int = setting(8000, "port to listen at", above=0)
     hand_over: Literal["folder", "nccl"] = setting(
-        "folder", "weight sync: through a folder that both see, or from GPU to GPU"
+        "folder", "weight sync: by a shared folder, or from GPU to GPU"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto", "number format of the weights")
     max_model_len: int | None = setting(
-        None, "longest prompt and completion in tokens (default: the model's)", above=0
+        None, "longest prompt + completion, tokens (default: the model's)", above=0
     )
     vllm_options: str = setting("", "more options of vllm serve: --vllm_options='--tensor-parallel-size 2'")
