@@ -24,18 +24,12 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
     GenerationConfig,
     PreTrainedModel,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
     Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3_5Config,
-    Qwen3_5ForConditionalGeneration,
-    Qwen3VLProcessor,
-    Qwen3VLVideoProcessor,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -94,82 +88,31 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> Qwen2Tokeniz
 
 
 def build_processor(tokenizer: Qwen2Tokenizer, family: str = "qwen2_5_vl") -> Any:
-    """Build the family's processor, with frames of 56 × 56 (Qwen2.5-VL) or 64 × 64 pixels."""
-    if family == "qwen3_5":
-        half = [0.5] * 3
-        return Qwen3VLProcessor(
-            Qwen2VLImageProcessor(size=_pixels(64), patch_size=16, image_mean=half, image_std=half),
-            tokenizer,
-            Qwen3VLVideoProcessor(size=_pixels(64, frames=8)),
-            chat_template=CHAT_TEMPLATE,
-        )
-    images, videos = Qwen2VLImageProcessor(size=_pixels(56)), Qwen2VLVideoProcessor(size=_pixels(56))
-    return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
-
-
-def _pixels(side: int, frames: int = 1) -> dict[str, int]:
-    return {"shortest_edge": side * side, "longest_edge": frames * side * side}
+    """Build the processor of the packaged base, with frames of 56 × 56 (Qwen2.5-VL) or 64 × 64 pixels."""
+    packaged: Any = AutoProcessor.from_pretrained(base_folder(family))
+    images, videos = packaged.image_processor, packaged.video_processor
+    return type(packaged)(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
 
 
 def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl") -> PreTrainedModel:
-    """Build a model with random float32 weights.
+    """Build a model of the packaged base's architecture with random float32 weights.
 
-    Two settings differ in kind from the large models: the rotary base is 20, for sequences of some hundred
-    tokens, and the temporal section is small, so that columns and rows of a 2 × 2 grid are distinguishable.
-    Three of Qwen3.5's four layers have a state, as in the large models.
+    Two settings of its config.json differ in kind from the large models: the rotary base is 20, for sequences
+    of some hundred tokens, and the temporal section is small, so that columns and rows of a 2 × 2 grid are
+    distinguishable. Three of Qwen3.5's four layers have a state, as in the large models.
     """
-    vocabulary = tokenizer.get_vocab()
-    ends, pad = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]], vocabulary["<|endoftext|>"]
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 20.0, "mrope_section": [4, 6, 6]}
-    text: dict[str, Any] = {
-        "vocab_size": -(-len(tokenizer) // 64) * 64,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "rope_parameters": rope,
-        "tie_word_embeddings": True,
-        "bos_token_id": None,
-        "eos_token_id": ends[0],
-        "pad_token_id": pad,
-    }
-    vision: dict[str, Any] = {
-        "depth": 2,
-        "hidden_size": 128,
-        "num_heads": 4,
-        "intermediate_size": 256,
-        "out_hidden_size": 128,
-    }
-    settings: dict[str, Any] = {
-        "text_config": text,
-        "vision_config": vision,
-        "tie_word_embeddings": True,
-        "image_token_id": vocabulary["<|image_pad|>"],
-        "video_token_id": vocabulary["<|video_pad|>"],
-        "vision_start_token_id": vocabulary["<|vision_start|>"],
-        "vision_end_token_id": vocabulary["<|vision_end|>"],
-    }
+    config: Any = AutoConfig.from_pretrained(base_folder(family))
+    ids = {name.strip("<|>"): number for name, number in tokenizer.get_vocab().items()}
+    config.image_token_id, config.video_token_id = ids["image_pad"], ids["video_pad"]
+    config.vision_start_token_id, config.vision_end_token_id = ids["vision_start"], ids["vision_end"]
+    end, pad, text = ids["im_end"], ids["endoftext"], config.text_config
+    text.vocab_size, text.eos_token_id, text.pad_token_id = -(-len(tokenizer) // 64) * 64, end, pad
     torch.manual_seed(seed)
-    if family == "qwen3_5":
-        vision |= {"num_position_embeddings": 16}  # of a grid of 4 × 4 patches
-        rope |= {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
-        text |= {
-            "head_dim": 32,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
-        }
-        model = Qwen3_5ForConditionalGeneration(Qwen3_5Config(**settings))
-        for name, weight in model.named_parameters():
-            if name.endswith("A_log"):  # states last for tens of tokens; the default decays at once
-                weight.data.copy_(torch.linspace(0.02, 0.3, len(weight)).log())
-    else:
-        vision |= {"window_size": 112, "fullatt_block_indexes": [0, 1], "tokens_per_second": 2}
-        model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**settings))
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad, do_sample=False)
+    model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    for name, weight in model.named_parameters():
+        if name.endswith("A_log"):  # states last for tens of tokens; the default decays at once
+            weight.data.copy_(torch.linspace(0.02, 0.3, len(weight)).log())
+    model.generation_config = GenerationConfig(eos_token_id=[end, pad], pad_token_id=pad, do_sample=False)
     return model
 
 

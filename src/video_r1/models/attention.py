@@ -107,14 +107,9 @@ def row_layout(
     """
     groups: list[GroupSpan] = []
     segments: list[tuple[int, int]] = []  # completions except the first of each group
-    position = 0
-    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
-        start, prompt_end = position, position + prompt
-        ends = list(itertools.accumulate(lengths, initial=prompt_end))
+    for start, ends in _group_ends(prompt_lengths, completion_lengths):
         segments += [(a, b) for a, b in itertools.pairwise(ends[1:]) if b > a]
-        first_end = ends[1] if lengths else prompt_end
-        groups.append(GroupSpan(start, prompt_end, first_end, ends[-1]))
-        position = ends[-1]
+        groups.append(GroupSpan(start, ends[0], ends[:2][-1], ends[-1]))
     buckets, masks, row_indices = _buckets(segments)
     # `row_indices` has the row's tokens in the order of the buckets; sorting it maps the row to the buckets.
     others, order = torch.sort(row_indices)
@@ -131,6 +126,17 @@ def row_layout(
     )
 
 
+def _group_ends(
+    prompt_lengths: Sequence[int], completion_lengths: Sequence[Sequence[int]]
+) -> Iterator[tuple[int, list[int]]]:
+    """Yield the start of each group, and the ends of its prompt and completions."""
+    start = 0
+    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
+        ends = list(itertools.accumulate(lengths, initial=start + prompt))
+        yield start, ends
+        start = ends[-1]
+
+
 def fork_layout(
     prompt_lengths: Sequence[int],
     completion_lengths: Sequence[Sequence[int]],
@@ -143,16 +149,12 @@ def fork_layout(
     inputs: list[Tensor] = []
     total = sum(prompt_lengths) + sum(map(sum, completion_lengths))
     nothing = torch.full((kernel - 1,), total)
-    position = 0
-    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
-        start, prompt_end = position, position + prompt
-        ends = list(itertools.accumulate(lengths, initial=prompt_end))
-        own = torch.cat([nothing, torch.arange(start, prompt_end)])
+    for start, ends in _group_ends(prompt_lengths, completion_lengths):
+        own = torch.cat([nothing, torch.arange(start, ends[0])])
         inputs.append(own)
         inputs += [torch.cat([own[1 - kernel :], torch.arange(a, b)]) for a, b in itertools.pairwise(ends)]
-        prompts.append((start, prompt_end))
+        prompts.append((start, ends[0]))
         completions += [(a, b) for a, b in itertools.pairwise(ends) if b > a]
-        position = ends[-1]
     lengths = torch.tensor([len(part) for part in inputs])
     after = lengths.cumsum(0).repeat_interleave(lengths - kernel + 1)  # end of each token's segment
     left = torch.cat([torch.arange(len(part) - kernel + 1, 0, -1) for part in inputs])
@@ -202,16 +204,13 @@ def block_mask(
     """
     spans: list[tuple[int, int, int, int]] = []  # start, end, start and end of the prompt
     prompt_numbers: list[int] = []  # index of each span's prompt
-    position = 0
-    for prompt, lengths in zip(prompt_lengths, completion_lengths, strict=True):
-        start, prompt_end = position, position + prompt
-        ends = list(itertools.accumulate(lengths, initial=prompt_end))
-        prompt_numbers += [len(spans)] * (len(lengths) + 1)
-        spans.append((start, prompt_end, start, start))
-        spans += [(a, b, start, prompt_end) for a, b in itertools.pairwise(ends)]
-        position = ends[-1]
+    for start, ends in _group_ends(prompt_lengths, completion_lengths):
+        prompt_numbers += [len(spans)] * len(ends)
+        spans.append((start, ends[0], start, start))
+        spans += [(a, b, start, ends[0]) for a, b in itertools.pairwise(ends)]
 
-    blocks = -(-position // BLOCK)
+    total = spans[-1][1]
+    blocks = -(-total // BLOCK)
     edges = torch.arange(blocks) * BLOCK
 
     def inside(start: int, end: int) -> Tensor:  # [blocks] tokens of each block that lie in [start, end)
@@ -241,7 +240,7 @@ def block_mask(
         return table.sum(1).int()[None, None].to(device), order.int()[None, None].to(device)
 
     return BlockMask.from_kv_blocks(
-        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(position, position)
+        *listed(partial), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(total, total)
     )
 
 
