@@ -38,7 +38,7 @@ from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.lab.model import base_folder
 from video_r1.models.group_forward import VisionFeatures, encode_vision, group_logprobs
 from video_r1.models.loading import freeze_vision, load_processor
-from video_r1.rewards.group import RewardTerms, reward_terms, score_groups
+from video_r1.rewards.scoring import RewardTerms, reward_terms, score_groups
 from video_r1.rollout.engine import SamplingSettings, sample_rollouts
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import ContrastUnit, FrameBudget

@@ -12,12 +12,12 @@ from distributed_work import let_accelerate_shard_on_cpu
 from resume_runs import any_format
 
 from video_r1.cli import main
-from video_r1.rewards import group
+from video_r1.rewards import scoring
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     let_accelerate_shard_on_cpu()
-    group.format_scores = any_format
+    scoring.format_scores = any_format
     if "DDP_TIMEOUT" in os.environ:  # transformers passes the setting ddp_timeout on for GPUs only
         limit = timedelta(seconds=float(os.environ["DDP_TIMEOUT"]))
         start = partial(torch.distributed.init_process_group, timeout=limit)

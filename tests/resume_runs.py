@@ -64,12 +64,12 @@ def command(words: list[str], output: str, phase: Any) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     from video_r1.cli import main
-    from video_r1.rewards import group, judge
+    from video_r1.rewards import judge, scoring
     from video_r1.rollout.transformers import TransformersEngine
     from video_r1.training.tgrpo import TGRPOTrainer
 
     torch.set_num_threads(1)
-    group.format_scores = any_format
+    scoring.format_scores = any_format
     judge.extract_answer = str.strip  # random weights never give an answer in tags
     watch(TransformersEngine, "generate", phase)
     watch(TGRPOTrainer, "training_step", phase)

@@ -6,8 +6,7 @@ import torch
 from video_r1.data.answers import extract_answer
 from video_r1.data.manifests.records import Sample
 from video_r1.data.rollouts import Rollout
-from video_r1.rewards.correctness import correctness, is_correct
-from video_r1.rewards.group import answer_scores, correct_mask
+from video_r1.rewards.scoring import answer_scores, correct_mask, correctness, is_correct
 
 
 @pytest.mark.parametrize(

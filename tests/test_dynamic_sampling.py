@@ -132,7 +132,7 @@ def test_a_run_with_both_resumes_exactly(
     """Bit for bit, over the end of an epoch (two steps); also where the Trainer puts callbacks with the state
     of the checkpoint in place of others, as early stopping wants it.
     """
-    monkeypatch.setattr("video_r1.rewards.group.answer_scores", odd_sums)
+    monkeypatch.setattr("video_r1.rewards.scoring.answer_scores", odd_sums)
     settings: dict[str, Any] = {
         "rewards": mostly_equal, "dynamic_sampling": 2, "difficulty_range": [0.1, 0.8], "max_steps": 5,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 1,

@@ -17,7 +17,7 @@ from resume_runs import SERVER, any_format, comparable, write_recipe
 from tiny_questions import read_lines
 
 from video_r1.cli import main
-from video_r1.rewards import group
+from video_r1.rewards import scoring
 from video_r1.training.tgrpo import TGRPOTrainer
 
 #             step 0    1    2    3    4    5    6    7    8
@@ -53,7 +53,7 @@ def whole(recipe: Path) -> Path:
 def train(recipe: Path, run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TGRPOTrainer, "validate", scripted)
-        patch.setattr(group, "format_scores", any_format)
+        patch.setattr(scoring, "format_scores", any_format)
         assert main(["rl", str(recipe), "--output_dir", str(run)]) == 0
 
 
@@ -71,7 +71,7 @@ def suicide(recipe: str, run: str, output: str, method: str, step: int) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     setattr(TGRPOTrainer, "validate", scripted)  # noqa: B010 - not its declared form
-    group.format_scores = any_format
+    scoring.format_scores = any_format
     unharmed = getattr(TGRPOTrainer, method)
 
     def last_act(trainer: TGRPOTrainer, *args: Any, **options: Any) -> Any:

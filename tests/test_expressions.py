@@ -11,7 +11,7 @@ import pytest
 
 from video_r1.errors import VideoR1Error
 from video_r1.rewards import expressions
-from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.scoring import correctness, is_correct
 
 pytest.importorskip("math_verify")
 

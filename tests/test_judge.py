@@ -25,8 +25,6 @@ from video_r1.data.rollouts import Rollout
 from video_r1.errors import ConfigError, VideoR1Error
 from video_r1.processes import Interrupted
 from video_r1.rewards import judge as judge_module
-from video_r1.rewards.correctness import correctness
-from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rewards.judge import (
     Judge,
     JudgeAway,
@@ -35,6 +33,7 @@ from video_r1.rewards.judge import (
     read_score,
     recorded_scores,
 )
+from video_r1.rewards.scoring import correctness, reward_terms, score_groups
 from video_r1.settings.training import TGRPOSettings
 from video_r1.training.metrics import Meter
 from video_r1.training.tgrpo import TGRPOTrainer

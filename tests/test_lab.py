@@ -17,7 +17,7 @@ from video_r1.errors import RequestError
 from video_r1.lab.clips import write_lab
 from video_r1.lab.questions import FAMILIES, IMAGE_FAMILIES, NAMED_FAMILIES, VIDEO_FAMILIES
 from video_r1.lab.scenes import FPS, LABEL, MARKS, MOMENTS, SECONDS, SIDE, Look, box_of, render
-from video_r1.rewards.correctness import box_iou, correctness
+from video_r1.rewards.scoring import box_iou, correctness
 from video_r1.settings.commands import LabSettings
 from video_r1.settings.frames import FrameBudget
 

@@ -26,7 +26,7 @@ from video_r1.lab.scenes import FPS, SECONDS, Look, listing, render
 from video_r1.models.families import FAMILIES as KNOWN
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import load_model, load_processor, size_multiple
-from video_r1.rewards.correctness import format_reward
+from video_r1.rewards.scoring import format_reward
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.frames import FrameBudget

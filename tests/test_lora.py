@@ -20,7 +20,7 @@ from video_r1.models import lora
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import add_lora, load_model, load_processor, merge_adapter
 from video_r1.models.lora import rounded_sum
-from video_r1.rewards import group
+from video_r1.rewards import scoring
 
 
 @pytest.mark.parametrize("family", FAMILY_ROWS)
@@ -55,7 +55,7 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A LoRA run that is continued equals an uninterrupted one bit for bit, with dropout and a reference; its
     merged checkpoint computes what the adapted model computes.
     """
-    monkeypatch.setattr(group, "format_scores", any_format)
+    monkeypatch.setattr(scoring, "format_scores", any_format)
     recipe = write_recipe(
         tmp_path, use_peft=True, lora_r=4, lora_alpha=8, lora_dropout=0.1, lora_vision_tower=True,
         max_steps=4, learning_rate=0.01,

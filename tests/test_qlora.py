@@ -23,7 +23,7 @@ from video_r1.cli import main
 from video_r1.errors import ConfigError
 from video_r1.models.loading import add_lora, load_model
 from video_r1.models.lora import dense_weight, is_four_bit, record_four_bits
-from video_r1.rewards import group
+from video_r1.rewards import scoring
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.vllm.engine import VLLMEngine
 from video_r1.rollout.vllm.weight_sync import checkpoint_weights
@@ -148,7 +148,7 @@ def test_run_is_continued_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A run of `video-r1 rl` that is continued equals an uninterrupted one bit for bit. Merged, it is a plain
     checkpoint that computes what the 4-bit model computes with its adapters, and what vLLM would be given.
     """
-    monkeypatch.setattr(group, "format_scores", any_format)
+    monkeypatch.setattr(scoring, "format_scores", any_format)
     recipe = write_recipe(tmp_path, **QLORA, lora_dropout=0.1, max_steps=4, learning_rate=0.01)
     whole, parted, merged = (tmp_path / name for name in ("whole", "parted", "merged"))
     assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0
@@ -241,7 +241,7 @@ def test_vllm_samples_with_a_model_in_four_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_eight_bit_adamw_trains_and_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit, its states in 8 bits included."""
-    monkeypatch.setattr(group, "format_scores", any_format)
+    monkeypatch.setattr(scoring, "format_scores", any_format)
     recipe = write_recipe(tmp_path, optim="adamw_8bit", max_steps=4, learning_rate=1e-3)
     whole, parted = tmp_path / "whole", tmp_path / "parted"
     assert main(["rl", str(recipe), "--output_dir", str(whole)]) == 0

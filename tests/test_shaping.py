@@ -5,9 +5,8 @@ import torch
 
 from video_r1.data.manifests.records import Sample
 from video_r1.errors import RewardError
-from video_r1.rewards.correctness import format_reward
 from video_r1.rewards.custom import call_reward_function, reward_columns
-from video_r1.rewards.group import length_reward
+from video_r1.rewards.scoring import format_reward, length_reward
 from video_r1.training.metrics import has_self_reflection
 
 

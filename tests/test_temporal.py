@@ -19,7 +19,7 @@ from video_r1.data.manifests.records import Sample
 from video_r1.data.reading import Question
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.errors import ConfigError
-from video_r1.rewards.group import RewardTerms, reward_terms, score_group, weighted_sum
+from video_r1.rewards.scoring import RewardTerms, reward_terms, score_group, weighted_sum
 from video_r1.rewards.temporal import (
     RULES,
     key_drops,

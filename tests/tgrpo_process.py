@@ -11,7 +11,7 @@ import torch
 from selected_questions import mostly_equal, odd_sums
 from tgrpo_trainers import make_trainer, weights
 
-from video_r1.rewards import group
+from video_r1.rewards import scoring
 
 torch.set_num_threads(1)
 
@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 def main(folder: Path, processes: int, scale: str, rule: str) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a test calls it in its own process, too
         if scale == "selected":
-            patch.setattr(group, "answer_scores", odd_sums)
+            patch.setattr(scoring, "answer_scores", odd_sums)
         train(folder, processes, scale, rule)
 
 

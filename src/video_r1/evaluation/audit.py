@@ -32,7 +32,7 @@ from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
 from video_r1.evaluation.summary import cell
 from video_r1.files import replace_json, replace_rows, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group
-from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AuditSettings

@@ -29,7 +29,7 @@ from video_r1.evaluation.question_loop import Answers, QuestionLoop, asked_with
 from video_r1.evaluation.summary import NEEDED, ORDERS, cell, check_pairs, summarise, summary_table
 from video_r1.files import replace_json, replace_text
 from video_r1.processes import claimed_by_first, decided_by_first, process_group, process_index
-from video_r1.rewards.correctness import correctness, format_reward, overlaps
+from video_r1.rewards.scoring import correctness, format_reward, overlaps
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import Answer, BenchmarkSettings, EvalSettings, Protocol

@@ -19,7 +19,7 @@ from video_r1.data.reading import Clips
 from video_r1.data.rollouts import Rollout
 from video_r1.evaluation.metrics import Figure, share_difference, share_figure
 from video_r1.evaluation.question_loop import build_prompt, sampling_seed
-from video_r1.rewards.correctness import correctness, is_correct
+from video_r1.rewards.scoring import correctness, is_correct
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.engine_factory import open_engine, open_prompts
 from video_r1.settings.decoding import AskSettings

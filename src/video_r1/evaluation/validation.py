@@ -13,7 +13,7 @@ from video_r1.data.prompts import PromptBuilder
 from video_r1.data.reading import Batch, Clips, Question, Reader, build_question, derived_generator
 from video_r1.evaluation.question_loop import read_batches
 from video_r1.processes import gather, process_count, process_index
-from video_r1.rewards.group import answer_scores, format_scores
+from video_r1.rewards.scoring import answer_scores, format_scores
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 
 Built = TypeVar("Built")

@@ -16,7 +16,7 @@ Deviations from the paper and its code:
  2. p and p̃ belong to one question. The reference code computes them over the batch (one prompt a device).
  3. Ordered and shuffled completions are sampled alike, without top-p: the sampled distribution is scored.
  4. The shuffled order is never the identity, and the sampling rate of the frames reaches the model.
- 5. Equal numbers are equal however they are written (see rewards/correctness.py).
+ 5. Equal numbers are equal however they are written (see rewards/scoring.py).
  6. A group's completions share one row with their prompt: the values are those of separate rows, while the
     pixels are encoded once.
  7. The loss is normalised over the optimizer step: a question counts the same in any micro-batch and on any
@@ -56,8 +56,8 @@ from video_r1.models.families import find_family, vision_parameters
 from video_r1.models.group_forward import GroupLogprobs, encode_vision, group_logprobs, vision_language_model
 from video_r1.processes import decided_by_first, gather, gather_lists
 from video_r1.recipe import Recipe
-from video_r1.rewards.group import reward_terms, score_groups
 from video_r1.rewards.judge import Judge, JudgeAway
+from video_r1.rewards.scoring import reward_terms, score_groups
 from video_r1.rewards.temporal import rule_of, warn_of_cancelled_bonus
 from video_r1.rollout.engine import RolloutEngine
 from video_r1.rollout.engine_factory import training_engine
