@@ -77,12 +77,12 @@ class Located:
 
     def __str__(self) -> str:
         """Format the answer as the JSON that training requires."""
-        said: dict[str, Any] = {} if self.time is None else {"time": self.time}
+        parsed: dict[str, Any] = {} if self.time is None else {"time": self.time}
         if self.box is not None:
-            said["boxes"] = self.box
+            parsed["boxes"] = self.box
         if self.boxes is not None:
-            said["boxes"] = {f"{second:.12g}": box for second, box in self.boxes.items()}
-        return json.dumps(said)
+            parsed["boxes"] = {f"{second:.12g}": box for second, box in self.boxes.items()}
+        return json.dumps(parsed)
 
 
 def parse_located(text: str, problem_type: str) -> Located | None:
@@ -92,18 +92,18 @@ def parse_located(text: str, problem_type: str) -> Located | None:
     numbers. An empty object of boxes is accepted.
     """
     try:
-        said = json.loads(text)
+        parsed = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(said, dict):
+    if not isinstance(parsed, dict):
         return None
-    time = _numbers(said.get("time"), 2)
+    time = _numbers(parsed.get("time"), 2)
     if problem_type == "temporal grounding":
         return Located(time=time) if time else None
     if problem_type == "spatial grounding":
-        box = _numbers(said.get("boxes"), 4)
+        box = _numbers(parsed.get("boxes"), 4)
         return Located(box=box) if box else None
-    named = said.get("boxes")
+    named = parsed.get("boxes")
     if not isinstance(named, dict) or (problem_type != "tracking" and time is None):
         return None
     boxes = {_number(second): _numbers(box, 4) for second, box in named.items()}
@@ -122,8 +122,8 @@ def read_located(text: str, problem_type: str, last: bool = False) -> Located | 
     """
     if exact := parse_located(text, problem_type):
         return exact
-    for said in _json_parts(text):
-        if found := _understood(said, problem_type):
+    for parsed in _json_parts(text):
+        if found := _understood(parsed, problem_type):
             return found
     if problem_type == "temporal grounding" and (time := _span_in_words(text, last)):
         return Located(time=time)
@@ -202,27 +202,27 @@ def _json_parts(text: str) -> Iterator[Any]:
         for match in islice(re.finditer(r"[\[{]", written), _MOST_PARTS):
             if match.start() >= end:
                 try:
-                    said, end = _DECODER.raw_decode(written, match.start())
+                    parsed, end = _DECODER.raw_decode(written, match.start())
                 except (ValueError, RecursionError):
                     continue
-                yield said
+                yield parsed
 
 
-def _understood(said: Any, problem_type: str) -> Located | None:
-    if isinstance(said, list) and len(said) == 1:
-        said = said[0]
-    named = said if isinstance(said, dict) else {}
+def _understood(parsed: Any, problem_type: str) -> Located | None:
+    if isinstance(parsed, list) and len(parsed) == 1:
+        parsed = parsed[0]
+    named = parsed if isinstance(parsed, dict) else {}
     time, boxes = _first(named, _TIME_NAMES), _first(named, _BOX_NAMES)
     for start, end in _ENDS:
         if time is None and start in named and end in named:
             time = [named[start], named[end]]
     if problem_type == "temporal grounding":
-        span = _times(said if time is None else time)
+        span = _times(parsed if time is None else time)
         return Located(time=span) if span else None
     if problem_type == "spatial grounding":
         if isinstance(boxes, list) and len(boxes) == 1:
             boxes = boxes[0]
-        box = _numbers(_unquoted(said if boxes is None else boxes), 4)
+        box = _numbers(_unquoted(parsed if boxes is None else boxes), 4)
         return Located(box=box) if box else None
     frames = boxes if isinstance(boxes, dict) else named
     read = {_second(second): _numbers(_unquoted(box), 4) for second, box in frames.items()}

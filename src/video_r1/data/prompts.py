@@ -135,14 +135,14 @@ class TextPrompts:
         """Build the chat: one message from the template, or the sample's own messages. Each file's visuals
         replace its mark in the user's text; without marks they precede the first question.
         """
-        said = turns_of(sample, self.question(sample))
-        pieces = between_marks(sample, said)
+        turns = turns_of(sample, self.question(sample))
+        pieces = between_marks(sample, turns)
         if pieces is None:
-            first = next(place for place, turn in enumerate(said) if turn["role"] == "user")
+            first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
             before = [""] * len(visuals)
-            pieces = [[*before * (place == first), turn["content"]] for place, turn in enumerate(said)]
+            pieces = [[*before * (place == first), turn["content"]] for place, turn in enumerate(turns)]
         waiting, chat = iter(visuals), []
-        for turn, (start, *others) in zip(said, pieces, strict=True):
+        for turn, (start, *others) in zip(turns, pieces, strict=True):
             behind = [part for piece in others for part in (*next(waiting), *_parts(piece))]
             chat.append({**turn, "content": [*_parts(start), *behind] or [{"type": "text", "text": ""}]})
         return chat
@@ -173,7 +173,7 @@ def turns_of(sample: Sample, text: str) -> Sequence[Mapping[str, str]]:
     return sample.messages or ({"role": "user", "content": text},)
 
 
-def between_marks(sample: Sample, said: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
+def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
     """Split each turn's text at the marks where the sample's files go; None without marks.
 
     Only marks in user turns count: templates of newer models drop visuals in other turns. If the number of
@@ -181,7 +181,7 @@ def between_marks(sample: Sample, said: Sequence[Mapping[str, str]]) -> list[lis
     several.
     """
     pieces = [
-        turn["content"].split(sample.mark) if turn["role"] == "user" else [turn["content"]] for turn in said
+        turn["content"].split(sample.mark) if turn["role"] == "user" else [turn["content"]] for turn in turns
     ]
     marks, count = sum(map(len, pieces)) - len(pieces), len(sample.paths)
     if count > 1 and marks not in (0, count):

@@ -175,8 +175,8 @@ def end_token_id(processor: Any) -> int:
     tokenizer = getattr(processor, "tokenizer", processor)
     vocabulary = tokenizer.get_vocab()
     if processor is not tokenizer and processor.chat_template:
-        said = {role: [{"type": "text", "text": f"{role} speaks"}] for role in ("user", "assistant")}
-        chat = chat_text(processor, [{"role": role, "content": content} for role, content in said.items()])
+        turns = {role: [{"type": "text", "text": f"{role} speaks"}] for role in ("user", "assistant")}
+        chat = chat_text(processor, [{"role": role, "content": content} for role, content in turns.items()])
         behind = chat.rpartition("assistant speaks")[2].strip()
         ends = [token for token in special_tokens(tokenizer) if behind.startswith(token)]
         return vocabulary[max(ends, key=len)] if ends else tokenizer.eos_token_id

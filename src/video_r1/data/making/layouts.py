@@ -162,10 +162,10 @@ def perception_test(row: Row) -> Iterator[Draft]:
         }
 
 
-def conversation(row: Row, said: Iterable[Any]) -> Iterator[Draft]:
+def conversation(row: Row, chat: Iterable[Any]) -> Iterator[Draft]:
     """Read one conversation (ms-swift's `messages`; TRL's `prompt` and `completion`), its files in lists or
     in the content's parts. A system message is dropped: the prompt template has its own instruction."""
-    turns = [turn for turn in messages(said) if turn.role != "system"]
+    turns = [turn for turn in messages(chat) if turn.role != "system"]
     asked = [turn for turn in turns if turn.role == "user"]
     if len(asked) > 1:
         raise Rejected("several questions", f"a conversation with {len(asked)} questions")
@@ -225,10 +225,10 @@ def layout_of(row: Row) -> str:
     return next((name for name, layout in LAYOUTS.items() if layout.fits(row)), "table")
 
 
-def messages(said: Iterable[Any]) -> list[Turn]:
+def messages(chat: Iterable[Any]) -> list[Turn]:
     """Read messages of {"role", "content"} or {"from", "value"}; contents are texts or lists of parts."""
     turns = []
-    for message in said:
+    for message in chat:
         role = {"human": "user", "gpt": "assistant"}.get(str(message.get("from")), message.get("role"))
         content = message.get("content", message.get("value"))
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []

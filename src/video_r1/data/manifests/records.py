@@ -99,7 +99,7 @@ class Sample:
 
     @property
     def files(self) -> tuple[Sample, ...]:
-        """One sample per file, for decoding and caching."""
+        """Samples with one file each, for decoding and caching."""
         if not self.more_paths:
             return (self,)
         return tuple(replace(self, path=path, more_paths=()) for path in self.paths)
@@ -272,8 +272,8 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
         found.append("problem_id is missing")
     elif isinstance(problem_id, bool) or not isinstance(problem_id, (int, str)) or problem_id == "":
         found.append(f"problem_id is {quoted(problem_id)}; it must be an integer or a string")
-    said = messages_field(row, found)
-    problem = text_field(row, "problem", found, required=not said) or (said[-1]["content"] if said else "")
+    given = messages_field(row, found)
+    problem = text_field(row, "problem", found, required=not given) or (given[-1]["content"] if given else "")
     data_type = one_of(row, "data_type", DATA_TYPES, found)
     problem_type = one_of(row, "problem_type", PROBLEM_TYPES, found)
     solution = text_field(row, "solution", found)
@@ -301,7 +301,7 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     data_source = text_field(row, "data_source", found, required=False)
     subtitles = text_field(row, "subtitles", found, required=False).strip() or None
     if len(paths) > 1:
-        asked = [turn["content"] for turn in said if turn["role"] == "user"]
+        asked = [turn["content"] for turn in given if turn["role"] == "user"]
         text = "\n".join(asked or [problem, *options])
         marks, has_window = text.count(f"<{data_type}>"), (start, end) != (None, None)
         found.extend(several_problems(len(paths), data_type, problem_type, marks, has_window))
@@ -318,7 +318,7 @@ def check_row(row: Any, places: MediaPaths, min_options: int) -> tuple[Sample | 
     path, *more_paths = paths
     sample = Sample(
         cast("str | int", problem_id), problem, data_type, problem_type, solution, path,
-        options, process, data_source, start, end, extra, subtitles, said, tuple(more_paths),
+        options, process, data_source, start, end, extra, subtitles, given, tuple(more_paths),
     )  # fmt: skip
     return sample, []
 
@@ -340,15 +340,15 @@ def text_field(row: dict[str, Any], name: str, found: list[str], required: bool 
 
 def path_field(row: dict[str, Any], find: Callable[[str], str], found: list[str]) -> list[str]:
     """Return the files of a row, whose `path` is a string or a list. find: resolves one, or ValueError."""
-    said = row.get("path")
-    if isinstance(said, (list, tuple)):
-        if not said or not all(isinstance(path, str) and path.strip() for path in said):
-            found.append(f"path is {quoted(said)}; a list of paths needs a string for each clip or image")
+    given = row.get("path")
+    if isinstance(given, (list, tuple)):
+        if not given or not all(isinstance(path, str) and path.strip() for path in given):
+            found.append(f"path is {quoted(given)}; a list of paths needs a string for each clip or image")
             return []
     else:
-        said = [path] if (path := text_field(row, "path", found)) else []
+        given = [path] if (path := text_field(row, "path", found)) else []
     paths = []
-    for path in said:
+    for path in given:
         try:
             paths.append(find(path))
         except ValueError as error:
@@ -374,21 +374,21 @@ def several_problems(
 
 def messages_field(row: dict[str, Any], found: list[str]) -> tuple[Mapping[str, str], ...]:
     """Return the turns of a chat; the last one must be the user's."""
-    said = row.get("messages")
-    if said is None or said in ([], ()):
+    given = row.get("messages")
+    if given is None or given in ([], ()):
         return ()
-    if not isinstance(said, (list, tuple)) or not all(
+    if not isinstance(given, (list, tuple)) or not all(
         isinstance(turn, dict)
         and turn.get("role") in ("system", "user", "assistant")
         and isinstance(turn.get("content"), str)
-        for turn in said
+        for turn in given
     ):
         turn = '{"role": "system" | "user" | "assistant", "content": a text}'
-        found.append(f"messages is {quoted(said)}; it must be a list of {turn}")
+        found.append(f"messages is {quoted(given)}; it must be a list of {turn}")
         return ()
-    if said[-1]["role"] != "user":
-        found.append(f"the last of messages has the role {said[-1]['role']}; it must be the user's")
-    return tuple({"role": turn["role"], "content": turn["content"]} for turn in said)
+    if given[-1]["role"] != "user":
+        found.append(f"the last of messages has the role {given[-1]['role']}; it must be the user's")
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in given)
 
 
 def one_of(row: dict[str, Any], name: str, known: tuple[str, ...], found: list[str]) -> Any:
@@ -515,8 +515,8 @@ def kept_samples(samples: Sequence[Sample], expression: str, quiet: bool = False
     if process_index() == 0 and not quiet:
         lacking = sum(not keep.names <= rates[place].keys() for place in kept)
         unknown = f", {lacking:,} of them without a rate that it names" if lacking else ""
-        said = f"keep {expression!r}: {len(kept):,} of {len(samples):,} questions are trained on{unknown}"
-        print(said, file=sys.stderr)
+        given = f"keep {expression!r}: {len(kept):,} of {len(samples):,} questions are trained on{unknown}"
+        print(given, file=sys.stderr)
     return [samples[place] for place in kept]
 
 
