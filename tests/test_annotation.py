@@ -194,27 +194,11 @@ def test_failures_that_pass_leave_no_trace(endpoint: ChatEndpoint, tmp_path: Pat
     assert sorted(entries) == [f"q{number}" for number in range(5)]  # each once
 
 
-def test_an_answer_that_never_ends_is_given_up(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    endpoint.script[1] = ["trickle"]
-    counts = annotate(endpoint.url, write_questions(tmp_path, 3), tmp_path / "cot.json", timeout=0.4)
-    assert counts.questions == {"kept": 3}
-    assert len(endpoint.requests) == 4
-
-
 def test_a_pause_that_the_endpoint_asks_for_costs_no_attempt(endpoint: ChatEndpoint, tmp_path: Path) -> None:
     endpoint.script[0] = ["busy"] * (client.ATTEMPTS + 4)
     assert annotate(endpoint.url, write_questions(tmp_path, 1), tmp_path / "cot.json").questions == {
         "kept": 1
     }
-
-
-def test_nothing_is_sent_before_the_pause_is_over(endpoint: ChatEndpoint, tmp_path: Path) -> None:
-    endpoint.script[0], endpoint.pause = ["later"], 0.02
-    manifest = write_questions(tmp_path, 40)
-    assert annotate(endpoint.url, manifest, tmp_path / "cot.json", concurrency=4).questions == {"kept": 40}
-    since = [seconds - endpoint.times[0] for seconds in sorted(endpoint.times)]
-    before = sum(seconds < 0.5 for seconds in since)  # under way, or sent when the answer had not come yet
-    assert before < 20 and since[before] >= 1.0
 
 
 def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from video_r1.annotation import filters
-from video_r1.annotation.filters import FILTERS, judge, judge_one, rationale_of, scripts, words_of
+from video_r1.annotation.filters import FILTERS, judge, judge_one, rationale_of
 from video_r1.chat_client import Completion
 from video_r1.data.manifests.records import Sample
 from video_r1.lab.questions import FAMILIES
@@ -33,17 +33,6 @@ def sample(problem_type: Any = "multiple choice", truth: str = "B", **fields: An
 
 def output(answer: str = "B", rationale: str = RATIONALE) -> str:
     return f"<think>{rationale}</think>\n<answer>{answer}</answer>"
-
-
-@pytest.mark.parametrize(("text", "words"), [
-    ("", []),
-    ("The ball's at 3.5 m, 1,200 px!", ["the", "ball's", "at", "3.5", "m", "1,200", "px"]),
-    ("球往左。Left", ["球", "往", "左", "left"]),
-    ("공이 왼쪽", ["공", "이", "왼", "쪽"]),
-    ("snake_case x=1", ["snake", "case", "x", "1"]),
-])  # fmt: skip
-def test_words(text: str, words: list[str]) -> None:
-    assert words_of(text) == words
 
 
 @pytest.mark.parametrize("text", [
@@ -142,10 +131,6 @@ def test_characters(text: str, passes: bool) -> None:
 ])  # fmt: skip
 def test_language(rationale: str, references: Sequence[str], passes: bool) -> None:
     assert (filters.language(rationale, references) is None) is passes
-
-
-def test_scripts() -> None:
-    assert scripts("ab 球ボ Ж π 7!") == {"LATIN": 2, "CJK": 2, "CYRILLIC": 1}
 
 
 @pytest.mark.parametrize(("text", "passes"), [

@@ -262,21 +262,6 @@ def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_que
     assert len(engine.prompts) == 6 * 2 * 2
 
 
-def test_what_is_answered_is_not_decoded_again(
-    builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    samples = [sample(number, media) for number in range(2)]
-    evaluate(samples, ScriptedEngine(), builder, folder=tmp_path, frames=[4])
-    asked = []
-    real = frame_cache.read_media_at
-    monkeypatch.setattr(frame_cache, "read_media_at", lambda s, b, c: asked.append(tuple(c)) or real(s, b, c))
-    engine = ScriptedEngine()
-    summary = evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8])
-    assert asked == [(8,)]
-    assert [prompt.frames for prompt in engine.prompts] == [8] * 4
-    assert list(summary["frames"]) == ["4", "8"]
-
-
 def test_decoding_runs_while_the_engine_generates(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -52,15 +52,6 @@ def test_mean_relative_accuracy_is_that_of_exact_fractions() -> None:
     assert [pair for pair, a, b in zip(pairs, ours, expected, strict=True) if abs(a - b) > 1e-12] == []
 
 
-def test_interval_of_a_share_is_that_of_the_binomial() -> None:
-    # 300 of 400: standard error √(0.75 × 0.25 ÷ 400) = 0.02165, 1.96 of them 0.0424
-    figure = mean_figure([1.0] * 300 + [0.0] * 100)
-    assert figure.mean == 0.75
-    assert figure.questions == 400
-    assert figure.low == pytest.approx(0.75 - 0.0424, abs=0.006)
-    assert figure.high == pytest.approx(0.75 + 0.0424, abs=0.006)
-
-
 def test_equal_scores_have_no_interval_and_the_same_seed_gives_the_same() -> None:
     assert mean_figure([0.5] * 7)[:3] == (0.5, 0.5, 0.5)
     scores = np.random.default_rng(1).random(50)
@@ -224,12 +215,6 @@ def test_summary_by_task_and_its_table() -> None:
     assert any(line.split()[:3] == ["b", "1", "0.000"] for line in lines)
     assert "mean over task types 0.500 [0.500, 0.500]" in table
     assert "2 questions skipped" in table
-
-
-def test_summary_of_nothing() -> None:
-    figures = summarise([]) | {"skipped": 3}
-    assert figures == {"skipped": 3}
-    assert "3 questions skipped" in summary_table({"frames": {"16": figures}})
 
 
 @pytest.mark.parametrize(("right", "count", "low", "high"), [

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -187,54 +185,6 @@ def test_rows_of_another_form_are_named(read: Any, row: dict[str, Any], message:
     path.write_text(json.dumps([row]))
     with pytest.raises(ManifestError, match=message):
         list(read(path))
-
-
-def whole(records: Iterable[dict[str, Any]], name: str, size: int) -> list[bool]:
-    """Which sets of a predictions file are right, counted here."""
-    sets: dict[str, list[float]] = {}
-    for each in records:
-        if name in each["pairs"]:
-            sets.setdefault(each["pairs"][name][0], []).append(each["score"])
-    return [all(scores) for scores in sets.values() if len(scores) == size]
-
-
-@pytest.mark.slow
-def test_a_whole_evaluation(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """In both orders and both ways of answering; a clip that is missing costs its pairs."""
-    missing = root / "vinoground/vinoground_videos/1_neg.mp4"
-    missing.unlink()
-    run = ["eval", "lab-base", "--media_root", str(root), "--out", str(tmp_path / "out"), "--allow_missing"]
-    run += ["--bench", "vinoground,mvp,timeblind", "--temporal_gap", "--answer", "reasoned,direct"]
-    run += ["--fps", "2", "--max_frames", "8", "--frame_pixels", "3136", "--dtype", "float32"]
-    run += shlex.split("--max_new_tokens 4 --media_seconds 0 --device cpu --temperature 1 --top_p 1")
-    assert main(run) == 0
-    summary = json.loads((tmp_path / "out/summary.json").read_text())["benchmarks"]
-    sizes = {
-        "vinoground": {"text score": (2, 1), "video score": (2, 2), "group score": (4, 1)},
-        "mvp": {"pair accuracy": (2, 3)},
-        "timeblind": {"instance accuracy": (4, 2), "question accuracy": (2, 4), "video accuracy": (2, 4)},
-    }
-    for name, wanted in sizes.items():
-        figures = summary[name]["frames"]["8"]
-        assert "pairs" in summary[name]["metric"] or "sets" in summary[name]["metric"]
-        for own, file in ((figures, "predictions"), (figures["direct"], "direct")):
-            lines = (tmp_path / f"out/{name}/{file}-8.jsonl").read_text().splitlines()
-            records = [json.loads(line) for line in lines]
-            for metric, (size, count) in wanted.items():
-                for order in ("ordered", "shuffled"):
-                    right = whole((each for each in records if each["order"] == order), metric, size)
-                    assert len(right) == own["by_pairs"][metric][order]["questions"] == count
-                    assert own["by_pairs"][metric][order]["accuracy"] == pytest.approx(sum(right) / count)
-        assert figures["by_pairs"].keys() == wanted.keys()
-        assert all("reasoning_gains" in each for each in figures["by_pairs"].values())
-    printed = capsys.readouterr().out
-    assert (
-        "Vinoground, text score (part)" in printed
-        and "Vinoground, text score, direct answers (part)" in printed
-    )
-    assert "MVP, pair accuracy, mean over task types (part)" in printed
-    for page in ("temporal-gap.html", "reasoning.html"):
-        assert "instance accuracy" in (tmp_path / "out" / page).read_text()
 
 
 def test_pairs_of_an_own_manifest(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

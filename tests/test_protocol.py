@@ -43,25 +43,13 @@ def question(problem_type: Any, truth: str = "B", **fields: Any) -> Sample:
     return Sample(1, "Where to?", "video", problem_type, solution, "clip.mp4", options, **fields)
 
 
-@pytest.mark.parametrize(
-    ("problem_type", "prompt"),
-    [
-        ("multiple choice", "Where to?Options:\nA. left\nB. {right}\n\n" + THINK + LETTER),
-        ("numerical", "Where to?\n" + THINK + NUMBER),
-        ("regression", "Where to?\n" + THINK + NUMBER),
-        (
-            "free-form",
-            "Where to?\n" + THINK + " Please provide your text answer within the <answer> </answer> tags.",
-        ),
-        (
-            "OCR",
-            "Where to?\n" + THINK + " Please transcribe text from the image/video clearly and provide your "
-            "text answer within the <answer> </answer> tags.",
-        ),
-    ],
-)
-def test_prompts(problem_type: Any, prompt: str) -> None:
-    assert paper.TEMPLATE.render(question(problem_type)) == prompt
+def test_prompts() -> None:
+    text = " Please transcribe text from the image/video clearly and provide your text answer"
+    hints = {"numerical": NUMBER, "regression": NUMBER, "OCR": f"{text} within the <answer> </answer> tags."}
+    hints["free-form"] = " Please provide your text answer within the <answer> </answer> tags."
+    prompts = {kind: f"Where to?\n{THINK}{hint}" for kind, hint in hints.items()}
+    prompts["multiple choice"] = "Where to?Options:\nA. left\nB. {right}\n\n" + THINK + LETTER
+    assert {kind: paper.TEMPLATE.render(question(kind)) for kind in prompts} == prompts
 
 
 def test_a_chat_about_several_clips() -> None:

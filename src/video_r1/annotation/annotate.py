@@ -232,7 +232,11 @@ def rejected_path(out: str | Path) -> Path:
 
 
 def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSettings) -> Counts:
-    """Judge all answers in the journal and write both files, each in one step, in the manifest's order."""
+    """Judge all answers in the journal and write both files, each in one step, in the manifest's order.
+
+    A kept row is the sample's own with the teacher's rationale as `process`; `solution` is the manifest's. A
+    rejected row has the reason, and each rationale with the filter that stopped it.
+    """
     assert settings.manifest is not None and settings.out is not None
     out = Path(settings.out)
     root = media_root_of(settings.manifest, settings.media_root)
@@ -246,53 +250,35 @@ def _write(samples: Sequence[Sample], journal: "Journal", settings: AnnotateSett
             failed = Verdict(None, found["failed"], []) if "failed" in found else None
             verdict = failed or judge(sample, completions, settings)
             if verdict.kept is not None:
-                keep(_kept_row(sample, completions[verdict.kept], verdict, root))
+                chosen, text = verdict.judged[verdict.kept], completions[verdict.kept].text
+                paths = [path_below(root, path) for path in sample.paths]
+                row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
+                annotation = {
+                    "answer": chosen.answer,
+                    "score": round(chosen.score, 4),
+                    "passed": sum(not one.rejected for one in verdict.judged),
+                    "samples": len(verdict.judged),
+                }
+                keep(
+                    {
+                        **row,
+                        "process": f"<think>{rationale_of(text)}</think>",
+                        "path": paths if len(paths) > 1 else paths[0],
+                        **sample.extra,
+                        "annotation": annotation,
+                    }
+                )
             else:
-                reject(_rejected_row(sample, completions, verdict, found.get("reason", "")))
+                row = {"problem_id": sample.problem_id, "reason": verdict.reason}
+                row |= {"detail": found.get("reason", ""), "truth": sample.answer}
+                judged = zip(completions, verdict.judged, strict=True)
+                rationales = [{**completion._asdict(), **one._asdict()} for completion, one in judged]
+                reject(
+                    {name: value for name, value in row.items() if value != ""} | {"rationales": rationales}
+                )
             counts.questions[verdict.reason or "kept"] += 1
             counts.rationales.update(one.rejected or "kept" for one in verdict.judged)
     return counts
-
-
-def _kept_row(sample: Sample, completion: Completion, verdict: Verdict, root: str) -> dict[str, Any]:
-    """Return a row of the manifest for SFT: the sample's own, with the teacher's rationale as `process`.
-
-    `solution` stays the manifest's. `annotation` has the answer's score and the number of rationales that
-    passed.
-    """
-    assert verdict.kept is not None
-    chosen = verdict.judged[verdict.kept]
-    paths = [path_below(root, path) for path in sample.paths]
-    row = {name: value for name in FIELDS if (value := getattr(sample, name)) is not None}
-    return {
-        **row,
-        "process": f"<think>{rationale_of(completion.text)}</think>",
-        "path": paths if len(paths) > 1 else paths[0],
-        **sample.extra,
-        "annotation": {
-            "answer": chosen.answer,
-            "score": round(chosen.score, 4),
-            "passed": sum(not one.rejected for one in verdict.judged),
-            "samples": len(verdict.judged),
-        },
-    }
-
-
-def _rejected_row(
-    sample: Sample, completions: Sequence[Completion], verdict: Verdict, detail: str
-) -> dict[str, Any]:
-    """Return a rejected question with its reason, and each rationale with the filter that stopped it."""
-    row = {
-        "problem_id": sample.problem_id,
-        "reason": verdict.reason,
-        "detail": detail,
-        "truth": sample.answer,
-    }
-    rationales = [
-        {**completion._asdict(), **one._asdict()}
-        for completion, one in zip(completions, verdict.judged, strict=True)
-    ]
-    return {name: value for name, value in row.items() if value != ""} | {"rationales": rationales}
 
 
 class Journal:

@@ -6,7 +6,7 @@
 
 The files on the right follow from the answers: another `correct_threshold` asks nothing again, and another
 contrast asks only for its own answers. "One frame" is the contrast `frozen`, one frame repeated: a shorter
-prompt would be a difference of its own.
+prompt would be another difference.
 """
 
 import shlex

@@ -35,7 +35,7 @@ class Figure(NamedTuple):
 
 
 def mean_relative_accuracy(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
-    """MRA of each answer (VSI-Bench, arXiv 2412.14171): mean over θ of [ |pred − truth| ÷ |truth| < 1 − θ ].
+    """Return each answer's MRA: mean over θ of [ |pred − truth| ÷ |truth| < 1 − θ ] (arXiv 2412.14171).
 
     θ runs over 0.50, 0.55, …, 0.95. predicted, truth: [N] float; a nan in `predicted` is no number and scores
     0. A truth of 0 has no relative error: an exact 0 scores 1, all else 0. Returns [N].

@@ -1,7 +1,7 @@
 """Loading of benchmarks: from a folder to checked questions; errors name missing files and their source.
 
 media root/
-  vsibench/          a copy of the benchmark's data set, unpacked (the spec says how)
+  vsibench/          an unpacked copy of the benchmark's dataset (the declaration says how)
   mvbench/ …
   eval_mmvu.json     or the reference's evaluation JSONs, with Evaluation/… beside them
 """

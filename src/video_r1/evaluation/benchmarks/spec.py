@@ -41,7 +41,7 @@ class Benchmark:
 
     name: str  # as `--bench` names it; also its folder below the media root
     title: str
-    dataset: str  # the data set on the Hugging Face hub that the folder is a copy of
+    dataset: str  # dataset on the Hugging Face hub of which the folder is a copy
     files: Sequence[str]  # annotation files in the folder: the first pattern that finds any counts
     unpack: str  # what has to be done to the downloaded media
     questions: int  # published number
@@ -69,11 +69,11 @@ class Benchmark:
     # a question is in ("": in none), and `questions`, how many a set has.
     pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_task: str = ""  # template: the task type of a row of the reference's JSON
-    unverified: Sequence[str] = ()  # what is assumed without a published file or program that shows it
+    unverified: Sequence[str] = ()  # assumptions that no published file or program confirms
     tables: Tables = field(default_factory=dict)  # for the functions below, which are given a row and these
     read: Callable[[Path], Iterator[Row]] = json_or_parquet
-    find_places: Callable[[Row, Tables], Iterable[Place]] | None = None  # in place of `places`
-    find_task: Callable[[Row, Tables], str] | None = None  # in place of `reference_task`
+    find_places: Callable[[Row, Tables], Iterable[Place]] | None = None  # replaces `places`
+    find_task: Callable[[Row, Tables], str] | None = None  # replaces `reference_task`
 
     def problem_type_of(self, row: Row, task: str) -> str:
         if self.problem_type:
