@@ -84,13 +84,13 @@ def test_named_answer(clip: Path, output: str, expected: str) -> None:
 def test_streamed_text_is_the_completion(checkpoint: Path, clip: Path) -> None:
     builder = PromptBuilder(tiny_processor("qwen2_5_vl"))
     engine = TransformersEngine(load_model(checkpoint), builder.tokenizer)
-    sample, sampling = question("Where?", clip), SamplingSettings(max_tokens=16, seed=1)
+    sample, sampling = question("Where?", clip), SamplingSettings(max_tokens=24, seed=1)
     prompt = builder.build(sample, read_media(sample, FrameBudget(frame_pixels=56 * 56)))
     pieces: list[str] = []
     ((rollout,),) = heard(
         engine, builder.tokenizer, [prompt], sampling, lambda _, piece: pieces.append(piece)
     )
-    assert "".join(pieces) == rollout.text and len(pieces) > 10
+    assert "".join(pieces) == rollout.text and len(pieces) > 5
     assert len(rollout.token_ids) > 10
 
     class AtOnce:
