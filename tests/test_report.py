@@ -28,9 +28,8 @@ from video_r1.errors import RequestError
 from video_r1.evaluation.question_loop import append_records
 from video_r1.evaluation.summary import summarise
 from video_r1.files import append_line, claimed, replace_text
-from video_r1.report.page import build_report, duration, embed, ends, folder_names, page_data
-from video_r1.report.run_data import Series, choose_evenly, read_groups, read_run, read_series, thin
-from video_r1.report.scores import read_scores
+from video_r1.report.page import build_report, duration, embed, page_data
+from video_r1.report.run_data import Series, read_groups, read_run, read_series
 from video_r1.training.recording import save_strip
 
 
@@ -54,32 +53,6 @@ def test_series_of_a_resumed_and_killed_run(tmp_path: Path) -> None:
         "kl": Series([], [], not_finite=1),
     }
     assert notes == ["metrics.jsonl: 3 unreadable lines skipped"]
-
-
-def test_thinned_curve_is_the_mean_of_neighbours() -> None:
-    assert thin({step: float(step) for step in range(1, 8)}, 3) == Series(
-        [3, 6, 7], [2.0, 5.0, 7.0], averaged=3
-    )
-
-
-def test_ends_are_means_of_a_tenth() -> None:
-    assert ends(Series(list(range(20)), [1.0, 3.0] + [0.0] * 16 + [5.0, 6.0])) == (2.0, 5.5)
-    assert ends(Series([1, 2], [1.0, 4.0])) == (1.0, 4.0)
-
-
-@pytest.mark.parametrize(
-    ("costs", "budget", "chosen"),
-    [
-        ([10] * 9, 90, list(range(9))),
-        ([10] * 9, 50, [0, 2, 4, 6, 8]),
-        ([10] * 9, 25, [0, 8]),
-        ([10] * 9, 10, [0]),
-        ([10] * 9, 9, []),
-        ([], 100, []),
-    ],
-)
-def test_groups_are_chosen_evenly(costs: list[int], budget: int, chosen: list[int]) -> None:
-    assert choose_evenly(costs, budget) == chosen
 
 
 def test_strips_outside_the_run_or_of_another_kind_are_left_out(tmp_path: Path) -> None:
@@ -149,27 +122,6 @@ def test_places_are_read_tolerantly_of_grounding_types_alone(tmp_path: Path) -> 
     assert first["place"] == {"time": [1.0, 3.0]}
     assert [item.get("place") for item in first["ordered"]] == [{"time": [2.0, 4.0]}, None, None]
     assert "place" not in second and not any("place" in item for item in second["ordered"])
-
-
-def test_overlaps_of_answers_that_say_where_and_when(tmp_path: Path) -> None:
-    records = [
-        {
-            "problem_id": number, "order": order, "output": "x", "prediction": "x", "score": score,
-            "strict_score": score, "format": 1.0, "finish_reason": "stop", "overlaps": {"tIoU": score},
-            "problem_type": "temporal grounding", "data_type": "video",
-        }
-        for order, scores in (("ordered", (1.0, 0.4)), ("shuffled", (0.0, 0.2)))
-        for number, score in enumerate(scores)
-    ]  # fmt: skip
-    write_lines(tmp_path / "eval" / "predictions-4.jsonl", records)
-    [row] = read_scores(read_run(tmp_path / "eval", tmp_path))
-    ordered, shuffled = row["overlaps"]
-    assert (ordered["name"], ordered["order"], shuffled["order"]) == (
-        "temporal grounding, tIoU", "ordered", "shuffled",
-    )  # fmt: skip
-    assert ordered["mean"]["mean"] == pytest.approx(0.7) and shuffled["mean"]["mean"] == pytest.approx(0.1)
-    shares = {name: share["mean"] for name, share in ordered["shares"].items()}
-    assert shares == {"R@0.3": 1.0, "R@0.5": 0.5, "R@0.7": 0.5}
 
 
 def test_scores_are_over_the_videos_where_there_are_images_too(tmp_path: Path) -> None:
@@ -285,14 +237,6 @@ def test_runs_that_are_laid_over_each_other(tmp_path: Path, capsys: pytest.Captu
     ):
         assert main(["report", *map(str, words)]) == 2
         assert problem in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("names", "shown"), [
-    (["rl"], ["rl"]), (["x/rl", "y/rl"], ["x/rl", "y/rl"]),
-    (["x", "x/rl"], ["x", "rl"]), (["x/a", "x/b"], ["a", "b"]),
-])  # fmt: skip
-def test_names_of_run_folders(tmp_path: Path, names: list[str], shown: list[str]) -> None:
-    assert folder_names([tmp_path / name for name in names]) == shown
 
 
 @pytest.mark.parametrize("content", ["nothing", "an empty folder", "a file"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_runs import HOSTILE, left_out_lines, write_hostile_run, write_lines, write_rl_run
+from report_runs import left_out_lines, write_lines, write_rl_run
 from studio_server import AUTHORIZED, TOKEN, studio_client
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
@@ -134,13 +133,6 @@ def test_validation_joins_its_step_and_a_resumed_run_goes_on_from_its_checkpoint
     assert curves.points()["series"]["loss"] == [1, 20] and curves.life > life
 
 
-def test_tokens_are_those_that_were_sampled() -> None:
-    curves = Curves()
-    for step in (2, 4):
-        curves.add(0, 0, {"step": step, "speed/tokens_per_second": 100.0, "seconds/rollout": 3.0})
-    assert curves.points()["tokens"] == [600.0, 1200.0]
-
-
 def test_memory_of_curves_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("video_r1.studio.curves.MAX_CELLS", 400)
     monkeypatch.setattr("video_r1.studio.curves.MAX_SERIES", 3)
@@ -195,16 +187,6 @@ def test_groups_are_read_one_by_one(client: TestClient, runs: Path) -> None:
         assert client.get("/api/group", params=params).status_code == 404
 
 
-def test_the_advantage_without_the_temporal_term(client: TestClient, runs: Path) -> None:
-    path = runs / "rl" / "rollouts.jsonl"
-    line = json.loads(path.read_text().splitlines()[0]) | {"step": 77}
-    line["ordered"][0]["advantage_without_temporal"] = 0.25
-    append(path, line)
-    listed = get(client, "/api/entries", run="rl")
-    group = get(client, "/api/group", run="rl", life=listed["life"], at=12)
-    assert [completion.get("without") for completion in group["ordered"][:2]] == [0.25, None]
-
-
 # Who may ask --------------------------------------------------------------------------------------
 
 
@@ -223,12 +205,10 @@ def test_a_name_that_was_turned_to_this_address_is_refused(client: TestClient, h
     assert client.get("/api/runs", headers={"Host": host}).status_code == 421
 
 
-@pytest.mark.parametrize("host", ["localhost:7860", "[::1]:7860", "127.0.0.1:1"])
-def test_names_of_this_machine_are_served(client: TestClient, host: str) -> None:
-    assert client.get("/api/runs", headers={"Host": host}).status_code == 200
-
-
 def test_only_the_own_page_writes(client: TestClient) -> None:
+    routes: Any = client.app
+    writing = {route.path for route in routes.routes if "POST" in (route.methods or ())}
+    assert writing == {"/api/ask", "/api/upload", "/api/add"}
     own = {**OWN, "Origin": "http://127.0.0.1:7860"}
     for headers in ({}, {**OWN, "Origin": "http://evil.example"}, {**OWN, "Origin": "null"}):
         assert client.post("/api/add", json={}, headers=headers).status_code == 403
@@ -246,35 +226,6 @@ def test_another_page_may_link_here_and_no_more(client: TestClient) -> None:
         assert client.get("/", headers={"Sec-Fetch-Site": site}).status_code == 200
     for site in ("same-origin", "none"):
         assert client.get("/api/runs", headers={"Sec-Fetch-Site": site}).status_code == 200
-
-
-def files_of(folder: Path) -> dict[str, tuple[int, int]]:
-    status = {path: path.lstat() for path in sorted(folder.rglob("*"))}
-    return {str(path): (found.st_mtime_ns, found.st_size) for path, found in status.items()}
-
-
-def test_no_get_changes_anything(client: TestClient, runs: Path) -> None:
-    """Every address, with all that a request that writes would bring."""
-    life = get(client, "/api/entries", run="rl")["life"]
-    asked = {
-        "run": "rl", "life": life, "at": 0, "order": "ordered", "completion": 0, "marked": "true",
-        "manifest": "x", "row": 0, "name": "a.mp4", "question": "Where?", "answer": "B", "left": "rl",
-        "right": "rl", "who": "left", "checkpoint": "the lab's base",
-    }  # fmt: skip
-    before = files_of(runs)
-    routes: Any = client.app
-    addresses = [route.path for route in routes.routes]
-    assert len(addresses) > 17
-    for address in addresses:
-        for method in ("GET", "HEAD", "OPTIONS", "PUT", "DELETE"):
-            client.request(method, address.replace("{name}", "charts.js"), params=asked)
-    assert files_of(runs) == before
-    writing = {route.path for route in routes.routes if "POST" in (route.methods or ())}
-    assert writing == {"/api/ask", "/api/upload", "/api/add"}
-    for address in writing:
-        assert client.get(address, params=asked).status_code == 405
-        assert client.post(address, json=asked).status_code == 403  # without the page's own header
-    assert files_of(runs) == before
 
 
 def test_every_request_needs_the_token(runs: Path) -> None:
@@ -379,21 +330,6 @@ def test_names_and_values_beyond_all_bounds(client: TestClient, runs: Path) -> N
         assert client.get("/api/frames", params=params).status_code == 404
 
 
-def test_a_hostile_run_is_answered_as_json(tmp_path: Path) -> None:
-    write_hostile_run(tmp_path / HOSTILE[1])
-    os.mkfifo(tmp_path / HOSTILE[1] / "skipped_updates.jsonl")
-    append(tmp_path / HOSTILE[1] / "metrics.jsonl", {"step": 1e300, "time": "x"}, {"step": -4, "loss": 1})
-    with studio_client(tmp_path) as client:
-        (row,) = (row for row in get(client, "/api/runs")["runs"] if row["kind"] == "rl")
-        name = row["name"]
-        for path in ("/api/run", "/api/curves", "/api/entries", "/api/compare"):
-            answer = client.get(path, params={"run": name})
-            assert answer.status_code == 200 and answer.headers["content-type"] == "application/json"
-        life = get(client, "/api/entries", run=name)["life"]
-        group = get(client, "/api/group", run=name, life=life, at=0)
-        assert HOSTILE[0] in group["ordered"][0]["text"]
-
-
 def test_settings_that_differ_and_what_was_set_aside(client: TestClient, runs: Path) -> None:
     write_rl_run(runs / "other", steps=5)
     config = runs / "other" / "config.yaml"
@@ -443,15 +379,6 @@ def test_the_list_of_what_was_left_out_is_bounded(runs: Path, monkeypatch: pytes
         answer = get(client, "/api/skipped", run="rl", reason="no variance")
     assert [row["step"] for row in answer["rows"]] == list(range(55, 40, -1))
     assert answer["notes"] == ["the 40 oldest are not listed: left_out.jsonl has them"]
-
-
-def test_hostile_lines_are_left_out_as_others(tmp_path: Path) -> None:
-    write_hostile_run(tmp_path / "run")
-    with studio_client(tmp_path) as client:
-        answer = get(client, "/api/skipped", run="run")
-        assert answer["counts"] == {"replaced": 0, "tried": 0, "no variance": 3, "media": 1}
-        row = next(row for row in answer["rows"] if row["problem"])
-        assert row["accuracy"] is row["reward"] is None and row["round"] == 0 and len(row["id"]) <= 100
 
 
 EVERY_ADDRESS = """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,11 +15,9 @@ from chat_endpoint import chat_endpoint
 from tiny_models import moving_square, write_clip
 
 pytest.importorskip("starlette", reason="the extra studio is not installed")
-from starlette.exceptions import HTTPException
 from starlette.testclient import TestClient
 from studio_server import studio_client
 
-from video_r1.data.manifests.records import load_manifest
 from video_r1.lab.model import base_folder
 from video_r1.studio import ask as ask_module
 from video_r1.studio import clips
@@ -90,11 +87,6 @@ def events(client: TestClient, **fields: Any) -> list[dict[str, Any]]:
     return [json.loads(line.removeprefix("data: ")) for line in answer.text.strip().split("\n\n")]
 
 
-def test_what_can_be_asked(client: TestClient) -> None:
-    found = client.get("/api/choices").json()
-    assert found["checkpoints"] == ["model", "the lab's base"] and found["manifests"] == ["train.json"]
-
-
 def test_a_question_reaches_the_model(client: TestClient, folder: Path) -> None:
     fields = {"options": ["left", " ", "right"], "answer": "right", "contrasts": ["blind", "shuffled", "x"]}
     state, told, end = events(client, **fields, samples=900, tokens=7, temperature=0.5, type="OCR")
@@ -122,24 +114,6 @@ def test_api_keys_go_to_named_addresses_alone(folder: Path, monkeypatch: pytest.
         assert events(client, engine=named)[1]["keys"] == ["OPENAI_API_KEY", "VLLM_API_KEY"]
         for engine in (other, f"{named},{other}", f"http://127.0.0.1:9@127.0.0.1:8/v1?{named}"):
             assert events(client, engine=engine)[1]["keys"] == []
-
-
-def test_a_question_about_several_clips(client: TestClient, folder: Path) -> None:
-    """All of a row's clips are asked about, and the row that is kept names them."""
-    row = ROW | {"path": ["clips/one.mp4", "clips/two.mp4"]}
-    shutil.copy(folder / "clips" / "one.mp4", folder / "clips" / "two.mp4")
-    (folder / "two.json").write_text(json.dumps([row]))
-    clip = {"manifest": "two.json", "row": 0}
-    _, told, _ = events(client, clip=clip, options=["left", "right"], answer="b")
-    settings = told["asked"]["settings"]
-    names = [str((folder / path).resolve()) for path in row["path"]]
-    assert [settings["path"], *settings["more_paths"]] == names
-    assert (
-        client.post("/api/add", json=asked(clip=clip, options=["left", "right"], answer="b")).status_code
-        == 200
-    )
-    (kept,) = load_manifest(folder / "asked.jsonl")
-    assert [*kept.paths] == names
 
 
 def test_a_model_that_breaks_is_told_of_and_the_next_question_is_answered(client: TestClient) -> None:
@@ -328,21 +302,3 @@ def test_the_process_answers_with_the_lab_base(folder: Path) -> None:
     answerer.stopped.add(answerer.number + 1)
     stopped = ask(question=["Why?"])
     assert [event["event"] for event in stopped[-2:]] == ["state", "end"]
-
-
-def test_a_clip_is_kept_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the disk is full amid it, pressing the button again copies it again."""
-    source, copied = tmp_path / "mine.mp4", tmp_path / "asked" / "mine.mp4"
-    source.write_bytes(b"a clip")
-
-    def half(source: Path, target: Path) -> None:
-        target.write_bytes(b"a c")
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(ask_module.shutil, "copyfile", half)
-        with pytest.raises(HTTPException, match="No space left"):
-            ask_module.keep_clip(source, copied)
-    assert [*copied.parent.iterdir()] == []
-    ask_module.keep_clip(source, copied)
-    assert copied.read_bytes() == b"a clip" and [*copied.parent.iterdir()] == [copied]

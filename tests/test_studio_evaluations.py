@@ -142,32 +142,6 @@ def test_whose_clip_it_is(tmp_path: Path) -> None:
         assert (clip["manifest"], clip["others"]) == ("e.json", 1)
 
 
-def test_a_copy_of_a_manifest_whose_clips_lie_elsewhere(tmp_path: Path) -> None:
-    """As the evaluations of benchmarks keep one: it is no other question, and the row that plays is shown."""
-    row = {"problem_id": 1, "problem": "How many?", "data_type": "video", "problem_type": "numerical"}
-    row |= {"solution": "<answer>3</answer>", "path": "7.mp4"}
-    for name in ("a", "b", "c"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "manifest.json").write_text(json.dumps([row]))
-        digest = question_digest("How many?", [], "3", ["7.mp4"])
-        line = {"problem_id": 1, "order": "ordered", "output": "", "answer": "3", "question": digest}
-        write_lines(tmp_path / name / "predictions-8.jsonl", [line | {"score": float(name == "a")}])
-    for there, manifest in (("c", "c/manifest.json"), ("none", "a/manifest.json")):
-        (tmp_path / "c" / "7.mp4").unlink(missing_ok=True)
-        if there == "c":
-            (tmp_path / "c" / "7.mp4").write_bytes(b"0")
-        with studio_client(tmp_path) as client:
-            found = get(client, "/api/questions", left="a", right="b")["shown"][0]["row"]
-        assert (found["manifest"], found["others"]) == (manifest, 0)
-
-
-def test_the_marks_of_several_clips_are_no_other_question() -> None:
-    """The reference's protocol leaves them out."""
-    paths, marked = ["7.mp4", "8.mp4"], "<video>First.<video>Which?"
-    assert question_digest(marked, [], "A", paths) == question_digest("First.Which?", [], "A", paths)
-    assert question_digest(marked, [], "A", paths) != question_digest("First. Which?", [], "A", paths)
-
-
 def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
     for model, right in (("a", range(10)), ("b", range(5))):
         for benchmark in ("mvbench", "vsibench"):

@@ -7,7 +7,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +25,8 @@ from video_r1.settings.frames import CONTROLS
 pytest.importorskip("starlette", reason="the extra studio is not installed")
 pytest.importorskip("playwright", reason="playwright is not installed")
 from playwright.sync_api import Locator, Page, Route, expect
+
+pytestmark = pytest.mark.slow
 
 SLOW = 60_000
 
@@ -111,24 +112,6 @@ def test_clips_of_rollouts_show_their_first_frame(page: Page, address: str) -> N
     assert (videos[1].evaluate("video => video.currentTime") > 0) == (frame != "0")
 
 
-@pytest.mark.parametrize("view", ["#/data/lab%2Ftest.json", "#/ask/lab%2Ftest.json/"])
-def test_clips_of_rows_show_their_first_frame(page: Page, address: str, folder: Path, view: str) -> None:
-    rows = json.loads((folder / "lab" / "test.json").read_text())
-    first = [row["data_type"] for row in rows].index("video")
-    held = HeldClips(page)
-    page.goto(f"{address}{view}{first if view.endswith('/') else ''}")
-    if not view.endswith("/"):
-        page.locator(".rows button").nth(first).click()
-    video = page.locator(".player video")
-    expect(video).to_be_visible()
-    before = video.bounding_box()
-    held.let_go()
-    page.wait_for_function("video => video.readyState > 1", arg=video.element_handle())
-    page.wait_for_timeout(200)
-    assert drawn(video) and video.bounding_box() == before
-    assert video.evaluate("video => video.paused && video.currentTime < 0.01")
-
-
 def test_all_clips_of_a_row_are_shown(page: Page, address: str) -> None:
     names = ["Clip 1 of 2", "Clip 2 of 2"]
     for view, name in (("#/data/lab%2Ftwo.json", "data"), ("#/ask/lab%2Ftwo.json/0", "ask")):
@@ -181,15 +164,9 @@ def test_evaluations_of_five_controls_and_both_ways_of_answering(page: Page, add
     assert cell.evaluate("cell => getComputedStyle(cell, '::before').content") == '"left minus right"'
 
 
-@pytest.mark.parametrize(("kind", "truth", "answer"), [
-    ("spatial grounding", '{"boxes": [200, 200, 600, 600]}', '{"boxes": [400, 400, 900, 900]}'),
-    ("temporal grounding", '{"time": [0.5, 1.5]}', '{"time": [1.0, 2.0]}'),
-])  # fmt: skip
-def test_an_answer_that_says_where_or_when_is_shown_on_the_frames(
-    page: Page, address: str, kind: str, truth: str, answer: str
-) -> None:
+def test_boxes_of_an_answer_are_drawn_on_the_frames(page: Page, address: str) -> None:
     with chat_endpoint() as server:
-        server.right = answer
+        server.right = '{"boxes": [400, 400, 900, 900]}'
         page.goto(f"{address}#/ask")
         expect(page.get_by_label("Clip from").locator("option", has_text="lab/test.json")).to_be_attached()
         page.get_by_label("Clip from").select_option("lab/test.json")
@@ -199,7 +176,7 @@ def test_an_answer_that_says_where_or_when_is_shown_on_the_frames(
         page.get_by_label("Address").fill(server.url)
         page.get_by_label("Question", exact=True).fill("Question 1: where?")
         page.get_by_label("Options").fill("")
-        page.get_by_label("Type").select_option(kind)
+        page.get_by_label("Type").select_option("spatial grounding")
         page.get_by_label("Answers to each").fill("2")
         colours = """all => all.map(canvas => {
           const size = canvas.width, copy = document.createElement('canvas');
@@ -208,23 +185,15 @@ def test_an_answer_that_says_where_or_when_is_shown_on_the_frames(
           pen.drawImage(canvas, 0, 0);
           const colour = (share) => [...pen.getImageData(Math.round(size * share), size / 2, 1, 1).data];
           return [colour(0.2), colour(0.4)]; })"""
-        for right in ("", truth):
+        for right in ("", '{"boxes": [200, 200, 600, 600]}'):
             page.get_by_label("Right answer").fill(right)
             page.get_by_role("button", name="Ask", exact=True).click()
             newest = page.locator(".answers").first
             expect(newest.locator(".tally b")).to_have_count(5, timeout=SLOW)
-            if kind == "temporal grounding":
-                bars = newest.locator(".column.ordered .spans").first
-                expect(bars.locator(".span")).to_have_count(2 if right else 1)
-                expect(bars).to_have_attribute(
-                    "title", f"answered 1.0 s to 2.0 s{'; right is 0.5 s to 1.5 s' if right else ''}"
-                )
-            else:
-                page.wait_for_timeout(300)
-                sides = newest.locator(".column.ordered .tile canvas").evaluate_all(colours)
-                green, blue = [34, 112, 79, 255], [47, 93, 140, 255]
-                assert all((side[0] == green) == bool(right) for side in sides), sides
-                assert all(side[1] == blue for side in sides), sides
+            page.wait_for_timeout(300)
+            sides = newest.locator(".column.ordered .tile canvas").evaluate_all(colours)
+            green, blue = [34, 112, 79, 255], [47, 93, 140, 255]
+            assert all((side[0] == green) == bool(right) and side[1] == blue for side in sides), sides
             judged = newest.locator(".card.wrong, .card.correct")
             expect(judged).to_have_count(10 if right else 0)
 
@@ -234,44 +203,12 @@ VIEWS = {  # and what is there when they are
     "#/data/lab%2Ftest.json": ".rows tbody tr", "#/ask": "select[size] option",
     "#/evaluations/eval-rl/eval-sft": ".versus-question",
 }  # fmt: skip
-REACHABLE = """() => {
-  const kinds = 'a[href], button, input, select, textarea, summary, video[controls], [tabindex="0"]';
-  const found = [...document.querySelectorAll(kinds)].filter((node) =>
-    node.checkVisibility() && !node.disabled && node.tabIndex >= 0 && !node.closest('dialog'));
-  found.forEach((node, i) => { node.dataset.key = i; });
-  return found.length;
-}"""
-FOCUSED = """() => {
-  const node = document.activeElement, { outlineStyle, outlineWidth } = getComputedStyle(node);
-  const ring = outlineStyle !== 'none' && parseFloat(outlineWidth) >= 1;
-  return [node.dataset.key ?? null, node.outerHTML.slice(0, 80), ring];
-}"""
 
 
 def opened(page: Page, address: str, view: str) -> None:
     page.goto(f"{address}{view}")
     expect(page.locator(VIEWS[view]).first).to_be_attached()
     page.wait_for_timeout(1000)
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_everything_is_reached_by_tab_with_a_visible_focus(page: Page, address: str, view: str) -> None:
-    opened(page, address, view)
-    count = page.evaluate(REACHABLE)
-    reached: dict[str, Any] = {}
-    for _ in range(2 * count + 20):  # a player has several stops
-        page.keyboard.press("Tab")
-        key, node, outlined = page.evaluate(FOCUSED)
-        if key is not None:
-            reached[key] = node
-            assert outlined or node.startswith("<video"), (
-                node
-            )  # a player's own buttons have rings of their own
-        if len(reached) == count:
-            break
-    missing = "all => all.map(node => node.outerHTML.slice(0, 120))"
-    left = [f"[data-key='{i}']" for i in range(count) if str(i) not in reached]
-    assert not left, page.locator(", ".join(left)).evaluate_all(missing)
 
 
 def test_rows_and_frames_by_arrow_keys(page: Page, address: str) -> None:
@@ -294,13 +231,6 @@ def test_rows_and_frames_by_arrow_keys(page: Page, address: str) -> None:
     expect(page.locator("dialog output")).not_to_have_text(before)
     page.keyboard.press("Escape")
     expect(tile).to_be_focused()
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_a_phone_needs_no_scrolling_sideways(page: Page, address: str, view: str) -> None:
-    page.set_viewport_size({"width": 390, "height": 844})
-    opened(page, address, view)
-    fits(page)
 
 
 FAINT = """() => {
@@ -331,10 +261,13 @@ FAINT = """() => {
 }"""
 
 
-@pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("view", VIEWS)
-def test_what_is_written_stands_out(page: Page, address: str, view: str, dark: bool) -> None:
-    """At least 4.5 to 1, as WCAG asks for."""
-    page.emulate_media(color_scheme="dark" if dark else "light")
+def test_every_page_can_be_read_and_fits_a_phone(page: Page, address: str, view: str) -> None:
+    """Contrast of at least 4.5 to 1 (WCAG), light and dark; nothing scrolls sideways at 390 pixels."""
     opened(page, address, view)
     assert page.evaluate(FAINT) == []
+    page.emulate_media(color_scheme="dark")
+    assert page.evaluate(FAINT) == []
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_timeout(300)
+    fits(page)

@@ -8,7 +8,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from report_runs import HOSTILE, write_demo, write_evaluation, write_hostile_run, write_lines, write_rl_run
+from report_runs import HOSTILE, write_demo, write_hostile_run, write_lines, write_rl_run
 
 from video_r1.errors import VideoR1Error
 from video_r1.files import Claim, claimed, parse_claim
@@ -41,10 +41,6 @@ def found_in(folder: Path) -> Found:
 def test_state(claim: Claim, done: bool, silent: float, alive: bool | None, word: str, why: str) -> None:
     state = state_of(claim, done, Progress(step=40), silent, alive)
     assert state.word == word and state.why.startswith(why)
-
-
-def test_a_slow_run_elsewhere_is_not_given_up() -> None:
-    assert state_of(Claim(7, "there"), False, Progress(each=1200.0), 7200, None).word == "running"
 
 
 def test_the_lock_says_how_a_claim_ended(tmp_path: Path) -> None:
@@ -199,9 +195,3 @@ def test_a_killed_run_and_one_that_runs(tmp_path: Path) -> None:
     lock.write_text(f"process 999999999 on {socket.gethostname()}")
     row = overview(found_in(tmp_path / "rl"), now=row["written"] + 100)
     assert row["state"] == "failed" and "was killed after step 30" in row["why"]
-
-
-def test_an_evaluation_without_a_summary_has_not_finished(tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "eval", 0.5, 0.4, questions=20)
-    (tmp_path / "eval" / "summary.json").unlink()
-    assert overview(found_in(tmp_path / "eval"))["state"] == "stopped"
