@@ -137,7 +137,7 @@ def test_whose_clip_it_is(tmp_path: Path) -> None:
         (tmp_path / "shelf").mkdir()
         (tmp_path / "shelf" / "7.mp4").write_bytes(b"0")
         (tmp_path / "f.json").write_text(json.dumps([rows["f"]]))  # and a part of it
-        client.app.state.manifests.finder.looks_again()  # type: ignore[attr-defined]
+        client.app.state.library.renew_manifests()  # type: ignore[attr-defined]
         clip = get(client, "/api/group", **place)["clip"]
         assert (clip["manifest"], clip["others"]) == ("e.json", 1)
 
@@ -158,7 +158,7 @@ def test_benchmarks_of_two_checkpoints(tmp_path: Path) -> None:
         with (tmp_path / "a" / "vsibench" / "predictions-8.jsonl").open("a") as file:  # it goes on
             file.write('{"problem_id": 30, "order": "ordered", "score": 1.0}\n{"half": ')
         answer = client.get("/api/versus", params={"left": "a/", "right": "b/mmvu"})
-        assert answer.status_code == 400 and "no benchmark in common" in answer.json()["error"]
+        assert answer.status_code == 400 and "different benchmarks" in answer.json()["error"]
 
 
 def test_direct_answers_stand_beside_reasoned_ones(folder: Path) -> None:

@@ -1,10 +1,10 @@
-"""One self-contained HTML page from a run folder, or from several whose curves are laid over each other.
+"""The report: one self-contained HTML page of a run folder, or of several with their curves overlaid.
 
     run folders ─► Run, groups, scores (plain values) ─► JSON ─► page.html + page.css + the four scripts
 
-A page is passed on to other people, and most of what it shows was written by a model or came with a data
-set. So nothing of it ever becomes markup: all values travel as JSON in which `<`, `>` and `&` are escaped,
-the scripts set text only, and the page's own policy lets a browser run no other script and load nothing.
+A page is passed on to other people, and most of its text was written by a model or came with a dataset. So
+no value becomes markup: all travel as JSON in which `<`, `>` and `&` are escaped, the scripts set text only,
+and the page's policy lets a browser run no other script and load nothing.
 """
 
 import base64
@@ -37,7 +37,7 @@ SCRIPTS = ("charts.js", "curves.js", "places.js", "frames.js", "rollouts.js", "p
 OWN_SETTINGS = ("output_dir", "run_name", "logging_dir")  # every run has its own
 END_SHARE = 0.1  # a key figure is a mean over this share of the logged steps at either end
 
-# Settings that tell a reader what was run, in the order of the header.
+# Main settings, in the order of the header.
 KEY_SETTINGS = {
     "model_name_or_path": "from",
     "model": "checkpoint",
@@ -50,7 +50,7 @@ KEY_SETTINGS = {
     "beta": "β",
     "seed": "seed",
 }
-# Series that a header states: caption, unit and number of decimals.
+# Main series: caption, unit and number of decimals.
 KEY_SERIES = {
     "reward/accuracy": ("accuracy reward", "", 2),
     "temporal/gap": ("temporal gap", "", 2),
@@ -64,12 +64,11 @@ KEY_SERIES = {
 
 
 def build_report(run: str | Path | Sequence[str | Path], out: str | Path | None = None) -> Path:
-    """Writes the report of a run folder, or of several in one page, and returns its path.
+    """Write the report of a run folder, or of several in one page, and return its path.
 
-    `run` can be a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's.
-    Without `out` the page is report.html in the run folder; of several, comparison.html in the folder that
-    all are in. What is missing is left out. Raises RequestError when a folder does not exist, is named twice
-    or holds nothing to show, OSError when the page cannot be written.
+    run: a T-GRPO, GRPO or SFT run, an evaluation, or a folder of such folders, like a demo's. out: default
+    report.html in the run folder; for several, comparison.html in their common folder. Raises RequestError
+    when a folder does not exist, is named twice or is empty, OSError when the page cannot be written.
     """
     folders = [Path(run)] if isinstance(run, (str, Path)) else [Path(folder) for folder in run]
     for number, folder in enumerate(folders):
@@ -88,10 +87,10 @@ def build_report(run: str | Path | Sequence[str | Path], out: str | Path | None 
 
 
 def page_data(*folders: Path) -> dict[str, Any]:
-    """Everything that the page shows, as JSON values. Raises RequestError when there is nothing.
+    """Return the contents of the page as JSON values. Raises RequestError when there are none.
 
-    Of several folders, `overlay` is true, runs and scores have the folders' names in theirs, and `ends` and
-    `differing` say how the training runs differ.
+    For several folders, `overlay` is true, names of runs and scores contain the folders' names, and `ends`
+    and `differing` show how the training runs differ.
     """
     notes: list[str] = []
     runs: list[Run] = []
@@ -128,19 +127,19 @@ def page_data(*folders: Path) -> dict[str, Any]:
 
 
 def common_folder(folders: Sequence[Path]) -> Path:
-    """The innermost folder that all are in; of two inside each other the outer one."""
+    """Return the innermost folder around all of them; the outer one if one is in the other."""
     return Path(os.path.commonpath([folder.resolve() for folder in folders]))
 
 
 def folder_names(folders: Sequence[Path]) -> list[str]:
-    """A folder's own name; of several their paths from the folder that all are in, which differ."""
+    """Return a folder's name; for several, their paths from the common folder."""
     above = common_folder(folders)
     paths = [folder.resolve().relative_to(above).as_posix() for folder in folders]
     return [above.name if path == "." else path for path in paths]
 
 
 def _name_by_folder(folder: Path, name: str, runs: list[Run], rows: list[dict[str, Any]]) -> None:
-    """Gives a folder's runs and scores names that differ from those of another folder's."""
+    """Put the folder's name into the names of its runs and scores."""
     own = folder.resolve().name.removeprefix("eval-")
     for run in runs:
         run.name = name if run.folder == folder else f"{name}/{run.name}"
@@ -150,7 +149,7 @@ def _name_by_folder(folder: Path, name: str, runs: list[Run], rows: list[dict[st
 
 
 def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
-    """Rows of a table: each key series, and by run its mean over the last tenth."""
+    """Return table rows: the mean of each main series over the last tenth, by run."""
     rows = []
     for name, (caption, unit, decimals) in KEY_SERIES.items():
         curves = {run.name: run.series[name] for run in runs if name in run.series and run.series[name].steps}
@@ -161,14 +160,14 @@ def series_ends(runs: Sequence[Run]) -> list[dict[str, str]]:
 
 
 def differing_settings(settings: Mapping[str, Mapping[str, str]]) -> list[dict[str, str]]:
-    """Rows of a table: each setting that is not the same in all runs, and its value by run."""
+    """Return table rows: the settings that differ between runs, with their values by run."""
     names = dict.fromkeys(name for own in settings.values() for name in own if name not in OWN_SETTINGS)
     rows = {name: {run: own.get(name, "–") for run, own in settings.items()} for name in names}
     return [{"setting": name, **row} for name, row in rows.items() if len(set(row.values())) > 1]
 
 
 def render(data: dict[str, Any]) -> str:
-    """The page's HTML. Values can reach it only through `embed` and `html.escape`."""
+    """Return the page's HTML. Values can reach it only through `embed` and `html.escape`."""
     parts = files("video_r1.report")
     style = (parts / "page.css").read_text("utf-8")
     script = "\n".join((parts / name).read_text("utf-8") for name in SCRIPTS)
@@ -187,7 +186,7 @@ def render(data: dict[str, Any]) -> str:
 
 
 def embed(value: Any) -> str:
-    """JSON that is safe inside a script element: no `<`, `>`, `&`, and ASCII only (so U+2028 is escaped)."""
+    """Return JSON that is safe in a script element: no `<`, `>`, `&`, ASCII only (U+2028 is escaped)."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
@@ -204,29 +203,19 @@ def _run(run: Run, groups: tuple[list[dict[str, Any]], int]) -> dict[str, Any]:
             continue
         if curve.steps not in axes:
             axes.append(curve.steps)
+        points = [float(f"{value:.5g}") for value in curve.values]
         series[name] = {
-            "axis": axes.index(curve.steps),
-            "y": [float(f"{value:.5g}") for value in curve.values],
-            "bad": curve.not_finite,
-            "averaged": curve.averaged,
-        }
+            "axis": axes.index(curve.steps), "y": points, "bad": curve.not_finite, "averaged": curve.averaged
+        }  # fmt: skip
     return {
-        "name": run.name,
-        "kind": run.kind,
-        "about": _about(run),
-        "config": run.config,
-        "axes": axes,
-        "series": series,
-        "groups": groups[0],
-        "groupsTotal": groups[1],
-        "quarantine": run.quarantine,
-        "skippedUpdates": run.skipped_updates,
-        "leftOut": run.left_out,
-    }
+        "name": run.name, "kind": run.kind, "about": _about(run), "config": run.config, "axes": axes,
+        "series": series, "groups": groups[0], "groupsTotal": groups[1], "quarantine": run.quarantine,
+        "skippedUpdates": run.skipped_updates, "leftOut": run.left_out,
+    }  # fmt: skip
 
 
 def _about(run: Run) -> list[str]:
-    """Short facts on a run: steps, time, and the settings that matter most."""
+    """Return short facts on a run: steps, time, and its main settings."""
     facts = []
     steps = max((curve.steps[-1] for curve in run.series.values() if curve.steps), default=None)
     if steps is not None:
@@ -236,13 +225,14 @@ def _about(run: Run) -> list[str]:
     named = {key.rsplit(".", 1)[-1]: value for key, value in run.config.items()}
     for key, caption in KEY_SETTINGS.items():
         if named.get(key) not in (None, "", "null"):
-            # Of a path its last part: the rest says how its writer's disk is arranged.
+            # The last part of a path: the rest describes the writer's disk.
             facts.append(f"{caption} {named[key].rstrip('/').rsplit('/', 1)[-1]}")
     return facts
 
 
 def duration(seconds: float) -> str:
-    """
+    """Return seconds as text.
+
     >>> duration(75), duration(4000)
     ('1 min 15 s', '1 h 7 min')
     """
@@ -253,7 +243,7 @@ def duration(seconds: float) -> str:
 
 
 def _figures(runs: list[Run]) -> list[dict[str, str]]:
-    """The first training run's key figures: where each series ended, and where it started."""
+    """Return the main figures of the first training run: the end and the start of each series."""
     series = next((run.series for run in runs if run.series), {})
     figures = []
     for name, (caption, unit, decimals) in KEY_SERIES.items():
@@ -264,13 +254,13 @@ def _figures(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def ends(curve: Series) -> tuple[float, float]:
-    """The means of a curve's first and last tenth (at least one point each)."""
+    """Return the means of a curve's first and last tenth (at least one point each)."""
     width = max(1, round(len(curve.values) * END_SHARE))
     return sum(curve.values[:width]) / width, sum(curve.values[-width:]) / width
 
 
 def _demo_figures(summary: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The key figures of a folder with evaluated stages: the last stage beside the one before."""
+    """Return the main figures of a folder with evaluated stages: the last stage beside the one before."""
     rows = [row for row in scores if row["ordered"]]
     if not rows:
         return []

@@ -1,4 +1,4 @@
-"""Evaluation results for the page: one row for each evaluated checkpoint, from its summary.json."""
+"""Evaluation scores for the report: one row for each checkpoint and number of frames, from summary.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,13 +22,12 @@ MAX_PARTS = 60  # rows of one breakdown
 
 
 def read_scores(run: Run) -> list[dict[str, Any]]:
-    """One row for each frame count that a folder was evaluated with.
+    """Return one row for each number of frames that a folder was evaluated with, and for its direct answers.
 
     A row has `name`; `ordered`, `shuffled` and `gap`, each {"mean", "low", "high", "n"} with a 95 % interval,
-    or None where there is nothing; `overlaps` of answers that say where and when; `format`, the share of
-    ordered outputs in the answer format; `about`, what the figures are over; and `by`, the same figures by
-    type, source and so on. Images have no frame order: where there are videos beside them, the row is over
-    the videos. Where the questions were also answered directly, these answers have a row of their own.
+    or None; `overlaps` of grounding answers; `format`, the share of ordered outputs in the answer format;
+    `about`, the subset; and `by`, the same figures by type, source and so on. Images have no frame order: if
+    there are videos too, the row is over the videos.
     """
     name = run.name.rsplit("/", 1)[-1].removeprefix("eval-")
     tables = as_table(read_object(run.folder / "summary.json", run.notes).get("frames")) or _unfinished(run)
@@ -55,7 +54,7 @@ def _row(name: str, figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unfinished(run: Run) -> dict[str, Any]:
-    """Figures of an evaluation that has not written its summary yet, over the questions answered so far."""
+    """Return figures of an evaluation without a summary, over the questions answered so far."""
     tables: dict[str, Any] = {}
     for path in prediction_files(run.folder):
         answers: dict[tuple[str, str], dict[str, Any]] = {}
@@ -92,7 +91,7 @@ def _parts(groups: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each grounding type, order and overlap: its mean, and the shares R@0.3, R@0.5, R@0.7."""
+    """Return the mean and the shares R@0.3, R@0.5, R@0.7 of each grounding type, order and overlap."""
     rows = []
     for kind, group in list(types.items())[:MAX_PARTS]:
         for order in ORDERS:
@@ -106,7 +105,7 @@ def _overlaps(types: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def with_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows in the order of the stages, with those that only a demo's summary.json has."""
+    """Return rows in the order of the stages, including those that only a demo's summary.json has."""
     merged = {row["name"]: row for row in rows}
     keys = ("accuracy", "interval95", "format_rate", "temporal_gap")
     accuracy, intervals, formats, gaps = (as_table(summary.get(key)) for key in keys)

@@ -13,7 +13,7 @@ from video_r1.report.run_data import ANSWERS, finite, text
 from video_r1.settings.frames import Order
 from video_r1.studio.folders import Found
 from video_r1.studio.manifests import ManifestIndex, row_of
-from video_r1.studio.requests import Answer, Recent, number
+from video_r1.studio.requests import Answer, number
 from video_r1.studio.tail import Tail, parse
 
 OPEN_FILES = 24  # of predictions whose scores are kept in memory
@@ -80,10 +80,6 @@ class Predictions:
         with self.found.open(self.tail.name) as file:
             file.seek(scored.place[0])
             return parse(file.read(scored.place[1])) or {}
-
-
-def open_predictions() -> Recent[tuple[Found, str], Predictions]:
-    return Recent(Predictions, OPEN_FILES)
 
 
 def list_evaluations(request: Request) -> Answer:

@@ -13,11 +13,12 @@ import numpy as np
 from video_r1.data.manifests.records import question_digest
 from video_r1.report.run_data import as_list, as_table, finite, group_of, short_path, strip_of, text, whole
 from video_r1.studio.folders import Found, Refused
-from video_r1.studio.manifests import paths_of
+from video_r1.studio.manifests import FIELDS, paths_of
 from video_r1.studio.tail import Tail, parse
 
 MAX_ENTRIES = 100_000
 LABEL = 80  # characters
+LABELS = {"id": "problem_id", "problem": "problem", **FIELDS}
 REASONS = ("replaced", "tried", "no variance", "media")
 SKIPPED_FILES = ("left_out.jsonl", "quarantine.jsonl")
 PAGE = 50
@@ -84,16 +85,9 @@ def entry_of(record: dict[str, Any]) -> dict[str, Any]:
     ordered = [as_table(item) for item in as_list(record.get("ordered"))]
     shuffled = [as_table(item) for item in as_list(record.get("shuffled"))]
     totals = [finite(item.get("total"), _accuracy(item)) or 0.0 for item in ordered]
-    labels = {
-        "problem": "problem",
-        "type": "problem_type",
-        "media": "data_type",
-        "source": "data_source",
-        "id": "problem_id",
-    }
     return {
         "step": whole(record.get("step")),
-        **{name: text(record.get(field, ""))[:LABEL] for name, field in labels.items()},
+        **{name: text(record.get(field, ""))[:LABEL] for name, field in LABELS.items()},
         "p": finite(record.get("p"), _share(ordered)),
         "pShuffled": finite(record.get("p_shuffled"), _share(shuffled)),
         "total": round(sum(totals) / len(totals), 4) if totals else 0.0,

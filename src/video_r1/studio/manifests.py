@@ -40,24 +40,6 @@ MISSING = float("nan")
 FIELDS = {"type": "problem_type", "media": "data_type", "source": "data_source"}
 
 
-class Names:
-    """Texts as small numbers."""
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.numbers: dict[str, int] = {}
-
-    def number(self, value: object) -> int:
-        name = text(value)[:LABEL] if value is not None else ""
-        if name not in self.numbers:
-            if len(self.names) >= MAX_NAMES:
-                name = "other"
-            self.numbers.setdefault(name, len(self.names))
-            if self.numbers[name] == len(self.names):
-                self.names.append(name)
-        return self.numbers[name]
-
-
 class UncheckedPaths(MediaPaths):
     """Media paths without permission checks: a file that may not be read keeps the row's path."""
 
@@ -92,7 +74,7 @@ class ManifestIndex:
         self.life += 1
         self.starts, self.sizes = array("q"), array("l")
         self.codes = {name: array("B") for name in FIELDS}
-        self.names = {name: Names() for name in FIELDS}
+        self.names: dict[str, dict[str, int]] = {name: {} for name in FIELDS}  # values as small numbers
         self.bad = array("B")  # 1: data check complains of the row
         self.lengths = array("l")  # characters of the question
         self.rates: dict[str, array[float]] = {}
@@ -116,7 +98,10 @@ class ManifestIndex:
         self.starts.append(place)
         self.sizes.append(size)
         for name, field in FIELDS.items():
-            self.codes[name].append(self.names[name].number(row.get(field)))
+            value, numbers = row.get(field), self.names[name]
+            label = text(value)[:LABEL] if value is not None else ""
+            label = label if label in numbers or len(numbers) < MAX_NAMES else "other"
+            self.codes[name].append(numbers.setdefault(label, len(numbers)))
         self.lengths.append(len(text(row.get("problem", ""))))
         for name, rate in as_table(row.get(PASS_RATES)).items():
             if name not in self.rates and len(self.rates) < MAX_NAMES:
@@ -135,7 +120,7 @@ class ManifestIndex:
         """
         fits = np.ones(len(self), dtype=bool)
         for name, value in wanted.items():
-            fits &= np.array(self.codes[name]) == self.names[name].numbers.get(value, -1)
+            fits &= np.array(self.codes[name]) == self.names[name].get(value, -1)
         if problems:
             fits &= np.array(self.bad) != 0
         rows = np.flatnonzero(fits)
@@ -183,11 +168,7 @@ class ManifestIndex:
     def counts(self) -> dict[str, Any]:
         """Return the number of rows of each type, media and source, and of each length of question."""
         counted = {
-            name: {
-                self.names[name].names[code]: int(count)
-                for code, count in enumerate(np.bincount(np.array(self.codes[name], dtype=np.int64)))
-                if count
-            }
+            name: dict(zip(self.names[name], np.bincount(np.array(self.codes[name])).tolist(), strict=True))
             for name in FIELDS
         }
         edges = [0, 25, 50, 75, 100, 150, 200, 300, 500, 1000]

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from video_r1.errors import RequestError
 
@@ -28,17 +27,10 @@ except ModuleNotFoundError as missing:
 from video_r1.studio import ask, evaluations, manifests, runs
 from video_r1.studio.clips import Uploads
 from video_r1.studio.folders import Library, Refused
-from video_r1.studio.requests import LOCAL, Access, Answer, token_of
+from video_r1.studio.requests import LOCAL, Access, Answer, Recent, token_of
 
 PARTS = (runs, ask, manifests, evaluations)
 """The parts of the page; each lists its addresses in ROUTES."""
-PAGE_FILES = {
-    "page.css": "report", "charts.js": "report", "curves.js": "report", "places.js": "report",
-    "frames.js": "report", "rollouts.js": "report",
-    "studio.css": "studio", "studio.js": "studio", "list.js": "studio", "skipped.js": "studio",
-    "run.js": "studio", "clips.js": "studio", "ask.js": "studio", "data.js": "studio", "versus.js": "studio",
-}  # fmt: skip
-"""The page's files and their rooms: charts and rollouts are the report's."""
 KINDS = {".css": "text/css", ".js": "text/javascript"}
 
 
@@ -50,10 +42,13 @@ def application(
     token: what every request has to bring. engines: addresses that may receive API keys of the environment.
     """
     page = (files("video_r1.studio") / "studio.html").read_text("utf-8")
-    texts = {name: (files(f"video_r1.{room}") / name).read_text("utf-8") for name, room in PAGE_FILES.items()}
-
-    def index(request: Request) -> Response:
-        return Response(page, media_type="text/html")
+    rooms = [files("video_r1.report"), files("video_r1.studio")]  # charts and rollouts are the report's
+    texts = {
+        file.name: file.read_text("utf-8")
+        for room in rooms
+        for file in room.iterdir()
+        if file.name.endswith(tuple(KINDS))
+    }
 
     def static(request: Request) -> Response:
         name = request.path_params["name"]
@@ -61,26 +56,27 @@ def application(
             raise HTTPException(404, "there is no such file")
         return Response(texts[name], media_type=KINDS[Path(name).suffix])
 
-    def no_icon(request: Request) -> Response:
-        return Response(status_code=204)
-
     app = Starlette(
         routes=[
-            Route("/", index),
+            Route("/", lambda request: Response(page, media_type="text/html")),
             Route("/page/{name}", static),
-            Route("/favicon.ico", no_icon),
+            Route("/favicon.ico", lambda request: Response(status_code=204)),
             *(r for part in PARTS for r in part.ROUTES),
         ],
         middleware=[
             Middleware(Access, token=token, any_host=any_host),
             Middleware(GZipMiddleware, compresslevel=3),
         ],
-        exception_handlers={HTTPException: _said, OSError: _unreadable, Refused: _unreadable},
+        exception_handlers={
+            HTTPException: lambda _, error: Answer({"error": error.detail}, error.status_code),
+            OSError: _unreadable,
+            Refused: _unreadable,
+        },
         lifespan=_lifespan,
     )
     app.state.library = library = Library(roots)
     app.state.runs, app.state.manifests = runs.Runs(library), manifests.Manifests(library)
-    app.state.predictions = evaluations.open_predictions()
+    app.state.predictions = Recent(evaluations.Predictions, evaluations.OPEN_FILES)
     app.state.key_origins = {origin for engine in engines for origin in ask.origins_of(engine)}
     app.state.model, app.state.uploads, app.state.adding = ask.ModelProcess(), Uploads(), asyncio.Lock()
     return app
@@ -122,10 +118,6 @@ def run_studio(
     print(f"studio of {', '.join(map(str, roots))}: {address}{entry}", flush=True)
     config = uvicorn.Config(app, log_level="warning", server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
-
-
-def _said(request: Request, error: Any) -> Response:
-    return Answer({"error": error.detail}, error.status_code)
 
 
 def _unreadable(request: Request, error: Exception) -> Response:
