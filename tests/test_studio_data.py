@@ -77,12 +77,12 @@ def test_a_manifest_that_grows_and_one_that_is_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "rows", "said"), [
-    ('[{"problem_id": 1}, {"problem', 1, "is no JSON after byte 20"),
-    ('[{"problem_id": 1}, nonsense, {"problem_id": 2}]', 1, "is no JSON"),
-    ('[{"problem_id": 1}, 7, "x", {"problem_id": 2}]', 2, "2 entries that are no objects"),
+    ('[{"problem_id": 1}, {"problem', 1, "is not JSON after byte 20"),
+    ('[{"problem_id": 1}, nonsense, {"problem_id": 2}]', 1, "is not JSON"),
+    ('[{"problem_id": 1}, 7, "x", {"problem_id": 2}]', 2, "2 unreadable entries"),
     ('\ufeff [{"problem_id": 1}]', 1, ""),
     ("[]", 0, ""),
-    ("[" * 100_000, 0, "is no JSON"),
+    ("[" * 100_000, 0, "is not JSON"),
 ])  # fmt: skip
 def test_lists_that_are_broken(tmp_path: Path, text: str, rows: int, said: str) -> None:
     path = tmp_path / "m.json"

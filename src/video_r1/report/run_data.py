@@ -214,7 +214,10 @@ def flat(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    except RecursionError:
+        return "(nested too deep)"
 
 
 def short_path(path: str) -> str:

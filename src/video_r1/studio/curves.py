@@ -1,7 +1,7 @@
-"""A run's series in columns, and as many points of them as a chart has room for.
+"""The series of a run in columns, and at most 1,500 points of each for a chart.
 
-Row i of every column is one logging step. Points are means over 1, 2, 4, … neighbouring rows, so that those
-that are whole never change and a browser that has them asks for the rest alone.
+Row i of every column is one logging step. Points are means over 1, 2, 4, … neighbouring rows: complete points
+never change, so that a browser asks for the new ones only.
 """
 
 import math
@@ -20,7 +20,7 @@ MISSING = math.nan
 
 
 class Curves:
-    """Columns of metrics.jsonl. `life` counts how often rows that were handed out have changed."""
+    """Columns of metrics.jsonl. `life` counts how often rows that were sent have changed."""
 
     def __init__(self) -> None:
         self.life = 0
@@ -32,11 +32,11 @@ class Curves:
         self.merged = 1  # logged lines behind a row
         self.steps, self.times, self.tokens = array("q"), array("d"), array("d")
         self.series: dict[str, array[float]] = {}
-        self.bad: dict[str, int] = {}  # values that were not finite
+        self.bad: dict[str, int] = {}  # number of values that were not finite
 
     def add(self, place: int, length: int, record: Mapping[str, Any]) -> None:
-        """Takes a line. One of the step before belongs to its row (validation); one of an earlier step takes
-        the place of all from there on: the run was continued from a checkpoint.
+        """Add a line. A line of the same step joins its row (validation); a line of an earlier step replaces
+        all rows from there on: the run was resumed from a checkpoint.
         """
         step = finite(record.get("step"))
         if step is None or not 0 <= step < 2**53:
@@ -88,10 +88,10 @@ class Curves:
         self.series = {name: array("d", _means(column, 2)) for name, column in self.series.items()}
 
     def points(self, have: int = 0, width: int = 0) -> dict[str, Any]:
-        """What a chart draws, as JSON values; `from`: the number of the first of these points.
+        """Return points of a chart as JSON values; `from`: the number of the first of them.
 
-        have, width: points that the reader has, and the rows behind each. Where they are still good, only the
-        last of them, which may not have been whole, and those after it come back.
+        have, width: number of points that the reader has, and rows in each. If they are still valid, only the
+        last one, which may have been incomplete, and newer ones are returned.
         """
         now = 1
         while self.rows > MAX_POINTS * now:
@@ -99,21 +99,18 @@ class Curves:
         first = max(0, have - 1) if width == now else 0
         begin = first * now
 
-        def rest(column: "array[Any]") -> "array[Any]":
-            return column[begin:]
-
         return {
             "life": self.life,
             "width": now,
             "averaged": now * self.merged,
             "from": first,
-            "steps": _last(rest(self.steps), now).tolist(),
-            "times": _last(rest(self.times), now).tolist(),
-            "tokens": _last(rest(self.tokens), now).tolist(),
+            "steps": _last(self.steps[begin:], now).tolist(),
+            "times": _last(self.times[begin:], now).tolist(),
+            "tokens": _last(self.tokens[begin:], now).tolist(),
             "series": {
                 name: [
                     None if math.isnan(value) else float(f"{value:.5g}")
-                    for value in _means(rest(column), now)
+                    for value in _means(column[begin:], now)
                 ]
                 for name, column in self.series.items()
             },
@@ -122,7 +119,7 @@ class Curves:
 
 
 def _tokens(record: Mapping[str, Any], steps: int) -> float:
-    """Tokens that were sampled in these steps, or trained on in SFT, as far as a line says so."""
+    """Return the tokens that were sampled in these steps, or trained on in SFT; 0 if unknown."""
     speed, seconds = finite(record.get("speed/tokens_per_second")), finite(record.get("seconds/rollout"))
     if speed is None or seconds is None:
         return 0.0
@@ -130,14 +127,14 @@ def _tokens(record: Mapping[str, Any], steps: int) -> float:
 
 
 def _last(column: "array[Any]", width: int) -> np.ndarray:
-    """The last value of each `width` neighbours."""
+    """Return the last value of each `width` neighbours."""
     values = np.array(column)
     ends = np.append(np.arange(width - 1, len(values) - 1, width), len(values) - 1) if len(values) else []
     return values[np.asarray(ends, dtype=int)]
 
 
 def _means(column: "array[float]", width: int) -> list[float]:
-    """The mean of each `width` neighbours, over those that are there."""
+    """Return the mean of each `width` neighbours, over known values."""
     values = np.array(column)
     if width == 1 or not len(values):
         return values.tolist()

@@ -23,6 +23,8 @@ Take = Callable[[int, int, dict[str, Any]], None]
 class Tail:
     """A JSON lines file that grows. An unfinished last line is read when it is complete."""
 
+    units = ("line", "lines")
+
     def __init__(self, found: Found, name: str, max_line: int = MAX_LINE) -> None:
         self.found, self.name, self.max_line = found, name, max_line
         self.life, self.note = 0, ""  # life: how often the file was started over
@@ -108,12 +110,14 @@ class Tail:
     def notes(self) -> list[str]:
         """Problems of the file, for the page."""
         counts = ((self.unreadable, "unreadable"), (self.too_long, "far too long"))
-        said = [f"{self.name}: {n} {kind} line{'s' if n > 1 else ''} skipped" for n, kind in counts if n]
+        said = [f"{self.name}: {n} {kind} {self.units[n > 1]} skipped" for n, kind in counts if n]
         return [self.note, *said] if self.note else said
 
 
 class JsonArray(Tail):
     """A file `[{…}, {…}]`. A file that changes is read again from its start."""
+
+    units = ("entry", "entries")
 
     def _identity(self, status: os.stat_result) -> tuple[int, ...]:
         return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
