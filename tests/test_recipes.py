@@ -52,13 +52,8 @@ def command_of(name: str) -> str:
     return "sft" if "-sft" in name else "rl"
 
 
-def some(quick: tuple[str, ...]) -> list[Any]:
-    """All recipes, those that are not named here marked slow."""
-    return [pytest.param(*recipe, marks=() if recipe[0] in quick else pytest.mark.slow) for recipe in RECIPES]
-
-
 RUN = [
-    ("video-r1-7b-sft", "video-r1-7b-{}"),
+    pytest.param("video-r1-7b-sft", "video-r1-7b-{}", marks=pytest.mark.slow),
     ("qwen3-vl-4b-tgrpo-lora", "qwen3-vl-4b-{}-lora"),
     pytest.param("video-r1-7b-tgrpo", "video-r1-7b-{}", marks=pytest.mark.slow),
     pytest.param("qwen3.5-4b-tgrpo-lora", "qwen3.5-4b-{}-lora", marks=pytest.mark.slow),
@@ -165,7 +160,8 @@ def test_what_a_recipe_says_of_itself_is_checked(tmp_path: Path, line: str, said
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "form"), some(("video-r1-3b-sft", "smolvlm2-500m-tgrpo-lora")))
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "form"), RECIPES)
 def test_a_recipe_fits_its_machine(name: str, form: str) -> None:
     checkpoint, (gpus, memory) = MACHINES[form]
     billions, config = (
