@@ -324,7 +324,7 @@ def test_settings_of_the_objective_reach_it(
     ("changes", "message"),
     [
         ({"top_p": 0.9}, "top_p"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1.*not those of the policy"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty is 1.1.*not those of the trained policy"),
         # a weight of a reward that the settings turn off would be ignored
         (
             {"rewards": None, "reward_weights": {"length": 0.5}},
