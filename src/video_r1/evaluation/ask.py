@@ -43,12 +43,12 @@ def run_ask(settings: AskSettings) -> str:
     from video_r1.evaluation.session import ModelSession, sampling_of
 
     sampling, answer = sampling_of(settings), ""
-    with closing(ModelSession(settings)) as interview:
+    with closing(ModelSession(settings)) as session:
         for number, sample in enumerate(samples):
-            prompts = interview.prompts(sample, ["ordered", *settings.contrast])
+            prompts = session.prompts(sample, ["ordered", *settings.contrast])
             if len(samples) > 1:
                 print(f"{chr(10) if number else ''}{sample.problem}")
-            views = interview.ask(sample, prompts, settings.samples, sampling, _write_first)
+            views = session.ask(sample, prompts, settings.samples, sampling, _write_first)
             answer = _print_answer(sample, views[0])
             if len(views) > 1 or settings.samples > 1:
                 print(f"\n{views_table(sample, views)}")
@@ -88,8 +88,8 @@ def views_table(sample: Sample, views: Sequence[View]) -> str:
             "" if gap is None else f"{gap.mean:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]",
             ", ".join([*said, "…"] if len(counts) > _ANSWERS_SHOWN else said),
         ))  # fmt: skip
-    what = "right" if sample.answer else "as most in order"
-    return table(("frames", what, "95 %", "in order minus this", "answers"), rows)
+    what = "right" if sample.answer else "as the ordered majority"
+    return table(("frames", what, "95 %", "ordered minus this", "answers"), rows)
 
 
 def question_sample(settings: AskSettings, question: str) -> Sample:

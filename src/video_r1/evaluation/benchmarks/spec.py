@@ -39,38 +39,36 @@ def json_or_parquet(path: Path) -> Iterator[Row]:
 class Benchmark:
     """A declared benchmark. `problem`, `choices` and `answer` are names of published fields."""
 
-    name: str  # as `--bench` names it; also its folder below the media root
+    name: str  # in `--bench`, and of its folder below the media root
     title: str
     dataset: str  # dataset on the Hugging Face hub of which the folder is a copy
-    files: Sequence[str]  # annotation files in the folder: the first pattern that finds any counts
-    unpack: str  # what has to be done to the downloaded media
+    files: Sequence[str]  # patterns of annotation files; the first one with matches is used
+    unpack: str  # how to unpack the downloaded media
     questions: int  # published number
     options: Sequence[int] = (2, 2)  # fewest and most options of its multiple-choice questions
-    problem_type: str = ""  # of all questions; "": by the task, the options and the answer
-    problem_id: str = ""  # template; where it gives nothing, questions are numbered
+    problem_type: str = ""  # of all questions; "" decides by the task, the options and the answer
+    problem_id: str = ""  # template; questions are numbered if it gives nothing
     problem: str = "question"
     choices: str = "options"
     answer: str = "answer"
-    answers_are: Literal["letter", "text"] = "letter"  # where one could be either: options "E", "A" and "I"
+    answers_are: Literal["letter", "text"] = "letter"  # if it could be either: options "E", "A" and "I"
     task_type: str  # template
-    only: Mapping[str, str] = field(default_factory=dict)  # without rows that have other values in these
+    only: Mapping[str, str] = field(default_factory=dict)  # fields and the values that rows must have
     regression: Sequence[str] = ()  # task types whose answer is a measured number
     open_ended: bool = False  # whether there are questions without options
-    places: Sequence[str] = ()  # templates of where a clip may lie
-    clip: str = (
-        ""  # the field that the places name a clip by, where it is the name of its file without ending
-    )
+    places: Sequence[str] = ()  # templates of a clip's possible paths
+    clip: str = ""  # field with the stem of the clip's file name, if the paths use one
     window: tuple[str, str] | None = None  # fields with the start and the end in seconds
-    # By task type, or "" for all: a text with {question}, and {kind} of it, multi-choice or open-ended.
+    # Wording by task type ("" for all), with {question} and its {kind}, multi-choice or open-ended.
     prompts: Mapping[str, str] = field(default_factory=dict)
     metric: str = "accuracy"
-    headline: Literal["questions", "tasks"] = "questions"  # what the mean is over
-    # Sets of questions that are right only as a whole, by the metric's name: `by`, a template of the set that
-    # a question is in ("": in none), and `questions`, how many a set has.
+    headline: Literal["questions", "tasks"] = "questions"  # units of the mean
+    # Sets of questions that are right only as a whole, by metric: `by`, template of a question's set ("" for
+    # none), and `questions`, the size of a set.
     pairs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     reference_task: str = ""  # template: the task type of a row of the reference's JSON
     unverified: Sequence[str] = ()  # assumptions that no published file or program confirms
-    tables: Tables = field(default_factory=dict)  # for the functions below, which are given a row and these
+    tables: Tables = field(default_factory=dict)  # arguments, with a row, of the functions below
     read: Callable[[Path], Iterator[Row]] = json_or_parquet
     find_places: Callable[[Row, Tables], Iterable[Place]] | None = None  # replaces `places`
     find_task: Callable[[Row, Tables], str] | None = None  # replaces `reference_task`
