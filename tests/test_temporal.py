@@ -28,9 +28,9 @@ from video_r1.rewards.temporal import (
     warn_of_cancelled_bonus,
 )
 from video_r1.settings.training import SampledRule, TemporalRule, TGRPOSettings
-from video_r1.training.advantages import group_advantages
 from video_r1.training.callbacks import TaskMoments
 from video_r1.training.metrics import Meter, describe_credit
+from video_r1.training.objective import group_advantages
 from video_r1.training.tgrpo import credit
 
 

@@ -36,9 +36,9 @@ from video_r1.recipe import Recipe, plain, save_resolved
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.rollout.transformers import eval_mode
 from video_r1.settings.base import Settings
-from video_r1.training.advantages import Moments, deviation, updated_moments
 from video_r1.training.checkpoints import last_whole_checkpoint
 from video_r1.training.metrics import SKIPPED_GROUPS, Meter, tolerated, warn_once
+from video_r1.training.objective import Moments, deviation, updated_moments
 
 logger = logging.getLogger(__name__)
 # Mean absolute difference of log-probs. With the same weights it is about 0.01 in bfloat16, 1e-5 in float32.

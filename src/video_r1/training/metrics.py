@@ -17,8 +17,7 @@ from torch import Tensor
 from video_r1.data.rollouts import Rollout, RolloutGroup
 from video_r1.models.group_forward import GroupLogprobs
 from video_r1.processes import gather, process_count
-from video_r1.training.advantages import without_variance
-from video_r1.training.objective import PolicyLoss
+from video_r1.training.objective import PolicyLoss, without_variance
 
 logger = logging.getLogger(__name__)
 

@@ -66,7 +66,6 @@ from video_r1.rollout.transformers import TransformersEngine
 from video_r1.settings.base import settings_docs
 from video_r1.settings.training import TGRPOSettings
 from video_r1.settings.vllm import VLLMSettings
-from video_r1.training.advantages import group_advantages
 from video_r1.training.batches import PolicyBatch, Step, StepRollouts, kept_tokens, sampler_weights, step_of
 from video_r1.training.callbacks import (
     CHECKED_QUESTIONS,
@@ -77,7 +76,7 @@ from video_r1.training.callbacks import (
 )
 from video_r1.training.logprob_contrast import Comparison, compare, samples_as_it_scores
 from video_r1.training.metrics import SKIPPED_GROUPS, describe_groups, describe_update, tolerated
-from video_r1.training.objective import ClipRange, entropy_sum, policy_loss
+from video_r1.training.objective import ClipRange, entropy_sum, group_advantages, policy_loss
 from video_r1.training.questions import (
     Asked,
     Difficulty,
