@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -49,8 +48,7 @@ ROWS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media, monkeypatch, workers):
+def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media, monkeypatch):
     from video_r1.data.decoding import decoders
 
     opened = []
@@ -61,7 +59,7 @@ def test_every_file_is_opened_once_and_each_question_of_a_bad_one_is_named(media
 
     original = decoders.read_media
     monkeypatch.setattr(decoders, "read_media", noted)
-    result = check_media(load_manifest(manifest(media, ROWS, "m.json")), SMALL, workers)
+    result = check_media(load_manifest(manifest(media, ROWS, "m.json")), SMALL, 3)
     names = ["good.mp4", "good.mp4", "good.png", "missing.mp4", "other.mp4", "still.mp4", "text.mp4"]
     assert sorted(name for name, _ in opened) == names
     assert result.files == 7
@@ -121,20 +119,7 @@ def test_the_tables_of_counts(media):
     )
 
 
-def test_a_long_table_of_sources_is_cut_and_says_so():
-    samples = [Sample(n, "q", "video", "OCR", "", "p", data_source=f"s{n % 50:02}") for n in range(100)]
-    lines = format_counts(samples).split("\n\n")[1].splitlines()
-    assert len(lines) == 1 + 40 + 2
-    assert lines[-2].split() == ["(10", "more)", "20", "20"]
-    assert lines[-1].split() == ["all", "100", "100"]
-
-
 # --- progress --------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -154,12 +139,3 @@ def test_plain_lines_come_every_ten_seconds_with_rate_and_time_left(clock):
     assert len(lines) == 10 + 1
     assert lines[0] == "reading: 10/100 files, 1.00 files/s, 1:30 left"
     assert lines[-1] == "reading: 100/100 files, 1.00 files/s, 1:40 taken"
-
-
-def test_a_terminal_gets_a_bar():
-    stream = Terminal()
-    with Progress(4, "reading", "files", stream=stream) as bar:
-        bar.update(4, bad=1)
-    shown = re.sub(r"\x1b\[[?\d;]*[a-zA-Z]", "", stream.getvalue())
-    assert "reading: 100%" in shown and "4/4 files" in shown and "bad 1" in shown
-    assert stream.getvalue().endswith("\x1b[?25h")  # the cursor is back

@@ -20,7 +20,6 @@ from video_r1.data.decoding.media import Media
 from video_r1.data.manifests.records import load_manifest
 from video_r1.data.prompts import PromptBuilder, TextPrompts, blind_prompt, contrast_frames, contrast_prompt
 from video_r1.data.rollouts import Rollout
-from video_r1.evaluation.summary import summarise, summary_table
 from video_r1.models.group_forward import group_logprobs
 from video_r1.models.loading import freeze_vision, load_model, load_processor
 from video_r1.rollout.endpoint_engine import chat_request
@@ -265,26 +264,3 @@ def test_blind_questions_to_vllm_in_training(
     (line,) = (line for line in read_lines(tmp_path / "metrics.jsonl") if "loss" in line)
     assert line["sampler/logprob_difference_max"] < 1e-4
     assert math.isfinite(line["temporal/gap" if rule == "margin" else "temporal/drop"])
-
-
-def record(question: int, order: str, score: float) -> dict[str, Any]:
-    return {
-        "problem_id": question, "order": order, "score": score, "strict_score": 0.0, "format": 1.0,
-        "prediction": "A", "finish_reason": "stop", "data_type": "video",
-    }  # fmt: skip
-
-
-def test_the_gap_of_each_contrast() -> None:
-    records = [
-        *(record(1, "ordered", 1.0), record(1, "shuffled", 0.0), record(1, "reversed", 1.0)),
-        *(record(2, "ordered", 1.0), record(2, "shuffled", 1.0), record(2, "blind", 0.0)),
-    ]
-    figures = summarise(records)
-    assert figures["temporal_gap"]["gap"] == 0.5  # that of shuffled frames stays where it was
-    gaps = figures["temporal_gaps"]
-    assert gaps.keys() == {"reversed", "blind"}
-    assert (gaps["reversed"]["gap"], gaps["reversed"]["questions"], gaps["reversed"]["reversed"]) == (0, 1, 1)
-    assert (gaps["blind"]["gap"], gaps["blind"]["ordered"], gaps["blind"]["blind"]) == (1, 1, 0)
-    text = summary_table({"frames": {"16": figures | {"skipped": 0}}})
-    assert "blind: accuracy 0.000 [0.000, 0.000], temporal gap 1.000 [1.000, 1.000]" in text
-    assert "temporal_gaps" not in summarise(records[:2])

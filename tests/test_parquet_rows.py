@@ -189,15 +189,6 @@ def test_a_rows_own_text_is_no_place_of_its_own(tmp_path: Path) -> None:
     assert "is a URL; these are refused unless allow_urls is set" in problem.text
 
 
-def test_the_card_says_what_columns_hold(tmp_path: Path) -> None:
-    one_table(tmp_path / "set" / "train.parquet", {"scene": [CELL], "sound": [CELL]})
-    features = [{"name": "scene", "dtype": "image"}, {"name": "sound", "dtype": "audio"}]
-    card = {"dataset_info": {"features": features, "splits": [{"name": "train", "num_examples": 1}]}}
-    (tmp_path / "set" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
-    (one,) = load_manifest(tmp_path / "set")
-    assert one.path == f"parquet://scene/0::{tmp_path}/set/train.parquet"
-
-
 def test_a_table_at_an_address(shelf: Path, clips: list[Path], memory: Any, tmp_path: Path) -> None:
     for file in shelf.rglob("*.parquet"):
         memory.pipe(f"/b/{file.name}", file.read_bytes())
