@@ -9,7 +9,7 @@ const GLOSSARY = {
   "p, p\u0303": "shares of right answers to one question: with the frames in order, and with the contrast clip. Curves show their means over the questions.",
   "temporal gap": "p − p\u0303; in an evaluation accuracy in order minus accuracy shuffled, on the same questions. Near 0, the model answers without the order of the frames.",
   "temporal reward": "the bonus of right answers in order, by temporal_rule: α·(p − p\u0303) where that is above 0 (margin), or α wherever p ≥ μ·p\u0303 (threshold).",
-  "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, one alone (single), or all left out (blind).",
+  "contrast clip": "the same clip with its frames shuffled, reversed, frozen, half of them dropped, one alone (single), or none (blind).",
   "accuracy, format, length reward": "1 for a right answer; 1 for <think>…</think><answer>…</answer> and nothing else; a little for right answers of a wanted length.",
   advantage: "how much better an answer is than the others of its group: what the update weighs its tokens by. Positive ones become likelier.",
   credit: "how much the temporal reward changes the advantages. Near 0 it cancels, and the run is plain GRPO.",

@@ -71,17 +71,14 @@ def find_run_folders(root: Path, depth: int = 2) -> list[Path]:
     """Return `root` and the folders at most `depth` levels below it that hold a run's files."""
     with os.scandir(root) as listing:
         entries = sorted(listing, key=lambda entry: entry.name)
-    found = [root] if any(_is_of_run(entry.name) and entry.is_file() for entry in entries) else []
+    answers = tuple(f"{begin}-" for begin in ANSWERS.values())
+    of_run = (e for e in entries if e.name in RUN_FILES or e.name.startswith(answers))
+    found = [root] if any(e.name.endswith(".jsonl") and e.is_file() for e in of_run) else []
     for entry in entries if depth > 0 else []:
         if entry.is_dir(follow_symlinks=False) and not entry.name.startswith(("checkpoint", ".", "frames")):
             with contextlib.suppress(PermissionError, FileNotFoundError):  # not readable, or gone
                 found += find_run_folders(root / entry.name, depth - 1)
     return found
-
-
-def _is_of_run(name: str) -> bool:
-    answers = tuple(f"{begin}-" for begin in ANSWERS.values())
-    return name in RUN_FILES or (name.startswith(answers) and name.endswith(".jsonl"))
 
 
 def read_run(folder: Path, root: Path) -> Run:
@@ -261,11 +258,12 @@ def read_groups(run: Run, budget: int) -> tuple[list[dict[str, Any]], int]:
         index[step, str(record.get("problem_id"))] = (step, offset, cost)
     entries = sorted(index.values())
     wanted = {entries[i][1] for i in choose_evenly([cost for _, _, cost in entries], budget)}
-    groups = [
-        group_of(record, inlined(strip_of(run.folder, record)))
-        for offset, _, record in json_lines(path)
-        if offset in wanted
-    ]
+    groups = []
+    for offset, _, record in json_lines(path):
+        if offset in wanted:
+            strip = strip_of(run.folder, record)
+            picture = base64.b64encode(strip.read_bytes()).decode("ascii") if strip else ""
+            groups.append(group_of(record, f"data:image/jpeg;base64,{picture}" if strip else None))
     return sorted(groups, key=lambda group: group["step"]), len(entries)
 
 
@@ -281,11 +279,6 @@ def choose_evenly(costs: list[int], budget: int) -> list[int]:
 
     numbers = range(len(costs) + 1)
     return spread(bisect(numbers, budget, key=lambda count: sum(costs[i] for i in spread(count))) - 1)
-
-
-def inlined(strip: Path | None) -> str | None:
-    """Return a picture as a data: address."""
-    return strip and f"data:image/jpeg;base64,{base64.b64encode(strip.read_bytes()).decode('ascii')}"
 
 
 def group_of(record: dict[str, Any], strip: str | None) -> dict[str, Any]:

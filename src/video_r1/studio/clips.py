@@ -37,7 +37,13 @@ def play(path: str, frame: int, wanted: str | None) -> Response:
     Raises HTTPException for a file that is missing or that a browser cannot show.
     """
     if not split_member(path):
-        return media_file(Path(path, _frame(path, frame)) if os.path.isdir(path) else Path(path))
+        if not os.path.isdir(path):
+            return media_file(Path(path))
+        try:
+            names = frame_names(path)
+        except (ValueError, OSError) as error:
+            raise HTTPException(415, f"the folder cannot be shown: {error}") from error
+        return media_file(Path(path, names[_checked(frame, len(names))]))
     try:
         part = _part_of(path)
     except MediaError as error:
@@ -101,15 +107,6 @@ def _part_of(path: str) -> Part | list[Part]:
         head = file.read(12)
         ending = next((ending for at, magic, ending in _MAGIC if head[at:].startswith(magic)), "")
         return Part(copy, 0, file.seek(0, os.SEEK_END), f"cell{ending}")
-
-
-def _frame(folder: str, number: int) -> str:
-    """Return the name of a frame by its number. Raises HTTPException."""
-    try:
-        names = frame_names(folder)
-    except (ValueError, OSError) as error:
-        raise HTTPException(415, f"the folder cannot be shown: {error}") from error
-    return names[_checked(number, len(names))]
 
 
 def _checked(number: int, count: int) -> int:

@@ -11,7 +11,7 @@ function dataView(view, [wanted]) {
   const problems = make("input", { type: "checkbox", id: "data-problems", change: () => filter() });
   const filters = Object.fromEntries(ROW_FILTERS.map(([name, label]) => [name, choice(`data-${name}`, label, [["", "any"]], () => filter())]));
   const lead = make("p", { class: "lead", "aria-live": "polite" });
-  const notes = make("ul", { class: "notes", "aria-label": "What was left out" });
+  const notes = make("ul", { class: "notes", "aria-label": "Problems of the file" });
   const body = make("tbody", { keydown: step });
   const stage = make("div", { class: "stage" });
   const pictures = make("div", {});

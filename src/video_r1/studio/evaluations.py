@@ -195,14 +195,10 @@ def _question(
     answer = text(left.get("answer", ""))
     digest = text(left.get("question") or right.get("question") or "")  # missing in files of older versions
     return {
-        "id": problem[:200],
-        "answer": answer[:2000],
-        "type": text(left.get("problem_type", ""))[:80],
-        "task": text(left.get("task_type") or "")[:80],
-        "left": _output(left),
-        "right": _output(right),
+        "id": problem[:200], "answer": answer[:2000], "type": text(left.get("problem_type", ""))[:80],
+        "task": text(left.get("task_type") or "")[:80], "left": _output(left), "right": _output(right),
         "row": row_of(indexes, problem, answer, digest),
-    }
+    }  # fmt: skip
 
 
 def _output(record: dict[str, Any]) -> dict[str, Any]:

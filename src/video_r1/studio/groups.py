@@ -165,15 +165,14 @@ class SkippedGroups:
             record = {}
         taken = record.get("replaced_by")
         path = short_path(text(record.get("path", "")))
+        fields = {"type": "problem_type", "source": "data_source"}
+        numbers = {"accuracy": "accuracy", "contrast": "p_shuffled", "reward": "reward"}
         return {
+            **{name: text(record.get(field) or "")[:CELL] for name, field in fields.items()},
+            **{name: finite(record.get(field)) for name, field in numbers.items()},
             "step": None if finite(record.get("step")) is None else whole(record.get("step")),
             "id": text(record.get("problem_id", ""))[:CELL],
             "problem": (text(record.get("problem", "")) or path)[:LONG],
-            "type": text(record.get("problem_type", ""))[:CELL],
-            "source": text(record.get("data_source") or "")[:CELL],
-            "accuracy": finite(record.get("accuracy")),
-            "contrast": finite(record.get("p_shuffled")),
-            "reward": finite(record.get("reward")),
             "round": whole(record.get("round")),
             "reason": reason_of(file, record),
             "why": text(record.get("reason", ""))[:LONG] if file == 1 else "",

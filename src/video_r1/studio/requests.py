@@ -77,24 +77,21 @@ class Access:
             origin = headers.get("origin")
             if headers.get(OWN_HEADER) != "1" or (origin is not None and urlsplit(origin).netloc != host):
                 return _text("only this server's own page may write", 403)
-        cookie = cookie_name(host)
+        # Browsers send the cookies of one port to all ports of a machine.
+        cookie = f"{COOKIE}_{host.rpartition(':')[2]}" if host[-1:].isdigit() else COOKIE
         given = QueryParams(scope["query_string"]).get("token")
         if given is not None and self._is_token(given):
             # The token leaves the address bar, and with it the history.
             entered = RedirectResponse("/", 303)
             entered.set_cookie(cookie, given, httponly=True, samesite="strict")
             return entered
-        if self._is_token(_cookie(headers, cookie)) or self._is_token(headers.get("authorization", "")[7:]):
+        bearer = headers.get("authorization", "").removeprefix("Bearer ")
+        if any(map(self._is_token, (Request(scope).cookies.get(cookie, ""), bearer))):
             return None
         return _text("paste the address with ?token=… that the studio printed when it started", 401)
 
     def _is_token(self, given: str) -> bool:
         return hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode())
-
-
-def cookie_name(host: str) -> str:
-    """Return the name of the cookie: browsers send one port's cookies to all ports of a machine."""
-    return f"{COOKIE}_{host.rpartition(':')[2]}" if host[-1:].isdigit() else COOKIE
 
 
 def token_of(token: str | None, token_file: str | None) -> tuple[str, bool]:
@@ -120,11 +117,6 @@ def token_of(token: str | None, token_file: str | None) -> tuple[str, bool]:
             f"{len(given)}; without a token the studio makes its own"
         )
     return given, False
-
-
-def _cookie(headers: Headers, wanted: str) -> str:
-    pairs = (part.strip().partition("=") for part in headers.get("cookie", "").split(";"))
-    return next((value for name, _, value in pairs if name == wanted), "")
 
 
 def _text(text: str, status: int) -> Response:

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from video_r1.errors import RequestError
 
@@ -68,7 +69,7 @@ def application(
             Middleware(GZipMiddleware, compresslevel=3),
         ],
         exception_handlers={
-            HTTPException: lambda _, error: Answer({"error": error.detail}, error.status_code),
+            HTTPException: _refused,
             OSError: _unreadable,
             Refused: _unreadable,
         },
@@ -118,6 +119,10 @@ def run_studio(
     print(f"studio of {', '.join(map(str, roots))}: {address}{entry}", flush=True)
     config = uvicorn.Config(app, log_level="warning", server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
+
+
+def _refused(request: Request, error: Any) -> Response:
+    return Answer({"error": error.detail}, error.status_code)
 
 
 def _unreadable(request: Request, error: Exception) -> Response:

@@ -16,7 +16,7 @@ async function ask(path, query = {}, body = null) {
   return said;
 }
 
-/** Posts and hands on the server-sent events of the answer. Throws what the server said, and what `hear` throws. */
+/** Posts and gives the server-sent events of the answer to `hear`. Throws the server's error, and what `hear` throws. */
 async function stream(path, body, hear, signal) {
   const answer = await fetch(path, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json", "X-Video-R1": "1" }, signal });
   if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error || `the server answered ${answer.status}`);
