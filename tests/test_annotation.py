@@ -208,7 +208,7 @@ def test_a_question_that_always_fails_is_given_up_and_asked_again_next_time(
     endpoint.script[2] = [500] * 100
     assert annotate(endpoint.url, manifest, out).questions == {"kept": 3, "endpoint": 1}
     assert len(endpoint.requests) == 3 + client.ATTEMPTS
-    assert "1 questions were not answered; the same command asks again" in capsys.readouterr().out
+    assert "1 questions were not answered; run the same command to ask again" in capsys.readouterr().out
     endpoint.script.clear()
     endpoint.requests.clear()
     assert annotate(endpoint.url, manifest, out).questions == {"kept": 4}

@@ -280,7 +280,7 @@ def test_where_it_goes(
     audited(out, checkpoint, media_root=str(data.parent), out=str(tmp_path / "part.json"), limit=2)
     rows = json.loads((tmp_path / "part.json").read_text())  # rates of another audit are not mixed with these
     assert [("pass_rates" in row) for row in rows] == [True] * 2 + [False] * 4
-    with pytest.raises(RequestError, match="is no file of this machine; say --out"):
+    with pytest.raises(RequestError, match="is not a local file; pass --out"):
         audited(Path("owner/questions"), checkpoint)
     assert main(["data", "audit", str(data)]) == 2
     assert "model is missing" in capsys.readouterr().err

@@ -359,7 +359,7 @@ def test_a_manifest_of_ones_own(tmp_path: Path) -> None:
     questions = load_questions(str(manifest), None, tmp_path / "out", allow_missing=True)
     assert [sample.problem_id for sample in questions.samples] == [1, 3]
     assert (questions.name, str(questions.coverage)) == ("mine", "2 of 3 questions, 1 media files missing")
-    with pytest.raises(RequestError, match="known are vsibench"):
+    with pytest.raises(RequestError, match="benchmarks: vsibench"):
         load_questions("vsi-bench", None, tmp_path / "out")
 
 

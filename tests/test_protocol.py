@@ -146,7 +146,7 @@ def test_a_whole_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
     run += ["--media_root", str(tmp_path), "--out", str(tmp_path / "o")]
     run += ["--protocol", "reference", "--max_new_tokens", "4", *small]
     assert main(run) == 2
-    assert "Say allow_missing" in capsys.readouterr().err
+    assert "Pass --allow_missing" in capsys.readouterr().err
     assert main([*run, "--allow_missing"]) == 0
     (prompt,) = asked
     expected = "What will the person do next?Options:\nA. Wash.\nB. Close.\n\n" + THINK + LETTER

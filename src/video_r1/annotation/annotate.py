@@ -107,9 +107,8 @@ def run_annotate(settings: AnnotateSettings) -> Counts:
         print(f"{counts.table()}\n\nmanifest for SFT: {out}; its media root is {root}")
         print(f"rejected, with the reason: {rejected_path(out)}")
         if counts.questions["endpoint"]:
-            print(
-                f"{counts.questions['endpoint']:,} questions were not answered; the same command asks again"
-            )
+            count = f"{counts.questions['endpoint']:,}"
+            print(f"{count} questions were not answered; run the same command to ask again")
         if not counts.questions["kept"]:
             raise VideoR1Error(f"no rationale was kept; {rejected_path(out)} has the reasons")
         return counts

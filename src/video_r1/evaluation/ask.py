@@ -159,5 +159,5 @@ def labelled(options: Sequence[str]) -> tuple[str, ...]:
     if all(_LABELLED.match(option) for option in options):
         return tuple(options)
     if len(options) > len(LETTERS):
-        raise RequestError(f"{len(options)} options; at most {len(LETTERS)} can be lettered")
+        raise RequestError(f"{len(options)} options; at most {len(LETTERS)} are supported")
     return tuple(lettered(options))

@@ -74,7 +74,7 @@ def run_audit(settings: AuditSettings) -> dict[str, Any]:
         if summary["skipped"]:
             print(f"{summary['skipped']:,} questions skipped; the reasons: {folder / 'quarantine.jsonl'}")
         print(f"\nmanifest with pass rates: {out}; the figure: {folder / 'audit.html'}")
-        print(f"train on those that need the order: {_training_options(settings, out)}")
+        print(f"to train on the questions that need the order: {_training_options(settings, out)}")
     return {"manifest": str(out), **summary}
 
 
@@ -84,9 +84,7 @@ def _audited_path(settings: AuditSettings) -> Path:
         return Path(settings.out)
     path = Path(str(settings.manifest))
     if not path.is_file():
-        raise RequestError(
-            f"{settings.manifest} is no file of this machine; say --out where the audited one goes"
-        )
+        raise RequestError(f"{settings.manifest} is not a local file; pass --out for the audited manifest")
     ending = ".jsonl" if path.suffix == ".jsonl" else ".json"
     return path.with_name(f"{path.stem}.audited{ending}")
 

@@ -51,7 +51,7 @@ def run_eval(settings: EvalSettings, bench: BenchmarkSettings | None = None) -> 
     name = "-".join([*Path(settings.model).parts[-2:], Path(settings.manifest or "benchmarks").stem])
     folder = Path(settings.out) if settings.out else Path("runs/eval") / name.replace("/", "")
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"out: {folder} is a file; name a folder that is new or has this evaluation")
+        raise RequestError(f"out: {folder} is a file; name a new folder or that of this evaluation")
 
     def questions() -> Any:
         if settings.manifest is None:
@@ -294,7 +294,7 @@ def _benchmark_summary(
     if bench.compare == "paper" or settings.protocol:
         differences = paper.setup_differences(settings, suite)
         summary |= {"protocol": settings.protocol, "setup_differences": differences}
-        print("what differs in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
+        print("differences in the set-up:\n" + "\n".join(f"- {line}" for line in differences))
     return summary
 
 

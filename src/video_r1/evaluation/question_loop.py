@@ -196,7 +196,7 @@ class QuestionLoop(ABC):
         problem_id, and for direct answers to samples with `messages`; VideoR1Error when a rank is lost.
         """
         if not self.samples:
-            raise RequestError(f"there is nothing to ask for {self.what}: the manifest has no samples")
+            raise RequestError(f"nothing to ask for {self.what}: the manifest has no samples")
         if len({sample.problem_id for sample in self.samples}) < len(self.samples):
             raise RequestError("problem_id occurs twice among the samples; each needs its own")
         if "direct" in self.ways and any(sample.messages for sample in self.samples):
@@ -362,7 +362,7 @@ def read_records(path: Path, needed: Set[str]) -> list[dict[str, Any]]:
     with path.open("r+b") as file:
         for number, _, record in whole_lines(file):
             if record is None or not record.keys() >= needed:
-                raise RequestError(f"{path}, line {number} is no prediction; delete it to have it made again")
+                raise RequestError(f"{path}, line {number} is not a prediction; delete it to ask again")
             records.append(record)
     return records
 

@@ -89,12 +89,12 @@ def load_questions(
     present, missing = _split_by_media(samples)
     problems = _count_problems(benchmark, samples)
     if missing:
-        problems.append(f"{_listed(missing)}; to get them: {where_to_get(benchmark)}")
+        problems.append(f"{_listed(missing)}; download: {where_to_get(benchmark)}")
     if not present:
         raise RequestError(f"{benchmark.title}: {problems[-1]}")
     if problems and not allow_missing:
         raise RequestError(
-            f"{benchmark.title} in {root}: {'; '.join(problems)}. Say allow_missing to evaluate what is there"
+            f"{benchmark.title} in {root}: {'; '.join(problems)}. Pass --allow_missing to evaluate the rest"
         )
     coverage = Coverage(len(present), len(samples), benchmark.questions, missing)
     return Questions(name, benchmark.title, by_clip(present), coverage, kind, benchmark)
@@ -119,12 +119,13 @@ def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
 def _own_manifest(path: Path, media_root: str | Path | None, allow_missing: bool) -> Questions:
     if not path.is_file():
         raise RequestError(
-            f"bench: {str(path)!r} is no benchmark and no manifest file; known are {', '.join(BENCHMARKS)}"
+            f"bench: {str(path)!r} is neither a benchmark nor a manifest file; "
+            f"benchmarks: {', '.join(BENCHMARKS)}"
         )
     samples = load_manifest(path, media_root)
     present, missing = _split_by_media(samples)
     if not present or (missing and not allow_missing):
-        raise RequestError(f"{path}: {_listed(missing)}. Say allow_missing to evaluate what is there")
+        raise RequestError(f"{path}: {_listed(missing)}. Pass --allow_missing to evaluate the rest")
     coverage = Coverage(len(present), len(samples), None, missing)
     return Questions(path.stem, path.stem, by_clip(present), coverage, None, None)
 
@@ -143,7 +144,7 @@ def _rows(benchmark: Benchmark, root: Path, wanted: Annotation | None) -> tuple[
     kinds = list(looked_for) if wanted is None else [wanted]
     found = "; ".join(looked_for[kind] for kind in kinds)
     raise RequestError(
-        f"{benchmark.title}: no annotation: {found}. To get it: {where_to_get(benchmark, root)}"
+        f"{benchmark.title}: no annotation: {found}. Download: {where_to_get(benchmark, root)}"
     )
 
 
