@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from test_tgrpo import assert_same_step, plain_logits, two_are_flat
+from test_tgrpo import assert_same_step, plain_logits
 from tgrpo_trainers import first_step, make_trainer, policy_of
 from torch import Tensor
 
 from video_r1.data.rollouts import RolloutGroup
-from video_r1.training.batches import kept_tokens
 
 
 def nothing(completions: list[str], **columns: Any) -> list[float]:
@@ -45,22 +44,3 @@ def test_the_bonus_is_the_mean_over_the_tokens_of_the_step(
     policy = copy.deepcopy(policy_of(trainer)).double()
     expected = -0.5 * plain_entropies(policy, groups, 0.7).mean()
     assert_same_step(trainer, batches, normaliser, policy, expected)
-
-
-def test_tokens_are_ranked_among_those_of_groups_of_equal_rewards(
-    checkpoint: Path, manifest: Path, tmp_path: Path
-) -> None:
-    """Whatever a micro-batch is made of, without a KL term too."""
-    trainer = make_trainer(
-        checkpoint, str(manifest), tmp_path, rewards=two_are_flat, beta=0.0, temporal_rule="off",
-        top_entropy_quantile=0.3, temperature=0.7, per_device_train_batch_size=2,
-        gradient_accumulation_steps=2,
-    )  # fmt: skip
-    policy = copy.deepcopy(policy_of(trainer)).double()
-    for inputs in first_step(trainer)[0]:
-        batch = inputs["batch"]
-        scored = trainer.logprobs(policy_of(trainer), batch, with_entropy=True)
-        entropies = plain_entropies(policy, batch.groups, 0.7)
-        expected = entropies >= torch.quantile(entropies, 0.7)
-        kept = kept_tokens(batch, scored, trainer.settings)
-        assert kept is not None and kept.tolist() == expected.tolist()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +19,17 @@ from video_r1.files import is_finished
 from video_r1.processes import Interrupted, ended_by_signals, told_of_signals
 from video_r1.training.callbacks import StopWhenAsked
 
-SLOW = 60.0
 
-
-def stoppable(words: list[str], output: str, phase: Any, slow: bool) -> None:
-    """`resume_runs.command` that handles Ctrl-C, which background jobs of a shell ignore. slow: rollouts last
-    a minute from the third one on.
-    """
+def stoppable(words: list[str], output: str, phase: Any) -> None:
+    """`resume_runs.command` that handles Ctrl-C, which background jobs of a shell ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if slow:
-        from video_r1.rollout.transformers import TransformersEngine
-
-        generate, calls = TransformersEngine.generate, []
-
-        def slowly(*args: Any, **kwargs: Any) -> Any:
-            calls.append(None)
-            if len(calls) > 2:
-                time.sleep(SLOW)
-            return generate(*args, **kwargs)
-
-        TransformersEngine.generate = slowly  # pyright: ignore[reportAttributeAccessIssue]
     command(words, output, phase)
 
 
-def begin(recipe: Path, run: Path, slow: bool = False) -> Any:
+def begin(recipe: Path, run: Path) -> Any:
     phase = SERVER.Value("i", 0)
     words = ["rl", str(recipe), "--output_dir", str(run)]
-    log = run.with_suffix(".log")
-    process: Any = SERVER.Process(target=stoppable, args=(words, str(log), phase, slow))
+    process: Any = SERVER.Process(target=stoppable, args=(words, str(run.with_suffix(".log")), phase))
     process.start()
     process.phase = phase
     return process
@@ -87,27 +69,6 @@ def test_a_stopped_run_resumes_exactly(recipe: Path, whole: Path) -> None:
     assert said.endswith(f"video-r1: {last}") and "Traceback" not in said
     assert not is_finished(run) and not (run / "unfinished").exists()
     assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, step + 1))
-    finish(recipe, run)
-    same_run(run, whole)
-
-
-@pytest.mark.slow
-def test_a_second_ctrl_c_ends_it_at_once(recipe: Path, whole: Path) -> None:
-    run = recipe.with_name("at-once")
-    process = begin(recipe, run, slow=True)
-    while process.is_alive() and not (run / "metrics.jsonl").exists():
-        time.sleep(0.01)
-    time.sleep(1)
-    for _ in range(2):  # amid a rollout that lasts for a minute
-        os.kill(process.pid, signal.SIGINT)
-        asked = time.monotonic()
-        process.join(2)
-    process.join(20)
-    said = run.with_suffix(".log").read_text()
-    assert process.exitcode == 130, said[-3000:]
-    assert time.monotonic() - asked < 10
-    assert "interrupted; there is no checkpoint yet; the same command resumes" in said
-    assert not [*run.glob("checkpoint-*")]
     finish(recipe, run)
     same_run(run, whole)
 

@@ -145,30 +145,19 @@ class PolicyBatch:
         rollouts = [rollout for group in self.trained for rollout in group.ordered]
         return torch.tensor([rollout.finish_reason != "length" for rollout in rollouts])
 
-    def weights_of(self, kept: Tensor | None) -> Tensor | None:
-        """Return `token_weights`, with 0 for tokens that are not kept ([N] bool; None: all are)."""
-        if kept is None:
-            return self.token_weights
-        weights = self.token_weights
-        return kept.float() if weights is None else kept * weights.to(kept.device)
-
-    @property
-    def token_weights(self) -> Tensor | None:
-        """[N], factors of each token's policy term: the temporal rule's weight, 1 for a group without one,
-        times the sampler's. None: all 1.
+    def token_weights(self, kept: Tensor | None) -> Tensor | None:
+        """[N], factors of each token's policy term: the temporal rule's weight (1 for a group without one)
+        times the sampler's, and 0 for tokens that are not kept ([N] bool; None: all are). None: all 1.
         """
-        weights = [group.token_weights for group in self.trained]
-        if all(each is None for each in weights):
-            return self.sampler_weights
-        temporal = torch.cat(
-            [
-                torch.ones(len(rollout.token_ids)) if own is None else own[place]
-                for group, own in zip(self.trained, weights, strict=True)
-                for place, rollout in enumerate(group.ordered)
-            ]
-        )
-        sampler = self.sampler_weights
-        return temporal if sampler is None else temporal.to(sampler) * sampler
+        weights = self.sampler_weights
+        if any(group.token_weights is not None for group in self.trained):
+            ones = ([torch.ones(len(r.token_ids)) for r in group.ordered] for group in self.trained)
+            own = (group.token_weights or each for group, each in zip(self.trained, ones, strict=True))
+            temporal = torch.cat([weight for group in own for weight in group])
+            weights = temporal if weights is None else temporal.to(weights) * weights
+        if kept is None:
+            return weights
+        return kept.float() if weights is None else kept * weights.to(kept.device)
 
     @property
     def problem_ids(self) -> list[str | int]:

@@ -319,7 +319,7 @@ class TGRPOTrainer(QuestionTrainer):
             importance_sampling_level=args.importance_sampling_level,
             beta=args.beta,
             ref_logprobs=batch.ref_logprobs,
-            token_weights=batch.weights_of(kept),
+            token_weights=batch.token_weights(kept),
             counted=counted,
         )
         describe_update(self.meter, policy, result)
