@@ -254,10 +254,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def let_trackers_fail(callbacks: Sequence[TrainerCallback], names: Sequence[str]) -> None:
-    """Make trackers whose server or disk fails during the run warn once instead of ending it.
-
-    A tracker that cannot start ends the run with VideoR1Error: its settings are most likely wrong.
-    """
+    """Make trackers that fail during the run warn once; one that cannot start ends it with VideoR1Error."""
     kinds = tuple(get_reporting_integration_callbacks(names))
     for tracker in callbacks:
         if isinstance(tracker, kinds):
@@ -340,11 +337,7 @@ class StepSeconds(TrainerCallback):
 
 
 class RunFolder(TrainerCallback):
-    """Writes config.yaml and metrics.jsonl (one line a logging step) into the run folder.
-
-    A resumed run first removes the lines after the step that it resumes from. If the disk refuses a line,
-    the run continues and warns once.
-    """
+    """Writes config.yaml and metrics.jsonl; a resumed run first removes the lines of later steps."""
 
     def __init__(self, folder: Path, settings: Recipe | Settings) -> None:
         self.folder = folder
@@ -405,9 +398,7 @@ class StopWhenAsked(TrainerCallback):
 
     @contextmanager
     def listening(self, ended: Callable[[], Any]) -> Iterator[None]:
-        """Handle signals during training. Raises Interrupted if it was stopped; `ended` tells trackers and
-        the progress bar, unless training stops at once.
-        """
+        """Handle signals during training; raise Interrupted if it was stopped. `ended` informs trackers."""
         self.number, self.stopping, self.saved = None, False, False
         with told_of_signals(self.ask):
             try:
@@ -460,10 +451,8 @@ def say(text: str) -> None:
 
 
 def describe_run(args: Any, folder: Path, recipe: Recipe | None) -> None:
-    """Name the run by its folder, unless it has a name, and give the recipe's settings to the trackers.
-
-    Trackers show `args.to_dict()`, the TrainingArguments without model, adapters and data. (Their own entries
-    win: to_dict hides tokens.)
+    """Name the run by its folder, unless it has a name, and add the recipe's settings to `args.to_dict()`,
+    which trackers show. (The entries of TrainingArguments win: to_dict hides tokens.)
     """
     if args.run_name is None:
         args.run_name = folder.name

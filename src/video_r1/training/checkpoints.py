@@ -32,10 +32,7 @@ TRAINING_FILES = (
 
 
 def publish_folder(source: Path, target: Path) -> None:
-    """Replace `target` by the complete folder `source`; the earlier `target` is removed afterwards.
-
-    `source` is alone in a folder of the same file system, which is removed. `target` never holds a mixture.
-    """
+    """Replace `target` by the complete folder `source`, alone in its parent folder, which is removed."""
     flush_folder(source)
     earlier = source.with_name(f"{source.name}.earlier")
     if target.exists():
@@ -46,10 +43,7 @@ def publish_folder(source: Path, target: Path) -> None:
 
 
 def publish_files(source: Path, target: Path) -> None:
-    """Move the files of a model's folder into `target`, one rename each, config.json last.
-
-    `source` is alone in a folder, which is removed.
-    """
+    """Move a model's files from `source`, whose parent is removed, into `target`, config.json last."""
     flush_folder(source)
     files = [path for path in sorted(source.iterdir()) if path.is_file()]
     for path in sorted(files, key=lambda path: path.name in LAST_FILES):
@@ -71,10 +65,7 @@ def publish_copy(checkpoint: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """Turn a failure to write `what` below `folder` into a VideoR1Error that says how to resume.
-
-    Unfinished files are removed, which also makes room for other programs.
-    """
+    """Turn a failure to write `what` below `folder` into a VideoR1Error; remove unfinished files."""
     try:
         yield
     # safetensors and torch.save have their own errors for a full disk
@@ -127,9 +118,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 class BestCheckpoint(TrainerCallback):
-    """Restores the best checkpoint of a resumed run, also if its folder has moved, and skips a second
-    validation before the first step.
-    """
+    """Finds the best checkpoint of a resumed run in its folder; skips a second validation at its start."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -70,11 +70,9 @@ class EpochSlots(Dataset):
 
 class StepBatches(Sampler[list[tuple[int, int]]]):
     """Micro-batches of an epoch, in order: `batch_size` questions each, `step_batches` of them (over all
-    ranks) per optimizer step.
+    ranks) per optimizer step, each step repeated `iterations` times.
 
-    Each step is whole: the last one is filled up from the start of the epoch. The questions of a step
-    therefore do not depend on the number of ranks. With `iterations` above 1 the micro-batches of a step are
-    repeated that many times.
+    The last step is filled up from the start of the epoch: questions do not depend on the number of ranks.
     """
 
     def __init__(self, questions: int, batch_size: int, step_batches: int = 1, iterations: int = 1) -> None:

@@ -23,12 +23,10 @@ SAVED_REFERENCE = Path("reference", "model.safetensors")  # in a checkpoint
 
 
 class Reference:
-    """A frozen copy of the policy, or of its adapters only if adapters are trained. (The adapters may have
-    been trained before, so the model without them is another policy.)
+    """A frozen copy of the policy, or of its adapters (which may have been trained before) if these train.
 
-    Every rank copies it when the trainer is built. A resumed run builds its trainer from the same weights
-    before it reads its checkpoint, so its reference is that of the run's first step. A reference that follows
-    the policy (`ReferenceSync`) is saved in the checkpoint.
+    Every rank copies it when the trainer is built, also in a resumed run: before the checkpoint is read, the
+    weights are those of the run's start. `ReferenceSync` saves a reference that follows the policy.
     """
 
     def __init__(self, policy: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> None:
@@ -112,10 +110,8 @@ def frozen_adapters(policy: nn.Module, device: torch.device) -> dict[str, nn.Mod
 
 @contextmanager
 def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iterator[None]:
-    """Replace the policy's adapters inside, and switch dropout off.
-
-    Modules are exchanged, not their values: the trained ones may be sharded, and the backward pass of the
-    policy's forward still needs them.
+    """Replace the policy's adapters inside, and switch dropout off. Modules are exchanged, not values: the
+    trained ones may be sharded, and the backward pass still needs them.
     """
     trained = {name: policy.get_submodule(name) for name in adapters}
     was_training = policy.training
@@ -134,8 +130,6 @@ def starting_adapters(policy: nn.Module, adapters: dict[str, nn.Module]) -> Iter
 def frozen_copy(model: PreTrainedModel, accelerator: Accelerator, follows: bool = False) -> PreTrainedModel:
     """Copy the whole model, frozen; each weight `as_computed`, or exact if the copy `follows` the policy by
     steps that bf16 would lose. Every rank has to call it.
-
-    If FSDP2 loads weights on rank 0 only, those of the other ranks have no storage.
     """
     copies = whole_parameters(model) | ({} if follows else as_computed(model, accelerator))
     return copy.deepcopy(model, copies).eval().requires_grad_(False)
@@ -196,10 +190,8 @@ def prepare_reference(reference: nn.Module, accelerator: Accelerator) -> nn.Modu
 
 
 def whole_parameters(model: nn.Module) -> dict[int, Any]:
-    """Copy each parameter that ZeRO-3 has sharded into main memory, by the parameter's id.
-
-    `copy.deepcopy` needs this memo to copy such a model, whose tensors are empty. Every rank has to call it.
-    transformers loads a model in shards as soon as its settings name ZeRO-3.
+    """Copy each parameter that ZeRO-3 has sharded into main memory, by the parameter's id: the memo with
+    which `copy.deepcopy` copies such a model, whose tensors are empty. Every rank has to call it.
     """
     sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
     copies: dict[int, Any] = {}

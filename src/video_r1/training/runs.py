@@ -123,8 +123,7 @@ def record_training(folder: Path, args: Any, builder: PromptBuilder, model: Any)
 
 def earlier_run(folder: Path, settings: Mapping[str, Any]) -> tuple[Path | None, bool]:
     """Return the folder's last complete checkpoint, if any, and whether the run is finished with these
-    settings (plain values by name). Raises ConfigError when it belongs to a run with other settings, or this
-    number of ranks cannot resume it.
+    settings. Raises ConfigError for other settings, or a number of ranks that cannot resume it.
     """
     checkpoint = last_whole_checkpoint(folder)
     if checkpoint is None:
@@ -147,10 +146,7 @@ def questions_per_step(settings: Mapping[str, Any]) -> int:
 
 
 def check_processes(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Raise ConfigError if the current number of ranks cannot resume a run exactly.
-
-    The number of questions per step decides which questions a step has, so it must not change.
-    """
+    """Raise ConfigError if the number of questions per step, which decides its questions, has changed."""
     record = read_record(checkpoint / RECORD)
     now = questions_per_step(settings)
     before = record.get("questions_per_step", now)
@@ -257,11 +253,9 @@ Questions = (
 
 
 def as_samples(questions: Questions | dict[str, Questions] | None, places: RunArguments) -> Any:
-    """Read samples from a manifest's path, a dataset, or a list of rows or samples; by name for several
-    sets; None for None. Rows are checked like those of a manifest in `media_root` (default: the current
-    folder). Tables of TRL's form are converted, with their pictures written into the run folder.
-
-    Raises ManifestError with every problem.
+    """Read samples from a manifest's path, a dataset, or a list of rows or samples; by name for several sets;
+    None for None. Tables of TRL's form are converted, with their pictures in the run folder. Raises
+    ManifestError with every problem.
     """
     if isinstance(questions, dict):
         return {name: as_samples(part, places) for name, part in questions.items()}

@@ -72,11 +72,8 @@ def _whole_fsdp(model: Any, reshards: bool) -> Iterator[None]:
 
 
 def keep_figures_exact(accelerator: Accelerator) -> None:
-    """Make FSDP2 return float32 outputs as float32 and sum gradients in float32, also under bf16 mixed
-    precision.
-
-    accelerate rounds both to bf16: log-probs near -5 would move in steps of 0.03, and sums of gradients over
-    many ranks and passes would lose small values. Call it before a model is prepared.
+    """Keep FSDP2's outputs and sums of gradients in float32 under bf16 mixed precision, before a model is
+    prepared. (accelerate rounds both to bf16: log-probs near -5 would move in steps of 0.03.)
     """
     plugin: Any = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and accelerator.is_fsdp2 and plugin.mixed_precision_policy is not None:
@@ -147,19 +144,15 @@ def zero_stage(accelerator: Accelerator) -> int | None:
 
 
 def loss_that_skips(loss: Tensor) -> Tensor:
-    """Return the loss; if it is not finite, one whose gradients are nan in every weight.
-
-    DeepSpeed skips an update whose gradient norm is not finite, on all ranks. A loss that overflowed in one
-    term may leave finite gradients.
+    """Return the loss; if it is not finite, one whose gradients are all nan: DeepSpeed skips such an update
+    on all ranks. (A loss that overflowed in one term may leave finite gradients.)
     """
     return loss if bool(loss.detach().isfinite()) else loss * float("nan")
 
 
 def check_training_state(checkpoint: Path) -> None:
-    """Raise VideoR1Error if unpickling a checkpoint of DeepSpeed would run foreign code.
-
-    DeepSpeed reads its files as pickles that may call anything. This reads only the names that they call, no
-    tensors. DeepSpeed itself refuses a checkpoint without such files.
+    """Raise VideoR1Error if unpickling a checkpoint of DeepSpeed would run foreign code. This reads only the
+    names that its pickles call, no tensors.
     """
     latest = checkpoint / "latest"
     if not latest.is_file():

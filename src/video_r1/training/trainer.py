@@ -88,10 +88,8 @@ Kind = TypeVar("Kind", bound=TrainerCallback)
 
 
 class QuestionTrainer(Trainer, ABC):
-    """A trainer whose dataset is a manifest, and whose run folder has metrics and quarantined media.
-
-    A subclass reads a sample (`load`, cached in memory), builds the training input (`build`), validates, and
-    turns pending questions into a step's inputs in `get_batch_samples`.
+    """A trainer on a manifest. A subclass reads a sample (`load`, cached in memory), builds its training
+    input (`build`), validates, and turns pending questions into a step's inputs in `get_batch_samples`.
     """
 
     progress_title = "training"
@@ -240,9 +238,7 @@ class QuestionTrainer(Trainer, ABC):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Return the figures of `validate`, with a prefix, on held-out questions (default: those given to the
-        trainer). Several sets, by name, make `eval_<name>_…`.
-        """
+        """Return the figures of `validate` on held-out questions; several sets make `eval_<name>_…`."""
         questions: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(questions, dict):
             metrics = {}
@@ -275,10 +271,7 @@ class QuestionTrainer(Trainer, ABC):
         return str(self.checkpoints_go_to)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Write the Trainer's checkpoint elsewhere and rename it when it is complete (see checkpoints.py).
-
-        Raises VideoR1Error when it cannot be written.
-        """
+        """Write the Trainer's checkpoint elsewhere, then rename it (checkpoints.py). Raises VideoR1Error."""
         name, state = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.state
         final, unfinished = self.folder / name, self.folder / UNFINISHED / name
         with writing(name, self.folder):
@@ -343,8 +336,7 @@ class QuestionTrainer(Trainer, ABC):
     def restore_weights(self, folder: str | None, model: nn.Module | None = None) -> bool:
         """Read a whole model's weights with from_pretrained; return False if the Trainer has to do it.
 
-        The files use the names of published checkpoints, which differ from those of the modules. The Trainer
-        compares names as they are and skips, without an error, all weights whose names differ.
+        Published checkpoints name weights differently; the Trainer silently skips all that it does not find.
         """
         model = self.model if model is None else model
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
@@ -356,10 +348,10 @@ class QuestionTrainer(Trainer, ABC):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as `transformers.Trainer` does; with `save_strategy` the run folder becomes a checkpoint.
 
-        Without `resume_from_checkpoint` a run in the folder resumes from its last complete checkpoint, as on
-        the command line; a finished run loads its model, without another step. Raises ConfigError when the
-        run has other settings, RequestError when another command writes the folder, and VideoR1Error when
-        all media are missing, the loss stays not finite, the folder cannot be written or a rank is lost.
+        Without `resume_from_checkpoint` a run in the folder resumes from its last complete checkpoint; a
+        finished run only loads its model. Raises ConfigError when the run has other settings, RequestError
+        when another command writes the folder, and VideoR1Error when all media are missing, the loss stays
+        not finite, the folder cannot be written or a rank is lost.
         """
         with naming_lost_processes(self.folder), claimed_by_first(self.folder):
             if not resume_from_checkpoint:
@@ -378,10 +370,7 @@ class QuestionTrainer(Trainer, ABC):
             return output
 
     def load_finished(self, checkpoint: Path) -> TrainOutput:
-        """Load state and model of a finished run from its last checkpoint or its best one.
-
-        If the run was killed while it saved the model, copy the model into the run folder.
-        """
+        """Load a finished run from its last or best checkpoint; finish saving its model if it was killed."""
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         if self.args.load_best_model_at_end:
             checkpoint = best_checkpoint(self.folder, self.state.best_global_step) or checkpoint
