@@ -4,15 +4,11 @@
              at most `held` at once   up to `concurrency` at once
 
 `openai` sends a request, authorises it, reads errors and decodes streamed answers. What it cannot do is here:
-
-- Several addresses of one model share the requests, and one that fails is skipped for a while (`Failover`).
-  A retry goes to another address at once; a pause that an address asks for (Retry-After) holds for all
-  requests. So retries are made here, and `openai` makes none.
-- A request is a task on one event loop, not a thread. Its body is freed when it is sent, and built again for
-  a retry: thousands of requests wait while the frames of a few are in memory.
+- Several addresses share the requests (`Failover`). A retry goes to another address at once, and a pause that
+  an address asks for (Retry-After) holds for all requests: so retries are made here, not by `openai`.
+- A request is a task on one event loop. Its body is freed when it is sent, and built again for a retry:
+  thousands of requests wait while the frames of a few are in memory.
 - A timeout covers the whole answer, so that a slow trickle of bytes cannot outlast it.
-
-`openai` is imported by the first request: importing it takes a second.
 """
 
 from __future__ import annotations
@@ -138,7 +134,7 @@ async def request(
     streamed answer as it arrives, or with the only one of a server that does not stream; its exceptions end
     the request. Raises ServerFailure and ServerRefusal.
     """
-    import httpx2
+    import httpx2  # here: importing both takes a second
     import openai
 
     headers: dict[str, Any] = {
@@ -254,8 +250,8 @@ class Failover:
     """Chooses the address for each request: the least busy one that works. Thread-safe.
 
     A failed address is skipped, at first for `FIRST_SKIP` seconds; then one request tries it and decides for
-    the others. When all are skipped, the one whose time ends first is asked; the caller decides how long to
-    wait before. An address that asks for a pause gets no request before its end.
+    the others. When all are skipped, the one whose time ends first is asked. An address that asks for a pause
+    gets no request before its end.
     """
 
     def __init__(self, urls: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
@@ -343,10 +339,9 @@ class ChatClient:
         self._reaching: asyncio.Task[tuple[Any, bool]] | None = None
 
     def each(self, items: Iterable[T], answer: Callable[[T], Coroutine[Any, Any, R]]) -> Generator[list[R]]:
-        """Yield the results of `answer` for all `items`, in lists, as they finish.
+        """Yield the results of `answer` for all `items`, in lists, as they finish; then raise what it raised.
 
         The next items start when the caller asks for more: a killed run repeats only what was in flight.
-        Raises what `answer` raises, after all results that finished well.
         """
         allow_open_files(self.concurrency)
         source = iter(items)
@@ -387,12 +382,11 @@ class ChatClient:
     ) -> list[T]:
         """Return `count` completions, by as many requests as it takes: some endpoints give one at a time.
 
-        build(n, drawn): called in another thread; returns the body of a request for n more completions.
-        read: converts an answer into at least one completion, or raises ServerFailure.
-        on_text: is called with each piece of text as it arrives. Text cannot be taken back, so failures are
-        not retried then; an endpoint that refuses to stream is asked again without.
-        Raises ServerRefusal, ServerFailure after eight attempts, and VideoR1Error for an endpoint that stays
-        away.
+        build(n, drawn): returns the body of a request for n more completions, in another thread. read:
+        converts an answer into at least one completion, or raises ServerFailure. on_text: gets each piece of
+        text as it arrives; then failures are not retried, and an endpoint that refuses to stream is asked
+        again without.
+        Raises ServerRefusal, ServerFailure after eight attempts, and VideoR1Error if no address answers.
         """
         drawn: list[T] = []
         while (missing := count - len(drawn)) > 0:
@@ -481,10 +475,9 @@ def allow_open_files(requests: int) -> None:
     """
     wanted = requests + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     except ValueError as error:
         raise ConfigError(
             f"{requests} requests at once need {wanted} open files, and this system allows {hard}; lower "
@@ -630,9 +623,8 @@ def open_endpoint(
 def served_model(endpoint: Endpoint, wanted: str | None, prefix: str = "") -> tuple[str, bool]:
     """Return the name of the model to ask for, and whether the endpoint is vLLM. Waits for one that starts.
 
-    prefix: start of the settings that errors name, as in judge_model. Raises ConfigError when nothing answers
-    within `endpoint.wait`, the key is refused, several models are served and none is named, or the named one
-    is not served. A service without a list of models needs `wanted`.
+    prefix: start of the settings that errors name, as in judge_model. Raises ConfigError if nothing answers,
+    the key is refused, or the model cannot be chosen. A service without a list of models needs `wanted`.
     """
     try:
         listed, _ = wait_for(models_of(endpoint, endpoint.wait))

@@ -44,18 +44,14 @@ def as_said(sample: Sample, text: str, role: str) -> Any:
 def call_reward_function(
     function: RewardFunction, name: str, samples: Sequence[Sample], **columns: list[Any]
 ) -> Tensor:
-    """Return the rewards of N completions by a user's function, checked.
+    """Return the rewards of N completions by a user's function, [N] float32, nan where it gave None.
 
     function: called once as `function(prompts=…, completions=…, completion_ids=…, **columns)`, every argument
-    a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply.
-    samples: the sample of each completion (length N). columns: prompts, completions and completion_ids.
-    Returns [N] float32, nan where the function gave None. Raises RewardError, which names the function and
-    the sample, when it raises, returns another number of rewards, or a reward that is no finite number.
+    a list of length N (see `reward_columns`); returns N numbers, or None where it does not apply. samples:
+    the sample of each completion. columns: prompts, completions and completion_ids. Raises RewardError, which
+    names the function and the sample, for an exception, a wrong number of rewards, or one that is not finite.
     """
     arguments = reward_columns(samples) | columns
-    for column, values in arguments.items():
-        if len(values) != len(samples):
-            raise ValueError(f"{len(samples)} samples but {len(values)} {column}")
     try:
         rewards = function(**arguments)
     except Exception as error:  # the function is the user's: whatever it raises is reported as its error
@@ -65,19 +61,15 @@ def call_reward_function(
     try:
         given = list(rewards)
     except TypeError:
+        given = None
+    if given is None or len(given) != len(samples):
+        what = type(rewards).__name__ if given is None else f"{len(given)} rewards"
         raise RewardError(
-            f"reward function {name!r} returned {type(rewards).__name__}; "
-            f"return a list with one number or None for each of the {len(samples)} completions"
-        ) from None
-    if len(given) != len(samples):
-        raise RewardError(
-            f"reward function {name!r} returned {len(given)} rewards for {len(samples)} completions "
-            f"of problem_id {_ids(samples)}; return one number or None for each"
+            f"reward function {name!r} returned {what} for {len(samples)} completions of problem_id "
+            f"{_ids(samples)}; return a list with one number or None for each"
         )
-    return torch.tensor(
-        [_number(reward, name, sample) for reward, sample in zip(given, samples, strict=True)],
-        dtype=torch.float32,
-    )
+    numbers = [_number(reward, name, sample) for reward, sample in zip(given, samples, strict=True)]
+    return torch.tensor(numbers, dtype=torch.float32)
 
 
 def _number(reward: Any, name: str, sample: Sample) -> float:

@@ -199,7 +199,6 @@ class Judge:
                 time.sleep(min(0.1, RETRY_SECONDS))
 
     def _try(self, requests: list[JudgeRequest], unread: set[str]) -> JudgeAway | None:
-        """Send the requests if the judge was reachable last time or is again."""
         try:
             if requests and self.is_away:
                 wait_for(models_of(self.endpoint, 0.0))
@@ -310,7 +309,7 @@ class Judge:
 
 
 def recorded_scores(paths: Sequence[Path]) -> dict[str, float]:
-    """Read scores by fingerprint from the existing files; incomplete lines of a killed run are skipped."""
+    """Read scores by fingerprint from the existing files, without incomplete lines of a killed run."""
     scores: dict[str, float] = {}
     for path in paths:
         for line in path.read_bytes().splitlines() if path.exists() else ():

@@ -34,6 +34,7 @@ from video_r1.settings.training import TGRPOSettings
 
 _FORMAT = re.compile(r"<think>(.*?)</think>\s*<answer>(.*?)</answer>", re.DOTALL)
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+_rouge = cache(RougeScorer)  # making one takes a while
 _CONTINUOUS = ("OCR", "free-form", "regression", *GROUNDING_FORMS)
 
 
@@ -74,11 +75,6 @@ def format_reward(completion: str, problem_type: str = "") -> float:
     return float(match is not None)
 
 
-def multiple_choice(answer: str, truth: str) -> float:
-    """Return 1 if both texts are equal."""
-    return float(answer == truth)
-
-
 def numerical(answer: str, truth: str) -> float:
     """Return 1 if both parse as numbers that agree at two decimals."""
     predicted, expected = parse_number(answer), parse_number(truth)
@@ -93,13 +89,13 @@ def ocr(answer: str, truth: str) -> float:
     if not expected:
         return float(not words)
     # jiwer splits on single blanks only: other white space has to become one first.
-    return _clip(1.0 - jiwer.wer(" ".join(expected), " ".join(words)))
+    return max(0.0, 1.0 - jiwer.wer(" ".join(expected), " ".join(words)))
 
 
 def free_form(answer: str, truth: str) -> float:
     """Return the mean F of ROUGE-1, -2 and -L, words stemmed (Lin 2004); Latin letters and digits only."""
-    scores = _rouge().score(truth, answer)
-    return _clip(sum(score.fmeasure for score in scores.values()) / len(scores))
+    scores = _rouge(("rouge1", "rouge2", "rougeL"), use_stemmer=True).score(truth, answer)
+    return sum(score.fmeasure for score in scores.values()) / len(scores)
 
 
 def regression(answer: str, truth: str) -> float:
@@ -111,20 +107,6 @@ def regression(answer: str, truth: str) -> float:
     if predicted is None or expected is None:
         return 0.0
     return 1.0 - min(1.0, (abs(predicted - expected) + 1e-9) / (abs(expected) + 1e-9))
-
-
-def math(answer: str, truth: str) -> float:
-    """Return 1 if both are the same value, expression, set or interval: see `same_expression`."""
-    return float(same_expression(answer, truth))
-
-
-@cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-
-
-def _clip(score: float) -> float:
-    return min(1.0, max(0.0, float(score)))
 
 
 # ---- Grounding: overlap with the truth
@@ -202,12 +184,12 @@ def _ratio(both: float, first: float, second: float) -> float:
 
 
 _SCORERS: dict[str, Callable[[str, str], float]] = {
-    "multiple choice": multiple_choice,
+    "multiple choice": lambda answer, truth: float(answer == truth),
     "numerical": numerical,
     "OCR": ocr,
     "free-form": free_form,
     "regression": regression,
-    "math": math,
+    "math": lambda answer, truth: float(same_expression(answer, truth)),
     **{kind: partial(grounding, kind) for kind in GROUNDING_FORMS},
 }
 

@@ -125,9 +125,7 @@ def chat_request(
     """
     shown = [media for media in prompt.media if len(media.frames)]
     is_video = frames_as == "video" and len(shown) == 1 and shown[0].kind == "video"
-    visuals = iter(
-        [visual_parts(media, is_video, number, len(shown)) for number, media in enumerate(shown, 1)]
-    )
+    visuals = (visual_parts(each, is_video, number, len(shown)) for number, each in enumerate(shown, 1))
     messages = []
     for turn in prompt.messages:
         parts: list[dict[str, Any]] = []

@@ -122,7 +122,7 @@ class ServerEngine(RolloutEngine):
                     )
 
     def _describe(self, url: str) -> dict[str, Any]:
-        """Return WorkerExtension's description. Raises ConfigError if log-probs would differ."""
+        """Return the server's description. Raises ConfigError if its log-probs would differ."""
         advice = "start it with video-r1 serve, or with the command that it prints"
         try:
             served = describe(url, self._key, self.timeout)
@@ -172,7 +172,7 @@ class ServerEngine(RolloutEngine):
         """Send weights to a server that comes back while only ranks without weights wait for it."""
         while not self._closed.wait(WATCH_SECONDS):
             try:
-                if self._get("/weight_info")["weight_version"] != self._version:
+                if self._served_version() != self._version:
                     self._recover(self._recoveries)
             except (ServerFailure, ServerRefusal, VideoR1Error):
                 pass  # the next request reports it
@@ -181,17 +181,14 @@ class ServerEngine(RolloutEngine):
         if self.served["weight_transfer"] == "nccl" and torch.cuda.is_available():
             if process_count() > 1 and process_index() == 0:
                 threading.Thread(target=self._keep_supplied, daemon=True).start()
-            workers = int(self._get("/get_world_size")["world_size"])
+            workers = int(get(f"{self.url}/get_world_size", self._key, 10.0)["world_size"])
             return NCCLSync(self.url, workers, f"cuda:{torch.cuda.current_device()}", TRANSFER_SECONDS)
         return FolderSync(self._folder / f"server-weights-{gather(uuid.uuid4().hex)[0]}")
 
     def _send_weights(self) -> None:
         """Send the present weights to the server unless it has them, and empty its caches of old ones."""
         self._reach()
-        if self._sync is None:
-            return
-        served = self._get("/weight_info")["weight_version"]
-        if served == self._version:
+        if self._sync is None or (served := self._served_version()) == self._version:
             return
         if process_index() and isinstance(self._sync, NCCLSync):
             raise ServerFailure("it waits for the weights of rank 0")
@@ -365,8 +362,8 @@ class ServerEngine(RolloutEngine):
             raise ConfigError(f"{url} serves {names[0]}, not {wanted}")
         return int(served["max_model_len"])
 
-    def _get(self, path: str) -> Any:
-        return get(self.url + path, self._key, 10.0)
+    def _served_version(self) -> str:
+        return get(f"{self.url}/weight_info", self._key, 10.0)["weight_version"]
 
     def _post(self, path: str, body: Any = None) -> Any:
         return post(self.url + path, self._key, body, self.timeout)
