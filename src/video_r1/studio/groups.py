@@ -4,11 +4,9 @@ The server keeps the position of each line and a few words for lists and filters
 file when somebody looks at it.
 """
 
-from array import array
+from collections import Counter
 from functools import partial
 from typing import Any
-
-import numpy as np
 
 from video_r1.data.manifests.records import question_digest
 from video_r1.report.run_data import as_list, as_table, finite, group_of, short_path, strip_of, text, whole
@@ -22,7 +20,7 @@ LABELS = {"id": "problem_id", "problem": "problem", **FIELDS}
 REASONS = ("replaced", "tried", "no variance", "media")
 SKIPPED_FILES = ("left_out.jsonl", "quarantine.jsonl")
 PAGE = 50
-MOST = 400_000  # listed lines of a file, 17 bytes each; then the older half goes
+MOST = 100_000  # listed lines of a file, about 100 bytes each; then the older half goes
 MAX_LINE = 1 << 20  # bytes
 CELL, LONG = 100, 500  # characters
 
@@ -109,48 +107,37 @@ class SkippedGroups:
     def __init__(self, found: Found) -> None:
         self.found = found
         self.tails = [Tail(found, name, MAX_LINE) for name in SKIPPED_FILES]
-        # Columns of each file: position, step, reason.
-        self.columns = [(array("q"), array("q"), array("b")) for _ in SKIPPED_FILES]
+        # (step, reason, file, position) of each line, by file.
+        self.lines: list[list[tuple[int, str, int, int]]] = [[], []]
         self.dropped = 0
 
     def read(self) -> None:
         for file, tail in enumerate(self.tails):
-            tail.read(partial(self._take, file), partial(self._drop, file))
-
-    def _drop(self, file: int, most: int | None = None) -> None:
-        for column in self.columns[file]:
-            del column[:most]
+            tail.read(partial(self._take, file), self.lines[file].clear)
 
     def _take(self, file: int, place: int, length: int, record: dict[str, Any]) -> None:
-        places, steps, reasons = self.columns[file]
-        if len(places) >= MOST:
+        if len(self.lines[file]) >= MOST:
             self.dropped += MOST // 2
-            self._drop(file, MOST // 2)
-        places.append(place)
-        steps.append(min(max(0, whole(record.get("step"))), 2**60))
-        reasons.append(REASONS.index(reason_of(file, record)))
+            del self.lines[file][: MOST // 2]
+        step = max(0, whole(record.get("step")))
+        self.lines[file].append((step, reason_of(file, record), file, place))
 
     def page(self, reason: str, at: int) -> dict[str, Any]:
         """Return 50 rows from number `at` on, the last step first, and the number of rows by reason.
 
         reason: one of REASONS, or "" for any.
         """
-        places, steps, reasons = map(np.concatenate, zip(*self.columns, strict=True))
-        files = np.repeat([0, 1], [len(column[0]) for column in self.columns])
-        chosen = np.arange(len(reasons))
-        if reason in REASONS:
-            chosen = np.flatnonzero(reasons == REASONS.index(reason))
-        chosen = chosen[np.argsort(-steps[chosen], kind="stable")]
-        counts = np.bincount(reasons, minlength=len(REASONS)).tolist()
+        lines = [line for file in self.lines for line in file]
+        chosen = [line for line in lines if line[1] == reason or reason not in REASONS]
+        chosen.sort(key=lambda line: -line[0])
+        counts = Counter(line[1] for line in lines)
         notes = [note for tail in self.tails for note in tail.notes]
         if self.dropped:
             notes.append(f"the {self.dropped:,} oldest are not listed: {SKIPPED_FILES[0]} has them")
         return {
-            "counts": dict(zip(REASONS, counts, strict=True)),
+            "counts": {name: counts[name] for name in REASONS},
             "total": len(chosen),
-            "rows": [
-                self._row(int(files[i]), int(places[i])) for i in chosen[max(0, at) : max(0, at) + PAGE]
-            ],
+            "rows": [self._row(file, place) for _, _, file, place in chosen[max(0, at) :][:PAGE]],
             "more": any(tail.more for tail in self.tails),
             "notes": notes,
         }
