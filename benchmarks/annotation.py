@@ -32,7 +32,7 @@ from benchmarks._timing import machine
 from benchmarks.decode import write_clip
 from video_r1.annotation.annotate import run_annotate
 from video_r1.chat_client import allow_open_files
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 FRAMES, SIDE, CLIPS = 8, 112, 8
 IDLE = 1.0  # seconds without a new request, after which no more come

@@ -20,7 +20,7 @@ from PIL import Image
 from tiny_models import moving_square, write_clip
 
 from video_r1.annotation.annotate import Counts, run_annotate
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 QUESTION = re.compile(r"Question (\d+):")
 

@@ -24,7 +24,7 @@ from video_r1.annotation.annotate import Journal, drawing
 from video_r1.cli import main
 from video_r1.data.manifests.records import load_manifest
 from video_r1.errors import RequestError, VideoR1Error
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 
 @pytest.fixture

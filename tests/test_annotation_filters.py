@@ -16,7 +16,7 @@ from video_r1.annotation.filters import FILTERS, judge, judge_one, rationale_of
 from video_r1.chat_client import Completion
 from video_r1.data.manifests.records import Sample
 from video_r1.lab.questions import FAMILIES
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 OPTIONS = ("A. left", "B. right", "C. up")
 RATIONALE = (

@@ -26,7 +26,7 @@ from video_r1.lab.model import base_folder
 from video_r1.models.loading import load_processor
 from video_r1.processes import Interrupted
 from video_r1.rollout.transformers import TransformersEngine
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
 SIZES: dict[str, Any] = {

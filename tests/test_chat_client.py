@@ -30,8 +30,7 @@ from video_r1.evaluation.session import ModelSession, View, sampling_of
 from video_r1.rollout import endpoint_engine
 from video_r1.rollout.engine import SamplingSettings
 from video_r1.rollout.engine_factory import is_endpoint, open_engine
-from video_r1.settings.annotation import AnnotateSettings
-from video_r1.settings.decoding import AskSettings, EvalSettings, addresses
+from video_r1.settings.decoding import AnnotateSettings, AskSettings, EvalSettings, addresses
 
 SIZES: dict[str, Any] = {"frame_pixels": 56 * 56, "image_pixels": 56 * 56, "model": "teacher"}
 

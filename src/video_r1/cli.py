@@ -84,13 +84,17 @@ def run(words: list[str]) -> int:
         return 0
     flags = {"--print_config", "--print-config", *(["--smoke"] if name in TRAINS else [])} & set(rest)
     recipe = read_request(name, [word for word in rest if word not in flags])
-    if flags - {"--smoke"}:
-        print(resolved_text(smoke_settings(recipe) if "--smoke" in flags else recipe), end="")
-        return 0
-    if flags:
-        from video_r1.lab.smoke import run_smoke
+    if "--smoke" in flags:
+        from video_r1.lab.smoke import run_smoke, smoke_recipe
 
-        return run_smoke(recipe, carry_out)
+        if flags == {"--smoke"}:
+            return run_smoke(recipe, carry_out)
+        with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
+            smoked, _ = smoke_recipe(recipe, Path(folder, "lab"), Path(folder, "run"))
+        recipe = replace(smoked, source=" ".join([*filter(None, [recipe.source]), "--smoke"]))
+    if flags:
+        print(resolved_text(recipe), end="")
+        return 0
     from video_r1.next_steps import again, next_steps  # not for help: it imports fsspec
 
     try:
@@ -101,15 +105,6 @@ def run(words: list[str]) -> int:
         for line in next_steps(recipe):
             print(line)
     return code
-
-
-def smoke_settings(recipe: Recipe) -> Recipe:
-    """Return the settings that `--smoke` would run; its temporary folder is removed again."""
-    from video_r1.lab.smoke import smoke_recipe
-
-    with tempfile.TemporaryDirectory(prefix="video-r1-smoke-") as folder:
-        smoked, _ = smoke_recipe(recipe, Path(folder, "lab"), Path(folder, "run"))
-    return replace(smoked, source=" ".join([*filter(None, [recipe.source]), "--smoke"]))
 
 
 def carry_out(recipe: Recipe) -> int:
@@ -149,7 +144,9 @@ def read_request(name: str, words: list[str]) -> Recipe:
     command, source = COMMANDS[name], None
     positionals = command.positionals
     plain, overrides = split_words(words, command.types())
-    if plain and (command.plans_training or is_recipe(plain[0])):
+    hidden = plain and Path(plain[0]).exists()  # a file or folder hides a packaged recipe of its name
+    named = plain and (plain[0].endswith((".yaml", ".yml")) or (not hidden and find_recipe(plain[0])))
+    if plain and (command.plans_training or named):
         source, plain = plain[0], plain[1:]
     last = len(positionals) - 1
     if len(plain) > last >= 0 and takes_list(command.types()[positionals[last]]):
@@ -165,11 +162,6 @@ def read_request(name: str, words: list[str]) -> Recipe:
         else:
             raise RequestError(f"{setting} is given twice: {word!r} and --{setting} {overrides[setting]}")
     return load_recipe(name, source, overrides)
-
-
-def is_recipe(word: str) -> bool:
-    """Return whether the word is a YAML file or a packaged recipe that no file or folder hides."""
-    return word.endswith((".yaml", ".yml")) or (not Path(word).exists() and find_recipe(word) is not None)
 
 
 def split_words(words: Sequence[str], types: Mapping[str, Any]) -> tuple[list[str], dict[str, Any]]:

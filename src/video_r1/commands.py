@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from video_r1.settings.annotation import AnnotateSettings
 from video_r1.settings.base import Settings, own_field_types
 from video_r1.settings.commands import (
     BaseSettings,
@@ -22,7 +21,13 @@ from video_r1.settings.commands import (
     ReportSettings,
     StudioSettings,
 )
-from video_r1.settings.decoding import AskSettings, AuditSettings, BenchmarkSettings, EvalSettings
+from video_r1.settings.decoding import (
+    AnnotateSettings,
+    AskSettings,
+    AuditSettings,
+    BenchmarkSettings,
+    EvalSettings,
+)
 from video_r1.settings.shared import DataSettings, ModelSettings, PromptSettings
 from video_r1.settings.training import SFTSettings, TGRPOSettings
 from video_r1.settings.vllm import ServeSettings, VLLMSettings

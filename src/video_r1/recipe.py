@@ -79,7 +79,10 @@ def load_recipe(
     values, origins = read_recipe(source) if source is not None else ({}, {})
     made_for = take_facts(values, origins)
     if source is not None:
-        made_for = dataclasses.replace(made_for, command=made_for.command or stage_of(values))
+        own = {each: COMMANDS[each].types().keys() & values.keys() for each in TRAINS}
+        stages = [each for each in TRAINS if own[each] - own["rl" if each == "sft" else "sft"]]
+        stage = stages[0] if len(stages) == 1 else None  # the only command that has some of these settings
+        made_for = dataclasses.replace(made_for, command=made_for.command or stage)
         check_command(command, str(source), made_for, values.get("model_name_or_path"))
     overrides = {name.replace("-", "_"): value for name, value in (overrides or {}).items()}
     values |= overrides
@@ -109,13 +112,6 @@ def load_recipe(
     extra = {name: value for name, value in settings.items() if name not in types}
     source = None if source is None else str(source)
     return Recipe(command, tuple(sections), extra, source, made_for, overrides)
-
-
-def stage_of(values: Mapping[str, Any]) -> str | None:
-    """Return sft or rl if only that command has some of these settings, else None."""
-    own = {command: COMMANDS[command].types().keys() for command in TRAINS}
-    sft, rl = own["sft"] & values.keys() - own["rl"], own["rl"] & values.keys() - own["sft"]
-    return "rl" if rl and not sft else "sft" if sft and not rl else None
 
 
 def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> None:

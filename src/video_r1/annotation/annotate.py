@@ -45,7 +45,7 @@ from video_r1.processes import (
     process_index,
     wait_for_everyone,
 )
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 FAILURES = {"media": "not asked: media", "prompt": "not asked: prompt", "endpoint": "not answered"}
 """Kinds of questions without rationales (see `teachers.Failed`), and their names in the table."""

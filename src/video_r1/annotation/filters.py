@@ -15,7 +15,7 @@ from video_r1.data.answers import extract_answer, parse_number, read_answer
 from video_r1.data.grounding import GROUNDING_FORMS
 from video_r1.data.manifests.records import Sample
 from video_r1.rewards.scoring import above, correctness, format_reward
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 
 FILTERS = (
     "cut off", "refusal", "tags", "length", "characters", "language", "repetition", "prompt leak", "score",

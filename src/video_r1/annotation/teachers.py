@@ -30,7 +30,7 @@ from video_r1.evaluation.question_loop import read_batches
 from video_r1.rollout.endpoint_engine import chat_request
 from video_r1.rollout.engine import RolloutEngine, SamplingSettings
 from video_r1.seeds import derived_seed
-from video_r1.settings.annotation import AnnotateSettings
+from video_r1.settings.decoding import AnnotateSettings
 from video_r1.settings.frames import FrameBudget
 
 

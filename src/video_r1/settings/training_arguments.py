@@ -15,10 +15,10 @@ def training_argument_types() -> dict[str, Any]:
     """Return name and type of every field of the constructor. An enum becomes the Literal of its values, so
     that a misspelt choice is found.
     """
-    module = _module("training_args")
-    types: dict[str, Any] = {}
+    module, types = _module("training_args"), {}
     for node in _class_body(module, "TrainingArguments"):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_given(node.value):
+        given = not isinstance(node, ast.AnnAssign) or "init=False" not in ast.unparse(node)
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and given:
             types[node.target.id] = _type(node.annotation, module)
     return types
 
@@ -36,13 +36,8 @@ def _class_body(module: ast.Module, name: str) -> list[ast.stmt]:
     return classes[0].body if classes else []
 
 
-def _is_given(default: ast.expr | None) -> bool:
-    """Return whether a dataclass field has no `init=False`."""
-    keywords = default.keywords if isinstance(default, ast.Call) else []
-    return not any(word.arg == "init" and ast.unparse(word.value) == "False" for word in keywords)
-
-
 def _type(annotation: ast.expr, module: ast.Module) -> Any:
+    """Evaluate an annotation. Types other than plain ones and enums, which no option can give, are Any."""
     names = {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)}
     known: dict[str, Any] = {"Any": Any, "Literal": Literal, "dict": dict, "list": list}
     known |= {kind.__name__: kind for kind in (bool, int, float, str)}
@@ -50,7 +45,6 @@ def _type(annotation: ast.expr, module: ast.Module) -> Any:
     sides = [annotation.left, annotation.right] if isinstance(annotation, ast.BinOp) else []
     if enums := [choices[side.id] for side in sides if isinstance(side, ast.Name) and side.id in choices]:
         return enums[0]
-    # What is neither plain nor an enum here is an object that no option can give.
     known |= dict.fromkeys(names - known.keys(), Any) | choices
     return eval(compile(ast.Expression(annotation), "TrainingArguments", "eval"), {"__builtins__": {}}, known)
 
