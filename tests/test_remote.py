@@ -282,20 +282,20 @@ def test_a_server_that_gives_takes_its_time_or_breaks_off(
     assert asked[name.partition(".")[0]] == requests
 
 
-def test_a_file_larger_than_the_limit_is_used_and_not_kept(
-    clip: Path, tmp_path: Path, memory: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    memory.put_file(str(clip), "/clip.mp4")
-    memory.pipe("/small.mp4", b"small")
-    cache = RemoteCache(tmp_path, clip.stat().st_size - 1)
-    with cache.file("memory://small.mp4"):
+def test_a_file_larger_than_the_limit_is_refused_while_it_comes(tmp_path: Path, memory: Any) -> None:
+    memory.pipe("/big.mp4", bytes(1001))
+    with (
+        pytest.raises(
+            MediaError, match=r"is larger than all copies may be together \(remote_cache_gb: 1e-06\)"
+        ),
+        RemoteCache(tmp_path, 1000).file("memory://big.mp4"),
+    ):
         pass
-    before = kept(tmp_path)
-    for _ in range(2):
-        with cache.file("memory://clip.mp4") as path:
-            assert Path(path).read_bytes() == clip.read_bytes()
-        assert kept(tmp_path) == before and len(before) == 1
-    assert len(caplog.messages) == 1 and "are larger than remote_cache_gb" in caplog.messages[0]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size > 100]
+    counted = remote._Counted("https://h/a.mp4", 1000)
+    with pytest.raises(MediaError, match="is larger"):  # a server that declares no size
+        for _ in range(4):
+            counted.relative_update(300)
 
 
 def test_the_least_recently_used_copies_go_but_none_in_use(tmp_path: Path, memory: Any) -> None:

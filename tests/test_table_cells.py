@@ -62,6 +62,21 @@ def test_cells_have_the_frames_of_their_files(tmp_path: Path, clips: list[Path],
     assert torch.equal(read_media(sample(first), budget).frames, read_media(sample(clips[1]), budget).frames)
 
 
+def test_a_small_table_does_not_fill_the_cache(tmp_path: Path, clips: list[Path]) -> None:
+    """A cell that is stored once and named 400 times; a cell of zeros that unpacks to 200 MB."""
+    cells = {"raw": [noise(8).tobytes() * 5000] * 400}  # 960 kB: one entry of the dictionary
+    pq.write_table(pa.table(cells), tmp_path / "many.parquet", compression="zstd")
+    assert (tmp_path / "many.parquet").stat().st_size < 10_000
+    budget = replace(SMALL, seconds=0, remote_cache=str(tmp_path / "cache"))
+    with pytest.raises(MediaError):
+        read_media(sample(f"parquet://raw/0::{tmp_path}/many.parquet"), budget)
+    kept = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    assert kept < 12 << 20
+    pq.write_table(pa.table({"raw": [bytes(200 << 20)]}), tmp_path / "bomb.parquet", compression="zstd")
+    with pytest.raises(MediaError, match=r"the table unpacks [0-9,]+ bytes to 209,7"):
+        read_media(sample(f"parquet://raw/0::{tmp_path}/bomb.parquet"), budget)
+
+
 BAD = [
     ("raw/6::t.parquet", "there are no bytes in that cell"),
     ("video/6::t.parquet", "there are no bytes in that cell"),

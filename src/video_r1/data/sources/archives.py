@@ -30,6 +30,8 @@ _PLAIN = (b"0", b"\0", b"7")  # kinds of members that are files
 _WITHOUT_CONTENT = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes: their size is void
 _LONGEST_HEADER = 1 << 20
 _INDEX_BYTES, _ENTRY_BYTES = 4 << 30, 256  # most memory of an index; of an entry without its name
+_BATCH_BYTES = 64 << 20  # of cells that are read at once
+_UNPACKED = 100  # most bytes of a column for each compressed byte
 MOST_FRAMES = 5000  # of a folder in an archive: their places go to another process in one message
 
 
@@ -271,7 +273,9 @@ def cells_beside(
         for group in range(table.num_row_groups):
             rows = table.metadata.row_group(group).num_rows
             if row < first + rows:
-                cells = table.iter_batches(16, [group], [column], use_threads=False)
+                size = _unpacked_bytes(table.metadata.row_group(group), column)
+                batch = max(1, min(16, _BATCH_BYTES * rows // max(size, 1)))
+                cells = table.iter_batches(batch, [group], [column], use_threads=False)
                 values = (cell for batch in cells for cell in batch.column(0))
                 for number, cell in enumerate(values, start=first):
                     if isinstance(cell, pa.ListScalar):
@@ -284,6 +288,19 @@ def cells_beside(
     except pa.ArrowInvalid as error:  # a ValueError of its own
         raise ValueError(f"the table is no Parquet file, or damaged ({error})") from error
     raise ValueError(f"the table has {first:,} rows, and none of the number {row:,} (from 0)")
+
+
+def _unpacked_bytes(group: Any, column: str) -> int:
+    """Bytes of a column in a group of rows by the table's footer. Raise ValueError for a bomb: media are
+    compressed already, so that tables of them hardly shrink.
+    """
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]
+    packed = sum(chunk.total_compressed_size for chunk in chunks)
+    size = sum(chunk.total_uncompressed_size for chunk in chunks)
+    if size > max(_UNPACKED * packed, _BATCH_BYTES):
+        raise ValueError(f"the table unpacks {packed:,} bytes to {size:,}, which is too much for media")
+    return size
 
 
 def _content(cell: Any) -> bytes | None:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote
 
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from fsspec.registry import get_filesystem_class
 
@@ -69,6 +70,7 @@ _archives = threading.Lock()  # a file system inside another one's file has one 
 MEMBERS = 1_000_000  # of archives whose indexes are in memory, some 250 MB
 OUTAGE = 10  # files in a row without an answer, after which a place counts as out of reach
 SILENCE = 10.0  # seconds without the state of a container, after which its place is not asked for others'
+_MEDIA_BYTES = 8 << 20  # of other cells that are kept, where a table is smaller than that
 _HEADERS = 1 << 16  # bytes that are read of an archive around each header
 _OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # of which nothing changes
 
@@ -152,11 +154,35 @@ def _schemes(address: str) -> list[str]:
     return [part.partition("://")[0] for part in address.split("::")]
 
 
-def fetch(address: str, target: Path) -> None:
-    """Copies a file to `target`. Raises as `at_address`, and VideoR1Error when the disk takes no more."""
+class _Counted(Callback):
+    """Progress of a download: raises MediaError as soon as it is more than `limit` bytes."""
+
+    def __init__(self, address: str, limit: int) -> None:
+        super().__init__()
+        self.address, self.limit = address, limit
+
+    def set_size(self, size: int | None) -> None:
+        super().set_size(size)
+        self._check(size or 0)
+
+    def call(self, *_: object, **__: object) -> None:
+        self._check(self.value)
+
+    def _check(self, size: int) -> None:
+        if size > self.limit:
+            raise MediaError(
+                self.address,
+                f"is larger than remote_cache_gb allows ({self.limit / 1e9:g} GB)",
+            )
+
+
+def fetch(address: str, target: Path, limit: int = 1 << 62) -> None:
+    """Copy a file to `target`. Raise as `at_address`, MediaError beyond `limit` bytes, and VideoR1Error when
+    the disk takes no more.
+    """
 
     def copy(system: Any, path: str) -> None:
-        system.get_file(path, str(target))
+        system.get_file(path, str(target), callback=_Counted(address, limit))
         if target.is_dir():
             target.rmdir()
             raise IsADirectoryError("a folder")
@@ -390,7 +416,7 @@ class RemoteCache(BoundedFolder):
             if split_member(address):
                 self._fetch_inside(address, draft)
             else:
-                fetch(address, draft)
+                fetch(address, draft, self.limit)
         except NoAnswer as error:
             self.unanswered[place] += 1
             if self.unanswered[place] >= OUTAGE:
@@ -428,6 +454,8 @@ class RemoteCache(BoundedFolder):
                 return members_of(file)
 
         first, size = member_of(self._members(archive, self.state(archive), read), begin.removeprefix(TAR))
+        if size > self.limit:
+            raise ValueError(f"its {size:,} bytes are more than remote_cache_gb")
         content = system.cat_file(path, start=first, end=first + size)
         if len(content) != size:
             raise ValueError("its server does not give parts of files; fetch the archive first")
@@ -441,13 +469,15 @@ class RemoteCache(BoundedFolder):
                 draft.write_bytes(self.place(self._name(f"{begin}::{table}")).read_bytes())
                 return
             with system.open(path, "rb", cache_type="none") as file:  # no byte of another group of rows
-                found = None
+                found, room = None, max(file.seek(0, os.SEEK_END), _MEDIA_BYTES)
                 for (number, part), content in cells_beside(file, column, row):
                     entry = self.place(self._name(cell_path(column, number, table, part)))
                     if (number, part) == (row, item):
                         found = content
                     elif content is not None and not entry.exists():
-                        self._keep(entry, content)
+                        room -= len(content)  # a small table may unpack to any number of bytes
+                        if room >= 0:
+                            self._keep(entry, content)
             if found is None:
                 raise ValueError("there are no bytes in that cell")
             draft.write_bytes(found)
