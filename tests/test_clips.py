@@ -73,7 +73,9 @@ def formats(tmp_path_factory):
     return made
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["in memory", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("seeking", "threads"))]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_chosen_frames_equal_those_of_decoding_everything(formats, monkeypatch, name, mode):
     path, everything = formats(name)

@@ -59,8 +59,8 @@ def entries(cache: FrameCache) -> list[Path]:
     return sorted(cache.folder.glob("*/*.safetensors"))
 
 
-@pytest.mark.parametrize("counts", [(8,), (4, 8), (16, 4, 8), (2, 32)])
-@pytest.mark.parametrize("window", [{}, {"start": 1.0, "end": 3.2}, {"start": 2.0, "end": 2.3}])
+@pytest.mark.parametrize("counts", [(16, 4, 8), (2, 32)])
+@pytest.mark.parametrize("window", [{}, {"start": 2.0, "end": 2.3}])
 def test_several_frame_counts_from_one_decoding(
     clip: Path, counts: tuple[int, ...], window: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +262,7 @@ def test_an_entry_is_for_whoever_may_read_the_folder(tmp_path: Path, monkeypatch
     assert cache.get(one_entry(1)[0]) is not None and cache.damaged == 0 and entry.exists()
 
 
+@pytest.mark.slow
 def test_parallel_writers_and_readers(tmp_path: Path) -> None:
     limit = 12 * 40_000
     start = multiprocessing.get_context("fork").Process
@@ -311,6 +312,7 @@ def test_bad_media_and_bad_folders(clip: Path, tmp_path: Path) -> None:
     assert opened.limit == 500_000_000
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_share_the_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What SFT has read, RL with the same budget does not decode again."""
     from tiny_models import tiny_checkpoint

@@ -50,6 +50,7 @@ def in_other_forms(manifest: Path, folder: Path) -> Path:
     return folder / "manifest.json"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "rl"])
 def test_a_training_has_the_same_figures(
     checkpoint: Path, manifest: Path, tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch

@@ -95,6 +95,7 @@ def test_a_file_that_takes_too_much_memory_is_refused_and_the_worker_lives(
     assert [other.number for other in workers.idle] == [worker.number]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_replaced_and_a_file_that_kills_two_is_named(
     slow_clip: Path, workers: Decoders
 ) -> None:
@@ -225,6 +226,7 @@ def test_many_threads_read_at_once(tmp_path: Path, workers: Decoders) -> None:
     assert not wrong and 1 <= len(workers.idle) <= 3
 
 
+@pytest.mark.slow
 def test_the_workers_end_with_the_process_that_reads(tmp_path: Path) -> None:
     clip = write_video(tmp_path / "a.mp4", 8)
     program = (

@@ -37,7 +37,8 @@ class Bomb:
         return (Path.touch, (self.proof,))
 
 
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
 def test_resuming_runs_no_pickled_code(checkpoint: Path, tmp_path: Path, name: str) -> None:
     """A checkpoint whose training state was replaced by a pickle that runs code."""
     data = tmp_path / "data"

@@ -90,8 +90,9 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("path", "reason"), BAD)
-@pytest.mark.parametrize("remotely", [False, True])
+@pytest.mark.parametrize(
+    ("path", "reason", "remotely"), [(*case, False) for case in BAD] + [(*case, True) for case in BAD[-2:]]
+)
 def test_what_cannot_be_read(
     tmp_path: Path, clips: list[Path], path: str, reason: str, remotely: bool, memory: Any
 ) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from video_r1.console import Progress, table
 from video_r1.data.manifests.records import Problem, Sample, check_manifest
 from video_r1.data.reading import Batch, Reader
+from video_r1.data.sources.media_types import ClipRef
 from video_r1.settings.frames import FrameBudget
 from video_r1.settings.shared import RemoteSettings
 
@@ -39,12 +40,10 @@ def check_media(
         rows: each sample's row number, for the problems. Default: its position in `samples`, from 1.
     """
     numbers = rows if rows is not None else range(1, len(samples) + 1)
-    files: dict[
-        tuple[str | float | None, ...], tuple[Sample, list[int]]
-    ] = {}  # with the questions about each
+    files: dict[ClipRef, list[int]] = {}  # with the questions about each
     for place, sample in enumerate(samples):
         for file in sample.files:
-            files.setdefault(file.shown, (file, []))[1].append(place)
+            files.setdefault(file, []).append(place)
 
     failed: dict[int, str] = {}
     video_seconds = 0.0
@@ -53,9 +52,9 @@ def check_media(
         Reader(budget or FrameBudget(), threads=workers) as reader,
         Progress(len(files), "checking media", "files") as bar,
     ):
-        batches = (Batch([file]) for file, _ in files.values())
+        batches = (Batch([file]) for file in files)
         durations = reader.batches(batches, lambda _, media: media[0].duration, 2 * workers)
-        for (_, places), (found,) in zip(files.values(), durations, strict=True):
+        for places, (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):
                 video_seconds += found
             else:

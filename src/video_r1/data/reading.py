@@ -85,7 +85,7 @@ class Reader:
             counts = batch.counts or (self.budget.max_frames,)
             pairs = []
             for sample in batch.samples:
-                key = (sample.shown, counts)
+                key = (sample.files, counts)
                 if key not in clips:
                     clips[key] = self.submit(self._clip, sample, counts)
                 clips.move_to_end(key)

@@ -28,8 +28,8 @@ import av.logging
 import torch
 
 from video_r1.data.decoding.media import Media, decode_media
-from video_r1.data.manifests.records import Sample
 from video_r1.data.sources.archives import TABLE, Part, split_member
+from video_r1.data.sources.media_types import ClipRef, ShowsClips, clip_of
 from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.errors import MediaError, VideoR1Error
 from video_r1.processes import OneAProcess
@@ -72,7 +72,7 @@ class Decoders:
         self.server: tuple[subprocess.Popen[bytes], socket.socket] | None = None
         self.lock = threading.Lock()
 
-    def read(self, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
+    def read(self, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
         """`decode_media` with these workers.
 
         The system may kill a worker for want of memory elsewhere, and idle ones with it: a file is what
@@ -83,18 +83,18 @@ class Decoders:
         for _ in range(_ATTEMPTS):
             worker = self._take(new=crashed or hung)
             try:
-                answer, last = _exchange(worker.channel, sample, budget, part)
+                answer, last = _exchange(worker.channel, clip, budget, part)
             except _NotBegun:
                 self._stop(worker)
                 hung = True
                 continue
             except TimeoutError:
                 self._stop(worker)
-                raise MediaError(sample.path, f"takes longer than {budget.seconds:g} s to decode") from None
+                raise MediaError(clip.path, f"takes longer than {budget.seconds:g} s to decode") from None
             except (EOFError, ConnectionError):
                 reason = self._stop(worker)
                 if reason and crashed:
-                    raise MediaError(sample.path, f"makes the decoder crash ({reason})") from None
+                    raise MediaError(clip.path, f"makes the decoder crash ({reason})") from None
                 crashed = crashed or bool(reason)
                 continue
             except BaseException:  # Ctrl-C in the middle of an answer
@@ -105,10 +105,10 @@ class Decoders:
             else:
                 self._put_back(worker)
             if isinstance(answer, str):
-                raise MediaError(sample.path, answer)
+                raise MediaError(clip.path, answer)
             return answer
         raise VideoR1Error(
-            f"{sample.path}: the process that decodes media was ended {_ATTEMPTS - crashed} times meanwhile; "
+            f"{clip.path}: the process that decodes media was ended {_ATTEMPTS - crashed} times meanwhile; "
             "does the machine, or the job, have memory left?"
         )
 
@@ -197,14 +197,13 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 
 
 def _exchange(
-    channel: socket.socket, sample: Sample, budget: FrameBudget, part: Part | list[Part] | None
+    channel: socket.socket, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None
 ) -> tuple[Media | str, bool]:
     """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`, and
     _NotBegun.
     """
     channel.settimeout(_BEGIN_SECONDS)
-    place = {"path": sample.path, "data_type": sample.data_type, "start": sample.start, "end": sample.end}
-    send(channel, {"sample": {**place, "extra": {"fps": sample.fps}}, "budget": asdict(budget), "part": part})
+    send(channel, {"clip": asdict(clip), "budget": asdict(budget), "part": part})
     try:
         receive(channel, time.monotonic() + _BEGIN_SECONDS)
     except TimeoutError as error:
@@ -218,14 +217,14 @@ def _exchange(
     frames = torch.empty(reply["shape"], dtype=torch.uint8)
     receive_into(channel, frames.numpy().data.cast("B"), deadline)
     times = torch.tensor(reply["times"], dtype=torch.float64)
-    return Media(frames, times, reply["duration"], sample.data_type), reply["last"]
+    return Media(frames, times, reply["duration"], clip.data_type), reply["last"]
 
 
 _decoders = OneAProcess(Decoders)
 
 
-def read_media(sample: Sample, budget: FrameBudget) -> Media:
-    """Decodes and resizes what a sample is about: its image, or the frames of its clip's window.
+def read_media(source: ShowsClips, budget: FrameBudget) -> Media:
+    """Decodes and resizes one file: an image, or the frames of its clip's window.
 
     It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
     may be made from many threads at once. What is behind an address is fetched first, unless it has been.
@@ -233,32 +232,32 @@ def read_media(sample: Sample, budget: FrameBudget) -> Media:
     Raises:
         MediaError: the file cannot be used; `reason` says why in words. Nothing else is raised for a bad
             file.
-        ValueError: the sample has several files; read each of `sample.files`.
+        ValueError: the sample has several files; read each of `files`.
         VideoR1Error: no worker can be started, or a place that files are fetched from is out of reach.
         ConfigError: a package for such an address is missing, or the folder for copies cannot be written to.
     """
-    if sample.more_paths:
-        raise ValueError(f"question {sample.problem_id!r} has {len(sample.paths)} files; read each of them")
-    if local_file(sample.path) is None or sample.path.startswith(TABLE):
-        with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(sample.path) as path:
+    clip = clip_of(source)
+    if local_file(clip.path) is None or clip.path.startswith(TABLE):
+        with open_remote_cache(budget.remote_cache, budget.remote_bytes).file(clip.path) as path:
             try:
-                return read_media(replace(sample, path=path), budget)
+                return read_media(replace(clip, path=path), budget)
             except MediaError as error:
-                raise MediaError(sample.path, error.reason) from error
+                raise MediaError(clip.path, error.reason) from error
     part = None
-    if split_member(sample.path):
-        part = open_remote_cache(budget.remote_cache, budget.remote_bytes).part(sample.path)
+    if split_member(clip.path):
+        part = open_remote_cache(budget.remote_cache, budget.remote_bytes).part(clip.path)
     if budget.seconds == 0:
-        return decode_media(sample, budget, part)
-    return _decoders.one.read(sample, budget, part)
+        return decode_media(clip, budget, part)
+    return _decoders.one.read(clip, budget, part)
 
 
-def read_media_at(sample: Sample, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
+def read_media_at(source: ShowsClips, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
     """What `read_media` gives with each of `counts` as max_frames, from one decoding. Raises MediaError."""
-    if len(counts) == 1 or sample.data_type == "image":
-        media = read_media(sample, replace(budget, max_frames=counts[0]))
+    clip = clip_of(source)
+    if len(counts) == 1 or clip.data_type == "image":
+        media = read_media(clip, replace(budget, max_frames=counts[0]))
         return [media] * len(counts)
-    together = read_media(sample, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
+    together = read_media(clip, replace(budget, max_frames=sum(counts), frame_counts=tuple(counts)))
     # Times ascend within the frames of one count and start again with those of the next.
     ends = (together.timestamps.diff() <= 0).nonzero().flatten() + 1
     parts = (tensor.tensor_split(ends) for tensor in (together.frames, together.timestamps))
@@ -362,13 +361,11 @@ def _work(channel: socket.socket) -> None:
 
 
 def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None:
-    question = {"problem_id": 0, "problem": "", "problem_type": "free-form", "solution": ""}
-    sample = Sample(**question, **request["sample"])
     part = request["part"]
     if part is not None:
         part = [Part(*one) for one in part] if isinstance(part[0], list) else Part(*part)
     try:
-        media = decode_media(sample, FrameBudget(**request["budget"]), part)
+        media = decode_media(ClipRef(**request["clip"]), FrameBudget(**request["budget"]), part)
     except MediaError as error:
         send(channel, {"reason": error.reason, "last": last})
         return

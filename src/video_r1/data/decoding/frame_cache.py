@@ -25,10 +25,9 @@ from safetensors.torch import save_file
 
 from video_r1.data.decoding.decoders import read_media_at
 from video_r1.data.decoding.media import Media
-from video_r1.data.manifests.records import Sample
 from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.bounded_folder import PARTIAL, BoundedFolder
-from video_r1.data.sources.media_types import frame_stamps
+from video_r1.data.sources.media_types import ShowsClips, clip_of, frame_stamps
 from video_r1.data.sources.remote import local_file, open_remote_cache
 from video_r1.fingerprint import digest
 from video_r1.settings.frames import FrameBudget
@@ -99,49 +98,50 @@ def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
     return None if folder is None else FrameCache(folder, int(gigabytes * 1e9))
 
 
-def read_cached(sample: Sample, budget: FrameBudget, cache: FrameCache | None) -> Media:
+def read_cached(source: ShowsClips, budget: FrameBudget, cache: FrameCache | None) -> Media:
     """`read_media`, from the cache where it has the media. Raises MediaError."""
-    return read_cached_at(sample, budget, (budget.max_frames,), cache)[0]
+    return read_cached_at(source, budget, (budget.max_frames,), cache)[0]
 
 
 def read_cached_at(
-    sample: Sample, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
+    source: ShowsClips, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
 ) -> list[Media]:
     """`read_media_at`, of which only what the cache has not is decoded, in one go. Raises MediaError."""
     if cache is None:
-        return read_media_at(sample, budget, counts)
-    keys = {count: cache_key(sample, budget, count) for count in counts}
+        return read_media_at(source, budget, counts)
+    keys = {count: cache_key(source, budget, count) for count in counts}
     kept = ((count, cache.get(key)) for count, key in keys.items() if key is not None)
     found = {count: media for count, media in kept if media is not None}
     wanted = [count for count in keys if count not in found]
-    for count, media in zip(wanted, read_media_at(sample, budget, wanted) if wanted else [], strict=True):
+    for count, media in zip(wanted, read_media_at(source, budget, wanted) if wanted else [], strict=True):
         found[count] = media
         if (key := keys[count]) is not None:
             cache.put(key, media)
     return [found[count] for count in counts]
 
 
-def cache_key(sample: Sample, budget: FrameBudget, count: int) -> str | None:
+def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None:
     """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good, but
     for those inside of tables and archives.
     """
-    file: tuple[object, ...] = (sample.path,)
-    if (local := local_file(sample.path)) is not None:
+    clip = clip_of(source)
+    file: tuple[object, ...] = (clip.path,)
+    if (local := local_file(clip.path)) is not None:
         try:
             facts = os.stat(local)
-            file = (sample.path, facts.st_size, facts.st_mtime_ns)
-            if local != sample.path:  # it lies in that file, and may be a folder of frames there
-                file = (*file, sample.fps)
+            file = (clip.path, facts.st_size, facts.st_mtime_ns)
+            if local != clip.path:  # it lies in that file, and may be a folder of frames there
+                file = (*file, clip.fps)
             elif stat.S_ISDIR(facts.st_mode):
-                file = (sample.path, sample.fps, *frame_stamps(sample.path))
+                file = (clip.path, clip.fps, *frame_stamps(clip.path))
         except OSError:
             return None
-    elif inside := split_member(sample.path):
+    elif inside := split_member(clip.path):
         file = (*file, *open_remote_cache(budget.remote_cache, budget.remote_bytes).state(inside[1]))
     rule: tuple[object, ...] = ("image", budget.image_pixels)
-    if sample.data_type == "video":
+    if clip.data_type == "video":
         frames = (budget.fps, budget.min_frames, count)
-        rule = ("video", budget.frame_pixels, *frames, sample.start, sample.end)
+        rule = ("video", budget.frame_pixels, *frames, clip.start, clip.end)
         rule = (*rule, budget.least_pixels) if budget.least_pixels else rule
     return digest((VERSION, *file, budget.size_multiple, *rule), size=20)
 

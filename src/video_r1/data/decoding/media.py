@@ -18,9 +18,8 @@ from torch.nn.functional import interpolate
 
 from video_r1.data.decoding.clips import decode_clip
 from video_r1.data.decoding.pictures import decode_frames, read_picture
-from video_r1.data.manifests.records import Sample
 from video_r1.data.sources.archives import Part
-from video_r1.data.sources.media_types import frame_names
+from video_r1.data.sources.media_types import ClipRef, ShowsClips, clip_of, frame_names
 from video_r1.errors import MediaError
 from video_r1.settings.frames import TEMPORAL_PATCH, FrameBudget
 
@@ -134,24 +133,25 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
     return permutation
 
 
-def decode_media(sample: Sample, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
+def decode_media(source: ShowsClips, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
     """`read_media` in this process, without its limits. part: where it lies in another file; a list: frames.
     Raises MediaError.
     """
+    clip = clip_of(source)
     try:
-        file = part or sample.path
-        if isinstance(file, str) and os.path.isdir(file) and sample.data_type == "video":
+        file = part or clip.path
+        if isinstance(file, str) and os.path.isdir(file) and clip.data_type == "video":
             names = frame_names(file)
-            return _read_video(sample, [(name, os.path.join(file, name)) for name in names], budget)
-        if isinstance(file, list) and sample.data_type == "video":
-            return _read_video(sample, [(one.name, one) for one in file], budget)
+            return _read_video(clip, [(name, os.path.join(file, name)) for name in names], budget)
+        if isinstance(file, list) and clip.data_type == "video":
+            return _read_video(clip, [(one.name, one) for one in file], budget)
         if isinstance(file, str):
             _require_file(file)
         elif isinstance(file, list):
-            raise MediaError(sample.path, "is a folder, not a media file")
+            raise MediaError(clip.path, "is a folder, not a media file")
         elif file.size == 0:
-            raise MediaError(sample.path, "the file is empty (0 bytes)")
-        return _read_image(file, budget) if sample.data_type == "image" else _read_video(sample, file, budget)
+            raise MediaError(clip.path, "the file is empty (0 bytes)")
+        return _read_image(file, budget) if clip.data_type == "image" else _read_video(clip, file, budget)
     except Exception as error:  # decoders raise whatever they like over hostile files
         if isinstance(error, MediaError):
             reason = error.reason
@@ -162,7 +162,7 @@ def decode_media(sample: Sample, budget: FrameBudget, part: Part | list[Part] | 
         else:
             detail = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             reason = f"cannot be decoded ({detail})"
-        raise MediaError(sample.path, _one_line(reason)) from error
+        raise MediaError(clip.path, _one_line(reason)) from error
 
 
 def _one_line(reason: str) -> str:
@@ -184,9 +184,7 @@ def _require_file(path: str) -> None:
         raise MediaError(path, "may not be read (permission denied)")
 
 
-def _read_video(
-    sample: Sample, file: str | Part | list[tuple[str, str | Part]], budget: FrameBudget
-) -> Media:
+def _read_video(clip: ClipRef, file: str | Part | list[tuple[str, str | Part]], budget: FrameBudget) -> Media:
     """file: a list of names and files, of a clip that is pictures."""
     size: tuple[int, int] | None = None
     chosen: list[list[int]] = []  # of each frame count
@@ -201,27 +199,29 @@ def _read_video(
 
     def choose(total: int, fps: float) -> list[int]:
         if total < TEMPORAL_PATCH:
-            frames = f"{total} frame{'s' * (total != 1)}{_window(sample)}"
+            frames = f"{total} frame{'s' * (total != 1)}{_window(clip)}"
             raise ValueError(f"has {frames}, at least {TEMPORAL_PATCH} needed")
         counts = budget.frame_counts or (budget.max_frames,)
         chosen[:] = [frame_indices(total, fps, replace(budget, max_frames=count)) for count in counts]
         return sorted(set().union(*chosen))
 
     if isinstance(file, list):
-        clip = decode_frames(file, sample.fps, choose, finish, sample.start, sample.end)
+        decoded = decode_frames(file, clip.fps, choose, finish, clip.start, clip.end)
     else:
-        clip = decode_clip(file, choose, finish, sample.start, sample.end)
+        decoded = decode_clip(file, choose, finish, clip.start, clip.end)
     place = {index: number for number, index in enumerate(sorted(set().union(*chosen)))}
     places = [place[index] for indices in chosen for index in indices]
-    timestamps = torch.tensor([clip.times[place] for place in places], dtype=torch.float64)
-    return Media(torch.stack([clip.frames[place] for place in places]), timestamps, clip.duration, "video")
+    timestamps = torch.tensor([decoded.times[place] for place in places], dtype=torch.float64)
+    return Media(
+        torch.stack([decoded.frames[place] for place in places]), timestamps, decoded.duration, "video"
+    )
 
 
-def _window(sample: Sample) -> str:
-    if sample.start is None and sample.end is None:
+def _window(clip: ClipRef) -> str:
+    if clip.start is None and clip.end is None:
         return ""
-    end = "its end" if sample.end is None else f"{sample.end:g} s"
-    return f" between {sample.start or 0:g} s and {end}"
+    end = "its end" if clip.end is None else f"{clip.end:g} s"
+    return f" between {clip.start or 0:g} s and {end}"
 
 
 def _read_image(file: str | Part, budget: FrameBudget) -> Media:

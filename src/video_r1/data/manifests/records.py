@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, cast, get_args
 
@@ -37,7 +37,7 @@ from video_r1.data.manifests.tables import (
 )
 from video_r1.data.sources.archives import split_member
 from video_r1.data.sources.media_paths import MediaPaths, is_pattern, media_root_of, path_below
-from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS
+from video_r1.data.sources.media_types import MANIFEST_EXTENSIONS, ClipRef
 from video_r1.data.sources.remote import check_schemes, fetch, is_address, on_this_machine
 from video_r1.errors import ConfigError, ManifestError, MediaError
 from video_r1.fingerprint import digest
@@ -98,11 +98,10 @@ class Sample:
         return self.path, *self.more_paths
 
     @property
-    def files(self) -> tuple[Sample, ...]:
-        """Samples with one file each, for decoding and caching."""
-        if not self.more_paths:
-            return (self,)
-        return tuple(replace(self, path=path, more_paths=()) for path in self.paths)
+    def files(self) -> tuple[ClipRef, ...]:
+        """Files with the window to decode; samples with equal `files` have the same frames."""
+        fps = self.fps
+        return tuple(ClipRef(path, self.data_type, self.start, self.end, fps) for path in self.paths)
 
     @property
     def mark(self) -> str:

@@ -5,6 +5,8 @@ clips/0001/1.jpg 2.jpg … 10.jpg ─► in the order of their numbers, `fps` of
 
 import os
 import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2",
@@ -19,6 +21,38 @@ MANIFEST_EXTENSIONS = (".json", ".jsonl", ".ndjson", ".parquet")
 FOLDER_FPS = 2.0
 """Frames a second of a folder whose row says nothing: the rate at which frames are sampled here and in the
 Video-R1 code, and what Qwen's own reader (qwen-vl-utils, `sample_fps`) takes a list of frames to have."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClipRef:
+    """One file as it is decoded: a video, an image or a folder of frames, and the window of it."""
+
+    path: str  # a file, a folder of frames, an address, or a member of an archive or table
+    data_type: Literal["image", "video"] = "video"
+    start: float | None = None  # seconds from the first frame; None: from the beginning
+    end: float | None = None  # None: to the end
+    fps: float | None = None  # frames a second of a folder of frames; None: FOLDER_FPS
+
+    @property
+    def files(self) -> tuple["ClipRef", ...]:
+        return (self,)
+
+
+class ShowsClips(Protocol):
+    """A sample, or a ClipRef itself."""
+
+    @property
+    def files(self) -> tuple[ClipRef, ...]: ...
+
+
+def clip_of(source: ShowsClips) -> ClipRef:
+    """Return the only file of a sample. Raise ValueError where it has several."""
+    if len(source.files) > 1:
+        name = getattr(source, "problem_id", "")
+        raise ValueError(f"question {name!r} has {len(source.files)} files; read each of them")
+    return source.files[0]
+
+
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
 
 
