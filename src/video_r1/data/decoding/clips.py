@@ -55,7 +55,7 @@ class Clip:
 
 
 class _Unlisted(Exception):
-    """The packet list does not lead to the frames: decode from the beginning."""
+    """The packet list does not lead to the frames; the clip is decoded from its beginning."""
 
 
 def _unknown_side_data(cls: type[SideDataType], value: int) -> SideDataType:
@@ -85,16 +85,16 @@ class _Packets:
     lost: list[int]  # positions of packets of a transport stream that lack data
 
     def times(self) -> list[float]:
-        """Presentation times in seconds from the first frame."""
+        """Return presentation times in seconds from the first frame."""
         unit, per, first = self.time_base.numerator, self.time_base.denominator, self.pts[self.shown[0]]
         return [(self.pts[position] - first) * unit / per for position in self.shown]
 
     def sent(self) -> list[int]:
-        """Decoding times."""
+        """Return the decoding times."""
         return [time for time in self.dts if time is not None]
 
     def restarts(self) -> bool:
-        """Whether decoding times go back, as where recordings were joined: the clock is not that of one."""
+        """Return whether decoding times go back, as they do where recordings were joined."""
         return any(a > b for a, b in pairwise(self.sent()))
 
     def require_whole(self, begin: int, last: int) -> None:
@@ -104,7 +104,7 @@ class _Packets:
                 raise ValueError(f"the video is damaged: frame {position} lacks data that others depend on")
 
     def key_before(self, position: int) -> int:
-        """The keyframe to start from: the last one that is neither decoded nor shown after `position`."""
+        """Find the keyframe to start from: the last that is neither decoded nor shown after `position`."""
         for key in reversed(self.keys[: bisect_right(self.keys, position)]):
             if self.pts[key] <= self.pts[position]:
                 return key
@@ -118,7 +118,7 @@ def decode_clip(
     start: float | None = None,
     end: float | None = None,
 ) -> Clip:
-    """Decodes the chosen frames of a clip.
+    """Decode the chosen frames of a clip.
 
     Args:
         file: its path, or a part of another file.
@@ -150,7 +150,7 @@ def decode_clip(
 
 
 def _list_packets(container: Any, stream: Any) -> _Packets:
-    """All packets. Raises ValueError for a cut-off file."""
+    """List all packets. Raise ValueError for a cut-off file."""
     declared = len(stream.index_entries) if container.format.name.startswith("mov") else 0
     pts: list[int | None] = []
     dts: list[int | None] = []
@@ -205,7 +205,9 @@ def clip_window(
     start: float | None,
     end: float | None,
 ) -> tuple[int, int, float]:
-    """(first frame, frame after the last, seconds) of a window. `times` ascend from 0. Raises ValueError."""
+    """Return (first frame, frame after the last, seconds) of a window. `times` ascend from 0. Raise
+    ValueError.
+    """
     clip_seconds = times[-1] + last_frame_seconds
     begin = start or 0.0
     stop = clip_seconds if end is None else min(end, clip_seconds)
@@ -270,7 +272,9 @@ def _decode_listed(
 
 
 def _runs(packets: _Packets, positions: list[int]) -> list[tuple[int, int]]:
-    """Stretches of packets (first, last) in decoding order: the positions and what these depend on."""
+    """Return stretches of packets (first, last) in decoding order: the positions and the packets that they
+    need.
+    """
     runs: list[tuple[int, int]] = []
     for position in sorted(positions):
         begin, last = packets.key_before(position), position
@@ -284,7 +288,7 @@ def _runs(packets: _Packets, positions: list[int]) -> list[tuple[int, int]]:
 def _packets_from(
     container: Any, stream: Any, packets: _Packets, begin: int, last: int
 ) -> Iterator[tuple[int, Any]]:
-    """The packets from a keyframe to position `last`, with their positions."""
+    """Yield the packets from a keyframe to position `last`, with their positions."""
     if packets.kept is not None:
         yield from zip(range(begin, last + 1), packets.kept[begin : last + 1], strict=True)
         return
@@ -316,7 +320,7 @@ def _decode_from_beginning(
     end: float | None,
     packets: _Packets,
 ) -> Clip:
-    """Decodes every frame twice: to count them and know their times, then to keep the chosen ones."""
+    """Decode every frame twice: to count them and get their times, then to keep the chosen ones."""
     packets.require_whole(0, len(packets.pts))
     pts: list[int | None] = []
     try:
@@ -352,7 +356,7 @@ def _decode_from_beginning(
 
 
 def _times_as_decoded(pts: list[int | None], packets: _Packets, rate: Fraction) -> list[float]:
-    """Seconds from the first frame, of frames in the order in which the decoder gives them."""
+    """Return seconds from the first frame, of frames in the order in which the decoder gives them."""
     shown, sent = [time for time in pts if time is not None], packets.sent()
     if len(shown) == len(pts) and _ascend(shown):
         ticks = shown
@@ -369,7 +373,7 @@ def _times_as_decoded(pts: list[int | None], packets: _Packets, rate: Fraction) 
 
 
 def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
-    """[3, H, W] uint8 RGB of a decoded frame, turned and mirrored as its display matrix says."""
+    """Return [3, H, W] uint8 RGB of a decoded frame, rotated and mirrored as its display matrix says."""
     if frame.width * frame.height > MAX_PIXELS:
         raise ValueError(
             f"has a frame of {frame.width}×{frame.height} pixels; at most {MAX_PIXELS:,} are decoded"
@@ -391,7 +395,9 @@ def _upright_rgb(frame: Any, reformatter: VideoReformatter) -> Tensor:
 
 @contextmanager
 def open_video(file: str | Part, threads: int | None = None) -> Iterator[tuple[Any, Any]]:
-    """PyAV's container and its video stream. Raises ValueError, in words, for a file without a whole one."""
+    """Open a file and yield PyAV's container and its video stream. Raise ValueError, in words, for a file
+    without a whole one.
+    """
     if missing := missing_bytes(file):
         raise ValueError(f"the video is cut short: {missing:,} bytes of it are missing")
     with (
@@ -448,7 +454,8 @@ def _container(file: str | BinaryIO) -> Any:
 
 
 def missing_bytes(file: str | Part) -> int:
-    """Bytes by which a Matroska, WebM or AVI file is shorter than it declares; 0 when it declares nothing.
+    """Return by how many bytes a Matroska, WebM or AVI file is shorter than it declares; 0 if it declares
+    nothing.
 
     FFmpeg reads a file that was cut off up to the cut without a word. MP4 needs no such check: its index
     lists every frame, which is compared with the frames that are read.
@@ -466,7 +473,9 @@ def missing_bytes(file: str | Part) -> int:
 
 
 def _matroska_size(head: bytes) -> int:
-    """End of the segment after the EBML header (RFC 8794); 0 when its size is unknown (a live recording)."""
+    """Return the end of the segment after the EBML header (RFC 8794); 0 if its size is unknown (a live
+    recording).
+    """
     header_size, place = _variable_size(head, 4)
     place += header_size or 0
     if int.from_bytes(head[place : place + 4]) != _SEGMENT:
@@ -476,7 +485,9 @@ def _matroska_size(head: bytes) -> int:
 
 
 def _variable_size(data: bytes, place: int) -> tuple[int | None, int]:
-    """An EBML size (None: unknown) and the place after it. The zeros of its first byte give its length."""
+    """Read an EBML size (None: unknown) and return it with the place after it. The zeros of its first byte
+    give its length.
+    """
     if place >= len(data) or data[place] == 0:
         return None, place + 1
     length = 9 - data[place].bit_length()

@@ -61,11 +61,11 @@ class _Worker:
 
 
 class _NotBegun(Exception):
-    """The worker did not take the request, which says nothing of the file."""
+    """The worker did not start on the request. This says nothing about the file."""
 
 
 class Decoders:
-    """Workers that decode, and the server that forks them. Thread-safe; started when they are needed."""
+    """Worker processes that decode, and the server that forks them. Thread-safe; they start when needed."""
 
     def __init__(self) -> None:
         self.idle: list[_Worker] = []  # of the server that runs
@@ -73,7 +73,7 @@ class Decoders:
         self.lock = threading.Lock()
 
     def read(self, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
-        """`decode_media` with these workers.
+        """Run `decode_media` in a worker.
 
         The system may kill a worker for want of memory elsewhere, and idle ones with it: a file is what
         cannot be used where a second worker, a new one, does not survive it either. That of a server that has
@@ -113,13 +113,13 @@ class Decoders:
         )
 
     def close(self) -> None:
-        """Ends the server and the idle workers."""
+        """End the server and the idle workers."""
         with self.lock:
             if self.server is not None:
                 self._forget_server()
 
     def _take(self, new: bool) -> _Worker:
-        """An idle worker, or a new one."""
+        """Return an idle worker, or a new one."""
         with self.lock:
             if self.idle and not new:
                 return self.idle.pop()
@@ -147,7 +147,7 @@ class Decoders:
         return self.server is not None and self.server[0] is worker.server
 
     def _stop(self, worker: _Worker) -> str | None:
-        """Kills a worker. Returns what ended it, in words; None where its server had ended."""
+        """Kill a worker. Return the reason of its end in words; None if its server had ended."""
         worker.channel.close()
         with self.lock:
             if self.server is None or not self._is_ours(worker):
@@ -199,8 +199,8 @@ def _start_server() -> tuple[subprocess.Popen[bytes], socket.socket]:
 def _exchange(
     channel: socket.socket, clip: ClipRef, budget: FrameBudget, part: Part | list[Part] | None
 ) -> tuple[Media | str, bool]:
-    """What the worker answers, media or a reason, and whether it ends with that. Raises as `receive`, and
-    _NotBegun.
+    """Send a request. Return the answer (media, or a reason) and whether the worker ends with it. Raise as
+    `receive`, and _NotBegun.
     """
     channel.settimeout(_BEGIN_SECONDS)
     send(channel, {"clip": asdict(clip), "budget": asdict(budget), "part": part})
@@ -224,7 +224,7 @@ _decoders = OneAProcess(Decoders)
 
 
 def read_media(source: ShowsClips, budget: FrameBudget) -> Media:
-    """Decodes and resizes one file: an image, or the frames of its clip's window.
+    """Decode and resize one file: an image, or the frames of a clip's window.
 
     It runs in a worker process, which is killed over a file that takes longer than `budget.seconds`; the call
     may be made from many threads at once. What is behind an address is fetched first, unless it has been.
@@ -252,7 +252,7 @@ def read_media(source: ShowsClips, budget: FrameBudget) -> Media:
 
 
 def read_media_at(source: ShowsClips, budget: FrameBudget, counts: Sequence[int]) -> list[Media]:
-    """What `read_media` gives with each of `counts` as max_frames, from one decoding. Raises MediaError."""
+    """Return `read_media` with each of `counts` as max_frames, from one decoding. Raise MediaError."""
     clip = clip_of(source)
     if len(counts) == 1 or clip.data_type == "image":
         media = read_media(clip, replace(budget, max_frames=counts[0]))
@@ -273,7 +273,7 @@ def send(channel: socket.socket, message: dict[str, Any]) -> None:
 
 
 def receive(channel: socket.socket, deadline: float | None = None) -> dict[str, Any]:
-    """The next message. Raises EOFError when the other side is gone, TimeoutError after `deadline`."""
+    """Return the next message. Raise EOFError when the other side is gone, TimeoutError after `deadline`."""
     head = bytearray(_LENGTH.size)
     receive_into(channel, memoryview(head), deadline)
     (length,) = _LENGTH.unpack(head)
@@ -285,7 +285,7 @@ def receive(channel: socket.socket, deadline: float | None = None) -> dict[str, 
 
 
 def receive_into(channel: socket.socket, buffer: memoryview, deadline: float | None = None) -> None:
-    """Fills the buffer; raises as `receive` does. `deadline` is a time of `time.monotonic`."""
+    """Fill the buffer; raise as `receive` does. `deadline` is a time of `time.monotonic`."""
     while buffer:
         if deadline is not None:
             channel.settimeout(max(deadline - time.monotonic(), 1e-3))
@@ -296,7 +296,7 @@ def receive_into(channel: socket.socket, buffer: memoryview, deadline: float | N
 
 
 def serve(control_number: int) -> None:
-    """Forks a worker for each socket that arrives on the control socket, and ends workers, until it closes.
+    """Fork a worker for each socket that arrives on the control socket, and end workers, until it closes.
 
     A command is START with a socket, answered by the worker's process id, or STOP with a process id, answered
     by the exit code (negative: the signal that ended it; null: it cannot be ended).
@@ -335,7 +335,7 @@ def _stop(worker: int) -> int | None:
 
 
 def _work(channel: socket.socket) -> None:
-    """Answers requests until the reader is gone or too much memory has stayed behind. Never returns."""
+    """Answer requests until the reader is gone or too much memory is still in use. Never returns."""
     code = 1
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -376,5 +376,5 @@ def _answer(channel: socket.socket, request: dict[str, Any], last: bool) -> None
 
 
 def _address_space() -> int:
-    """Bytes of address space in use."""
+    """Return the bytes of address space in use."""
     return int(_STATM.read_text().split()[0]) * resource.getpagesize()

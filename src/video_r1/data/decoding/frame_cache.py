@@ -47,7 +47,7 @@ class FrameCache(BoundedFolder):
         self.hits = self.misses = self.damaged = 0
 
     def get(self, key: str) -> Media | None:
-        """The media of an entry; None when there is none or it is damaged."""
+        """Return the media of an entry; None if there is none or it is damaged."""
         path = self._path(key)
         try:
             with safe_open(path, framework="pt") as file:
@@ -71,7 +71,7 @@ class FrameCache(BoundedFolder):
         return media
 
     def put(self, key: str, media: Media) -> None:
-        """Keeps the media of an entry. What does not fit is no error: the frames are at hand without it."""
+        """Store the media of an entry. A failure to store is no error: the caller has the frames."""
         path = self._path(key)
         draft = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}{PARTIAL}")
         facts = {"duration": repr(media.duration), "kind": media.kind, "checksum": _checksum(media)}
@@ -94,19 +94,19 @@ class FrameCache(BoundedFolder):
 
 
 def open_frame_cache(folder: str | None, gigabytes: float) -> FrameCache | None:
-    """The cache of the settings `frame_cache` and `frame_cache_gb`; None when there is no folder."""
+    """Open the cache of the settings `frame_cache` and `frame_cache_gb`; None without a folder."""
     return None if folder is None else FrameCache(folder, int(gigabytes * 1e9))
 
 
 def read_cached(source: ShowsClips, budget: FrameBudget, cache: FrameCache | None) -> Media:
-    """`read_media`, from the cache where it has the media. Raises MediaError."""
+    """Return `read_media`, from the cache if it has the media. Raise MediaError."""
     return read_cached_at(source, budget, (budget.max_frames,), cache)[0]
 
 
 def read_cached_at(
     source: ShowsClips, budget: FrameBudget, counts: Sequence[int], cache: FrameCache | None
 ) -> list[Media]:
-    """`read_media_at`, of which only what the cache has not is decoded, in one go. Raises MediaError."""
+    """Return `read_media_at`; decode, in one pass, only the counts that the cache lacks. Raise MediaError."""
     if cache is None:
         return read_media_at(source, budget, counts)
     keys = {count: cache_key(source, budget, count) for count in counts}
@@ -121,8 +121,8 @@ def read_cached_at(
 
 
 def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None:
-    """Name of the entry of at most `count` frames; None for a missing file. Addresses are files for good, but
-    for those inside of tables and archives.
+    """Return the frame-cache key for at most `count` frames; it changes when the file does. None for a
+    missing file. The file at an address never changes, except tables and archives.
     """
     clip = clip_of(source)
     file: tuple[object, ...] = (clip.path,)
@@ -147,7 +147,7 @@ def cache_key(source: ShowsClips, budget: FrameBudget, count: int) -> str | None
 
 
 def _checksum(media: Media) -> str:
-    """Of the frames and times, and of their shape, which the bytes alone do not tell."""
+    """Return a checksum of frames, times and shape."""
     digest = hashlib.sha256(f"{tuple(media.frames.shape)} {media.duration!r} {media.kind}".encode())
     digest.update(media.timestamps.numpy().data)
     digest.update(media.frames.contiguous().view(torch.uint8).numpy().data)

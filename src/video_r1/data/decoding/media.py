@@ -39,7 +39,7 @@ class Media:
 
     @property
     def fps(self) -> float:
-        """Frames kept per second of clip; 0 for an image."""
+        """Return frames kept per second of clip; 0 for an image."""
         return len(self.frames) / self.duration if self.duration else 0.0
 
     def reordered(self, permutation: Tensor) -> Self:
@@ -56,7 +56,7 @@ Shown = Media | Sequence[Media]
 
 
 def clips_of(shown: Shown) -> tuple[Media, ...]:
-    """The clips or images one by one."""
+    """Return the clips or images as a tuple."""
     return (shown,) if isinstance(shown, Media) else tuple(shown)
 
 
@@ -73,7 +73,7 @@ def reordered(shown: Sequence[Media], permutation: Tensor) -> tuple[Media, ...]:
 
 
 def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> list[int]:
-    """Which frames of a clip are taken: `budget.fps` of them a second, evenly from the first to the last.
+    """Choose frames of a clip: `budget.fps` a second, evenly from the first to the last.
 
     Their number is at least min_frames and 2, at most max_frames, never more than the clip has, and rounded
     down to an even number; a clip of one frame gives none. Places are rounded to the nearest frame.
@@ -88,7 +88,7 @@ def frame_indices(total_frames: int, clip_fps: float, budget: FrameBudget) -> li
 def fitted_size(
     height: int, width: int, pixels: int, multiple: int, least: int | None = None
 ) -> tuple[int, int]:
-    """(height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
+    """Return (height, width) after resizing: multiples of `multiple`, aspect ratio kept, area up to `pixels`.
 
     Both sides are rounded down, as Qwen's `smart_resize` does when it shrinks, but not below one multiple;
     small frames are scaled up by the same rule. Exact: a frame that has the budget's size keeps it. least:
@@ -117,14 +117,16 @@ def fitted_size(
 
 
 def resize(frames: Tensor, height: int, width: int) -> Tensor:
-    """[T, 3, h, w] uint8 → [T, 3, height, width] uint8: bicubic, antialiased, as Qwen's processors do it."""
+    """Resize [T, 3, h, w] uint8 to [T, 3, height, width] uint8: bicubic, antialiased, as Qwen's processors
+    do.
+    """
     if frames.shape[-2:] == (height, width):
         return frames
     return interpolate(frames, (height, width), mode="bicubic", antialias=True)
 
 
 def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
-    """[T] int64: a permutation drawn uniformly from all but the identity. Raises ValueError for T < 2."""
+    """Draw a permutation [T] int64 uniformly from all but the identity. Raise ValueError for T < 2."""
     if frames < 2:
         raise ValueError(f"{frames} frame has no order to shuffle")
     identity = torch.arange(frames)
@@ -134,8 +136,8 @@ def shuffled_order(frames: int, generator: torch.Generator) -> Tensor:
 
 
 def decode_media(source: ShowsClips, budget: FrameBudget, part: Part | list[Part] | None = None) -> Media:
-    """`read_media` in this process, without its limits. part: where it lies in another file; a list: frames.
-    Raises MediaError.
+    """Run `read_media` in this process, without its limits. part: the bytes of another file that hold the
+    clip, or a list of frames. Raise MediaError.
     """
     clip = clip_of(source)
     try:
@@ -166,7 +168,7 @@ def decode_media(source: ShowsClips, budget: FrameBudget, part: Part | list[Part
 
 
 def _one_line(reason: str) -> str:
-    """Printable characters only, and not too many of them."""
+    """Return printable characters only, shortened."""
     line = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
     return line if len(line) <= _LONGEST_REASON else line[: _LONGEST_REASON - 1] + "…"
 
@@ -185,7 +187,7 @@ def _require_file(path: str) -> None:
 
 
 def _read_video(clip: ClipRef, file: str | Part | list[tuple[str, str | Part]], budget: FrameBudget) -> Media:
-    """file: a list of names and files, of a clip that is pictures."""
+    """Decode a clip. file: for a clip that is pictures, a list of names and files."""
     size: tuple[int, int] | None = None
     chosen: list[list[int]] = []  # of each frame count
 

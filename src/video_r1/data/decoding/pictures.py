@@ -29,7 +29,7 @@ def decode_frames(
     start: float | None = None,
     end: float | None = None,
 ) -> Clip:
-    """`decode_clip` for frames that are pictures, `fps` of them a second (None: FOLDER_FPS).
+    """Run `decode_clip` for frames that are pictures, `fps` of them a second (None: FOLDER_FPS).
 
     files: name and place of each. Raises ValueError, with a reason in words.
     """
@@ -54,7 +54,7 @@ def decode_frames(
 
 
 def read_picture(file: str | Part) -> Tensor:
-    """[3, H, W] uint8 RGB, upright as EXIF says. Raises MediaError."""
+    """Return [3, H, W] uint8 RGB, upright as EXIF says. Raise MediaError."""
     path = file if isinstance(file, str) else file.path
     try:
         with warnings.catch_warnings():
@@ -93,7 +93,7 @@ def _is_heic(file: str | Part) -> bool:
 
 
 def _as_rgb(image: Any, file_format: str | None) -> Any:
-    """RGB without surprises: transparency on white, and greys of more bits scaled to 8, not clipped."""
+    """Convert to RGB: transparency on white; greys of more than 8 bits are scaled, not clipped."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return Image.fromarray(_eight_bits(image, file_format)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -104,7 +104,7 @@ def _as_rgb(image: Any, file_format: str | None) -> Any:
 
 
 def _eight_bits(image: Any, file_format: str | None) -> np.ndarray:
-    """[H, W] uint8 of greys with more bits: 16 bits lose their lower eight.
+    """Return [H, W] uint8 of greys with more bits: 16 bits lose their lower eight.
 
     No file tells the range of 32-bit numbers. It is taken to be that of a share (floats only: 0 to 1), of 8
     or of 16 bits, the first that holds all of them, or else 0 to the largest.

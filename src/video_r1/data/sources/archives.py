@@ -36,7 +36,7 @@ MOST_FRAMES = 5000  # of a folder in an archive: their places go to another proc
 
 
 class Part(NamedTuple):
-    """Bytes of a file that are a file themselves."""
+    """A range of bytes of a file that is itself a media file."""
 
     path: str
     offset: int
@@ -86,8 +86,8 @@ class _Window(io.RawIOBase):
 
 
 def split_member(path: object) -> tuple[str, str] | None:
-    """(`tar://member`, archive) of `tar://member::archive`, and the same of a cell of a table
-    (table_cells.py); None for anything else.
+    """Return (`tar://member`, archive) of `tar://member::archive`, likewise for a table cell; None for other
+    paths.
     """
     if not (isinstance(path, str) and path.startswith((TAR, TABLE)) and "::" in path):
         return None
@@ -216,7 +216,7 @@ def _text(field: bytes) -> str:
 
 
 def member_of(found: Members, member: str) -> tuple[int, int]:
-    """(first byte, bytes) of a member. Raises ValueError in words."""
+    """Return (first byte, bytes) of a member. Raise ValueError in words."""
     place = found.get(posixpath.normpath(member))
     if place is None:
         raise ValueError(f"there is no such file in the archive, which has {len(found):,}")
@@ -226,7 +226,7 @@ def member_of(found: Members, member: str) -> tuple[int, int]:
 
 
 def part_of(found: Members, member: str, archive: str) -> Part | list[Part]:
-    """A member, or the frames of a folder in the archive, in their order. Raises ValueError in words."""
+    """Return a member, or the frames of a folder in the archive, in order. Raise ValueError in words."""
     name = posixpath.normpath(member)
     if found.get(name, _NO_FILE) == _NO_FILE:
         begin = "" if name == "." else name + "/"
@@ -249,7 +249,7 @@ def cell_path(column: str, row: int, table: str, item: int | None = None) -> str
 
 
 def cell_of(begin: str) -> tuple[str, int, int | None]:
-    """(column, row, item of its list) of `parquet://column/row.item`. Raises ValueError in words."""
+    """Return (column, row, list item) of `parquet://column/row.item`. Raise ValueError in words."""
     found = re.fullmatch(rf"(?:{TABLE})?(.+)/([0-9]+)(?:\.([0-9]+))?", begin, re.DOTALL)
     if not found:
         raise ValueError(f"{begin!r} names no cell: parquet://COLUMN/ROW::TABLE, rows from 0")
@@ -259,7 +259,7 @@ def cell_of(begin: str) -> tuple[str, int, int | None]:
 def cells_beside(
     file: BinaryIO, column: str, row: int
 ) -> Iterator[tuple[tuple[int, int | None], bytes | None]]:
-    """((row, item), bytes) of all that are read together with that row's cell. Raises ValueError in words."""
+    """Yield ((row, item), bytes) of all cells in the group of that row. Raise ValueError in words."""
     import pyarrow as pa  # a dependency of `datasets`, and slow to import
     import pyarrow.parquet as pq
 
@@ -291,8 +291,8 @@ def cells_beside(
 
 
 def _unpacked_bytes(group: Any, column: str) -> int:
-    """Bytes of a column in a group of rows by the table's footer. Raise ValueError for a bomb: media are
-    compressed already, so that tables of them hardly shrink.
+    """Return the bytes of a column in a group of rows by the footer. Raise ValueError for a bomb: media are
+    compressed already, so tables of them hardly shrink.
     """
     chunks = [group.column(number) for number in range(group.num_columns)]
     chunks = [chunk for chunk in chunks if f"{chunk.path_in_schema}.".startswith(f"{column}.")]

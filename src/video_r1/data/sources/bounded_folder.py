@@ -41,11 +41,11 @@ class BoundedFolder:
             raise ConfigError(f"{setting} {folder}: cannot be written to ({error.strerror})") from error
 
     def place(self, name: str) -> Path:
-        """Where the entry of that name is, or would be."""
+        """Return the path of the entry of that name, whether it exists or not."""
         return self.folder / name[:2] / name
 
     def admit(self, draft: Path, entry: Path) -> bool:
-        """Moves a finished draft to its place, for which the least recently used entries go.
+        """Move a finished draft to its place; remove the least recently used entries to make room.
 
         False: it stays where it is, since it is larger than the limit or all others are in use. Raises
         OSError.
@@ -74,8 +74,9 @@ class BoundedFolder:
             logger.warning(f"{self.setting} {self.folder}: {message}", *values)
 
     def _make_room(self, room: float) -> int:
-        """Measures the folder and, where it holds more than `room` bytes, removes the least recently used
-        entries. Returns the bytes that are left."""
+        """Measure the folder. If it holds more than `room` bytes, remove the least recently used entries.
+        Return the bytes that are left.
+        """
         entries = []
         for path in self.folder.glob("??/*"):
             try:
@@ -97,7 +98,7 @@ class BoundedFolder:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a file unless somebody holds a lock on it. Returns whether it is gone."""
+    """Remove a file unless a process holds a lock on it. Return whether it is gone."""
     try:
         with path.open("r+b") as file:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -110,7 +111,7 @@ def _remove_unused(path: Path) -> bool:
 
 
 def locked(path: Path, how: int) -> BinaryIO | None:
-    """The open file under that lock, which ends when it is closed; None where there is none."""
+    """Return the open file under that lock, which ends when it is closed; None without a file."""
     try:
         file = path.open("rb" if how == fcntl.LOCK_SH else "r+b")
     except FileNotFoundError:

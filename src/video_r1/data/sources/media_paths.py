@@ -23,8 +23,8 @@ from video_r1.errors import ManifestError
 
 
 def data_type_of(path: str) -> Literal["image", "video"]:
-    """What a file is by its name, a cell of a table by that of its column; what is not known for an image is
-    a video, and so is a GIF.
+    """Tell image from video by the name of a file, or by the column of a table cell. Unknown extensions and
+    GIF are videos.
     """
     if path.startswith(TABLE):
         return "image" if re.search("image|img|picture|photo", path.partition("::")[0].lower()) else "video"
@@ -33,7 +33,7 @@ def data_type_of(path: str) -> Literal["image", "video"]:
 
 
 def is_pattern(source: str) -> bool:
-    """Whether it names Parquet tables, here or at an address, by a pattern."""
+    """Return whether `source` is a pattern of Parquet tables, here or at an address."""
     first = source.partition("::")[0]
     is_table = first.endswith(".parquet") and not first.startswith(("http://", "https://"))
     return is_table and glob.has_magic(first) and not os.path.exists(source)
@@ -60,7 +60,7 @@ def media_root_of(source: object, media_root: str | Path | None) -> str:
 
 
 def path_below(media_root: str, path: str) -> str:
-    """A sample's path as a manifest with that media root says it; the whole path of what lies elsewhere."""
+    """Return a path relative to the media root; the whole path of a file outside it."""
     if is_address(path):
         below = relative_to(path, media_root)
         if below is None and (found := split_member(path)):
@@ -74,7 +74,8 @@ def _inside(root: str) -> str:
 
 
 class MediaPaths:
-    """Turns the paths of rows into files below the media root or an allowed one. Folders are resolved once.
+    """Resolver of the paths of rows to files below the media root or an allowed one. Folders are resolved
+    once.
 
     Raises ManifestError for an allowed root that is no folder.
     """
@@ -90,8 +91,8 @@ class MediaPaths:
         self._real = functools.cache(os.path.realpath)
 
     def find(self, path: str) -> str:
-        """The absolute file behind `path`, links followed; of a member of an archive, that of the archive.
-        Raises ValueError with what is wrong with it.
+        """Return the absolute file of `path`, links followed; for a member of an archive, the archive is
+        resolved. Raise ValueError with the reason in words.
         """
         if (inside := split_member(path)) and relative_to(path, self.root) is None:
             return f"{inside[0]}::{self.find(inside[1])}"
@@ -126,7 +127,7 @@ class MediaPaths:
         return found
 
     def _address(self, address: str) -> str:
-        """Addresses below the media root are the user's own; the others may be anywhere."""
+        """Check an address. Addresses below the media root are the user's own; others may be anywhere."""
         if relative_to(address, self.root) is None:
             try:
                 check_schemes(address, may_be_local=False)

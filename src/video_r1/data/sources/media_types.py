@@ -25,7 +25,7 @@ Video-R1 code, and what Qwen's own reader (qwen-vl-utils, `sample_fps`) takes a 
 
 @dataclass(frozen=True, slots=True)
 class ClipRef:
-    """One file as it is decoded: a video, an image or a folder of frames, and the window of it."""
+    """One file to decode: a video, an image or a folder of frames, and its window."""
 
     path: str  # a file, a folder of frames, an address, or a member of an archive or table
     data_type: Literal["image", "video"] = "video"
@@ -39,7 +39,7 @@ class ClipRef:
 
 
 class ShowsClips(Protocol):
-    """A sample, or a ClipRef itself."""
+    """Anything with files to show: a sample, or a ClipRef."""
 
     @property
     def files(self) -> tuple[ClipRef, ...]: ...
@@ -57,8 +57,7 @@ _NUMBER = re.compile(r"(\d+)", re.ASCII)
 
 
 def frame_names(folder: str) -> list[str]:
-    """The names of the folder's frames, in their order: 2.jpg before 10.jpg. Names with a dot first do not
-    count.
+    """Return the names of the folder's frames in order: 2.jpg before 10.jpg. Hidden files do not count.
 
     Raises ValueError, in words, for a folder without frames or with anything else in it.
     """
@@ -74,8 +73,8 @@ def frame_names(folder: str) -> list[str]:
 
 
 def in_order(names: list[str]) -> list[str]:
-    """Names in a folder of frames, sorted by the numbers in them; those of folders have a slash. Raises
-    ValueError, in words, where there is none, or anything else than images.
+    """Sort the names in a folder of frames by the numbers in them; names of folders end in a slash. Raise
+    ValueError, in words, for an empty folder or anything but images.
     """
     if not names:
         raise ValueError("is a folder without frames")
@@ -86,13 +85,13 @@ def in_order(names: list[str]) -> list[str]:
 
 
 def frame_stamps(folder: str) -> list[tuple[str, int, int]]:
-    """(name, bytes, time of change) of each file: what changes when a frame does."""
+    """Return (name, bytes, time of change) of each file."""
     with os.scandir(folder) as found:
         facts = [(entry.name, entry.stat()) for entry in found]
     return sorted((name, fact.st_size, fact.st_mtime_ns) for name, fact in facts)
 
 
 def _numbers(name: str) -> tuple[list[str | int], str]:
-    """Texts and numbers in turn; the name itself where 1.jpg and 01.jpg are alike."""
+    """Split a name into texts and numbers, for sorting; the name itself orders 1.jpg and 01.jpg."""
     parts = _NUMBER.split(name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -76,24 +76,26 @@ _OF_A_COMMIT = re.compile(r"hf://[^:]*@[0-9a-f]{40}/[^:]*")  # of which nothing 
 
 
 class NoAnswer(MediaError):
-    """A file that neither came nor was refused."""
+    """A file that was neither fetched nor refused."""
 
 
 def is_address(path: object) -> bool:
-    """Whether it is an fsspec address: `scheme://…`, or several of them joined by `::`."""
+    """Return whether it is an fsspec address: `scheme://…`, or several joined by `::`."""
     return isinstance(path, str) and "://" in path and _ADDRESS.match(path) is not None
 
 
 def local_file(path: str) -> str | None:
-    """The file of this machine that a sample's path is, or lies in as a member of an archive; else None."""
+    """Return the file of this machine that holds a sample's path, which may be an archive; None for an
+    address.
+    """
     inside = split_member(path)
     file = inside[1] if inside else path
     return None if is_address(file) else file
 
 
 def on_this_machine(path: str) -> str:
-    """The plain path of a file:// address; anything else as it is. Of a member of an archive: that of the
-    archive.
+    """Return the plain path of a file:// address (for a member of an archive: the archive); other paths
+    unchanged.
     """
     if inside := split_member(path):
         return f"{inside[0]}::{on_this_machine(inside[1])}"
@@ -101,7 +103,7 @@ def on_this_machine(path: str) -> str:
 
 
 def check_schemes(address: str, may_be_local: bool = True) -> None:
-    """Raises ValueError, in words, for what fsspec does not know or may not read, and ConfigError where a
+    """Raise ValueError, in words, for schemes that fsspec does not know or may not read, and ConfigError if a
     package is missing.
     """
     for scheme in _schemes(address):
@@ -116,7 +118,7 @@ def check_schemes(address: str, may_be_local: bool = True) -> None:
 
 
 def folder_of(address: str) -> str:
-    """The address of the folder that a file is in."""
+    """Return the address of the folder that contains a file."""
     first, chain, rest = address.partition("::")
     scheme, _, path = first.partition("://")
     path = path.partition("?")[0] if scheme in ("http", "https") else path
@@ -124,14 +126,14 @@ def folder_of(address: str) -> str:
 
 
 def below(root: str, path: str) -> str:
-    """The address of a path relative to the folder `root`. Raises ValueError where it leads out of it."""
+    """Return the address of a path relative to the folder `root`. Raise ValueError if it leads out of it."""
     if _leads_out(path):
         raise ValueError(f"path {path!r} leads out of the media root")
     return _begin(root)[0] + posixpath.normpath(path) + _begin(root)[1]
 
 
 def relative_to(address: str, root: str) -> str | None:
-    """The path of an address below the folder `root`; None where it is not there."""
+    """Return the path of an address below the folder `root`; None if it is elsewhere."""
     begin, end = _begin(root)
     if not (is_address(root) and address.startswith(begin) and address.endswith(end)):
         return None
@@ -144,7 +146,7 @@ def _leads_out(path: str) -> bool:
 
 
 def _begin(root: str) -> tuple[str, str]:
-    """What stands before and behind the path of a file in a folder."""
+    """Return the parts of an address before and after the path of a file in a folder."""
     first, chain, rest = root.partition("::")
     first = first if "://" in first else f"{first}://"
     return first if first.endswith("/") else f"{first}/", chain + rest
@@ -155,7 +157,7 @@ def _schemes(address: str) -> list[str]:
 
 
 class _Counted(Callback):
-    """Progress of a download: raises MediaError as soon as it is more than `limit` bytes."""
+    """Progress of a download that raises MediaError beyond `limit` bytes."""
 
     def __init__(self, address: str, limit: int) -> None:
         super().__init__()
@@ -191,8 +193,8 @@ def fetch(address: str, target: Path, limit: int = 1 << 62) -> None:
 
 
 def stamps_at(address: str) -> dict[str, str]:
-    """What changes when a file does, of what its file system tells without reading it: by the names that this
-    gives. Raises as `at_address`.
+    """Return version stamps of a file (size, ETag, modification time, …) without reading it. Raise as
+    `at_address`.
     """
 
     def told(system: Any, path: str) -> dict[str, str]:
@@ -203,7 +205,7 @@ def stamps_at(address: str) -> dict[str, str]:
 
 
 def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
-    """What `act` returns of the file system and the path in it, in as many as three attempts.
+    """Return `act(file system, path)`, in up to three attempts.
 
     Raises:
         MediaError: there is no such file, or it is refused, or fsspec does not know the scheme.
@@ -238,7 +240,7 @@ def at_address(address: str, act: Callable[[Any, str], Found]) -> Found:
 
 
 def _refusal(error: Exception) -> str:
-    """What a final answer says; empty where another attempt may bring the file."""
+    """Return the reason of a final refusal; empty if another attempt may succeed."""
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return "there is no such file"
@@ -278,7 +280,7 @@ class RemoteCache(BoundedFolder):
 
     @contextmanager
     def file(self, address: str) -> Iterator[str]:
-        """The path of the local copy, fetched where there is none; it stays there inside the block.
+        """Yield the path of the local copy, fetched if needed; it is kept inside the block.
 
         Raises what `fetch` does, and VideoR1Error when its place gives nothing at all any more.
         """
@@ -305,7 +307,7 @@ class RemoteCache(BoundedFolder):
                 yield str(path)
 
     def part(self, path: str) -> Part | list[Part]:
-        """Where a member of an archive on this machine lies, or the frames of a folder in it. Raises
+        """Return the place of an archive member on this machine, or the frames of a folder in it. Raise
         MediaError.
         """
         inside = split_member(path)
@@ -330,7 +332,8 @@ class RemoteCache(BoundedFolder):
             raise MediaError(path, str(error)) from error
 
     def state(self, container: str) -> tuple[int | str, ...]:
-        """What another table or archive in the place of this one has not; () where nothing tells.
+        """Return the version stamp of a table or archive: size and modification time, or a digest of its
+        ETag; () if unknown.
 
         At an address it is asked once a process; one that does not answer, and what else lies in its place,
         has the state of the last time.
@@ -367,7 +370,7 @@ class RemoteCache(BoundedFolder):
         return state
 
     def _members(self, archive: str, stamp: tuple[int | str, ...], read: Callable[[], Members]) -> Members:
-        """The index of an archive: from memory, from the folder, or read and kept in both."""
+        """Return the index of an archive: from memory, from the folder, or read and stored in both."""
         key = (archive, *stamp)
         with self._indexing:
             found = self._indexes.pop(key, None)
@@ -398,7 +401,7 @@ class RemoteCache(BoundedFolder):
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """Inside, nobody else fetches the file of that name."""
+        """Hold the lock for fetching the file of that name."""
         path = self.place(name + PARTIAL)
         path.parent.mkdir(exist_ok=True)
         path.touch()
@@ -431,7 +434,7 @@ class RemoteCache(BoundedFolder):
         self.unanswered.pop(place, None)
 
     def _fetch_inside(self, address: str, draft: Path) -> None:
-        """A member of an archive at an address, or a cell of a table. Raises as `fetch`."""
+        """Fetch a member of an archive at an address, or a cell of a table. Raise as `fetch`."""
         begin, _, container = address.partition("::")
         if not is_address(container) and os.path.exists(container) and not os.path.isfile(container):
             raise MediaError(address, "lies in no plain file")
@@ -462,7 +465,7 @@ class RemoteCache(BoundedFolder):
         draft.write_bytes(content)
 
     def _take_cell(self, system: Any, path: str, begin: str, table: str, draft: Path) -> None:
-        """The other cells that are read with it become entries too."""
+        """Write a cell to `draft`; other cells of its group become entries too."""
         column, row, item = cell_of(begin)
         with self._alone(digest(["table", table], size=20)):
             with suppress(FileNotFoundError):  # it was read with another one meanwhile
@@ -483,14 +486,14 @@ class RemoteCache(BoundedFolder):
             draft.write_bytes(found)
 
     def _name(self, address: str) -> str:
-        """Of an entry: a digest of the address, and of the state of the table or archive that it is in."""
+        """Return the name of an entry: a digest of the address and of the state of its table or archive."""
         inside = split_member(address)
         state = self.state(inside[1]) if inside else ()
         return digest([address, *state] if state else address, size=20)
 
 
 def _place_of(address: str) -> str:
-    """The host or bucket that it lies in."""
+    """Return the host or bucket of an address."""
     return "/".join(address.rpartition("::")[2].split("/", 3)[:3])
 
 
@@ -500,13 +503,13 @@ def _used_now(path: Path) -> None:
 
 
 def _suffix(address: str) -> str:
-    """That of the file's name, by which FFmpeg tells some containers."""
+    """Return the extension of the file's name, by which FFmpeg recognises some containers."""
     name = address.partition("::")[0].partition("?")[0]
     return found[0] if (found := re.search(r"\.[A-Za-z0-9]{1,8}$", name)) else ""
 
 
 @functools.cache
 def open_remote_cache(folder: str | None, limit: int) -> RemoteCache:
-    """One a process for each folder; without a folder that of the user, `~/.cache/video-r1/media`."""
+    """Open the cache of a folder once per process; default: `~/.cache/video-r1/media`."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return RemoteCache(folder or Path(caches, "video-r1", "media"), limit)
