@@ -217,12 +217,6 @@ def _read_number(text: str, first: bool) -> str:
     return numbers[0] if first or stated != text else numbers[-1]
 
 
-def _split_option(option: str) -> tuple[str, str]:
-    """Split `"B. the man sits"` into `("B", "the man sits")`; the letter is "" if the option has none."""
-    match = re.match(r"\s*\(?([A-Za-z])\s*[.):]\s*(.*)", option, re.DOTALL)
-    return (match.group(1).upper(), match.group(2)) if match else ("", option)
-
-
 def _plain(text: str) -> str:
     """Reduce a text to its words in lower case, to compare an answer with an option's text."""
     return " ".join(re.findall(r"\w+", text.lower()))
@@ -231,8 +225,9 @@ def _plain(text: str) -> str:
 def _read_choice(text: str, options: Sequence[str]) -> str:
     named: dict[str, str] = {}
     for position, option in enumerate(options):
-        letter, option_text = _split_option(option)
-        named[letter or chr(ord("A") + position)] = _plain(option_text)
+        match = re.match(r"\s*\(?([A-Za-z])\s*[.):]\s*(.*)", option, re.DOTALL)  # "B. the man sits"
+        letter, option_text = (match[1].upper(), match[2]) if match else (chr(ord("A") + position), option)
+        named[letter] = _plain(option_text)
     letters = "".join(named) or _LETTERS_WITHOUT_OPTIONS
 
     bare = re.sub(r"\\boxed|\\text|[\s*_`$(){}\[\]\"'.:,;!]", "", text)

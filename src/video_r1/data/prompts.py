@@ -116,6 +116,7 @@ class TextPrompts:
     """Prompts for a model whose processor is not here (an endpoint): text and frames, no token ids."""
 
     tokenizer: Any = None
+    takes_videos = True
 
     def __init__(self, template: str | Path | None = None, subtitles: bool = False) -> None:
         self.template = load_template(template, subtitles)
@@ -135,7 +136,7 @@ class TextPrompts:
         """Build the chat: one message from the template, or the sample's own messages. Each file's visuals
         replace its mark in the user's text; without marks they precede the first question.
         """
-        turns = turns_of(sample, self.question(sample))
+        turns = sample.messages or ({"role": "user", "content": self.question(sample)},)
         pieces = between_marks(sample, turns)
         if pieces is None:
             first = next(place for place, turn in enumerate(turns) if turn["role"] == "user")
@@ -158,19 +159,12 @@ class TextPrompts:
             raise ValueError(f"{len(shown)} clips or images for a question about {len(sample.paths)}")
         if permutation is not None:
             shown = reordered(shown, permutation)
-        visuals = [self._visuals(one) if len(one.frames) else [] for one in shown]
+        counts = [min(1, len(clip.frames)) if self.takes_videos else len(clip.frames) for clip in shown]
+        kind = shown[0].kind if self.takes_videos else "image"
+        visuals = [[{"type": kind} for _ in range(count)] for count in counts]
         nothing = torch.empty(0, dtype=torch.long)
         chat = self._chat(sample, visuals)
         return Prompt(nothing, {}, shown, permutation, chat, contrast, self.template.thinks)
-
-    def _visuals(self, media: Media) -> list[dict[str, str]]:
-        """Return the message parts that stand for a clip or image."""
-        return [{"type": media.kind}]
-
-
-def turns_of(sample: Sample, text: str) -> Sequence[Mapping[str, str]]:
-    """Return the sample's messages, or its text as the only message."""
-    return sample.messages or ({"role": "user", "content": text},)
 
 
 def between_marks(sample: Sample, turns: Sequence[Mapping[str, str]]) -> list[list[str]] | None:
@@ -232,7 +226,8 @@ class PromptBuilder(TextPrompts):
     def question(self, sample: Sample) -> str:
         """Return the user's text. Raises PromptError if it contains a special token of the tokenizer."""
         text = super().question(sample)
-        pieces = between_marks(sample, turns_of(sample, text)) or [[text]]
+        turns = sample.messages or ({"role": "user", "content": text},)
+        pieces = between_marks(sample, turns) or [[text]]
         self._refuse_special_tokens("\n".join(chain.from_iterable(pieces)), sample)
         return text
 
@@ -292,10 +287,6 @@ class PromptBuilder(TextPrompts):
         with _TOKENIZING:
             ids = self.tokenizer(response, add_special_tokens=False)["input_ids"]
         return self.build(sample, media), torch.tensor([*ids, self.end_token_id])
-
-    def _visuals(self, media: Media) -> list[dict[str, str]]:
-        kinds = [media.kind] if self.takes_videos else ["image"] * len(media.frames)
-        return [{"type": kind} for kind in kinds]
 
     def visual_tokens(self, input_ids: Tensor) -> int:
         """Count the image and video placeholders in `input_ids`."""

@@ -104,19 +104,17 @@ def load_template(path: str | Path | None, subtitles: bool = False) -> Template:
 
     subtitles: add a line for them at the top, unless the template has the placeholder. Raises ConfigError.
     """
-    template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS) if path is None else _read_template(path)
+    template = Template(DEFAULT_TEMPLATE, ANSWER_HINTS)
+    if path is not None:
+        try:
+            template = _parsed(template_text(Path(path)).strip().splitlines())
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
+        except ValueError as error:
+            raise ConfigError(f"prompt template {path}: {error}") from error
     if not subtitles or "{subtitles}" in template.text:
         return template
     return Template("{subtitles}\n" + template.text, template.hints)
-
-
-def _read_template(path: str | Path) -> Template:
-    try:
-        return _parsed(template_text(Path(path)).strip().splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"prompt template {path}: cannot be read ({error})") from error
-    except ValueError as error:
-        raise ConfigError(f"prompt template {path}: {error}") from error
 
 
 def _parsed(lines: list[str]) -> Template:

@@ -10,7 +10,7 @@ files. Built-in rewards compare with `solution`, `answer` or `ground_truth`, if 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,13 @@ def is_trl_table(questions: Any) -> bool:
     return PROMPT in names and "problem_type" not in names
 
 
-def trl_samples(questions: Iterable[Mapping[str, Any]], folder: Path) -> list[Sample]:
+def trl_samples(questions: Any, folder: Path) -> list[Sample]:
     """Return the samples of a table; write its pictures to `folder`. Raises ManifestError."""
     samples, problems = [], []
-    for number, row in enumerate(_undecoded(questions), start=1):
+    for name, feature in (getattr(questions, "features", None) or {}).items():
+        if type(feature).__name__ == "Image":  # the file's bytes, not a decoded picture
+            questions = questions.cast_column(name, type(feature)(decode=False))
+    for number, row in enumerate(questions, start=1):
         try:
             samples.append(_sample(number, row, folder))
         except ValueError as error:
@@ -48,14 +51,6 @@ def trl_samples(questions: Iterable[Mapping[str, Any]], folder: Path) -> list[Sa
         shown = "; ".join(map(str, problems[:20])) or "it has no rows"
         raise ManifestError(f"a table with prompts: {len(problems)} problems: {shown}", tuple(problems))
     return samples
-
-
-def _undecoded(questions: Any) -> Iterable[Mapping[str, Any]]:
-    """Return a dataset whose pictures are the files' bytes; a list of rows as it is."""
-    for name, feature in (getattr(questions, "features", None) or {}).items():
-        if type(feature).__name__ == "Image":
-            questions = questions.cast_column(name, type(feature)(decode=False))
-    return questions
 
 
 def _sample(number: int, row: Mapping[str, Any], folder: Path) -> Sample:
