@@ -11,9 +11,8 @@ from video_r1.data.sources.media_paths import media_root_of
 from video_r1.recipe import Recipe
 from video_r1.recipe_files import MERGED, MadeFor, counterpart, launcher
 
-RESUMED: dict[str, str] = dict.fromkeys(TRAINS, "resumes") | dict.fromkeys(
-    ("eval", "data audit", "annotate"), "continues with the remaining questions"
-)
+RESUMED = {name: "resumes" for name in TRAINS}
+RESUMED |= {name: "continues with the remaining questions" for name in ("eval", "data audit", "annotate")}
 """Commands that resume when they are run again, and how."""
 
 

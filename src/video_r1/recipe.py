@@ -122,7 +122,7 @@ def check_command(command: str, source: str, made_for: MadeFor, start: Any) -> N
     if command == "plan":
         raise RequestError(f"{source} is a recipe for {theirs}; a plan is of one for {' or '.join(TRAINS)}")
     other = counterpart(command, start, made_for)
-    instead = f"{other} is the one for {command}" if other else "video-r1 recipes lists those that there are"
+    instead = f"{other} is the one for {command}" if other else "see video-r1 recipes"
     raise RequestError(f"{source} is a recipe for {theirs}, not for {command}; {instead}")
 
 

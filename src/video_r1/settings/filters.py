@@ -48,7 +48,8 @@ class Keep:
         self._body = body
         self._numbers = SimpleEval(_ARITHMETIC, {})
         kinds = (ast.Name, ast.UnaryOp, ast.BinOp)
-        self._numbers.nodes = {kind: self._numbers.nodes[kind] for kind in kinds} | {ast.Constant: _constant}
+        nodes: dict[type[ast.AST], Callable[..., float]] = self._numbers.nodes or {}
+        self._numbers.nodes = {kind: nodes[kind] for kind in kinds} | {ast.Constant: _constant}
         self.names = frozenset(node.id for node in ast.walk(body) if isinstance(node, ast.Name))
         self._order = tuple(self.names)
         self._cached = lru_cache(1 << 14)(self._evaluate)  # many questions have the same rates
@@ -117,8 +118,9 @@ def _depth(node: ast.AST) -> int:
 
 
 def _constant(node: ast.Constant) -> float:
-    if type(node.value) not in (int, float):
+    value = node.value
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError
-    if abs(node.value) > 1e9 or not math.isfinite(node.value):
+    if abs(value) > 1e9 or not math.isfinite(value):
         raise ValueError(f"{ast.unparse(node)[:20]} is out of the range of pass rates")
-    return float(node.value)
+    return float(value)
