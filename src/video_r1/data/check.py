@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from video_r1.console import Progress, table
 from video_r1.data.manifests.records import Problem, Sample, check_manifest
@@ -52,7 +53,7 @@ def check_media(
         Reader(budget or FrameBudget(), threads=workers) as reader,
         Progress(len(files), "checking media", "files") as bar,
     ):
-        batches = (Batch([file]) for file in files)
+        batches = (Batch([cast("Sample", file)]) for file in files)  # a Reader needs only `files`
         durations = reader.batches(batches, lambda _, media: media[0].duration, 2 * workers)
         for places, (found,) in zip(files.values(), durations, strict=True):
             if isinstance(found, float):

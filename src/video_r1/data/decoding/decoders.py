@@ -2,7 +2,7 @@
 
 Decoders are C code that meets hostile bytes: a file can make them crash, never return or take all memory.
 So a read runs in a worker process with limits on its time and memory, and when the worker does not survive,
-the file is what cannot be used, not the run. Workers are forked by a server process (decoder_process.py):
+the file is what cannot be used, not the run. Workers are forked by a server process (`serve`):
 to fork this one, with its threads and its GPU, would not be safe, and every fresh interpreter needs seconds
 to import torch. They stay for the next read; there are as many as reads have been going on at once.
 """

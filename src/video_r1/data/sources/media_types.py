@@ -47,10 +47,11 @@ class ShowsClips(Protocol):
 
 def clip_of(source: ShowsClips) -> ClipRef:
     """Return the only file of a sample. Raise ValueError where it has several."""
-    if len(source.files) > 1:
+    clip, *others = source.files
+    if others:
         name = getattr(source, "problem_id", "")
-        raise ValueError(f"question {name!r} has {len(source.files)} files; read each of them")
-    return source.files[0]
+        raise ValueError(f"question {name!r} has {1 + len(others)} files; read each of them")
+    return clip
 
 
 _NUMBER = re.compile(r"(\d+)", re.ASCII)
