@@ -44,7 +44,7 @@ _TOKENIZING = threading.Lock()
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One question's model inputs in one frame order, or with one contrast.
+    """Model inputs of a question in one frame order, or with one contrast.
 
     input_ids: [P] int64, the chat with its visual placeholders expanded.
     features: inputs of the model's forward besides ids and mask, for this prompt alone, by its processor's

@@ -12,7 +12,7 @@ from video_r1.data.prompts import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One completion of L tokens."""
+    """Sampled completion of L tokens."""
 
     token_ids: Tensor  # [L] int64
     logprobs: Tensor  # [L] float32, of the sampler
@@ -22,7 +22,7 @@ class Rollout:
 
 @dataclass(slots=True)
 class RolloutGroup:
-    """One question's G ordered and G_s shuffled rollouts, their rewards and advantages.
+    """Rollouts of a question (G ordered, G_s shuffled), their rewards and advantages.
 
     Rewards are unweighted terms by name ("accuracy", "format", "temporal", "length", …); advantages are
     computed from their weighted sum, `total_reward`. Only the ordered completions are trained on; the

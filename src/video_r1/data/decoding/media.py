@@ -52,7 +52,7 @@ class Media:
 
 
 Shown = Media | Sequence[Media]
-"""What a question shows: one clip or image, or several in order."""
+"""Media of a question: one clip or image, or several in order."""
 
 
 def clips_of(shown: Shown) -> tuple[Media, ...]:

@@ -54,7 +54,7 @@ _MARKUP = re.compile(r"<[^>\n]*>|\{\\[^}\n]*\}")
 
 @dataclass(frozen=True)
 class Making:
-    """What all rows of a table share: the files and the settings."""
+    """Shared parts of all rows of a table: the files and the settings."""
 
     clips: ClipIndex
     places: MediaPaths

@@ -73,7 +73,7 @@ class Rejected(Exception):
 
 
 class Turn(NamedTuple):
-    """One message: its text without media tags, the files in its parts, and the text with a tag per file."""
+    """Message of a chat: its text without media tags, its files, and the text with a tag per file."""
 
     role: str
     text: str

@@ -63,7 +63,7 @@ _NO_EXTRA: Mapping[str, Any] = {}
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about an image or video, or several of one kind: a row that passed every check.
+    """Question about an image or video, or several of one kind: a row that passed every check.
 
     Example: `Sample(7, "Which way does the ball move?", "video", "multiple choice", "<answer>B</answer>",
     "/data/7.mp4", ("A. left", "B. right"))`.

@@ -25,7 +25,7 @@ Video-R1 code, and what Qwen's own reader (qwen-vl-utils, `sample_fps`) takes a 
 
 @dataclass(frozen=True, slots=True)
 class ClipRef:
-    """One file to decode: a video, an image or a folder of frames, and its window."""
+    """File to decode: a video, an image or a folder of frames, and its window."""
 
     path: str  # a file, a folder of frames, an address, or a member of an archive or table
     data_type: Literal["image", "video"] = "video"
