@@ -167,7 +167,7 @@ def test_a_file_stands_where_figures_are_to_go(tmp_path: Path, capsys: pytest.Ca
     manifest.write_text(json.dumps([{**row, "solution": "<answer>So</answer>", "path": "a.mp4"}]))
     before = manifest.read_bytes()
     assert main(["eval", "run", str(manifest), "--out", str(manifest)]) == 2
-    assert "one.json is a file; name a folder" in capsys.readouterr().err
+    assert "one.json is a file; name a new folder" in capsys.readouterr().err
     assert manifest.read_bytes() == before
 
 
