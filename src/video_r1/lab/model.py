@@ -109,6 +109,7 @@ def build_model(tokenizer: Qwen2Tokenizer, seed: int, family: str = "qwen2_5_vl"
     text.vocab_size, text.eos_token_id, text.pad_token_id = -(-len(tokenizer) // 64) * 64, end, pad
     torch.manual_seed(seed)
     model: Any = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    config.text_config.dtype = config.vision_config.dtype = None  # so that config.json is the packaged one
     for name, weight in model.named_parameters():
         if name.endswith("A_log"):  # states last for tens of tokens; the default decays at once
             weight.data.copy_(torch.linspace(0.02, 0.3, len(weight)).log())
