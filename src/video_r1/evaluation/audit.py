@@ -266,12 +266,12 @@ def _figures(audited: Audited, contrast: Contrast) -> dict[str, Any]:
         "views": {},
     }
     for view in VIEWS:
-        if asked := [(sample.shown, rates[view]) for sample, rates in audited if view in rates]:
+        if asked := [(sample.files, rates[view]) for sample, rates in audited if view in rates]:
             clips, values = zip(*asked, strict=True)
             answered = mean_figure([value > ANSWERED for value in values], clips).as_json("share")
             figures["views"][view] = mean_figure(values, clips).as_json("rate") | {"answered": answered}
     if paired := _with_both(audited, contrast):
-        clips = [sample.shown for sample, _ in paired]
+        clips = [sample.files for sample, _ in paired]
         both = [(rates["ordered"], rates[contrast]) for _, rates in paired]
         needs = mean_figure([ordered > ANSWERED >= other for ordered, other in both], clips).as_json("share")
         other_way = fmean(other > ANSWERED >= ordered for ordered, other in both)

@@ -204,7 +204,7 @@ class _Evaluation(QuestionLoop):
     def figures(self, answered: Mapping[Answer, Answers]) -> dict[str, Any]:
         """Return the figures over all samples and the orders of this run, whichever run answered them."""
         wanted = self.keys(self.samples)
-        clips = {sample.problem_id: {"clip": sample.shown} for sample in self.samples}
+        clips = {sample.problem_id: {"clip": sample.files} for sample in self.samples}
         records = {
             way: [found[key] | clips[key[0]] for key in wanted if key in found]
             for way, found in answered.items()

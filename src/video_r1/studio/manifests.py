@@ -323,7 +323,7 @@ def row_of(
                 if sample.answer == answer and question in ("", own):
                     folder, files = index.manifest.path.parent, filter(None, map(local_file, sample.paths))
                     if all(os.path.exists(os.path.join(folder, file)) for file in files):
-                        playing.setdefault((*sample.shown, *facts), (index, row, sample))
+                        playing.setdefault((sample.files, *facts), (index, row, sample))
                     else:
                         missing.setdefault(own, (index, row, sample))
     if not (found := playing or missing):

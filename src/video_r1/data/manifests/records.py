@@ -114,11 +114,6 @@ class Sample:
         rate = rate_of(self.extra.get("fps"))
         return rate if rate and any(split_member(one) or os.path.isdir(one) for one in self.paths) else None
 
-    @property
-    def shown(self) -> tuple[str | float | None, ...]:
-        """Key of what is decoded: samples with equal keys have the same frames."""
-        return *self.paths, self.data_type, self.start, self.end, self.fps
-
 
 def question_digest(problem: str, options: Sequence[str], answer: str, paths: Sequence[str]) -> str:
     """Return a digest that tells apart questions with the same id, wherever their files are: only file names

@@ -112,7 +112,7 @@ def by_clip(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Group the samples by clip, in the order of each clip's first question."""
     clips: dict[tuple[object, ...], list[Sample]] = {}
     for sample in samples:
-        clips.setdefault(sample.shown, []).append(sample)
+        clips.setdefault(sample.files, []).append(sample)
     return tuple(sample for questions in clips.values() for sample in questions)
 
 
