@@ -19,6 +19,7 @@ from video_r1.data.decoding import frame_cache
 from video_r1.data.manifests.records import Sample
 from video_r1.data.prompts import Prompt, PromptBuilder
 from video_r1.data.rollouts import Rollout
+from video_r1.data.sources.media_types import ClipRef
 from video_r1.errors import RequestError
 from video_r1.evaluation import evaluate as evaluation
 from video_r1.evaluation.evaluate import score_output
@@ -242,19 +243,19 @@ def test_chats_are_not_asked_for_direct_answers(builder: PromptBuilder, media: P
 def test_a_clip_is_decoded_once_for_all_frame_counts_orders_and_neighbouring_questions(
     builder: PromptBuilder, media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read: list[tuple[int | str, Sequence[int], str]] = []
+    read: list[tuple[float | None, Sequence[int], str]] = []
     real = frame_cache.read_media_at
 
-    def counting(question: Sample, budget: FrameBudget, counts: Sequence[int]) -> Any:
-        read.append((question.problem_id, counts, threading.current_thread().name))
-        return real(question, budget, counts)
+    def counting(clip: ClipRef, budget: FrameBudget, counts: Sequence[int]) -> Any:
+        read.append((clip.start, counts, threading.current_thread().name))
+        return real(clip, budget, counts)
 
     monkeypatch.setattr(frame_cache, "read_media_at", counting)
     # Two questions about each window, in one batch and across two batches.
     samples = [sample(number, media, start=number // 2 * 0.01) for number in range(6)]
     engine = ScriptedEngine()
     evaluate(samples, engine, builder, folder=tmp_path, frames=[4, 8], batch_size=3)
-    assert [number for number, _, _ in sorted(read)] == [0, 2, 4]
+    assert [start for start, _, _ in sorted(read)] == [0, 0.01, 0.02]
     assert {tuple(counts) for _, counts, _ in read} == {(4, 8)}
     assert all(name.startswith("media") for _, _, name in read)
     assert len(engine.prompts) == 6 * 2 * 2
@@ -266,11 +267,11 @@ def test_decoding_runs_while_the_engine_generates(
     real, later_read = frame_cache.read_media_at, threading.Event()
     waited = []
 
-    def noticed(question: Sample, budget: FrameBudget, counts: Sequence[int]) -> Any:
-        if question.problem_id == 2:
+    def noticed(clip: ClipRef, budget: FrameBudget, counts: Sequence[int]) -> Any:
+        if clip.start == 0.02:
             generating.wait(60)  # the third batch is decoded while the first is generated, or never
             later_read.set()
-        return real(question, budget, counts)
+        return real(clip, budget, counts)
 
     class Waiting(ScriptedEngine):
         def generate(
