@@ -235,6 +235,7 @@ def said_by(answerer: Answerer, out: io.StringIO, **settings: Any) -> list[dict[
     return [json.loads(line) for line in out.getvalue().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_process_hears_an_engine_at_an_address(folder: Path) -> None:
     """Word by word; one that breaks becomes a message, and the next question is answered."""
     out = io.StringIO()
