@@ -159,7 +159,9 @@ def many_streams(good: dict[str, bytes], suffix: str, draw: Draw) -> bytes:
         return data[:moov] + struct.pack(">I", len(body) + 8) + b"moov" + body
     if suffix == "mkv":  # of unknown size as a whole, each stream with its own number
         segment, tracks = data.index(SEGMENT) + 4, data.rindex(TRACKS) + 4
-        entry, end = data.index(b"\xae", ebml_start(data, tracks)), ebml_end(data, tracks)
+        start, end = ebml_start(data, tracks), ebml_end(data, tracks)
+        start += 6 * (data[start] == 0xBF)  # the checksum, which may contain any byte
+        entry = data.index(b"\xae", start)
         number = data.index(b"\xd7\x81", entry) + 2
         many = b"".join(
             data[entry:number] + bytes([1 + n % 126]) + data[number + 1 : end] for n in range(count)

@@ -27,6 +27,7 @@ def test_the_quick_demo_goes_through_all_stages(tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, demo.QUICK.rl + 1))
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_says_why_and_ends_the_demo(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,6 +86,7 @@ def test_vllms_share_has_to_suffice(config: Any) -> None:
     assert replace(small, share=small.least).questions == 1
 
 
+@pytest.mark.slow
 def test_plan_prints_it(config: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.save_pretrained(tmp_path)
     words = ["plan", "video-r1-3b-tgrpo", "--model_config", str(tmp_path), "--gpu", "h100"]

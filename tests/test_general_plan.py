@@ -89,6 +89,7 @@ def test_the_plan_agrees_with_a_measured_update_and_rollout(family: str, frozen:
     assert beyond == pytest.approx(most_at_once(lambda: engine.generate([prompt], sampling)), rel=0.25)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = general_checkpoint("smolvlm", tmp_path / "model")
     command = ["plan", "lab-tgrpo", "--model_config", str(folder), "--gpu", "h100"]

@@ -71,7 +71,7 @@ def test_a_missing_folder_is_refused_without_asking_the_hub(
 
 
 def test_a_missing_manifest_is_refused_without_asking_the_hub(closed_hub: None) -> None:
-    with pytest.raises(ManifestError, match="no such manifest, and not the id of a data set on the hub"):
+    with pytest.raises(ManifestError, match="no such manifest, and not a dataset id of the hub"):
         load_manifest("runs/sft")
     assert constants.HF_HUB_OFFLINE is False
 

@@ -133,6 +133,7 @@ def test_each_remedy_fits_when_it_is_pasted(tmp_path: Path, capsys: pytest.Captu
         )  # two decimals of GiB
 
 
+@pytest.mark.slow
 def test_several_changes_where_one_is_not_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = plan_of(tmp_path, 128, 4, 2048)
     peak, _ = remedies([*words, "1MB"], capsys)

@@ -146,6 +146,7 @@ def test_names_are_those_that_tell_folders_apart(tmp_path: Path) -> None:
     assert len(Library([tmp_path, tmp_path / "c"]).runs()) == 3  # none twice
 
 
+@pytest.mark.slow
 def test_a_hostile_folder_tells_nothing_of_others_and_hangs_nobody(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.mkdir()

@@ -70,6 +70,7 @@ def check_like_curves(ours: list[float], theirs: list[float]) -> None:
     assert abs(statistics.mean(ours[-2:]) - statistics.mean(theirs[-2:])) < 0.15
 
 
+@pytest.mark.slow
 def test_the_learning_curve_is_that_of_the_transformers_engine(
     lab: Path, tmp_path: Path, shared_engine: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
