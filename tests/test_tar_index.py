@@ -104,7 +104,7 @@ def header(name: str, size: int, kind: bytes = b"0") -> bytes:
     info = tarfile.TarInfo(name)
     info.type = kind
     block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
-    block[124:136] = tarfile.itn(size, 12, tarfile.GNU_FORMAT)
+    block[124:136] = vars(tarfile)["itn"](size, 12, tarfile.GNU_FORMAT)
     block[148:156] = b" " * 8
     block[148:156] = b"%06o\0 " % sum(block)
     return bytes(block)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from research.temporal_credit import study
@@ -84,8 +85,8 @@ def test_picture_has_every_arm_and_rate() -> None:
     assert [axis.get_title().split()[0] for axis in axes] == ["0%", "90%"]
     assert [label.get_text() for label in axes[0].get_yticklabels()] == ["weight"]
     assert axes[0].get_xlim() == (-WIDEST, WIDEST)  # wider intervals are cut
-    dots = [line for line in axes[1].lines if line.get_marker() == "o" and len(line.get_xdata()) == 1]
-    assert [line.get_xdata()[0] for line in dots] == pytest.approx([40, 0])
+    dots = [np.asarray(line.get_xdata()) for line in axes[1].lines if line.get_marker() == "o"]
+    assert [x[0] for x in dots if len(x) == 1] == pytest.approx([40, 0])
 
 
 def test_jobs_and_manifests(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

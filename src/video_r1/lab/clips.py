@@ -150,7 +150,7 @@ def write_clip(path: Path, frames: np.ndarray, fps: float) -> None:
         stream.pix_fmt = "yuv420p"
         # Without `cpu-independent` x264's output differs between runs.
         x264 = {"preset": "veryfast", "crf": "26", "threads": "1", "x264-params": "cpu-independent=1"}
-        stream.options = x264
+        stream.options = {**x264}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode(None))

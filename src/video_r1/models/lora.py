@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def add_adapters(model: nn.Module) -> None:
             weight = merged_weight(layer)
             if not torch.isfinite(weight).all():
                 raise ConfigError(f"{name}: its adapters are broken: they contain non-finite numbers")
-            base: Any = layer.get_base_layer()
+            base = cast(nn.Module, cast(Any, layer).get_base_layer())
             base.get_parameter(adapted_name(layer)).copy_(weight)
 
 
