@@ -35,7 +35,7 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, counts: Sequence[int] | None = None
     ) -> list[list[Rollout]]:
-        """Sample `sampling.n` completions of each prompt, or `counts[q]` of prompt q; result [prompts][n].
+        """Sample `sampling.n` completions of each prompt, or `counts[q]` of prompt q: a list for each prompt.
 
         The seed of prompt q (see `prompt_seeds`) fixes its completions, whichever other prompts are in the
         call. At temperature 0 every completion is the greedy one. Raises ValueError when prompts and counts
