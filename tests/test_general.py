@@ -230,7 +230,8 @@ def test_logprobs_equal_those_of_the_update(family: str) -> None:
     with torch.no_grad():
         scored = group_logprobs(model, prompts, completions, temperature=0.8)
     sampled = torch.cat([rollout.logprobs for group in groups for rollout in group])
-    torch.testing.assert_close(sampled, scored.logprobs, atol=1e-5, rtol=0)
+    # Beyond 1e-5 only the rounding of float32, larger for unlikely tokens (Gemma: 1.5e-5 at -5.3).
+    torch.testing.assert_close(sampled, scored.logprobs, atol=1e-5, rtol=2e-6)
     seeds = tuple(prompt_seeds(5, 4))
     numbers = torch.rand(4, 16, generator=torch.Generator().manual_seed(seeds[0]))  # as the fast engine's
     for row, rollout in zip(numbers, groups[0], strict=True):
